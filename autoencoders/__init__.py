@@ -1,0 +1,1 @@
+"""Autoencoders: images to latents and back, behind one protocol (see `autoencoders.base`)."""

@@ -1,0 +1,1 @@
+"""Shipped autoencoder weights (safetensors) and their cards."""

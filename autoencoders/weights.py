@@ -1,0 +1,108 @@
+"""Autoencoder weights as safetensors: the tensors, and the architecture in the metadata."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from autoencoders.taming import TamingAutoencoder, config_from
+
+#: key of the metadata entry that holds the architecture
+DESCRIPTION = "jkoflow.autoencoder"
+
+
+def shipped() -> dict[str, Path]:
+    """Name → path of the shipped weights."""
+    folder = Path(str(resources.files("autoencoders.pretrained")))
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+
+
+def locate(name_or_path: str) -> Path:
+    """The file of shipped weights, or a file of one's own.
+
+    Raises:
+        ValueError: neither a shipped name nor a file.
+    """
+    known = shipped()
+    if name_or_path in known:
+        return known[name_or_path]
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    names = ", ".join(known) or "none"
+    raise ValueError(
+        f"unknown autoencoder weights {name_or_path!r}; shipped are {names}, or give the path "
+        "of a .safetensors file that `jkoflow autoencoder train` or `convert` wrote"
+    )
+
+
+def to_tensors(
+    model: TamingAutoencoder, dtype: torch.dtype = torch.float16
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What to store of a model: tensors in a compact type, and metadata.
+
+    Half precision halves the file; the fingerprint of a loaded model is that of the rounded
+    weights, so the stored file is what all numbers refer to.
+
+    Returns:
+        (tensors, metadata) for a safetensors file.
+    """
+    tensors = {k: v.detach().cpu().to(dtype).contiguous() for k, v in model.state_dict().items()}
+    return tensors, {DESCRIPTION: json.dumps(model.describe())}
+
+
+def load(path: Path) -> TamingAutoencoder:
+    """Build the autoencoder that a file describes, with its weights, frozen.
+
+    Raises:
+        ValueError: not a whole safetensors file, not an autoencoder, or keys that do not fit.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); get it again"
+        ) from error
+    if DESCRIPTION not in metadata:
+        raise ValueError(
+            f"{path} holds no jkoflow autoencoder; give a file that `jkoflow autoencoder train` "
+            "or `convert` wrote"
+        )
+    description: dict[str, Any] = json.loads(metadata[DESCRIPTION])
+    model = TamingAutoencoder(config_from(description))
+    fill(model, tensors, str(path))
+    return model.freeze()
+
+
+def fill(model: TamingAutoencoder, tensors: dict[str, Tensor], source: str) -> None:
+    """Load tensors into a model; every key must fit.
+
+    Raises:
+        ValueError: names the keys that are missing, unexpected, or of another shape.
+    """
+    wanted = model.state_dict()
+    missing = sorted(set(wanted) - set(tensors))
+    unexpected = sorted(set(tensors) - set(wanted))
+    shapes = [
+        f"{k} is {tuple(tensors[k].shape)}, expected {tuple(wanted[k].shape)}"
+        for k in sorted(set(wanted) & set(tensors))
+        if tensors[k].shape != wanted[k].shape
+    ]
+    faults = []
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("shapes", shapes)):
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            faults.append(f"{title}: {'; '.join(names[:4])}{more}")
+    if faults:
+        raise ValueError(
+            f"the weights in {source} do not fit this architecture: " + " | ".join(faults)
+        )
+    model.load_state_dict({k: v.float() for k, v in tensors.items()})

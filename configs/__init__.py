@@ -1,0 +1,1 @@
+"""Packaged configurations: `--config NAME` finds them anywhere."""

@@ -1,0 +1,207 @@
+"""Distances between two sets of images, by their Inception features.
+
+`frechet_distance` compares Gaussians, `kid` kernel means, `precision_recall` manifolds. For
+small dimensions (two-dimensional flows) there is `mmd` with a bootstrap threshold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from eval.gaussian import Array, Features, GaussianStats
+from eval.mmd import Mmd, mmd
+
+__all__ = [
+    "GaussianStats", "Kid", "Mmd", "PrecisionRecall",
+    "frechet_distance", "kid", "mmd", "precision_recall",
+]  # fmt: skip
+
+_CHUNK = 2048
+
+
+def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
+    """Compute FID, the squared 2-Wasserstein distance of two Gaussians.
+
+        d² = |μ_a - μ_b|² + tr S_a + tr S_b - 2 tr (S_a S_b)^½
+
+    S_a S_b has the eigenvalues of the symmetric L ᵀ S_b L, S_a = L Lᵀ, and the trace of the
+    root is the sum of their roots. L = V √Λ from the eigenvectors of S_a; rounding leaves
+    some eigenvalues slightly negative, they count as zero. A covariance of n rows has rank
+    n - 1 at most, so L keeps that many columns, and the side of lower rank is factored: no
+    roots of rounding noise are summed, no multiple of the identity is added.
+
+    Args:
+        a: statistics of one set.
+        b: statistics of the other, same dimension.
+
+    Returns:
+        d², at least 0.
+
+    Raises:
+        ValueError: different dimensions, or a set of fewer than 2 images.
+
+    Reference: Dowson, Landau 1982; Heusel et al. 2017.
+    """
+    if a.dim != b.dim:
+        raise ValueError(f"cannot compare features of {a.dim} and {b.dim} numbers")
+    cov_a, cov_b = a.cov, b.cov
+    if _rank(b) < _rank(a):
+        root = _tr_root(cov_b, cov_a, _rank(b))
+    else:
+        root = _tr_root(cov_a, cov_b, _rank(a))
+    shift = a.mean - b.mean
+    distance = shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * root
+    return max(float(distance), 0.0)
+
+
+def _rank(stats: GaussianStats) -> int:
+    """Bound the rank of a sample covariance."""
+    return stats.dim if stats.n is None else min(stats.dim, stats.n - 1)
+
+
+def _tr_root(first: Array, second: Array, rank: int) -> float:
+    """Compute tr (first · second)^½, the first of at most the given rank."""
+    dim = len(first)
+    keep = None if rank == dim else (dim - rank, dim - 1)
+    values, vectors = scipy.linalg.eigh(first, subset_by_index=keep, driver="evr")
+    factor = vectors * np.sqrt(values.clip(min=0))
+    product = factor.T @ second @ factor
+    roots = scipy.linalg.eigvalsh(product, overwrite_a=True, check_finite=False)
+    return float(np.sqrt(roots.clip(min=0)).sum())
+
+
+@dataclass(frozen=True)
+class Kid:
+    """Kernel inception distance: `value` ± `standard_error`."""
+
+    value: float
+    standard_error: float
+    subsets: int
+    subset_size: int
+
+
+def kid(
+    x: Features, y: Features, *, subsets: int = 50, subset_size: int = 1000, seed: int = 0
+) -> Kid:
+    """Compute KID, the unbiased squared MMD with a cubic kernel, averaged over subsets.
+
+        k(x, y) = (xᵀy / d + 1)³
+        KID = Σ_{i≠j} k(x_i, x_j) / m(m-1) + Σ_{i≠j} k(y_i, y_j) / m(m-1)
+              - 2 Σ_{i,j} k(x_i, y_j) / m²
+
+    Each subset takes m rows of either set without replacement. The subsets overlap, so the
+    spread s of their values is not the error of their mean: the delete-(n-m) jackknife,
+    s √(m / (n - m)), n the smaller set, estimates what another n images would change.
+
+    Args:
+        x: features (n_x, d).
+        y: features (n_y, d).
+        subsets: how many subsets are averaged, ≥ 2.
+        subset_size: m; at most half of the smaller set is taken.
+        seed: of the choice of subsets.
+
+    Raises:
+        ValueError: fewer than 4 rows, other shapes, or fewer than 2 subsets.
+
+    Reference: Bińkowski et al. 2018; Shao, Wu 1989 (the jackknife).
+    """
+    x, y = _pair(x, y, least=4)
+    if subsets < 2 or subset_size < 2:
+        raise ValueError(f"kid needs 2 subsets of 2 rows or more, found {subsets}, {subset_size}")
+    n = min(len(x), len(y))
+    m = min(subset_size, n // 2)
+    generator = torch.Generator().manual_seed(seed)
+    values = np.empty(subsets)
+    for i in range(subsets):
+        xs = x[torch.randperm(len(x), generator=generator)[:m]]
+        ys = y[torch.randperm(len(y), generator=generator)[:m]]
+        within = _cubic_sum(xs, xs, drop=True) + _cubic_sum(ys, ys, drop=True)
+        values[i] = within / (m * (m - 1)) - 2 * _cubic_sum(xs, ys) / m**2
+    error = values.std(ddof=1) * np.sqrt(m / (n - m))
+    return Kid(float(values.mean()), float(error), subsets, m)
+
+
+def _cubic_sum(x: Tensor, y: Tensor, drop: bool = False) -> float:
+    """Sum (xᵀy / d + 1)³ over all pairs, or over pairs of different rows."""
+    gram = (x @ y.T / x.shape[1] + 1).double() ** 3
+    return float(gram.sum() - (gram.trace() if drop else 0))
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Shares in [0, 1]: of fakes among the reals, and of reals among the fakes."""
+
+    precision: float
+    recall: float
+
+
+def precision_recall(real: Features, fake: Features, *, k: int = 3) -> PrecisionRecall:
+    """Estimate precision and recall by the k-nearest-neighbour manifolds.
+
+    The manifold of a set is the union of the balls around its points, each reaching to the
+    point's k-th nearest other point. Precision is the share of fakes inside the manifold of
+    the reals; recall the share of reals inside that of the fakes.
+
+    Args:
+        real: features (n, d).
+        fake: features (m, d).
+        k: neighbours, ≥ 1.
+
+    Raises:
+        ValueError: other shapes, or sets of k rows or fewer.
+
+    Reference: Kynkäänniemi et al. 2019.
+    """
+    if k < 1:
+        raise ValueError(f"precision and recall need k of 1 or more, found {k}")
+    real, fake = _pair(real, fake, least=k + 1)
+    # Distances by x² + y² - 2xy: small norms lose fewer digits.
+    center = real.mean(0)
+    real, fake = real - center, fake - center
+    real_radius, fake_radius = _radii(real, k), _radii(fake, k)
+    precise = torch.zeros(len(fake), dtype=torch.bool)
+    recalled = 0
+    for start in range(0, len(real), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        squared = _squared(real[rows], fake)
+        precise |= (squared <= real_radius[rows, None]).any(0)
+        recalled += int((squared <= fake_radius).any(1).sum())
+    return PrecisionRecall(float(precise.double().mean()), recalled / len(real))
+
+
+def _radii(x: Tensor, k: int) -> Tensor:
+    """Squared distance of each row to its k-th nearest other row."""
+    radii = []
+    for start in range(0, len(x), _CHUNK):
+        squared = _squared(x[start : start + _CHUNK], x)
+        squared[torch.arange(len(squared)), torch.arange(start, start + len(squared))] = torch.inf
+        radii.append(squared.kthvalue(k, dim=1).values)
+    return torch.cat(radii)
+
+
+def _squared(x: Tensor, y: Tensor) -> Tensor:
+    return torch.addmm((x * x).sum(1)[:, None] + (y * y).sum(1), x, y.T, alpha=-2).clamp_(min=0)
+
+
+def _pair(x: Features, y: Features, least: int) -> tuple[Tensor, Tensor]:
+    """Bring two sets to float tensors of one dimension, at least `least` rows each."""
+    first, second = (
+        t.detach().cpu() if isinstance(t, Tensor) else torch.from_numpy(np.ascontiguousarray(t))
+        for t in (x, y)
+    )
+    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
+        raise ValueError(
+            "expected two sets of features (n, d) with one d, found "
+            f"{tuple(first.shape)} and {tuple(second.shape)}"
+        )
+    if min(len(first), len(second)) < least:
+        raise ValueError(
+            f"expected at least {least} images in each set, found {len(first)}, {len(second)}"
+        )
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return first.to(dtype), second.to(dtype)

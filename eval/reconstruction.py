@@ -1,0 +1,122 @@
+"""How well an autoencoder reconstructs: PSNR, SSIM, codebook use, statistics of the latents."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_WINDOW, _SIGMA = 11, 1.5
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each pair, 10 log10(255² / MSE), in dB.
+
+    Args:
+        a: uint8 (B, C, H, W).
+        b: the same shape.
+
+    Returns:
+        float64 (B,); infinite where a pair is equal.
+    """
+    mse = ((a.double() - b.double()) ** 2).flatten(1).mean(1)
+    return 10.0 * torch.log10(255.0**2 / mse)
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of each pair, mean over pixels and channels.
+
+    Gaussian window of 11 x 11 with σ = 1.5, K1 = 0.01, K2 = 0.03, without padding.
+
+    Args:
+        a: uint8 (B, C, H, W), H and W at least 11.
+        b: the same shape.
+
+    Returns:
+        float64 (B,), in [-1, 1].
+
+    Reference: Wang et al. 2004.
+    """
+    x, y = a.double(), b.double()
+    offsets = torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2
+    line = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
+    window = torch.outer(line, line)
+    window = (window / window.sum()).expand(x.shape[1], 1, -1, -1)
+
+    def blur(image: Tensor) -> Tensor:
+        return F.conv2d(image, window, groups=x.shape[1])
+
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    cov = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    value = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
+    value = value / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    return value.flatten(1).mean(1)
+
+
+def perplexity(counts: Tensor) -> float:
+    """Exp of the entropy of the codebook's use; the number of entries if all are used alike.
+
+    Args:
+        counts: (n_embed,), how often each entry was chosen.
+    """
+    share = counts.double() / counts.sum()
+    share = share[share > 0]
+    return math.exp(-float((share * share.log()).sum()))
+
+
+class Reconstruction:
+    """Accumulates over batches of images, their reconstructions and their latents."""
+
+    def __init__(self) -> None:
+        self.psnr: list[Tensor] = []
+        self.ssim: list[Tensor] = []
+        self.latents: list[Tensor] = []
+        self.codes: list[Tensor] = []
+
+    def add(self, images: Tensor, again: Tensor, latents: Tensor, codes: Tensor | None) -> None:
+        """Take in one batch.
+
+        Args:
+            images: uint8 (B, C, H, W).
+            again: their reconstructions, the same shape.
+            latents: (B, C_z, H_z, W_z).
+            codes: chosen codebook entries, any shape; None without a codebook.
+        """
+        self.psnr.append(psnr(images, again))
+        self.ssim.append(ssim(images, again))
+        self.latents.append(latents.float())
+        if codes is not None:
+            self.codes.append(codes.flatten())
+
+    def result(self, entries: int) -> dict[str, Any]:
+        """The means, JSON-ready.
+
+        Args:
+            entries: size of the codebook.
+        """
+        signal, z = torch.cat(self.psnr), torch.cat(self.latents).double()
+        finite = signal[torch.isfinite(signal)]
+        result: dict[str, Any] = {
+            "n": len(signal),
+            "psnr": float(finite.mean()) if len(finite) else None,
+            "ssim": float(torch.cat(self.ssim).mean()),
+            "latents": {
+                "shape": list(z.shape[1:]),
+                "mean": z.mean((0, 2, 3)).tolist(),
+                "std": z.std((0, 2, 3)).tolist(),
+                "largest": float(z.abs().max()),
+            },
+        }
+        if self.codes:
+            counts = torch.bincount(torch.cat(self.codes), minlength=entries)
+            result["codebook"] = {
+                "entries": entries,
+                "used": int((counts > 0).sum()),
+                "perplexity": perplexity(counts),
+            }
+        return result

@@ -1,0 +1,1 @@
+"""Block-wise neural-ODE flows: the mathematics, without images, files or a command line."""

@@ -1,0 +1,155 @@
+"""How large the steps are, when to stop, and how to even them out: pure functions of (h, S).
+
+h_k is the JKO step of block k, the weight of its movement term; S_k = (E ‖T_k(z) − z‖²)^½ is how
+far that block moved the samples. A free block has no step and is not part of these lists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from flows.errors import FlowError
+
+
+def step_sizes(h0: float, rho: float, h_max: float, blocks: int) -> list[float]:
+    """The geometric schedule h_k = min(ρᵏ h₀, h_max), k = 0 … K−1.
+
+    Args:
+        h0: first step, positive.
+        rho: growth factor, positive; 1 keeps the steps equal.
+        h_max: largest step, positive; infinity for none.
+        blocks: K ≥ 1.
+
+    Raises:
+        FlowError: a value out of range.
+
+    Reference: JKO-iFlow, Algorithm 1; the released 2-D configs use h₀ = 0.25, ρ = 1.4.
+    """
+    _positive("h0", h0)
+    _positive("rho", rho)
+    if not h_max > 0:
+        raise FlowError(f"h_max must be positive, found {h_max}")
+    _at_least_one("blocks", blocks)
+    # In logarithms, because ρᵏ overflows long before the cap would hide it.
+    cap = math.log(h_max) if math.isfinite(h_max) else math.inf
+    exponents = [math.log(h0) + k * math.log(rho) for k in range(blocks)]
+    if not math.isfinite(h_max) and exponents[-1] > 700:
+        raise FlowError(f"the steps overflow before block {blocks}; give a finite h_max")
+    return [h_max if x >= cap else math.exp(x) for x in exponents]
+
+
+def gammas(gamma1: float, rho: float, blocks: int, free_last: bool = True) -> list[float | None]:
+    """The times of local flow matching, γ_k = γ₁ ρ^{k−1}, the last one None (pure noise).
+
+    Args:
+        gamma1: Ornstein–Uhlenbeck time of the first block, positive.
+        rho: growth factor, positive.
+        blocks: number of blocks, at least 1, the free one included.
+        free_last: whether the last block aims at pure noise.
+
+    Raises:
+        FlowError: a value out of range.
+
+    Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024).
+    """
+    _at_least_one("blocks", blocks)
+    finite = blocks - 1 if free_last else blocks
+    _positive("gamma1", gamma1)
+    _positive("rho", rho)
+    times: list[float | None] = list(step_sizes(gamma1, rho, math.inf, finite)) if finite else []
+    return [*times, None] if free_last else times
+
+
+def stopping_ratio(squared_movement: float, squared_norm: float) -> float:
+    """The termination ratio Ter(k) = E ‖z − T_k(z)‖² / E ‖T_k(z)‖².
+
+    Blocks are added until it falls below ε (0.01): the last one hardly moved anything.
+
+    Args:
+        squared_movement: E ‖T(z) − z‖², not negative.
+        squared_norm: E ‖T(z)‖², positive.
+
+    Raises:
+        FlowError: a value out of range or not finite.
+
+    Reference: JKO-iFlow, Algorithm 1.
+    """
+    if not 0 <= squared_movement < math.inf:
+        raise FlowError(f"the squared movement must not be negative, found {squared_movement}")
+    _positive("the squared norm", squared_norm)
+    return squared_movement / squared_norm
+
+
+def reparameterize(
+    h: Sequence[float], S: Sequence[float], eta: float = 0.5, h_max: float = math.inf
+) -> list[float]:
+    """New step sizes under which the blocks move the samples equally far.
+
+    The pairs (h₁ + … + h_k, S₁ + … + S_k) draw arc length as a piecewise linear function of
+    accumulated step size. New knots are put where the arc length is j S_tot / K; their spacings h̃
+    are the steps that would share the way equally, if the path did not change. It does, so only a
+    part of the correction is taken, h ← h + η (h̃ − h), and capped at h_max; then the blocks are
+    trained again, and the whole repeated.
+
+    Args:
+        h: step sizes (K), positive.
+        S: movements of the blocks (K), not negative.
+        eta: relaxation in (0, 1].
+        h_max: largest step.
+
+    Returns:
+        K positive steps; h itself (capped) if the movements are equal, or all zero.
+
+    Raises:
+        FlowError: lengths differ, or a value is out of range.
+
+    Reference: JKO-iFlow, progressive reparameterization of the trajectory.
+    """
+    if len(h) != len(S) or not h:
+        raise FlowError(f"expected one movement a step, found {len(h)} steps, {len(S)} movements")
+    for step in h:
+        _positive("h", step)
+    for movement in S:
+        if not 0 <= movement < math.inf:
+            raise FlowError(f"a movement must not be negative, found {movement}")
+    if not 0 < eta <= 1:
+        raise FlowError(f"eta must lie in (0, 1], found {eta}")
+    if not h_max > 0:
+        raise FlowError(f"h_max must be positive, found {h_max}")
+    steps, movements = np.asarray(h, dtype=np.float64), np.asarray(S, dtype=np.float64)
+    length = movements.sum()
+    if length == 0:
+        return [min(float(step), h_max) for step in steps]
+    # A block that did not move at all would make the arc length flat, hence not invertible.
+    movements = np.maximum(movements, 1e-9 * length)
+    arc = np.concatenate([[0.0], np.cumsum(movements)])
+    time = np.concatenate([[0.0], np.cumsum(steps)])
+    equal = np.linspace(0.0, arc[-1], len(steps) + 1)
+    even = np.diff(np.interp(equal, arc, time))
+    relaxed = steps + eta * (even - steps)
+    return [min(float(step), h_max) for step in relaxed]
+
+
+def refine(h: Sequence[float], c: int) -> list[float]:
+    """Step sizes after every block is split into c children: each h_k becomes c times h_k / c.
+
+    Raises:
+        FlowError: c < 1, or a step is not positive.
+    """
+    _at_least_one("c", c)
+    for step in h:
+        _positive("h", step)
+    return [step / c for step in h for _ in range(c)]
+
+
+def _positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise FlowError(f"{name} must be positive and finite, found {value}")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise FlowError(f"{name} must be at least 1, found {value}")

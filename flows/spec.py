@@ -1,0 +1,105 @@
+"""The specification a block is built from: plain data that goes into ``flow.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+from flows.block import Block, SolverConfig
+from flows.errors import FlowError
+from flows.objective import OBJECTIVES
+from flows.velocity import TimeSlice, Velocity, VelocityConfig, make_velocity
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """Everything about a block but its weights.
+
+    Attributes:
+        velocity: its network.
+        solver: its grid.
+        h: JKO step size; None for a free block (and under the other objectives).
+        objective: ``jko`` | ``lfm``.
+        gamma: Ornstein–Uhlenbeck time under ``lfm``; None aims at pure noise (flow matching).
+        start: where in its network's time this block begins; see :class:`TimeSlice`.
+        length: how much of its network's time it covers.
+    """
+
+    velocity: VelocityConfig = field(default_factory=VelocityConfig)
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    h: float | None = None
+    objective: str = "jko"
+    gamma: float | None = None
+    start: float = 0.0
+    length: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range."""
+        if self.objective not in OBJECTIVES:
+            known = ", ".join(OBJECTIVES)
+            raise FlowError(f"unknown objective {self.objective!r}; choose one of {known}")
+        for name in ("h", "gamma"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise FlowError(f"{name} must be positive and finite, found {value}")
+
+    @property
+    def weight(self) -> float | None:
+        """The step this block takes under its objective: h or gamma; None if it is free."""
+        return self.h if self.objective == "jko" else self.gamma
+
+    @property
+    def sliced(self) -> bool:
+        """Whether the block covers only a part of its network's time."""
+        return (self.start, self.length) != (0.0, 1.0)
+
+    def child(self, index: int, children: int, solver: SolverConfig) -> BlockSpec:
+        """The specification of one of the equal parts of this block."""
+        return replace(
+            self,
+            solver=solver,
+            h=None if self.h is None else self.h / children,
+            gamma=None if self.gamma is None else self.gamma / children,
+            start=self.start + self.length * index / children,
+            length=self.length / children,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        plain = asdict(self)
+        plain["velocity"]["hidden"] = list(self.velocity.hidden)
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> BlockSpec:
+        """The inverse of :meth:`to_dict`; a missing key takes its default.
+
+        Raises:
+            FlowError: an unknown key, or a value out of range.
+        """
+        plain = dict(plain)
+        for name, kind in (("velocity", VelocityConfig), ("solver", SolverConfig)):
+            if name in plain:
+                plain[name] = _strict(kind, plain[name], name)
+        return _strict(cls, plain, "block")
+
+
+def build_block(
+    spec: BlockSpec, shape: tuple[int, ...], generator: torch.Generator | None = None
+) -> Block:
+    """A freshly initialised block for samples of the given shape."""
+    velocity: Velocity = make_velocity(spec.velocity, shape, generator)
+    if spec.sliced:
+        velocity = TimeSlice(velocity, spec.start, spec.length)
+    return Block(velocity, spec.solver)
+
+
+def _strict(kind: Any, plain: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401
+    """Builds a dataclass from a mapping and names the keys it does not know."""
+    unknown = set(plain) - {item.name for item in fields(kind)}
+    if unknown:
+        raise FlowError(f"unknown key {', '.join(sorted(unknown))} in the {name} of a flow")
+    return kind(**plain)

@@ -1,0 +1,53 @@
+"""The velocity networks v(t, z), by name: an explicit registry and its constructor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from flows.convnet import ConvVelocity, UNetVelocity
+from flows.errors import FlowError
+from flows.mlp import LinearVelocity, MlpVelocity, ResidualMlpVelocity
+from flows.velocity_base import TimeSlice, Velocity, VelocityConfig
+
+__all__ = ["KINDS", "TimeSlice", "Velocity", "VelocityConfig", "make_velocity"]
+
+KINDS: dict[str, Callable[[VelocityConfig, tuple[int, ...]], Velocity]] = {
+    "mlp": MlpVelocity,
+    "resmlp": ResidualMlpVelocity,
+    "conv": ConvVelocity,
+    "unet": UNetVelocity,
+    "linear": LinearVelocity,
+}
+
+
+def make_velocity(
+    config: VelocityConfig,
+    shape: tuple[int, ...],
+    generator: torch.Generator | None = None,
+) -> Velocity:
+    """Builds a freshly initialised velocity network.
+
+    Args:
+        config: kind and sizes.
+        shape: of one sample, (D,) or (C, H, W); ``conv`` and ``unet`` need the second.
+        generator: source of the initial weights; None takes torch's global state.
+
+    Returns:
+        the network; with ``config.zero_init`` it is v = 0.
+
+    Raises:
+        FlowError: unknown kind, or a shape that the kind cannot take.
+    """
+    if config.kind not in KINDS:
+        raise FlowError(f"unknown velocity {config.kind!r}; choose one of {', '.join(KINDS)}")
+    if not shape or min(shape) < 1:
+        raise FlowError(f"a sample's shape needs positive sizes, found {tuple(shape)}")
+    if generator is None:
+        return KINDS[config.kind](config, tuple(shape))
+    # torch's initialisers know only the global state: lend it a seed, then put it back.
+    draw = torch.randint(2**62, (), generator=generator, device=generator.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(draw))
+        return KINDS[config.kind](config, tuple(shape))

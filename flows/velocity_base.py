@@ -1,0 +1,150 @@
+"""What every velocity network shares: its configuration, its interface, its time features."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flows.errors import FlowError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softplus20": partial(F.softplus, beta=20),
+    "softplus": F.softplus,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+}
+
+
+@dataclass(frozen=True)
+class VelocityConfig:
+    """Which network a block uses, and how large it is.
+
+    Attributes:
+        kind: ``mlp`` | ``resmlp`` | ``conv`` | ``unet`` | ``linear``.
+        width: hidden features (resmlp) or channels (conv, unet).
+        depth: residual blocks (resmlp), hidden layers (conv), residual blocks a level (unet).
+        hidden: layer widths of ``mlp``; the paper's two-dimensional flows use 128-128-128.
+        activation: a key of ``ACTIVATIONS``, or ``default``: softplus20 for mlp and conv (smooth,
+            as in the paper), silu for resmlp and unet.
+        time_features: sines and cosines of t seen by the time-conditioned networks; even.
+        heads: attention heads at the unet's lowest resolution; 0 leaves attention out.
+        zero_init: start with v = 0, so that a new block is the identity map.
+    """
+
+    kind: str = "resmlp"
+    width: int = 256
+    depth: int = 4
+    hidden: tuple[int, ...] = (128, 128, 128)
+    activation: str = "default"
+    time_features: int = 32
+    heads: int = 4
+    zero_init: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses sizes and names that no network could be built from."""
+        object.__setattr__(self, "hidden", tuple(int(width) for width in self.hidden))
+        for name in ("width", "depth"):
+            if getattr(self, name) < 1:
+                raise FlowError(f"velocity.{name} must be at least 1, not {getattr(self, name)}")
+        if self.kind == "mlp" and (not self.hidden or min(self.hidden) < 1):
+            raise FlowError(f"velocity.hidden needs widths of at least 1, not {self.hidden}")
+        if self.activation != "default" and self.activation not in ACTIVATIONS:
+            known = ", ".join(["default", *ACTIVATIONS])
+            raise FlowError(f"unknown activation {self.activation!r}; choose one of {known}")
+        if self.time_features < 2 or self.time_features % 2:
+            raise FlowError(
+                f"velocity.time_features must be even and at least 2, not {self.time_features}"
+            )
+        if self.heads < 0:
+            raise FlowError(f"velocity.heads must not be negative, found {self.heads}")
+
+    def activation_or(self, default: str) -> Callable[[Tensor], Tensor]:
+        """The chosen activation, or the network's own default."""
+        return ACTIVATIONS[default if self.activation == "default" else self.activation]
+
+
+class Velocity(nn.Module, ABC):
+    """A velocity field v(t, z) on samples of a fixed shape.
+
+    Samples never interact: row i of v(t, z) depends on row i of z alone, which the divergence
+    estimators rely on (so no batch normalisation).
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.dim = math.prod(shape)
+
+    @abstractmethod
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        """Evaluates the field.
+
+        Args:
+            t: time in [0, 1]; 0-d, the same for all samples (ODE solvers), or (B,), one a sample
+                (simulation-free objectives).
+            z: samples (B, *shape).
+
+        Returns:
+            v(t, z), (B, *shape).
+        """
+
+
+class TimeSlice(Velocity):
+    """Part of another field's time interval, stretched to [0, 1].
+
+    w(t, z) = length · v(start + length · t, z), so that following w over [0, 1] is following v
+    over [start, start + length]. The children of a refined block start from such slices.
+
+    Reference: the refinement of blocks in JKO-iFlow.
+    """
+
+    def __init__(self, inner: Velocity, start: float, length: float) -> None:
+        if not (0 <= start and 0 < length and start + length <= 1 + 1e-9):
+            raise FlowError(
+                f"a time slice must lie inside [0, 1], found start {start}, length {length}"
+            )
+        super().__init__(inner.shape)
+        self.inner = inner
+        self.start = start
+        self.length = length
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        """See :class:`Velocity`."""
+        return self.length * self.inner(self.start + self.length * t, z)
+
+
+class TimeFeatures(nn.Module):
+    """Sines and cosines of t at geometrically spaced frequencies, π/2 … 2π.
+
+    The fastest makes one period over the block: a training grid has only a few sub-intervals, and
+    a field that wiggled between its knots would be integrated wrongly.
+    """
+
+    omega: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        half = features // 2
+        exponents = torch.linspace(0, 1, half, dtype=torch.float64)
+        omega = (math.pi / 2) * 4.0**exponents
+        self.register_buffer("omega", omega.to(torch.get_default_dtype()), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Maps t, 0-d or (B,), to (1, features) or (B, features)."""
+        phase = t.reshape(-1, 1).to(self.omega.dtype) * self.omega
+        return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+
+def zero_(layer: nn.Linear | nn.Conv2d) -> None:
+    """Sets weight and bias to zero, so that the layer contributes nothing at first."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

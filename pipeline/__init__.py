@@ -1,0 +1,1 @@
+"""Joins flows, autoencoders and eval: configuration, data, caches, training, command line."""

@@ -1,0 +1,221 @@
+"""`jkoflow autoencoder train | evaluate`: drives the trainer, measures the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from autoencoders import weights
+from autoencoders.base import Autoencoder, to_float, to_uint8
+from autoencoders.taming import TamingAutoencoder
+from autoencoders.training import AutoencoderTrainer
+from eval.pictures import before_after
+from eval.reconstruction import Reconstruction
+from eval.references import load_reference
+from pipeline import commit
+from pipeline.checkpoints import load_checkpoint, save_checkpoint
+from pipeline.config import Config
+from pipeline.config_files import resolved_yaml, to_dict
+from pipeline.datasets import ImageSet, load_images
+from pipeline.errors import JkoflowError, UserError
+from pipeline.evaluate import EXTRACTOR, Evaluator
+from pipeline.journal import Journal
+from pipeline.latents import Progress, load_parts
+from pipeline.runs import environment
+from pipeline.seeds import Batches, generator
+
+WEIGHTS = "autoencoder.safetensors"
+_CHECKPOINT = "checkpoint.safetensors"
+_LOG_EVERY = 50
+_SHOWN = 32
+
+
+def train(
+    config: Config, folder: Path, accelerator: Accelerator, progress: Progress, resume: bool
+) -> Path:
+    """Train an autoencoder on a data set.
+
+    Args:
+        config: sections data, architecture and autoencoder_training.
+        folder: weights, checkpoint, log, recipe and pictures go here.
+        accelerator: device and processes.
+        progress: wraps the loop.
+        resume: continue what is there; without it a folder with a training is refused.
+
+    Returns:
+        The path of the finished weights.
+
+    Raises:
+        UserError: images of another shape than the architecture takes, or a training there.
+        JkoflowError: the training diverged.
+    """
+    images = load_images(config.data)
+    if tuple(config.architecture.image_shape) != images.shape:
+        raise UserError(
+            f"architecture.image_shape is {tuple(config.architecture.image_shape)}, but "
+            f"{images.name} has {images.shape}; set it to the data's"
+        )
+    recipe = config.autoencoder_training
+    _enter(config, folder, resume, accelerator)
+    trainer = AutoencoderTrainer(config.architecture, recipe, accelerator)
+    checkpoint, began, before = folder / _CHECKPOINT, time.monotonic(), 0.0
+    if checkpoint.is_file():
+        state = load_checkpoint(checkpoint)
+        trainer.load_state(state["trainer"])
+        before = state["seconds"]
+    batches = Batches(len(images), recipe.batch_size, recipe.seed, "autoencoder")
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    saved = began
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            seconds = before + time.monotonic() - began
+            save_checkpoint(checkpoint, {"trainer": trainer.state(), "seconds": seconds})
+
+    with Journal(folder, accelerator.is_main_process) as journal:
+        journal.rewind(0, trainer.done)
+        todo = range(trainer.done, recipe.iterations)
+        for step in progress(todo, len(todo), "autoencoder"):
+            chosen = images.take(batches.indices(step, rank, ranks).numpy())
+            drawn = generator(recipe.seed, "autoencoder", step, rank)
+            try:
+                journal.add(trainer.step(torch.from_numpy(chosen), drawn))
+            except FloatingPointError as error:
+                raise JkoflowError(str(error)) from error
+            if trainer.done % _LOG_EVERY == 0 or trainer.done == recipe.iterations:
+                journal.flush(0, trainer.done, trainer.done)
+            if time.monotonic() - saved > config.train.checkpoint_seconds:
+                save()
+                saved = time.monotonic()
+    save()
+    if accelerator.is_main_process:
+        _finish(config, folder, trainer, images, before + time.monotonic() - began)
+    accelerator.wait_for_everyone()
+    return folder / WEIGHTS
+
+
+def evaluate(
+    config: Config, n: int, folder: Path, accelerator: Accelerator, progress: Progress
+) -> Path:
+    """Measure an autoencoder on the first n images of the test split.
+
+    Writes autoencoder.json (rFID, PSNR, SSIM, codebook perplexity, statistics of the latents)
+    and a before/after picture.
+
+    Args:
+        config: sections data, autoencoder and evaluate (for the reference).
+        n: images.
+        folder: where the results go.
+        accelerator: device and processes.
+        progress: wraps loops.
+
+    Returns:
+        The path of autoencoder.json.
+
+    Raises:
+        UserError: n below 2 or above the size of the split.
+    """
+    if n < 2:
+        raise UserError(f"an evaluation needs at least 2 images, not {n}")
+    _, autoencoder = load_parts(config)
+    test = load_images(dataclasses.replace(config.data, split=config.data.test_split))
+    if n > len(test):
+        raise UserError(f"{test.name} ({test.split}) has {len(test)} images, fewer than {n}")
+    measured = _reconstruct(autoencoder, test, n, folder, accelerator, progress)
+    reference = load_reference(config.evaluate.reference).stats
+    rfid = Evaluator(accelerator, progress).reconstruction_fid(autoencoder, test, n, reference)
+    result = {
+        "rfid": {
+            "value": rfid,
+            "n": n,
+            "split": test.split,
+            "reference": config.evaluate.reference,
+            "extractor": EXTRACTOR,
+        },
+        **measured,
+        "fingerprint": autoencoder.fingerprint,
+        "architecture": autoencoder.describe(),
+    }
+    path = folder / "autoencoder.json"
+    if accelerator.is_main_process:
+        commit.write_json(path, result)
+    return path
+
+
+@torch.inference_mode()
+def _reconstruct(
+    autoencoder: Autoencoder,
+    images: ImageSet,
+    n: int,
+    folder: Path,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> dict[str, Any]:
+    """PSNR, SSIM, codebook use and latent statistics over n images; writes the picture."""
+    autoencoder.to(accelerator.device)  # type: ignore[attr-defined]
+    total = Reconstruction()
+    starts = range(0, n, 250)
+    for start in progress(starts, len(starts), "reconstruct"):
+        pixels = torch.from_numpy(images.read(start, min(start + 250, n)))
+        moments = autoencoder.encode(to_float(pixels).to(accelerator.device))
+        z = moments.sample(generator(0, "reconstruct", start))
+        again = to_uint8(autoencoder.decode(z)).cpu()
+        codes = None
+        if isinstance(autoencoder, TamingAutoencoder) and not autoencoder.stochastic:
+            codes = autoencoder.quantise(z)[2].cpu()
+        total.add(pixels, again, z.cpu(), codes)
+        if start == 0 and accelerator.is_main_process:
+            _picture(folder, pixels[:_SHOWN], again[:_SHOWN])
+    entries = getattr(getattr(autoencoder, "config", None), "n_embed", 0)
+    return total.result(entries)
+
+
+def _picture(folder: Path, before: Tensor, after: Tensor) -> None:
+    commit.write_with(
+        folder / "before_after.png",
+        lambda file: before_after(
+            file, before, after, columns=8, titles=("images", "reconstructions")
+        ),
+    )
+
+
+def _enter(config: Config, folder: Path, resume: bool, accelerator: Accelerator) -> None:
+    path = folder / "config.yaml"
+    there = path.is_file()
+    if there and not resume:
+        raise UserError(
+            f"there is a training at {folder} already; continue it with --resume, or choose "
+            "another place with --out"
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not there:
+        commit.write_bytes(path, resolved_yaml(config).encode())
+        commit.write_json(folder / "environment.json", environment())
+    accelerator.wait_for_everyone()
+
+
+def _finish(
+    config: Config, folder: Path, trainer: AutoencoderTrainer, images: ImageSet, seconds: float
+) -> None:
+    """Commit the weights and their card, and a picture of reconstructions."""
+    tensors, metadata = weights.to_tensors(trainer.finished())
+    recipe = {
+        "data": {"name": images.name, "split": images.split, "fingerprint": images.fingerprint},
+        "recipe": to_dict(config.autoencoder_training),
+        "seconds": round(seconds, 1),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+    }
+    metadata["jkoflow.recipe"] = json.dumps(recipe)
+    commit.write_tensors(folder / WEIGHTS, tensors, metadata)
+    model = weights.load(folder / WEIGHTS)
+    pixels = torch.from_numpy(images.read(0, _SHOWN))
+    with torch.inference_mode():
+        again = to_uint8(model.decode(model.encode(to_float(pixels)).sample(generator(0, "card"))))
+    _picture(folder, pixels, again)

@@ -1,0 +1,164 @@
+"""Trains one block on its stage: optimiser, learning rate, EMA, guards, checkpoint.
+
+Only this block is in memory. Batches and probes derive from (seed, stage, step).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from flows.block import Block
+from flows.divergence import make_divergence
+from flows.ema import Ema
+from flows.errors import SolveError
+from flows.objective import jko_loss
+from flows.spec import BlockSpec
+from pipeline.checkpoints import load_checkpoint, save_checkpoint
+from pipeline.config import TrainConfig
+from pipeline.errors import JkoflowError
+from pipeline.seeds import Batches, generator
+from pipeline.store import StoreReader
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step reports.
+
+    Attributes:
+        terms: named terms of the loss, per dimension, and the norm of the gradient.
+        nfe: evaluations of the right-hand side.
+    """
+
+    terms: dict[str, float]
+    nfe: int
+
+
+class BlockTrainer:
+    """Holds a block in training; `step()` makes one optimiser step.
+
+    Args:
+        block: with its initial weights; trained in place.
+        spec: its specification, which holds the step size h.
+        stage: the samples it trains on.
+        recipe: the train section.
+        accelerator: device and processes; every process takes its share of each batch.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        spec: BlockSpec,
+        stage: StoreReader,
+        recipe: TrainConfig,
+        accelerator: Accelerator,
+    ) -> None:
+        self.block, self.spec, self.stage = block, spec, stage
+        self.recipe, self.accelerator = recipe, accelerator
+        self.index = int(stage.manifest["identity"]["stage"])
+        block.train().requires_grad_(True).to(accelerator.device)
+        self.parameters = list(block.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, recipe.lr)
+        self.average = Ema(block, recipe.ema) if recipe.ema > 0 else None
+        self.divergence = make_divergence(
+            recipe.divergence, probes=recipe.probes, sigma0=recipe.sigma0
+        )
+        self.batches = Batches(len(stage), recipe.batch_size, recipe.seed, "block", self.index)
+        self.done = 0
+        self.seconds = 0.0
+
+    def step(self) -> Step:
+        """One optimiser step.
+
+        Raises:
+            JkoflowError: the block cannot be solved, or its loss or gradient is not finite.
+        """
+        began = time.perf_counter()
+        self.optimizer.param_groups[0]["lr"] = self._learning_rate()
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        z = self.stage.take("z", self.batches.indices(self.done, rank, ranks))
+        probe = self._probe(z, rank, ranks)
+        z = z.to(self.accelerator.device)
+        try:
+            loss = jko_loss(self.block, z, self.spec.h, self.divergence, probe)
+        except SolveError as error:
+            raise self._failure(str(error)) from error
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()
+        norm = self._finish_gradients()
+        total = float(loss.total.detach())
+        if not math.isfinite(norm) or not math.isfinite(total):
+            raise self._failure(f"the loss is {total}, its gradient's norm {norm}")
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.block)
+        self.done += 1
+        self.seconds += time.perf_counter() - began
+        return Step(loss.per_dim(self.block.velocity.dim) | {"grad_norm": norm}, loss.nfe)
+
+    def finish(self) -> Block:
+        """The trained block with its averaged weights, frozen."""
+        if self.average is not None:
+            self.average.copy_to(self.block)
+        return self.block.eval().requires_grad_(False)
+
+    def save(self, path: Path) -> None:
+        """Commit a checkpoint."""
+        state: dict[str, Any] = {
+            "step": self.done,
+            "seconds": self.seconds,
+            "block": self.block.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+        }
+        save_checkpoint(path, state)
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint."""
+        state = load_checkpoint(path)
+        self.done, self.seconds = state["step"], state["seconds"]
+        self.block.load_state_dict(state["block"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+    def _probe(self, z: Tensor, rank: int, ranks: int) -> Tensor | None:
+        """This rank's rows of the probe drawn for the whole batch."""
+        drawn = generator(self.recipe.seed, "probe", self.index, self.done)
+        whole = z.new_empty(()).expand(self.recipe.batch_size, *z.shape[1:])
+        eps = self.divergence.draw_probe(whole, drawn)
+        if eps is None:
+            return None
+        return eps[:, rank::ranks][:, : len(z)].to(self.accelerator.device)
+
+    def _learning_rate(self) -> float:
+        """Linear warm-up, then half a cosine down to lr_final · lr."""
+        recipe = self.recipe
+        cosine = 0.5 * (1.0 + math.cos(math.pi * self.done / recipe.iterations))
+        scale = recipe.lr_final + (1.0 - recipe.lr_final) * cosine
+        return recipe.lr * scale * min(1.0, (self.done + 1) / max(1, recipe.warmup))
+
+    def _finish_gradients(self) -> float:
+        """Average over processes, clip; returns the norm before clipping."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.accelerator.num_processes > 1:
+            flat = torch.cat([g.flatten() for g in gradients])
+            flat = self.accelerator.reduce(flat, "mean")
+            parts = flat.split([g.numel() for g in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+        limit = self.recipe.grad_clip if self.recipe.grad_clip > 0 else math.inf
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+
+    def _failure(self, reason: str) -> JkoflowError:
+        return JkoflowError(
+            f"block {self.index} failed at step {self.done}: {reason}; lower train.lr or "
+            "schedule.h0, or take more solver.steps, then train again"
+        )

@@ -1,0 +1,214 @@
+"""Configuration: nested frozen dataclasses, which hold the only defaults there are.
+
+`pipeline.config_files` reads them from YAML files of differences and `--set` overrides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from autoencoders.taming import TamingConfig
+from autoencoders.training import AutoencoderTraining
+from flows.block import SolverConfig
+from flows.velocity import VelocityConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images.
+
+    Attributes:
+        name: mnist, cifar10, imagenet32 or folder.
+        split: the split that is encoded and trained on.
+        test_split: the split that measures reconstruction and likelihood.
+        path: the folder of images (folder), or of the official files (imagenet32).
+        size: folder only: images are resized and centre-cropped to size x size.
+        mode: folder only: RGB or L (grey).
+        limit: only the first so many images; null takes all.
+    """
+
+    name: str = "mnist"
+    split: str = "train"
+    test_split: str = "test"
+    path: str | None = None
+    size: int | None = None
+    mode: str = "RGB"
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Which autoencoder.
+
+    Attributes:
+        name: pretrained (shipped or trained here, by name or path) or identity (pixel space).
+        weights: a shipped name (such as mnist-kl) or the path of a .safetensors file.
+    """
+
+    name: str = "pretrained"
+    weights: str | None = "mnist-kl"
+
+
+@dataclass(frozen=True)
+class LatentsConfig:
+    """The latent cache.
+
+    Attributes:
+        shard_size: images a shard.
+        batch_size: images encoded at once.
+        mirror: encode the mirror image of every image too, as a second set.
+        noise: standard deviation of Gaussian noise added to the latents of a deterministic
+            encoder, in units of the standardised latents; likelihoods include it.
+        draws: posterior samples (or noisy copies) of every latent that the flow trains on.
+        seed: of the draws.
+    """
+
+    shard_size: int = 10000
+    batch_size: int = 250
+    mirror: bool = False
+    noise: float = 0.0
+    draws: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Step sizes and stopping.
+
+    Attributes:
+        h0: first JKO step size h_0.
+        rho: its growth per block, h_k = min(rho^k h_0, h_max).
+        h_max: largest step size.
+        max_blocks: most blocks with a movement term.
+        tolerance: stop when Ter(k) falls below it.
+        free_block: add one last block without the movement term.
+    """
+
+    h0: float = 0.5
+    rho: float = 1.5
+    h_max: float = 5.0
+    max_blocks: int = 4
+    tolerance: float = 0.01
+    free_block: bool = True
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training of the blocks.
+
+    Attributes:
+        objective: jko.
+        iterations: optimiser steps a block.
+        batch_size: latents a step, over all processes.
+        lr: peak learning rate (Adam).
+        lr_final: last learning rate of a block, as a fraction of `lr` (half cosine).
+        warmup: steps of linear warm-up.
+        ema: decay of the moving average of a block's weights; 0 keeps the last weights.
+        grad_clip: largest norm of the gradient; 0 clips nothing.
+        divergence: exact, hutchinson or finite-difference.
+        probes: probes of the estimator (hutchinson).
+        sigma0: step of the finite difference, sigma = sigma0 / sqrt(D).
+        warm_start: start each block from the weights of the block before it.
+        max_minutes: stop cleanly after so long, to be resumed; 0 runs to the end.
+        checkpoint_seconds: least time between two checkpoints.
+        log_every: steps between two lines of the log.
+        seed: of initial weights, batches and probes.
+    """
+
+    objective: str = "jko"
+    iterations: int = 1000
+    batch_size: int = 512
+    lr: float = 1e-3
+    lr_final: float = 0.02
+    warmup: int = 50
+    ema: float = 0.99
+    grad_clip: float = 1.0
+    divergence: str = "finite-difference"
+    probes: int = 1
+    sigma0: float = 0.02
+    warm_start: bool = True
+    max_minutes: float = 0.0
+    checkpoint_seconds: float = 30.0
+    log_every: int = 25
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Sampling.
+
+    Attributes:
+        n: images.
+        batch_size: images at once; part of what decides the noise of each image.
+        columns: of the grid.
+        seed: of the noise.
+        method: solver, null takes the one that pushes.
+        steps: its sub-intervals a block (fixed-step solvers).
+    """
+
+    n: int = 64
+    batch_size: int = 250
+    columns: int = 8
+    seed: int = 0
+    method: str | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation.
+
+    Attributes:
+        n: generated images.
+        reference: shipped statistics, such as mnist-train, or a .npz or folder.
+        floor: measure the reconstruction floor (rFID) too.
+        kid: real images for KID, precision and recall; 0 leaves them out.
+        nll: images of the test split whose likelihood is measured; 0 leaves it out.
+        seed: of the generated images.
+    """
+
+    n: int = 50000
+    reference: str = "mnist-train"
+    floor: bool = True
+    kid: int = 0
+    nll: int = 256
+    seed: int = 0
+
+
+def _push() -> SolverConfig:
+    return SolverConfig(method="rk4", steps=4)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything: see each section.
+
+    Attributes:
+        name: of the run; its directory is runs/NAME unless told otherwise.
+        data: which images.
+        autoencoder: which autoencoder.
+        architecture: of an autoencoder to be trained.
+        autoencoder_training: its recipe.
+        latents: the latent cache.
+        velocity: the network of a block.
+        solver: integrates a block while it trains.
+        push: integrates a finished block: pushing its data on, and sampling.
+        schedule: step sizes and stopping.
+        train: training of the blocks.
+        generate: sampling.
+        evaluate: evaluation.
+    """
+
+    name: str = "run"
+    data: DataConfig = field(default_factory=DataConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    architecture: TamingConfig = field(default_factory=TamingConfig)
+    autoencoder_training: AutoencoderTraining = field(default_factory=AutoencoderTraining)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    velocity: VelocityConfig = field(default_factory=VelocityConfig)
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    push: SolverConfig = field(default_factory=_push)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

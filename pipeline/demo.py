@@ -1,0 +1,88 @@
+"""`jkoflow demo`: the main job, start to finish; every step that is done is not done again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from pipeline import assets, commit, latents, runs, training
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.evaluate import Evaluator
+from pipeline.generate import sample_images, write_grid
+from pipeline.latents import Progress
+from pipeline.summary import headline, plot_movement, table
+
+#: a step that takes less than this was found done
+_INSTANT = 2.0
+
+
+class _Clock:
+    """Times the steps; remembers, beside the run, what they took when they were really done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "seconds.json"
+        self.seconds: dict[str, float] = {}
+        if self.path.is_file():
+            self.seconds = commit.read_json(self.path, "timings of the demo")
+        self.reused: set[str] = set()
+
+    def step(self, name: str, work: Callable[[], Any]) -> Any:  # noqa: ANN401
+        print(f"{name} …", flush=True)
+        began = time.perf_counter()
+        result = work()
+        spent = time.perf_counter() - began
+        if spent < _INSTANT and name in self.seconds:
+            self.reused.add(name)
+        else:
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            commit.write_json(self.path, self.seconds)
+        return result
+
+
+def run_demo(config: Config, folder: Path, accelerator: Accelerator, progress: Progress) -> None:
+    """Fetch, encode, train, generate, evaluate; print the table and the paths.
+
+    Args:
+        config: the demo's configuration.
+        folder: the run directory; what is there is continued.
+        accelerator: device and processes.
+        progress: wraps loops.
+    """
+    if accelerator.num_processes > 1:
+        raise UserError("the demo runs on one process; use the single verbs on several")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.yaml").is_file():
+        runs.start_run(folder, config)
+    clock = _Clock(folder)
+    needed = ["inception"] + ([config.data.name] if config.data.name in assets.ASSETS else [])
+    for name in needed:
+        clock.step(f"fetch {name}", partial(assets.fetch, name))
+    cache = clock.step("encode", lambda: latents.encode(config, accelerator, progress))
+    print(f"  {len(cache)} latents of shape {tuple(cache.shape)}")
+    outcome = clock.step(
+        "train", lambda: training.train(config, folder, accelerator, progress, resume=True)
+    )
+    print(f"  {outcome.blocks} blocks")
+    run = runs.open_run(folder)
+    images = clock.step(
+        "generate", lambda: sample_images(run, config.generate, accelerator, progress)
+    )
+    grid = folder / "samples" / "grid.png"
+    write_grid(images, grid, config.generate.columns**2, config.generate.columns)
+    evaluator = Evaluator(accelerator, progress)
+    metrics = clock.step(
+        "evaluate", lambda: evaluator.evaluate(run, config.evaluate, config.generate)
+    )
+    plot = folder / "samples" / "movement.png"
+    plot_movement(metrics, plot)
+    metrics["seconds"] = clock.seconds
+    commit.write_json(folder / "metrics.json", metrics)
+    print(f"\n{table(metrics, clock.seconds, clock.reused)}\n\n{headline(metrics)}\n")
+    for path in (grid, plot, folder / "metrics.json", folder / "log.jsonl"):
+        print(path)

@@ -1,0 +1,311 @@
+"""Images → numbers: FID with its n, reference and reconstruction floor, and what stands beside it.
+
+Features lie in stores (generated ones in the run, those of reconstructions and real images
+under the data root), so that an evaluation resumes, is shared between runs with the same
+autoencoder, and does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from autoencoders.base import Autoencoder, to_float, to_uint8
+from eval.distances import frechet_distance, kid, precision_recall
+from eval.gaussian import GaussianStats
+from eval.images import stats_of
+from eval.inception import FidInception
+from eval.references import load_reference
+from pipeline import assets, commit
+from pipeline.config import DataConfig, EvaluateConfig, GenerateConfig
+from pipeline.datasets import ImageSet, load_images
+from pipeline.errors import UserError
+from pipeline.generate import sample_images
+from pipeline.latents import Progress, Standardisation
+from pipeline.resources import peak_memory
+from pipeline.runs import Run
+from pipeline.seeds import generator
+from pipeline.store import StoreReader, StoreWriter, key_of, open_store
+
+SHARD = 250
+EXTRACTOR = "pytorch-fid InceptionV3, pool3"
+
+
+def load_inception(accelerator: Accelerator) -> FidInception:
+    """The FID network, fetched when it is not at hand, on the accelerator's device."""
+    return FidInception.from_weights(assets.fetch("inception")).to(accelerator.device)
+
+
+class Evaluator:
+    """Evaluates runs and autoencoders; holds the network once it is needed.
+
+    Args:
+        accelerator: device and processes; rank r makes shards r, r + P, ….
+        progress: wraps loops.
+    """
+
+    def __init__(self, accelerator: Accelerator, progress: Progress) -> None:
+        self.accelerator, self.progress = accelerator, progress
+        self._inception: FidInception | None = None
+
+    def evaluate(
+        self, run: Run, settings: EvaluateConfig, sampling: GenerateConfig
+    ) -> dict[str, Any]:
+        """Measure a run; the result is committed as its metrics.json.
+
+        Args:
+            run: an open run.
+            settings: what to measure.
+            sampling: solver and batch size; n and seed come from `settings`.
+
+        Returns:
+            The metrics, as in metrics.json.
+
+        Raises:
+            UserError: an n below 2, or larger than the split that the floor needs.
+        """
+        if settings.n < 2:
+            raise UserError(f"FID needs at least 2 images, not {settings.n}; take 2000 or more")
+        sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
+        reference = self._reference(settings.reference)
+        images = sample_images(run, sampling, self.accelerator, self.progress)
+        folder = run.folder / "samples" / f"features-{images.manifest['key']}"
+        identity = {"kind": "features", "images": images.manifest["key"], **_extractor()}
+        features = self._features(
+            folder, identity, len(images), lambda a, b, _: images.read("images", a, b), "generated"
+        )
+        label = {"reference": settings.reference, "extractor": EXTRACTOR}
+        metrics: dict[str, Any] = {
+            "fid": {
+                "value": _distance(features, reference),
+                "n": settings.n,
+                "seed": settings.seed,
+                **label,
+            }
+        }
+        if settings.floor:
+            metrics["rfid"] = self.floor(run, settings, reference) | label
+        if settings.kid:
+            metrics |= self._kid(run.config.data, features, settings)
+        if settings.nll:
+            metrics |= self._likelihood(run, settings)
+        metrics |= _about(run, images, settings)
+        if self.accelerator.is_main_process:
+            commit.write_json(run.folder / "metrics.json", metrics)
+        return metrics
+
+    def floor(
+        self, run: Run, settings: EvaluateConfig, reference: GaussianStats
+    ) -> dict[str, Any]:
+        """FID of decoded latents of real images: what a perfect flow would score.
+
+        The latents are posterior samples (or carry the known noise), as those that the flow
+        trains on; the images are the first n of the test split, or of the training split
+        where the test split is smaller than n.
+        """
+        data = run.config.data
+        images = load_images(dataclasses.replace(data, split=data.test_split))
+        if len(images) < settings.n:
+            images = load_images(data)
+        latents = run.config.latents
+        value = self.reconstruction_fid(
+            run.autoencoder(), images, settings.n, reference, latents.noise, run.standardisation
+        )
+        return {"value": value, "n": settings.n, "split": images.split}
+
+    def reconstruction_fid(
+        self,
+        autoencoder: Autoencoder,
+        images: ImageSet,
+        n: int,
+        reference: GaussianStats,
+        noise: float = 0.0,
+        standardisation: Standardisation | None = None,
+    ) -> float:
+        """rFID(n) of an autoencoder on the first n images of a set.
+
+        Raises:
+            UserError: the set has fewer than n images.
+        """
+        _enough(images, n)
+        identity: dict[str, Any] = {
+            "kind": "floor",
+            "autoencoder": autoencoder.fingerprint,
+            "data": images.fingerprint,
+            "n": n,
+            **_extractor(),
+        }
+        if noise > 0 and standardisation is not None:
+            identity |= {"noise": noise, "standardisation": standardisation.to_dict()}
+        folder = assets.data_root() / "features" / f"floor-{key_of(identity)}"
+        autoencoder.to(self.accelerator.device)  # type: ignore[attr-defined]
+
+        def make(first: int, last: int, index: int) -> Tensor:
+            x = to_float(torch.from_numpy(images.read(first, last)))
+            drawn = generator(0, "floor", index)
+            moments = autoencoder.encode(x.to(self.accelerator.device))
+            z = moments.sample(drawn)
+            if noise > 0 and standardisation is not None and moments.log_var is None:
+                spread = standardisation.undo(torch.ones_like(z)) - standardisation.undo(z * 0)
+                z = z + noise * spread * torch.randn(z.shape, generator=drawn).to(z.device)
+            return to_uint8(autoencoder.decode(z))
+
+        features = self._features(folder, identity, n, make, "reconstructed")
+        return _distance(features, reference)
+
+    def real_features(self, images: ImageSet, n: int) -> StoreReader:
+        """Features of the first n real images of a set."""
+        _enough(images, n)
+        identity = {"kind": "real", "data": images.fingerprint, "n": n, **_extractor()}
+        folder = assets.data_root() / "features" / f"real-{key_of(identity)}"
+        return self._features(
+            folder, identity, n, lambda a, b, _: torch.from_numpy(images.read(a, b)), "real"
+        )
+
+    def _reference(self, name: str) -> GaussianStats:
+        return stats_of(name, self._network)
+
+    def _network(self) -> FidInception:
+        if self._inception is None:
+            self._inception = load_inception(self.accelerator)
+        return self._inception
+
+    def _features(
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        count: int,
+        make: Callable[[int, int, int], Tensor],
+        what: str,
+    ) -> StoreReader:
+        """Features of images that `make(first, last, shard)` gives; resumes by shard."""
+        if (folder / "manifest.json").is_file():
+            return open_store(folder, "features", identity)
+        writer = StoreWriter(folder, identity, count, SHARD)
+        ranks = self.accelerator.num_processes
+        missing = writer.missing(self.accelerator.process_index, ranks)
+        network = self._network()
+        with torch.inference_mode():
+            for index in self.progress(missing, len(missing), f"features of {count} {what}"):
+                images = make(*writer.bounds(index), index)
+                writer.write(index, {"features": network.features(images)})
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            writer.finish()
+        self.accelerator.wait_for_everyone()
+        return open_store(folder, "features", identity)
+
+    def _kid(
+        self, data: DataConfig, generated: StoreReader, settings: EvaluateConfig
+    ) -> dict[str, Any]:
+        """KID, precision and recall against real images of the training split."""
+        real = self.real_features(load_images(data), settings.kid).field("features")
+        fake = generated.field("features")[: settings.kid]
+        distance, manifold = kid(real, fake), precision_recall(real, fake)
+        return {
+            "kid": {
+                "value": distance.value,
+                "standard_error": distance.standard_error,
+                "n": len(fake),
+                "n_real": len(real),
+            },
+            "precision": manifold.precision,
+            "recall": manifold.recall,
+        }
+
+    def _likelihood(self, run: Run, settings: EvaluateConfig) -> dict[str, Any]:
+        """NLL of latents of the test split: exact divergence, adaptive solver."""
+        data = run.config.data
+        images = load_images(dataclasses.replace(data, split=data.test_split))
+        _enough(images, settings.nll)
+        autoencoder = run.autoencoder()
+        drawn = generator(0, "nll")
+        with torch.inference_mode():
+            x = to_float(torch.from_numpy(images.read(0, settings.nll)))
+            moments = autoencoder.encode(x)
+            z = run.standardisation.apply(moments.sample(drawn))
+        noise = run.config.latents.noise
+        if moments.log_var is None and noise > 0:
+            z = z + noise * torch.randn(z.shape, generator=drawn)
+        device = next(run.flow.parameters()).device
+        result = run.flow.log_prob(z.clone().to(device), divergence="exact", chunk=SHARD)
+        error = result.inversion_error.double()
+        return {
+            "nll_per_dim": result.nll_per_dim,
+            "nll": {
+                "n": settings.nll,
+                "split": images.split,
+                "unit": "nats per latent dimension",
+                "divergence": "exact",
+                "solver": "dopri5",
+                "nfe": result.nfe,
+                "inversion_mse": float((error**2).mean()) / result.dim,
+            },
+        }
+
+
+def fid_between(
+    a: str, b: str, accelerator: Accelerator, progress: Callable[[str], Callable[[int], None]]
+) -> float:
+    """FID of two sets: folders, .npz of images or statistics, or shipped references.
+
+    Args:
+        a: the first.
+        b: the second.
+        accelerator: device.
+        progress: makes, from a set's name, what is told of every batch.
+    """
+    networks: list[FidInception] = []
+
+    def network() -> FidInception:
+        if not networks:
+            networks.append(load_inception(accelerator))
+        return networks[0]
+
+    first, second = (stats_of(where, network, progress(where)) for where in (a, b))
+    return frechet_distance(first, second)
+
+
+def _distance(features: StoreReader, reference: GaussianStats) -> float:
+    stats = GaussianStats()
+    for start in range(0, len(features), SHARD):
+        stats.update(features.read("features", start, min(start + SHARD, len(features))))
+    return float(np.float64(frechet_distance(stats, reference)))
+
+
+def _extractor() -> dict[str, str]:
+    return {"extractor": EXTRACTOR, "weights": assets.content_sha256("inception")[:16]}
+
+
+def _enough(images: ImageSet, n: int) -> None:
+    if n > len(images):
+        raise UserError(
+            f"{n} images were asked for, but {images.name} ({images.split}) has {len(images)}; "
+            "ask for fewer"
+        )
+
+
+def _about(run: Run, images: StoreReader, settings: EvaluateConfig) -> dict[str, Any]:
+    """What the numbers belong to."""
+    keys = ("h", "movement", "ter", "seconds", "iterations", "parameters")
+    rows = run.manifest["blocks"][: len(run.flow)]
+    try:
+        card = load_reference(settings.reference).card
+    except ValueError:
+        card = {}
+    real = card.get("test_split_fid", {}).get(str(settings.n))
+    return {
+        "real_test_fid": real,
+        "nfe": images.manifest["nfe"],
+        "blocks": [{key: row[key] for key in keys} for row in rows],
+        "train_seconds": sum(row["seconds"] for row in rows),
+        "peak_memory_bytes": peak_memory(),
+        "run": run.fingerprint,
+    }

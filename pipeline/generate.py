@@ -1,0 +1,181 @@
+"""Run directory → images: noise through the blocks backwards, un-standardised, decoded.
+
+Images lie in a store inside the run, addressed by everything that decides them (blocks,
+autoencoder, solver, n, seed), so that they are made once, resume when interrupted, and are the
+same on any number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from autoencoders.base import Autoencoder, to_uint8
+from eval.pictures import grid, save_png
+from flows.block import FIXED_METHODS, SolverConfig
+from pipeline import commit
+from pipeline.config import GenerateConfig
+from pipeline.errors import UserError
+from pipeline.latents import Progress
+from pipeline.runs import Run
+from pipeline.seeds import generator
+from pipeline.store import StoreReader, StoreWriter, key_of, open_store
+
+_KEEP_SMALLER_THAN = 500
+
+
+def solver_of(run: Run, settings: GenerateConfig) -> SolverConfig:
+    """The solver that samples: the run's `push`, with the overrides of `generate`."""
+    solver = run.config.push
+    if settings.method is not None:
+        solver = dataclasses.replace(solver, method=settings.method)
+    if settings.steps is not None:
+        solver = dataclasses.replace(solver, steps=settings.steps)
+    return solver
+
+
+def within(run: Run, settings: GenerateConfig, nfe: int) -> GenerateConfig:
+    """The settings with as many sub-intervals a block as a budget of evaluations allows.
+
+    Raises:
+        UserError: the budget does not reach one step a block, or the solver is adaptive.
+    """
+    solver = solver_of(run, settings)
+    if solver.adaptive:
+        raise UserError(
+            f"--nfe needs a fixed-step solver, but generate.method is {solver.method}; choose "
+            "rk4, midpoint or euler"
+        )
+    per_step = FIXED_METHODS[solver.method] * len(run.flow)
+    if nfe < per_step:
+        raise UserError(
+            f"--nfe {nfe} is below one {solver.method} step in each of {len(run.flow)} blocks "
+            f"({per_step}); ask for more, or set generate.method=euler"
+        )
+    return dataclasses.replace(settings, steps=nfe // per_step)
+
+
+def sample_images(
+    run: Run, settings: GenerateConfig, accelerator: Accelerator, progress: Progress
+) -> StoreReader:
+    """Generate `settings.n` images, or open those generated before.
+
+    Args:
+        run: an open run.
+        settings: n, seed, batch size, solver.
+        accelerator: device and processes; rank r makes shards r, r + P, ….
+        progress: wraps the loop over batches.
+
+    Returns:
+        A store with the field `images`, uint8 (n, C, H, W); its manifest has `nfe`.
+
+    Raises:
+        UserError: n or batch size below 1.
+        SolveError: the flow cannot be followed.
+    """
+    if settings.n < 1 or settings.batch_size < 1:
+        raise UserError(
+            f"n and generate.batch_size must be at least 1, not {settings.n} and "
+            f"{settings.batch_size}"
+        )
+    solver = solver_of(run, settings)
+    identity = {
+        "kind": "samples",
+        "run": run.fingerprint,
+        "seed": settings.seed,
+        "n": settings.n,
+        "batch_size": settings.batch_size,
+        "solver": dataclasses.asdict(solver),
+    }
+    folder = run.folder / "samples" / f"images-{key_of(identity)}"
+    if (folder / "manifest.json").is_file():
+        return open_store(folder, "generated images", identity)
+    # a shard is two batches or so: an interruption loses little, and shards stay few
+    size = settings.batch_size * max(1, _KEEP_SMALLER_THAN // settings.batch_size)
+    writer = StoreWriter(folder, identity, settings.n, size)
+    autoencoder = run.autoencoder()
+    run.flow.to(accelerator.device)
+    missing = writer.missing(accelerator.process_index, accelerator.num_processes)
+    for index in progress(missing, len(missing), f"generate ({size} a step)"):
+        first, last = writer.bounds(index)
+        parts = []
+        for start in range(first, last, settings.batch_size):
+            count = min(settings.batch_size, last - start)
+            drawn = generator(settings.seed, "sample", start // settings.batch_size)
+            parts.append(_sample(run, autoencoder, count, drawn, solver, accelerator))
+        writer.write(index, {"images": torch.cat(parts)})
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        nfe = sample_nfe(run, solver)
+        writer.finish(lambda _: {"nfe": nfe})
+    accelerator.wait_for_everyone()
+    return open_store(folder, "generated images", identity)
+
+
+@torch.inference_mode()
+def _sample(
+    run: Run,
+    autoencoder: Autoencoder,
+    count: int,
+    drawn: torch.Generator,
+    solver: SolverConfig,
+    accelerator: Accelerator,
+) -> Tensor:
+    noise = torch.randn((count, *run.flow.shape), generator=drawn).to(accelerator.device)
+    z = run.standardisation.undo(run.flow.decode(noise, solver=solver))
+    autoencoder.to(accelerator.device)  # type: ignore[attr-defined]
+    return to_uint8(autoencoder.decode(z)).cpu()
+
+
+def sample_nfe(run: Run, solver: SolverConfig) -> int:
+    """Evaluations of v per sample under a solver, summed over blocks (measured on 16 samples)."""
+    noise = torch.randn((16, *run.flow.shape), generator=generator(0, "nfe"))
+    device = next(run.flow.parameters()).device
+    return int(run.flow.transport(noise.to(device), reverse=True, solver=solver).nfe)
+
+
+def batches(images: StoreReader, size: int = 500) -> Iterator[Tensor]:
+    """The images of a store in order, uint8 (≤ size, C, H, W) at a time."""
+    for start in range(0, len(images), size):
+        yield images.read("images", start, min(start + size, len(images)))
+
+
+def write_grid(images: StoreReader, path: Path, count: int, columns: int) -> None:
+    """Write the first images of a store as one PNG grid."""
+    if columns < 1:
+        raise UserError(f"generate.columns must be at least 1, not {columns}")
+    first = images.read("images", 0, min(count, len(images)))
+    picture = grid(first, min(columns, len(first)), scale=2 if first.shape[-1] <= 64 else 1)
+    commit.write_with(path, lambda file: save_png(picture, file))
+
+
+def write_npz(images: StoreReader, path: Path) -> None:
+    """Write all images as `arr_0`, uint8 (N, H, W, C), the layout that FID tools read."""
+    array = images.field("images").permute(0, 2, 3, 1).contiguous().numpy()
+    commit.write_with(path, lambda file: np.savez_compressed(file, arr_0=array))
+
+
+def write_folder(images: StoreReader, folder: Path) -> None:
+    """Write every image as its own PNG, `000000.png` and on.
+
+    Raises:
+        UserError: the folder holds other files already.
+    """
+    names = {f"{index:06d}.png" for index in range(len(images))}
+    if folder.is_dir() and any(path.name not in names for path in folder.iterdir()):
+        raise UserError(f"{folder} holds other files; choose an empty folder for the images")
+    index = 0
+    for batch in batches(images):
+        for image in batch.permute(0, 2, 3, 1).numpy():
+            picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+            path = folder / f"{index:06d}.png"
+            commit.write_with(path, partial(picture.save, format="PNG"))
+            index += 1

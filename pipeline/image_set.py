@@ -1,0 +1,122 @@
+"""One interface for every data set of images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+
+class Pixels(Protocol):
+    """Where the images of a data set come from."""
+
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """Images by number, int64 (n,) rising; uint8 (n, C, H, W), the caller's own copy."""
+        ...
+
+    def labels(self) -> np.ndarray | None:
+        """The class of every image as integers from 0, or None."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images of one size in a fixed order.
+
+    Attributes:
+        name: "mnist", "cifar10", "imagenet32" or "folder".
+        split: "train" or "test".
+        shape: (C, H, W) of one image.
+        fingerprint: sha256 (hex) of the content, the split, the preprocessing and the limit;
+            two sets with the same fingerprint hold the same images in the same order.
+        count: number of images.
+        pixels: where they come from.
+    """
+
+    name: str
+    split: str
+    shape: tuple[int, int, int]
+    fingerprint: str
+    count: int
+    pixels: Pixels
+
+    def __len__(self) -> int:
+        return self.count
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        """int64 (N,), classes from 0; None when the images have none."""
+        labels = self.pixels.labels()
+        return None if labels is None else np.asarray(labels[: self.count], np.int64)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Images start … stop - 1.
+
+        Args:
+            start: in [0, N].
+            stop: in [start, N].
+
+        Returns:
+            uint8 (stop - start, C, H, W), the caller's own copy.
+
+        Raises:
+            IndexError: the range leaves the data set.
+        """
+        if not 0 <= start <= stop <= self.count:
+            raise IndexError(f"images {start} to {stop} asked for, {self.name} has {self.count}")
+        return self._take(np.arange(start, stop))
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Images by number in the order asked for; repeats are read once.
+
+        Args:
+            indices: integers (n,) in [0, N), repeats allowed.
+
+        Returns:
+            uint8 (n, C, H, W).
+
+        Raises:
+            IndexError: a number leaves the data set.
+        """
+        indices = np.asarray(indices, np.int64)
+        wanted, place = np.unique(indices, return_inverse=True)
+        if len(wanted) and (wanted[0] < 0 or wanted[-1] >= self.count):
+            raise IndexError(f"images {wanted[0]} to {wanted[-1]} asked for, of {self.count}")
+        return self._take(wanted)[place]
+
+    def _take(self, numbers: np.ndarray) -> np.ndarray:
+        return self.pixels.take(numbers) if len(numbers) else np.empty((0, *self.shape), np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayPixels:
+    """Images in an array, in memory or mapped from a file."""
+
+    images: np.ndarray
+    classes: np.ndarray | None
+
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """See `Pixels.take`."""
+        return np.asarray(self.images[numbers])
+
+    def labels(self) -> np.ndarray | None:
+        """See `Pixels.labels`."""
+        return self.classes
+
+
+def fingerprint(parts: Mapping[str, object]) -> str:
+    """The sha256 (hex) of named parts, whatever their order."""
+    text = json.dumps(dict(parts), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def limited(count: int, limit: int | None) -> tuple[int, dict[str, object]]:
+    """How many of `count` images a limit leaves, and what it adds to the fingerprint."""
+    if limit is None or limit >= count:
+        return count, {}
+    return limit, {"limit": limit}

@@ -1,0 +1,182 @@
+"""Run directories: what a training leaves behind, and how it is opened again.
+
+config.yaml, environment.json     what was asked for, and where it ran
+blocks/block-00.safetensors …     finished blocks
+flow.json                         the manifest: structure, block hashes, standardisation,
+autoencoder, data; committed after every block
+stages/, checkpoints/             training data pushed through the blocks; resume
+log.jsonl, tensorboard/           the course of the training
+samples/, metrics.json            what `generate` and `evaluate` add
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from autoencoders.base import Autoencoder
+from autoencoders.registry import build
+from flows.flow import Flow
+from pipeline import commit
+from pipeline.config import Config
+from pipeline.config_files import from_resolved, resolved_yaml
+from pipeline.errors import UserError
+from pipeline.latents import Standardisation
+
+FORMAT = 1
+
+
+def block_file(index: int) -> str:
+    """Path of a block inside a run directory."""
+    return f"blocks/block-{index:02d}.safetensors"
+
+
+def start_run(folder: Path, config: Config) -> None:
+    """Write what identifies a run, before anything is trained."""
+    commit.write_bytes(folder / "config.yaml", resolved_yaml(config).encode())
+    commit.write_json(folder / "environment.json", environment())
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, to be kept with what they made."""
+    names = ("jkoflow", "torch", "torchvision", "torchdiffeq", "accelerate", "taming-transformers")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "unknown"
+    return {
+        "python": sys.version.split()[0],
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+    }
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+        UserError: not a run directory, or a configuration this version cannot read.
+    """
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"no run at {folder} (it has no config.yaml); train one or check --run")
+    try:
+        return from_resolved(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not readable YAML; the run is damaged") from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """flow.json of a run.
+
+    Raises:
+        UserError: absent, damaged or of another format.
+    """
+    path = Path(folder) / "flow.json"
+    if not path.is_file():
+        raise UserError(
+            f"the run at {folder} has no finished block yet; finish it with `jkoflow train "
+            f"--run {folder} --resume`"
+        )
+    manifest: dict[str, Any] = commit.read_json(path, "flow manifest")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path} is not of format {FORMAT}; train the run again")
+    return manifest
+
+
+def load_blocks(folder: Path, manifest: dict[str, Any]) -> Flow:
+    """The flow of a manifest, every block checked against its sha256.
+
+    Raises:
+        UserError: a block is missing, damaged or does not fit.
+    """
+    flow = Flow.from_config(manifest["flow"])
+    for index, row in enumerate(manifest["blocks"]):
+        path = Path(folder) / row["file"]
+        tensors = commit.read_tensors(path, row["sha256"])
+        try:
+            flow[index].load_state_dict(tensors)
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit the structure in flow.json") from error
+    return flow.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, ready to generate.
+
+    Attributes:
+        folder: the run directory.
+        config: its configuration.
+        manifest: its flow.json.
+        flow: its blocks, frozen.
+        standardisation: of its latents.
+    """
+
+    folder: Path
+    config: Config
+    manifest: dict[str, Any]
+    flow: Flow
+    standardisation: Standardisation
+
+    @property
+    def fingerprint(self) -> str:
+        """What the generated images depend on besides the seed: blocks and autoencoder."""
+        blocks = [row["sha256"] for row in self.manifest["blocks"][: len(self.flow)]]
+        return "-".join(
+            [*(sha[:12] for sha in blocks), self.manifest["autoencoder"]["fingerprint"][:12]]
+        )
+
+    def autoencoder(self) -> Autoencoder:
+        """The autoencoder that the run's latents came from.
+
+        Raises:
+            UserError: it is not at hand, or is another one by the same name.
+        """
+        wanted = self.manifest["autoencoder"]
+        shape = tuple(wanted["image_shape"])
+        model = build(wanted["name"], wanted["weights"], shape)
+        if model.fingerprint != wanted["fingerprint"]:
+            raise UserError(
+                f"the run at {self.folder} was trained with another autoencoder than "
+                f"{wanted['weights'] or wanted['name']} is now; bring that one back or train again"
+            )
+        return model
+
+
+def open_run(folder: Path, blocks: int | None = None) -> Run:
+    """Open a run.
+
+    Args:
+        folder: the run directory.
+        blocks: use only the first so many blocks; None wants a finished run and takes all.
+
+    Raises:
+        UserError: absent, unfinished or damaged, or fewer blocks than asked for.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    manifest = read_manifest(folder)
+    count = len(manifest["blocks"])
+    if blocks is None and not manifest["complete"]:
+        raise UserError(
+            f"the run at {folder} stopped after {count} blocks; finish it with `jkoflow train "
+            f"--run {folder} --resume`, or use --blocks {count}"
+        )
+    if blocks is not None and not 1 <= blocks <= count:
+        raise UserError(f"--blocks must lie between 1 and {count} for the run at {folder}")
+    flow = load_blocks(folder, manifest)
+    standardisation = Standardisation.from_dict(manifest["standardisation"])
+    return Run(folder, config, manifest, flow[: blocks or count], standardisation)

@@ -1,0 +1,238 @@
+"""Arrays of many samples on disk: safetensors shards and a manifest, resumable and verified.
+
+A store is written shard by shard, each through the commit protocol, each carrying the key of
+the store it belongs to; rank r of P writes shards r, r + P, …; the manifest, written last by
+one process, makes the store whole. An interrupted store resumes at its missing shards. What a
+shard holds depends on its index alone, so any number of processes writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipeline import commit
+from pipeline.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+Shard = dict[str, Tensor]
+
+
+def key_of(identity: dict[str, Any]) -> str:
+    """The content address of a store: 16 hex digits over a JSON-ready identity."""
+    text = json.dumps(identity, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def shard_name(index: int) -> str:
+    """File name of a shard."""
+    return f"shard-{index:05d}.safetensors"
+
+
+class StoreWriter:
+    """Writes the shards of a store that are still missing, then its manifest.
+
+    Args:
+        folder: where the store lies.
+        identity: JSON-ready description of what the store holds and what it was made from.
+        count: number of samples.
+        shard_size: samples a shard, at most.
+    """
+
+    def __init__(
+        self, folder: Path, identity: dict[str, Any], count: int, shard_size: int
+    ) -> None:
+        if count < 1 or shard_size < 1:
+            raise UserError(
+                f"a store needs at least one sample and a shard size of at least 1, not {count} "
+                f"and {shard_size}"
+            )
+        self.folder, self.identity = Path(folder), identity
+        self.count, self.shard_size = count, shard_size
+        self.key = key_of(identity)
+
+    @property
+    def shards(self) -> int:
+        """Number of shards in all."""
+        return math.ceil(self.count / self.shard_size)
+
+    def bounds(self, index: int) -> tuple[int, int]:
+        """First and one-past-last sample of a shard."""
+        first = index * self.shard_size
+        return first, min(first + self.shard_size, self.count)
+
+    def missing(self, rank: int = 0, ranks: int = 1) -> list[int]:
+        """Shards of this rank that are not whole yet; temporaries of the dead are removed."""
+        if rank == 0 and self.folder.is_dir():
+            commit.sweep(self.folder)
+        return [i for i in range(rank, self.shards, ranks) if not self._whole(i)]
+
+    def write(self, index: int, tensors: Shard) -> None:
+        """Commit one shard.
+
+        Raises:
+            UserError: a tensor has another number of samples than the shard.
+        """
+        first, last = self.bounds(index)
+        for name, tensor in tensors.items():
+            if len(tensor) != last - first:
+                raise UserError(
+                    f"shard {index} takes {last - first} samples, but {name} has {len(tensor)}"
+                )
+        commit.write_tensors(
+            self.folder / shard_name(index), tensors, {"key": self.key, "index": str(index)}
+        )
+
+    def finish(self, extra: Callable[[StoreReader], dict[str, Any]] | None = None) -> StoreReader:
+        """Commit the manifest, once every shard is there; one process calls it.
+
+        Args:
+            extra: computes further manifest entries (such as mean and std) from the samples.
+
+        Raises:
+            UserError: a shard is missing.
+        """
+        rows = []
+        for index in range(self.shards):
+            path = self.folder / shard_name(index)
+            if not self._whole(index):
+                raise UserError(f"{path} is missing or damaged; run the same command again")
+            first, last = self.bounds(index)
+            rows.append(
+                {"file": path.name, "count": last - first, "sha256": commit.sha256_file(path)}
+            )
+        manifest = {
+            "format": FORMAT,
+            "key": self.key,
+            "identity": self.identity,
+            "count": self.count,
+            "shards": rows,
+            "complete": True,
+        }
+        if extra is not None:
+            manifest |= extra(StoreReader(self.folder, manifest))
+        commit.write_json(self.folder / MANIFEST, manifest)
+        return StoreReader(self.folder, manifest)
+
+    def _whole(self, index: int) -> bool:
+        path = self.folder / shard_name(index)
+        if not path.is_file():
+            return False
+        first, last = self.bounds(index)
+        with contextlib.suppress(SafetensorError, OSError, ValueError):
+            with safe_open(path, "pt") as file:
+                meta = file.metadata() or {}
+                sizes = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
+            if (meta.get("key"), meta.get("index")) == (self.key, str(index)):
+                return sizes == {last - first}
+        return False
+
+
+class StoreReader:
+    """A whole store, read by memory map.
+
+    Args:
+        folder: where it lies.
+        manifest: its manifest; use `open_store` to read and verify one from the disk.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = Path(folder), manifest
+        self.starts = np.cumsum([0] + [row["count"] for row in manifest["shards"]])
+        self._maps: dict[tuple[str, int], Tensor] = {}
+
+    def __len__(self) -> int:
+        return int(self.manifest["count"])
+
+    def shard(self, index: int) -> Shard:
+        """The tensors of one shard (memory-mapped)."""
+        return commit.read_tensors(self.folder / self.manifest["shards"][index]["file"])
+
+    def field(self, name: str) -> Tensor:
+        """One field over all samples (n, …), in memory."""
+        parts = [self.shard(i)[name] for i in range(len(self.manifest["shards"]))]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def take(self, name: str, indices: Tensor) -> Tensor:
+        """Samples of a field at sorted or unsorted indices (m,), gathered from mapped shards."""
+        shards = np.searchsorted(self.starts, indices.numpy(), side="right") - 1
+        first = self._mapped(name, int(shards[0]))
+        if (shards == shards[0]).all():
+            return first[indices - int(self.starts[shards[0]])]
+        out = first.new_empty((len(indices), *first.shape[1:]))
+        for index in np.unique(shards):
+            rows = torch.from_numpy(np.flatnonzero(shards == index))
+            out[rows] = self._mapped(name, int(index))[indices[rows] - int(self.starts[index])]
+        return out
+
+    def _mapped(self, name: str, index: int) -> Tensor:
+        """A field of a shard, kept mapped (not read) for the next call."""
+        if (name, index) not in self._maps:
+            path = self.folder / self.manifest["shards"][index]["file"]
+            with safe_open(path, "pt") as file:
+                self._maps[name, index] = file.get_tensor(name)
+        return self._maps[name, index]
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Samples [start, stop) of a field, touching only the shards they lie in."""
+        parts = []
+        for index in range(len(self.starts) - 1):
+            low, high = int(self.starts[index]), int(self.starts[index + 1])
+            if low < stop and high > start:
+                rows = self.shard(index)[name][max(start - low, 0) : min(stop, high) - low]
+                parts.append(rows)
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) -> StoreReader:
+    """Open a whole store; every shard is checked against its sha256.
+
+    Args:
+        folder: where it lies.
+        what: what to call it in an error.
+        identity: what it must hold; None takes what is there.
+
+    Raises:
+        UserError: absent, half-written, damaged, of another format or another identity.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no {what} at {folder}; make it first")
+    if not (folder / MANIFEST).is_file():
+        raise UserError(
+            f"the {what} at {folder} is unfinished; run the command that makes it again"
+        )
+    manifest = commit.read_json(folder / MANIFEST, f"manifest of the {what}")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(
+            f"the {what} at {folder} is not of format {FORMAT}; delete it and make it again"
+        )
+    if identity is not None and manifest.get("key") != key_of(identity):
+        raise UserError(
+            f"the {what} at {folder} was made from {_differences(manifest, identity)}; delete it "
+            "or point to another folder"
+        )
+    _verify(folder, manifest["shards"])
+    return StoreReader(folder, manifest)
+
+
+def _verify(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        commit.verify_file(folder / row["file"], row["sha256"])
+
+
+def _differences(manifest: dict[str, Any], identity: dict[str, Any]) -> str:
+    found = manifest.get("identity", {})
+    names = [k for k in sorted({*found, *identity}) if found.get(k) != identity.get(k)]
+    return "other " + ", ".join(names) if names else "other contents"

@@ -1,0 +1,80 @@
+"""What people read at the end: one line, a table, and a plot of the movement per block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from eval.pictures import movement_bars
+from pipeline import commit
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """FID with its n, reference, seed and floor, on one line."""
+    fid = metrics["fid"]
+    text = f"FID(n={fid['n']}, {fid['reference']}) = {fid['value']:.2f}, seed {fid['seed']}"
+    if "rfid" in metrics:
+        text += f"; reconstruction floor {metrics['rfid']['value']:.2f}"
+    if metrics.get("real_test_fid") is not None:
+        text += f"; real test images {metrics['real_test_fid']:.2f}"
+    if "nll_per_dim" in metrics:
+        text += f"; NLL {metrics['nll_per_dim']:.3f} nats per latent dimension"
+    return f"{text}; {metrics['nfe']} evaluations a sample ({fid['extractor']})"
+
+
+def table(metrics: dict[str, Any], seconds: dict[str, float], reused: set[str]) -> str:
+    """The blocks, the numbers and the cost, as aligned text.
+
+    Args:
+        metrics: as in metrics.json.
+        seconds: step → seconds it took when it was done.
+        reused: steps that were already done before this run of the command.
+    """
+    lines = ["block      h   movement (W2)   Ter(k)   seconds   parameters"]
+    for index, row in enumerate(metrics["blocks"]):
+        h = "free" if row["h"] is None else f"{row['h']:.3g}"
+        lines.append(
+            f"{index:>5}{h:>7}{row['movement']:>16.3f}{row['ter']:>9.4f}{row['seconds']:>10.1f}"
+            f"{row['parameters']:>13,}"
+        )
+    lines += ["", *(f"{name:<34}{value}" for name, value in _numbers(metrics)), ""]
+    for step, spent in seconds.items():
+        note = "  (done before)" if step in reused else ""
+        lines.append(f"{step:<34}{spent:.1f} s{note}")
+    lines.append(f"{'peak memory':<34}{metrics['peak_memory_bytes'] / 2**30:.2f} GiB")
+    return "\n".join(lines)
+
+
+def _numbers(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    fid = metrics["fid"]
+    rows = [
+        (f"FID(n={fid['n']}, {fid['reference']})", f"{fid['value']:.2f}   (seed {fid['seed']})")
+    ]
+    if "rfid" in metrics:
+        floor = metrics["rfid"]
+        rows.append(
+            (
+                f"  reconstruction floor (n={floor['n']})",
+                f"{floor['value']:.2f}   ({floor['split']})",
+            )
+        )
+    if metrics.get("real_test_fid") is not None:
+        rows.append((f"  real test images (n={fid['n']})", f"{metrics['real_test_fid']:.2f}"))
+    if "kid" in metrics:
+        kid = metrics["kid"]
+        rows.append(("KID", f"{kid['value']:.5f} ± {kid['standard_error']:.5f}"))
+        rows.append(
+            ("precision / recall", f"{metrics['precision']:.3f} / {metrics['recall']:.3f}")
+        )
+    if "nll_per_dim" in metrics:
+        nll = metrics["nll"]
+        note = f"nats a latent dimension, n={nll['n']}, inversion MSE {nll['inversion_mse']:.1e}"
+        rows.append(("NLL per dim", f"{metrics['nll_per_dim']:.3f}   ({note})"))
+    rows.append(("NFE a sample", str(metrics["nfe"])))
+    return rows
+
+
+def plot_movement(metrics: dict[str, Any], path: Path) -> None:
+    """Bars of the W2 movement of every block, as PNG."""
+    movements = [row["movement"] for row in metrics["blocks"]]
+    commit.write_with(path, lambda file: movement_bars(file, [movements], ["this run"]))

@@ -1,0 +1,75 @@
+"""Images per second of the FID features: pytorch-fid's way against ours, in one process.
+
+    python -m tests.benchmarks.bench_inception [--images 200] [--rounds 3]
+
+Both read the same folder of 28x28 PNGs, from the files to the statistics: pytorch-fid as its
+command does (batches of 50, a worker process per core), ours with `compute_stats`. They
+alternate, so that what else the machine does falls on both; the medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from eval.gaussian import GaussianStats
+from eval.images import FolderImages, compute_stats
+from eval.inception import FidInception
+from eval.inception_weights import read_weights
+from tests.eval.conftest import pytorch_fid_network
+
+
+def digits(folder: Path, n: int) -> None:
+    """Write n digits of MNIST's training split as PNG."""
+    from pipeline.assets import fetch
+
+    raw = (fetch("mnist") / "train-images-idx3-ubyte").read_bytes()
+    for i, image in enumerate(np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)[:n]):
+        Image.fromarray(image).save(folder / f"{i:05d}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="pytorch-fid's way against ours")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    from pytorch_fid.fid_score import calculate_activation_statistics
+
+    from pipeline.assets import fetch
+
+    state = read_weights(fetch("inception"))
+    theirs, ours = pytorch_fid_network(state), FidInception(state)
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 8)
+    seconds: dict[str, list[float]] = {"pytorch-fid": [], "jkoflow": []}
+    with tempfile.TemporaryDirectory() as name:
+        digits(Path(name), args.images)
+        images = FolderImages(name)
+        ours.features(torch.zeros(10, 1, 28, 28, dtype=torch.uint8))  # reorders the weights
+        for _ in range(args.rounds):
+            start = time.perf_counter()
+            mean, cov = calculate_activation_statistics(
+                images.files, theirs, batch_size=50, num_workers=workers
+            )
+            seconds["pytorch-fid"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            found: GaussianStats = compute_stats(images, ours)
+            gap = max(np.abs(found.mean - mean).max(), np.abs(found.cov - cov).max())
+            seconds["jkoflow"].append(time.perf_counter() - start)
+    rates = {k: args.images / statistics.median(v) for k, v in seconds.items()}
+    print(f"{args.images} images, {args.rounds} rounds, {torch.get_num_threads()} threads")
+    for way, rate in rates.items():
+        print(f"{way:12s} {rate:6.1f} images/s")
+    print(f"ratio        {rates['jkoflow'] / rates['pytorch-fid']:6.2f}")
+    print(f"largest difference of a mean or covariance: {gap:.1e}")
+
+
+if __name__ == "__main__":
+    main()

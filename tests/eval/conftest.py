@@ -1,0 +1,66 @@
+"""Networks for the tests of `eval`: real weights where they can be had, random ones always."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from eval.inception import FidInception
+from eval.inception_weights import LAYOUT
+
+
+def pytorch_fid_network(state: dict[str, Tensor]) -> torch.nn.Module:
+    """pytorch-fid's own network, its download replaced by `state`."""
+    import pytorch_fid.inception
+
+    complete = {**state, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: complete)
+        return pytorch_fid.inception.InceptionV3([3]).eval()
+
+
+@pytest.fixture(scope="session")
+def inception_weights() -> Path:
+    """The real weights; skips where no source of them can be reached."""
+    from pipeline.assets import fetch
+    from pipeline.errors import JkoflowError, UserError
+
+    try:
+        return fetch("inception")
+    except UserError:
+        raise
+    except JkoflowError as error:
+        pytest.skip(f"the Inception weights cannot be had here: {error}")
+
+
+@pytest.fixture(scope="session")
+def random_state() -> dict[str, Tensor]:
+    """Weights of the right shapes that keep activations near one; no batch norm is trivial."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, conv in LAYOUT.items():
+        fan_in = conv.inputs * math.prod(conv.kernel)
+        shape = (conv.outputs, conv.inputs, *conv.kernel)
+        n = conv.outputs
+        state[f"{name}.conv.weight"] = (
+            torch.randn(shape, generator=generator) * (2 / fan_in) ** 0.5
+        )
+        state[f"{name}.bn.weight"] = 0.9 + 0.2 * torch.rand(n, generator=generator)
+        state[f"{name}.bn.bias"] = 0.1 * torch.randn(n, generator=generator)
+        state[f"{name}.bn.running_mean"] = 0.1 * torch.randn(n, generator=generator)
+        state[f"{name}.bn.running_var"] = 0.9 + 0.2 * torch.rand(n, generator=generator)
+    return state
+
+
+@pytest.fixture(scope="session")
+def random_network(random_state: dict[str, Tensor]) -> FidInception:
+    return FidInception(random_state)
+
+
+@pytest.fixture(scope="session")
+def random_reference(random_state: dict[str, Tensor]) -> torch.nn.Module:
+    return pytorch_fid_network(random_state)

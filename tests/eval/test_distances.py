@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from pytorch_fid import fid_score
+
+from eval.distances import GaussianStats, frechet_distance, kid, precision_recall
+
+
+def pytorch_fid_distance(a, b, monkeypatch):
+    """pytorch-fid's function; scipy 1.18 dropped the argument it passes to `sqrtm`."""
+    sqrtm = scipy.linalg.sqrtm
+    monkeypatch.setattr(fid_score.linalg, "sqrtm",
+                        lambda x, disp=True: sqrtm(x) if disp else (sqrtm(x), 0.0))  # fmt: skip
+    return fid_score.calculate_frechet_distance(a.mean, a.cov, b.mean, b.cov)
+
+
+def spread(n, d, seed, shift=0.0):
+    """Features with eigenvalues from 1 to 1e-4, as Inception's."""
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(np.random.default_rng(1).normal(size=(d, d)))[0]
+    return (rng.normal(size=(n, d)) * np.logspace(0, -2, d)) @ basis + shift
+
+
+def test_frechet_of_commuting_gaussians():
+    s, t = np.array([4.0, 1.0, 0.0]), np.array([1.0, 9.0, 2.0])
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    shift = np.array([1.0, -2.0, 0.5])
+    a = GaussianStats.from_moments(np.zeros(3), basis * s @ basis.T, 100)
+    b = GaussianStats.from_moments(shift, basis * t @ basis.T, 100)
+    expected = shift @ shift + ((np.sqrt(s) - np.sqrt(t)) ** 2).sum()
+    assert frechet_distance(a, b) == pytest.approx(expected, abs=1e-12)
+    assert frechet_distance(b, a) == pytest.approx(expected, abs=1e-12)
+
+
+def test_frechet_of_gaussians_that_do_not_commute():
+    s, t = np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([[1.0, -0.7], [-0.7, 3.0]])
+    a, b = (GaussianStats.from_moments(np.zeros(2), c, None) for c in (s, t))
+    # For 2×2: (tr √M)² = tr M + 2 √det M.
+    root = np.sqrt(np.trace(s @ t) + 2 * np.sqrt(np.linalg.det(s @ t)))
+    expected = np.trace(s) + np.trace(t) - 2 * root
+    assert frechet_distance(a, b) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("n", "m"), [(900, 700), (40, 700), (700, 40), (30, 50)])
+def test_frechet_equals_pytorch_fid(n, m, monkeypatch):
+    a = GaussianStats.from_features(spread(n, 100, 2))
+    b = GaussianStats.from_features(1.3 * spread(m, 100, 3, shift=0.1))
+    expected = pytorch_fid_distance(a, b, monkeypatch)
+    # sqrtm sums √noise over the null space, so it is the less exact of the two there.
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9 if n > 100 < m else 1e-5)
+    unknown = [GaussianStats.from_moments(s.mean, s.cov, None) for s in (a, b)]
+    assert frechet_distance(*unknown) == pytest.approx(frechet_distance(a, b), rel=1e-5)
+
+
+def test_frechet_of_a_set_with_itself_is_zero():
+    for n in (20, 300):
+        a = GaussianStats.from_features(spread(n, 64, 0))
+        assert 0 <= frechet_distance(a, a) < 1e-7
+
+
+def test_frechet_refuses_what_cannot_be_compared():
+    with pytest.raises(ValueError, match="features of 2 and 3"):
+        frechet_distance(GaussianStats(2), GaussianStats(3))
+    with pytest.raises(ValueError, match="at least 2 images"):
+        frechet_distance(GaussianStats(2), GaussianStats(2))
+
+
+def test_kid_is_the_mean_of_brute_force_subsets():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(30, 5)), rng.normal(size=(24, 5)) + 0.3
+    found = kid(x, y, subsets=3, subset_size=8, seed=4)
+    generator, values = torch.Generator().manual_seed(4), []
+    for _ in range(3):
+        xs = x[torch.randperm(30, generator=generator)[:8].numpy()]
+        ys = y[torch.randperm(24, generator=generator)[:8].numpy()]
+        k = lambda a, b: (a @ b / 5 + 1) ** 3  # noqa: E731
+        within = sum(k(s[i], s[j]) for s in (xs, ys) for i in range(8) for j in range(8) if i != j)
+        across = sum(k(a, b) for a in xs for b in ys)
+        values.append(within / 56 - 2 * across / 64)
+    assert found.value == pytest.approx(np.mean(values), rel=1e-12)
+    assert found.standard_error == pytest.approx(np.std(values, ddof=1) * (8 / 16) ** 0.5)
+    assert (found.subsets, found.subset_size) == (3, 8)
+
+
+def test_kid_is_unbiased_and_its_error_is_the_true_one():
+    rng = np.random.default_rng(0)
+    draws = [kid(rng.normal(size=(120, 4)), rng.normal(size=(120, 4)) + 0.5) for _ in range(150)]
+    values = np.array([d.value for d in draws])
+    x, y = np.random.default_rng(1).normal(size=(2, 500_000, 4))
+    pairs = ((x, y), (x + 0.5, y + 0.5), (x, y + 0.5))
+    mean = [(((a * b).sum(1) / 4 + 1) ** 3).mean() for a, b in pairs]
+    expected = mean[0] + mean[1] - 2 * mean[2]
+    assert values.mean() == pytest.approx(expected, abs=4 * values.std() / 150**0.5)
+    claimed = np.mean([d.standard_error for d in draws])
+    assert 0.7 < claimed / values.std(ddof=1) < 1.5
+
+
+def test_precision_and_recall_equal_brute_force(monkeypatch):
+    monkeypatch.setattr("eval.distances._CHUNK", 7)
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(40, 3)), 0.8 * rng.normal(size=(33, 3)) + 1.2
+
+    def inside(points, balls):
+        radius = [sorted(np.linalg.norm(balls - b, axis=1))[3] for b in balls]  # [0] is itself
+        return np.mean([any(np.linalg.norm(p - b) <= r for b, r in zip(balls, radius, strict=True))
+                        for p in points])  # fmt: skip
+
+    found = precision_recall(real, fake)
+    assert found.precision == pytest.approx(inside(fake, real))
+    assert found.recall == pytest.approx(inside(real, fake))
+    assert 0 < found.recall < found.precision < 1
+
+
+def test_precision_and_recall_at_their_ends():
+    x = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    same, apart = precision_recall(x, x), precision_recall(x, x + 1000)
+    assert (same.precision, same.recall) == (1, 1)
+    assert (apart.precision, apart.recall) == (0, 0)
+    half = precision_recall(np.concatenate([x, x + 1000]), x)  # a mode is missing
+    assert (half.precision, half.recall) == (1, 0.5)
+
+
+def test_bad_sets_are_named():
+    x = np.zeros((10, 3))
+    with pytest.raises(ValueError, match=r"found \(10, 3\) and \(10, 2\)"):
+        kid(x, x[:, :2])
+    with pytest.raises(ValueError, match="at least 4 images"):
+        kid(x, x[:3])
+    with pytest.raises(ValueError, match="2 subsets"):
+        kid(x, x, subsets=1)
+    with pytest.raises(ValueError, match="at least 4 images"):
+        precision_recall(x, x[:3])
+    with pytest.raises(ValueError, match="k of 1"):
+        precision_recall(x, x, k=0)

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from eval.distances import GaussianStats, frechet_distance
+from eval.references import (
+    available,
+    load_reference,
+    read_reference,
+    reference_bytes,
+    save_reference,
+)
+
+CARD = {"dataset": "d", "split": "train", "n": 400, "extractor": "e", "content_sha256": "0" * 64}
+
+
+@pytest.fixture
+def stats():
+    rng = np.random.default_rng(0)
+    return GaussianStats.from_features(rng.normal(size=(400, 150)) * np.logspace(0, -2, 150))
+
+
+def test_survives_the_file(stats, tmp_path):
+    save_reference(tmp_path / "r.safetensors", stats, {**CARD, "note": "é"})
+    found = read_reference(tmp_path / "r.safetensors")
+    assert found.card == {**CARD, "note": "é"}
+    assert found.stats.n == 400
+    assert np.array_equal(found.stats.mean, stats.mean)
+    assert np.array_equal(found.stats.cov, found.stats.cov.T)
+    np.testing.assert_allclose(found.stats.cov, stats.cov, rtol=1e-7)
+    assert reference_bytes(stats, CARD) == reference_bytes(stats, CARD)
+
+
+def test_rounding_does_not_move_fid(stats, tmp_path):
+    rng = np.random.default_rng(1)
+    other = GaussianStats.from_features(
+        1.1 * rng.normal(size=(300, 150)) * np.logspace(0, -2, 150)
+    )
+    save_reference(tmp_path / "r.safetensors", stats, CARD)
+    rounded = read_reference(tmp_path / "r.safetensors").stats
+    exact = frechet_distance(stats, other)
+    assert abs(frechet_distance(rounded, other) - exact) < 1e-6 * exact
+    assert frechet_distance(rounded, stats) < 1e-6 * exact
+
+
+def test_unknown_name_lists_the_known():
+    with pytest.raises(
+        ValueError, match="no reference statistics named 'cifar11'; shipped are"
+    ) as e:
+        load_reference("cifar11")
+    assert all(name in str(e.value) for name in available())
+
+
+@pytest.mark.parametrize("name", available())
+def test_shipped_references_are_whole(name):
+    reference = load_reference(name)
+    assert reference.stats.n == reference.card["n"] > 2048
+    assert name == f"{reference.card['dataset']}-{reference.card['split']}"
+    assert reference.stats.dim == 2048
+    values = np.linalg.eigvalsh(reference.stats.cov)
+    assert values[0] > -1e-5 * values[-1]
+    assert 0.1 < reference.stats.mean.mean() < 1  # pool3 features are averages of ReLUs
+
+
+def test_bad_cards_and_files_are_refused(stats, tmp_path):
+    with pytest.raises(ValueError, match="lacks split, content_sha256"):
+        reference_bytes(stats, {k: CARD[k] for k in ("dataset", "n", "extractor")})
+    with pytest.raises(ValueError, match="n = 399, the statistics n = 400"):
+        reference_bytes(stats, {**CARD, "n": 399})
+    whole = reference_bytes(stats, CARD)
+    for name, content in (("cut", whole[:-10]), ("junk", b"junk"), ("empty", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="not a whole file"):
+            read_reference(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        read_reference(tmp_path / "absent")
