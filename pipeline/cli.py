@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from pipeline.errors import JkoflowError, UserError
@@ -273,10 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    if isinstance(error, click.exceptions.Abort):
+    if isinstance(error, typer.Abort):
         return "interrupted; what was finished is kept, run the same command again", 1
-    if isinstance(error, click.ClickException):
-        return error.format_message(), 2
+    if hasattr(error, "format_message"):  # typer's own errors, of whichever click it carries
+        return f"{error.format_message()}; see --help", 2
     if isinstance(error, JkoflowError):
         return str(error), error.exit_code
     if isinstance(error, (ValueError, FileNotFoundError)):

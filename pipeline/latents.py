@@ -32,7 +32,7 @@ Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 @dataclass(frozen=True)
 class Standardisation:
-    """The affine map between latents and what the flow sees, one mean and std a channel.
+    """The affine map between latents (or points) and what the flow sees, one mean and std a channel.
 
     Attributes:
         mean: (C_z,).
@@ -43,7 +43,7 @@ class Standardisation:
     std: Tensor
 
     def apply(self, latents: Tensor) -> Tensor:
-        """Latents (B, C_z, H_z, W_z) to zero mean and unit variance a channel."""
+        """Latents (B, C_z, H_z, W_z), or vectors (B, D), to zero mean and unit variance."""
         return (latents - self._wide(self.mean, latents)) / self._wide(self.std, latents)
 
     def undo(self, z: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Standardisation:
 
     @staticmethod
     def _wide(values: Tensor, like: Tensor) -> Tensor:
-        return values.to(like)[None, :, None, None]
+        return values.to(like).view(1, -1, *[1] * (like.ndim - 2))
 
 
 class LatentCache:

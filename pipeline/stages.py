@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 
 from flows.block import Block
 from pipeline.config import Config
-from pipeline.latents import LatentCache, Progress
+from pipeline.latents import Progress, load_parts, open_cache
 from pipeline.seeds import generator
 from pipeline.store import StoreReader, StoreWriter, open_store
 
@@ -31,34 +32,85 @@ def stage_folder(run: Path, stage: int) -> Path:
     return run / "stages" / f"stage-{stage:02d}"
 
 
-def first_stage(
-    run: Path, config: Config, cache: LatentCache, accelerator: Accelerator
-) -> StoreReader:
-    """Stage 0, made from the latent cache where it is not there yet."""
-    latents = config.latents
-    identity: dict[str, Any] = {
-        "kind": "stage",
-        "stage": 0,
-        "latents": cache.key,
-        "draws": latents.draws,
-        "noise": latents.noise,
-        "seed": latents.seed,
-        "shape": list(cache.shape),
-    }
+class Source(Protocol):
+    """Where a training gets its samples from.
 
-    def make(writer: StoreWriter, index: int) -> torch.Tensor:
-        first, last = writer.bounds(index)
-        drawn = generator(latents.seed, "draw", index)
-        parts = []
-        while first < last:
-            row = first % len(cache)
-            stop = min(row + last - first, len(cache))
-            parts.append(cache.draw(row, stop, latents.noise, drawn))
-            first += stop - row
-        return torch.cat(parts)
+    Attributes:
+        shape: of one sample, (C_z, H_z, W_z) or (D,).
+    """
 
-    count = len(cache) * latents.draws
-    return _ensure(run, 0, identity, count, latents.shard_size, make, accelerator, None)
+    shape: tuple[int, ...]
+
+    def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
+        """Stage 0 of a run, made where it is not there yet."""
+
+    def manifest(self) -> dict[str, Any]:
+        """Entries of flow.json: standardisation and what the samples came from."""
+
+
+class LatentSource:
+    """The latent cache of a configuration.
+
+    Args:
+        config: sections data, autoencoder and latents.
+
+    Raises:
+        UserError: the cache is absent or damaged.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.cache = config, open_cache(config)
+        self.shape = self.cache.shape
+
+    def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
+        """Draws of the latents, `latents.draws` of each."""
+        cache, latents = self.cache, config.latents
+        identity: dict[str, Any] = {
+            "kind": "stage",
+            "stage": 0,
+            "latents": cache.key,
+            "draws": latents.draws,
+            "noise": latents.noise,
+            "seed": latents.seed,
+            "shape": list(cache.shape),
+        }
+
+        def make(writer: StoreWriter, index: int) -> torch.Tensor:
+            first, last = writer.bounds(index)
+            drawn = generator(latents.seed, "draw", index)
+            parts = []
+            while first < last:
+                row = first % len(cache)
+                stop = min(row + last - first, len(cache))
+                parts.append(cache.draw(row, stop, latents.noise, drawn))
+                first += stop - row
+            return torch.cat(parts)
+
+        count = len(cache) * latents.draws
+        return ensure_stage(run, identity, count, latents.shard_size, make, accelerator)
+
+    def manifest(self) -> dict[str, Any]:
+        """Standardisation, autoencoder and data."""
+        images, autoencoder = load_parts(self.config)
+        return {
+            "standardisation": self.cache.standardisation.to_dict(),
+            "latents": {
+                "key": self.cache.key,
+                "noise": self.config.latents.noise,
+                "stochastic": self.cache.stochastic,
+            },
+            "autoencoder": {
+                "name": self.config.autoencoder.name,
+                "weights": self.config.autoencoder.weights,
+                "fingerprint": autoencoder.fingerprint,
+                "image_shape": list(images.shape),
+            },
+            "data": {
+                "name": images.name,
+                "split": images.split,
+                "fingerprint": images.fingerprint,
+            },
+        }
 
 
 def next_stage(
@@ -103,19 +155,30 @@ def next_stage(
         return torch.cat(parts)
 
     size = config.latents.shard_size
-    return _ensure(run, stage, identity, len(before), size, make, accelerator, before)
+    return ensure_stage(run, identity, len(before), size, make, accelerator, before)
 
 
-def _ensure(
+def ensure_stage(
     run: Path,
-    stage: int,
     identity: dict[str, Any],
     count: int,
     shard_size: int,
-    make: Any,  # noqa: ANN401 - (writer, index) -> samples
+    make: Callable[[StoreWriter, int], torch.Tensor],
     accelerator: Accelerator,
-    before: StoreReader | None,
+    before: StoreReader | None = None,
 ) -> StoreReader:
+    """Open a stage, or write its missing shards first.
+
+    Args:
+        run: the run directory.
+        identity: with `stage`, the number of the stage, and all that decides its samples.
+        count: samples.
+        shard_size: samples a shard.
+        make: (writer, shard) → the samples of that shard.
+        accelerator: processes; rank r writes shards r, r + P, ….
+        before: the stage it was pushed from.
+    """
+    stage = identity["stage"]
     folder = stage_folder(run, stage)
     if (folder / "manifest.json").is_file():
         return open_store(folder, f"stage {stage}", identity)

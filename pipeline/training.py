@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
@@ -25,10 +24,10 @@ from pipeline.config import Config
 from pipeline.config_files import to_dict
 from pipeline.errors import UserError
 from pipeline.journal import Journal
-from pipeline.latents import LatentCache, Progress, load_parts, open_cache
+from pipeline.latents import Progress
 from pipeline.runs import FORMAT, block_file, load_blocks, read_config, read_manifest, start_run
 from pipeline.seeds import generator
-from pipeline.stages import first_stage, next_stage
+from pipeline.stages import LatentSource, Source, next_stage
 from pipeline.store import StoreReader
 
 #: sections that decide the weights; a run is not continued under other values of them
@@ -53,7 +52,12 @@ class Outcome:
 
 
 def train(
-    config: Config, folder: Path, accelerator: Accelerator, progress: Progress, resume: bool
+    config: Config,
+    folder: Path,
+    accelerator: Accelerator,
+    progress: Progress,
+    resume: bool,
+    source: Source | None = None,
 ) -> Outcome:
     """Train a run to its end, or until `train.max_minutes`.
 
@@ -63,6 +67,7 @@ def train(
         accelerator: device and processes.
         progress: wraps loops.
         resume: continue what is there; without it a run directory with a run is refused.
+        source: where the samples come from; None is the latent cache.
 
     Returns:
         How it ended.
@@ -72,9 +77,9 @@ def train(
         JkoflowError: a block failed.
     """
     check(config)
-    cache = open_cache(config)
+    source = source or LatentSource(config)
     _enter(config, folder, accelerator, resume)
-    return _Training(config, folder, cache, accelerator, progress).run()
+    return _Training(config, folder, source, accelerator, progress).run()
 
 
 def check(config: Config) -> None:
@@ -146,11 +151,11 @@ class _Training:
         self,
         config: Config,
         folder: Path,
-        cache: LatentCache,
+        source: Source,
         accelerator: Accelerator,
         progress: Progress,
     ) -> None:
-        self.config, self.folder, self.cache = config, folder, cache
+        self.config, self.folder, self.source = config, folder, source
         self.accelerator, self.progress = accelerator, progress
         self.steps = steps(config)
         self.deadline = time.monotonic() + 60 * config.train.max_minutes
@@ -158,8 +163,15 @@ class _Training:
             self.manifest = read_manifest(folder)
             self.flow = load_blocks(folder, self.manifest)
         else:
-            self.manifest = self._new_manifest()
-            self.flow = Flow(cache.shape)
+            self.flow = Flow(source.shape)
+            self.manifest = {
+                "format": FORMAT,
+                "complete": False,
+                "name": config.name,
+                "flow": self.flow.to_config(),
+                "blocks": [],
+                **source.manifest(),
+            }
 
     def run(self) -> Outcome:
         before = len(self.flow)
@@ -176,7 +188,7 @@ class _Training:
 
     def _stage(self) -> StoreReader:
         """The stage of the next block; stages that were lost are made again."""
-        stage = first_stage(self.folder, self.config, self.cache, self.accelerator)
+        stage = self.source.first_stage(self.folder, self.config, self.accelerator)
         for index, row in enumerate(self.manifest["blocks"]):
             stage = self._push(stage, index, row["sha256"])
         return stage
@@ -209,7 +221,7 @@ class _Training:
         """Train and commit one block; None when the time is up."""
         index, spec = len(self.flow), self._spec()
         seed = self.config.train.seed
-        block = build_block(spec, self.cache.shape, generator(seed, "weights", index))
+        block = build_block(spec, self.source.shape, generator(seed, "weights", index))
         if self.config.train.warm_start and index:
             block.load_state_dict(self.flow[index - 1].state_dict())
         trainer = BlockTrainer(block, spec, stage, self.config.train, self.accelerator)
@@ -283,30 +295,3 @@ class _Training:
             )
             journal.write({"block": index, "step": trainer.done, "event": "finished", **row})
         self.accelerator.wait_for_everyone()
-
-    def _new_manifest(self) -> dict[str, Any]:
-        images, autoencoder = load_parts(self.config)
-        return {
-            "format": FORMAT,
-            "complete": False,
-            "name": self.config.name,
-            "flow": Flow(self.cache.shape).to_config(),
-            "blocks": [],
-            "standardisation": self.cache.standardisation.to_dict(),
-            "latents": {
-                "key": self.cache.key,
-                "noise": self.config.latents.noise,
-                "stochastic": self.cache.stochastic,
-            },
-            "autoencoder": {
-                "name": self.config.autoencoder.name,
-                "weights": self.config.autoencoder.weights,
-                "fingerprint": autoencoder.fingerprint,
-                "image_shape": list(images.shape),
-            },
-            "data": {
-                "name": images.name,
-                "split": images.split,
-                "fingerprint": images.fingerprint,
-            },
-        }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,11 @@ def pytorch_fid_network(state: dict[str, Tensor]) -> torch.nn.Module:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: complete)
         return pytorch_fid.inception.InceptionV3([3]).eval()
+
+
+@pytest.fixture(scope="session")
+def build_reference() -> Callable[[dict[str, Tensor]], torch.nn.Module]:
+    return pytorch_fid_network
 
 
 @pytest.fixture(scope="session")

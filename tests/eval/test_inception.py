@@ -8,7 +8,6 @@ import torch
 import eval.folded_conv as folded_conv
 from eval.inception import FidInception
 from eval.inception_weights import content_sha256, read_weights
-from tests.eval.conftest import pytorch_fid_network
 
 
 def images(n: int, channels: int = 3, side: int = 32, seed: int = 0) -> torch.Tensor:
@@ -35,10 +34,10 @@ def test_equals_pytorch_fid(random_network, random_reference, channels, side):
     )
 
 
-def test_equals_pytorch_fid_with_the_real_weights(inception_weights):
+def test_equals_pytorch_fid_with_the_real_weights(inception_weights, build_reference):
     state = read_weights(inception_weights)
     x = images(8)
-    expected = theirs(pytorch_fid_network(state), x)
+    expected = theirs(build_reference(state), x)
     found = FidInception(state).features(x)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
