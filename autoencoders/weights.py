@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autoencoders.taming import TamingAutoencoder, config_from
 
-#: key of the metadata entry that holds the architecture
+#: key of the metadata entry that holds the architecture and the recipe
 DESCRIPTION = "jkoflow.autoencoder"
 
 
@@ -43,18 +43,26 @@ def locate(name_or_path: str) -> Path:
 
 
 def to_tensors(
-    model: TamingAutoencoder, dtype: torch.dtype = torch.float16
+    model: TamingAutoencoder,
+    dtype: torch.dtype = torch.float16,
+    recipe: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What to store of a model: tensors in a compact type, and metadata.
 
     Half precision halves the file; the fingerprint of a loaded model is that of the rounded
     weights, so the stored file is what all numbers refer to.
 
+    Args:
+        model: the autoencoder.
+        dtype: of the stored tensors.
+        recipe: JSON-ready notes on data and training, kept with the weights.
+
     Returns:
         (tensors, metadata) for a safetensors file.
     """
     tensors = {k: v.detach().cpu().to(dtype).contiguous() for k, v in model.state_dict().items()}
-    return tensors, {DESCRIPTION: json.dumps(model.describe())}
+    notes = {"architecture": model.describe(), "recipe": recipe or {}}
+    return tensors, {DESCRIPTION: json.dumps(notes)}
 
 
 def load(path: Path) -> TamingAutoencoder:
@@ -76,7 +84,7 @@ def load(path: Path) -> TamingAutoencoder:
             f"{path} holds no jkoflow autoencoder; give a file that `jkoflow autoencoder train` "
             "or `convert` wrote"
         )
-    description: dict[str, Any] = json.loads(metadata[DESCRIPTION])
+    description: dict[str, Any] = json.loads(metadata[DESCRIPTION])["architecture"]
     model = TamingAutoencoder(config_from(description))
     fill(model, tensors, str(path))
     return model.freeze()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -205,14 +204,13 @@ def _finish(
     config: Config, folder: Path, trainer: AutoencoderTrainer, images: ImageSet, seconds: float
 ) -> None:
     """Commit the weights and their card, and a picture of reconstructions."""
-    tensors, metadata = weights.to_tensors(trainer.finished())
     recipe = {
         "data": {"name": images.name, "split": images.split, "fingerprint": images.fingerprint},
         "recipe": to_dict(config.autoencoder_training),
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
     }
-    metadata["jkoflow.recipe"] = json.dumps(recipe)
+    tensors, metadata = weights.to_tensors(trainer.finished(), recipe=recipe)
     commit.write_tensors(folder / WEIGHTS, tensors, metadata)
     model = weights.load(folder / WEIGHTS)
     pixels = torch.from_numpy(images.read(0, _SHOWN))

@@ -19,8 +19,7 @@ from torch import Tensor
 from pipeline import commit
 from pipeline.errors import UserError
 
-_PLAIN = "jkoflow.state"
-_DIGEST = "jkoflow.sha256"
+_STATE = "jkoflow.state"
 _TENSOR = "__tensor__"
 
 
@@ -35,7 +34,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> str:
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_flatten(state, tensors))
     digest = _digest(plain, tensors)
-    return commit.write_tensors(path, tensors, {_PLAIN: plain, _DIGEST: digest})
+    return commit.write_tensors(path, tensors, {_STATE: f"{digest}\n{plain}"})
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -50,8 +49,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        plain = metadata[_PLAIN]
-        if _digest(plain, tensors) != metadata[_DIGEST]:
+        digest, _, plain = metadata[_STATE].partition("\n")
+        if _digest(plain, tensors) != digest:
             raise ValueError("its content is not what was written")
         state: dict[str, Any] = _restore(json.loads(plain), tensors)
         return state

@@ -111,7 +111,19 @@ def write_json(path: Path, value: object) -> str:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> str:
-    """Commit named tensors as one safetensors file; returns its sha256."""
+    """Commit named tensors as one safetensors file; returns its sha256.
+
+    Args:
+        path: the final name.
+        tensors: by name.
+        metadata: one entry at most: safetensors writes several in random order, and the same
+            content must give the same bytes.
+
+    Raises:
+        ValueError: more than one metadata entry.
+    """
+    if metadata and len(metadata) > 1:
+        raise ValueError(f"one metadata entry at most, not {len(metadata)}; join them as JSON")
     clean = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     return write_bytes(path, save(clean, dict(metadata) if metadata else None))
 

@@ -32,7 +32,7 @@ Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 @dataclass(frozen=True)
 class Standardisation:
-    """The affine map between latents (or points) and what the flow sees, one mean and std a channel.
+    """The affine map between latents (or points) and what the flow sees, channel by channel.
 
     Attributes:
         mean: (C_z,).

@@ -26,6 +26,7 @@ from pipeline.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_OWNER = "jkoflow.shard"
 Shard = dict[str, Tensor]
 
 
@@ -91,7 +92,7 @@ class StoreWriter:
                     f"shard {index} takes {last - first} samples, but {name} has {len(tensor)}"
                 )
         commit.write_tensors(
-            self.folder / shard_name(index), tensors, {"key": self.key, "index": str(index)}
+            self.folder / shard_name(index), tensors, {_OWNER: self._owner(index)}
         )
 
     def finish(self, extra: Callable[[StoreReader], dict[str, Any]] | None = None) -> StoreReader:
@@ -125,6 +126,10 @@ class StoreWriter:
         commit.write_json(self.folder / MANIFEST, manifest)
         return StoreReader(self.folder, manifest)
 
+    def _owner(self, index: int) -> str:
+        """What a shard says of itself, so that a foreign one is not taken for ours."""
+        return f"{self.key}/{index}"
+
     def _whole(self, index: int) -> bool:
         path = self.folder / shard_name(index)
         if not path.is_file():
@@ -134,7 +139,7 @@ class StoreWriter:
             with safe_open(path, "pt") as file:
                 meta = file.metadata() or {}
                 sizes = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
-            if (meta.get("key"), meta.get("index")) == (self.key, str(index)):
+            if meta.get(_OWNER) == self._owner(index):
                 return sizes == {last - first}
         return False
 
