@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from autoencoders import diffusers
 from autoencoders import weights as stored
+from autoencoders.adapt import Adaptation, adapt
 from autoencoders.base import Autoencoder
 from autoencoders.identity import IdentityAutoencoder
 
@@ -15,23 +17,36 @@ def _pretrained(weights: str | None, image_shape: tuple[int, int, int]) -> Autoe
     return stored.load(stored.locate(weights))
 
 
+def _diffusers(weights: str | None, image_shape: tuple[int, int, int]) -> Autoencoder:
+    if weights is None:
+        raise ValueError("autoencoder.weights must name a folder or a hub id; it is null")
+    return diffusers.load(weights, image_shape[1:])
+
+
 def _identity(weights: str | None, image_shape: tuple[int, int, int]) -> Autoencoder:
     return IdentityAutoencoder(image_shape)
 
 
 CONSTRUCTORS: dict[str, Callable[[str | None, tuple[int, int, int]], Autoencoder]] = {
     "pretrained": _pretrained,
+    "diffusers": _diffusers,
     "identity": _identity,
 }
 
 
-def build(name: str, weights: str | None, image_shape: tuple[int, int, int]) -> Autoencoder:
+def build(
+    name: str,
+    weights: str | None,
+    image_shape: tuple[int, int, int],
+    adaptation: Adaptation | None = None,
+) -> Autoencoder:
     """The autoencoder of a name, ready to encode images of a shape.
 
     Args:
-        name: pretrained or identity.
-        weights: a shipped name or a path (pretrained).
+        name: pretrained, diffusers or identity.
+        weights: a shipped name or a path (pretrained), a folder or a hub id (diffusers).
         image_shape: (C, H, W) of the images at hand.
+        adaptation: what may be done where the shapes differ; None does nothing.
 
     Raises:
         ValueError: unknown name or weights, or made for images of another shape.
@@ -40,10 +55,11 @@ def build(name: str, weights: str | None, image_shape: tuple[int, int, int]) -> 
         raise ValueError(
             f"unknown autoencoder {name!r}; choose one of {', '.join(sorted(CONSTRUCTORS))}"
         )
-    model = CONSTRUCTORS[name](weights, image_shape)
-    if tuple(model.image_shape) != tuple(image_shape):
-        raise ValueError(
-            f"the autoencoder {weights or name} takes images of shape {tuple(model.image_shape)}, "
-            f"but the data set has {tuple(image_shape)}; choose another of the two"
-        )
-    return model
+    adaptation = adaptation or Adaptation()
+    side = adaptation.size
+    seen = (image_shape[0], side, side) if side else image_shape
+    model = CONSTRUCTORS[name](weights, seen)
+    try:
+        return adapt(model, image_shape, adaptation)
+    except ValueError as error:
+        raise ValueError(f"{weights or name}: {error}") from error

@@ -2,7 +2,8 @@
 
 The only file that imports taming. The networks and their parameter names are those of the
 official checkpoints (`encoder.*`, `decoder.*`, `quantize.embedding.weight`, `quant_conv.*`,
-`post_quant_conv.*`), so that a converted checkpoint and one trained here load the same way.
+`post_quant_conv.*`; Gumbel: `quantize.proj.*`, `quantize.embed.weight`), so that a converted
+checkpoint and one trained here load the same way.
 
 Two additions for small images, both exact and both undone by decoding: `pad` centres a
 28x28 image on a larger canvas of background (-1), and `patch` folds p x p pixels into channels
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,80 +27,21 @@ from taming.modules.vqvae.quantize import VectorQuantizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autoencoders.architecture import FLAVOURS, TamingConfig, config_from
 from autoencoders.base import Moments, check_images, check_latents, fingerprint_of
+from autoencoders.codebook import GumbelQuantizer, look_up, nearest_indices
 
-FLAVOURS = ("kl", "vq")
-# taming normalises with 32 groups, so every width must be a multiple of 32
-_GROUPS = 32
+__all__ = [
+    "FLAVOURS", "TamingAutoencoder", "TamingConfig", "config_from", "keep_channels",
+    "patch_discriminator", "start_codebook",
+]  # fmt: skip
+
 # a posterior narrower or wider than this is clamped, as in latent diffusion
 _LOG_VAR_RANGE = (-30.0, 20.0)
 
 
-@dataclass(frozen=True)
-class TamingConfig:
-    """Architecture of a taming autoencoder.
-
-    Attributes:
-        flavour: "kl" (Gaussian posterior) or "vq" (codebook).
-        image_shape: (C, H, W) of the images.
-        canvas: side of the square canvas the image is centred on; 0 takes the image's height.
-        patch: p x p pixels folded into channels before the encoder; 1 folds nothing.
-        ch: base width, a multiple of 32.
-        ch_mult: width multiplier per resolution; each further entry halves the resolution.
-        num_res_blocks: residual blocks per resolution.
-        attn_resolutions: resolutions with self-attention (besides the middle, always).
-        z_channels: channels the encoder puts out.
-        embed_dim: channels of the latents (C_z).
-        n_embed: codebook entries (VQ).
-        commitment: weight of the commitment term in the codebook loss (VQ).
-        dropout: dropout in the residual blocks.
-    """
-
-    flavour: str = "kl"
-    image_shape: tuple[int, int, int] = (1, 28, 28)
-    canvas: int = 0
-    patch: int = 1
-    ch: int = 32
-    ch_mult: tuple[int, ...] = (1, 2, 4)
-    num_res_blocks: int = 1
-    attn_resolutions: tuple[int, ...] = ()
-    z_channels: int = 4
-    embed_dim: int = 4
-    n_embed: int = 512
-    commitment: float = 0.25
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.flavour not in FLAVOURS:
-            raise ValueError(f"flavour must be one of {', '.join(FLAVOURS)}, not {self.flavour!r}")
-        if self.ch < _GROUPS or self.ch % _GROUPS:
-            raise ValueError(f"ch must be a multiple of {_GROUPS}, not {self.ch}")
-        _, height, width = self.image_shape
-        if self.side < max(height, width) or (self.side - height) % 2 or (self.side - width) % 2:
-            raise ValueError(
-                f"canvas {self.side} cannot centre images of {height}x{width}; it must be at "
-                "least as large and differ from them by an even number"
-            )
-        if self.patch < 1 or self.side % (self.patch * 2 ** (len(self.ch_mult) - 1)):
-            raise ValueError(
-                f"canvas {self.side} cannot be divided by patch {self.patch} and halved "
-                f"{len(self.ch_mult) - 1} times; change canvas, patch or ch_mult"
-            )
-
-    @property
-    def side(self) -> int:
-        """Side of the square canvas, in pixels."""
-        return self.canvas or self.image_shape[1]
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C_z, H_z, W_z)."""
-        side = self.side // self.patch // 2 ** (len(self.ch_mult) - 1)
-        return (self.embed_dim, side, side)
-
-
 class TamingAutoencoder(nn.Module):
-    """A VQ or KL autoencoder on taming's networks.
+    """A VQ, Gumbel or KL autoencoder on taming's networks.
 
     Args:
         config: its architecture.
@@ -119,9 +61,9 @@ class TamingAutoencoder(nn.Module):
             "ch": config.ch,
             "ch_mult": config.ch_mult,
             "num_res_blocks": config.num_res_blocks,
-            "attn_resolutions": config.attn_resolutions,
+            "attn_resolutions": config.attn_resolutions if config.attention else (),
             "dropout": config.dropout,
-            "resolution": config.side // config.patch,
+            "resolution": config.resolution or config.side // config.patch,
             "z_channels": config.z_channels,
         }
         with contextlib.redirect_stdout(io.StringIO()):  # taming's Decoder prints its shape
@@ -129,12 +71,17 @@ class TamingAutoencoder(nn.Module):
                 in_channels=channels, out_ch=channels, double_z=self.stochastic, **shared
             )
             self.decoder = Decoder(in_channels=channels, out_ch=channels, **shared)
+        if not config.attention:
+            self.encoder.mid.attn_1 = nn.Identity()
+            self.decoder.mid.attn_1 = nn.Identity()
         factor = 2 if self.stochastic else 1
         self.quant_conv = nn.Conv2d(factor * config.z_channels, factor * config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
-        self.quantize: VectorQuantizer | None = None
-        if not self.stochastic:
+        self.quantize: Any = None
+        if config.flavour == "vq":
             self.quantize = VectorQuantizer(config.n_embed, config.embed_dim, config.commitment)
+        elif config.flavour == "gumbel":
+            self.quantize = GumbelQuantizer(config.n_embed, config.embed_dim)
 
     def freeze(self) -> TamingAutoencoder:
         """Fix the weights (eval mode, no gradients) and compute the fingerprint."""
@@ -142,8 +89,34 @@ class TamingAutoencoder(nn.Module):
         self.fingerprint = fingerprint_of(self.describe(), self)
         return self
 
+    def reshaped(self, image_shape: tuple[int, int, int]) -> TamingAutoencoder:
+        """The same weights for images of another size, frozen; attention sits where it sat.
+
+        Args:
+            image_shape: (C, H, W), with the C of these weights.
+
+        Raises:
+            ValueError: another number of channels, or sides that cannot be halved so often.
+        """
+        if image_shape[0] != self.image_shape[0]:
+            raise ValueError(
+                f"these weights take {self.image_shape[0]} channels, not {image_shape[0]}"
+            )
+        kept = self.config.resolution or self.config.side // self.config.patch
+        config = replace(self.config, image_shape=image_shape, canvas=0, resolution=kept)
+        model = TamingAutoencoder(config)
+        model.load_state_dict(self.state_dict())
+        return model.freeze()
+
+    @property
+    def codebook_size(self) -> int:
+        """Entries of the codebook; 0 where there is none."""
+        return 0 if self.stochastic else self.config.n_embed
+
     def encode(self, x: Tensor) -> Moments:
         """Images to moments: mean and log-variance (KL), or the pre-quantised latent (VQ).
+
+        Gumbel's pre-quantised latent is what its logits are computed from (see `logits`).
 
         Args:
             x: (B, C, H, W), in [-1, 1].
@@ -162,16 +135,44 @@ class TamingAutoencoder(nn.Module):
         return Moments(mean, log_var.clamp(*_LOG_VAR_RANGE))
 
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Nearest codebook entries, with straight-through gradient (VQ only).
+        """Codebook entries of latents: the nearest (VQ) or the most likely (Gumbel).
+
+        With gradients on, VQ's are taming's, with the straight-through gradient.
 
         Returns:
-            Quantised latents (B, C_z, H_z, W_z), the codebook loss (scalar), and the indices
-            (B·H_z·W_z,).
+            Quantised latents (B, C_z, H_z, W_z), the codebook loss (scalar; 0 for Gumbel), and
+            the indices (B·H_z·W_z,).
         """
+        entries = self._entries()
+        if self.config.flavour == "gumbel":
+            indices = self.quantize.indices(z)
+            return look_up(indices, entries), z.new_zeros(()), indices.flatten()
+        if torch.is_grad_enabled():
+            quantised, loss, (_, _, indices) = self.quantize(z)
+            return quantised, loss, indices.flatten()
+        indices = nearest_indices(z, entries)
+        quantised = look_up(indices, entries)
+        loss = (1.0 + self.config.commitment) * F.mse_loss(quantised, z)
+        return quantised, loss, indices.flatten()
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """Latents that are, but for an error, codebook entries to the entries nearest them.
+
+        For VQ this is `quantise`; a Gumbel entry is no argument of its own logits.
+        """
+        return look_up(nearest_indices(z, self._entries()), self._entries())
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Log-odds (B, n_embed, H_z, W_z) of the codebook entries (Gumbel only)."""
+        if self.config.flavour != "gumbel":
+            raise ValueError(f"only a gumbel autoencoder has logits, not {self.config.flavour}")
+        return self.quantize.proj(z)
+
+    def _entries(self) -> Tensor:
         if self.quantize is None:
             raise ValueError("a KL autoencoder has no codebook to quantise with")
-        quantised, loss, (_, _, indices) = self.quantize(z)
-        return quantised, loss, indices.flatten()
+        kind = "embed" if self.config.flavour == "gumbel" else "embedding"
+        return getattr(self.quantize, kind).weight
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents to images; quantises first where there is a codebook.
@@ -180,7 +181,7 @@ class TamingAutoencoder(nn.Module):
             z: (B, C_z, H_z, W_z), not standardised.
 
         Returns:
-            (B, C, H, W), clamped to [-1, 1].
+            (B, C, H, W), clamped to `config.levels`.
 
         Raises:
             ValueError: the latents have another shape.
@@ -188,7 +189,7 @@ class TamingAutoencoder(nn.Module):
         check_latents(z, self.latent_shape)
         if self.quantize is not None:
             z = self.quantise(z)[0]
-        return self.decode_quantised(z).clamp(-1.0, 1.0)
+        return self.decode_quantised(z).clamp(*self.config.limits)
 
     def decode_quantised(self, z: Tensor) -> Tensor:
         """Latents that are already quantised (or need not be) to images, not clamped."""
@@ -196,10 +197,7 @@ class TamingAutoencoder(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """The architecture as plain values, enough to build it again."""
-        values = {
-            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.config).items()
-        }
-        return {"kind": "taming", **values}
+        return {"kind": "taming", **self.config.to_dict()}
 
     def _fold(self, x: Tensor) -> Tensor:
         rows, columns = self._margins()
@@ -214,23 +212,8 @@ class TamingAutoencoder(nn.Module):
 
     def _margins(self) -> tuple[int, int]:
         _, height, width = self.image_shape
-        return (self.config.side - height) // 2, (self.config.side - width) // 2
-
-
-def config_from(description: dict[str, Any]) -> TamingConfig:
-    """The architecture from what `describe` gave (lists become tuples again).
-
-    Raises:
-        ValueError: a key is unknown or missing its type.
-    """
-    values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in description.items()
-    }
-    values.pop("kind", None)
-    try:
-        return TamingConfig(**values)
-    except TypeError as error:
-        raise ValueError(f"not a description of a taming autoencoder: {error}") from error
+        rows, columns = self.config.canvas_shape
+        return (rows - height) // 2, (columns - width) // 2
 
 
 def patch_discriminator(channels: int, width: int, layers: int) -> nn.Module:
@@ -248,6 +231,43 @@ def patch_discriminator(channels: int, width: int, layers: int) -> nn.Module:
 
 
 @torch.no_grad()
+def keep_channels(model: TamingAutoencoder, channels: list[int]) -> TamingAutoencoder:
+    """A KL autoencoder with some of its latent channels only, the others fixed at zero.
+
+    Only the 1x1 convolutions next to the latents change, so this is exact for channels that
+    are always zero, and harmless for channels that the decoder has learnt to ignore.
+
+    Args:
+        model: a frozen KL autoencoder.
+        channels: those to keep, in order.
+
+    Returns:
+        A new frozen autoencoder with latents (len(channels), H_z, W_z); `model` itself where all
+        are kept.
+
+    Raises:
+        ValueError: a codebook, or no channel left.
+    """
+    if not model.stochastic:
+        raise ValueError("only a KL autoencoder's channels can be dropped")
+    total = model.config.embed_dim
+    if channels == list(range(total)):
+        return model
+    if not channels:
+        raise ValueError(
+            "no latent channel carries information; lower autoencoder_training.kl_weight"
+        )
+    slim = TamingAutoencoder(replace(model.config, embed_dim=len(channels)))
+    tensors = dict(model.state_dict())
+    rows = channels + [total + channel for channel in channels]  # means, then log-variances
+    tensors["quant_conv.weight"] = tensors["quant_conv.weight"][rows]
+    tensors["quant_conv.bias"] = tensors["quant_conv.bias"][rows]
+    tensors["post_quant_conv.weight"] = tensors["post_quant_conv.weight"][:, channels]
+    slim.load_state_dict(tensors)
+    return slim.freeze()
+
+
+@torch.no_grad()
 def start_codebook(model: TamingAutoencoder, latents: Tensor, generator: torch.Generator) -> None:
     """Start a codebook from encoded data, so that its entries lie where the latents are.
 
@@ -256,8 +276,8 @@ def start_codebook(model: TamingAutoencoder, latents: Tensor, generator: torch.G
         latents: (B, C_z, H_z, W_z), pre-quantised.
         generator: draws the entries.
     """
-    if model.quantize is None:
-        raise ValueError("a KL autoencoder has no codebook to start")
+    if model.config.flavour != "vq":
+        raise ValueError(f"only a vq codebook can be started, not a {model.config.flavour} one")
     flat = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
     chosen = torch.randint(len(flat), (model.config.n_embed,), generator=generator)
     model.quantize.embedding.weight.copy_(flat[chosen.to(flat.device)])

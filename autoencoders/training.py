@@ -31,6 +31,7 @@ from autoencoders.base import to_float
 from autoencoders.taming import (
     TamingAutoencoder,
     TamingConfig,
+    keep_channels,
     patch_discriminator,
     start_codebook,
 )
@@ -55,6 +56,8 @@ class AutoencoderTraining:
         discriminator_layers: its strided convolutions after the first.
         discriminator_lr: its learning rate, as a fraction of `lr`.
         ema: decay of the moving average of the weights, which is what is kept.
+        prune: a KL autoencoder's latent channels that carry less than so many nats a position
+            are dropped at the end: the KL term has switched them off, they hold only noise.
         precision: "bf16" or "fp32".
         flip: mirror half of the images (never for digits).
         seed: of everything random.
@@ -74,6 +77,7 @@ class AutoencoderTraining:
     discriminator_layers: int = 2
     discriminator_lr: float = 1.0
     ema: float = 0.999
+    prune: float = 0.05
     precision: str = "fp32"
     flip: bool = False
     seed: int = 0
@@ -182,9 +186,21 @@ class AutoencoderTrainer:
         self.done += 1
         return terms
 
-    def finished(self) -> TamingAutoencoder:
-        """The averaged autoencoder, frozen, on the CPU."""
-        return copy.deepcopy(self.average).cpu().float().freeze()
+    def finished(self, images: Tensor) -> TamingAutoencoder:
+        """The averaged autoencoder, frozen, on the CPU, without latent channels that are off.
+
+        Args:
+            images: uint8 (B, C, H, W), over which the use of the channels is measured.
+        """
+        model = copy.deepcopy(self.average).cpu().float().freeze()
+        if not model.stochastic:
+            return model
+        with torch.inference_mode():
+            moments = model.encode(to_float(images))
+        assert moments.log_var is not None
+        mean, log_var = moments.mean, moments.log_var
+        nats = 0.5 * (mean**2 + log_var.exp() - 1.0 - log_var).mean((0, 2, 3))
+        return keep_channels(model, (nats >= self.recipe.prune).nonzero().flatten().tolist())
 
     def _autoencoder_loss(
         self, x: Tensor, noise: Tensor, adversarial: bool
@@ -202,7 +218,7 @@ class AutoencoderTrainer:
                 regulariser = self.recipe.kl_weight * kl / x[0].numel()
                 terms = {"kl": kl.item()}
             fake = self.model.decode_quantised(z)
-        fake = fake.float()
+        fake = _saturated(fake.float(), self.model.config.limits)
         reconstruction = (x - fake).abs().mean()
         loss = reconstruction + regulariser
         terms["reconstruction"] = reconstruction.item()
@@ -291,3 +307,12 @@ class AutoencoderTrainer:
             entries = self.model.quantize.embedding.weight.data
             entries.copy_(self.accelerator.reduce(entries, "mean"))
         self.average.load_state_dict(self.model.state_dict())
+
+
+def _saturated(x: Tensor, limits: tuple[float, float]) -> Tensor:
+    """Clamp, with the gradient of the identity.
+
+    A pixel that rightly saturates has no loss, however far beyond the limit the network puts
+    it; one that wrongly saturates still has a gradient.
+    """
+    return x + (x.clamp(*limits) - x).detach()

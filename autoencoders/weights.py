@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def to_tensors(
     """What to store of a model: tensors in a compact type, and metadata.
 
     Half precision halves the file; the fingerprint of a loaded model is that of the rounded
-    weights, so the stored file is what all numbers refer to.
+    weights, so the stored file is what all numbers refer to. A tensor that would overflow is
+    stored as it is.
 
     Args:
         model: the autoencoder.
@@ -60,7 +62,7 @@ def to_tensors(
     Returns:
         (tensors, metadata) for a safetensors file.
     """
-    tensors = {k: v.detach().cpu().to(dtype).contiguous() for k, v in model.state_dict().items()}
+    tensors = {k: _stored(v.detach().cpu(), dtype) for k, v in model.state_dict().items()}
     notes = {"architecture": model.describe(), "recipe": recipe or {}}
     return tensors, {DESCRIPTION: json.dumps(notes)}
 
@@ -84,7 +86,10 @@ def load(path: Path) -> TamingAutoencoder:
             f"{path} holds no jkoflow autoencoder; give a file that `jkoflow autoencoder train` "
             "or `convert` wrote"
         )
-    description: dict[str, Any] = json.loads(metadata[DESCRIPTION])["architecture"]
+    try:
+        description: dict[str, Any] = dict(json.loads(metadata[DESCRIPTION])["architecture"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the description in {path} is damaged; get the file again") from error
     model = TamingAutoencoder(config_from(description))
     fill(model, tensors, str(path))
     return model.freeze()
@@ -96,13 +101,33 @@ def fill(model: TamingAutoencoder, tensors: dict[str, Tensor], source: str) -> N
     Raises:
         ValueError: names the keys that are missing, unexpected, or of another shape.
     """
-    wanted = model.state_dict()
-    missing = sorted(set(wanted) - set(tensors))
-    unexpected = sorted(set(tensors) - set(wanted))
+    check_fit(
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        source,
+    )
+    model.load_state_dict({k: v.float() for k, v in tensors.items()})
+
+
+def check_fit(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    """Refuse tensors that are not exactly those of a model.
+
+    Args:
+        wanted: shape of every tensor of the model, by name.
+        found: shape of every tensor at hand.
+        source: where they come from, for the message.
+
+    Raises:
+        ValueError: names the keys that are missing, unexpected, or of another shape.
+    """
+    missing = sorted(set(wanted) - set(found))
+    unexpected = sorted(set(found) - set(wanted))
     shapes = [
-        f"{k} is {tuple(tensors[k].shape)}, expected {tuple(wanted[k].shape)}"
-        for k in sorted(set(wanted) & set(tensors))
-        if tensors[k].shape != wanted[k].shape
+        f"{k} is {found[k]}, expected {wanted[k]}"
+        for k in sorted(set(wanted) & set(found))
+        if found[k] != wanted[k]
     ]
     faults = []
     for title, names in (("missing", missing), ("unexpected", unexpected), ("shapes", shapes)):
@@ -113,4 +138,9 @@ def fill(model: TamingAutoencoder, tensors: dict[str, Tensor], source: str) -> N
         raise ValueError(
             f"the weights in {source} do not fit this architecture: " + " | ".join(faults)
         )
-    model.load_state_dict({k: v.float() for k, v in tensors.items()})
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = tensor.to(dtype).contiguous()
+    overflows = bool((torch.isfinite(tensor) & ~torch.isfinite(rounded)).any())
+    return tensor.contiguous() if overflows else rounded

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
 
 from flows.errors import FlowError
 from flows.velocity_base import Velocity
@@ -96,14 +94,9 @@ class Exact(Divergence):
         trace = z.new_zeros(z.shape[0])
         for start in range(0, dim, self.chunk or dim):
             rows = basis[start : start + (self.chunk or dim)]
-
-            def push(row: Tensor) -> tuple[Tensor, Tensor]:
-                tangent = row.view(1, *z.shape[1:]).expand_as(z)
-                value, moved = _jvp(velocity, t, z, tangent)
-                return value, moved.flatten(1) @ row
-
-            v, diagonal = vmap(push, out_dims=_ONE_VALUE)(rows)
-            trace = trace + diagonal.sum(dim=0)
+            tangents = rows.view(-1, 1, *z.shape[1:]).expand(-1, *z.shape)
+            v, moved = velocity.directional(t, z, tangents)
+            trace = trace + (moved.flatten(2) * rows[:, None]).sum(dim=(0, 2))
         assert v is not None
         return v, trace[None]
 
@@ -143,19 +136,9 @@ class Hutchinson(Divergence):
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Divergence`."""
         eps = self._require(z, eps)
-        product = self._forward_mode if self.mode == "jvp" else self._reverse_mode
-        return product(velocity, t, z, eps)
-
-    def _forward_mode(
-        self, velocity: Velocity, t: Tensor, z: Tensor, eps: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        def push(probe: Tensor) -> tuple[Tensor, Tensor]:
-            return _jvp(velocity, t, z, probe)
-
-        if self.probes == 1:
-            v, moved = push(eps[0])
-            return v, _dot(moved, eps[0])[None]
-        v, moved = vmap(push, out_dims=_ONE_VALUE)(eps)
+        if self.mode == "vjp":
+            return self._reverse_mode(velocity, t, z, eps)
+        v, moved = velocity.directional(t, z, eps)
         return v, (moved * eps).flatten(2).sum(dim=2)
 
     def _reverse_mode(
@@ -241,16 +224,6 @@ def make_divergence(
     if name == "finite-difference":
         return FiniteDifference(sigma0=sigma0, probes=probes)
     raise FlowError(f"unknown divergence {name!r}; choose exact, hutchinson or finite-difference")
-
-
-#: v does not depend on the direction that vmap runs over: keep one copy of it
-_ONE_VALUE: Any = (None, 0)
-
-
-def _jvp(velocity: Velocity, t: Tensor, z: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
-    """The velocity at z and its directional derivative, both (B, *shape)."""
-    value, moved = jvp(lambda x: velocity(t, x), (z,), (tangent,))[:2]
-    return value, moved
 
 
 def _check_probes(probes: int) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from flows.velocity_base import TimeFeatures, Velocity, VelocityConfig, zero_
@@ -37,6 +40,9 @@ class MlpVelocity(Velocity):
         )
         self.last = nn.Linear(widths[-1], self.dim)
         self.activation = config.activation_or("softplus20")
+        #: of the softplus; None for another activation
+        betas = {"default": 20.0, "softplus20": 20.0, "softplus": 1.0}
+        self.beta = betas.get(config.activation)
         if config.zero_init:
             zero_(self.last)
 
@@ -52,6 +58,52 @@ class MlpVelocity(Velocity):
         for layer in self.middle:
             hidden = layer(self.activation(hidden))
         return self.last(self.activation(hidden)).view_as(z)
+
+    def directional(self, t: Tensor, z: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Velocity`; for softplus by hand: the derivative is the sigmoid's multiple.
+
+        With p = βx, softplus_β(x) = softplus(p) / β, so β goes into the first and last weights
+        and the biases, and activations are plain softplus.
+        """
+        if self.beta is None:
+            return super().directional(t, z, tangents)
+        beta, first, last = self.beta, self.first, self.last
+        weight = beta * first.weight[:, : self.dim]
+        bias = beta * (first.bias + t * first.weight[:, self.dim])
+        p = F.linear(z.flatten(1), weight, bias)
+        q = F.linear(tangents.flatten(2), weight)
+        for layer in self.middle:
+            y, r = SoftplusPair.apply(p, q)
+            p, q = F.linear(y, layer.weight, beta * layer.bias), F.linear(r, layer.weight)
+        y, r = SoftplusPair.apply(p, q)
+        weight = last.weight / beta
+        return F.linear(y, weight, last.bias).view_as(z), F.linear(r, weight).view_as(tangents)
+
+
+class SoftplusPair(torch.autograd.Function):
+    """Softplus and the tangents it passes on: (p, q) → (softplus(p), q σ(p)).
+
+    p is (B, W), q is (n, B, W). The sigmoid is computed once for value, tangents and gradient;
+    the work is done in place wherever a buffer is free.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        """Computes softplus(p) = max(p, 0) − log max(σ(p), 1 − σ(p)), and q σ(p)."""
+        s = torch.sigmoid(p)
+        log_larger = torch.sub(s, 0.5).abs_().sub_(0.5).log1p_()
+        ctx.save_for_backward(s, q)
+        return torch.relu(p).sub_(log_larger), q * s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, grad_r: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        """By the chain rule, dp = σ (dy + (1 − σ) Σ_n dr q), dq = dr σ."""
+        s, q = ctx.saved_tensors
+        product = grad_r * q
+        grad_s = product[0] if len(q) == 1 else product.sum(dim=0)
+        grad_p = torch.addcmul(grad_s, grad_s, s, value=-1).add_(grad_y).mul_(s)
+        return grad_p, torch.mul(grad_r, s, out=product)
 
 
 class ResidualLayer(nn.Module):
@@ -106,6 +158,12 @@ class ResidualMlpVelocity(Velocity):
 def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """LN(x) ⊙ (1 + scale) + shift, in one kernel when all samples share the time."""
     width = (x.shape[-1],)
+    if unpack_dual(x).tangent is not None:
+        # Under forward mode, torch's own gradient of layer_norm's derivative is wrong (seen in
+        # 2.13: it takes mean and deviation for constants), so the norm is spelled out.
+        centred = x - x.mean(dim=-1, keepdim=True)
+        normed = centred * (centred.square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt()
+        return torch.addcmul(shift, normed, 1 + scale)
     if scale.shape[0] == 1:
         return F.layer_norm(x, width, 1 + scale[0], shift[0])
     return torch.addcmul(shift, F.layer_norm(x, width), 1 + scale)

@@ -15,16 +15,16 @@ from autoencoders import weights
 from autoencoders.base import Autoencoder, to_float, to_uint8
 from autoencoders.taming import TamingAutoencoder
 from autoencoders.training import AutoencoderTrainer
+from eval.inception import EXTRACTOR
 from eval.pictures import before_after
 from eval.reconstruction import Reconstruction
-from eval.references import load_reference
 from pipeline import commit
 from pipeline.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.config import Config
 from pipeline.config_files import resolved_yaml, to_dict
 from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import JkoflowError, UserError
-from pipeline.evaluate import EXTRACTOR, Evaluator
+from pipeline.evaluate import Evaluator
 from pipeline.journal import Journal
 from pipeline.latents import Progress, load_parts
 from pipeline.runs import environment
@@ -34,6 +34,7 @@ WEIGHTS = "autoencoder.safetensors"
 _CHECKPOINT = "checkpoint.safetensors"
 _LOG_EVERY = 50
 _SHOWN = 32
+_PROBE = 2000
 
 
 def train(
@@ -127,9 +128,10 @@ def evaluate(
     test = load_images(dataclasses.replace(config.data, split=config.data.test_split))
     if n > len(test):
         raise UserError(f"{test.name} ({test.split}) has {len(test)} images, fewer than {n}")
+    evaluator = Evaluator(accelerator, progress)
+    reference = evaluator.reference(config.evaluate.reference)
     measured = _reconstruct(autoencoder, test, n, folder, accelerator, progress)
-    reference = load_reference(config.evaluate.reference).stats
-    rfid = Evaluator(accelerator, progress).reconstruction_fid(autoencoder, test, n, reference)
+    rfid = evaluator.reconstruction_fid(autoencoder, test, n, reference)
     result = {
         "rfid": {
             "value": rfid,
@@ -210,10 +212,11 @@ def _finish(
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
     }
-    tensors, metadata = weights.to_tensors(trainer.finished(), recipe=recipe)
+    probe = torch.from_numpy(images.read(0, min(len(images), _PROBE)))
+    tensors, metadata = weights.to_tensors(trainer.finished(probe), recipe=recipe)
     commit.write_tensors(folder / WEIGHTS, tensors, metadata)
     model = weights.load(folder / WEIGHTS)
-    pixels = torch.from_numpy(images.read(0, _SHOWN))
+    pixels = torch.from_numpy(images.read(0, min(len(images), _SHOWN)))
     with torch.inference_mode():
         again = to_uint8(model.decode(model.encode(to_float(pixels)).sample(generator(0, "card"))))
     _picture(folder, pixels, again)

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from flows.block import Block
+from flows.block import Block, SolverConfig
 from flows.divergence import make_divergence
 from flows.ema import Ema
 from flows.errors import SolveError
@@ -26,6 +26,11 @@ from pipeline.config import TrainConfig
 from pipeline.errors import JkoflowError
 from pipeline.seeds import Batches, generator
 from pipeline.store import StoreReader
+
+#: samples that a finished block is measured on
+_MEASURED = 4096
+#: largest D whose divergence is measured exactly
+_EXACT_UP_TO = 16
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class BlockTrainer:
         stage: the samples it trains on.
         recipe: the train section.
         accelerator: device and processes; every process takes its share of each batch.
+        number: the pass; each draws other batches and probes.
     """
 
     def __init__(
@@ -59,18 +65,21 @@ class BlockTrainer:
         stage: StoreReader,
         recipe: TrainConfig,
         accelerator: Accelerator,
+        number: int = 0,
     ) -> None:
         self.block, self.spec, self.stage = block, spec, stage
         self.recipe, self.accelerator = recipe, accelerator
         self.index = int(stage.manifest["identity"]["stage"])
         block.train().requires_grad_(True).to(accelerator.device)
         self.parameters = list(block.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, recipe.lr)
+        self.optimizer = torch.optim.Adam(self.parameters, recipe.lr, fused=True)
         self.average = Ema(block, recipe.ema) if recipe.ema > 0 else None
         self.divergence = make_divergence(
             recipe.divergence, probes=recipe.probes, sigma0=recipe.sigma0
         )
-        self.batches = Batches(len(stage), recipe.batch_size, recipe.seed, "block", self.index)
+        self.salt = (number,) if number else ()
+        place = ("block", self.index, *self.salt)
+        self.batches = Batches(len(stage), recipe.batch_size, recipe.seed, *place)
         self.done = 0
         self.seconds = 0.0
 
@@ -131,7 +140,7 @@ class BlockTrainer:
 
     def _probe(self, z: Tensor, rank: int, ranks: int) -> Tensor | None:
         """This rank's rows of the probe drawn for the whole batch."""
-        drawn = generator(self.recipe.seed, "probe", self.index, self.done)
+        drawn = generator(self.recipe.seed, "probe", self.index, self.done, *self.salt)
         whole = z.new_empty(()).expand(self.recipe.batch_size, *z.shape[1:])
         eps = self.divergence.draw_probe(whole, drawn)
         if eps is None:
@@ -162,3 +171,41 @@ class BlockTrainer:
             f"block {self.index} failed at step {self.done}: {reason}; lower train.lr or "
             "schedule.h0, or take more solver.steps, then train again"
         )
+
+
+@torch.no_grad()
+def measure(trainer: BlockTrainer, stage: StoreReader, push: SolverConfig) -> dict[str, float]:
+    """The terms of a finished block's objective, nats per sample, on a fixed set of samples.
+
+    The same samples are followed through all blocks and passes, on the grid that pushes, with an
+    unbiased divergence; so the terms of all blocks add up to an estimate of the flow's NLL.
+
+    Args:
+        trainer: of the block, finished.
+        stage: the samples before the block.
+        push: the solver; a fixed grid stands in for an adaptive one.
+    """
+    block, recipe, device = trainer.block, trainer.recipe, trainer.accelerator.device
+    divergence = make_divergence("exact" if block.velocity.dim <= _EXACT_UP_TO else "hutchinson")
+    solver = SolverConfig(method="rk4", steps=8) if push.adaptive else push
+    count = min(len(stage), _MEASURED)
+    chosen = Batches(len(stage), count, recipe.seed, "measure").indices(0)
+    drawn = generator(recipe.seed, "measure", trainer.index, *trainer.salt)
+    potential, log_det, moved = 0.0, 0.0, 0.0
+    for rows in chosen.split(recipe.batch_size):
+        z = stage.take("z", rows)
+        eps = divergence.draw_probe(z, drawn)
+        z = z.to(device)
+        eps = None if eps is None else eps.to(device)
+        try:
+            end = block.transport(z, divergence=divergence, eps=eps, solver=solver)
+        except SolveError as error:
+            raise JkoflowError(f"block {trainer.index} cannot be measured: {error}") from error
+        assert end.log_det is not None
+        potential += float(end.z.double().square().sum()) / 2
+        log_det += float(end.log_det.double().sum())
+        moved += float((end.z - z).double().square().sum())
+    terms = {"potential": potential / count, "neg_log_det": -log_det / count}
+    if trainer.spec.h is not None:
+        terms["movement"] = moved / count / (2 * trainer.spec.h)
+    return {"total": sum(terms.values()), **terms}

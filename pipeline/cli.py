@@ -6,11 +6,25 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pipeline.errors import JkoflowError, UserError
+from pipeline import likelihood_verb, toy2d
+from pipeline.errors import UserError
+from pipeline.terminal import (
+    INTERRUPTED,
+    Meter,
+    bar,
+    explain,
+    fail,
+    load,
+    override,
+    replace,
+    say,
+    with_section,
+)
+from pipeline.terminal import accelerator as _accelerator
 
 app = typer.Typer(
     name="jkoflow",
@@ -39,6 +53,16 @@ BlocksOption = Annotated[
     int | None, typer.Option("--blocks", help="Use only the first so many blocks.")
 ]
 
+_TYPER_INTERRUPTED = 130  # what newer typer returns in place of raising KeyboardInterrupt
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("jkoflow"))
+        raise typer.Exit
+
 
 @app.callback()
 def _root(
@@ -46,14 +70,16 @@ def _root(
         bool, typer.Option("--debug", help="Show the traceback of an error.")
     ] = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.")
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and stop.",
+            callback=_print_version,
+            is_eager=True,  # before typer misses a command
+        ),
     ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        print(installed("jkoflow"))
-        raise typer.Exit
+    """Options that stand before the command; see `--help`."""
 
 
 @app.command()
@@ -65,7 +91,7 @@ def demo(
     """The main job on MNIST, start to finish: latents, flow, grid, FID. Repeats nothing."""
     from pipeline.demo import run_demo
 
-    run_demo(_load(config, overrides), run, _accelerator(), bar)
+    run_demo(load(config, overrides), run, _accelerator(), bar)
 
 
 @app.command()
@@ -88,7 +114,7 @@ def encode(config: ConfigOption, overrides: SetOption = None) -> None:
     from pipeline import latents
 
     accelerator = _accelerator()
-    cache = latents.encode(_load(config, overrides), accelerator, bar)
+    cache = latents.encode(load(config, overrides), accelerator, bar)
     if accelerator.is_main_process:
         say(f"{len(cache)} latents of shape {tuple(cache.shape)}")
         print(cache.reader.folder)
@@ -102,32 +128,54 @@ def train(
     run: Annotated[
         Path | None, typer.Option("--run", "-r", help="Run directory; default runs/NAME.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run, or train it further.")
+    ] = False,
     max_minutes: Annotated[
         float | None, typer.Option("--max-minutes", help="Stop cleanly after so long.")
+    ] = None,
+    reparameterize: Annotated[
+        int | None,
+        typer.Option(help="Train so many more times over, evening out the movements (in all)."),
+    ] = None,
+    refine: Annotated[
+        int | None, typer.Option(help="Then split every block into so many (in all); train on.")
+    ] = None,
+    add_blocks: Annotated[
+        int, typer.Option(help="Add so many blocks to a finished run, before its free block.")
+    ] = 0,
+    from_block: Annotated[
+        int | None, typer.Option(help="Train this block (from 0) and all after it again.")
     ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Train the flow block by block: latent cache to run directory."""
     from pipeline import runs, training
 
-    if config is None and (run is None or not resume):
-        raise UserError("give --config, or --run with --resume to continue a run")
+    anew = bool(add_blocks) or from_block is not None
     if config is not None:
-        settings = _load(config, overrides)
+        settings = load(config, overrides)
+    elif run is None or not (resume or anew):
+        raise UserError("give --config, or --run with --resume to continue a run")
     else:
-        assert run is not None
-        settings = runs.read_config(run)
-        if overrides:
-            raise UserError("--set goes with --config; a resumed run keeps its configuration")
-    if max_minutes is not None:
-        settings = _with(settings, "train", max_minutes=max_minutes)
+        later = tuple(f"schedule.{key}=" for key in training.LATER)
+        if not anew and not all(given.startswith(later) for given in overrides or []):
+            raise UserError(
+                "--set goes with --config; a resumed run keeps its configuration, but for "
+                + ", ".join(key.rstrip("=") for key in later)
+            )
+        settings = override(runs.read_config(run), overrides, training.FREE)
+    settings = with_section(settings, "train", max_minutes=max_minutes)
+    settings = with_section(settings, "schedule", reparameterize=reparameterize, refine=refine)
     folder = run if run is not None else Path("runs") / settings.name
     accelerator = _accelerator()
-    outcome = training.train(settings, folder, accelerator, bar, resume)
+    outcome = training.train(
+        settings, folder, accelerator, bar, resume, add_blocks=add_blocks, from_block=from_block
+    )
     if accelerator.is_main_process:
         state = "finished" if outcome.complete else "stopped in time; continue with --resume"
-        say(f"{outcome.blocks} blocks, {outcome.trained} of them now: {state}")
+        times = f" in pass {outcome.passes - 1}" if outcome.passes > 1 else ""
+        say(f"{outcome.blocks} blocks{times}, {outcome.trained} trained now: {state}")
         print(folder)
 
 
@@ -155,8 +203,8 @@ def generate(
     from pipeline import runs
 
     opened = runs.open_run(run, blocks)
-    settings = _override(opened.config, overrides, ("generate",)).generate
-    settings = _replace(settings, n=n, seed=seed, steps=steps)
+    settings = override(opened.config, overrides, ("generate",)).generate
+    settings = replace(settings, n=n, seed=seed, steps=steps)
     if nfe is not None:
         settings = sampling.within(opened, settings, nfe)
     accelerator = _accelerator()
@@ -193,8 +241,8 @@ def evaluate(
     from pipeline.summary import headline
 
     opened = runs.open_run(run, blocks)
-    config = _override(opened.config, overrides, ("generate", "evaluate"))
-    settings = _replace(config.evaluate, n=n, seed=seed, reference=reference, kid=kid)
+    config = override(opened.config, overrides, ("generate", "evaluate"))
+    settings = replace(config.evaluate, n=n, seed=seed, reference=reference, kid=kid)
     accelerator = _accelerator()
     metrics = evaluation.Evaluator(accelerator, bar).evaluate(opened, settings, config.generate)
     if accelerator.is_main_process:
@@ -229,7 +277,7 @@ def autoencoder_train(
     """Train a small VQ or KL autoencoder (sections architecture and autoencoder_training)."""
     from pipeline import autoencoding
 
-    settings = _load(config, overrides)
+    settings = load(config, overrides)
     folder = out or Path("runs") / f"autoencoder-{settings.name}"
     accelerator = _accelerator()
     path = autoencoding.train(settings, folder, accelerator, bar, resume)
@@ -249,10 +297,15 @@ def autoencoder_evaluate(
     """Measure an autoencoder: rFID, PSNR, SSIM, codebook use, and a before/after picture."""
     from pipeline import autoencoding
 
-    settings = _load(config, overrides)
+    settings = load(config, overrides)
     folder = out or Path("runs") / f"autoencoder-{settings.name}"
     path = autoencoding.evaluate(settings, n, folder, _accelerator(), bar)
     print(path)
+
+
+# verbs that live in modules of their own
+likelihood_verb.register(app)
+toy2d.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -262,100 +315,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [word for word in given if word != "--debug"]
     try:
         code = app(given, standalone_mode=False)
+        if code == _TYPER_INTERRUPTED:
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        return _fail("interrupted; what was finished is kept, run the same command again", 1)
+        return fail(INTERRUPTED, 1)
     except Exception as error:  # noqa: BLE001 - the border: every error becomes one sentence
         if debug:
             traceback.print_exc()
-        return _fail(*_explain(error))
-
-
-def _explain(error: Exception) -> tuple[str, int]:
-    if isinstance(error, typer.Abort):
-        return "interrupted; what was finished is kept, run the same command again", 1
-    if hasattr(error, "format_message"):  # typer's own errors, of whichever click it carries
-        return f"{error.format_message()}; see --help", 2
-    if isinstance(error, JkoflowError):
-        return str(error), error.exit_code
-    if isinstance(error, (ValueError, FileNotFoundError)):
-        return str(error), 2
-    if isinstance(error, OSError) and error.strerror:
-        where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}", 1
-    return f"{type(error).__name__}: {error} (--debug shows where)", 1
-
-
-def _fail(message: str, code: int) -> int:
-    sentence = " ".join(message.split())
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    return code
-
-
-def say(message: str) -> None:
-    """Tell people; results that scripts read go to stdout instead."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def bar(items: Any, total: int, label: str) -> Any:  # noqa: ANN401 - any iterable
-    """Wrap an iterable in a progress bar with the time left, on the main process only."""
-    from accelerate.state import PartialState
-    from tqdm import tqdm
-
-    quiet = total == 0 or not PartialState().is_main_process
-    seconds = 0.2 if sys.stderr.isatty() else 15.0
-    return tqdm(items, total=total, desc=label, disable=quiet, mininterval=seconds, leave=False)
-
-
-class Meter:
-    """A running count of images, for sets whose size is not known beforehand."""
-
-    def __enter__(self) -> Meter:
-        from tqdm import tqdm
-
-        seconds = 0.2 if sys.stderr.isatty() else 15.0
-        self._bar = tqdm(unit=" images", mininterval=seconds, leave=False)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def of(self, name: str) -> Any:  # noqa: ANN401 - a callback
-        """The callback that counts images of one set."""
-        self._bar.set_description(name)
-        return self._bar.update
-
-
-def _load(config: str, overrides: list[str] | None) -> Any:  # noqa: ANN401 - imported late
-    from pipeline.config_files import load_config
-
-    return load_config(config, overrides or [])
-
-
-def _override(config: Any, overrides: list[str] | None, sections: tuple[str, ...]) -> Any:  # noqa: ANN401
-    from pipeline.config_files import overridden
-
-    return overridden(config, overrides or [], sections)
-
-
-def _with(config: Any, section: str, **values: Any) -> Any:  # noqa: ANN401
-    import dataclasses
-
-    changed = dataclasses.replace(getattr(config, section), **values)
-    return dataclasses.replace(config, **{section: changed})
-
-
-def _replace(settings: Any, **values: Any) -> Any:  # noqa: ANN401
-    import dataclasses
-
-    given = {key: value for key, value in values.items() if value is not None}
-    return dataclasses.replace(settings, **given)
-
-
-def _accelerator() -> Any:  # noqa: ANN401 - imported late, so that --help is quick
-    import warnings
-
-    from accelerate import Accelerator
-
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    return Accelerator()
+        return fail(*explain(error))

@@ -73,23 +73,40 @@ class LatentsConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Step sizes and stopping.
+    """Step sizes, stopping, what differs from block to block, and the passes after the first.
 
     Attributes:
         h0: first JKO step size h_0.
         rho: its growth per block, h_k = min(rho^k h_0, h_max).
         h_max: largest step size.
+        h: explicit step sizes h_0, h_1, …, in place of h0, rho and max_blocks.
         max_blocks: most blocks with a movement term.
         tolerance: stop when Ter(k) falls below it.
         free_block: add one last block without the movement term.
+        iterations: optimiser steps of each block, in place of train.iterations; the last value
+            holds for all blocks after it.
+        substeps: sub-intervals S of each block while it trains, in place of solver.steps; the
+            last value likewise.
+        reparameterize: passes after the first, each with step sizes that even out the movements
+            of the pass before.
+        eta: how far each of them goes towards the evened-out steps, in (0, 1].
+        refine: children that every block is split into in a last pass; 1 splits nothing.
+        later_iterations: optimiser steps a block in these passes; null takes those of the first.
     """
 
     h0: float = 0.5
     rho: float = 1.5
     h_max: float = 5.0
+    h: list[float] | None = None
     max_blocks: int = 4
     tolerance: float = 0.01
     free_block: bool = True
+    iterations: list[int] | None = None
+    substeps: list[int] | None = None
+    reparameterize: int = 0
+    eta: float = 0.5
+    refine: int = 1
+    later_iterations: int | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +192,27 @@ class EvaluateConfig:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class PointsConfig:
+    """Two-dimensional experiments (`jkoflow toy2d`); data.name is then a point set.
+
+    Attributes:
+        train: points that the flow trains on.
+        test: fresh points that measure likelihood and inversion error.
+        compare: generated and fresh points of the maximum mean discrepancy.
+        grid: the density is drawn on grid x grid squares.
+        invert: picture only: bright pixels carry the density instead of dark ones.
+        seed: of the points.
+    """
+
+    train: int = 50000
+    test: int = 5000
+    compare: int = 2000
+    grid: int = 100
+    invert: bool = False
+    seed: int = 0
+
+
 def _push() -> SolverConfig:
     return SolverConfig(method="rk4", steps=4)
 
@@ -197,6 +235,7 @@ class Config:
         train: training of the blocks.
         generate: sampling.
         evaluate: evaluation.
+        points: two-dimensional experiments.
     """
 
     name: str = "run"
@@ -212,3 +251,4 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    points: PointsConfig = field(default_factory=PointsConfig)

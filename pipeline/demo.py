@@ -80,7 +80,7 @@ def run_demo(config: Config, folder: Path, accelerator: Accelerator, progress: P
         "evaluate", lambda: evaluator.evaluate(run, config.evaluate, config.generate)
     )
     plot = folder / "samples" / "movement.png"
-    plot_movement(metrics, plot)
+    plot_movement(run.manifest, plot)
     metrics["seconds"] = clock.seconds
     commit.write_json(folder / "metrics.json", metrics)
     print(f"\n{table(metrics, clock.seconds, clock.reused)}\n\n{headline(metrics)}\n")

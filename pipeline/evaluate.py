@@ -21,7 +21,7 @@ from autoencoders.base import Autoencoder, to_float, to_uint8
 from eval.distances import frechet_distance, kid, precision_recall
 from eval.gaussian import GaussianStats
 from eval.images import stats_of
-from eval.inception import FidInception
+from eval.inception import EXTRACTOR, FidInception
 from eval.references import load_reference
 from pipeline import assets, commit
 from pipeline.config import DataConfig, EvaluateConfig, GenerateConfig
@@ -35,7 +35,6 @@ from pipeline.seeds import generator
 from pipeline.store import StoreReader, StoreWriter, key_of, open_store
 
 SHARD = 250
-EXTRACTOR = "pytorch-fid InceptionV3, pool3"
 
 
 def load_inception(accelerator: Accelerator) -> FidInception:
@@ -73,8 +72,9 @@ class Evaluator:
         """
         if settings.n < 2:
             raise UserError(f"FID needs at least 2 images, not {settings.n}; take 2000 or more")
+        _check(run.config.data, settings)
         sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
-        reference = self._reference(settings.reference)
+        reference = self.reference(settings.reference)
         images = sample_images(run, sampling, self.accelerator, self.progress)
         folder = run.folder / "samples" / f"features-{images.manifest['key']}"
         identity = {"kind": "features", "images": images.manifest["key"], **_extractor()}
@@ -110,11 +110,7 @@ class Evaluator:
         trains on; the images are the first n of the test split, or of the training split
         where the test split is smaller than n.
         """
-        data = run.config.data
-        images = load_images(dataclasses.replace(data, split=data.test_split))
-        if len(images) < settings.n:
-            images = load_images(data)
-        latents = run.config.latents
+        images, latents = _floor_images(run.config.data, settings.n), run.config.latents
         value = self.reconstruction_fid(
             run.autoencoder(), images, settings.n, reference, latents.noise, run.standardisation
         )
@@ -169,7 +165,8 @@ class Evaluator:
             folder, identity, n, lambda a, b, _: torch.from_numpy(images.read(a, b)), "real"
         )
 
-    def _reference(self, name: str) -> GaussianStats:
+    def reference(self, name: str) -> GaussianStats:
+        """Statistics to compare with: of a shipped reference, a folder or a .npz."""
         return stats_of(name, self._network)
 
     def _network(self) -> FidInception:
@@ -222,8 +219,7 @@ class Evaluator:
 
     def _likelihood(self, run: Run, settings: EvaluateConfig) -> dict[str, Any]:
         """NLL of latents of the test split: exact divergence, adaptive solver."""
-        data = run.config.data
-        images = load_images(dataclasses.replace(data, split=data.test_split))
+        images = _test_images(run.config.data)
         _enough(images, settings.nll)
         autoencoder = run.autoencoder()
         drawn = generator(0, "nll")
@@ -282,6 +278,26 @@ def _distance(features: StoreReader, reference: GaussianStats) -> float:
 
 def _extractor() -> dict[str, str]:
     return {"extractor": EXTRACTOR, "weights": assets.content_sha256("inception")[:16]}
+
+
+def _check(data: DataConfig, settings: EvaluateConfig) -> None:
+    """Refuse what the data set cannot give, before hours are spent on images."""
+    if settings.floor:
+        _enough(_floor_images(data, settings.n), settings.n)
+    if settings.kid:
+        _enough(load_images(data), settings.kid)
+    if settings.nll:
+        _enough(_test_images(data), settings.nll)
+
+
+def _test_images(data: DataConfig) -> ImageSet:
+    return load_images(dataclasses.replace(data, split=data.test_split))
+
+
+def _floor_images(data: DataConfig, n: int) -> ImageSet:
+    """The test split, or the training split where that has fewer than n images."""
+    test = _test_images(data)
+    return test if len(test) >= n else load_images(data)
 
 
 def _enough(images: ImageSet, n: int) -> None:

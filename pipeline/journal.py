@@ -20,11 +20,14 @@ class Journal:
     Args:
         folder: the run directory.
         active: False on all processes but the main one: nothing is written.
+
+    Attributes:
+        number: the pass that rows belong to; set it before they are written.
     """
 
     def __init__(self, folder: Path, active: bool = True) -> None:
         self.path = Path(folder) / "log.jsonl"
-        self.active = active
+        self.active, self.number = active, 0
         self._sums: dict[str, float] = defaultdict(float)
         self._count = 0
         self._board = SummaryWriter(str(Path(folder) / "tensorboard")) if active else None
@@ -42,7 +45,7 @@ class Journal:
             self._board.close()
 
     def rewind(self, block: int, step: int) -> None:
-        """Drop the rows of a block after a step (and of later blocks), torn lines too."""
+        """Drop the rows of a block after a step, all that follow in its pass, and torn lines."""
         if not self.active or not self.path.is_file():
             return
         kept = []
@@ -51,7 +54,8 @@ class Journal:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if (row.get("block", -1), row.get("step", 0)) <= (block, step):
+            at = (row.get("pass", 0), row.get("block", -1), row.get("step", 0))
+            if at <= (self.number, block, step):
                 kept.append(line)
         commit.write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode())
 
@@ -69,17 +73,19 @@ class Journal:
         """Write the running means as one row, and start anew."""
         row = {"block": block, "step": step, **self.mean(), **extra}
         self.write(row)
+        prefix = f"pass-{self.number:02d}/" if self.number else ""
         if self._board is not None:
             for name, value in row.items():
                 if name not in ("block", "step"):
-                    self._board.add_scalar(f"block-{block:02d}/{name}", value, step)
+                    self._board.add_scalar(f"{prefix}block-{block:02d}/{name}", value, step)
                     if name == "total":
-                        self._board.add_scalar("all/total", value, total_step)
+                        self._board.add_scalar(f"{prefix}all/total", value, total_step)
         self._sums.clear()
         self._count = 0
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row with the time of day."""
+        """Append one row with its pass and the time of day."""
         if self.active:
             with open(self.path, "a") as file:
-                file.write(json.dumps({**row, "time": round(time.time(), 3)}) + "\n")
+                stamped = {"pass": self.number, **row, "time": round(time.time(), 3)}
+                file.write(json.dumps(stamped) + "\n")

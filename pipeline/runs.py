@@ -1,18 +1,24 @@
 """Run directories: what a training leaves behind, and how it is opened again.
 
 config.yaml, environment.json     what was asked for, and where it ran
-blocks/block-00.safetensors …     finished blocks
-flow.json                         the manifest: structure, block hashes, standardisation,
-autoencoder, data; committed after every block
+blocks/block-00.safetensors …     finished blocks; those of later passes in blocks/pass-01/ …
+flow.json                         the manifest, committed after every block: the passes, block
+                                  hashes, standardisation, autoencoder, data
 stages/, checkpoints/             training data pushed through the blocks; resume
 log.jsonl, tensorboard/           the course of the training
 samples/, metrics.json            what `generate` and `evaluate` add
+
+`flow.json` lists all passes under `passes`; at its top, `pass`, `complete`, `flow` and `blocks`
+repeat the one that is used: the last complete pass, or the first while that is unfinished. So a
+run stays usable while a later pass is in progress.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,19 +29,24 @@ import yaml
 
 from autoencoders.base import Autoencoder
 from autoencoders.registry import build
+from flows.block import Block
+from flows.flow import FORMAT as FLOW_FORMAT
 from flows.flow import Flow
+from flows.spec import BlockSpec, build_block
 from pipeline import commit
 from pipeline.config import Config
 from pipeline.config_files import from_resolved, resolved_yaml
 from pipeline.errors import UserError
 from pipeline.latents import Standardisation
+from pipeline.passes import Pass, Row
 
-FORMAT = 1
+FORMAT = 2
 
 
-def block_file(index: int) -> str:
-    """Path of a block inside a run directory."""
-    return f"blocks/block-{index:02d}.safetensors"
+def block_file(index: int, number: int = 0) -> str:
+    """Path of a block of a pass inside a run directory."""
+    folder = f"blocks/pass-{number:02d}" if number else "blocks"
+    return f"{folder}/block-{index:02d}.safetensors"
 
 
 def start_run(folder: Path, config: Config) -> None:
@@ -96,20 +107,73 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def compose(about: dict[str, Any], shape: Sequence[int], passes: Sequence[Pass]) -> dict[str, Any]:
+    """flow.json of some passes.
+
+    Args:
+        about: name, standardisation, autoencoder and data.
+        shape: of one sample.
+        passes: in order, at least one.
+    """
+    whole = [number for number, entry in enumerate(passes) if entry.complete]
+    plain = [dataclasses.asdict(entry) for entry in passes]
+    base = {"format": FORMAT, **about, "shape": list(shape), "passes": plain}
+    return select(base, whole[-1] if whole else len(passes) - 1)
+
+
+def select(manifest: dict[str, Any], number: int) -> dict[str, Any]:
+    """The manifest with another of its passes at the top.
+
+    Raises:
+        UserError: there is no such pass.
+    """
+    passes = manifest["passes"]
+    if not 0 <= number < len(passes):
+        raise UserError(f"pass {number} does not exist; the run has {len(passes)}, from 0 on")
+    rows = passes[number]["blocks"]
+    specs = [row["spec"] for row in rows]
+    flow = {"format": FLOW_FORMAT, "shape": manifest["shape"], "blocks": specs}
+    top = {"pass": number, "complete": passes[number]["complete"], "flow": flow, "blocks": rows}
+    return {**manifest, **top}
+
+
+def passes_of(manifest: dict[str, Any]) -> list[Pass]:
+    """The passes of a manifest."""
+    return [Pass.from_dict(plain) for plain in manifest["passes"]]
+
+
+def load_block(folder: Path, row: Row, shape: Sequence[int]) -> tuple[BlockSpec, Block]:
+    """A finished block, frozen, checked against its sha256.
+
+    Raises:
+        UserError: it is missing, damaged or does not fit.
+    """
+    path = Path(folder) / row["file"]
+    if not path.is_file():
+        raise UserError(
+            f"the run at {folder} lacks {row['file']}; bring the file back, or train the run again"
+        )
+    tensors = commit.read_tensors(path, row["sha256"])
+    spec = BlockSpec.from_dict(row["spec"])
+    block = build_block(spec, tuple(shape))
+    try:
+        block.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the structure in flow.json") from error
+    return spec, block.eval().requires_grad_(False)
+
+
 def load_blocks(folder: Path, manifest: dict[str, Any]) -> Flow:
     """The flow of a manifest, every block checked against its sha256.
 
     Raises:
         UserError: a block is missing, damaged or does not fit.
     """
-    flow = Flow.from_config(manifest["flow"])
-    for index, row in enumerate(manifest["blocks"]):
-        path = Path(folder) / row["file"]
-        tensors = commit.read_tensors(path, row["sha256"])
-        try:
-            flow[index].load_state_dict(tensors)
-        except RuntimeError as error:
-            raise UserError(f"{path} does not fit the structure in flow.json") from error
+    flow = Flow(manifest["shape"])
+    for row in manifest["blocks"]:
+        spec, block = load_block(folder, row, manifest["shape"])
+        flow.specs.append(spec)
+        flow.blocks.append(block)
     return flow.eval().requires_grad_(False)
 
 
@@ -156,12 +220,13 @@ class Run:
         return model
 
 
-def open_run(folder: Path, blocks: int | None = None) -> Run:
+def open_run(folder: Path, blocks: int | None = None, number: int | None = None) -> Run:
     """Open a run.
 
     Args:
         folder: the run directory.
-        blocks: use only the first so many blocks; None wants a finished run and takes all.
+        blocks: use only the first so many blocks; None wants a finished pass and takes all.
+        number: the pass; None takes the last complete one.
 
     Raises:
         UserError: absent, unfinished or damaged, or fewer blocks than asked for.
@@ -169,6 +234,8 @@ def open_run(folder: Path, blocks: int | None = None) -> Run:
     folder = Path(folder)
     config = read_config(folder)
     manifest = read_manifest(folder)
+    if number is not None:
+        manifest = select(manifest, number)
     count = len(manifest["blocks"])
     if blocks is None and not manifest["complete"]:
         raise UserError(
@@ -177,6 +244,7 @@ def open_run(folder: Path, blocks: int | None = None) -> Run:
         )
     if blocks is not None and not 1 <= blocks <= count:
         raise UserError(f"--blocks must lie between 1 and {count} for the run at {folder}")
-    flow = load_blocks(folder, manifest)
+    used = blocks or count
+    flow = load_blocks(folder, {**manifest, "blocks": manifest["blocks"][:used]})
     standardisation = Standardisation.from_dict(manifest["standardisation"])
-    return Run(folder, config, manifest, flow[: blocks or count], standardisation)
+    return Run(folder, config, manifest, flow, standardisation)

@@ -19,7 +19,9 @@ import torch
 from accelerate import Accelerator
 
 from flows.block import Block
+from flows.errors import SolveError
 from pipeline.config import Config
+from pipeline.errors import JkoflowError, UserError
 from pipeline.latents import Progress, load_parts, open_cache
 from pipeline.seeds import generator
 from pipeline.store import StoreReader, StoreWriter, open_store
@@ -27,9 +29,15 @@ from pipeline.store import StoreReader, StoreWriter, open_store
 CHUNK = 2000
 
 
-def stage_folder(run: Path, stage: int) -> Path:
-    """Where a stage lies in a run directory."""
-    return run / "stages" / f"stage-{stage:02d}"
+def stage_file(stage: int, number: int = 0) -> str:
+    """Folder of a stage inside a run directory; stage 0 is the same for all passes."""
+    name = f"stage-{stage:02d}"
+    return f"stages/pass-{number:02d}/{name}" if number and stage else f"stages/{name}"
+
+
+def stage_folder(run: Path, stage: int, number: int = 0) -> Path:
+    """Where a stage of a pass lies."""
+    return Path(run) / stage_file(stage, number)
 
 
 class Source(Protocol):
@@ -121,6 +129,7 @@ def next_stage(
     sha256: str,
     accelerator: Accelerator,
     progress: Progress,
+    folder: Path | None = None,
 ) -> StoreReader:
     """Push a stage through a finished block; its manifest records how far the samples moved.
 
@@ -132,6 +141,10 @@ def next_stage(
         sha256: of the block's file, part of the identity.
         accelerator: device and processes.
         progress: wraps the loop over chunks.
+        folder: where the new stage goes; by default where the first pass has it.
+
+    Raises:
+        JkoflowError: the block cannot be followed.
     """
     stage = before.manifest["identity"]["stage"] + 1
     identity = {
@@ -151,11 +164,17 @@ def next_stage(
         parts = []
         for start in progress(starts, len(starts), f"push {stage}.{index}"):
             chunk = z[start : start + CHUNK].to(accelerator.device)
-            parts.append(block.transport(chunk, solver=config.push).z.cpu())
+            try:
+                parts.append(block.transport(chunk, solver=config.push).z.cpu())
+            except SolveError as error:
+                raise JkoflowError(
+                    f"{error.in_block(stage - 1)}; the data cannot be pushed through this block: "
+                    "train it again (--from-block) with a lower train.lr, or take more push.steps"
+                ) from error
         return torch.cat(parts)
 
     size = config.latents.shard_size
-    return ensure_stage(run, identity, len(before), size, make, accelerator, before)
+    return ensure_stage(run, identity, len(before), size, make, accelerator, before, folder)
 
 
 def ensure_stage(
@@ -166,6 +185,7 @@ def ensure_stage(
     make: Callable[[StoreWriter, int], torch.Tensor],
     accelerator: Accelerator,
     before: StoreReader | None = None,
+    folder: Path | None = None,
 ) -> StoreReader:
     """Open a stage, or write its missing shards first.
 
@@ -177,19 +197,35 @@ def ensure_stage(
         make: (writer, shard) → the samples of that shard.
         accelerator: processes; rank r writes shards r, r + P, ….
         before: the stage it was pushed from.
+        folder: where it lies, if not where the first pass has it.
+
+    Raises:
+        UserError: the samples of stage 0 hold NaN or infinity.
     """
     stage = identity["stage"]
-    folder = stage_folder(run, stage)
+    folder = folder or stage_folder(run, stage)
     if (folder / "manifest.json").is_file():
         return open_store(folder, f"stage {stage}", identity)
     writer = StoreWriter(folder, identity, count, shard_size)
     for index in writer.missing(accelerator.process_index, accelerator.num_processes):
-        writer.write(index, {"z": make(writer, index)})
+        z = make(writer, index)
+        if before is None:
+            _require_finite(z, writer.bounds(index)[0])
+        writer.write(index, {"z": z})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         writer.finish(lambda reader: _movement(before, reader))
     accelerator.wait_for_everyone()
     return open_store(folder, f"stage {stage}", identity)
+
+
+def _require_finite(z: torch.Tensor, first: int) -> None:
+    bad = ~z.flatten(1).isfinite().all(dim=1)
+    if bool(bad.any()):
+        raise UserError(
+            f"{int(bad.sum())} of the training samples (stage 0) hold NaN or infinity, the first "
+            f"of them sample {first + int(bad.nonzero()[0])}; remove them from the data"
+        )
 
 
 def _movement(before: StoreReader | None, after: StoreReader) -> dict[str, float]:

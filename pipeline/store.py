@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -228,13 +228,19 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
             f"the {what} at {folder} was made from {_differences(manifest, identity)}; delete it "
             "or point to another folder"
         )
-    _verify(folder, manifest["shards"])
+    try:
+        rows = [(row["file"], row["count"], row["sha256"]) for row in manifest["shards"]]
+        whole = bool(rows) and manifest["count"] == sum(count for _, count, _ in rows)
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(
+            f"the manifest of the {what} at {folder} is damaged; delete it and run the command "
+            "that makes it again"
+        )
+    for name, _, sha256 in rows:
+        commit.verify_file(folder / name, sha256)
     return StoreReader(folder, manifest)
-
-
-def _verify(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    for row in rows:
-        commit.verify_file(folder / row["file"], row["sha256"])
 
 
 def _differences(manifest: dict[str, Any], identity: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from eval.pictures import movement_bars
 from pipeline import commit
+from pipeline.passes import Pass, labels
 
 
 def headline(metrics: dict[str, Any]) -> str:
@@ -74,7 +75,20 @@ def _numbers(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def plot_movement(metrics: dict[str, Any], path: Path) -> None:
-    """Bars of the W2 movement of every block, as PNG."""
-    movements = [row["movement"] for row in metrics["blocks"]]
-    commit.write_with(path, lambda file: movement_bars(file, [movements], ["this run"]))
+def plot_movement(manifest: dict[str, Any], path: Path) -> None:
+    """Bars of the W2 movement of every block, one shade a complete pass, as PNG.
+
+    Args:
+        manifest: flow.json, or metrics.json, which knows one pass only.
+        path: where the picture goes.
+    """
+    passes = [Pass.from_dict(plain) for plain in manifest.get("passes", [])]
+    names = [
+        (name, entry.blocks)
+        for name, entry in zip(labels(passes), passes, strict=True)
+        if entry.complete
+    ]
+    groups = names or [("Iter 1", manifest["blocks"])]
+    movements = [[row["movement"] for row in rows] for _, rows in groups]
+    titles = [name for name, _ in groups]
+    commit.write_with(path, lambda file: movement_bars(file, movements, titles))

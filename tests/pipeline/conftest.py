@@ -4,13 +4,47 @@ from __future__ import annotations
 
 import http.server
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 
 from tests.pipeline.asset_server import serving
+from tests.pipeline.tiny import World, make_world, run_child
 
 
 @pytest.fixture
 def server() -> Iterator[http.server.ThreadingHTTPServer]:
     with serving() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def accelerator() -> Accelerator:
+    return Accelerator()
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Pictures, autoencoder and configuration of its own; this process uses its data root."""
+    world = make_world(tmp_path)
+    monkeypatch.setenv("JKOFLOW_HOME", str(world.home))
+    return world
+
+
+@pytest.fixture(scope="session")
+def trained_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A world with a latent cache and a finished run at `run`; copy what you change."""
+    world = make_world(tmp_path_factory.mktemp("trained"))
+    run_child("encode", "--config", world.config(), env=world.environment)
+    run_child(
+        "train", "--config", world.config(), "--run", world.root / "run", env=world.environment
+    )
+    return world
+
+
+@pytest.fixture
+def trained(trained_world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """The same, with its data root in use here; leave it as it is."""
+    monkeypatch.setenv("JKOFLOW_HOME", str(trained_world.home))
+    return trained_world

@@ -1,0 +1,61 @@
+"""Looking latents up in a codebook: nearest entries in bounded memory, and Gumbel's logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# distances held at once: 2^24 floats are 64 MiB, whatever the batch and the codebook
+_AT_ONCE = 1 << 24
+
+
+def nearest_indices(z: Tensor, entries: Tensor) -> Tensor:
+    """Index of the nearest codebook entry of every latent vector.
+
+    argmin_j ‖z − e_j‖² = argmin_j ‖e_j‖² − 2 z·e_j, a slice of the vectors at a time: the full
+    table of a 256x256 image and 16384 entries would take gigabytes.
+
+    Args:
+        z: (B, C_z, H_z, W_z).
+        entries: (n_embed, C_z).
+
+    Returns:
+        (B, H_z, W_z), int64.
+    """
+    flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+    square = entries.square().sum(1)
+    rows = max(1, _AT_ONCE // len(entries))
+    parts = [
+        torch.addmm(square, part, entries.t(), alpha=-2.0).argmin(1) for part in flat.split(rows)
+    ]
+    indices = torch.cat(parts)
+    return indices.view(z.shape[0], *z.shape[2:])
+
+
+def look_up(indices: Tensor, entries: Tensor) -> Tensor:
+    """Codebook entries (B, C_z, H_z, W_z) of indices (B, H_z, W_z)."""
+    return entries[indices].permute(0, 3, 1, 2).contiguous()
+
+
+class GumbelQuantizer(nn.Module):
+    """The codebook of a Gumbel VQGAN, read at its mode.
+
+    Training draws an entry from softmax((logits + Gumbel noise) / τ), logits = proj(z). Here the
+    most likely entry is taken, argmax_j logits_j, so that decoding is a function of the latent;
+    the official code draws noise even when it evaluates.
+
+    Args:
+        n_embed: entries.
+        channels: of the latents, which are also those of the entries.
+
+    Reference: Jang, Gu, Poole, "Categorical reparameterization with Gumbel-softmax", 2017.
+    """
+
+    def __init__(self, n_embed: int, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, n_embed, 1)
+        self.embed = nn.Embedding(n_embed, channels)
+
+    def indices(self, z: Tensor) -> Tensor:
+        """Most likely entries (B, H_z, W_z) of latents (B, C_z, H_z, W_z), image by image."""
+        return torch.cat([self.proj(part).argmax(1) for part in z.split(1)])

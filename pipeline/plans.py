@@ -1,0 +1,208 @@
+"""Plans the passes of a run: pure functions of the configuration and of the passes so far."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from flows.schedule import refine, reparameterize, step_sizes
+from pipeline.checks import steps
+from pipeline.config import Config
+from pipeline.config_files import to_dict
+from pipeline.errors import UserError
+from pipeline.passes import Pass
+
+#: keys of the train section that do not decide the weights
+INDIFFERENT = ("max_minutes", "checkpoint_seconds", "log_every")
+
+
+def next_pass(
+    config: Config, passes: Sequence[Pass], add_blocks: int = 0, from_block: int | None = None
+) -> Pass | None:
+    """The pass to be trained now: an unfinished one, one asked for, or one the schedule wants.
+
+    Args:
+        config: the configuration.
+        passes: of the run so far, in order.
+        add_blocks: blocks to be added, 0 for none.
+        from_block: the first block to be trained again; None trains none again.
+
+    Returns:
+        The last of `passes` itself if it goes on; None if nothing is left to do.
+
+    Raises:
+        UserError: a request that the run cannot meet.
+    """
+    if add_blocks and from_block is not None:
+        raise UserError("give either --add-blocks or --from-block, not both")
+    last = passes[-1] if passes else None
+    if from_block is not None:
+        fresh = _retrain(config, passes, from_block)
+        going_on = last is not None and not last.complete and _same_plan(last, fresh)
+        return last if going_on else fresh
+    if add_blocks:
+        return _add(config, passes, add_blocks)
+    if last is None:
+        return _ordinary(config)
+    if not last.complete:
+        return last
+    if last.reparameterized < config.schedule.reparameterize:
+        return _reparameterize(config, passes)
+    if _split(last) < config.schedule.refine:
+        return _refine(config, passes, _split(last))
+    return None
+
+
+def _ordinary(config: Config) -> Pass:
+    h, free = steps(config.schedule), config.schedule.free_block
+    efforts, recipe = _efforts(config, len(h) + free), _recipe(config)
+    return Pass("ordinary", h, free, config.schedule.tolerance, *efforts, recipe=recipe)
+
+
+def _reparameterize(config: Config, passes: Sequence[Pass]) -> Pass:
+    schedule = config.schedule
+    rows = [row for row in passes[-1].blocks if row["h"] is not None]
+    h = reparameterize(
+        [row["h"] for row in rows],
+        [row["movement"] for row in rows],
+        schedule.eta,
+        schedule.h_max,
+    )
+    return _later("reparameterize", config, passes, h, 1)
+
+
+def _refine(config: Config, passes: Sequence[Pass], split: int) -> Pass:
+    wanted = config.schedule.refine
+    if wanted % split:
+        raise UserError(
+            f"the blocks are split into {split} already, which does not divide {wanted}; "
+            f"give --refine a multiple of {split}"
+        )
+    parts = wanted // split
+    rows = [row for row in passes[-1].blocks if row["h"] is not None]
+    return _later("refine", config, passes, refine([row["h"] for row in rows], parts), parts)
+
+
+def _later(kind: str, config: Config, passes: Sequence[Pass], h: list[float], parts: int) -> Pass:
+    """A pass in which every block trains on from its own weights."""
+    before = passes[-1].blocks
+    if not h:
+        raise UserError(f"a {kind} pass needs blocks with a movement term; this flow has none")
+    solved = [row["spec"]["solver"]["steps"] for row in before if row["h"] is not None]
+    substeps = [math.ceil(steps / parts) for steps in solved for _ in range(parts)]
+    substeps += [row["spec"]["solver"]["steps"] for row in before if row["h"] is None]
+    efforts, _ = _efforts(config, len(before))
+    spent = [effort for effort in efforts[: len(solved)] for _ in range(parts)]
+    spent += efforts[len(solved) :]
+    if config.schedule.later_iterations is not None:
+        spent = [config.schedule.later_iterations] * len(spent)
+    return Pass(
+        kind,
+        h,
+        len(before) > len(solved),
+        None,
+        spent,
+        substeps,
+        base=len(passes) - 1,
+        parts=parts,
+        own=True,
+        reparameterized=passes[-1].reparameterized + (kind == "reparameterize"),
+        recipe=_recipe(config),
+    )
+
+
+def _add(config: Config, passes: Sequence[Pass], count: int) -> Pass:
+    if count < 1:
+        raise UserError(f"--add-blocks must be at least 1, not {count}")
+    last = passes[-1] if passes else None
+    if last is not None and not last.complete and last.kind == "add":
+        if len(last.h) - last.kept == count:
+            return last
+    if last is None or not last.complete:
+        raise UserError("blocks can be added to a finished run only; finish it with --resume")
+    kept = [row for row in last.blocks if row["h"] is not None]
+    h, schedule = [row["h"] for row in kept], config.schedule
+    given = (schedule.h or [])[len(h) : len(h) + count]
+    h += [float(step) for step in given]
+    if len(given) < count:
+        first = h[-1] * schedule.rho if h else schedule.h0
+        h += step_sizes(first, schedule.rho, schedule.h_max, count - len(given))
+    free = len(last.blocks) > len(kept)
+    return Pass(
+        "add",
+        h,
+        free,
+        None,
+        *_efforts(config, len(h) + free),
+        base=len(passes) - 1,
+        kept=len(kept),
+        reparameterized=last.reparameterized,
+        recipe=_recipe(config),
+        blocks=kept,
+    )
+
+
+def _retrain(config: Config, passes: Sequence[Pass], first: int) -> Pass:
+    """The last pass over again from a block on; what it started from stays the same."""
+    there = len(passes[-1].blocks) if passes else 0
+    if not passes or not 0 <= first < there + (not passes[-1].complete):
+        raise UserError(
+            f"--from-block {first} names no block: the run has {there} finished blocks, counted "
+            "from 0"
+        )
+    last = passes[-1]
+    kept = last.blocks[:first]
+    plan = dataclasses.replace(
+        last, kind="retrain", kept=first, blocks=kept, complete=False, summary={},
+        recipe=_recipe(config),
+    )  # fmt: skip
+    if last.own:
+        later = config.schedule.later_iterations
+        spent = last.iterations if later is None else [later] * len(last.iterations)
+        return dataclasses.replace(plan, iterations=spent)
+    if last.tolerance is not None:
+        h = [row["h"] for row in kept] + steps(config.schedule)[first:]
+        tolerance, free = config.schedule.tolerance, config.schedule.free_block
+        plan = dataclasses.replace(plan, h=h, tolerance=tolerance, free=free)
+    if plan.exhausted:
+        raise UserError(
+            f"there is no block to train after the first {first}: the schedule ends there; raise "
+            "schedule.max_blocks or lower schedule.tolerance"
+        )
+    iterations, substeps = _efforts(config, len(plan.h) + plan.free)
+    return dataclasses.replace(
+        plan, iterations=iterations, substeps=substeps, base=len(passes) - 1
+    )
+
+
+def _recipe(config: Config) -> dict[str, Any]:
+    """The train section without what does not decide the weights."""
+    recipe = to_dict(config.train)
+    return {key: value for key, value in recipe.items() if key not in INDIFFERENT}
+
+
+def _split(last: Pass) -> int:
+    """Into how many children the blocks have been split so far."""
+    lengths = [row["spec"]["length"] for row in last.blocks if row["h"] is not None]
+    return round(1 / min(lengths)) if lengths else 1
+
+
+def _same_plan(a: Pass, b: Pass) -> bool:
+    same = ("kind", "h", "free", "tolerance", "iterations", "substeps", "own", "kept", "recipe")
+    return all(getattr(a, name) == getattr(b, name) for name in same)
+
+
+def _efforts(config: Config, count: int) -> tuple[list[int], list[int]]:
+    """Optimiser steps and sub-intervals of each block; short lists repeat their last value."""
+    schedule = config.schedule
+
+    def fill(values: list[int] | None, single: int) -> list[int]:
+        given = values or [single]
+        return [given[min(index, len(given) - 1)] for index in range(count)]
+
+    return (
+        fill(schedule.iterations, config.train.iterations),
+        fill(schedule.substeps, config.solver.steps),
+    )

@@ -1,0 +1,70 @@
+"""Makes reference statistics of a split, the form in which they are shipped."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from eval.distances import frechet_distance
+from eval.gaussian import GaussianStats
+from eval.inception import EXTRACTOR
+from eval.references import reference_bytes
+from pipeline import commit
+from pipeline.config import Config
+from pipeline.datasets import ImageSet, load_images
+from pipeline.errors import UserError
+from pipeline.evaluate import SHARD, Evaluator
+from pipeline.latents import Progress
+from pipeline.store import StoreReader
+
+
+def make_reference(
+    config: Config, out: Path, test: list[int], accelerator: Accelerator, progress: Progress
+) -> None:
+    """Write the statistics of `data.split`, with the FID of real test images on their card.
+
+    Args:
+        config: the data section.
+        out: a .safetensors file.
+        test: numbers n; the FID of the first n images of the test split goes on the card.
+        accelerator: device and processes.
+        progress: wraps loops.
+
+    Raises:
+        UserError: the file is not called .safetensors, or the test split is smaller than an n.
+    """
+    if out.suffix != ".safetensors":
+        raise UserError(f"a reference is a .safetensors file, not {out.name}")
+    evaluator = Evaluator(accelerator, progress)
+    images = load_images(config.data)
+    stats = _stats(evaluator.real_features(images, len(images)), len(images))
+    card = card_of(images)
+    if test:
+        held_out = load_images(dataclasses.replace(config.data, split=config.data.test_split))
+        features = evaluator.real_features(held_out, max(test))
+        card["test_split_fid"] = {
+            str(n): frechet_distance(_stats(features, n), stats) for n in sorted(test)
+        }
+    if accelerator.is_main_process:
+        commit.write_bytes(out, reference_bytes(stats, card))
+
+
+def card_of(images: ImageSet) -> dict[str, Any]:
+    """What identifies a reference: the data, and the network that made its features."""
+    return {
+        "dataset": images.name,
+        "split": images.split,
+        "n": len(images),
+        "extractor": EXTRACTOR,
+        "content_sha256": images.fingerprint,
+    }
+
+
+def _stats(features: StoreReader, n: int) -> GaussianStats:
+    stats = GaussianStats()
+    for start in range(0, n, SHARD):
+        stats.update(features.read("features", start, min(start + SHARD, n)))
+    return stats

@@ -1,0 +1,247 @@
+"""Trains one pass: every block in turn, each committed when it is finished.
+
+While a block trains, no other block is in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from flows.block import Block
+from flows.flow import Flow
+from flows.schedule import stopping_ratio
+from flows.spec import BlockSpec, build_block
+from pipeline import commit
+from pipeline.blocks import BlockTrainer, measure
+from pipeline.config import Config
+from pipeline.journal import Journal
+from pipeline.latents import Progress
+from pipeline.passes import Pass, Row, summarise
+from pipeline.runs import block_file, compose, load_block, passes_of
+from pipeline.seeds import generator
+from pipeline.stages import Source, next_stage, stage_file
+from pipeline.store import StoreReader
+from pipeline.summary import plot_movement
+
+
+class Trainer:
+    """Trains passes; every finished block is committed.
+
+    Args:
+        config: the configuration.
+        folder: the run directory.
+        source: where the samples come from.
+        accelerator: device and processes.
+        progress: wraps loops.
+        manifest: flow.json of the run so far; None if no block is finished.
+
+    Attributes:
+        passes: of the run, grows.
+        trained: blocks finished so far.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        source: Source,
+        accelerator: Accelerator,
+        progress: Progress,
+        manifest: dict[str, Any] | None,
+    ) -> None:
+        self.config, self.folder, self.source = config, folder, source
+        self.accelerator, self.progress = accelerator, progress
+        self.passes = passes_of(manifest) if manifest else []
+        self.deadline = time.monotonic() + 60 * config.train.max_minutes
+        self.trained = 0
+        made = ("format", "shape", "passes", "pass", "complete", "flow", "blocks")
+        self.about = {k: v for k, v in (manifest or {}).items() if k not in made}
+        if manifest is None:
+            self.about = {"name": config.name, **source.manifest()}
+
+    @property
+    def current(self) -> Pass:
+        """The pass in training."""
+        return self.passes[-1]
+
+    @property
+    def number(self) -> int:
+        """Its number, from 0 on."""
+        return len(self.passes) - 1
+
+    def train(self, plan: Pass, journal: Journal) -> bool:
+        """Train a pass to its end; False when the time is up."""
+        if not self.passes or plan is not self.current:
+            self.passes.append(plan)
+            if self.number:  # a run without any block has no flow.json yet
+                self._commit()
+        journal.number = self.number
+        stage = self.source.first_stage(self.folder, self.config, self.accelerator)
+        for row in self.current.blocks:
+            block = load_block(self.folder, row, self.source.shape)[1]
+            stage = self._push(stage, block, row["sha256"], row["stage"])
+        while not self.current.complete:
+            following = self._block(stage, journal)
+            if following is None:
+                return False
+            stage = following
+        return True
+
+    def _push(self, stage: StoreReader, block: Block, sha256: str, name: str) -> StoreReader:
+        """The stage after a block; one that was lost is made again."""
+        block.to(self.accelerator.device)
+        return next_stage(
+            self.folder,
+            self.config,
+            stage,
+            block,
+            sha256,
+            self.accelerator,
+            self.progress,
+            self.folder / name,
+        )
+
+    def _initial(self, index: int) -> tuple[BlockSpec, Block]:
+        """The next block as it starts: from its parent, from the block before it, or anew."""
+        plan, shape = self.current, self.source.shape
+        h = plan.step(index)
+        if plan.own:
+            assert plan.base is not None
+            parent, part, parts = plan.parent(index)
+            row = self.passes[plan.base].blocks[parent]
+            flow = Flow(shape)
+            spec, block = load_block(self.folder, row, shape)
+            flow.specs.append(spec)
+            flow.blocks.append(block)
+            children = flow.refine_blocks(parts)
+            return dataclasses.replace(children.specs[part], h=h), children[part]
+        solver = dataclasses.replace(self.config.solver, steps=plan.substeps[index])
+        spec = BlockSpec(velocity=self.config.velocity, solver=solver, h=h)
+        salt = [self.number] if self.number else []
+        drawn = generator(self.config.train.seed, "weights", index, *salt)
+        if self.config.train.warm_start and index:
+            before, block = load_block(self.folder, plan.blocks[index - 1], shape)
+            if before.velocity == spec.velocity:
+                spec = dataclasses.replace(spec, start=before.start, length=before.length)
+                block.solver = solver
+                return spec, block
+        return spec, build_block(spec, shape, drawn)
+
+    def _block(self, stage: StoreReader, journal: Journal) -> StoreReader | None:
+        """Train and commit one block; None when the time is up."""
+        index = len(self.current.blocks)
+        spec, block = self._initial(index)
+        recipe = dataclasses.replace(self.config.train, iterations=self.current.iterations[index])
+        trainer = BlockTrainer(block, spec, stage, recipe, self.accelerator, number=self.number)
+        if not self._optimise(trainer, journal):
+            return None
+        block = trainer.finish()
+        name = block_file(index, self.number)
+        if self.accelerator.is_main_process:
+            commit.write_tensors(self.folder / name, block.state_dict())
+        self.accelerator.wait_for_everyone()
+        sha256 = commit.sha256_file(self.folder / name)
+        following = self._push(stage, block, sha256, stage_file(index + 1, self.number))
+        self._record(trainer, stage, following, {"file": name, "sha256": sha256}, journal)
+        return following
+
+    def _optimise(self, trainer: BlockTrainer, journal: Journal) -> bool:
+        """Run the optimiser to its end, with checkpoints; False when the time is up."""
+        recipe, index = trainer.recipe, trainer.index
+        path = self._checkpoint_file(index)
+        if path.is_file():
+            trainer.load(path)
+        journal.rewind(index, trainer.done)
+        saved = time.monotonic()
+        before = sum(self.current.iterations[:index])
+        todo = range(trainer.done, recipe.iterations)
+        h = "free" if trainer.spec.h is None else f"h={trainer.spec.h:.3g}"
+        place = f"pass {self.number} block {index}" if self.number else f"block {index}"
+        for _ in self.progress(todo, len(todo), f"{place} ({h})"):
+            step = trainer.step()
+            journal.add(step.terms)
+            if trainer.done % recipe.log_every == 0 or trainer.done == recipe.iterations:
+                seconds = round(trainer.seconds, 3)
+                journal.flush(index, trainer.done, before + trainer.done, seconds=seconds)
+            out_of_time = recipe.max_minutes > 0 and time.monotonic() > self.deadline
+            if out_of_time or time.monotonic() - saved > recipe.checkpoint_seconds:
+                self._checkpoint(trainer, path)
+                saved = time.monotonic()
+            if out_of_time:
+                return False
+        self._checkpoint(trainer, path)
+        return True
+
+    def _checkpoint_file(self, index: int) -> Path:
+        prefix = f"pass-{self.number:02d}-" if self.number else ""
+        return self.folder / "checkpoints" / f"{prefix}block-{index:02d}.safetensors"
+
+    def _checkpoint(self, trainer: BlockTrainer, path: Path) -> None:
+        if self.accelerator.is_main_process:
+            trainer.save(path)
+
+    def _record(
+        self,
+        trainer: BlockTrainer,
+        before: StoreReader,
+        after: StoreReader,
+        file: Row,
+        journal: Journal,
+    ) -> None:
+        """Enter the finished block into flow.json; from here on it counts."""
+        index, moved = trainer.index, after.manifest
+        row = {
+            **file,
+            "h": trainer.spec.h,
+            "objective": trainer.spec.objective,
+            "iterations": trainer.done,
+            "movement": moved["movement"],
+            "ter": stopping_ratio(moved["squared_movement"], moved["squared_norm"]),
+            "terms": measure(trainer, before, self.config.push),
+            "seconds": round(trainer.seconds, 3),
+            "parameters": sum(p.numel() for p in trainer.parameters),
+        }
+        spec = trainer.spec.to_dict()
+        whole = {**row, "stage": stage_file(index + 1, self.number), "spec": spec}
+        self.passes[-1] = self.current.with_row(whole)
+        self.trained += 1
+        if self.current.complete:
+            self._sum_up(trainer.block.velocity.dim, journal)
+        self._commit()
+        if self.accelerator.is_main_process:
+            self._checkpoint_file(index).unlink(missing_ok=True)
+            journal.write({"block": index, "step": trainer.done, "event": "finished", **row})
+        self.accelerator.wait_for_everyone()
+
+    def _sum_up(self, dim: int, journal: Journal) -> None:
+        """Log what a finished pass came to, and plot the movements of all passes."""
+        summary = summarise(self.current.blocks, dim)
+        self.passes[-1] = dataclasses.replace(self.current, summary=summary)
+        if self.accelerator.is_main_process:
+            row = {"block": len(self.current.blocks), "event": "pass finished"}
+            journal.write({**row, "kind": self.current.kind, **summary})
+            manifest = compose(self.about, self.source.shape, self.passes)
+            plot_movement(manifest, self.folder / "samples" / "movement.png")
+
+    def _commit(self) -> None:
+        if self.accelerator.is_main_process:
+            manifest = compose(self.about, self.source.shape, self.passes)
+            commit.write_json(self.folder / "flow.json", manifest)
+
+    def tidy(self) -> None:
+        """Remove what only a training needs: checkpoints, and stages of earlier passes."""
+        if not self.passes or not self.accelerator.is_main_process:
+            return
+        for checkpoint in (self.folder / "checkpoints").glob("*.safetensors"):
+            checkpoint.unlink()
+        used = {row["stage"] for row in self.current.blocks} | {stage_file(0)}
+        for manifest in list((self.folder / "stages").glob("**/manifest.json")):
+            if manifest.parent.relative_to(self.folder).as_posix() not in used:
+                manifest.unlink()  # first, so that a half-removed stage does not look whole
+                shutil.rmtree(manifest.parent)

@@ -1,0 +1,210 @@
+"""The taming autoencoder against taming's own modules, and against slow ways of doing the same."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from taming.modules.diffusionmodules.model import Decoder, Encoder
+from torch.nn import functional as F
+
+from autoencoders.base import Moments
+from autoencoders.taming import (
+    TamingAutoencoder,
+    config_from,
+    keep_channels,
+    patch_discriminator,
+    start_codebook,
+)
+from tests.autoencoders.models import config, model, x_of
+
+
+def folded(x: torch.Tensor) -> torch.Tensor:
+    """Padding and folding, pixel by pixel: 10 x 10 on 12 x 12, then 3 x 3 pixels to channels."""
+    canvas = torch.full((len(x), 1, 12, 12), -1.0)
+    canvas[:, :, 1:11, 1:11] = x
+    h = torch.empty(len(x), 9, 4, 4)
+    for row in range(3):
+        for column in range(3):
+            h[:, 3 * row + column] = canvas[:, 0, row::3, column::3]
+    return h
+
+
+def taming_parts(made: TamingAutoencoder) -> tuple[Encoder, Decoder]:
+    """Taming's own networks, built directly and given the same weights."""
+    shared: dict[str, Any] = {
+        "ch": 32, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": (), "dropout": 0.0,
+        "resolution": 4, "z_channels": 3, "in_channels": 9, "out_ch": 9,
+    }  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        encoder, decoder = Encoder(double_z=made.stochastic, **shared), Decoder(**shared)
+    encoder.load_state_dict(made.encoder.state_dict())
+    decoder.load_state_dict(made.decoder.state_dict())
+    return encoder.eval(), decoder.eval()
+
+
+@pytest.mark.parametrize("flavour", ["kl", "vq"])
+@torch.no_grad()
+def test_encoding_is_tamings(flavour: str) -> None:
+    made, x = model(flavour=flavour).freeze(), x_of(3)
+    encoder, _ = taming_parts(made)
+    expected = made.quant_conv(encoder(folded(x)))
+    moments = made.encode(x)
+    if flavour == "vq":
+        assert moments.log_var is None and torch.equal(moments.mean, expected)
+        return
+    assert moments.log_var is not None
+    assert torch.equal(moments.mean, expected[:, :2])
+    assert torch.equal(moments.log_var, expected[:, 2:])
+
+
+@pytest.mark.parametrize("flavour", ["kl", "vq"])
+@torch.no_grad()
+def test_decoding_is_tamings(flavour: str) -> None:
+    made = model(flavour=flavour).freeze()
+    z = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    _, decoder = taming_parts(made)
+    if made.quantize is not None:
+        code = made.quantize.embedding.weight
+        flat = z.permute(0, 2, 3, 1).reshape(-1, 2)
+        nearest = torch.stack([((code - v) ** 2).sum(1).argmin() for v in flat])
+        assert torch.equal(made.quantise(z)[2], nearest)
+        assert len(nearest.unique()) > 2
+        z = code[nearest].view(3, 4, 4, 2).permute(0, 3, 1, 2)
+    h = decoder(made.post_quant_conv(z))
+    x = torch.empty(3, 1, 12, 12)
+    for row in range(3):
+        for column in range(3):
+            x[:, 0, row::3, column::3] = h[:, 3 * row + column]
+    torch.testing.assert_close(
+        made.decode(z), x[:, :, 1:11, 1:11].clamp(-1, 1), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "canvas", "patch"), [((1, 10, 10), 12, 3), ((3, 8, 8), 0, 1), ((2, 6, 8), 8, 2)]
+)
+def test_folding_is_undone_exactly(shape: tuple[int, int, int], canvas: int, patch: int) -> None:
+    made = model(image_shape=shape, canvas=canvas, patch=patch)
+    x = x_of(2, shape=shape)
+    h = made._fold(x)
+    side = (canvas or shape[1]) // patch
+    assert h.shape == (2, shape[0] * patch**2, side, side)
+    assert torch.equal(made._unfold(h), x)
+
+
+def test_the_margin_is_background() -> None:
+    made = model()
+    h = made._fold(torch.ones(1, 1, 10, 10))
+    canvas = F.pixel_shuffle(h, 3)
+    assert canvas.sum() == 10 * 10 - (12 * 12 - 10 * 10)
+    assert (canvas[:, :, 0] == -1).all() and (canvas[:, :, :, -1] == -1).all()
+
+
+def test_the_gradient_passes_the_codebook_straight() -> None:
+    made = model(flavour="vq")
+    z = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    quantised, loss, _ = made.quantise(z)
+    weights = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad((quantised * weights).sum(), z, retain_graph=True)
+    assert torch.equal(gradient, weights)
+    # the codebook loss pulls both ways, the latents by the commitment's share
+    gap = (quantised - z).detach()
+    assert loss.item() == pytest.approx(1.25 * gap.square().mean().item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, z)
+    shares = [-2 * weight * gap / gap.numel() for weight in (0.25, 1.0)]
+    assert any(torch.allclose(gradient, share, rtol=1e-4, atol=1e-8) for share in shares)
+
+
+def test_moments_sample_their_posterior() -> None:
+    mean = torch.tensor([1.0, -2.0]).view(1, 2, 1, 1).expand(20_000, 2, 1, 1)
+    log_var = torch.tensor([math.log(0.25), math.log(9.0)]).view(1, 2, 1, 1).expand_as(mean)
+    z = Moments(mean, log_var).sample(torch.Generator().manual_seed(0)).flatten(1)
+    torch.testing.assert_close(z.mean(0), torch.tensor([1.0, -2.0]), rtol=0, atol=0.07)
+    torch.testing.assert_close(z.std(0), torch.tensor([0.5, 3.0]), rtol=0.02, atol=0)
+    again = Moments(mean, log_var).sample(torch.Generator().manual_seed(0)).flatten(1)
+    assert torch.equal(z, again)
+    assert Moments(mean).sample() is mean
+
+
+def test_log_variances_are_clamped() -> None:
+    made = model().freeze()
+    made.quant_conv.bias.data[2:] = torch.tensor([1000.0, -1000.0])
+    log_var = made.encode(x_of(1)).log_var
+    assert log_var is not None
+    assert (log_var[:, 0] == 20).all() and (log_var[:, 1] == -30).all()
+
+
+@torch.no_grad()
+def test_dropped_channels_are_channels_at_zero() -> None:
+    made, x = model(embed_dim=4).freeze(), x_of(3)
+    slim = keep_channels(made, [2, 0])
+    full, kept = made.encode(x), slim.encode(x)
+    assert full.log_var is not None and kept.log_var is not None
+    torch.testing.assert_close(kept.mean, full.mean[:, [2, 0]], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(kept.log_var, full.log_var[:, [2, 0]], rtol=1e-5, atol=1e-6)
+    z = torch.zeros(3, 4, 4, 4)
+    z[:, [2, 0]] = kept.mean
+    torch.testing.assert_close(slim.decode(kept.mean), made.decode(z), rtol=1e-5, atol=1e-6)
+    assert slim.fingerprint not in ("", made.fingerprint)
+    assert keep_channels(made, [0, 1, 2, 3]) is made
+    for wrong, channels in ((made, []), (model(flavour="vq").freeze(), [0])):
+        with pytest.raises(ValueError):
+            keep_channels(wrong, channels)
+
+
+def test_a_codebook_starts_on_the_data() -> None:
+    made = model(flavour="vq", n_embed=64)
+    latents = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    start_codebook(made, latents, torch.Generator().manual_seed(0))
+    assert made.quantize is not None
+    points = {tuple(v.tolist()) for v in latents.permute(0, 2, 3, 1).reshape(-1, 2)}
+    entries = {tuple(v.tolist()) for v in made.quantize.embedding.weight}
+    assert entries <= points and len(entries) > 30
+    with pytest.raises(ValueError, match="codebook"):
+        start_codebook(model(), latents, torch.Generator())
+
+
+def test_wrong_shapes_are_told() -> None:
+    made = model().freeze()
+    with pytest.raises(ValueError, match=r"shape \(B, 1, 10, 10\), not \(2, 3, 10, 10\)"):
+        made.encode(x_of(2, shape=(3, 10, 10)))
+    with pytest.raises(ValueError, match=r"shape \(B, 2, 4, 4\), not \(2, 2, 4, 5\)"):
+        made.decode(torch.zeros(2, 2, 4, 5))
+    with pytest.raises(ValueError, match="codebook"):
+        made.quantise(torch.zeros(2, 2, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"flavour": "gan"}, "flavour must be one of kl, vq"),
+        ({"ch": 48}, "ch must be a multiple of 32, not 48"),
+        ({"canvas": 8}, "canvas 8.* cannot centre images of 10x10"),
+        ({"canvas": 13}, "canvas 13.* cannot centre"),
+        ({"patch": 5}, "canvas 12.* cannot be divided by patch 5"),
+        ({"ch_mult": (1, 1, 1, 1)}, "halved 3 times"),
+    ],
+)
+def test_impossible_architectures_are_told(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        config(**changes)
+
+
+def test_a_description_is_enough_to_build_it_again() -> None:
+    made = model(flavour="vq", ch_mult=(1, 2))
+    assert config_from(made.describe()) == made.config
+    with pytest.raises(ValueError, match="colour"):
+        config_from({**made.describe(), "colour": 1})
+
+
+def test_the_discriminator_is_the_patchgan() -> None:
+    """Widths 8, 16, 32, 64 and 1: 4 x 4 kernels, two strided by 2 and two by 1."""
+    judge = patch_discriminator(3, 8, 2)
+    assert judge(torch.zeros(2, 3, 32, 32)).shape == (2, 1, 6, 6)
+    kernels = [p.numel() for n, p in judge.named_parameters() if p.ndim == 4]
+    assert kernels == [16 * a * b for a, b in ((3, 8), (8, 16), (16, 32), (32, 1))]

@@ -1,0 +1,175 @@
+"""The trainer of autoencoders: it learns, resumes bit for bit, and does what the recipe says."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from autoencoders.base import to_float
+from autoencoders.training import AutoencoderTrainer, AutoencoderTraining
+from tests.autoencoders.models import blobs, config
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator()
+
+
+def trainer(accelerator: Accelerator, flavour: str = "kl", **recipe: Any) -> AutoencoderTrainer:
+    base: dict[str, Any] = {
+        "iterations": 40, "batch_size": 8, "lr": 2e-3, "warmup": 2, "adversarial_start": 1000,
+        "discriminator_width": 4, "discriminator_layers": 1, "kl_weight": 0.05,
+    }  # fmt: skip
+    return AutoencoderTrainer(
+        config(flavour=flavour), AutoencoderTraining(**base | recipe), accelerator
+    )
+
+
+def run(made: AutoencoderTrainer, steps: int) -> list[dict[str, float]]:
+    images, terms = blobs(16), []
+    for _ in range(steps):
+        drawn = torch.Generator().manual_seed(1000 + made.done)
+        rows = torch.randperm(16, generator=drawn)[:8]
+        terms.append(made.step(images[rows], drawn))
+    return terms
+
+
+@pytest.mark.parametrize("flavour", ["kl", "vq"])
+def test_it_learns(accelerator: Accelerator, flavour: str) -> None:
+    made = trainer(accelerator, flavour, ema=0.8)
+    terms = run(made, 40)
+    first = sum(t["reconstruction"] for t in terms[:3]) / 3
+    last = sum(t["reconstruction"] for t in terms[-3:]) / 3
+    assert last < 0.6 * first
+    finished = made.finished(blobs(16))
+    x = to_float(blobs(16))
+    with torch.no_grad():
+        error = (finished.decode(finished.encode(x).mean) - x).abs().mean().item()
+    assert error < 0.6 * first
+    assert finished.fingerprint and not finished.training
+
+
+@pytest.mark.parametrize("flavour", ["kl", "vq"])
+def test_resumed_equals_never_stopped(accelerator: Accelerator, flavour: str) -> None:
+    recipe: dict[str, Any] = {"adversarial_start": 2, "flip": True}
+    whole = trainer(accelerator, flavour, **recipe)
+    run(whole, 6)
+    half = trainer(accelerator, flavour, **recipe)
+    run(half, 3)
+    state = copy.deepcopy(half.state())
+    resumed = trainer(accelerator, flavour, seed=99, **recipe)  # its own start is forgotten
+    resumed.load_state(state)
+    run(resumed, 3)
+    for name in ("model", "average", "discriminator"):
+        found, expected = getattr(resumed, name), getattr(whole, name)
+        for key, tensor in expected.state_dict().items():
+            assert torch.equal(found.state_dict()[key], tensor), f"{name} {key}"
+
+
+def test_the_discriminator_starts_when_told(accelerator: Accelerator) -> None:
+    made = trainer(accelerator, adversarial_start=2)
+    start = copy.deepcopy(made.discriminator.state_dict())
+    terms = run(made, 2)
+    assert all("discriminator" not in t and "fooling" not in t for t in terms)
+    for key, tensor in made.discriminator.state_dict().items():
+        assert torch.equal(tensor, start[key]), key
+    (third,) = run(made, 1)
+    assert {"discriminator", "fooling", "matching"} <= set(third)
+    changed = [
+        k for k, v in made.discriminator.state_dict().items() if not torch.equal(v, start[k])
+    ]
+    assert changed
+
+
+def test_without_its_weight_there_is_no_discriminator(accelerator: Accelerator) -> None:
+    made = trainer(accelerator, adversarial_start=0, adversarial_weight=0.0)
+    assert "discriminator" not in run(made, 1)[0]
+
+
+def test_the_first_discriminator_loss_is_the_hinge(accelerator: Accelerator) -> None:
+    """With logits near zero both hinges are near one; half their sum is one."""
+    made = trainer(accelerator, adversarial_start=0)
+    with torch.no_grad():
+        for parameter in made.discriminator.main[-1].parameters():
+            parameter.zero_()
+    assert run(made, 1)[0]["discriminator"] == pytest.approx(1.0)
+
+
+def test_a_codebook_starts_on_the_first_batch(accelerator: Accelerator) -> None:
+    made = trainer(accelerator, "vq", lr=1e-12, ema=0.0)
+    drawn = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        latents = made.model.encode(to_float(blobs(8))).mean
+    made.step(blobs(8), drawn)
+    assert made.model.quantize is not None
+    points = latents.permute(0, 2, 3, 1).reshape(-1, 2)
+    entries = made.model.quantize.embedding.weight.detach()
+    assert torch.cdist(entries, points).amin(1).max() < 1e-5
+    averaged = made.average.quantize.embedding.weight
+    assert torch.cdist(averaged, points).amin(1).max() < 1e-5
+
+
+def test_the_kl_term_is_the_closed_form(accelerator: Accelerator) -> None:
+    made = trainer(accelerator, kl_weight=1.0)
+    x = to_float(blobs(8))
+    with torch.no_grad():
+        moments = made.model.encode(x)
+    assert moments.log_var is not None
+    std = (0.5 * moments.log_var).exp()
+    exact = torch.distributions.kl_divergence(
+        torch.distributions.Normal(moments.mean, std), torch.distributions.Normal(0.0, 1.0)
+    )
+    terms = made.step(blobs(8), torch.Generator().manual_seed(0))
+    per_image = exact.sum().item() / 8
+    named = [value for name, value in terms.items() if "kl" in name]
+    assert any(
+        value == pytest.approx(per_image, rel=1e-4)
+        or value == pytest.approx(per_image / x[0].numel(), rel=1e-4)
+        for value in named
+    ), terms
+
+
+def test_channels_that_hold_only_noise_are_dropped(accelerator: Accelerator) -> None:
+    made = trainer(accelerator, prune=0.05)
+    with torch.no_grad():
+        weight, bias = made.average.quant_conv.weight, made.average.quant_conv.bias
+        weight[[1, 3]] = 0.0  # the posterior of channel 1 is N(0, 1) whatever the image
+        bias[[1, 3]] = 0.0
+        bias[2] = -4.0  # channel 0 is sharp
+    finished = made.finished(blobs(16))
+    assert finished.latent_shape == (1, 4, 4)
+    made.recipe = AutoencoderTraining(prune=0.0)
+    assert made.finished(blobs(16)).latent_shape == (2, 4, 4)
+
+
+def test_the_learning_rate_warms_up_and_decays(accelerator: Accelerator) -> None:
+    made = trainer(accelerator, iterations=10, warmup=4, lr=1.0, lr_final=0.1)
+    rates = []
+    for made.done in range(10):
+        made._set_lr()
+        rates.append(made.optimizer.param_groups[0]["lr"])
+    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 10)) for i in range(10)]
+    expected = [c * min(1.0, (i + 1) / 4) for i, c in enumerate(cosine)]
+    assert rates == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_told(accelerator: Accelerator) -> None:
+    made = trainer(accelerator)
+    made.model.decoder.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="loss is nan at step 0; lower lr"):
+        run(made, 1)
+
+
+def test_bad_recipes_are_told() -> None:
+    for changes, named in (
+        ({"iterations": 0}, "at least 1"),
+        ({"precision": "fp8"}, "precision"),
+        ({"ema": 1.0}, "ema"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            AutoencoderTraining(**changes)

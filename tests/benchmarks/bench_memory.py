@@ -1,0 +1,153 @@
+"""Peak memory of training block k, against training K blocks jointly.
+
+    python -m tests.benchmarks.bench_memory [--blocks 16] [--plot memory.png]
+
+The setting of the released two-dimensional code: MLP 128-128-128, batch 2000, RK4 with S = 3,
+finite differences. Block-wise: a run grows by one block a time through `pipeline.training.train`,
+every block in a fresh process, which reads its stage from the disk. Jointly: one objective over
+K blocks, differentiated through all of them, in a fresh process for each K. Printed is the
+largest resident memory of the process, less what it held when the training began.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.pictures import curves
+from flows.block import SolverConfig
+from flows.divergence import FiniteDifference
+from flows.flow import BlockSpec, Flow
+from flows.velocity import VelocityConfig
+from pipeline.config import Config, PointsConfig, ScheduleConfig, TrainConfig
+from pipeline.config_files import from_resolved, to_dict
+from pipeline.resources import peak_memory
+
+H, BATCH, STEPS, ITERATIONS = 0.5, 2000, 3, 3
+
+
+def resident() -> int:
+    """Resident memory of this process now, in bytes (peak so far where /proc is absent)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_memory()
+    return pages * 4096
+
+
+def settings() -> Config:
+    """A run that starts with one block and has no free block."""
+    base = to_dict(Config())
+    base["data"]["name"] = "two_moons"
+    changes: dict[str, Any] = {
+        "name": "memory",
+        "points": to_dict(PointsConfig(train=10000)),
+        "velocity": to_dict(VelocityConfig("mlp")),
+        "solver": to_dict(SolverConfig("rk4", STEPS)),
+        "schedule": to_dict(
+            ScheduleConfig(h0=H, rho=1.0, max_blocks=1, tolerance=0.0, free_block=False)
+        ),
+        "train": to_dict(TrainConfig(iterations=ITERATIONS, batch_size=BATCH)),
+    }
+    return from_resolved({**base, **changes})
+
+
+def train_one_more(folder: Path) -> dict[str, float]:
+    """Train the next block of a run; returns memory and seconds."""
+    from accelerate import Accelerator
+
+    from pipeline.experiment2d import PointSource
+    from pipeline.training import train
+
+    config, there = settings(), (folder / "flow.json").is_file()
+    accelerator, source = Accelerator(cpu=True), PointSource(settings())
+    torch.nn.Linear(4, 4)(torch.zeros(4, 4)).sum().backward()  # what autograd itself loads
+    before, began = resident(), time.perf_counter()
+    train(
+        config,
+        folder,
+        accelerator,
+        lambda items, *_: items,
+        there,
+        source,
+        add_blocks=int(there),
+    )
+    return {"bytes": peak_memory() - before, "seconds": time.perf_counter() - began}
+
+
+def train_jointly(count: int) -> dict[str, float]:
+    """A few steps on the sum of the JKO objectives of all blocks, through all blocks at once."""
+    spec = BlockSpec(VelocityConfig("mlp"), SolverConfig("rk4", STEPS), h=H)
+    flow = Flow((2,), [spec] * count, torch.Generator().manual_seed(0))
+    optimiser = torch.optim.Adam(flow.parameters(), 1e-3)
+    divergence, generator = FiniteDifference(), torch.Generator().manual_seed(1)
+    torch.nn.Linear(4, 4)(torch.zeros(4, 4)).sum().backward()
+    before, began = resident(), time.perf_counter()
+    for _ in range(ITERATIONS):
+        start = z = torch.randn((BATCH, 2), generator=generator)
+        total = z.new_zeros(())
+        for block in flow:
+            eps = divergence.draw_probe(z, generator)
+            moved = block.transport(z, divergence=divergence, eps=eps)
+            assert moved.log_det is not None
+            movement = (moved.z - z).square().sum(dim=1) / (2 * H)
+            total = total + (movement - moved.log_det).mean()
+            z = moved.z
+        total = total + z.square().sum() / (2 * len(start))
+        optimiser.zero_grad(set_to_none=True)
+        total.backward()
+        optimiser.step()
+    return {"bytes": peak_memory() - before, "seconds": time.perf_counter() - began}
+
+
+def in_fresh_process(*arguments: str) -> dict[str, float]:
+    """What a child process measured."""
+    command = [sys.executable, "-m", "tests.benchmarks.bench_memory", "--child", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="memory of block-wise and joint training")
+    parser.add_argument("--blocks", type=int, default=16)
+    parser.add_argument("--plot", type=Path, default=Path("memory.png"))
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        kind, value = args.child
+        print(json.dumps(train_one_more(Path(value)) if kind == "block" else
+                         train_jointly(int(value))))  # fmt: skip
+        return
+    counts = range(1, args.blocks + 1)
+    megabytes: dict[str, list[float]] = {"block-wise, block k": [], "jointly, K blocks": []}
+    print("  k   block k: MiB   seconds     K jointly: MiB   seconds", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        for k in counts:
+            one = in_fresh_process("block", str(Path(name) / "run"))
+            joint = in_fresh_process("joint", str(k))
+            for line, row in zip(megabytes.values(), (one, joint), strict=True):
+                line.append(row["bytes"] / 2**20)
+            print(
+                f"{k:3d}{one['bytes'] / 2**20:15.0f}{one['seconds']:10.1f}"
+                f"{joint['bytes'] / 2**20:19.0f}{joint['seconds']:10.1f}",
+                flush=True,
+            )
+    curves(
+        args.plot, {line: (list(counts), values) for line, values in megabytes.items()},
+        x_label="block k, or number of blocks K", y_label="peak memory (MiB)",
+        title="Memory of training",
+    )  # fmt: skip
+    print(args.plot)
+
+
+if __name__ == "__main__":
+    main()

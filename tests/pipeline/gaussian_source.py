@@ -1,0 +1,93 @@
+"""A Source of Gaussian samples with a known covariance, and a configuration that suits it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from pipeline.config import Config
+from pipeline.config_files import load_config
+from pipeline.seeds import generator
+from pipeline.stages import ensure_stage
+from pipeline.store import StoreReader, StoreWriter
+
+#: the covariance of the paper's two-dimensional Gaussian, scaled down
+COVARIANCE = ((1.75, 1.25), (1.25, 1.75))
+TINY = (
+    "name=gaussian",
+    "velocity.kind=linear",
+    "latents.shard_size=600",
+    "solver.steps=1",
+    "push.steps=2",
+    "train.divergence=exact",
+    "train.iterations=60",
+    "train.batch_size=256",
+    "train.lr=0.03",
+    "train.warmup=1",
+    "train.ema=0",
+    "train.log_every=20",
+    "schedule.h=[0.1,0.3,0.9]",
+    "schedule.tolerance=0",
+    "schedule.free_block=false",
+)
+
+
+class GaussianSource:
+    """N(mean, covariance), `count` draws of it.
+
+    Args:
+        covariance: (D, D).
+        count: samples.
+        bad: index of a sample that is NaN, for tests of what must be refused.
+    """
+
+    def __init__(
+        self,
+        covariance: tuple[tuple[float, ...], ...] = COVARIANCE,
+        count: int = 1500,
+        bad: int | None = None,
+    ) -> None:
+        self.covariance = torch.tensor(covariance, dtype=torch.float64)
+        self.count, self.bad = count, bad
+        self.shape: tuple[int, ...] = (len(covariance),)
+
+    def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
+        factor = torch.linalg.cholesky(self.covariance).float()
+        identity: dict[str, Any] = {
+            "kind": "stage",
+            "stage": 0,
+            "covariance": self.covariance.tolist(),
+            "count": self.count,
+            "shape": list(self.shape),
+        }
+
+        def make(writer: StoreWriter, index: int) -> torch.Tensor:
+            first, last = writer.bounds(index)
+            noise = torch.randn((last - first, *self.shape), generator=generator("draw", index))
+            z = noise @ factor.T
+            if self.bad is not None and first <= self.bad < last:
+                z[self.bad - first, 0] = float("nan")
+            return z
+
+        size = config.latents.shard_size
+        return ensure_stage(run, identity, self.count, size, make, accelerator)
+
+    def manifest(self) -> dict[str, Any]:
+        ones = [1.0] * self.shape[0]
+        return {
+            "standardisation": {"mean": [0.0] * self.shape[0], "std": ones},
+            "autoencoder": {"fingerprint": "none"},
+        }
+
+
+def tiny(*overrides: str) -> Config:
+    """A configuration that trains three linear blocks on it in a second or two."""
+    return load_config("smoke", [*TINY, *overrides])
+
+
+def quiet(items: Any, total: int, label: str) -> Any:
+    """A progress bar that shows nothing."""
+    return items

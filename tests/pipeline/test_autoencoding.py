@@ -1,0 +1,122 @@
+"""`jkoflow autoencoder train | evaluate`, end to end on small pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from autoencoders.base import to_float, to_uint8
+from autoencoders.weights import load
+from eval.reconstruction import psnr
+from pipeline.autoencoding import WEIGHTS, train
+from pipeline.config_files import load_config
+from pipeline.seeds import generator
+from tests.pipeline.gaussian_source import quiet
+from tests.pipeline.glance import stand_in
+from tests.pipeline.tiny import World, pictures, say, write_pictures
+
+RECIPE = {
+    "iterations": 6, "batch_size": 8, "warmup": 1, "adversarial_start": 3, "prune": 0.0,
+    "discriminator_width": 4, "discriminator_layers": 1, "lr": 2e-3,
+}  # fmt: skip
+SHAPE = {
+    "image_shape": [1, 12, 12], "patch": 4, "ch": 32, "ch_mult": [1], "z_channels": 2,
+    "embed_dim": 2,
+}  # fmt: skip
+
+
+def recipe_of(world: World, **changes: object) -> str:
+    return world.config(
+        "recipe",
+        architecture=SHAPE,
+        autoencoder_training={**RECIPE, **changes},
+        train={"checkpoint_seconds": 0.0},
+    )
+
+
+def test_train_then_evaluate(
+    capsys: pytest.CaptureFixture[str], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = world.root / "ae"
+    code, said, _ = say(capsys, "autoencoder", "train", "--config", recipe_of(world), "--out", out)
+    assert (code, said.strip()) == (0, str(out / WEIGHTS))
+    model = load(out / WEIGHTS)
+    assert model.config.ch == 32 and model.latent_shape == (2, 3, 3)
+    assert (out / "before_after.png").read_bytes().startswith(b"\x89PNG")
+    steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps[-1]["step"] == 6 and "discriminator" in steps[-1]
+    # a training that is there is not trained over
+    code, _, last = say(capsys, "autoencoder", "train", "--config", recipe_of(world), "--out", out)
+    assert code == 2 and "there is a training at" in last and "--resume" in last
+
+    stand_in(monkeypatch)
+    reference = world.root / "pictures" / "train"
+    use = ["--set", f"autoencoder.weights={out / WEIGHTS}", "--out", out]
+    use += ["--set", f"evaluate.reference={reference}", "-n", "20"]
+    words = ["autoencoder", "evaluate", "--config", recipe_of(world), *use]
+    code, said, last = say(capsys, *words)
+    assert code == 0, last
+    result = json.loads((out / "autoencoder.json").read_text())
+    assert said.strip() == str(out / "autoencoder.json")
+    images = torch.from_numpy(pictures(24, seed=2)[:20, None])
+    with torch.inference_mode():
+        z = model.encode(to_float(images)).sample(generator(0, "reconstruct", 0))
+        again = to_uint8(model.decode(z))
+    assert result["psnr"] == pytest.approx(float(psnr(images, again).mean()), rel=1e-3)
+    assert result["n"] == 20 and result["rfid"]["n"] == 20 and result["rfid"]["value"] > 0
+    np.testing.assert_allclose(result["latents"]["mean"], z.mean((0, 2, 3)), atol=1e-4)
+    assert result["fingerprint"] == model.fingerprint
+    for n, named in (("1", "at least 2"), ("25", "24 images, fewer than 25")):
+        words[-1] = n
+        code, _, last = say(capsys, *words)
+        assert code == 2 and named in last
+
+
+@pytest.mark.parametrize("flavour", ["kl", "vq"])
+def test_stopped_and_resumed_ends_in_the_same_weights(
+    world: World, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, flavour: str
+) -> None:
+    words = [f"architecture.flavour={flavour}", "architecture.n_embed=16"]
+    config = load_config(recipe_of(world), words)
+    train(config, world.root / "whole", accelerator, quiet, resume=False)
+
+    class Stopped(Exception):
+        pass
+
+    def stops(items: object, total: int, label: str) -> object:
+        for count, item in enumerate(items):  # type: ignore[arg-type]
+            if count == 4:  # the fifth step of this call
+                raise Stopped
+            yield item
+
+    with pytest.raises(Stopped):
+        train(config, world.root / "again", accelerator, stops, resume=False)  # type: ignore[arg-type]
+    assert not (world.root / "again" / WEIGHTS).exists()
+    train(config, world.root / "again", accelerator, quiet, resume=True)
+    first, second = load(world.root / "whole" / WEIGHTS), load(world.root / "again" / WEIGHTS)
+    assert first.fingerprint == second.fingerprint
+
+
+def test_pictures_of_another_shape(capsys: pytest.CaptureFixture[str], world: World) -> None:
+    out = world.root / "ae"
+    words = ["autoencoder", "train", "--config", recipe_of(world), "--out", out]
+    code, _, last = say(capsys, *words, "--set", "architecture.image_shape=[3,12,12]")
+    assert code == 2
+    assert "architecture.image_shape is (3, 12, 12), but folder has (1, 12, 12)" in last
+    assert not out.exists()
+
+
+def test_a_handful_of_pictures_is_enough(
+    capsys: pytest.CaptureFixture[str], world: World, tmp_path: Path
+) -> None:
+    few = write_pictures(tmp_path / "few", 3, seed=9)
+    out = world.root / "ae"
+    words = ["autoencoder", "train", "--config", recipe_of(world), "--out", out]
+    code, _, last = say(capsys, *words, "--set", f"data.path={few}")
+    assert code == 0, last
+    assert load(out / WEIGHTS).fingerprint

@@ -1,0 +1,222 @@
+"""Evaluation with a small stand-in for Inception, and once with the real one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from eval.distances import frechet_distance
+from eval.gaussian import GaussianStats
+from pipeline.config_files import load_config
+from pipeline.evaluate import Evaluator
+from pipeline.generate import sample_images
+from pipeline.latents import encode
+from pipeline.runs import open_run
+from pipeline.training import train
+from tests.pipeline.gaussian_source import quiet
+from tests.pipeline.glance import Glance, stand_in
+from tests.pipeline.tiny import World, pictures, say
+
+
+@pytest.fixture(autouse=True)
+def small_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put it in the place of Inception; distances then are of 6 x 6 covariances."""
+    if "real_inception" in request.fixturenames:
+        return
+    stand_in(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def real_inception() -> Path:
+    """The real weights; skips where no source of them can be reached."""
+    from pipeline.assets import fetch
+    from pipeline.errors import JkoflowError
+
+    try:
+        return fetch("inception")
+    except JkoflowError as error:
+        pytest.skip(f"the Inception weights cannot be had here: {error}")
+
+
+@pytest.fixture
+def folder(trained: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished run, with a data root that begins with no features."""
+    home = tmp_path / "home"
+    shutil.copytree(trained.home, home, ignore=shutil.ignore_patterns("features"))
+    monkeypatch.setenv("JKOFLOW_HOME", str(home))
+    return Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
+
+
+def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    features = Glance().features(torch.from_numpy(np.ascontiguousarray(images))).double().numpy()
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """FID by scipy's root of a matrix."""
+    from scipy.linalg import sqrtm
+
+    (mean_a, cov_a), (mean_b, cov_b) = statistics(a), statistics(b)
+    root = np.real(sqrtm(cov_a @ cov_b))
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root))
+
+
+def evaluate(folder: Path, reference: Path | str, **changes: Any) -> dict[str, Any]:
+    run = open_run(folder)
+    settings = dataclasses.replace(run.config.evaluate, reference=str(reference), **changes)
+    return Evaluator(Accelerator(), quiet).evaluate(run, settings, run.config.generate)
+
+
+def test_the_numbers_and_what_stands_beside_them(trained: World, folder: Path) -> None:
+    reference = trained.root / "pictures" / "train"
+    metrics = evaluate(folder, reference, n=20, seed=3, kid=15)
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    run = open_run(folder)
+    settings = dataclasses.replace(run.config.generate, n=20, seed=3)
+    images = sample_images(run, settings, Accelerator(), quiet).field("images").numpy()
+    real = pictures(40, seed=1)[:, None]
+    assert metrics["fid"]["value"] == pytest.approx(distance(images, real), rel=1e-4)
+    assert {k: metrics["fid"][k] for k in ("n", "seed", "reference")} == {
+        "n": 20, "seed": 3, "reference": str(reference),
+    }  # fmt: skip
+    assert metrics["fid"]["extractor"] and metrics["rfid"]["extractor"]
+    assert (metrics["rfid"]["n"], metrics["rfid"]["split"]) == (20, "test")
+    assert metrics["nfe"] == 24 and len(metrics["blocks"]) == 3
+    assert [row["h"] for row in metrics["blocks"]] == [0.5, 0.75, None]
+    assert {"movement", "ter", "seconds", "iterations", "parameters"} <= set(metrics["blocks"][0])
+    assert metrics["kid"]["n"] == 15
+    assert 0 <= metrics["precision"] <= 1 and 0 <= metrics["recall"] <= 1
+    assert metrics["peak_memory_bytes"] > 1e6 and metrics["train_seconds"] > 0
+
+
+def test_the_likelihood_is_the_flows(trained: World, folder: Path) -> None:
+    """Exact change of variables through the finished blocks, by autograd's Jacobian."""
+    metrics = evaluate(folder, trained.root / "pictures" / "train", n=4, nll=3, floor=False)
+    run = open_run(folder)
+    from autoencoders.base import to_float
+    from pipeline.seeds import generator
+
+    x = to_float(torch.from_numpy(pictures(24, seed=2)[:3, None]))
+    with torch.inference_mode():
+        moments = run.autoencoder().encode(x)
+        z = run.standardisation.apply(moments.sample(generator(0, "nll")))
+    z, flow = z.clone().double(), run.flow.double()
+    solver = dataclasses.replace(run.config.push, steps=40)
+
+    def carry(flat: torch.Tensor) -> torch.Tensor:
+        point = flat.view(1, 2, 3, 3)
+        for block in flow:
+            point = block.transport(point, solver=solver).z
+        return point.flatten()
+
+    total = 0.0
+    for point in z:
+        flat = point.flatten()
+        jacobian = torch.autograd.functional.jacobian(carry, flat)
+        end = carry(flat)
+        gaussian = -0.5 * float(end.square().sum()) - 9 * math.log(2 * math.pi)
+        total -= gaussian + float(torch.linalg.slogdet(jacobian)[1])
+    assert metrics["nll_per_dim"] == pytest.approx(total / 3 / 18, rel=1e-3)
+    assert metrics["nll"]["n"] == 3 and metrics["nll"]["inversion_mse"] < 1e-4
+
+
+def test_the_floor_of_the_identity_is_the_fid_of_the_real_images(
+    world: World, accelerator: Accelerator
+) -> None:
+    path = world.config(
+        autoencoder={"name": "identity", "weights": None}, train={"iterations": 1},
+        schedule={"max_blocks": 1}, evaluate={"nll": 0},
+    )  # fmt: skip
+    config = load_config(path)
+    encode(config, accelerator, quiet)
+    train(config, world.root / "run", accelerator, quiet, resume=False)
+    reference = world.root / "pictures" / "train"
+    metrics = evaluate(world.root / "run", reference, n=24)
+    real, test = pictures(40, seed=1)[:, None], pictures(24, seed=2)[:, None]
+    assert metrics["rfid"]["value"] == pytest.approx(distance(test, real), rel=1e-4, abs=1e-7)
+    # with the training split itself as the test split, and all of it, nothing is left
+    other = dataclasses.replace(config.data, split="train", test_split="train")
+    run = open_run(world.root / "run")
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, data=other))
+    evaluator = Evaluator(accelerator, quiet)
+    settings = dataclasses.replace(run.config.evaluate, n=40, reference=str(reference))
+    stats = GaussianStats.from_moments(*statistics(real), 40)
+    assert evaluator.floor(run, settings, stats)["value"] == pytest.approx(0, abs=1e-6)
+    assert "nll_per_dim" not in metrics
+
+
+def test_the_floor_takes_the_larger_split(trained: World, folder: Path) -> None:
+    reference = trained.root / "pictures" / "train"
+    metrics = evaluate(folder, reference, n=30, nll=0)  # the test split has 24
+    assert metrics["rfid"]["split"] == "train"
+
+
+def test_features_are_made_once(
+    trained: World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = trained.root / "statistics.npz"
+    mean, cov = statistics(pictures(40, seed=1)[:, None])
+    np.savez(reference, mu=mean, sigma=cov)
+    first = evaluate(folder, reference, n=12)
+    monkeypatch.setattr(Glance, "features", None)
+    again = evaluate(folder, reference, n=12)
+    same = [key for key in first if key not in ("peak_memory_bytes",)]
+    assert {key: again[key] for key in same} == {key: first[key] for key in same}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-n", "1"], "at least 2 images, not 1"),
+        (["-n", "41"], "41 images were asked for, but folder (train) has 40"),
+        (["-n", "4", "--kid", "50"], "50 images were asked for, but folder (train) has 40"),
+        (["-n", "4", "--set", "evaluate.nll=25"], "25 images were asked for, but folder (test)"),
+        (["-n", "4", "--reference", "nowhere"], "nowhere"),
+        (["-n", "4", "--set", "train.lr=1"], "no effect here"),
+        (["-n", "4", "--blocks", "9"], "--blocks must lie between 1 and 3"),
+    ],
+)
+def test_mistakes_of_the_caller(
+    capsys: pytest.CaptureFixture[str], trained: World, folder: Path, words: list[str], said: str
+) -> None:
+    reference = ["--reference", str(trained.root / "pictures" / "train")]
+    code, _, last = say(capsys, "evaluate", "--run", folder, *reference, *words)
+    assert code == 2 and last.startswith("error: ") and said in last, last
+    assert not (folder / "metrics.json").exists()
+
+
+def test_the_headline_names_n_and_the_reference(
+    capsys: pytest.CaptureFixture[str], trained: World, folder: Path
+) -> None:
+    reference = trained.root / "pictures" / "train"
+    words = ["evaluate", "--run", folder, "-n", "12", "--reference", reference, "--seed", "2"]
+    code, out, last = say(capsys, *words)
+    assert code == 0 and out.strip() == str(folder / "metrics.json")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert f"FID(n=12, {reference}) = {metrics['fid']['value']:.2f}, seed 2" in last
+
+
+def test_with_the_real_network(
+    real_inception: Path, trained: World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eval.inception import FidInception
+
+    network = FidInception.from_weights(real_inception)
+    monkeypatch.setattr("pipeline.evaluate.load_inception", lambda _: network)
+    metrics = evaluate(folder, trained.root / "pictures" / "test", n=10, nll=0, floor=False)
+    images = sample_images(
+        open_run(folder), dataclasses.replace(open_run(folder).config.generate, n=10),
+        Accelerator(), quiet,
+    ).field("images")  # fmt: skip
+    real = torch.from_numpy(pictures(24, seed=2)[:, None])
+    sets = [GaussianStats.from_features(network.features(x)) for x in (images, real)]
+    assert metrics["fid"]["value"] == pytest.approx(frechet_distance(*sets), rel=1e-3)

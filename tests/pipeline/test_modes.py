@@ -1,0 +1,219 @@
+"""Blocks added, trained again, set one by one; and what a training refuses, in one sentence."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+
+from flows.errors import FlowError
+from pipeline import cli
+from pipeline.commit import sha256_file
+from pipeline.errors import UserError
+from pipeline.runs import open_run, passes_of, read_config, read_manifest, start_run
+from pipeline.training import Outcome, train
+from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
+
+FEW = ("train.iterations=4", "schedule.h=null", "schedule.h0=0.1", "schedule.rho=2",
+       "schedule.max_blocks=2", "schedule.free_block=true")  # fmt: skip
+
+
+def run(
+    folder: Path, *overrides: str, bad: int | None = None, count: int = 700, **request: int
+) -> Outcome:
+    config, accelerator = tiny(*FEW, *overrides), Accelerator(cpu=True)
+    source = GaussianSource(count=count, bad=bad)
+    resume = (folder / "config.yaml").is_file()
+    return train(config, folder, accelerator, quiet, resume, source, **request)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks with a movement term and a free one."""
+    folder = tmp_path_factory.mktemp("modes") / "run"
+    assert run(folder) == Outcome(3, True, 3, 1)
+    return folder
+
+
+@pytest.fixture
+def again(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def hashes(folder: Path) -> list[str]:
+    return [row["sha256"] for row in read_manifest(folder)["blocks"]]
+
+
+def steps(folder: Path) -> list[float | None]:
+    rows = read_manifest(folder)["blocks"]
+    return [None if row["h"] is None else round(row["h"], 9) for row in rows]
+
+
+def test_added_blocks_come_before_the_free_one(again: Path) -> None:
+    before = hashes(again)
+    assert run(again, add_blocks=2) == Outcome(5, True, 3, 2)
+    after = hashes(again)
+    assert steps(again) == [0.1, 0.2, 0.4, 0.8, None]
+    assert after[:2] == before[:2]
+    assert after[-1] != before[-1]  # the free block is another one now
+    assert len(open_run(again).flow) == 5
+    # and once more, upon what is there
+    assert run(again, add_blocks=1).blocks == 6
+    assert steps(again)[4] == 1.6
+
+
+def test_added_blocks_take_given_steps_first(again: Path) -> None:
+    config = tiny(*FEW, "schedule.h=[0.1,0.2,0.7]")
+    source = GaussianSource(count=700)
+    train(config, again, Accelerator(cpu=True), quiet, True, source, add_blocks=2)
+    assert steps(again) == [0.1, 0.2, 0.7, 1.4, None]
+
+
+def test_blocks_are_trained_again_from_one_on(again: Path) -> None:
+    before = hashes(again)
+    assert run(again, "train.iterations=7", from_block=1) == Outcome(3, True, 2, 2)
+    after, manifest = hashes(again), read_manifest(again)
+    assert after[0] == before[0] and after[1:] != before[1:]
+    assert [row["iterations"] for row in manifest["blocks"]] == [4, 7, 7]
+    assert read_config(again).train.iterations == 7
+    # what was there before is still whole
+    assert [row["sha256"] for row in open_run(again, number=0).manifest["blocks"]] == before
+
+
+def test_a_request_that_was_stopped_goes_on_when_it_is_repeated(again: Path) -> None:
+    stopped = run(again, "train.max_minutes=1e-9", "train.iterations=6", from_block=1)
+    assert stopped == Outcome(1, False, 0, 2)
+    assert read_config(again).train.max_minutes == 0  # kept with the run: what decides it only
+    assert run(again, "train.iterations=6", from_block=1) == Outcome(3, True, 2, 2)
+    stopped = run(again, "train.max_minutes=1e-9", "train.iterations=6", add_blocks=1)
+    assert stopped == Outcome(2, False, 0, 3)
+    with pytest.raises(UserError, match="finish it with --resume"):
+        run(again, "train.iterations=6", add_blocks=2)
+    assert run(again, "train.iterations=6", add_blocks=1) == Outcome(4, True, 2, 3)
+
+
+def test_an_unfinished_block_can_be_trained_with_other_settings(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(folder, "schedule.max_blocks=1", "schedule.free_block=false")
+    stop = ("schedule.max_blocks=1", "schedule.free_block=false", "train.max_minutes=1e-9")
+    assert run(folder, *stop, add_blocks=1).complete is False
+    slower = ("schedule.max_blocks=1", "schedule.free_block=false", "train.lr=0.01")
+    with pytest.raises(UserError, match="other values of train.lr"):
+        run(folder, *slower)
+    assert run(folder, *slower, from_block=1) == Outcome(2, True, 1, 3)
+    assert passes_of(read_manifest(folder))[-1].recipe["lr"] == 0.01
+    assert steps(folder) == [0.1, 0.2]
+
+
+def test_blocks_have_their_own_iterations_and_substeps(tmp_path: Path) -> None:
+    lists = ("schedule.iterations=[3,5]", "schedule.substeps=[3,2]", "schedule.max_blocks=3")
+    run(tmp_path / "run", *lists)
+    opened = open_run(tmp_path / "run")
+    assert [row["iterations"] for row in opened.manifest["blocks"]] == [3, 5, 5, 5]
+    assert [spec.solver.steps for spec in opened.flow.specs] == [3, 2, 2, 2]
+    run(tmp_path / "run", *lists, "schedule.refine=2")
+    opened = open_run(tmp_path / "run")
+    # the children share the grid of their parent, rounded up
+    assert [spec.solver.steps for spec in opened.flow.specs] == [2, 2, 1, 1, 1, 1, 2]
+    assert [row["iterations"] for row in opened.manifest["blocks"]] == [3, 3, 5, 5, 5, 5, 5]
+
+
+def test_the_stopping_rule_ends_the_ordinary_pass(tmp_path: Path) -> None:
+    run(tmp_path / "run", "schedule.max_blocks=5", "schedule.tolerance=1e9")
+    assert steps(tmp_path / "run") == [0.1, None]
+
+
+def test_other_block_networks_start_anew(again: Path) -> None:
+    wider = ("velocity.kind=mlp", "velocity.hidden=[8]")
+    assert run(again, *wider, from_block=2) == Outcome(3, True, 1, 2)
+    kinds = [spec.velocity.kind for spec in open_run(again).flow.specs]
+    assert kinds == ["linear", "linear", "mlp"]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("schedule.h=[0.5,0]", "schedule.h needs one positive step"),
+        ("schedule.h=[]", "schedule.h needs one positive step"),
+        ("schedule.h0=0", "h0 must be positive"),
+        ("schedule.rho=-1", "rho must be positive"),
+        ("schedule.max_blocks=0", "schedule.max_blocks must be at least 1, not 0"),
+        ("schedule.iterations=[3,0]", "schedule.iterations needs one value a block"),
+        ("schedule.substeps=[0]", "schedule.substeps needs one value a block"),
+        ("schedule.reparameterize=-1", "schedule.reparameterize must be at least 0"),
+        ("schedule.refine=0", "schedule.refine must be at least 1"),
+        ("schedule.eta=1.5", r"schedule.eta must lie in \(0, 1\]"),
+        ("schedule.later_iterations=0", "schedule.later_iterations must be at least 1"),
+        ("train.probes=0", "train.probes must be at least 1"),
+        ("train.divergence=guess", "unknown divergence 'guess'"),
+        ("velocity.kind=magic", "unknown velocity 'magic'"),
+        ("train.lr=0", "train.lr must be positive"),
+        ("train.ema=1", "train.ema must lie in"),
+        ("solver.steps=0", "solver.steps must be at least 1"),
+        ("solver.method=leap", "unknown solver 'leap'"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_anything_is_written(
+    tmp_path: Path, override: str, sentence: str
+) -> None:
+    with pytest.raises((UserError, FlowError), match=sentence):
+        run(tmp_path / "run", override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="1 of the training samples .* hold NaN .* sample 650"):
+        run(tmp_path / "run", bad=650)
+
+
+@pytest.mark.parametrize("from_block", [-1, 3])
+def test_a_block_that_is_not_there_cannot_be_trained_again(again: Path, from_block: int) -> None:
+    with pytest.raises(UserError, match="names no block: the run has 3 finished blocks"):
+        run(again, from_block=from_block)
+
+
+def test_requests_that_contradict_are_refused(again: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="either --add-blocks or --from-block"):
+        run(again, add_blocks=1, from_block=1)
+    with pytest.raises(UserError, match="--add-blocks must be at least 1, not -1"):
+        run(again, add_blocks=-1)
+    with pytest.raises(UserError, match="added to a finished run only"):
+        run(tmp_path / "none", add_blocks=1)
+    with pytest.raises(UserError, match="other values of push.steps"):
+        run(again, "push.steps=3", from_block=1)
+    with pytest.raises(UserError, match="no block to train after the first 2"):
+        run(again, "schedule.free_block=false", from_block=2)
+
+
+def test_a_missing_block_is_one_sentence(again: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (again / "blocks" / "block-01.safetensors").unlink()
+    assert cli.main(["generate", "--run", str(again)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("error: ") and "lacks blocks/block-01.safetensors" in error[-1]
+    with pytest.raises(UserError, match="lacks blocks/block-01.safetensors"):
+        run(again, add_blocks=1)
+
+
+def test_the_command_says_what_it_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start_run(tmp_path / "run", tiny())
+    for words, sentence in {
+        ("--run", "RUN", "--reparameterize", "2"): "--run with --resume",
+        ("--run", "RUN", "--resume", "--reparameterize", "-2"): "must be at least 0, not -2",
+        ("--run", "RUN", "--resume", "--refine", "0"): "schedule.refine must be at least 1",
+        ("--run", "RUN", "--resume", "--set", "train.lr=1"): "--set goes with --config",
+    }.items():
+        given = [str(tmp_path / "run") if word == "RUN" else word for word in words]
+        assert cli.main(["train", *given]) == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("error: ") and sentence in last
+
+
+def test_blocks_are_the_bytes_that_the_manifest_says(again: Path) -> None:
+    run(again, add_blocks=1)
+    for row in read_manifest(again)["blocks"]:
+        assert sha256_file(again / row["file"]) == row["sha256"]
+        assert (again / row["stage"] / "manifest.json").is_file()

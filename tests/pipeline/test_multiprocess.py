@@ -1,0 +1,76 @@
+"""`accelerate launch` on two processes: the same cache, and the same flow up to rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.pipeline.tiny import ROOT, World, make_world, run_child
+
+
+def launch(world: World, *arguments: str | Path) -> str:
+    """Run a command on two processes; returns what they said."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu",
+        "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--main_process_port", "0",
+        "-m", "pipeline", *map(str, arguments),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, env={**os.environ, **world.environment}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = make_world(tmp_path_factory.mktemp("alone"))
+    config = world.config()
+    run_child("encode", "--config", config, env=world.environment)
+    run_child("train", "--config", config, "--run", world.root / "run", env=world.environment)
+    return world
+
+
+def test_encode_gives_the_same_bytes(alone: World, tmp_path: Path) -> None:
+    pair = World(alone.root, alone.settings, tmp_path / "home")
+    out = launch(pair, "encode", "--config", pair.config())
+    (expected,), (found,) = alone.caches(), pair.caches()
+    assert out.split() == [str(found)]  # the main process alone speaks
+    assert {path.name for path in found.iterdir()} == {path.name for path in expected.iterdir()}
+    for path in expected.iterdir():
+        assert (found / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_train_agrees_up_to_rounding(alone: World, tmp_path: Path) -> None:
+    """Both train on the same batches, but the gradient is a mean of two means.
+
+    Adam divides by the gradient's own size, so that a rounding error of a tiny gradient counts
+    as much as that of a large one; after 18 steps of lr 1e-3 the weights differ by far less
+    than one step.
+    """
+    run = tmp_path / "run"
+    launch(alone, "train", "--config", alone.config(), "--run", run)
+    expected = json.loads((alone.root / "run" / "flow.json").read_text())
+    found = json.loads((run / "flow.json").read_text())
+    assert found["complete"] and len(found["blocks"]) == 3
+    assert found["flow"] == expected["flow"]
+    moved = 0.0
+    for mine, theirs in zip(found["blocks"], expected["blocks"], strict=True):
+        a, b = load_file(run / mine["file"]), load_file(alone.root / "run" / theirs["file"])
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5)
+        moved = max(moved, *(float(tensor.abs().max()) for tensor in a.values()))
+        assert mine["movement"] == pytest.approx(theirs["movement"], rel=1e-3)
+        assert mine["ter"] == pytest.approx(theirs["ter"], rel=1e-3)
+    assert moved > 1e-2
+    steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    rows = [(row["block"], row["step"]) for row in steps if "event" not in row]
+    assert rows == [(block, step) for block in range(3) for step in (2, 4, 6)]
