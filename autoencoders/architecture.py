@@ -67,7 +67,7 @@ class TamingConfig:
                 f"{self.embed_dim}"
             )
         if not 0 <= self.levels[0] < self.levels[1] <= 255:
-            raise ValueError(f"levels must be two grey levels, the darker first, not {self.levels}")
+            raise ValueError(f"levels must be two grey levels, darker first, not {self.levels}")
         _, height, width = self.image_shape
         rows, columns = self.canvas_shape
         if min(rows - height, columns - width) < 0 or (rows - height) % 2 or (columns - width) % 2:

@@ -200,8 +200,8 @@ def _dots(
 
 
 def _array(points: Points) -> npt.NDArray[np.float64]:
-    x = points.detach().cpu().numpy() if isinstance(points, Tensor) else points
-    x = np.asarray(x, np.float64)
+    given = points.detach().cpu().numpy() if isinstance(points, Tensor) else points
+    x: npt.NDArray[np.float64] = np.asarray(given, np.float64)
     if x.ndim != 2 or x.shape[1] != 2:
         raise ValueError(f"expected points (n, 2), found {x.shape}")
     return x

@@ -73,6 +73,7 @@ class MlpVelocity(Velocity):
         p = F.linear(z.flatten(1), weight, bias)
         q = F.linear(tangents.flatten(2), weight)
         for layer in self.middle:
+            assert isinstance(layer, nn.Linear)
             y, r = SoftplusPair.apply(p, q)
             p, q = F.linear(y, layer.weight, beta * layer.bias), F.linear(r, layer.weight)
         y, r = SoftplusPair.apply(p, q)

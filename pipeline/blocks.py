@@ -72,7 +72,7 @@ class BlockTrainer:
         self.index = int(stage.manifest["identity"]["stage"])
         block.train().requires_grad_(True).to(accelerator.device)
         self.parameters = list(block.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, recipe.lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.parameters, recipe.lr)
         self.average = Ema(block, recipe.ema) if recipe.ema > 0 else None
         self.divergence = make_divergence(
             recipe.divergence, probes=recipe.probes, sigma0=recipe.sigma0

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import likelihood_verb, toy2d
+from pipeline import convert, likelihood_verb, toy2d
 from pipeline.errors import UserError
 from pipeline.terminal import (
     INTERRUPTED,
@@ -303,7 +303,26 @@ def autoencoder_evaluate(
     print(path)
 
 
+@app.command()
+def reference(
+    config: ConfigOption,
+    out: Annotated[Path, typer.Argument(help="The .safetensors to write.")],
+    test: Annotated[
+        list[int] | None,
+        typer.Option("--test", help="Note the FID of so many real test images; several."),
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Make reference statistics of a split (data.split), as they are shipped; resumes."""
+    from pipeline.reference import make_reference
+
+    settings = load(config, overrides)
+    make_reference(settings, out, test or [], _accelerator(), bar)
+    print(out)
+
+
 # verbs that live in modules of their own
+convert.register(autoencoder_app)
 likelihood_verb.register(app)
 toy2d.register(app)
 

@@ -27,7 +27,7 @@ def draw(*shape):
 def plain(net, z, tangents):
     """v, and its derivatives as exact Jacobians times tangents, differentiable by reverse mode.
 
-    The Jacobian's rows come from reverse passes, so that torch's forward mode is not its own judge.
+    The Jacobian's rows come from reverse passes, so torch's forward mode is not its own judge.
     """
     x = z.detach().requires_grad_()
     v = net(T, x)

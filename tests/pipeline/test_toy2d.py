@@ -108,7 +108,7 @@ def test_identity_flow_on_the_gaussian_is_measured_right():
         assert row["value"] > 2 * row["threshold"]
     widths = [metrics["mmd"][name]["bandwidth"] for name in ("0.1*median", "median")]
     assert widths[0] == pytest.approx(0.1 * widths[1])
-    assert metrics["inversion_mse"] < 1e-12
+    assert metrics["inversion_mse"] < 1e-10
 
 
 def test_points_of_different_uses_are_different_and_repeat():
