@@ -13,7 +13,6 @@ from torch import Tensor
 
 from autoencoders import weights
 from autoencoders.base import Autoencoder, to_float, to_uint8
-from autoencoders.taming import TamingAutoencoder
 from autoencoders.training import AutoencoderTrainer
 from eval.inception import EXTRACTOR
 from eval.pictures import before_after
@@ -161,7 +160,7 @@ def _reconstruct(
 ) -> dict[str, Any]:
     """PSNR, SSIM, codebook use and latent statistics over n images; writes the picture."""
     autoencoder.to(accelerator.device)  # type: ignore[attr-defined]
-    total = Reconstruction()
+    total, entries = Reconstruction(), int(getattr(autoencoder, "codebook_size", 0))
     starts = range(0, n, 250)
     for start in progress(starts, len(starts), "reconstruct"):
         pixels = torch.from_numpy(images.read(start, min(start + 250, n)))
@@ -169,12 +168,11 @@ def _reconstruct(
         z = moments.sample(generator(0, "reconstruct", start))
         again = to_uint8(autoencoder.decode(z)).cpu()
         codes = None
-        if isinstance(autoencoder, TamingAutoencoder) and not autoencoder.stochastic:
-            codes = autoencoder.quantise(z)[2].cpu()
+        if entries:
+            codes = autoencoder.quantise(z)[2].cpu()  # type: ignore[attr-defined]
         total.add(pixels, again, z.cpu(), codes)
         if start == 0 and accelerator.is_main_process:
             _picture(folder, pixels[:_SHOWN], again[:_SHOWN])
-    entries = getattr(getattr(autoencoder, "config", None), "n_embed", 0)
     return total.result(entries)
 
 

@@ -41,12 +41,21 @@ class AutoencoderConfig:
     """Which autoencoder.
 
     Attributes:
-        name: pretrained (shipped or trained here, by name or path) or identity (pixel space).
-        weights: a shipped name (such as mnist-kl) or the path of a .safetensors file.
+        name: pretrained (shipped, trained here or converted, by name or path), identity (pixel
+            space) or diffusers (a local folder or a hub id; needs the optional extra).
+        weights: a shipped name (such as mnist-kl), the path of a .safetensors file, or what
+            diffusers loads.
+        fit: how images of another shape than the encoder takes are brought to it, undone after
+            decoding: exact (refused), native (any size, same channels) or resize.
+        size: resize: side of the square the encoder sees; 0 takes its own.
+        latents: pre (before quantisation; decoding quantises) or quantised.
     """
 
     name: str = "pretrained"
     weights: str | None = "mnist-kl"
+    fit: str = "exact"
+    size: int = 0
+    latents: str = "pre"
 
 
 @dataclass(frozen=True)

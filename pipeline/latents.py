@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from autoencoders.adapt import Adaptation
 from autoencoders.base import Autoencoder, Moments, to_float
 from autoencoders.registry import build
 from pipeline import assets
@@ -179,8 +180,9 @@ def open_cache(config: Config) -> LatentCache:
 def load_parts(config: Config) -> tuple[ImageSet, Autoencoder]:
     """The data set and the autoencoder of a configuration, checked against each other."""
     images = load_images(config.data)
-    weights = config.autoencoder.weights
-    return images, build(config.autoencoder.name, weights, images.shape)
+    wanted = config.autoencoder
+    adaptation = Adaptation(wanted.fit, wanted.size, wanted.latents)
+    return images, build(wanted.name, wanted.weights, images.shape, adaptation)
 
 
 @torch.inference_mode()

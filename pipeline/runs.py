@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import yaml
 
+from autoencoders.adapt import Adaptation
 from autoencoders.base import Autoencoder
 from autoencoders.registry import build
 from flows.block import Block
@@ -211,7 +212,7 @@ class Run:
         """
         wanted = self.manifest["autoencoder"]
         shape = tuple(wanted["image_shape"])
-        model = build(wanted["name"], wanted["weights"], shape)
+        model = build(wanted["name"], wanted["weights"], shape, Adaptation(**wanted["adaptation"]))
         if model.fingerprint != wanted["fingerprint"]:
             raise UserError(
                 f"the run at {self.folder} was trained with another autoencoder than "

@@ -100,6 +100,7 @@ class LatentSource:
     def manifest(self) -> dict[str, Any]:
         """Standardisation, autoencoder and data."""
         images, autoencoder = load_parts(self.config)
+        wanted = self.config.autoencoder
         return {
             "standardisation": self.cache.standardisation.to_dict(),
             "latents": {
@@ -112,6 +113,7 @@ class LatentSource:
                 "weights": self.config.autoencoder.weights,
                 "fingerprint": autoencoder.fingerprint,
                 "image_shape": list(images.shape),
+                "adaptation": {"fit": wanted.fit, "size": wanted.size, "latents": wanted.latents},
             },
             "data": {
                 "name": images.name,

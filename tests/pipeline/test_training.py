@@ -151,9 +151,9 @@ def test_steps_are_adams(stage: StoreReader) -> None:
         expected.backward()
         optimizer.step()
         found = made.step().terms["total"]
-        assert found == pytest.approx(expected.item() / 2, rel=1e-6)
+        assert found == pytest.approx(expected.item() / 2, rel=1e-5)
     for mine, theirs in zip(made.block.parameters(), block.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_the_learning_rate_warms_up_and_decays(stage: StoreReader) -> None:
