@@ -103,7 +103,7 @@ def train(
 def evaluate(
     config: Config, n: int, folder: Path, accelerator: Accelerator, progress: Progress
 ) -> Path:
-    """Measure an autoencoder on the first n images of the test split.
+    """Measure an autoencoder on n images of the test split (rFID as in `pipeline.evaluate`).
 
     Writes autoencoder.json (rFID, PSNR, SSIM, codebook perplexity, statistics of the latents)
     and a before/after picture.

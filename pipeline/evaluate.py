@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -35,6 +36,7 @@ from pipeline.seeds import generator
 from pipeline.store import StoreReader, StoreWriter, key_of, open_store
 
 SHARD = 250
+_ORDER = "order of evaluation"
 
 
 def load_inception(accelerator: Accelerator) -> FidInception:
@@ -107,7 +109,7 @@ class Evaluator:
         """FID of decoded latents of real images: what a perfect flow would score.
 
         The latents are posterior samples (or carry the known noise), as those that the flow
-        trains on; the images are the first n of the test split, or of the training split
+        trains on; the images are n of the test split (see `chosen`), or of the training split
         where the test split is smaller than n.
         """
         images, latents = _floor_images(run.config.data, settings.n), run.config.latents
@@ -125,17 +127,18 @@ class Evaluator:
         noise: float = 0.0,
         standardisation: Standardisation | None = None,
     ) -> float:
-        """rFID(n) of an autoencoder on the first n images of a set.
+        """rFID(n) of an autoencoder on n images of a set (see `chosen`).
 
         Raises:
             UserError: the set has fewer than n images.
         """
-        _enough(images, n)
+        order = chosen(images, n)
         identity: dict[str, Any] = {
             "kind": "floor",
             "autoencoder": autoencoder.fingerprint,
             "data": images.fingerprint,
             "n": n,
+            "order": _ORDER,
             **_extractor(),
         }
         if noise > 0 and standardisation is not None:
@@ -144,7 +147,7 @@ class Evaluator:
         autoencoder.to(self.accelerator.device)  # type: ignore[attr-defined]
 
         def make(first: int, last: int, index: int) -> Tensor:
-            x = to_float(torch.from_numpy(images.read(first, last)))
+            x = to_float(torch.from_numpy(images.take(order[first:last])))
             drawn = generator(0, "floor", index)
             moments = autoencoder.encode(x.to(self.accelerator.device))
             z = moments.sample(drawn)
@@ -157,12 +160,18 @@ class Evaluator:
         return _distance(features, reference)
 
     def real_features(self, images: ImageSet, n: int) -> StoreReader:
-        """Features of the first n real images of a set."""
-        _enough(images, n)
-        identity = {"kind": "real", "data": images.fingerprint, "n": n, **_extractor()}
+        """Features of n real images of a set, in the order of `chosen`."""
+        order = chosen(images, n)
+        identity = {
+            "kind": "real",
+            "data": images.fingerprint,
+            "n": n,
+            "order": _ORDER,
+            **_extractor(),
+        }
         folder = assets.data_root() / "features" / f"real-{key_of(identity)}"
         return self._features(
-            folder, identity, n, lambda a, b, _: torch.from_numpy(images.read(a, b)), "real"
+            folder, identity, n, lambda a, b, _: torch.from_numpy(images.take(order[a:b])), "real"
         )
 
     def reference(self, name: str) -> GaussianStats:
@@ -298,6 +307,22 @@ def _floor_images(data: DataConfig, n: int) -> ImageSet:
     """The test split, or the training split where that has fewer than n images."""
     test = _test_images(data)
     return test if len(test) >= n else load_images(data)
+
+
+def chosen(images: ImageSet, n: int) -> npt.NDArray[np.int64]:
+    """N indices of a set: the start of one fixed random order of all of it.
+
+    The first n images of a split need not be like the rest (MNIST's test digits come from two
+    groups of writers, one after the other), so they are no fair sample of it. A whole set is
+    taken as it lies.
+
+    Raises:
+        UserError: the set has fewer than n images.
+    """
+    _enough(images, n)
+    if n == len(images):
+        return np.arange(n)
+    return torch.randperm(len(images), generator=generator(0, _ORDER))[:n].numpy()
 
 
 def _enough(images: ImageSet, n: int) -> None:

@@ -29,7 +29,7 @@ def make_reference(
     Args:
         config: the data section.
         out: a .safetensors file.
-        test: numbers n; the FID of the first n images of the test split goes on the card.
+        test: numbers n; the FID of n images of the test split goes on the card.
         accelerator: device and processes.
         progress: wraps loops.
 
