@@ -160,8 +160,6 @@ def python(*arguments: str | Path, env: Mapping[str, str], **options: Any) -> su
         text=True,
         # a test that runs in the background would hand its deafness to Ctrl-C on to the child
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        # a shell that runs tests in the background has Ctrl-C ignored, and children inherit it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **options,
     )
 
