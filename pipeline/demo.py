@@ -10,10 +10,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from eval.references import available
 from pipeline import assets, commit, latents, runs, training
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.evaluate import Evaluator
+from pipeline.evaluate import Evaluator, inputs_of
 from pipeline.generate import sample_images, write_grid
 from pipeline.latents import Progress
 from pipeline.summary import headline, plot_movement, table
@@ -75,10 +76,7 @@ def run_demo(config: Config, folder: Path, accelerator: Accelerator, progress: P
     )
     grid = folder / "samples" / "grid.png"
     write_grid(images, grid, config.generate.columns**2, config.generate.columns)
-    evaluator = Evaluator(accelerator, progress)
-    metrics = clock.step(
-        "evaluate", lambda: evaluator.evaluate(run, config.evaluate, config.generate)
-    )
+    metrics = clock.step("evaluate", lambda: _metrics(run, config, accelerator, progress))
     plot = folder / "samples" / "movement.png"
     plot_movement(run.manifest, plot)
     metrics["seconds"] = clock.seconds
@@ -86,3 +84,15 @@ def run_demo(config: Config, folder: Path, accelerator: Accelerator, progress: P
     print(f"\n{table(metrics, clock.seconds, clock.reused)}\n\n{headline(metrics)}\n")
     for path in (grid, plot, folder / "metrics.json", folder / "log.jsonl"):
         print(path)
+
+
+def _metrics(
+    run: runs.Run, config: Config, accelerator: Accelerator, progress: Progress
+) -> dict[str, Any]:
+    """The run's metrics.json if it answers this configuration, else a new evaluation."""
+    path = run.folder / "metrics.json"
+    if config.evaluate.reference in available() and path.is_file():
+        found: dict[str, Any] = commit.read_json(path, "metrics")
+        if found.get("inputs") == inputs_of(run, config.evaluate, config.generate):
+            return found
+    return Evaluator(accelerator, progress).evaluate(run, config.evaluate, config.generate)

@@ -99,6 +99,7 @@ class Evaluator:
         if settings.nll:
             metrics |= self._likelihood(run, settings)
         metrics |= _about(run, images, settings)
+        metrics["inputs"] = inputs_of(run, settings, sampling)
         if self.accelerator.is_main_process:
             commit.write_json(run.folder / "metrics.json", metrics)
         return metrics
@@ -307,6 +308,19 @@ def _floor_images(data: DataConfig, n: int) -> ImageSet:
     """The test split, or the training split where that has fewer than n images."""
     test = _test_images(data)
     return test if len(test) >= n else load_images(data)
+
+
+def inputs_of(run: Run, settings: EvaluateConfig, sampling: GenerateConfig) -> str:
+    """What an evaluation's numbers depend on, as a key: metrics of the same key are the same."""
+    sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
+    parts = {
+        "run": run.fingerprint,
+        "evaluate": dataclasses.asdict(settings),
+        "generate": dataclasses.asdict(sampling),
+        "data": run.manifest["data"],
+        **_extractor(),
+    }
+    return key_of(parts)
 
 
 def chosen(images: ImageSet, n: int) -> npt.NDArray[np.int64]:
