@@ -257,7 +257,7 @@ def fid(
 ) -> None:
     """FID of two sets of images or statistics; the number alone on the last line of stdout."""
     from eval.references import available
-    from pipeline.evaluate import fid_between
+    from pipeline.fid import fid_between
 
     say(f"shipped references: {', '.join(available()) or 'none'}")
     with Meter() as meter:

@@ -257,28 +257,6 @@ class Evaluator:
         }
 
 
-def fid_between(
-    a: str, b: str, accelerator: Accelerator, progress: Callable[[str], Callable[[int], None]]
-) -> float:
-    """FID of two sets: folders, .npz of images or statistics, or shipped references.
-
-    Args:
-        a: the first.
-        b: the second.
-        accelerator: device.
-        progress: makes, from a set's name, what is told of every batch.
-    """
-    networks: list[FidInception] = []
-
-    def network() -> FidInception:
-        if not networks:
-            networks.append(load_inception(accelerator))
-        return networks[0]
-
-    first, second = (stats_of(where, network, progress(where)) for where in (a, b))
-    return frechet_distance(first, second)
-
-
 def _distance(features: StoreReader, reference: GaussianStats) -> float:
     stats = GaussianStats()
     for start in range(0, len(features), SHARD):
