@@ -102,8 +102,9 @@ def images(n: int = 2) -> Tensor:
 
 
 def close(a: Tensor, b: Tensor) -> None:
-    # in float64 the two must be one function; in float32 each pixel rounds by 1e-5 or so
-    tolerance = 1e-9 if a.dtype == torch.float64 else 1e-5
+    # in float64 the two must be one function; in float32 they are two orders of the same sums,
+    # and a pixel in thousands rounds a little beyond 1e-5, which one depends on the threads
+    tolerance = 1e-9 if a.dtype == torch.float64 else 3e-5
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 

@@ -100,6 +100,11 @@ def test_the_first_discriminator_loss_is_the_hinge(accelerator: Accelerator) -> 
     assert run(made, 1)[0]["discriminator"] == pytest.approx(1.0)
 
 
+def distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Exact ones: the default works by matrix products, which round small distances."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def test_a_codebook_starts_on_the_first_batch(accelerator: Accelerator) -> None:
     made = trainer(accelerator, "vq", lr=1e-12, ema=0.0)
     drawn = torch.Generator().manual_seed(0)
@@ -109,9 +114,9 @@ def test_a_codebook_starts_on_the_first_batch(accelerator: Accelerator) -> None:
     assert made.model.quantize is not None
     points = latents.permute(0, 2, 3, 1).reshape(-1, 2)
     entries = made.model.quantize.embedding.weight.detach()
-    assert torch.cdist(entries, points).amin(1).max() < 1e-5
+    assert distances(entries, points).amin(1).max() < 1e-5
     averaged = made.average.quantize.embedding.weight
-    assert torch.cdist(averaged, points).amin(1).max() < 1e-5
+    assert distances(averaged, points).amin(1).max() < 1e-5
 
 
 def test_the_kl_term_is_the_closed_form(accelerator: Accelerator) -> None:
