@@ -122,7 +122,9 @@ def _enter(
     write = not there
     if there:
         config, write = _continued(read_config(folder), config, folder, anew)
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(
+        not path.name.startswith(commit.TEMPORARY_PREFIX) for path in folder.iterdir()
+    ):  # a temporary is all that a run killed in its very first commit leaves
         raise UserError(f"{folder} is not empty and holds no run; choose another place with --run")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
