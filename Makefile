@@ -28,7 +28,8 @@ slow: setup
 	$(BIN)/python -m pytest -m slow
 
 bench: setup
-	for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+	for file in tests/benchmarks/bench_*.py; do \
+		$(BIN)/python -m tests.benchmarks.$$(basename $$file .py) || exit 1; done
 
 clean:
 	rm -rf $(VENV)
