@@ -101,7 +101,7 @@ class BlockTrainer:
             raise self._failure(str(error)) from error
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
-        norm = self._finish_gradients()
+        norm = self._finish_gradients(len(z) * ranks / self.recipe.batch_size)
         total = float(loss.total.detach())
         if not math.isfinite(norm) or not math.isfinite(total):
             raise self._failure(f"the loss is {total}, its gradient's norm {norm}")
@@ -154,12 +154,17 @@ class BlockTrainer:
         scale = recipe.lr_final + (1.0 - recipe.lr_final) * cosine
         return recipe.lr * scale * min(1.0, (self.done + 1) / max(1, recipe.warmup))
 
-    def _finish_gradients(self) -> float:
-        """Average over processes, clip; returns the norm before clipping."""
+    def _finish_gradients(self, share: float) -> float:
+        """Average over processes, clip; returns the norm before clipping.
+
+        Args:
+            share: of the batch on this process, 1 when all have the same; weighted with it, the
+                average is the gradient of the mean over the whole batch.
+        """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.accelerator.num_processes > 1:
             flat = torch.cat([g.flatten() for g in gradients])
-            flat = self.accelerator.reduce(flat, "mean")
+            flat = self.accelerator.reduce(share * flat, "mean")
             parts = flat.split([g.numel() for g in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))

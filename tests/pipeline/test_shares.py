@@ -1,0 +1,39 @@
+"""A batch that does not divide by the number of processes still has one gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from flows.spec import BlockSpec, build_block
+from pipeline.blocks import BlockTrainer
+from pipeline.config import TrainConfig
+from pipeline.seeds import generator
+from tests.pipeline.gaussian_source import GaussianSource, tiny
+from tests.ranks import Rank, mean_of
+
+
+@pytest.mark.parametrize(("batch", "ranks"), [(7, 2), (10, 4), (8, 2)])
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+def test_the_gradient_is_that_of_the_whole_batch(
+    tmp_path: Path, batch: int, ranks: int, divergence: str
+) -> None:
+    stage = GaussianSource(count=60).first_stage(tmp_path, tiny(), Accelerator())
+    spec = BlockSpec(velocity=tiny().velocity, h=0.5)
+    recipe = TrainConfig(batch_size=batch, divergence=divergence, grad_clip=0.0, ema=0.0)
+
+    def trained(accelerator: Accelerator | Rank) -> BlockTrainer:
+        block = build_block(spec, (2,), generator(0, "weights", 0))
+        made = BlockTrainer(block, spec, stage, recipe, accelerator)  # type: ignore[arg-type]
+        made.step()
+        return made
+
+    alone = trained(Accelerator())
+    expected = torch.cat([p.grad.flatten() for p in alone.parameters if p.grad is not None])
+    parts = [Rank(rank, ranks) for rank in range(ranks)]
+    for part in parts:
+        trained(part)
+    torch.testing.assert_close(mean_of(parts), expected, rtol=1e-4, atol=1e-5)
