@@ -98,7 +98,8 @@ class AutoencoderTrainer:
         architecture: of the autoencoder.
         recipe: of the training.
         accelerator: device and processes; every process gives `step` its share of each batch,
-            and gradients are averaged.
+            and gradients are averaged, weighted with the shares. λ and the discriminator's batch
+            normalisation see a process's own share only.
     """
 
     def __init__(
@@ -174,13 +175,13 @@ class AutoencoderTrainer:
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self._apply(self.model, self.optimizer)
+        self._apply(self.model, self.optimizer, len(x))
         if adversarial:
             self.discriminator.requires_grad_(True)
             d_loss = self._discriminator_loss(x, fake.detach())
             self.discriminator_optimizer.zero_grad(set_to_none=True)
             d_loss.backward()
-            self._apply(self.discriminator, self.discriminator_optimizer)
+            self._apply(self.discriminator, self.discriminator_optimizer, len(x))
             terms["discriminator"] = d_loss.item()
         self._update_average()
         self.done += 1
@@ -282,11 +283,14 @@ class AutoencoderTrainer:
             recipe.lr * recipe.discriminator_lr * scale
         )
 
-    def _apply(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if self.accelerator.num_processes > 1:
+    def _apply(self, module: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+        """Step with the mean over the whole batch, `count` images of which are here."""
+        ranks = self.accelerator.num_processes
+        if ranks > 1:
+            share = count * ranks / self.recipe.batch_size
             for parameter in module.parameters():
                 if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+                    parameter.grad = self.accelerator.reduce(share * parameter.grad, "mean")
         optimizer.step()
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from autoencoders.base import to_float
 from autoencoders.training import AutoencoderTrainer, AutoencoderTraining
 from tests.autoencoders.models import blobs, config
+from tests.ranks import Rank, mean_of
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,24 @@ def test_a_loss_that_is_not_finite_is_told(accelerator: Accelerator) -> None:
     made.model.decoder.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="loss is nan at step 0; lower lr"):
         run(made, 1)
+
+
+def test_uneven_shares_give_the_gradient_of_the_whole_batch(accelerator: Accelerator) -> None:
+    """Three images over two processes; a VQ autoencoder, which draws no noise."""
+
+    def step(on: Any, images: torch.Tensor) -> AutoencoderTrainer:
+        made = trainer(on, "vq", batch_size=3, adversarial_weight=0.0)
+        made.done = 1  # the codebook has started
+        made.step(images, torch.Generator())
+        return made
+
+    images = blobs(3)
+    whole = step(accelerator, images).model.parameters()
+    expected = torch.cat([p.grad.flatten() for p in whole if p.grad is not None])
+    ranks = [Rank(0, 2), Rank(1, 2)]
+    for rank in ranks:
+        step(rank, images[rank.process_index :: 2])
+    torch.testing.assert_close(mean_of(ranks), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_bad_recipes_are_told() -> None:
