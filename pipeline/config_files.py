@@ -80,6 +80,26 @@ def to_dict(config: Any) -> dict[str, Any]:  # noqa: ANN401 - any dataclass of t
     return result
 
 
+def differences(
+    old: Config, new: Config, sections: Sequence[str], indifferent: Sequence[str]
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with the old and the new value.
+
+    Args:
+        old: a configuration.
+        new: another.
+        sections: that are compared.
+        indifferent: names of keys that are not, in whatever section.
+    """
+    before, after = to_dict(old), to_dict(new)
+    return {
+        f"{section}.{key}": (before[section].get(key), value)
+        for section in sections
+        for key, value in after[section].items()
+        if key not in indifferent and before[section].get(key) != value
+    }
+
+
 def resolved_yaml(config: Config) -> str:
     """The whole configuration as YAML."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)

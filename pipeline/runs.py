@@ -42,6 +42,7 @@ from pipeline.latents import Standardisation
 from pipeline.passes import Pass, Row
 
 FORMAT = 2
+ENVIRONMENT = "environment.json"
 
 
 def block_file(index: int, number: int = 0) -> str:
@@ -53,7 +54,12 @@ def block_file(index: int, number: int = 0) -> str:
 def start_run(folder: Path, config: Config) -> None:
     """Write what identifies a run, before anything is trained."""
     commit.write_bytes(folder / "config.yaml", resolved_yaml(config).encode())
-    commit.write_json(folder / "environment.json", environment())
+    write_environment(folder)
+
+
+def write_environment(folder: Path) -> None:
+    """Write versions and machine."""
+    commit.write_json(folder / ENVIRONMENT, environment())
 
 
 def environment() -> dict[str, Any]:

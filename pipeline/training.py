@@ -19,12 +19,18 @@ from accelerate import Accelerator
 from pipeline import commit
 from pipeline.checks import check, check_shape, steps
 from pipeline.config import Config
-from pipeline.config_files import to_dict
+from pipeline.config_files import differences
 from pipeline.errors import UserError
 from pipeline.journal import Journal
 from pipeline.latents import Progress
 from pipeline.plans import INDIFFERENT, next_pass
-from pipeline.runs import read_config, read_manifest, start_run
+from pipeline.runs import (
+    ENVIRONMENT,
+    read_config,
+    read_manifest,
+    start_run,
+    write_environment,
+)
 from pipeline.stages import LatentSource, Source
 from pipeline.trainer import Trainer
 
@@ -132,6 +138,8 @@ def _enter(
             commit.sweep(part)  # what a killed process left
         if write:
             start_run(folder, config)
+        elif not (folder / ENVIRONMENT).is_file():  # killed before it was written
+            write_environment(folder)
     accelerator.wait_for_everyone()
 
 
@@ -141,13 +149,7 @@ def _continued(old: Config, new: Config, folder: Path, anew: bool) -> tuple[Conf
     Raises:
         UserError: values changed that the finished blocks were trained with.
     """
-    before, after = to_dict(old), to_dict(new)
-    changed = [
-        f"{section}.{key}"
-        for section in DECISIVE
-        for key in after[section]
-        if key not in _INDIFFERENT and before[section].get(key) != after[section][key]
-    ]
+    changed = differences(old, new, DECISIVE, _INDIFFERENT)
     later = [f"schedule.{key}" for key in LATER]
     refused = [
         name

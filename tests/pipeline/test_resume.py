@@ -100,6 +100,17 @@ def test_train_killed_at_its_commits(never_stopped: World, tmp_path: Path) -> No
     assert_same(run_content(run), run_content(never_stopped.root / "run"))
 
 
+def test_train_killed_after_its_first_commit(never_stopped: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", "--config", never_stopped.config(**OFTEN), "--run", run, "--resume"]
+    process = child(arguments, never_stopped.environment, die_at=1)
+    process.start()
+    process.join()
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+    run_child(*arguments, env=never_stopped.environment)
+    assert_same(run_content(run), run_content(never_stopped.root / "run"))
+
+
 def kill_processes(
     world: World, arguments: list[str | Path], kills: int, seed: int, marker: Path, longest: float
 ) -> int:
