@@ -20,13 +20,13 @@ from eval.reconstruction import Reconstruction
 from pipeline import commit
 from pipeline.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.config import Config
-from pipeline.config_files import resolved_yaml, to_dict
+from pipeline.config_files import differences, to_dict
 from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import JkoflowError, UserError
 from pipeline.evaluate import Evaluator
 from pipeline.journal import Journal
 from pipeline.latents import Progress, load_parts
-from pipeline.runs import environment
+from pipeline.runs import ENVIRONMENT, read_config, start_run, write_environment
 from pipeline.seeds import Batches, generator
 
 WEIGHTS = "autoencoder.safetensors"
@@ -34,6 +34,8 @@ _CHECKPOINT = "checkpoint.safetensors"
 _LOG_EVERY = 50
 _SHOWN = 32
 _PROBE = 2000
+#: sections that decide the weights; a training is not continued under other values of them
+_DECISIVE = ("data", "architecture", "autoencoder_training")
 
 
 def train(
@@ -46,13 +48,15 @@ def train(
         folder: weights, checkpoint, log, recipe and pictures go here.
         accelerator: device and processes.
         progress: wraps the loop.
-        resume: continue what is there; without it a folder with a training is refused.
+        resume: continue what is there, which must have been started with the same sections;
+            without it a folder with a training is refused.
 
     Returns:
         The path of the finished weights.
 
     Raises:
-        UserError: images of another shape than the architecture takes, or a training there.
+        UserError: images of another shape than the architecture takes, a training there, or one
+            of another configuration.
         JkoflowError: the training diverged.
     """
     images = load_images(config.data)
@@ -193,11 +197,26 @@ def _enter(config: Config, folder: Path, resume: bool, accelerator: Accelerator)
             f"there is a training at {folder} already; continue it with --resume, or choose "
             "another place with --out"
         )
+    if there:
+        _require_same(read_config(folder), config, folder)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and not there:
-        commit.write_bytes(path, resolved_yaml(config).encode())
-        commit.write_json(folder / "environment.json", environment())
+    if accelerator.is_main_process:
+        if not there:
+            start_run(folder, config)
+        elif not (folder / ENVIRONMENT).is_file():  # killed before it was written
+            write_environment(folder)
     accelerator.wait_for_everyone()
+
+
+def _require_same(old: Config, new: Config, folder: Path) -> None:
+    """Refuse to continue under another configuration; also a longer one has another schedule."""
+    changed = differences(old, new, _DECISIVE, ("test_split",))
+    if changed:
+        told = ", ".join(f"{key}={was} (now {now})" for key, (was, now) in changed.items())
+        raise UserError(
+            f"the training at {folder} was started with {told}; continue it as it was started, "
+            "or train elsewhere with --out"
+        )
 
 
 def _finish(

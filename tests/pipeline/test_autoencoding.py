@@ -18,7 +18,7 @@ from pipeline.config_files import load_config
 from pipeline.seeds import generator
 from tests.pipeline.gaussian_source import quiet
 from tests.pipeline.glance import stand_in
-from tests.pipeline.tiny import World, pictures, say, write_pictures
+from tests.pipeline.tiny import World, child, pictures, run_child, say, write_pictures
 
 RECIPE = {
     "iterations": 6, "batch_size": 8, "warmup": 1, "adversarial_start": 3, "prune": 0.0,
@@ -100,6 +100,38 @@ def test_stopped_and_resumed_ends_in_the_same_weights(
     train(config, world.root / "again", accelerator, quiet, resume=True)
     first, second = load(world.root / "whole" / WEIGHTS), load(world.root / "again" / WEIGHTS)
     assert first.fingerprint == second.fingerprint
+
+
+def test_another_configuration_is_not_continued(
+    capsys: pytest.CaptureFixture[str], world: World
+) -> None:
+    config, out = recipe_of(world, iterations=1, adversarial_weight=0.0), world.root / "ae"
+    words = ["autoencoder", "train", "--config", config, "--out", out]
+    assert say(capsys, *words)[0] == 0
+    words.append("--resume")
+    assert say(capsys, *words)[0] == 0
+    indifferent = ("data.test_split=other", "train.checkpoint_seconds=9")
+    assert say(capsys, *words, "--set", indifferent[0], "--set", indifferent[1])[0] == 0
+    made = (out / WEIGHTS).read_bytes()
+    for changed, told in (
+        ("autoencoder_training.iterations=2", "autoencoder_training.iterations=1 (now 2)"),
+        ("architecture.ch=64", "architecture.ch=32 (now 64)"),
+        ("data.limit=20", "data.limit=None (now 20)"),
+    ):
+        code, _, last = say(capsys, *words, "--set", changed)
+        assert code == 2 and f"was started with {told}; continue it as it was started" in last
+    assert (out / WEIGHTS).read_bytes() == made
+
+
+def test_killed_before_its_environment_was_written(world: World) -> None:
+    config, out = recipe_of(world, iterations=1, adversarial_weight=0.0), world.root / "ae"
+    arguments = ["autoencoder", "train", "--config", config, "--out", out]
+    process = child(arguments, world.environment, die_at=2)  # the first is the index of files
+    process.start()
+    process.join()
+    assert [path.name for path in out.iterdir()] == ["config.yaml"]
+    run_child(*arguments, "--resume", env=world.environment)
+    assert json.loads((out / "environment.json").read_text())["versions"]["torch"]
 
 
 def test_pictures_of_another_shape(capsys: pytest.CaptureFixture[str], world: World) -> None:
