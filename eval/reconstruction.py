@@ -26,6 +26,14 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return 10.0 * torch.log10(255.0**2 / mse)
 
 
+def has_ssim(images: Tensor) -> bool:
+    """Whether images (B, C, H, W) are large enough for the window of `ssim`.
+
+    A smaller window would give another measure by the same name, so smaller images have none.
+    """
+    return min(images.shape[-2:]) >= _WINDOW
+
+
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of each pair, mean over pixels and channels.
 
@@ -38,8 +46,15 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         float64 (B,), in [-1, 1].
 
+    Raises:
+        ValueError: the images are smaller than the window.
+
     Reference: Wang et al. 2004.
     """
+    if not has_ssim(a):
+        raise ValueError(
+            f"SSIM needs images of at least {_WINDOW}x{_WINDOW}, not {a.shape[-2]}x{a.shape[-1]}"
+        )
     x, y = a.double(), b.double()
     offsets = torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2
     line = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
@@ -88,13 +103,14 @@ class Reconstruction:
             codes: chosen codebook entries, any shape; None without a codebook.
         """
         self.psnr.append(psnr(images, again))
-        self.ssim.append(ssim(images, again))
+        if has_ssim(images):
+            self.ssim.append(ssim(images, again))
         self.latents.append(latents.float())
         if codes is not None:
             self.codes.append(codes.flatten())
 
     def result(self, entries: int) -> dict[str, Any]:
-        """The means, JSON-ready.
+        """The means, JSON-ready; ssim is None for images smaller than its window.
 
         Args:
             entries: size of the codebook.
@@ -104,7 +120,7 @@ class Reconstruction:
         result: dict[str, Any] = {
             "n": len(signal),
             "psnr": float(finite.mean()) if len(finite) else None,
-            "ssim": float(torch.cat(self.ssim).mean()),
+            "ssim": float(torch.cat(self.ssim).mean()) if self.ssim else None,
             "latents": {
                 "shape": list(z.shape[1:]),
                 "mean": z.mean((0, 2, 3)).tolist(),

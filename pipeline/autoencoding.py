@@ -110,7 +110,8 @@ def evaluate(
     """Measure an autoencoder on n images of the test split (rFID as in `pipeline.evaluate`).
 
     Writes autoencoder.json (rFID, PSNR, SSIM, codebook perplexity, statistics of the latents)
-    and a before/after picture.
+    and a before/after picture. PSNR is null when every reconstruction is perfect, SSIM for
+    images smaller than its window of 11 x 11.
 
     Args:
         config: sections data, autoencoder and evaluate (for the reference).

@@ -95,3 +95,20 @@ def test_perfect_reconstructions_have_no_psnr() -> None:
     found = total.result(entries=0)
     assert found["psnr"] is None and found["ssim"] == pytest.approx(1.0)
     assert "codebook" not in found
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 8, 8), (3, 3, 16, 10)])
+def test_images_smaller_than_the_window_have_no_ssim(shape: tuple[int, ...]) -> None:
+    a, b, total = images(7, shape), images(8, shape), Reconstruction()
+    with pytest.raises(ValueError, match=f"at least 11x11, not {shape[2]}x{shape[3]}"):
+        ssim(a, b)
+    total.add(a, b, torch.zeros(3, 1, 1, 1), None)
+    found = total.result(entries=0)
+    assert found["ssim"] is None
+    assert found["psnr"] == pytest.approx(float(psnr(a, b).mean()))
+
+
+def test_the_smallest_images_have_ssim() -> None:
+    a, b = images(9, (2, 1, 11, 11)), images(10, (2, 1, 11, 11))
+    expected = [slow_ssim(x[0], y[0]) for x, y in zip(a.numpy(), b.numpy(), strict=True)]
+    np.testing.assert_allclose(ssim(a, b).numpy(), expected, rtol=1e-9)

@@ -143,6 +143,20 @@ def test_pictures_of_another_shape(capsys: pytest.CaptureFixture[str], world: Wo
     assert not out.exists()
 
 
+def test_pictures_too_small_for_ssim(
+    capsys: pytest.CaptureFixture[str], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    reference = world.root / "pictures" / "train"
+    words = ["autoencoder", "evaluate", "--config", world.config(data={"size": 8})]
+    words += ["--set", "autoencoder.name=identity", "--set", "autoencoder.weights=null"]
+    words += ["--set", f"evaluate.reference={reference}", "--out", str(world.root / "ae")]
+    code, _, last = say(capsys, *words, "-n", "20")
+    assert code == 0, last
+    result = json.loads((world.root / "ae" / "autoencoder.json").read_text())
+    assert result["ssim"] is None and result["n"] == 20
+
+
 def test_a_handful_of_pictures_is_enough(
     capsys: pytest.CaptureFixture[str], world: World, tmp_path: Path
 ) -> None:
