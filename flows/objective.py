@@ -188,6 +188,24 @@ def lfm_loss(
     device = z.device if generator is None else generator.device
     noise = torch.randn(z.shape, generator=generator, device=device, dtype=z.dtype)
     t = torch.rand(z.shape[0], generator=generator, device=device, dtype=z.dtype).to(z.device)
-    position, slope = interpolate(z, ou_target(z, gamma, noise.to(z.device)), t, interpolant)
+    return matching_loss(velocity, z, ou_target(z, gamma, noise.to(z.device)), t, interpolant)
+
+
+def matching_loss(
+    velocity: Velocity, z: Tensor, target: Tensor, t: Tensor, interpolant: str = "linear"
+) -> LfmLoss:
+    """The regression E ‖v(t, I_t) − İ_t‖² on given pairs and times.
+
+    Args:
+        velocity: the field in training.
+        z: starts (B, *shape).
+        target: ends (B, *shape), paired with the starts row by row.
+        t: times (B,) in [0, 1].
+        interpolant: ``linear`` | ``trigonometric``.
+
+    Raises:
+        FlowError: unknown interpolant.
+    """
+    position, slope = interpolate(z, target, t, interpolant)
     residual = velocity(t, position) - slope
     return LfmLoss(residual.square().sum() / z.shape[0])

@@ -19,11 +19,12 @@ from flows.block import Block, SolverConfig
 from flows.divergence import make_divergence
 from flows.ema import Ema
 from flows.errors import SolveError
-from flows.objective import jko_loss
+from flows.objective import JkoLoss, LfmLoss, jko_loss
 from flows.spec import BlockSpec
 from pipeline.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.config import TrainConfig
 from pipeline.errors import JkoflowError
+from pipeline.matching import batch_loss
 from pipeline.seeds import Batches, generator
 from pipeline.store import StoreReader
 
@@ -92,16 +93,11 @@ class BlockTrainer:
         began = time.perf_counter()
         self.optimizer.param_groups[0]["lr"] = self._learning_rate()
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        z = self.stage.take("z", self.batches.indices(self.done, rank, ranks))
-        probe = self._probe(z, rank, ranks)
-        z = z.to(self.accelerator.device)
-        try:
-            loss = jko_loss(self.block, z, self.spec.h, self.divergence, probe)
-        except SolveError as error:
-            raise self._failure(str(error)) from error
+        share = len(range(rank, self.recipe.batch_size, ranks))
+        loss = self._loss(rank, ranks)
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
-        norm = self._finish_gradients(len(z) * ranks / self.recipe.batch_size)
+        norm = self._finish_gradients(share * ranks / self.recipe.batch_size)
         total = float(loss.total.detach())
         if not math.isfinite(norm) or not math.isfinite(total):
             raise self._failure(f"the loss is {total}, its gradient's norm {norm}")
@@ -110,7 +106,8 @@ class BlockTrainer:
             self.average.update(self.block)
         self.done += 1
         self.seconds += time.perf_counter() - began
-        return Step(loss.per_dim(self.block.velocity.dim) | {"grad_norm": norm}, loss.nfe)
+        nfe = loss.nfe if isinstance(loss, JkoLoss) else 1
+        return Step(loss.per_dim(self.block.velocity.dim) | {"grad_norm": norm}, nfe)
 
     def finish(self) -> Block:
         """The trained block with its averaged weights, frozen."""
@@ -137,6 +134,21 @@ class BlockTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+
+    def _loss(self, rank: int, ranks: int) -> JkoLoss | LfmLoss:
+        """The block's objective on this rank's share of the next batch."""
+        if self.spec.objective == "lfm":
+            drawn = generator(self.recipe.seed, "matching", self.index, self.done, *self.salt)
+            whole = self.batches.indices(self.done)
+            field, gamma = self.block.velocity, self.spec.gamma
+            return batch_loss(field, self.stage, whole, gamma, self.recipe, drawn, rank, ranks)
+        z = self.stage.take("z", self.batches.indices(self.done, rank, ranks))
+        probe = self._probe(z, rank, ranks)
+        z = z.to(self.accelerator.device)
+        try:
+            return jko_loss(self.block, z, self.spec.h, self.divergence, probe)
+        except SolveError as error:
+            raise self._failure(str(error)) from error
 
     def _probe(self, z: Tensor, rank: int, ranks: int) -> Tensor | None:
         """This rank's rows of the probe drawn for the whole batch."""
@@ -172,9 +184,11 @@ class BlockTrainer:
         return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
 
     def _failure(self, reason: str) -> JkoflowError:
+        advice = "lower train.lr"
+        if self.spec.objective == "jko":
+            advice += " or schedule.h0, or take more solver.steps"
         return JkoflowError(
-            f"block {self.index} failed at step {self.done}: {reason}; lower train.lr or "
-            "schedule.h0, or take more solver.steps, then train again"
+            f"block {self.index} failed at step {self.done}: {reason}; {advice}, then train again"
         )
 
 

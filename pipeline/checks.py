@@ -6,11 +6,16 @@ import math
 
 import torch
 
+from flows.coupling import COUPLINGS
 from flows.divergence import make_divergence
-from flows.schedule import step_sizes
+from flows.objective import INTERPOLANTS
+from flows.schedule import gammas, step_sizes
 from flows.velocity import KINDS, make_velocity
-from pipeline.config import Config, ScheduleConfig
+from pipeline.config import Config
 from pipeline.errors import UserError
+
+#: what train.objective may be
+OBJECTIVES = ("jko", "lfm", "fm")
 
 
 def check(config: Config) -> None:
@@ -58,14 +63,48 @@ def check(config: Config) -> None:
         raise UserError(f"train.ema must lie in [0, 1), not {train.ema}")
     if not 0 < schedule.eta <= 1:
         raise UserError(f"schedule.eta must lie in (0, 1], not {schedule.eta}")
-    if train.objective != "jko":
-        raise UserError(f"unknown objective {train.objective!r}; choose jko")
+    _check_objective(config)
     if config.velocity.kind not in KINDS:
         raise UserError(
             f"unknown velocity {config.velocity.kind!r}; choose one of {', '.join(KINDS)}"
         )
     make_divergence(train.divergence, probes=train.probes, sigma0=train.sigma0)
-    steps(config.schedule)
+    steps(config)
+
+
+def _check_objective(config: Config) -> None:
+    """The objective, and what goes with it and not with others."""
+    train, schedule = config.train, config.schedule
+    choices = {
+        "objective": (train.objective, OBJECTIVES),
+        "interpolant": (train.interpolant, INTERPOLANTS),
+        "coupling": (train.coupling, COUPLINGS),
+    }
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+    if train.objective == "jko":
+        return
+    if schedule.reparameterize or schedule.refine > 1:
+        raise UserError(
+            f"reparameterize and refine are passes of jko, not of {train.objective}, whose "
+            "targets they would change; train a jko run --init-from this one and refine that"
+        )
+    if train.objective == "fm" and schedule.gamma is not None:
+        raise UserError(
+            "flow matching (train.objective=fm) is one block to pure noise and takes no "
+            "schedule.gamma; leave it out, or train under lfm"
+        )
+
+
+def objective_of(config: Config) -> str:
+    """The objective of the blocks, jko or lfm: flow matching is lfm with a free block alone."""
+    return "jko" if config.train.objective == "jko" else "lfm"
+
+
+def ends_free(config: Config) -> bool:
+    """Whether a free block follows those with a step."""
+    return config.train.objective == "fm" or config.schedule.free_block
 
 
 def check_shape(config: Config, shape: tuple[int, ...]) -> None:
@@ -78,18 +117,30 @@ def check_shape(config: Config, shape: tuple[int, ...]) -> None:
         make_velocity(config.velocity, shape)
 
 
-def steps(schedule: ScheduleConfig) -> list[float]:
-    """The step sizes h_k of the blocks with a movement term, given or geometric.
+def steps(config: Config) -> list[float]:
+    """The steps of the blocks before the free one, given or geometric: h_k, or under lfm γ_k.
 
     Raises:
         UserError: a given step is not positive, or none is given.
-        FlowError: h0, rho or h_max is not positive.
+        FlowError: h0, gamma1, rho or h_max is not positive.
     """
-    if schedule.h is None:
-        return step_sizes(schedule.h0, schedule.rho, schedule.h_max, schedule.max_blocks)
-    if not schedule.h or not all(0 < h < math.inf for h in schedule.h):
-        raise UserError(f"schedule.h needs one positive step a block, not {schedule.h}")
-    return [float(h) for h in schedule.h]
+    schedule = config.schedule
+    if config.train.objective == "fm":
+        return []
+    if config.train.objective == "lfm":
+        if schedule.gamma is not None:
+            return _given("gamma", schedule.gamma)
+        times = gammas(schedule.gamma1, schedule.rho, schedule.max_blocks, free_last=False)
+        return [gamma for gamma in times if gamma is not None]
+    if schedule.h is not None:
+        return _given("h", schedule.h)
+    return step_sizes(schedule.h0, schedule.rho, schedule.h_max, schedule.max_blocks)
+
+
+def _given(name: str, values: list[float]) -> list[float]:
+    if not values or not all(0 < value < math.inf for value in values):
+        raise UserError(f"schedule.{name} needs one positive step a block, not {values}")
+    return [float(value) for value in values]
 
 
 def _at_least(least: int, values: dict[str, float]) -> None:

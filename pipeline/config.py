@@ -89,17 +89,20 @@ class ScheduleConfig:
         rho: its growth per block, h_k = min(rho^k h_0, h_max).
         h_max: largest step size.
         h: explicit step sizes h_0, h_1, …, in place of h0, rho and max_blocks.
-        max_blocks: most blocks with a movement term.
-        tolerance: stop when Ter(k) falls below it.
-        free_block: add one last block without the movement term.
+        gamma1: lfm: first Ornstein-Uhlenbeck time, gamma_k = gamma1 rho^(k-1).
+        gamma: lfm: explicit times gamma_1, gamma_2, …, in place of gamma1, rho and max_blocks.
+        max_blocks: most blocks with a step (h_k or gamma_k).
+        tolerance: stop when Ter(k) falls below it; under lfm, where short times move little,
+            below tolerance times the smaller of 1 and gamma_k squared.
+        free_block: add one last block without a step: no movement term, or aimed at pure noise.
         iterations: optimiser steps of each block, in place of train.iterations; the last value
             holds for all blocks after it.
-        substeps: sub-intervals S of each block while it trains, in place of solver.steps; the
-            last value likewise.
-        reparameterize: passes after the first, each with step sizes that even out the movements
-            of the pass before.
+        substeps: jko: sub-intervals S of each block while it trains, in place of solver.steps;
+            the last value likewise.
+        reparameterize: jko: passes after the first, each with step sizes that even out the
+            movements of the pass before.
         eta: how far each of them goes towards the evened-out steps, in (0, 1].
-        refine: children that every block is split into in a last pass; 1 splits nothing.
+        refine: jko: children that every block is split into in a last pass; 1 splits nothing.
         later_iterations: optimiser steps a block in these passes; null takes those of the first.
     """
 
@@ -107,6 +110,8 @@ class ScheduleConfig:
     rho: float = 1.5
     h_max: float = 5.0
     h: list[float] | None = None
+    gamma1: float = 0.1
+    gamma: list[float] | None = None
     max_blocks: int = 4
     tolerance: float = 0.01
     free_block: bool = True
@@ -123,7 +128,12 @@ class TrainConfig:
     """Training of the blocks.
 
     Attributes:
-        objective: jko.
+        objective: jko (maximum likelihood in JKO steps), lfm (local flow matching: block k is
+            regressed towards the data diffused for a time gamma_k, nothing is integrated), or fm
+            (flow matching: one block, from the data to pure noise).
+        interpolant: lfm, fm: linear or trigonometric.
+        coupling: lfm, fm: which sample of a batch is joined with which target: independent (its
+            own), or ot (the pairs of least total squared distance).
         iterations: optimiser steps a block.
         batch_size: latents a step, over all processes.
         lr: peak learning rate (Adam).
@@ -131,9 +141,9 @@ class TrainConfig:
         warmup: steps of linear warm-up.
         ema: decay of the moving average of a block's weights; 0 keeps the last weights.
         grad_clip: largest norm of the gradient; 0 clips nothing.
-        divergence: exact, hutchinson or finite-difference.
-        probes: probes of the estimator (hutchinson).
-        sigma0: step of the finite difference, sigma = sigma0 / sqrt(D).
+        divergence: jko: exact, hutchinson or finite-difference.
+        probes: jko: probes of the estimator (hutchinson).
+        sigma0: jko: step of the finite difference, sigma = sigma0 / sqrt(D).
         warm_start: start each block from the weights of the block before it.
         max_minutes: stop cleanly after so long, to be resumed; 0 runs to the end.
         checkpoint_seconds: least time between two checkpoints.
@@ -142,6 +152,8 @@ class TrainConfig:
     """
 
     objective: str = "jko"
+    interpolant: str = "linear"
+    coupling: str = "independent"
     iterations: int = 1000
     batch_size: int = 512
     lr: float = 1e-3
@@ -238,7 +250,7 @@ class Config:
         autoencoder_training: its recipe.
         latents: the latent cache.
         velocity: the network of a block.
-        solver: integrates a block while it trains.
+        solver: integrates a block while it trains (jko).
         push: integrates a finished block: pushing its data on, and sampling.
         schedule: step sizes and stopping.
         train: training of the blocks.

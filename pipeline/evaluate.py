@@ -327,7 +327,7 @@ def _enough(images: ImageSet, n: int) -> None:
 
 def _about(run: Run, images: StoreReader, settings: EvaluateConfig) -> dict[str, Any]:
     """What the numbers belong to."""
-    keys = ("h", "movement", "ter", "seconds", "iterations", "parameters")
+    keys = ("objective", "h", "gamma", "movement", "ter", "seconds", "iterations", "parameters")
     rows = run.manifest["blocks"][: len(run.flow)]
     try:
         card = load_reference(settings.reference).card
@@ -337,7 +337,7 @@ def _about(run: Run, images: StoreReader, settings: EvaluateConfig) -> dict[str,
     return {
         "real_test_fid": real,
         "nfe": images.manifest["nfe"],
-        "blocks": [{key: row[key] for key in keys} for row in rows],
+        "blocks": [{key: row.get(key) for key in keys} for row in rows],
         "train_seconds": sum(row["seconds"] for row in rows),
         "peak_memory_bytes": peak_memory(),
         "run": run.fingerprint,

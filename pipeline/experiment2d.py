@@ -35,6 +35,8 @@ from pipeline.training import train
 #: kernel widths of the MMD, as fractions of the median distance: detail, and the whole
 SCALES = {"0.1*median": 0.1, "median": 1.0}
 _ALPHA = 0.05
+#: what is kept of each block
+_ROW = ("objective", "h", "gamma", "movement", "ter", "iterations", "seconds")
 
 
 class PointSource:
@@ -130,10 +132,7 @@ def run_experiment(
     metrics |= {
         "data": run.manifest["data"],
         "passes": measure_passes(run, source, accelerator.device),
-        "blocks": [
-            {key: row[key] for key in ("h", "movement", "ter", "iterations", "seconds")}
-            for row in run.manifest["blocks"]
-        ],
+        "blocks": [{key: row.get(key) for key in _ROW} for row in run.manifest["blocks"]],
     }
     pictures2d.draw_all(run, source, folder / "samples", accelerator.device, progress)
     metrics["seconds"] = {
@@ -193,7 +192,7 @@ def measure_passes(run: Run, source: PointSource, device: torch.device) -> list[
             test = source.draw("test", 0, source.settings.test).to(device)
             nll = flow.log_prob(test, divergence="exact").nll_per_dim
             movement = [row["movement"] for row in each.blocks]
-            rows.append({"name": name, "nll_per_dim": nll, "h": each.h, "movement": movement})
+            rows.append({"name": name, "nll_per_dim": nll, "h": each.steps, "movement": movement})
     return rows
 
 

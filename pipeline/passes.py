@@ -35,7 +35,7 @@ class Pass:
 
     Attributes:
         kind: ordinary, reparameterize, refine, add or retrain.
-        h: planned step sizes of the blocks with a movement term.
+        h: planned step sizes of the blocks with a movement term; empty under lfm.
         free: whether a free block follows them.
         tolerance: the pass ends before all of `h` when Ter(k) falls below it; None if it may not.
         iterations: optimiser steps of each block, the free one included.
@@ -46,6 +46,8 @@ class Pass:
         kept: first blocks that are taken over from the pass before as they are.
         reparameterized: reparameterizations up to this pass.
         recipe: the train section that it is trained with.
+        objective: of its blocks, jko or lfm (flow matching is lfm with a free block alone).
+        gamma: lfm: planned times of the blocks before the free one.
         blocks: a row for each finished block, the kept ones included.
         complete: whether all blocks are finished.
         summary: once complete: movements, their spread, the objective, the NLL.
@@ -63,6 +65,8 @@ class Pass:
     kept: int = 0
     reparameterized: int = 0
     recipe: dict[str, Any] = field(default_factory=dict)
+    objective: str = "jko"
+    gamma: list[float] = field(default_factory=list)
     blocks: list[Row] = field(default_factory=list)
     complete: bool = False
     summary: dict[str, Any] = field(default_factory=dict)
@@ -79,32 +83,50 @@ class Pass:
         except TypeError as error:
             raise UserError(f"a pass in flow.json cannot be read ({error})") from error
 
+    @property
+    def steps(self) -> list[float]:
+        """What is planned for the blocks before the free one: h_k, or under lfm γ_k."""
+        return self.h if self.objective == "jko" else self.gamma
+
     def step(self, index: int) -> float | None:
-        """Step size of the next block; None if it is the free block."""
-        return None if index >= len(self.h) or self.stopped else self.h[index]
+        """Step (h or γ) of the next block; None if it is the free block."""
+        return None if index >= len(self.steps) or self.stopped else self.steps[index]
 
     def with_row(self, row: Row) -> Pass:
         """The pass with one more finished block, which may complete it."""
         grown = dataclasses.replace(self, blocks=[*self.blocks, row])
-        return dataclasses.replace(grown, complete=row["h"] is None or grown.exhausted)
+        return dataclasses.replace(grown, complete=step_of(row) is None or grown.exhausted)
 
     @property
     def stopped(self) -> bool:
-        """Whether the last finished block hardly moved the samples: Ter(k) < tolerance."""
+        """Whether the last finished block hardly moved the samples: Ter(k) < tolerance.
+
+        A JKO step solves a problem to its end, but the diffusion moves samples by O(γ) for short
+        times γ however far they have to go: under lfm Ter(k) / min(1, γ)² is compared.
+        """
         if self.tolerance is None or not self.blocks:
             return False
-        return bool(self.blocks[-1]["ter"] < self.tolerance)
+        last = self.blocks[-1]
+        gamma = last.get("gamma")
+        scale = 1.0 if gamma is None else min(1.0, gamma) ** 2
+        return bool(last["ter"] < self.tolerance * scale)
 
     @property
     def exhausted(self) -> bool:
         """Whether no block is left to train, and no free block is wanted."""
-        return not self.free and (self.stopped or len(self.blocks) >= len(self.h))
+        return not self.free and (self.stopped or len(self.blocks) >= len(self.steps))
 
     def parent(self, index: int) -> tuple[int, int, int]:
         """Block of the base that a block starts from, and which child of how many it is."""
-        if index >= len(self.h):
-            return len(self.h) // self.parts, 0, 1
+        if index >= len(self.steps):
+            return len(self.steps) // self.parts, 0, 1
         return index // self.parts, index % self.parts, self.parts
+
+
+def step_of(row: Row) -> float | None:
+    """The step that a finished block took, h or γ; None if it is a free block."""
+    step: float | None = row["h"] if row["h"] is not None else row.get("gamma")
+    return step
 
 
 def labels(passes: Sequence[Pass]) -> list[str]:
@@ -114,7 +136,7 @@ def labels(passes: Sequence[Pass]) -> list[str]:
         if entry.kind == "refine" and not refined:
             refined, count = True, 0
         if entry.kind == "add":
-            names.append(f"{len(entry.h) - entry.kept} more")
+            names.append(f"{len(entry.steps) - entry.kept} more")
         elif entry.kind == "retrain":
             names.append(f"again from {entry.kept}")
         else:
@@ -139,7 +161,7 @@ def summarise(rows: Sequence[Row], dim: int) -> dict[str, Any]:
         step size), objective and nll in nats, nll_per_dim.
     """
     terms = [row["terms"] for row in rows]
-    stepped = [row["movement"] for row in rows if row["h"] is not None]
+    stepped = [row["movement"] for row in rows if step_of(row) is not None]
     nll = terms[-1]["potential"] + sum(t["neg_log_det"] for t in terms)
     objective = nll + sum(t.get("movement", 0.0) for t in terms)
     nll += dim / 2 * math.log(2 * math.pi)

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from flows.schedule import refine, reparameterize, step_sizes
-from pipeline.checks import steps
+from pipeline.checks import ends_free, objective_of, steps
 from pipeline.config import Config
 from pipeline.config_files import to_dict
 from pipeline.errors import UserError
-from pipeline.passes import Pass
+from pipeline.passes import Pass, step_of
 
 #: keys of the train section that do not decide the weights
 INDIFFERENT = ("max_minutes", "checkpoint_seconds", "log_every")
@@ -56,9 +56,17 @@ def next_pass(
 
 
 def _ordinary(config: Config) -> Pass:
-    h, free = steps(config.schedule), config.schedule.free_block
-    efforts, recipe = _efforts(config, len(h) + free), _recipe(config)
-    return Pass("ordinary", h, free, config.schedule.tolerance, *efforts, recipe=recipe)
+    planned, free = steps(config), ends_free(config)
+    efforts = _efforts(config, len(planned) + free)
+    plan = Pass("ordinary", [], free, config.schedule.tolerance, *efforts, recipe=_recipe(config))
+    return _with_steps(plan, planned, objective_of(config))
+
+
+def _with_steps(plan: Pass, planned: list[float], objective: str) -> Pass:
+    """The plan with the steps of its blocks, h or γ, where its objective has them."""
+    if objective == "jko":
+        return dataclasses.replace(plan, objective=objective, h=planned)
+    return dataclasses.replace(plan, objective=objective, gamma=planned)
 
 
 def _reparameterize(config: Config, passes: Sequence[Pass]) -> Pass:
@@ -118,30 +126,39 @@ def _add(config: Config, passes: Sequence[Pass], count: int) -> Pass:
         raise UserError(f"--add-blocks must be at least 1, not {count}")
     last = passes[-1] if passes else None
     if last is not None and not last.complete and last.kind == "add":
-        if len(last.h) - last.kept == count:
+        if len(last.steps) - last.kept == count:
             return last
     if last is None or not last.complete:
         raise UserError("blocks can be added to a finished run only; finish it with --resume")
-    kept = [row for row in last.blocks if row["h"] is not None]
-    h, schedule = [row["h"] for row in kept], config.schedule
-    given = (schedule.h or [])[len(h) : len(h) + count]
-    h += [float(step) for step in given]
+    _same_objective(config, last)
+    if config.train.objective == "fm":
+        raise UserError("flow matching has one block; add blocks under train.objective=lfm or jko")
+    rows = [(row, step_of(row)) for row in last.blocks]
+    kept = [row for row, step in rows if step is not None]
+    planned = [step for _, step in rows if step is not None]
+    schedule, jko = config.schedule, last.objective == "jko"
+    given = ((schedule.h if jko else schedule.gamma) or [])[len(planned) : len(planned) + count]
+    planned += [float(step) for step in given]
     if len(given) < count:
-        first = h[-1] * schedule.rho if h else schedule.h0
-        h += step_sizes(first, schedule.rho, schedule.h_max, count - len(given))
+        first = schedule.h0 if jko else schedule.gamma1
+        if planned:
+            first = planned[-1] * schedule.rho
+        limit = schedule.h_max if jko else math.inf
+        planned += step_sizes(first, schedule.rho, limit, count - len(given))
     free = len(last.blocks) > len(kept)
-    return Pass(
+    plan = Pass(
         "add",
-        h,
+        [],
         free,
         None,
-        *_efforts(config, len(h) + free),
+        *_efforts(config, len(planned) + free),
         base=len(passes) - 1,
         kept=len(kept),
         reparameterized=last.reparameterized,
         recipe=_recipe(config),
         blocks=kept,
     )
+    return _with_steps(plan, planned, last.objective)
 
 
 def _retrain(config: Config, passes: Sequence[Pass], first: int) -> Pass:
@@ -153,6 +170,7 @@ def _retrain(config: Config, passes: Sequence[Pass], first: int) -> Pass:
             "from 0"
         )
     last = passes[-1]
+    _same_objective(config, last)
     kept = last.blocks[:first]
     plan = dataclasses.replace(
         last, kind="retrain", kept=first, blocks=kept, complete=False, summary={},
@@ -163,18 +181,28 @@ def _retrain(config: Config, passes: Sequence[Pass], first: int) -> Pass:
         spent = last.iterations if later is None else [later] * len(last.iterations)
         return dataclasses.replace(plan, iterations=spent)
     if last.tolerance is not None:
-        h = [row["h"] for row in kept] + steps(config.schedule)[first:]
-        tolerance, free = config.schedule.tolerance, config.schedule.free_block
-        plan = dataclasses.replace(plan, h=h, tolerance=tolerance, free=free)
+        planned = [step for row in kept if (step := step_of(row)) is not None]
+        planned += steps(config)[first:]
+        tolerance, free = config.schedule.tolerance, ends_free(config)
+        plan = dataclasses.replace(plan, tolerance=tolerance, free=free)
+        plan = _with_steps(plan, planned, last.objective)
     if plan.exhausted:
         raise UserError(
             f"there is no block to train after the first {first}: the schedule ends there; raise "
             "schedule.max_blocks or lower schedule.tolerance"
         )
-    iterations, substeps = _efforts(config, len(plan.h) + plan.free)
+    iterations, substeps = _efforts(config, len(plan.steps) + plan.free)
     return dataclasses.replace(
         plan, iterations=iterations, substeps=substeps, base=len(passes) - 1
     )
+
+
+def _same_objective(config: Config, last: Pass) -> None:
+    if objective_of(config) != last.objective:
+        raise UserError(
+            f"the blocks of this run were trained under {last.objective}, not "
+            f"{config.train.objective}; train a run of its own under another objective"
+        )
 
 
 def _recipe(config: Config) -> dict[str, Any]:
@@ -190,8 +218,8 @@ def _split(last: Pass) -> int:
 
 
 def _same_plan(a: Pass, b: Pass) -> bool:
-    same = ("kind", "h", "free", "tolerance", "iterations", "substeps", "own", "kept", "recipe")
-    return all(getattr(a, name) == getattr(b, name) for name in same)
+    same = ("kind", "steps", "free", "tolerance", "iterations", "substeps", "own", "kept")
+    return a.recipe == b.recipe and all(getattr(a, name) == getattr(b, name) for name in same)
 
 
 def _efforts(config: Config, count: int) -> tuple[list[int], list[int]]:

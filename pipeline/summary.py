@@ -7,7 +7,7 @@ from typing import Any
 
 from eval.pictures import movement_bars
 from pipeline import commit
-from pipeline.passes import Pass, labels
+from pipeline.passes import Pass, labels, step_of
 
 
 def headline(metrics: dict[str, Any]) -> str:
@@ -31,11 +31,13 @@ def table(metrics: dict[str, Any], seconds: dict[str, float], reused: set[str]) 
         seconds: step → seconds it took when it was done.
         reused: steps that were already done before this run of the command.
     """
-    lines = ["block      h   movement (W2)   Ter(k)   seconds   parameters"]
+    symbol = "γ" if metrics["blocks"][0].get("objective") == "lfm" else "h"
+    lines = [f"block{symbol:>7}   movement (W2)   Ter(k)   seconds   parameters"]
     for index, row in enumerate(metrics["blocks"]):
-        h = "free" if row["h"] is None else f"{row['h']:.3g}"
+        weight = step_of(row)
+        text = "free" if weight is None else f"{weight:.3g}"
         lines.append(
-            f"{index:>5}{h:>7}{row['movement']:>16.3f}{row['ter']:>9.4f}{row['seconds']:>10.1f}"
+            f"{index:>5}{text:>7}{row['movement']:>16.3f}{row['ter']:>9.4f}{row['seconds']:>10.1f}"
             f"{row['parameters']:>13,}"
         )
     lines += ["", *(f"{name:<34}{value}" for name, value in _numbers(metrics)), ""]

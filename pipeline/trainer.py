@@ -110,7 +110,7 @@ class Trainer:
     def _initial(self, index: int) -> tuple[BlockSpec, Block]:
         """The next block as it starts: from its parent, from the block before it, or anew."""
         plan, shape = self.current, self.source.shape
-        h = plan.step(index)
+        h = plan.step(index)  # γ under lfm, which has no later passes
         if plan.own:
             assert plan.base is not None
             parent, part, parts = plan.parent(index)
@@ -123,6 +123,9 @@ class Trainer:
             return dataclasses.replace(children.specs[part], h=h), children[part]
         solver = dataclasses.replace(self.config.solver, steps=plan.substeps[index])
         spec = BlockSpec(velocity=self.config.velocity, solver=solver, h=h)
+        if plan.objective == "lfm":  # its training integrates nothing
+            solver = self.config.push
+            spec = dataclasses.replace(spec, solver=solver, h=None, objective="lfm", gamma=h)
         salt = [self.number] if self.number else []
         drawn = generator(self.config.train.seed, "weights", index, *salt)
         if self.config.train.warm_start and index:
@@ -161,9 +164,10 @@ class Trainer:
         saved = time.monotonic()
         before = sum(self.current.iterations[:index])
         todo = range(trainer.done, recipe.iterations)
-        h = "free" if trainer.spec.h is None else f"h={trainer.spec.h:.3g}"
+        weight, symbol = trainer.spec.weight, "h" if trainer.spec.objective == "jko" else "γ"
+        kind = "free" if weight is None else f"{symbol}={weight:.3g}"
         place = f"pass {self.number} block {index}" if self.number else f"block {index}"
-        for _ in self.progress(todo, len(todo), f"{place} ({h})"):
+        for _ in self.progress(todo, len(todo), f"{place} ({kind})"):
             step = trainer.step()
             journal.add(step.terms)
             if trainer.done % recipe.log_every == 0 or trainer.done == recipe.iterations:
@@ -199,6 +203,7 @@ class Trainer:
         row = {
             **file,
             "h": trainer.spec.h,
+            "gamma": trainer.spec.gamma,
             "objective": trainer.spec.objective,
             "iterations": trainer.done,
             "movement": moved["movement"],

@@ -17,13 +17,22 @@ from tests.ranks import Rank, mean_of
 
 
 @pytest.mark.parametrize(("batch", "ranks"), [(7, 2), (10, 4), (8, 2)])
-@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+@pytest.mark.parametrize(
+    ("objective", "changes"),
+    [
+        ("jko", {"divergence": "exact"}),
+        ("jko", {"divergence": "hutchinson"}),
+        ("lfm", {}),
+        ("lfm", {"coupling": "ot"}),
+    ],
+)
 def test_the_gradient_is_that_of_the_whole_batch(
-    tmp_path: Path, batch: int, ranks: int, divergence: str
+    tmp_path: Path, batch: int, ranks: int, objective: str, changes: dict[str, str]
 ) -> None:
     stage = GaussianSource(count=60).first_stage(tmp_path, tiny(), Accelerator())
-    spec = BlockSpec(velocity=tiny().velocity, h=0.5)
-    recipe = TrainConfig(batch_size=batch, divergence=divergence, grad_clip=0.0, ema=0.0)
+    h = 0.5 if objective == "jko" else None
+    spec = BlockSpec(velocity=tiny().velocity, h=h, objective=objective)
+    recipe = TrainConfig(batch_size=batch, grad_clip=0.0, ema=0.0, **changes)  # type: ignore[arg-type]
 
     def trained(accelerator: Accelerator | Rank) -> BlockTrainer:
         block = build_block(spec, (2,), generator(0, "weights", 0))

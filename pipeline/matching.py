@@ -1,0 +1,66 @@
+"""One optimiser step's loss of a block under (local) flow matching.
+
+Nothing is integrated: the block's samples z and their targets z' (see `flows.objective`) are
+joined by an interpolant, and the velocity is regressed on its slope. Noise and times are drawn
+for the whole batch, and each process takes its rows, so that they do not depend on the number of
+processes.
+
+Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flows.coupling import optimal_pairing
+from flows.objective import LfmLoss, matching_loss, ou_target
+from flows.velocity_base import Velocity
+from pipeline.config import TrainConfig
+from pipeline.store import StoreReader
+
+
+def batch_loss(
+    velocity: Velocity,
+    stage: StoreReader,
+    indices: Tensor,
+    gamma: float | None,
+    recipe: TrainConfig,
+    drawn: torch.Generator,
+    rank: int = 0,
+    ranks: int = 1,
+) -> LfmLoss:
+    """The regression on this process's share of a batch.
+
+    Args:
+        velocity: the field in training.
+        stage: the samples that the block trains on.
+        indices: of the whole batch (B,).
+        gamma: Ornstein–Uhlenbeck time of the block; None aims at pure noise.
+        recipe: the train section: interpolant and coupling.
+        drawn: source of noise and times, the same on all processes.
+        rank: of this process.
+        ranks: processes.
+    """
+    device = next(velocity.parameters()).device
+    noise = torch.randn((len(indices), *velocity.shape), generator=drawn)
+    t = stratified_times(len(indices), drawn)
+    if recipe.coupling == "ot":  # of the whole batch, on every process: it is one pairing
+        z = stage.take("z", indices)
+        target = ou_target(z, gamma, noise)
+        target = target[optimal_pairing(z, target)]
+        z, target = z[rank::ranks], target[rank::ranks]
+    else:
+        z = stage.take("z", indices[rank::ranks])
+        target = ou_target(z, gamma, noise[rank::ranks])
+    z, target, t = (x.to(device) for x in (z, target, t[rank::ranks]))
+    return matching_loss(velocity, z, target, t, recipe.interpolant)
+
+
+def stratified_times(count: int, drawn: torch.Generator) -> Tensor:
+    """Uniform times (count,), one in each of `count` equal parts of [0, 1].
+
+    Each alone is uniform (up to the order, and the samples of a batch are in random order); their
+    mean over a batch varies less than that of independent ones.
+    """
+    return (torch.arange(count) + torch.rand(count, generator=drawn)) / count
