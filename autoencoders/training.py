@@ -48,6 +48,8 @@ class AutoencoderTraining:
         lr_final: last learning rate, as a fraction of `lr`.
         warmup: steps of linear warm-up.
         kl_weight: weight of the KL term (KL flavour).
+        kl_warmup: steps over which it grows from 0, so that no latent channel is switched off
+            before the decoder has learnt to use it; 0 has the full weight from the start.
         codebook_weight: weight of the codebook loss (VQ flavour).
         adversarial_weight: weight of the adversarial term; 0 trains no discriminator.
         feature_weight: weight of the feature-matching term.
@@ -69,6 +71,7 @@ class AutoencoderTraining:
     lr_final: float = 0.05
     warmup: int = 200
     kl_weight: float = 0.7
+    kl_warmup: int = 0
     codebook_weight: float = 1.0
     adversarial_weight: float = 0.5
     feature_weight: float = 0.5
@@ -85,6 +88,8 @@ class AutoencoderTraining:
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.batch_size < 1:
             raise ValueError("iterations and batch_size must be at least 1")
+        if self.kl_warmup < 0:
+            raise ValueError(f"kl_warmup must not be negative, not {self.kl_warmup}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be fp32 or bf16, not {self.precision!r}")
         if not 0.0 <= self.ema < 1.0:
@@ -126,6 +131,12 @@ class AutoencoderTrainer:
             self.discriminator.parameters(), recipe.lr * recipe.discriminator_lr, (0.5, 0.9)
         )
         self.done = 0
+
+    @property
+    def kl_weight(self) -> float:
+        """Weight of the KL term at the present step."""
+        ramp = (self.done + 1) / max(self.recipe.kl_warmup, 1)
+        return self.recipe.kl_weight * min(1.0, ramp)
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed training needs, as nested dicts of tensors and numbers."""
@@ -216,7 +227,7 @@ class AutoencoderTrainer:
                 mean, log_var = moments.mean.float(), moments.log_var.float()
                 z = mean + (0.5 * log_var).exp() * noise
                 kl = 0.5 * (mean**2 + log_var.exp() - 1.0 - log_var).flatten(1).sum(1).mean()
-                regulariser = self.recipe.kl_weight * kl / x[0].numel()
+                regulariser = self.kl_weight * kl / x[0].numel()
                 terms = {"kl": kl.item()}
             fake = self.model.decode_quantised(z)
         fake = _saturated(fake.float(), self.model.config.limits)

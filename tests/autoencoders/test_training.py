@@ -197,3 +197,28 @@ def test_bad_recipes_are_told() -> None:
     ):
         with pytest.raises(ValueError, match=named):
             AutoencoderTraining(**changes)
+
+
+def test_the_kl_weight_grows_from_zero(accelerator: Accelerator) -> None:
+    """With a warm-up as long as the training, a step's gradient has that step's share of it."""
+    made = trainer(accelerator, kl_weight=0.6, kl_warmup=3, lr=1e-12)
+    weights = []
+    for _ in range(5):
+        weights.append(made.kl_weight)
+        made.step(blobs(8), torch.Generator().manual_seed(0))
+    assert weights == pytest.approx([0.2, 0.4, 0.6, 0.6, 0.6])
+    assert trainer(accelerator, kl_weight=0.6).kl_weight == 0.6
+    with pytest.raises(ValueError, match="kl_warmup"):
+        AutoencoderTraining(kl_warmup=-1)
+
+
+def test_the_kl_weight_is_the_one_that_trains(accelerator: Accelerator) -> None:
+    """A KL term whose warm-up has hardly begun leaves the same weights as none."""
+    none, begun, full = (
+        trainer(accelerator, kl_weight=w, kl_warmup=n) for w, n in ((0, 0), (9, 10**12), (9, 0))
+    )
+    for made in (none, begun, full):
+        run(made, 2)
+    a, b, c = (made.model.decoder.conv_in.weight for made in (none, begun, full))
+    assert torch.allclose(a, b, atol=1e-7)
+    assert not torch.allclose(a, c, atol=1e-4)
