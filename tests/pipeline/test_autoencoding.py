@@ -148,7 +148,7 @@ def test_pictures_too_small_for_ssim(
 ) -> None:
     stand_in(monkeypatch)
     reference = world.root / "pictures" / "train"
-    words = ["autoencoder", "evaluate", "--config", world.config(data={"size": 8})]
+    words = ["autoencoder", "evaluate", "--config", world.config(data={"size": 10})]
     words += ["--set", "autoencoder.name=identity", "--set", "autoencoder.weights=null"]
     words += ["--set", f"evaluate.reference={reference}", "--out", str(world.root / "ae")]
     code, _, last = say(capsys, *words, "-n", "20")
