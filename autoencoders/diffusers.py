@@ -28,6 +28,8 @@ from autoencoders.codebook import look_up, nearest_indices
 CLASSES = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
 _PARTS = ("vae", "vqvae")
 _COMMITMENT = 0.25
+#: seconds that the hub has to answer; what lies in its cache is used when it does not
+_HUB_SECONDS = 5.0
 
 
 class DiffusersAutoencoder(nn.Module):
@@ -172,7 +174,10 @@ def load(
             "run: pip install 'jkoflow[diffusers]'"
         ) from error
     where, subfolder = _locate(source)
-    options = {"subfolder": subfolder} if subfolder else {}
+    options: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
+    unreachable = None if Path(where).is_dir() else _unreachable(where, subfolder)
+    if unreachable is not None:
+        options["local_files_only"] = True
     try:
         config = diffusers.AutoencoderKL.load_config(where, **options)
         name = config.get("_class_name")
@@ -184,13 +189,30 @@ def load(
     except ImportError:
         raise
     except Exception as error:  # noqa: BLE001 - the hub's client raises errors of many libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = error if unreachable is None or isinstance(error, ValueError) else unreachable
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         where_from = "folder" if Path(where).is_dir() else "hub id (is there a network?)"
         raise ValueError(
             f"the diffusers autoencoder {source!r} could not be loaded from its {where_from}: "
             f"{reason}"
         ) from error
     return DiffusersAutoencoder(model, size, scale, shift)
+
+
+def _unreachable(name: str, subfolder: str | None) -> Exception | None:
+    """Why a model's config.json cannot be had from the hub; None if it can.
+
+    Asked once and before anything else, because the hub's own downloads try again and again,
+    for the better part of a minute, also where there is no network.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        url = hf_hub_url(name, "config.json", subfolder=subfolder)
+        get_hf_file_metadata(url, timeout=_HUB_SECONDS)
+    except Exception as error:  # noqa: BLE001 - the hub's client raises errors of many libraries
+        return error
+    return None
 
 
 def _locate(source: str) -> tuple[str, str | None]:

@@ -7,6 +7,9 @@ import json
 import math
 import re
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +231,58 @@ def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(ValueError, match=r"hub id \(is there a network\?\)") as caught:
         ours.load("nobody/no-such-autoencoder", (32, 32))
     assert "\n" not in str(caught.value)
+
+
+class _Busy(BaseHTTPRequestHandler):
+    """A hub that answers 503 to everything, which its client would try again."""
+
+    def do_HEAD(self) -> None:
+        if "/resolve/" in self.path:  # the client has questions of its own
+            self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        self.send_error(503)
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def busy_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What a hub that cannot be had is asked for."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Busy)
+    server.asked = []  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    yield server.asked  # type: ignore[attr-defined]
+    server.shutdown()
+    server.server_close()
+
+
+@needs_diffusers
+def test_a_hub_that_cannot_be_had_is_asked_once(busy_hub: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"its hub id \(is there a network\?\): .*503"):
+        ours.load("nobody/no-such-autoencoder/vae", (32, 32))
+    assert busy_hub == ["/nobody/no-such-autoencoder/resolve/main/vae/config.json"]
+
+
+@needs_diffusers
+def test_what_the_hub_sent_before_needs_no_network(
+    busy_hub: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stored = tmp_path / "models--somebody--model"
+    commit = 40 * "0"
+    target = stored / "snapshots" / commit / "vae"
+    folder = write_twin(target, Official("ldm-kl-f4"), "ldm-kl-f4")
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = ours.load("somebody/model/vae", (32, 32))
+    assert found.fingerprint == ours.load(str(folder), (32, 32)).fingerprint
+    assert len(busy_hub) == 1
 
 
 def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
