@@ -20,6 +20,7 @@ from flows.spec import BlockSpec, build_block
 from pipeline import commit
 from pipeline.blocks import BlockTrainer, measure
 from pipeline.config import Config
+from pipeline.grids import check_grid
 from pipeline.journal import Journal
 from pipeline.latents import Progress
 from pipeline.passes import Pass, Row, summarise
@@ -222,6 +223,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._checkpoint_file(index).unlink(missing_ok=True)
             journal.write({"block": index, "step": trainer.done, "event": "finished", **row})
+            check_grid(trainer, before, self.config.push, row["terms"]["total"], journal)
         self.accelerator.wait_for_everyone()
 
     def _sum_up(self, dim: int, journal: Journal) -> None:
