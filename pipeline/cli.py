@@ -147,6 +147,13 @@ def train(
     from_block: Annotated[
         int | None, typer.Option(help="Train this block (from 0) and all after it again.")
     ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(
+            "--init-from",
+            help="Start each block from the weights of this run's, such as jko from lfm blocks.",
+        ),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Train the flow block by block: latent cache to run directory."""
@@ -165,7 +172,8 @@ def train(
                 + ", ".join(key.rstrip("=") for key in later)
             )
         settings = override(runs.read_config(run), overrides, training.FREE)
-    settings = with_section(settings, "train", max_minutes=max_minutes)
+    start = None if init_from is None else str(Path(init_from).resolve())
+    settings = with_section(settings, "train", max_minutes=max_minutes, init_from=start)
     settings = with_section(settings, "schedule", reparameterize=reparameterize, refine=refine)
     folder = run if run is not None else Path("runs") / settings.name
     accelerator = _accelerator()

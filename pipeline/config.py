@@ -145,6 +145,8 @@ class TrainConfig:
         probes: jko: probes of the estimator (hutchinson).
         sigma0: jko: step of the finite difference, sigma = sigma0 / sqrt(D).
         warm_start: start each block from the weights of the block before it.
+        init_from: a run whose blocks these blocks start from, of the same latents' shape and the
+            same velocity; null for none.
         max_minutes: stop cleanly after so long, to be resumed; 0 runs to the end.
         checkpoint_seconds: least time between two checkpoints.
         log_every: steps between two lines of the log.
@@ -165,6 +167,7 @@ class TrainConfig:
     probes: int = 1
     sigma0: float = 0.02
     warm_start: bool = True
+    init_from: str | None = None
     max_minutes: float = 0.0
     checkpoint_seconds: float = 30.0
     log_every: int = 25

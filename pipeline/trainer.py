@@ -21,6 +21,7 @@ from pipeline import commit
 from pipeline.blocks import BlockTrainer, measure
 from pipeline.config import Config
 from pipeline.grids import check_grid
+from pipeline.initial import initial_row, open_initial
 from pipeline.journal import Journal
 from pipeline.latents import Progress
 from pipeline.passes import Pass, Row, summarise
@@ -65,6 +66,10 @@ class Trainer:
         self.about = {k: v for k, v in (manifest or {}).items() if k not in made}
         if manifest is None:
             self.about = {"name": config.name, **source.manifest()}
+        other = config.train.init_from
+        if other is not None and self.about.get("init_from", {}).get("run") != other:
+            kept = open_initial(other, config.velocity, tuple(source.shape))
+            self.about["init_from"] = kept
 
     @property
     def current(self) -> Pass:
@@ -109,7 +114,11 @@ class Trainer:
         )
 
     def _initial(self, index: int) -> tuple[BlockSpec, Block]:
-        """The next block as it starts: from its parent, from the block before it, or anew."""
+        """The next block as it starts: from another, or anew.
+
+        The other is its parent in the pass before, else its counterpart in the run that this one
+        starts from, else the block before it.
+        """
         plan, shape = self.current, self.source.shape
         h = plan.step(index)  # γ under lfm, which has no later passes
         if plan.own:
@@ -129,13 +138,24 @@ class Trainer:
             spec = dataclasses.replace(spec, solver=solver, h=None, objective="lfm", gamma=h)
         salt = [self.number] if self.number else []
         drawn = generator(self.config.train.seed, "weights", index, *salt)
-        if self.config.train.warm_start and index:
-            before, block = load_block(self.folder, plan.blocks[index - 1], shape)
+        folder, other = self._other(index, free=h is None)
+        if other is not None:
+            before, block = load_block(folder, other, shape)
             if before.velocity == spec.velocity:
                 spec = dataclasses.replace(spec, start=before.start, length=before.length)
                 block.solver = solver
                 return spec, block
         return spec, build_block(spec, shape, drawn)
+
+    def _other(self, index: int, free: bool) -> tuple[Path, Row | None]:
+        """The run and the row of the block that the next one starts from; no row for none."""
+        train = self.config.train
+        if train.init_from is not None:
+            row = initial_row(self.about["init_from"], index, free)
+            if row is not None:
+                return Path(train.init_from), row
+        warm = train.warm_start and index > 0
+        return self.folder, self.current.blocks[index - 1] if warm else None
 
     def _block(self, stage: StoreReader, journal: Journal) -> StoreReader | None:
         """Train and commit one block; None when the time is up."""

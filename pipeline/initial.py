@@ -1,0 +1,79 @@
+"""Blocks that start from the weights of another run's (`jkoflow train --init-from RUN`).
+
+Block k starts from block k of the other run, and the free block from its free block; where the
+other run has none, as without it. So blocks of (local) flow matching, which are cheap, can be
+polished by maximum likelihood. Which weights they were is written into flow.json, and when a
+training is resumed they must be the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from flows.velocity import VelocityConfig
+from pipeline.errors import UserError
+from pipeline.passes import Row, step_of
+from pipeline.runs import read_config, read_manifest
+
+_KEPT = ("file", "sha256", "h", "gamma", "objective", "spec")
+
+
+def open_initial(run: str, velocity: VelocityConfig, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What flow.json keeps of the run that blocks start from.
+
+    Args:
+        run: its directory.
+        velocity: the network of the blocks to be trained.
+        shape: of one sample.
+
+    Returns:
+        run, name, objective, and of each of its blocks what `load_block` needs.
+
+    Raises:
+        UserError: no finished run, or one of another shape or another velocity network.
+    """
+    folder = Path(run)
+    config, manifest = read_config(folder), read_manifest(folder)
+    if not manifest["complete"]:
+        raise UserError(
+            f"--init-from needs a finished run, but the run at {run} is not; finish it"
+        )
+    if tuple(manifest["shape"]) != shape:
+        raise UserError(
+            f"--init-from needs a run with latents of shape {shape}, but the run at {run} has "
+            f"{tuple(manifest['shape'])}"
+        )
+    differing = _differences(config.velocity, velocity)
+    rows = manifest["blocks"]
+    if any(row["spec"]["velocity"] != rows[0]["spec"]["velocity"] for row in rows) or differing:
+        raise UserError(
+            "--init-from needs a run whose blocks all have this configuration's velocity, but the "
+            f"run at {run} differs in {', '.join(differing) or 'some of its blocks'}"
+        )
+    return {
+        "run": run,
+        "name": config.name,
+        "objective": config.train.objective,
+        "blocks": [{key: row.get(key) for key in _KEPT} for row in rows],
+    }
+
+
+def initial_row(kept: dict[str, Any], index: int, free: bool) -> Row | None:
+    """The block of the other run that a block starts from; None if there is none.
+
+    Args:
+        kept: as from `open_initial`.
+        index: of the block to be trained.
+        free: whether it is the free one.
+    """
+    rows: list[Row] = kept["blocks"]
+    if free and step_of(rows[-1]) is None:
+        return rows[-1]
+    return rows[index] if index < len(rows) else None
+
+
+def _differences(theirs: VelocityConfig, ours: VelocityConfig) -> list[str]:
+    pairs = zip(dataclasses.asdict(theirs).items(), dataclasses.asdict(ours).values(), strict=True)
+    return [f"velocity.{name} ({a}, not {b})" for (name, a), b in pairs if a != b]
