@@ -11,6 +11,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
+
 
 def generator(*parts: int | str) -> torch.Generator:
     """A CPU generator whose stream is a pure function of its parts."""
@@ -32,7 +34,16 @@ class Batches:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def indices(self, step: int, rank: int = 0, ranks: int = 1) -> Tensor:
-        """This rank's share of the batch of a step, int64 (size / ranks,), rounded up."""
+        """This rank's share of the batch of a step, int64 (size / ranks,), rounded up or down.
+
+        Raises:
+            UserError: there are more processes than samples in a batch.
+        """
+        if ranks > self.size:
+            raise UserError(
+                f"a batch of {self.size} leaves some of {ranks} processes without a sample; "
+                "raise batch_size, or launch fewer processes"
+            )
         position, wanted, chosen = step * self.size, self.size, []
         while wanted:
             epoch, offset = divmod(position, self.count)

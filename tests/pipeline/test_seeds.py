@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from pipeline.errors import UserError
 from pipeline.seeds import Batches, generator
 
 
@@ -71,3 +72,10 @@ def test_any_step_can_be_drawn_first() -> None:
     for step in (8, 0, 5, 2):
         assert torch.equal(Batches(11, 4, 2).indices(step), in_order[step])
         assert torch.equal(forwards.indices(step), in_order[step])
+
+
+def test_more_processes_than_samples() -> None:
+    batches = Batches(50, 2, 0)
+    assert [len(batches.indices(0, rank, 2)) for rank in range(2)] == [1, 1]
+    with pytest.raises(UserError, match="a batch of 2 leaves some of 3 processes without"):
+        batches.indices(0, 0, 3)
