@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import convert, likelihood_verb, toy2d
+from pipeline import convert, export_verb, likelihood_verb, toy2d
 from pipeline.errors import UserError
 from pipeline.terminal import (
     INTERRUPTED,
@@ -48,7 +48,9 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override: section.key=value; may be given several times."),
 ]
-RunOption = Annotated[Path, typer.Option("--run", "-r", help="A run directory.")]
+RunOption = Annotated[
+    Path, typer.Option("--run", "-r", help="A run directory, or zoo:NAME for a shipped run.")
+]
 BlocksOption = Annotated[
     int | None, typer.Option("--blocks", help="Use only the first so many blocks.")
 ]
@@ -158,6 +160,7 @@ def train(
 ) -> None:
     """Train the flow block by block: latent cache to run directory."""
     from pipeline import runs, training
+    from pipeline.shipped import is_shipped
 
     anew = bool(add_blocks) or from_block is not None
     if config is not None:
@@ -172,7 +175,9 @@ def train(
                 + ", ".join(key.rstrip("=") for key in later)
             )
         settings = override(runs.read_config(run), overrides, training.FREE)
-    start = None if init_from is None else str(Path(init_from).resolve())
+    start = init_from
+    if init_from is not None and not is_shipped(init_from):
+        start = str(Path(init_from).resolve())
     settings = with_section(settings, "train", max_minutes=max_minutes, init_from=start)
     settings = with_section(settings, "schedule", reparameterize=reparameterize, refine=refine)
     folder = run if run is not None else Path("runs") / settings.name
@@ -219,7 +224,7 @@ def generate(
     made = sampling.sample_images(opened, settings, accelerator, bar)
     if not accelerator.is_main_process:
         return
-    path = out or run / "samples" / "grid.png"
+    path = out or opened.folder / "samples" / "grid.png"
     sampling.write_grid(made, path, settings.columns**2, settings.columns)
     if images is not None:
         sampling.write_folder(made, images)
@@ -255,7 +260,7 @@ def evaluate(
     metrics = evaluation.Evaluator(accelerator, bar).evaluate(opened, settings, config.generate)
     if accelerator.is_main_process:
         say(headline(metrics))
-        print(run / "metrics.json")
+        print(opened.folder / "metrics.json")
 
 
 @app.command()
@@ -332,6 +337,7 @@ def reference(
 # verbs that live in modules of their own
 convert.register(autoencoder_app)
 likelihood_verb.register(app)
+export_verb.register(app)
 toy2d.register(app)
 
 

@@ -9,13 +9,13 @@ training is resumed they must be the same.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from flows.velocity import VelocityConfig
 from pipeline.errors import UserError
 from pipeline.passes import Row, step_of
 from pipeline.runs import read_config, read_manifest
+from pipeline.shipped import locate
 
 _KEPT = ("file", "sha256", "h", "gamma", "objective", "spec")
 
@@ -24,7 +24,7 @@ def open_initial(run: str, velocity: VelocityConfig, shape: tuple[int, ...]) -> 
     """What flow.json keeps of the run that blocks start from.
 
     Args:
-        run: its directory.
+        run: its directory, or zoo:NAME.
         velocity: the network of the blocks to be trained.
         shape: of one sample.
 
@@ -34,7 +34,7 @@ def open_initial(run: str, velocity: VelocityConfig, shape: tuple[int, ...]) -> 
     Raises:
         UserError: no finished run, or one of another shape or another velocity network.
     """
-    folder = Path(run)
+    folder = locate(run)
     config, manifest = read_config(folder), read_manifest(folder)
     if not manifest["complete"]:
         raise UserError(

@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 
 def likelihood(
-    run: Annotated[Path, typer.Option("--run", "-r", help="A run directory.")],
+    run: Annotated[Path, typer.Option("--run", "-r", help="A run directory, or zoo:NAME.")],
     split: Annotated[
         str | None,
         typer.Option(help="Split of the run's data set; default the one that measures (test)."),
@@ -46,5 +46,6 @@ def likelihood(
     settings = ranking.LikelihoodSettings(n, split, folder, divergence, probes, columns)
     result = ranking.rank(opened, settings, accelerator(), bar)
     say(ranking.headline(result))
-    for path in (run / "samples" / "likelihood.png", run / "likelihood.json"):
+    folder = opened.folder
+    for path in (folder / "samples" / "likelihood.png", folder / "likelihood.json"):
         print(path)

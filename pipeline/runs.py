@@ -40,6 +40,7 @@ from pipeline.config_files import from_resolved, resolved_yaml
 from pipeline.errors import UserError
 from pipeline.latents import Standardisation
 from pipeline.passes import Pass, Row
+from pipeline.shipped import locate
 
 FORMAT = 2
 ENVIRONMENT = "environment.json"
@@ -210,6 +211,12 @@ class Run:
             [*(sha[:12] for sha in blocks), self.manifest["autoencoder"]["fingerprint"][:12]]
         )
 
+    def autoencoder_weights(self) -> str | None:
+        """Name or path of its autoencoder's weights; those of an exported run lie inside it."""
+        weights: str | None = self.manifest["autoencoder"]["weights"]
+        inside = self.folder / weights if weights else None
+        return str(inside) if inside is not None and inside.is_file() else weights
+
     def autoencoder(self) -> Autoencoder:
         """The autoencoder that the run's latents came from.
 
@@ -217,8 +224,13 @@ class Run:
             UserError: it is not at hand, or is another one by the same name.
         """
         wanted = self.manifest["autoencoder"]
-        shape = tuple(wanted["image_shape"])
-        model = build(wanted["name"], wanted["weights"], shape, Adaptation(**wanted["adaptation"]))
+        shape, adaptation = tuple(wanted["image_shape"]), Adaptation(**wanted["adaptation"])
+        try:
+            model = build(wanted["name"], self.autoencoder_weights(), shape, adaptation)
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"the autoencoder of the run at {self.folder} is not at hand: {error}"
+            ) from error
         if model.fingerprint != wanted["fingerprint"]:
             raise UserError(
                 f"the run at {self.folder} was trained with another autoencoder than "
@@ -231,14 +243,14 @@ def open_run(folder: Path, blocks: int | None = None, number: int | None = None)
     """Open a run.
 
     Args:
-        folder: the run directory.
+        folder: the run directory, or zoo:NAME for a shipped run.
         blocks: use only the first so many blocks; None wants a finished pass and takes all.
         number: the pass; None takes the last complete one.
 
     Raises:
         UserError: absent, unfinished or damaged, or fewer blocks than asked for.
     """
-    folder = Path(folder)
+    folder = locate(folder)
     config = read_config(folder)
     manifest = read_manifest(folder)
     if number is not None:

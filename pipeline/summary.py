@@ -40,7 +40,7 @@ def table(metrics: dict[str, Any], seconds: dict[str, float], reused: set[str]) 
             f"{index:>5}{text:>7}{row['movement']:>16.3f}{row['ter']:>9.4f}{row['seconds']:>10.1f}"
             f"{row['parameters']:>13,}"
         )
-    lines += ["", *(f"{name:<34}{value}" for name, value in _numbers(metrics)), ""]
+    lines += ["", *(f"{name:<34}{value}" for name, value in numbers(metrics)), ""]
     for step, spent in seconds.items():
         note = "  (done before)" if step in reused else ""
         lines.append(f"{step:<34}{spent:.1f} s{note}")
@@ -48,7 +48,8 @@ def table(metrics: dict[str, Any], seconds: dict[str, float], reused: set[str]) 
     return "\n".join(lines)
 
 
-def _numbers(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+def numbers(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured, as pairs of a name and a value with what belongs to it."""
     fid = metrics["fid"]
     rows = [
         (f"FID(n={fid['n']}, {fid['reference']})", f"{fid['value']:.2f}   (seed {fid['seed']})")

@@ -27,6 +27,7 @@ from pipeline.latents import Progress
 from pipeline.passes import Pass, Row, summarise
 from pipeline.runs import block_file, compose, load_block, passes_of
 from pipeline.seeds import generator
+from pipeline.shipped import locate
 from pipeline.stages import Source, next_stage, stage_file
 from pipeline.store import StoreReader
 from pipeline.summary import plot_movement
@@ -153,7 +154,7 @@ class Trainer:
         if train.init_from is not None:
             row = initial_row(self.about["init_from"], index, free)
             if row is not None:
-                return Path(train.init_from), row
+                return locate(train.init_from), row
         warm = train.warm_start and index > 0
         return self.folder, self.current.blocks[index - 1] if warm else None
 

@@ -1,0 +1,96 @@
+"""The card of a shipped run: data, recipe, compute and numbers, as far as files know them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.passes import step_of
+from pipeline.summary import numbers
+
+_TO_WRITE = "(to be written)"
+
+
+def card(
+    name: str,
+    config: Config,
+    manifest: dict[str, Any],
+    metrics: dict[str, Any] | None,
+    dtype: str,
+    change: float,
+) -> str:
+    """The skeleton of CARD.md; what only people know is marked as to be written.
+
+    Args:
+        name: of the shipped run.
+        config: its configuration.
+        manifest: its flow.json.
+        metrics: its metrics.json; None if it was not evaluated.
+        dtype: that its weights are stored in.
+        change: what the rounding changes in generated latents, root mean square.
+    """
+    rows, autoencoder = manifest["blocks"], manifest["autoencoder"]
+    seconds = sum(row["seconds"] for row in rows)
+    parameters = sum(row["parameters"] for row in rows)
+    facts = [
+        ("data", _data(manifest)),
+        ("latents", f"{_autoencoder(autoencoder)}, shape {tuple(manifest['shape'])}"),
+        ("objective", _objective(config, manifest)),
+        ("blocks", f"{len(rows)}, {parameters:,} parameters in all"),
+        ("training", f"{seconds:.0f} s of optimiser steps, on {_TO_WRITE}"),
+        ("sampling", f"{config.push.method}" + _steps(config)),
+        ("weights", f"{dtype}; rounding moves generated latents by {change:.1e} (RMS, std 1)"),
+        ("licence", f"of the weights: {_TO_WRITE}; of the data: {_TO_WRITE}"),
+    ]
+    lines = [f"# {name}", "", _TO_WRITE, "", "| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in facts]
+    lines += ["", "## Numbers", ""]
+    if metrics is None:
+        lines.append("Not measured; `jkoflow evaluate` before `jkoflow export` puts them here.")
+    else:
+        lines += ["| | |", "|---|---|"]
+        lines += [f"| {key.strip()} | {value} |" for key, value in numbers(metrics)]
+        lines += ["", "Measured on the weights before they were rounded."] * (dtype != "float32")
+    lines += ["", "## Blocks", ""]
+    lines += [
+        "| block | step | movement | Ter | iterations | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [_row(index, row) for index, row in enumerate(rows)]
+    lines += ["", "The whole recipe is config.yaml.", ""]
+    return "\n".join(lines)
+
+
+def _data(manifest: dict[str, Any]) -> str:
+    data = manifest.get("data", {})
+    return f"{data.get('name', 'unknown')} ({data.get('split', 'unknown')})"
+
+
+def _autoencoder(about: dict[str, Any]) -> str:
+    what = about.get("weights") or about.get("name", "unknown")
+    return f"autoencoder {what} (fingerprint {about['fingerprint'][:12]})"
+
+
+def _objective(config: Config, manifest: dict[str, Any]) -> str:
+    train, text = config.train, config.train.objective
+    if text != "jko":
+        text += f", {train.interpolant} interpolant, {train.coupling} coupling"
+    if "init_from" in manifest:
+        start = manifest["init_from"]
+        text += f", started from the blocks of {start['name']} ({start['objective']})"
+    return text
+
+
+def _steps(config: Config) -> str:
+    push = config.push
+    return f" at {push.rtol:g}" if push.adaptive else f", {push.steps} sub-intervals a block"
+
+
+def _row(index: int, row: dict[str, Any]) -> str:
+    step = step_of(row)
+    symbol = "γ" if row["objective"] == "lfm" else "h"
+    text = "free" if step is None else f"{symbol} = {step:.3g}"
+    return (
+        f"| {index} | {text} | {row['movement']:.3f} | {row['ter']:.4f} | {row['iterations']} | "
+        f"{row['seconds']:.0f} |"
+    )

@@ -1,0 +1,128 @@
+"""A finished run → a small folder that generates the same images: what is shipped of a run.
+
+Kept are flow.json with the pass that is used, config.yaml, the blocks in a compact type, an
+autoencoder of one's own, metrics.json, the grid of images, and a card. Stages, checkpoints, logs
+and other samples stay behind. The folder is a run directory like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoencoders.weights import locate, shipped
+from flows.flow import Flow
+from pipeline import commit
+from pipeline.card import card
+from pipeline.config_files import resolved_yaml
+from pipeline.errors import UserError
+from pipeline.runs import Run, block_file, compose, load_blocks, passes_of
+from pipeline.seeds import generator
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+AUTOENCODER = "autoencoder.safetensors"
+_GRID = "samples/grid.png"
+_COMPARED = 64
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export came to.
+
+    Attributes:
+        folder: where it lies.
+        bytes: of all its files.
+        change: root mean square of what the rounding changes in generated (standardised) latents.
+    """
+
+    folder: Path
+    bytes: int
+    change: float
+
+
+def export(run: Run, out: Path, dtype: str = "float16") -> Exported:
+    """Write what is shipped of a run.
+
+    Args:
+        run: a finished run, all its blocks in use.
+        out: an empty or absent folder.
+        dtype: of the stored weights: float16, bfloat16 or float32. A tensor that would overflow
+            is stored as it is.
+
+    Raises:
+        UserError: unknown type, a folder with files, or a metrics.json of other blocks.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there and not empty; choose another place with --out")
+    metrics = _metrics(run)
+    rows = []
+    for index, (row, block) in enumerate(zip(run.manifest["blocks"], run.flow, strict=True)):
+        name = block_file(index)
+        tensors = {key: _cast(value, DTYPES[dtype]) for key, value in block.state_dict().items()}
+        rows.append({**row, "file": name, "sha256": commit.write_tensors(out / name, tensors)})
+    manifest = _manifest(run, rows, dtype, out)
+    change = _change(run.flow, load_blocks(out, manifest), run)
+    config = dataclasses.replace(
+        run.config, train=dataclasses.replace(run.config.train, init_from=None)
+    )
+    commit.write_bytes(out / "config.yaml", resolved_yaml(config).encode())
+    if metrics is not None:
+        commit.write_json(out / "metrics.json", metrics)
+    picture = run.folder / _GRID
+    if picture.is_file():
+        commit.write_bytes(out / _GRID, picture.read_bytes())
+    text = card(out.name, config, manifest, metrics, dtype, change)
+    commit.write_bytes(out / "CARD.md", text.encode())
+    commit.write_json(out / "flow.json", manifest)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return Exported(out, size, change)
+
+
+def _metrics(run: Run) -> dict[str, Any] | None:
+    path = run.folder / "metrics.json"
+    if not path.is_file():
+        return None
+    metrics: dict[str, Any] = commit.read_json(path, "metrics")
+    if metrics.get("run") != run.fingerprint:
+        raise UserError(
+            f"{path} was measured on other blocks than the run has now; evaluate it again, or "
+            "delete the file"
+        )
+    return metrics
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = tensor.detach().cpu().to(dtype)
+    return rounded if bool(rounded.isfinite().all()) else tensor.detach().cpu()
+
+
+def _manifest(run: Run, rows: list[dict[str, Any]], dtype: str, out: Path) -> dict[str, Any]:
+    """flow.json with one pass only, the one in use, and no paths of this machine."""
+    made = ("format", "shape", "passes", "pass", "complete", "flow", "blocks")
+    about = {key: value for key, value in run.manifest.items() if key not in made}
+    if "init_from" in about:
+        about["init_from"] = {**about["init_from"], "run": about["init_from"]["name"]}
+    wanted = about["autoencoder"]
+    if wanted.get("name") == "pretrained" and wanted["weights"] not in shipped():
+        data = locate(str(run.autoencoder_weights())).read_bytes()
+        commit.write_bytes(out / AUTOENCODER, data)
+        about["autoencoder"] = {**wanted, "weights": AUTOENCODER}
+    about["exported"] = {"from": run.fingerprint, "dtype": dtype}
+    used = passes_of(run.manifest)[run.manifest["pass"]]
+    alone = dataclasses.replace(used, base=None, kept=0, blocks=rows)
+    return compose(about, run.manifest["shape"], [alone])
+
+
+@torch.inference_mode()
+def _change(before: Flow, after: Flow, run: Run) -> float:
+    """Root mean square between what both flows make of the same noise."""
+    noise = torch.randn((_COMPARED, *before.shape), generator=generator(0, "export"))
+    made = [flow.cpu().decode(noise, solver=run.config.push) for flow in (before, after)]
+    return float((made[0] - made[1]).square().mean().sqrt())

@@ -1,0 +1,185 @@
+"""Exported runs, and shipped ones: the same pictures from a smaller folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import cli, shipped
+from pipeline.errors import UserError
+from pipeline.export import export
+from pipeline.generate import sample_images
+from pipeline.runs import open_run, read_config, read_manifest
+from tests.pipeline.gaussian_source import quiet
+from tests.pipeline.test_generate import Rank
+from tests.pipeline.tiny import World, say
+
+
+@pytest.fixture
+def run(trained: World, tmp_path: Path) -> Path:
+    """A finished run, to be changed at will."""
+    return Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
+
+
+@pytest.fixture
+def zoo(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A shipped run by the name of `tiny`, and an empty data root."""
+    export(open_run(run), tmp_path / "zoo" / "tiny")
+    monkeypatch.setattr(shipped, "zoo", lambda: {"tiny": tmp_path / "zoo" / "tiny"})
+    monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path / "fresh"))
+    return tmp_path / "zoo"
+
+
+def pixels(folder: Path) -> torch.Tensor:
+    opened = open_run(folder)
+    settings = opened.config.generate
+    return sample_images(opened, settings, Rank(0, 1), quiet).field("images")  # type: ignore[arg-type]
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_export_gives_the_same_pictures(run: Path, tmp_path: Path) -> None:
+    half = export(open_run(run), tmp_path / "half")
+    whole = export(open_run(run), tmp_path / "whole", "float32")
+    expected = pixels(run)
+    assert torch.equal(pixels(whole.folder), expected)
+    assert (pixels(half.folder).int() - expected.int()).abs().max() <= 1  # a grey level of 256
+    assert whole.change == 0 and 0 < half.change < 1e-3
+    blocks = [f"blocks/block-{index:02d}.safetensors" for index in range(3)]
+    kept = {*blocks, "flow.json", "config.yaml", "CARD.md", "autoencoder.safetensors"}
+    shutil.rmtree(half.folder / "samples")
+    assert files(half.folder) == kept
+    sizes = [(folder / blocks[0]).stat().st_size for folder in (half.folder, run)]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_an_export_knows_where_it_came_from(run: Path, tmp_path: Path) -> None:
+    out = export(open_run(run), tmp_path / "out").folder
+    manifest = read_manifest(out)
+    assert manifest["exported"] == {"from": open_run(run).fingerprint, "dtype": "float16"}
+    assert [row["h"] for row in manifest["blocks"]] == [0.5, 0.75, None]
+    assert read_config(out) == read_config(run)
+    assert "/" not in manifest["autoencoder"]["weights"]  # it lies inside
+    # an export can be exported: float16 stays float16
+    again = export(open_run(out), tmp_path / "again")
+    assert again.change == 0
+    assert [row["sha256"] for row in read_manifest(again.folder)["blocks"]] == [
+        row["sha256"] for row in manifest["blocks"]
+    ]
+
+
+def test_the_card_has_the_numbers(run: Path, tmp_path: Path) -> None:
+    bare = export(open_run(run), tmp_path / "bare").folder
+    assert "Not measured" in (bare / "CARD.md").read_text()
+    metrics = {
+        "fid": {"n": 40, "reference": "digits", "value": 7.125, "seed": 3},
+        "nfe": 24,
+        "run": open_run(run).fingerprint,
+    }
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    out = export(open_run(run), tmp_path / "measured").folder
+    text = (out / "CARD.md").read_text()
+    assert text.startswith("# measured\n")
+    for words in ("FID(n=40, digits) | 7.12", "seed 3", "NFE a sample | 24", "h = 0.75", "jko",
+                  "float16", "to be written", "before they were rounded"):  # fmt: skip
+        assert words in text
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    (run / "metrics.json").write_text(json.dumps(metrics | {"run": "another"}))
+    with pytest.raises(UserError, match="measured on other blocks"):
+        export(open_run(run), tmp_path / "stale")
+    assert not (tmp_path / "stale").exists()
+
+
+def test_the_pass_in_use_is_exported(run: Path, trained: World, tmp_path: Path) -> None:
+    words = ["train", "--run", run, "--resume", "--refine", "2", "--set",
+             "schedule.later_iterations=1"]  # fmt: skip
+    assert cli.main([str(word) for word in words]) == 0
+    out = export(open_run(run), tmp_path / "out").folder
+    manifest = read_manifest(out)
+    assert len(manifest["passes"]) == 1 and len(manifest["blocks"]) == 5
+    assert [row["file"] for row in manifest["blocks"]] == [
+        f"blocks/block-{index:02d}.safetensors" for index in range(5)
+    ]
+    assert (pixels(out).int() - pixels(run).int()).abs().max() <= 1
+
+
+def test_what_cannot_be_exported(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, named in (
+        (("--out", tmp_path), "not empty"),
+        (("--out", tmp_path / "out", "--dtype", "int8"), "unknown --dtype 'int8'"),
+    ):
+        code, _, error = say(capsys, "export", "--run", run, *words)
+        assert code == 2 and error.startswith("error: ") and named in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shipped_run_generates_on_a_fresh_machine(
+    zoo: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(zoo)
+    code, out, _ = say(capsys, "generate", "--run", "zoo:tiny", "-n", "9")
+    grid = Path(out.strip())
+    assert code == 0 and grid.is_relative_to(tmp_path / "fresh" / "zoo")
+    assert Image.open(grid).size[0] > 3 * 12
+    assert files(zoo) == before  # package data are left as they are
+    # the copy is used from now on
+    shutil.rmtree(zoo / "tiny" / "blocks")
+    assert say(capsys, "generate", "--run", "zoo:tiny", "-n", "4")[0] == 0
+    assert len(open_run(Path("zoo:tiny")).flow) == 3
+
+
+def test_a_copy_that_was_interrupted_is_finished(zoo: Path, tmp_path: Path) -> None:
+    copy = shipped.locate("zoo:tiny")
+    (copy / "flow.json").unlink()  # committed last
+    (copy / "blocks" / "block-01.safetensors").unlink()
+    assert shipped.locate(Path("zoo:tiny")) == copy
+    assert len(open_run(copy).flow) == 3
+
+
+def test_a_shipped_run_can_be_a_start(
+    zoo: Path, trained: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("JKOFLOW_HOME", str(trained.home))
+    words = ("train", "-c", trained.config(), "-r", tmp_path / "new", "--init-from", "zoo:tiny")
+    assert say(capsys, *words, "--set", "train.iterations=1")[0] == 0
+    kept = read_manifest(tmp_path / "new")["init_from"]
+    shipped_rows = read_manifest(zoo / "tiny")["blocks"]
+    assert kept["run"] == "zoo:tiny"
+    assert [row["sha256"] for row in kept["blocks"]] == [row["sha256"] for row in shipped_rows]
+    shutil.rmtree(trained.home / "zoo")
+
+
+@pytest.mark.parametrize("verb", ["generate", "evaluate", "likelihood"])
+def test_an_unknown_name_is_told(zoo: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = say(capsys, verb, "--run", "zoo:nothing")
+    assert code == 2
+    assert error.startswith("error: unknown shipped run 'zoo:nothing'; shipped are tiny, or")
+
+
+def test_an_autoencoder_that_is_not_at_hand_is_told(
+    zoo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (zoo / "tiny" / "autoencoder.safetensors").unlink()
+    code, _, error = say(capsys, "generate", "--run", "zoo:tiny", "-n", "4")
+    assert code == 2 and error.count(". ") == 0
+    assert error.startswith("error: the autoencoder of the run at ") and "not at hand" in error
+
+
+def test_everything_shipped_opens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What lies in the repository's own zoo: whole, small, with a card and its autoencoder."""
+    monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path))
+    for name, folder in shipped.zoo().items():
+        opened = open_run(Path(f"zoo:{name}"))
+        assert opened.autoencoder().latent_shape == opened.flow.shape
+        assert sum((folder / file).stat().st_size for file in files(folder)) < 25e6
+        assert "to be written" not in (folder / "CARD.md").read_text()
