@@ -15,9 +15,9 @@ from flows.block import Block, SolverConfig, Transport
 from flows.divergence import Divergence, make_divergence
 from flows.errors import FlowError, SolveError
 from flows.likelihood import log_prob
+from flows.pieces import TimeSlice, aligned, time_slice
 from flows.results import FlowTransport, LogProb
 from flows.spec import BlockSpec, build_block
-from flows.velocity_base import TimeSlice
 
 __all__ = ["BlockSpec", "Flow", "FlowTransport", "LogProb"]
 
@@ -152,7 +152,8 @@ class Flow(nn.Module):
 
         Args:
             c: children a block, at least 1.
-            steps: sub-intervals of a child; None shares the parent's, ⌈S/c⌉.
+            steps: sub-intervals of a child; None shares the parent's, ⌈S/c⌉ or the next number
+                whose grid meets the switches between several networks.
 
         Returns:
             a new flow; this one is not changed.
@@ -167,15 +168,16 @@ class Flow(nn.Module):
         refined = Flow(self.shape)
         for spec, block in zip(self.specs, self, strict=True):
             children = 1 if spec.weight is None else c
-            share = steps or math.ceil(spec.solver.steps / children)
-            solver = spec.solver if children == 1 else replace(spec.solver, steps=share)
+            share = math.ceil(spec.solver.steps / children)
+            whole = block.velocity
+            inner = whole.inner if isinstance(whole, TimeSlice) else whole
             for index in range(children):
-                child = spec.child(index, children, solver)
-                velocity = copy.deepcopy(block.velocity)
-                inner = velocity.inner if isinstance(velocity, TimeSlice) else velocity
-                if child.sliced:
-                    inner = TimeSlice(inner, child.start, child.length)
-                refined.blocks.append(Block(inner, solver))
+                child = spec.child(index, children, spec.solver)
+                velocity = copy.deepcopy(time_slice(inner, child.start, child.length))
+                if children > 1:
+                    count = steps or aligned(velocity.pieces(), share)
+                    child = replace(child, solver=replace(spec.solver, steps=count))
+                refined.blocks.append(Block(velocity, child.solver))
                 refined.specs.append(child)
         return refined
 

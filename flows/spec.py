@@ -11,7 +11,8 @@ import torch
 from flows.block import Block, SolverConfig
 from flows.errors import FlowError
 from flows.objective import OBJECTIVES
-from flows.velocity import TimeSlice, Velocity, VelocityConfig, make_velocity
+from flows.pieces import time_slice
+from flows.velocity import VelocityConfig, make_velocity
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,13 @@ class BlockSpec:
     """Everything about a block but its weights.
 
     Attributes:
-        velocity: its network.
+        velocity: its network, or networks.
         solver: its grid.
         h: JKO step size; None for a free block (and under the other objectives).
         objective: ``jko`` | ``lfm``.
         gamma: Ornstein–Uhlenbeck time under ``lfm``; None aims at pure noise (flow matching).
-        start: where in its network's time this block begins; see :class:`TimeSlice`.
-        length: how much of its network's time it covers.
+        start: where in its velocity's time this block begins; see :func:`flows.pieces.time_slice`.
+        length: how much of its velocity's time it covers.
     """
 
     velocity: VelocityConfig = field(default_factory=VelocityConfig)
@@ -53,7 +54,7 @@ class BlockSpec:
 
     @property
     def sliced(self) -> bool:
-        """Whether the block covers only a part of its network's time."""
+        """Whether the block covers only a part of its velocity's time."""
         return (self.start, self.length) != (0.0, 1.0)
 
     def child(self, index: int, children: int, solver: SolverConfig) -> BlockSpec:
@@ -91,10 +92,8 @@ def build_block(
     spec: BlockSpec, shape: tuple[int, ...], generator: torch.Generator | None = None
 ) -> Block:
     """A freshly initialised block for samples of the given shape."""
-    velocity: Velocity = make_velocity(spec.velocity, shape, generator)
-    if spec.sliced:
-        velocity = TimeSlice(velocity, spec.start, spec.length)
-    return Block(velocity, spec.solver)
+    velocity = make_velocity(spec.velocity, shape, generator)
+    return Block(time_slice(velocity, spec.start, spec.length), spec.solver)
 
 
 def _strict(kind: Any, plain: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401

@@ -9,9 +9,10 @@ import torch
 from flows.convnet import ConvVelocity, UNetVelocity
 from flows.errors import FlowError
 from flows.mlp import LinearVelocity, MlpVelocity, ResidualMlpVelocity
-from flows.velocity_base import TimeSlice, Velocity, VelocityConfig
+from flows.pieces import NetSequence, TimeSlice
+from flows.velocity_base import Velocity, VelocityConfig
 
-__all__ = ["KINDS", "TimeSlice", "Velocity", "VelocityConfig", "make_velocity"]
+__all__ = ["KINDS", "NetSequence", "TimeSlice", "Velocity", "VelocityConfig", "make_velocity"]
 
 KINDS: dict[str, Callable[[VelocityConfig, tuple[int, ...]], Velocity]] = {
     "mlp": MlpVelocity,
@@ -27,7 +28,7 @@ def make_velocity(
     shape: tuple[int, ...],
     generator: torch.Generator | None = None,
 ) -> Velocity:
-    """Builds a freshly initialised velocity network.
+    """Builds a freshly initialised velocity network, or ``config.nets`` of them in sequence.
 
     Args:
         config: kind and sizes.
@@ -45,9 +46,14 @@ def make_velocity(
     if not shape or min(shape) < 1:
         raise FlowError(f"a sample's shape needs positive sizes, found {tuple(shape)}")
     if generator is None:
-        return KINDS[config.kind](config, tuple(shape))
+        return _build(config, tuple(shape))
     # torch's initialisers know only the global state: lend it a seed, then put it back.
     draw = torch.randint(2**62, (), generator=generator, device=generator.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(draw))
-        return KINDS[config.kind](config, tuple(shape))
+        return _build(config, tuple(shape))
+
+
+def _build(config: VelocityConfig, shape: tuple[int, ...]) -> Velocity:
+    nets = [KINDS[config.kind](config, shape) for _ in range(config.nets)]
+    return nets[0] if len(nets) == 1 else NetSequence(nets)

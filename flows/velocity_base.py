@@ -38,6 +38,7 @@ class VelocityConfig:
             as in the paper), silu for resmlp and unet.
         time_features: sines and cosines of t seen by the time-conditioned networks; even.
         heads: attention heads at the unet's lowest resolution; 0 leaves attention out.
+        nets: networks a block: each covers an equal part of the block's time, one after the other.
         zero_init: start with v = 0, so that a new block is the identity map.
     """
 
@@ -48,12 +49,13 @@ class VelocityConfig:
     activation: str = "default"
     time_features: int = 32
     heads: int = 4
+    nets: int = 1
     zero_init: bool = True
 
     def __post_init__(self) -> None:
         """Refuses sizes and names that no network could be built from."""
         object.__setattr__(self, "hidden", tuple(int(width) for width in self.hidden))
-        for name in ("width", "depth"):
+        for name in ("width", "depth", "nets"):
             if getattr(self, name) < 1:
                 raise FlowError(f"velocity.{name} must be at least 1, not {getattr(self, name)}")
         if self.kind == "mlp" and (not self.hidden or min(self.hidden) < 1):
@@ -71,6 +73,21 @@ class VelocityConfig:
     def activation_or(self, default: str) -> Callable[[Tensor], Tensor]:
         """The chosen activation, or the network's own default."""
         return ACTIVATIONS[default if self.activation == "default" else self.activation]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A field on an interval of a block's time within which it is smooth.
+
+    Attributes:
+        start: of the interval, in [0, 1).
+        end: of the interval, in (0, 1].
+        field: v(t, z) for t in [start, end], the limits from inside at both ends.
+    """
+
+    start: float
+    end: float
+    field: Velocity
 
 
 class Velocity(nn.Module, ABC):
@@ -98,6 +115,13 @@ class Velocity(nn.Module, ABC):
             v(t, z), (B, *shape).
         """
 
+    def pieces(self) -> tuple[Piece, ...]:
+        """The intervals between the times at which the field jumps; one if it never does.
+
+        A solver goes through them one by one: no step may straddle a jump.
+        """
+        return (Piece(0.0, 1.0, self),)
+
     def directional(self, t: Tensor, z: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         """The field and its derivatives along n directions a sample, (∂v/∂z) ε.
 
@@ -124,35 +148,6 @@ class Velocity(nn.Module, ABC):
         out_dims: Any = (None, 0)
         v, moved = vmap(push, out_dims=out_dims)(tangents)
         return v, moved
-
-
-class TimeSlice(Velocity):
-    """Part of another field's time interval, stretched to [0, 1].
-
-    w(t, z) = length · v(start + length · t, z), so that following w over [0, 1] is following v
-    over [start, start + length]. The children of a refined block start from such slices.
-
-    Reference: the refinement of blocks in JKO-iFlow.
-    """
-
-    def __init__(self, inner: Velocity, start: float, length: float) -> None:
-        if not (0 <= start and 0 < length and start + length <= 1 + 1e-9):
-            raise FlowError(
-                f"a time slice must lie inside [0, 1], found start {start}, length {length}"
-            )
-        super().__init__(inner.shape)
-        self.inner = inner
-        self.start = start
-        self.length = length
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        """See :class:`Velocity`."""
-        return self.length * self.inner(self.start + self.length * t, z)
-
-    def directional(self, t: Tensor, z: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`Velocity`."""
-        v, moved = self.inner.directional(self.start + self.length * t, z, tangents)
-        return self.length * v, self.length * moved
 
 
 class TimeFeatures(nn.Module):

@@ -20,6 +20,7 @@ from flows.divergence import make_divergence
 from flows.ema import Ema
 from flows.errors import SolveError
 from flows.objective import JkoLoss, LfmLoss, jko_loss
+from flows.pieces import aligned
 from flows.spec import BlockSpec
 from pipeline.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.config import TrainConfig
@@ -206,7 +207,8 @@ def measure(trainer: BlockTrainer, stage: StoreReader, push: SolverConfig) -> di
     """
     block, recipe, device = trainer.block, trainer.recipe, trainer.accelerator.device
     divergence = make_divergence("exact" if block.velocity.dim <= _EXACT_UP_TO else "hutchinson")
-    solver = SolverConfig(method="rk4", steps=8) if push.adaptive else push
+    steps = aligned(block.velocity.pieces(), 8)
+    solver = SolverConfig(method="rk4", steps=steps) if push.adaptive else push
     count = min(len(stage), _MEASURED)
     chosen = Batches(len(stage), count, recipe.seed, "measure").indices(0)
     drawn = generator(recipe.seed, "measure", trainer.index, *trainer.salt)

@@ -69,7 +69,24 @@ def check(config: Config) -> None:
             f"unknown velocity {config.velocity.kind!r}; choose one of {', '.join(KINDS)}"
         )
     make_divergence(train.divergence, probes=train.probes, sigma0=train.sigma0)
+    _check_grids(config)
     steps(config)
+
+
+def _check_grids(config: Config) -> None:
+    """Fixed grids meet the switches between the networks of a block."""
+    nets, substeps = config.velocity.nets, config.schedule.substeps
+    grids = {"push.steps": (config.push, [config.push.steps])}
+    if config.train.objective == "jko":  # the others integrate nothing while they train
+        name = "schedule.substeps" if substeps else "solver.steps"
+        grids = {name: (config.solver, substeps or [config.solver.steps]), **grids}
+    for name, (solver, counts) in grids.items():
+        odd = [count for count in counts if count % nets]
+        if odd and not solver.adaptive:
+            raise UserError(
+                f"{name} must be a multiple of velocity.nets = {nets}, so that no sub-interval "
+                f"straddles the switch between two networks, not {odd[0]}"
+            )
 
 
 def _check_objective(config: Config) -> None:

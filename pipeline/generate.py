@@ -21,6 +21,7 @@ from torch import Tensor
 from autoencoders.base import Autoencoder, to_uint8
 from eval.pictures import grid, save_png
 from flows.block import FIXED_METHODS, SolverConfig
+from flows.pieces import fits
 from pipeline import commit
 from pipeline.config import GenerateConfig
 from pipeline.errors import UserError
@@ -46,7 +47,7 @@ def within(run: Run, settings: GenerateConfig, nfe: int) -> GenerateConfig:
     """The settings with as many sub-intervals a block as a budget of evaluations allows.
 
     Raises:
-        UserError: the budget does not reach one step a block, or the solver is adaptive.
+        UserError: the budget does not reach one step a network, or the solver is adaptive.
     """
     solver = solver_of(run, settings)
     if solver.adaptive:
@@ -55,12 +56,16 @@ def within(run: Run, settings: GenerateConfig, nfe: int) -> GenerateConfig:
             "rk4, midpoint or euler"
         )
     per_step = FIXED_METHODS[solver.method] * len(run.flow)
-    if nfe < per_step:
-        raise UserError(
-            f"--nfe {nfe} is below one {solver.method} step in each of {len(run.flow)} blocks "
-            f"({per_step}); ask for more, or set generate.method=euler"
-        )
-    return dataclasses.replace(settings, steps=nfe // per_step)
+    pieces = [block.velocity.pieces() for block in run.flow]
+    for steps in range(nfe // per_step, 0, -1):
+        if all(fits(each, steps) for each in pieces):  # with several networks a block, not any S
+            return dataclasses.replace(settings, steps=steps)
+    nets = max(spec.velocity.nets for spec in run.flow.specs)
+    place = f"{len(run.flow)} blocks" + (f" of {nets} networks" if nets > 1 else "")
+    raise UserError(
+        f"--nfe {nfe} is below one {solver.method} step in each of {place} "
+        f"({per_step * nets}); ask for more, or set generate.method=euler"
+    )
 
 
 def sample_images(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from flows.spec import BlockSpec
 from flows.velocity import VelocityConfig
 from pipeline.errors import UserError
 from pipeline.passes import Row, step_of
@@ -47,7 +48,8 @@ def open_initial(run: str, velocity: VelocityConfig, shape: tuple[int, ...]) -> 
         )
     differing = _differences(config.velocity, velocity)
     rows = manifest["blocks"]
-    if any(row["spec"]["velocity"] != rows[0]["spec"]["velocity"] for row in rows) or differing:
+    kinds = {BlockSpec.from_dict(row["spec"]).velocity for row in rows}  # keys may be missing
+    if len(kinds) > 1 or differing:
         raise UserError(
             "--init-from needs a run whose blocks all have this configuration's velocity, but the "
             f"run at {run} differs in {', '.join(differing) or 'some of its blocks'}"

@@ -155,7 +155,8 @@ class Coupled(Velocity):
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         flat = z.flatten(1)
-        return (torch.tanh(flat @ self.inner.T) @ self.outer.T + torch.sin(t) * flat).view_as(z)
+        mixed = torch.tanh(flat @ self.inner.T) @ self.outer.T
+        return (mixed + torch.sin(t).view(-1, 1) * flat).view_as(z)
 
     def jacobian(self, t: float, z: Tensor) -> Tensor:
         """∂v/∂z, (B, D, D)."""

@@ -6,12 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 
+from flows.block import SolverConfig
 from flows.errors import FlowError
 from pipeline import cli
 from pipeline.commit import sha256_file
 from pipeline.errors import UserError
+from pipeline.generate import within
 from pipeline.runs import open_run, passes_of, read_config, read_manifest, start_run
 from pipeline.training import Outcome, train
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
@@ -120,6 +123,39 @@ def test_blocks_have_their_own_iterations_and_substeps(tmp_path: Path) -> None:
     assert [row["iterations"] for row in opened.manifest["blocks"]] == [3, 3, 5, 5, 5, 5, 5]
 
 
+TWO_NETS = ("velocity.kind=mlp", "velocity.hidden=[8]", "velocity.nets=2", "solver.steps=2",
+            "schedule.max_blocks=1")  # fmt: skip
+
+
+def test_blocks_of_two_networks_train_refine_and_grow(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(folder, *TWO_NETS)
+    block = open_run(folder).flow[0]
+    weights = [net.last.weight for net in block.velocity.nets]
+    assert len(weights) == 2 and all(bool(weight.abs().max() > 1e-3) for weight in weights)
+    run(folder, *TWO_NETS, "schedule.refine=4")
+    children = open_run(folder).flow
+    # a quarter of the block's time holds one of its networks
+    assert [len(child.velocity.inner.nets) for child in children.blocks[:4]] == [1] * 4
+    assert [len(free.velocity.nets) for free in children.blocks[4:]] == [2]
+    # further blocks go on from the last child, the free one with them
+    run(folder, *TWO_NETS, "schedule.refine=4", add_blocks=1)
+    assert steps(folder) == [0.025] * 4 + [0.05, None]
+    z = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    flow, fine = open_run(folder).flow, SolverConfig("dopri5")
+    torch.testing.assert_close(flow.decode(flow.encode(z, fine), fine), z, atol=1e-3, rtol=0)
+
+
+def test_a_budget_of_evaluations_is_spent_on_whole_networks(tmp_path: Path) -> None:
+    run(tmp_path / "run", *TWO_NETS, "schedule.free_block=false")
+    opened, settings = open_run(tmp_path / "run"), tiny().generate
+    assert within(opened, settings, 8).steps == 2
+    assert within(opened, settings, 15).steps == 2
+    assert within(opened, settings, 16).steps == 4
+    with pytest.raises(UserError, match=r"each of 1 blocks of 2 networks \(8\)"):
+        within(opened, settings, 7)
+
+
 def test_the_stopping_rule_ends_the_ordinary_pass(tmp_path: Path) -> None:
     run(tmp_path / "run", "schedule.max_blocks=5", "schedule.tolerance=1e9")
     assert steps(tmp_path / "run") == [0.1, None]
@@ -153,6 +189,8 @@ def test_other_block_networks_start_anew(again: Path) -> None:
         ("train.ema=1", "train.ema must lie in"),
         ("solver.steps=0", "solver.steps must be at least 1"),
         ("solver.method=leap", "unknown solver 'leap'"),
+        ("velocity.nets=0", "velocity.nets must be at least 1"),
+        ("velocity.nets=3", "solver.steps must be a multiple of velocity.nets = 3"),
     ],
 )
 def test_values_out_of_range_are_refused_before_anything_is_written(
