@@ -3,9 +3,11 @@
 The loss of the autoencoder, per image of N pixels and channels, is
 
     L = mean|x − x̂| + w_kl · KL(q(z|x) ‖ N(0, I)) / N      (KL; for VQ: + w_code · codebook loss)
+        + w_over · mean(y − x̂)²
         + w_feat · Σ_l mean|D_l(x) − D_l(x̂)|  −  w_adv · λ · mean D(x̂),
 
-with λ = ‖∇ mean|x − x̂|‖ / ‖∇ mean D(x̂)‖ at the decoder's last layer, so that the adversarial
+with x̂ the decoder's output y clamped to the architecture's grey levels (straight through), and
+λ = ‖∇ mean|x − x̂|‖ / ‖∇ mean D(x̂)‖ at the decoder's last layer, so that the adversarial
 term neither drowns nor is drowned; the discriminator minimises the hinge loss. The hidden
 features D_l of the discriminator serve as the perceptual term: they need no download, and
 they are not the features that FID is measured with.
@@ -50,6 +52,9 @@ class AutoencoderTraining:
         kl_weight: weight of the KL term (KL flavour).
         kl_warmup: steps over which it grows from 0, so that no latent channel is switched off
             before the decoder has learnt to use it; 0 has the full weight from the start.
+        overshoot_weight: weight of the term that keeps the decoder's output near the grey levels.
+            Without it the output of a long training runs away far beyond them, and grey pixels
+            between ink and paper become hard to hit.
         codebook_weight: weight of the codebook loss (VQ flavour).
         adversarial_weight: weight of the adversarial term; 0 trains no discriminator.
         feature_weight: weight of the feature-matching term.
@@ -72,6 +77,7 @@ class AutoencoderTraining:
     warmup: int = 200
     kl_weight: float = 0.7
     kl_warmup: int = 0
+    overshoot_weight: float = 0.01
     codebook_weight: float = 1.0
     adversarial_weight: float = 0.5
     feature_weight: float = 0.5
@@ -230,10 +236,12 @@ class AutoencoderTrainer:
                 regulariser = self.kl_weight * kl / x[0].numel()
                 terms = {"kl": kl.item()}
             fake = self.model.decode_quantised(z)
-        fake = _saturated(fake.float(), self.model.config.limits)
+        output = fake.float()
+        fake = _saturated(output, self.model.config.limits)
+        overshoot = (output - fake.detach()).square().mean()
         reconstruction = (x - fake).abs().mean()
-        loss = reconstruction + regulariser
-        terms["reconstruction"] = reconstruction.item()
+        loss = reconstruction + regulariser + self.recipe.overshoot_weight * overshoot
+        terms |= {"reconstruction": reconstruction.item(), "overshoot": overshoot.item()}
         if adversarial:
             with self._autocast():
                 with torch.no_grad():

@@ -222,3 +222,19 @@ def test_the_kl_weight_is_the_one_that_trains(accelerator: Accelerator) -> None:
     a, b, c = (made.model.decoder.conv_in.weight for made in (none, begun, full))
     assert torch.allclose(a, b, atol=1e-7)
     assert not torch.allclose(a, c, atol=1e-4)
+
+
+def test_an_output_beyond_the_grey_levels_is_pulled_back(accelerator: Accelerator) -> None:
+    """White images and an output far beyond white: nothing to reconstruct, only to pull back."""
+    white = torch.full_like(blobs(8), 255)
+    bias = []
+    for weight in (0.0, 0.01):
+        made = trainer(accelerator, kl_weight=0.0, overshoot_weight=weight, warmup=0)
+        with torch.no_grad():
+            made.model.decoder.conv_out.bias.fill_(50.0)
+        terms = made.step(white, torch.Generator().manual_seed(0))
+        assert terms["reconstruction"] == 0.0
+        assert terms["overshoot"] == pytest.approx(49.0**2, rel=0.2)
+        bias.append(made.model.decoder.conv_out.bias.max().item())
+    assert bias[0] == 50.0
+    assert bias[1] < 50.0
