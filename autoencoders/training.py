@@ -77,7 +77,7 @@ class AutoencoderTraining:
     warmup: int = 200
     kl_weight: float = 0.7
     kl_warmup: int = 0
-    overshoot_weight: float = 0.01
+    overshoot_weight: float = 0.1
     codebook_weight: float = 1.0
     adversarial_weight: float = 0.5
     feature_weight: float = 0.5
