@@ -45,6 +45,7 @@ def check(config: Config) -> None:
             "schedule.reparameterize": schedule.reparameterize,
             "schedule.tolerance": schedule.tolerance,
             "train.grad_clip": train.grad_clip,
+            "train.warmup": train.warmup,
         },
     )
     if schedule.later_iterations is not None:
@@ -57,6 +58,11 @@ def check(config: Config) -> None:
             )
     if not 0 < train.lr < math.inf:
         raise UserError(f"train.lr must be positive, not {train.lr}")
+    if not 0 <= train.lr_final <= 1:
+        raise UserError(f"train.lr_final must lie in [0, 1], not {train.lr_final}")
+    rates = schedule.lr
+    if rates is not None and not (rates and all(0 < rate < math.inf for rate in rates)):
+        raise UserError(f"schedule.lr needs one positive rate a block, not {rates}")
     if not 0 <= latents.noise < math.inf:
         raise UserError(f"latents.noise must not be negative, not {latents.noise}")
     if not 0 <= train.ema < 1:

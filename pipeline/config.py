@@ -99,6 +99,7 @@ class ScheduleConfig:
             holds for all blocks after it.
         substeps: jko: sub-intervals S of each block while it trains, in place of solver.steps;
             the last value likewise.
+        lr: peak learning rate of each block, in place of train.lr; the last value likewise.
         reparameterize: jko: passes after the first, each with step sizes that even out the
             movements of the pass before.
         eta: how far each of them goes towards the evened-out steps, in (0, 1].
@@ -117,6 +118,7 @@ class ScheduleConfig:
     free_block: bool = True
     iterations: list[int] | None = None
     substeps: list[int] | None = None
+    lr: list[float] | None = None
     reparameterize: int = 0
     eta: float = 0.5
     refine: int = 1

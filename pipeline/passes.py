@@ -48,6 +48,7 @@ class Pass:
         recipe: the train section that it is trained with.
         objective: of its blocks, jko or lfm (flow matching is lfm with a free block alone).
         gamma: lfm: planned times of the blocks before the free one.
+        lr: peak learning rate of each block; empty in older runs, which had the recipe's for all.
         blocks: a row for each finished block, the kept ones included.
         complete: whether all blocks are finished.
         summary: once complete: movements, their spread, the objective, the NLL.
@@ -67,6 +68,7 @@ class Pass:
     recipe: dict[str, Any] = field(default_factory=dict)
     objective: str = "jko"
     gamma: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
     blocks: list[Row] = field(default_factory=list)
     complete: bool = False
     summary: dict[str, Any] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from flows.schedule import refine, reparameterize, step_sizes
 from pipeline.checks import ends_free, objective_of, steps
@@ -13,6 +13,8 @@ from pipeline.config import Config
 from pipeline.config_files import to_dict
 from pipeline.errors import UserError
 from pipeline.passes import Pass, step_of
+
+Number = TypeVar("Number", int, float)
 
 #: keys of the train section that do not decide the weights
 INDIFFERENT = ("max_minutes", "checkpoint_seconds", "log_every")
@@ -57,8 +59,16 @@ def next_pass(
 
 def _ordinary(config: Config) -> Pass:
     planned, free = steps(config), ends_free(config)
-    efforts = _efforts(config, len(planned) + free)
-    plan = Pass("ordinary", [], free, config.schedule.tolerance, *efforts, recipe=_recipe(config))
+    count = len(planned) + free
+    plan = Pass(
+        "ordinary",
+        [],
+        free,
+        config.schedule.tolerance,
+        *_efforts(config, count),
+        recipe=_recipe(config),
+        lr=_rates(config, count),
+    )
     return _with_steps(plan, planned, objective_of(config))
 
 
@@ -101,9 +111,7 @@ def _later(kind: str, config: Config, passes: Sequence[Pass], h: list[float], pa
     solved = [row["spec"]["solver"]["steps"] for row in before if row["h"] is not None]
     substeps = [math.ceil(steps / parts) for steps in solved for _ in range(parts)]
     substeps += [row["spec"]["solver"]["steps"] for row in before if row["h"] is None]
-    efforts, _ = _efforts(config, len(before))
-    spent = [effort for effort in efforts[: len(solved)] for _ in range(parts)]
-    spent += efforts[len(solved) :]
+    spent = _for_children(_efforts(config, len(before))[0], len(solved), parts)
     if config.schedule.later_iterations is not None:
         spent = [config.schedule.later_iterations] * len(spent)
     return Pass(
@@ -118,6 +126,7 @@ def _later(kind: str, config: Config, passes: Sequence[Pass], h: list[float], pa
         own=True,
         reparameterized=passes[-1].reparameterized + (kind == "reparameterize"),
         recipe=_recipe(config),
+        lr=_for_children(_rates(config, len(before)), len(solved), parts),
     )
 
 
@@ -156,6 +165,7 @@ def _add(config: Config, passes: Sequence[Pass], count: int) -> Pass:
         kept=len(kept),
         reparameterized=last.reparameterized,
         recipe=_recipe(config),
+        lr=_rates(config, len(planned) + free),
         blocks=kept,
     )
     return _with_steps(plan, planned, last.objective)
@@ -179,7 +189,9 @@ def _retrain(config: Config, passes: Sequence[Pass], first: int) -> Pass:
     if last.own:
         later = config.schedule.later_iterations
         spent = last.iterations if later is None else [later] * len(last.iterations)
-        return dataclasses.replace(plan, iterations=spent)
+        parents = len(last.h) // last.parts
+        rates = _for_children(_rates(config, parents + last.free), parents, last.parts)
+        return dataclasses.replace(plan, iterations=spent, lr=rates)
     if last.tolerance is not None:
         planned = [step for row in kept if (step := step_of(row)) is not None]
         planned += steps(config)[first:]
@@ -191,9 +203,14 @@ def _retrain(config: Config, passes: Sequence[Pass], first: int) -> Pass:
             f"there is no block to train after the first {first}: the schedule ends there; raise "
             "schedule.max_blocks or lower schedule.tolerance"
         )
-    iterations, substeps = _efforts(config, len(plan.steps) + plan.free)
+    count = len(plan.steps) + plan.free
+    iterations, substeps = _efforts(config, count)
     return dataclasses.replace(
-        plan, iterations=iterations, substeps=substeps, base=len(passes) - 1
+        plan,
+        iterations=iterations,
+        substeps=substeps,
+        lr=_rates(config, count),
+        base=len(passes) - 1,
     )
 
 
@@ -218,19 +235,30 @@ def _split(last: Pass) -> int:
 
 
 def _same_plan(a: Pass, b: Pass) -> bool:
-    same = ("kind", "steps", "free", "tolerance", "iterations", "substeps", "own", "kept")
+    same = ("kind", "steps", "free", "tolerance", "iterations", "substeps", "lr", "own", "kept")
     return a.recipe == b.recipe and all(getattr(a, name) == getattr(b, name) for name in same)
 
 
 def _efforts(config: Config, count: int) -> tuple[list[int], list[int]]:
-    """Optimiser steps and sub-intervals of each block; short lists repeat their last value."""
+    """Optimiser steps and sub-intervals of each block."""
     schedule = config.schedule
-
-    def fill(values: list[int] | None, single: int) -> list[int]:
-        given = values or [single]
-        return [given[min(index, len(given) - 1)] for index in range(count)]
-
     return (
-        fill(schedule.iterations, config.train.iterations),
-        fill(schedule.substeps, config.solver.steps),
+        _fill(schedule.iterations, config.train.iterations, count),
+        _fill(schedule.substeps, config.solver.steps, count),
     )
+
+
+def _rates(config: Config, count: int) -> list[float]:
+    """Peak learning rate of each block."""
+    return _fill(config.schedule.lr, config.train.lr, count)
+
+
+def _fill(values: list[Number] | None, single: Number, count: int) -> list[Number]:
+    """One value a block; a short list repeats its last value."""
+    given = values or [single]
+    return [given[min(index, len(given) - 1)] for index in range(count)]
+
+
+def _for_children(values: list[Number], split: int, parts: int) -> list[Number]:
+    """Values of blocks, of which the first `split` are split into children, for the children."""
+    return [value for value in values[:split] for _ in range(parts)] + values[split:]

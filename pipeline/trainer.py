@@ -162,7 +162,9 @@ class Trainer:
         """Train and commit one block; None when the time is up."""
         index = len(self.current.blocks)
         spec, block = self._initial(index)
-        recipe = dataclasses.replace(self.config.train, iterations=self.current.iterations[index])
+        iterations, recipe = self.current.iterations[index], self.config.train
+        lr = self.current.lr[index] if self.current.lr else recipe.lr
+        recipe = dataclasses.replace(recipe, iterations=iterations, lr=lr)
         trainer = BlockTrainer(block, spec, stage, recipe, self.accelerator, number=self.number)
         if not self._optimise(trainer, journal):
             return None
@@ -228,6 +230,7 @@ class Trainer:
             "gamma": trainer.spec.gamma,
             "objective": trainer.spec.objective,
             "iterations": trainer.done,
+            "lr": trainer.recipe.lr,
             "movement": moved["movement"],
             "ter": stopping_ratio(moved["squared_movement"], moved["squared_norm"]),
             "terms": measure(trainer, before, self.config.push),

@@ -123,6 +123,29 @@ def test_blocks_have_their_own_iterations_and_substeps(tmp_path: Path) -> None:
     assert [row["iterations"] for row in opened.manifest["blocks"]] == [3, 3, 5, 5, 5, 5, 5]
 
 
+def rates(folder: Path) -> list[float]:
+    return [row["lr"] for row in read_manifest(folder)["blocks"]]
+
+
+def test_blocks_have_their_own_learning_rates(again: Path, tmp_path: Path) -> None:
+    folder, same = tmp_path / "other", "schedule.lr=[0.03]"
+    run(folder, same)  # tiny()'s train.lr, said otherwise
+    assert hashes(folder) == hashes(again)
+    own = ("schedule.lr=[0.03,0.01]", "train.lr=1.0")
+    run(folder, *own, from_block=1)
+    assert rates(folder) == [0.03, 0.01, 0.01]
+    before = hashes(folder)
+    run(again, "train.lr=0.01", from_block=1)
+    assert hashes(again) == before
+    with pytest.raises(UserError, match="other values of schedule.lr"):
+        run(folder, same, "train.lr=1.0")
+    run(folder, *own, "schedule.refine=2")
+    assert rates(folder) == [0.03, 0.03, 0.01, 0.01, 0.01]
+    other = ("schedule.lr=[0.02,0.04]", "train.lr=1.0", "schedule.refine=2")
+    run(folder, *other, from_block=3)
+    assert rates(folder) == [0.03, 0.03, 0.01, 0.04, 0.04]
+
+
 TWO_NETS = ("velocity.kind=mlp", "velocity.hidden=[8]", "velocity.nets=2", "solver.steps=2",
             "schedule.max_blocks=1")  # fmt: skip
 
@@ -178,6 +201,7 @@ def test_other_block_networks_start_anew(again: Path) -> None:
         ("schedule.max_blocks=0", "schedule.max_blocks must be at least 1, not 0"),
         ("schedule.iterations=[3,0]", "schedule.iterations needs one value a block"),
         ("schedule.substeps=[0]", "schedule.substeps needs one value a block"),
+        ("schedule.lr=[0.1,-1]", "schedule.lr needs one positive rate a block"),
         ("schedule.reparameterize=-1", "schedule.reparameterize must be at least 0"),
         ("schedule.refine=0", "schedule.refine must be at least 1"),
         ("schedule.eta=1.5", r"schedule.eta must lie in \(0, 1\]"),
