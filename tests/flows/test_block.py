@@ -215,7 +215,8 @@ _HOPELESS = """
 import torch
 from flows.block import Block, SolverConfig
 from flows.errors import SolveError
-from flows.velocity import Velocity
+from flows.flow import BlockSpec, Flow
+from flows.velocity import Velocity, VelocityConfig
 
 assert False, "asserts must be off"
 FIELDS = {
@@ -238,6 +239,14 @@ for name, formula in FIELDS.items():
         block.transport(torch.full((1, 2), 2.0))
     except SolveError as failure:
         print(name, failure.evaluations, failure, sep=" | ")
+
+flow = Flow((2,), [BlockSpec(VelocityConfig("mlp", hidden=(4,)), SolverConfig(steps=8))] * 2)
+flow.blocks[1] = Block(Field(lambda t, z: torch.exp(9 * z)), SolverConfig(steps=8))
+for way in (flow.encode, lambda z: flow.log_prob(z, solver=SolverConfig("dopri5"))):
+    try:
+        way(torch.full((3, 2), 2.0))
+    except SolveError as failure:
+        print(failure)
 """
 
 
@@ -251,12 +260,15 @@ def test_hopeless_fields_end_in_a_typed_error_with_asserts_off(pytestconfig):
         cwd=pytestconfig.rootpath,
     )
     assert run.returncode == 0, run.stderr
-    stiff, singular, nan = (line.split(" | ") for line in run.stdout.splitlines())
+    stiff, singular, nan, *flow = (line.split(" | ") for line in run.stdout.splitlines())
     assert stiff[:2] == ["stiff", "500"]
     assert "more than 500 evaluations" in stiff[2]
     assert re.search(r"at t = 0\.(499\d*|5): the velocity blows up", singular[2])
     assert nan[:2] == ["nan", "1"]
     assert "at t = 0: the velocity is NaN" in nan[2]
+    assert len(flow) == 2
+    for (line,) in flow:
+        assert re.search(r"in block 1 at t = 0(\.\d+)?: the (state|velocity) blows up", line)
 
 
 def test_float32_tolerances_below_rounding_still_finish():
