@@ -9,7 +9,7 @@ FLAVOURS = ("kl", "vq", "gumbel")
 # taming normalises with 32 groups, so every width must be a multiple of 32
 _GROUPS = 32
 # left out of a description at these values, so that older weights keep their fingerprints
-_LATER = {"resolution": 0, "attention": True, "levels": (0, 255)}
+_LATER = {"resolution": 0, "attention": True, "levels": (0, 255), "sharpen": 0.0}
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class TamingConfig:
         levels: darkest and brightest grey level that is decoded. Decoded images saturate there,
             as scanned ink and paper do, instead of hovering around the level: FID sees the
             difference of a few grey levels.
+        sharpen: strength of the unsharp mask on decoded images (see `autoencoders.sharpen`);
+            `autoencoder_training.sharpen` measures it.
     """
 
     flavour: str = "kl"
@@ -55,6 +57,7 @@ class TamingConfig:
     resolution: int = 0
     attention: bool = True
     levels: tuple[int, int] = (0, 255)
+    sharpen: float = 0.0
 
     def __post_init__(self) -> None:
         if self.flavour not in FLAVOURS:
@@ -68,6 +71,8 @@ class TamingConfig:
             )
         if not 0 <= self.levels[0] < self.levels[1] <= 255:
             raise ValueError(f"levels must be two grey levels, darker first, not {self.levels}")
+        if not 0.0 <= self.sharpen < 1.0:
+            raise ValueError(f"sharpen must lie in [0, 1), not {self.sharpen}")
         _, height, width = self.image_shape
         rows, columns = self.canvas_shape
         if min(rows - height, columns - width) < 0 or (rows - height) % 2 or (columns - width) % 2:

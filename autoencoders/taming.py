@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from autoencoders.architecture import FLAVOURS, TamingConfig, config_from
 from autoencoders.base import Moments, check_images, check_latents, fingerprint_of
 from autoencoders.codebook import GumbelQuantizer, look_up, nearest_indices
+from autoencoders.sharpen import sharpen
 
 __all__ = [
     "FLAVOURS", "TamingAutoencoder", "TamingConfig", "config_from", "keep_channels",
@@ -181,7 +182,7 @@ class TamingAutoencoder(nn.Module):
             z: (B, C_z, H_z, W_z), not standardised.
 
         Returns:
-            (B, C, H, W), clamped to `config.levels`.
+            (B, C, H, W), clamped to `config.levels`, sharpened as the architecture says.
 
         Raises:
             ValueError: the latents have another shape.
@@ -189,7 +190,8 @@ class TamingAutoencoder(nn.Module):
         check_latents(z, self.latent_shape)
         if self.quantize is not None:
             z = self.quantise(z)[0]
-        return self.decode_quantised(z).clamp(*self.config.limits)
+        x = self.decode_quantised(z).clamp(*self.config.limits)
+        return sharpen(x, self.config.sharpen).clamp(*self.config.limits)
 
     def decode_quantised(self, z: Tensor) -> Tensor:
         """Latents that are already quantised (or need not be) to images, not clamped."""

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoders.base import to_float
+from autoencoders.finishing import sharpened
 from autoencoders.taming import (
     TamingAutoencoder,
     TamingConfig,
@@ -65,6 +66,8 @@ class AutoencoderTraining:
         ema: decay of the moving average of the weights, which is what is kept.
         prune: a KL autoencoder's latent channels that carry less than so many nats a position
             are dropped at the end: the KL term has switched them off, they hold only noise.
+        sharpen: measure, at the end, the unsharp mask with which reconstructions have as much
+            detail as the images (see `autoencoders.sharpen`).
         precision: "bf16" or "fp32".
         flip: mirror half of the images (never for digits).
         seed: of everything random.
@@ -87,6 +90,7 @@ class AutoencoderTraining:
     discriminator_lr: float = 1.0
     ema: float = 0.999
     prune: float = 0.05
+    sharpen: bool = False
     precision: str = "fp32"
     flip: bool = False
     seed: int = 0
@@ -208,9 +212,13 @@ class AutoencoderTrainer:
         """The averaged autoencoder, frozen, on the CPU, without latent channels that are off.
 
         Args:
-            images: uint8 (B, C, H, W), over which the use of the channels is measured.
+            images: uint8 (B, C, H, W), over which the use of the channels, and the strength of
+                the unsharp mask, are measured.
         """
-        model = copy.deepcopy(self.average).cpu().float().freeze()
+        model = self._pruned(copy.deepcopy(self.average).cpu().float().freeze(), images)
+        return sharpened(model, images) if self.recipe.sharpen else model
+
+    def _pruned(self, model: TamingAutoencoder, images: Tensor) -> TamingAutoencoder:
         if not model.stochastic:
             return model
         with torch.inference_mode():
