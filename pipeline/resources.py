@@ -1,7 +1,8 @@
-"""What a process has used of the machine."""
+"""What a process uses of the machine."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
 
 try:
@@ -16,3 +17,23 @@ def peak_memory() -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep memory that is freed, for the rest of this process.
+
+    A training step frees all its activations. By default glibc gives them back to the system, and
+    the next step pays for every page again: a fifth of the time of a small network.
+
+    Returns:
+        Whether the C library is glibc and took the setting; elsewhere nothing changes.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    if not sys.platform.startswith("linux"):
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    # 32 MiB is the largest block that glibc lets lie in its heap
+    settings = ((trim_threshold, 1 << 30), (mmap_threshold, 1 << 25))
+    return all(library.mallopt(name, value) == 1 for name, value in settings)

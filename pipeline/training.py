@@ -24,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.journal import Journal
 from pipeline.latents import Progress
 from pipeline.plans import INDIFFERENT, next_pass
+from pipeline.resources import keep_freed_memory
 from pipeline.runs import (
     ENVIRONMENT,
     read_config,
@@ -95,6 +96,8 @@ def train(
         JkoflowError: a block failed.
     """
     check(config)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     source = source or LatentSource(config)
     check_shape(config, source.shape)
     anew = bool(add_blocks) or from_block is not None

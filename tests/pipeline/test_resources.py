@@ -1,0 +1,37 @@
+"""What freed memory does to the process, before and after `keep_freed_memory`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+_SCRIPT = """
+import torch
+from pipeline.resources import keep_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+def given_back():
+    tensors = [torch.ones(2**18) for _ in range(100)]  # 1 MiB each
+    most = resident()
+    del tensors
+    return most - resident()
+
+print(given_back(), keep_freed_memory(), given_back())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_is_kept(pytestconfig: pytest.Config) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT], capture_output=True, text=True, cwd=pytestconfig.rootpath
+    )
+    assert done.returncode == 0, done.stderr
+    before, took, after = done.stdout.split()
+    if took != "True":
+        pytest.skip("the C library is not glibc")
+    assert float(before) > 50
+    assert abs(float(after)) < 5
