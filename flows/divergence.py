@@ -166,15 +166,22 @@ class FiniteDifference(Divergence):
     It needs no second derivative in training. Both evaluations go through the network as one
     batch, so that v costs nothing extra. The bias is O(σ).
 
+    With a penalty λ the estimate is lowered by λ‖(v(z + σε) − v(z)) / σ‖², which is λ‖∂v/∂z‖²_F in
+    the mean and costs nothing: an objective that wants ∫∇·v large then wants a field that its
+    training grid can follow. For training only; no likelihood is measured with it.
+
     Attributes:
         sigma0: length of the finite step before division by √D; positive.
         probes: independent probes n ≥ 1.
+        penalty: λ, not negative.
 
-    Reference: JKO-iFlow, finite-difference estimate of the divergence.
+    Reference: JKO-iFlow, finite-difference estimate of the divergence; Finlay et al. (2020) for
+    the Frobenius norm of the Jacobian as a regulariser of neural ODEs.
     """
 
     sigma0: float = 0.02
     probes: int = 1
+    penalty: float = 0.0
     random = True
 
     def __post_init__(self) -> None:
@@ -182,6 +189,8 @@ class FiniteDifference(Divergence):
         _check_probes(self.probes)
         if not 0 < self.sigma0 < float("inf"):
             raise FlowError(f"sigma0 must be positive, found {self.sigma0}")
+        if not 0 <= self.penalty < float("inf"):
+            raise FlowError(f"the Jacobian's penalty must not be negative, found {self.penalty}")
 
     def draw_probe(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """See :class:`Divergence`."""
@@ -196,7 +205,11 @@ class FiniteDifference(Divergence):
         moved = torch.add(z, eps, alpha=sigma)  # (n, B, *shape)
         both = velocity(t, torch.cat([z, moved.flatten(0, 1)]))
         v, v_moved = both[: z.shape[0]], both[z.shape[0] :].view_as(eps)
-        return v, ((v_moved - v) * eps).flatten(2).sum(dim=2) / sigma
+        change = v_moved - v
+        div = (change * eps).flatten(2).sum(dim=2) / sigma
+        if self.penalty:
+            div = div - self.penalty * change.square().flatten(2).sum(dim=2) / sigma**2
+        return v, div
 
 
 def make_divergence(
@@ -206,6 +219,7 @@ def make_divergence(
     noise: str = "rademacher",
     mode: str = "vjp",
     sigma0: float = 0.02,
+    penalty: float = 0.0,
     chunk: int | None = None,
 ) -> Divergence:
     """The estimator called ``exact``, ``hutchinson`` or ``finite-difference``.
@@ -222,7 +236,7 @@ def make_divergence(
     if name == "hutchinson":
         return Hutchinson(probes=probes, noise=noise, mode=mode)
     if name == "finite-difference":
-        return FiniteDifference(sigma0=sigma0, probes=probes)
+        return FiniteDifference(sigma0=sigma0, probes=probes, penalty=penalty)
     raise FlowError(f"unknown divergence {name!r}; choose exact, hutchinson or finite-difference")
 
 

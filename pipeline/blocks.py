@@ -77,7 +77,10 @@ class BlockTrainer:
         self.optimizer = torch.optim.Adam(self.parameters, recipe.lr)
         self.average = Ema(block, recipe.ema) if recipe.ema > 0 else None
         self.divergence = make_divergence(
-            recipe.divergence, probes=recipe.probes, sigma0=recipe.sigma0
+            recipe.divergence,
+            probes=recipe.probes,
+            sigma0=recipe.sigma0,
+            penalty=recipe.jacobian_weight,
         )
         self.salt = (number,) if number else ()
         place = ("block", self.index, *self.salt)

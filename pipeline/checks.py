@@ -74,7 +74,12 @@ def check(config: Config) -> None:
         raise UserError(
             f"unknown velocity {config.velocity.kind!r}; choose one of {', '.join(KINDS)}"
         )
-    make_divergence(train.divergence, probes=train.probes, sigma0=train.sigma0)
+    make_divergence(
+        train.divergence,
+        probes=train.probes,
+        sigma0=train.sigma0,
+        penalty=train.jacobian_weight,
+    )
     _check_grids(config)
     steps(config)
 

@@ -146,6 +146,9 @@ class TrainConfig:
         divergence: jko: exact, hutchinson or finite-difference.
         probes: jko: probes of the estimator (hutchinson).
         sigma0: jko: step of the finite difference, sigma = sigma0 / sqrt(D).
+        jacobian_weight: jko, finite-difference: weight of the squared Frobenius norm of the
+            Jacobian, integrated over a block's time; keeps the field to what the training grid
+            can follow, where data lie close to a surface.
         warm_start: start each block from the weights of the block before it.
         init_from: a run whose blocks these blocks start from, of the same latents' shape and the
             same velocity; null for none.
@@ -168,6 +171,7 @@ class TrainConfig:
     divergence: str = "finite-difference"
     probes: int = 1
     sigma0: float = 0.02
+    jacobian_weight: float = 0.0
     warm_start: bool = True
     init_from: str | None = None
     max_minutes: float = 0.0

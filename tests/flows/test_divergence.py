@@ -10,6 +10,7 @@ import torch
 from flows.divergence import Exact, FiniteDifference, Hutchinson, make_divergence
 from flows.errors import FlowError
 from flows.velocity import KINDS, VelocityConfig, make_velocity
+from flows.velocity_base import Velocity
 from tests.flows.problems import Coupled, points
 
 SHAPES = [(2,), (6,), (3, 2), (2, 2, 3)]
@@ -158,3 +159,25 @@ def test_probes_come_from_the_generator():
 def test_bad_arguments(call, words):
     with pytest.raises(FlowError, match=words):
         call()
+
+
+def test_the_penalty_is_the_frobenius_norm_of_the_jacobian():
+    """Of a linear field: the mean over probes is tr A − λ‖A‖²_F."""
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+
+    class Linear(Velocity):
+        def forward(self, t, z):
+            return z @ matrix.T
+
+    z = torch.randn(2, 4, generator=generator, dtype=torch.float64)
+    t = torch.tensor(0.3, dtype=torch.float64)
+    estimator = FiniteDifference(probes=40000, penalty=0.3)
+    eps = estimator.draw_probe(z, generator)
+    found = estimator(Linear((4,)), t, z, eps)[1]
+    plain = FiniteDifference(probes=40000)(Linear((4,)), t, z, eps)[1]
+    norm = matrix.square().sum()
+    assert torch.allclose(plain - found, 0.3 * norm.expand(2), rtol=0.03)
+    assert torch.allclose(found, (matrix.trace() - 0.3 * norm).expand(2), atol=0.3)
+    with pytest.raises(FlowError, match="penalty"):
+        FiniteDifference(penalty=-1.0)
