@@ -105,10 +105,17 @@ def replace(settings: Any, **values: Any) -> Any:  # noqa: ANN401
 
 
 def accelerator() -> Any:  # noqa: ANN401 - imported late, so that --help is quick
-    """Device and processes, as accelerate finds them."""
+    """Device and processes, as accelerate finds them.
+
+    `accelerate launch` starts several processes on GPUs, but only one on a CPU; there torchrun
+    starts them, and accelerate is told that they belong together.
+    """
+    import os
     import warnings
 
+    import torch
     from accelerate import Accelerator
 
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    return Accelerator()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return Accelerator(cpu=True) if several and not torch.cuda.is_available() else Accelerator()

@@ -1,4 +1,4 @@
-"""`accelerate launch` on two processes: the same cache, and the same flow up to rounding."""
+"""`torchrun` on two processes: the same cache, and the same flow up to rounding."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from tests.pipeline.tiny import ROOT, World, make_world, run_child
 def launch(world: World, *arguments: str | Path) -> str:
     """Run a command on two processes; returns what they said."""
     command = [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu",
-        "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--main_process_port", "0",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
         "-m", "pipeline", *map(str, arguments),
     ]  # fmt: skip
     done = subprocess.run(
@@ -57,7 +55,7 @@ def test_train_agrees_up_to_rounding(alone: World, tmp_path: Path) -> None:
     than one step.
     """
     run = tmp_path / "run"
-    launch(alone, "train", "--config", alone.config(), "--run", run)
+    launch(alone, "train", "--config", alone.config(), "-r", run)
     expected = json.loads((alone.root / "run" / "flow.json").read_text())
     found = json.loads((run / "flow.json").read_text())
     assert found["complete"] and len(found["blocks"]) == 3
