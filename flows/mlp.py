@@ -70,10 +70,10 @@ class MlpVelocity(Velocity):
         if self.beta is None:
             return super().directional(t, z, tangents)
         beta, first, last = self.beta, self.first, self.last
-        weight = beta * first.weight[:, : self.dim]
+        weight = (beta * first.weight[:, : self.dim]).t().contiguous()  # as in forward
         bias = beta * (first.bias + t * first.weight[:, self.dim])
-        p = F.linear(z.flatten(1), weight, bias)
-        q = F.linear(tangents.flatten(2), weight)
+        p = torch.addmm(bias, z.flatten(1), weight)
+        q = torch.matmul(tangents.flatten(2), weight)
         for layer in self.middle:
             assert isinstance(layer, nn.Linear)
             y, r = SoftplusPair.apply(p, q)

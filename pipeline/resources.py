@@ -22,8 +22,9 @@ def peak_memory() -> int:
 def keep_freed_memory() -> bool:
     """Have the C library keep memory that is freed, for the rest of this process.
 
-    A training step frees all its activations. By default glibc gives them back to the system, and
-    the next step pays for every page again: a fifth of the time of a small network.
+    A training step frees all its activations. By default glibc may give them back to the system,
+    as their order in the heap has it, and the next step pays for every page again: none to a fifth
+    of the time of a small network.
 
     Returns:
         Whether the C library is glibc and took the setting; elsewhere nothing changes.

@@ -29,7 +29,7 @@ from flows.flow import BlockSpec, Flow
 from flows.velocity import VelocityConfig
 from pipeline.config import Config, PointsConfig, ScheduleConfig, TrainConfig
 from pipeline.config_files import from_resolved, to_dict
-from pipeline.resources import peak_memory
+from pipeline.resources import keep_freed_memory, peak_memory
 
 H, BATCH, STEPS, ITERATIONS = 0.5, 2000, 3, 3
 
@@ -85,6 +85,7 @@ def train_one_more(folder: Path) -> dict[str, float]:
 
 def train_jointly(count: int) -> dict[str, float]:
     """A few steps on the sum of the JKO objectives of all blocks, through all blocks at once."""
+    keep_freed_memory()  # as `train` does
     spec = BlockSpec(VelocityConfig("mlp"), SolverConfig("rk4", STEPS), h=H)
     flow = Flow((2,), [spec] * count, torch.Generator().manual_seed(0))
     optimiser = torch.optim.Adam(flow.parameters(), 1e-3)

@@ -1,41 +1,52 @@
 """Training iterations per second: the plain formulation of a JKO block against ours.
 
-    python -m tests.benchmarks.bench_training [--iterations 40] [--threads 1] [--compile]
+    python -m tests.benchmarks.bench_training [--iterations 20] [--rounds 3] [--compile]
 
 The setting of the released two-dimensional code: MLP 128-128-128 with Softplus(β = 20), batch
-2000, RK4 on S = 3 sub-intervals, finite-difference divergence, Adam. Plain: two network calls an
-evaluation and torchdiffeq's adjoint. Ours: `jko_loss` on a `Block`: both calls in one batch and
-ordinary backpropagation. They start from the same weights, see the same samples and probes, and
-take turns in one process, so that what else the machine does falls on both. Their losses are
-printed side by side.
+2000, RK4 on S = 3 sub-intervals, finite-difference divergence, Adam, gradient clipping.
 
-The whole is done in two fresh processes: as it is, and with an allocator that keeps freed memory
-(glibc: MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_). A step frees some 150 MB of
-activations; glibc gives them back to the system, and the next step pays for every page again.
+plain        two network calls an evaluation, torchdiffeq's adjoint
+ours         `jko_loss` on a `Block`, the same estimator: both calls in one batch, ordinary
+             backpropagation
+compiled     ours with the network under torch.compile (with --compile)
+derivative   another estimator, the limit of the finite difference: ε·(∂v/∂z)ε with the same ε,
+             by forward mode (`train.divergence=hutchinson` is its kin)
+
+Every formulation trains in a process of its own, from the same weights, on the same samples and
+probes; the processes take turns step by step, so that what else the machine does falls on all of
+them. Printed are medians over the iterations, the ratio to plain in each round, the losses, and
+the growth of resident memory from before the first step to its peak.
+
+"kept": with freed memory kept, as `jkoflow train` has it (`keep_freed_memory`). A step frees its
+activations; glibc may give them back to the system, and the next step pays for every page again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import os
+import json
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint_adjoint
 
 from flows.block import Block, SolverConfig
-from flows.divergence import FiniteDifference
+from flows.divergence import Divergence, FiniteDifference, Hutchinson
 from flows.mlp import MlpVelocity
 from flows.objective import jko_loss
 from flows.velocity import VelocityConfig, make_velocity
+from pipeline.resources import keep_freed_memory, peak_memory
 
 H, STEPS, SIGMA0, LR = 0.25, 3, 0.02, 1e-3
-KEEP = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
+WARMUP = 3
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class PlainNet(nn.Module):
@@ -90,71 +101,145 @@ def moons(n: int, generator: torch.Generator) -> Tensor:
     return 2 * torch.stack([x, y], dim=1) + 0.2 * noise
 
 
-def measure(iterations: int, batch: int, compiled: bool) -> None:
-    """Let the formulations take turns; print their rates and losses."""
-    config = VelocityConfig("mlp")
-    velocity = make_velocity(config, (2,), torch.Generator().manual_seed(0))
+def ways() -> dict[str, tuple[nn.Module, Loss]]:
+    """Each formulation's module and loss(z, ε), all with the same weights."""
+    velocity = make_velocity(VelocityConfig("mlp"), (2,), torch.Generator().manual_seed(0))
     assert isinstance(velocity, MlpVelocity)
     field = PlainField(PlainNet(velocity))
-    block, divergence = Block(velocity, SolverConfig("rk4", STEPS)), FiniteDifference(SIGMA0)
-    ways = {
+
+    def ours(divergence: Divergence) -> tuple[Block, Loss]:
+        block = Block(copy.deepcopy(velocity), SolverConfig("rk4", STEPS))
+        return block, lambda z, eps: jko_loss(block, z, H, divergence, eps[None]).total
+
+    difference = FiniteDifference(SIGMA0)
+    return {
         "plain": (field, lambda z, eps: plain_loss(field, z, eps)),
-        "ours": (block, lambda z, eps: jko_loss(block, z, H, divergence, eps[None]).total),
+        "ours": ours(difference),
+        "compiled": ours(difference),
+        "derivative": ours(Hutchinson(noise="gaussian", mode="jvp")),
     }
-    if compiled:
-        fast = copy.deepcopy(block)
-        fast.velocity.compile(dynamic=False)
-        ways["compiled"] = (
-            fast, lambda z, eps: jko_loss(fast, z, H, divergence, eps[None]).total
-        )  # fmt: skip
-    optimisers = {name: torch.optim.Adam(m.parameters(), LR) for name, (m, _) in ways.items()}
+
+
+def work(name: str, batch: int) -> None:
+    """Train one formulation, a step for every line of stdin; report each as a line of JSON."""
+    module, loss = ways()[name]
+    if name == "compiled":
+        module.velocity.compile(dynamic=False)
+    optimiser = torch.optim.Adam(module.parameters(), LR)
     generator = torch.Generator().manual_seed(1)
-    wall: dict[str, list[float]] = {name: [] for name in ways}
-    cpu: dict[str, list[float]] = {name: [] for name in ways}
-    for step in range(iterations + 3):
+    loss(torch.zeros(8, 2), torch.ones(8, 2)).backward()  # what torch loads at first use
+    before = resident()
+    for _ in sys.stdin:
         z, eps = moons(batch, generator), torch.randn((batch, 2), generator=generator)
-        losses = {}
-        for name, (model, loss) in ways.items():
-            began, worked = time.perf_counter(), time.process_time()
-            optimisers[name].zero_grad(set_to_none=True)
-            value = loss(z, eps)
-            value.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimisers[name].step()
-            if step >= 3:
-                wall[name].append(time.perf_counter() - began)
-                cpu[name].append(time.process_time() - worked)
-            losses[name] = float(value.detach())
-        if step % max(1, iterations // 4) == 0 or step == iterations + 2:
-            shown = "   ".join(f"{name} {value:.6f}" for name, value in losses.items())
-            print(f"  step {step:4d}   loss: {shown}")
-    base = statistics.median(wall["plain"]), statistics.median(cpu["plain"])
-    for name in ways:
-        took, spent = statistics.median(wall[name]), statistics.median(cpu[name])
-        print(
-            f"  {name:9s} {1 / took:6.2f} it/s   ×{base[0] / took:.2f}     CPU time "
-            f"{1000 * spent:6.1f} ms an iteration   ×{base[1] / spent:.2f}"
+        began, worked = time.perf_counter(), time.process_time()
+        optimiser.zero_grad(set_to_none=True)
+        value = loss(z, eps)
+        value.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimiser.step()
+        report = {
+            "wall": time.perf_counter() - began,
+            "cpu": time.process_time() - worked,
+            "loss": float(value.detach()),
+            "memory": peak_memory() - before,
+        }
+        print(json.dumps(report), flush=True)
+
+
+def resident() -> int:
+    """Resident memory now, in bytes (the peak so far where /proc is absent)."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    except OSError:
+        return peak_memory()
+
+
+class Worker:
+    """A formulation in training, in another process."""
+
+    def __init__(self, name: str, kept: bool, arguments: list[str]) -> None:
+        self.name, self.title = name, f"{name}, kept" if kept else name
+        module = "tests.benchmarks.bench_training"
+        command = [sys.executable, "-m", module, *arguments, "--work", name]
+        self.process = subprocess.Popen(
+            [*command, "--kept"] if kept else command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
+        self.steps: list[dict[str, float]] = []
+
+    def step(self) -> None:
+        """One step, waited for."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.steps.append(json.loads(self.process.stdout.readline()))
+
+    def median(self, what: str, part: slice) -> float:
+        """Of the steps of a round."""
+        return statistics.median(step[what] for step in self.steps[part])
+
+
+def measure(workers: list[Worker], iterations: int, rounds: int) -> None:
+    """Let the formulations take turns; print their rates, losses and memory."""
+    for _ in range(WARMUP + iterations * rounds):
+        for worker in workers:
+            worker.step()
+    starts = range(WARMUP, WARMUP + iterations * rounds, iterations)
+    parts, whole = [slice(start, start + iterations) for start in starts], slice(WARMUP, None)
+    plain = workers[0]
+    print(
+        f"{'':17s}  it/s  × plain (each round){'':{5 * rounds - 9}}CPU ms  × plain"
+        "  last loss  largest difference  memory MiB"
+    )
+    for worker in workers:
+        ratios = [plain.median("wall", part) / worker.median("wall", part) for part in parts]
+        each = " ".join(f"{ratio:.2f}" for ratio in ratios)
+        cpu = worker.median("cpu", whole)
+        pairs = zip(worker.steps, plain.steps, strict=True)
+        difference = max(abs(a["loss"] - b["loss"]) for a, b in pairs)
+        print(
+            f"{worker.title:17s}{1 / worker.median('wall', whole):6.2f}"
+            f"  {statistics.median(ratios):7.2f} ({each})   {1000 * cpu:6.1f}"
+            f"  {plain.median('cpu', whole) / cpu:7.2f}  {worker.steps[-1]['loss']:9.6f}"
+            f"  {difference:18.1e}  {worker.steps[-1]['memory'] / 2**20:10.0f}"
+        )
+    curve = range(0, len(plain.steps), max(1, len(plain.steps) // 5))
+    for worker in workers:
+        losses = "  ".join(f"{worker.steps[step]['loss']:.6f}" for step in curve)
+        print(f"{worker.title:17s} losses at steps {', '.join(map(str, curve))}:  {losses}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="the plain formulation against ours")
-    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--iterations", type=int, default=20, help="of a round")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="also ours under torch.compile")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--kept", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
+    if args.work:
         torch.set_num_threads(args.threads)
-        measure(args.iterations, args.batch, args.compile)
+        if args.kept:
+            keep_freed_memory()
+        work(args.work, args.batch)
         return
-    print(f"batch {args.batch}, {args.threads} threads, medians of {args.iterations} iterations")
-    own = {k: v for k, v in os.environ.items() if k not in KEEP}
-    for title, more in (("the allocator as it is", {}), ("freed memory kept", KEEP)):
-        print(f"{title}:", flush=True)
-        command = [sys.executable, "-m", "tests.benchmarks.bench_training", *sys.argv[1:]]
-        subprocess.run([*command, "--child"], env={**own, **more}, check=True)
+    print(
+        f"batch {args.batch}, {args.threads} threads, {args.rounds} rounds of {args.iterations} "
+        "iterations, one in turn of each",
+        flush=True,
+    )
+    names = [("plain", False), ("plain", True), ("ours", False), ("ours", True)]
+    names += [("derivative", True)] + [("compiled", True)] * args.compile
+    workers = [Worker(name, kept, sys.argv[1:]) for name, kept in names]
+    try:
+        measure(workers, args.iterations, args.rounds)
+    finally:
+        for worker in workers:
+            worker.process.kill()
 
 
 if __name__ == "__main__":
