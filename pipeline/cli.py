@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import convert, export_verb, likelihood_verb, toy2d
+from pipeline import autoencoder_verb, export_verb, likelihood_verb, toy2d
 from pipeline.errors import UserError
 from pipeline.terminal import (
     INTERRUPTED,
@@ -36,10 +36,6 @@ app = typer.Typer(
         "neural-ODE flow (JKO-iFlow), generate, evaluate. Try `jkoflow demo` first."
     ),
 )
-autoencoder_app = typer.Typer(
-    no_args_is_help=True, help="Train an autoencoder, or measure how well one reconstructs."
-)
-app.add_typer(autoencoder_app, name="autoencoder")
 
 ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help="A packaged configuration, or the path of a .yaml.")
@@ -278,44 +274,6 @@ def fid(
     print(repr(value))
 
 
-@autoencoder_app.command("train")
-def autoencoder_train(
-    config: ConfigOption,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder; default runs/autoencoder-NAME.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue what is there.")] = False,
-    overrides: SetOption = None,
-) -> None:
-    """Train a small VQ or KL autoencoder (sections architecture and autoencoder_training)."""
-    from pipeline import autoencoding
-
-    settings = load(config, overrides)
-    folder = out or Path("runs") / f"autoencoder-{settings.name}"
-    accelerator = _accelerator()
-    path = autoencoding.train(settings, folder, accelerator, bar, resume)
-    if accelerator.is_main_process:
-        print(path)
-
-
-@autoencoder_app.command("evaluate")
-def autoencoder_evaluate(
-    config: ConfigOption,
-    n: Annotated[int, typer.Option("-n", help="Images of the test split.")] = 10000,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder; default runs/autoencoder-NAME.")
-    ] = None,
-    overrides: SetOption = None,
-) -> None:
-    """Measure an autoencoder: rFID, PSNR, SSIM, codebook use, and a before/after picture."""
-    from pipeline import autoencoding
-
-    settings = load(config, overrides)
-    folder = out or Path("runs") / f"autoencoder-{settings.name}"
-    path = autoencoding.evaluate(settings, n, folder, _accelerator(), bar)
-    print(path)
-
-
 @app.command()
 def reference(
     config: ConfigOption,
@@ -335,7 +293,7 @@ def reference(
 
 
 # verbs that live in modules of their own
-convert.register(autoencoder_app)
+autoencoder_verb.register(app)
 likelihood_verb.register(app)
 export_verb.register(app)
 toy2d.register(app)
