@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -335,8 +336,9 @@ class AutoencoderTrainer:
             latents = self.model.encode(x).mean
         start_codebook(self.model, latents, generator)
         if self.accelerator.num_processes > 1 and self.model.quantize is not None:
+            # of one process: a mean of entries that lie where the latents are need not lie there
             entries = self.model.quantize.embedding.weight.data
-            entries.copy_(self.accelerator.reduce(entries, "mean"))
+            entries.copy_(broadcast(entries, from_process=0))
         self.average.load_state_dict(self.model.state_dict())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from autoencoders.base import to_float
 from autoencoders.training import AutoencoderTrainer, AutoencoderTraining
 from tests.autoencoders.models import blobs, config
+from tests.processes import run_job
 from tests.ranks import Rank, mean_of
 
 
@@ -118,6 +120,14 @@ def test_a_codebook_starts_on_the_first_batch(accelerator: Accelerator) -> None:
     assert distances(entries, points).amin(1).max() < 1e-5
     averaged = made.average.quantize.embedding.weight
     assert distances(averaged, points).amin(1).max() < 1e-5
+
+
+def test_on_many_processes_the_codebook_is_that_of_the_first(tmp_path: Path) -> None:
+    """Its entries are latents of the first process's images, not means of unrelated ones."""
+    first, second = run_job("codebook", tmp_path)
+    assert first["entries"] == second["entries"]
+    entries, latents = torch.tensor(first["entries"]), torch.tensor(first["latents"])
+    assert distances(entries, latents).amin(1).max() < 1e-5
 
 
 def test_the_kl_term_is_the_closed_form(accelerator: Accelerator) -> None:
