@@ -58,6 +58,9 @@ class BlockTrainer:
         recipe: the train section.
         accelerator: device and processes; every process takes its share of each batch.
         number: the pass; each draws other batches and probes.
+
+    Raises:
+        UserError: there are more processes than samples in a batch.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class BlockTrainer:
         self.salt = (number,) if number else ()
         place = ("block", self.index, *self.salt)
         self.batches = Batches(len(stage), recipe.batch_size, recipe.seed, *place)
+        self.batches.require_a_sample_each(accelerator.num_processes)
         self.done = 0
         self.seconds = 0.0
 

@@ -39,11 +39,7 @@ class Batches:
         Raises:
             UserError: there are more processes than samples in a batch.
         """
-        if ranks > self.size:
-            raise UserError(
-                f"a batch of {self.size} leaves some of {ranks} processes without a sample; "
-                "raise batch_size, or launch fewer processes"
-            )
+        self.require_a_sample_each(ranks)
         position, wanted, chosen = step * self.size, self.size, []
         while wanted:
             epoch, offset = divmod(position, self.count)
@@ -55,3 +51,15 @@ class Batches:
             chosen.append(part)
             position, wanted = position + len(part), wanted - len(part)
         return torch.cat(chosen)[rank::ranks]
+
+    def require_a_sample_each(self, ranks: int) -> None:
+        """Refuse a batch that leaves a process without a sample, whose mean over none is NaN.
+
+        Raises:
+            UserError: there are more processes than samples in a batch.
+        """
+        if ranks > self.size:
+            raise UserError(
+                f"a batch of {self.size} leaves some of {ranks} processes without a sample; "
+                "raise batch_size, or launch fewer processes"
+            )

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from flows.spec import BlockSpec, build_block
 from pipeline.blocks import BlockTrainer
 from pipeline.config import TrainConfig
+from pipeline.errors import UserError
 from pipeline.seeds import generator
 from tests.pipeline.gaussian_source import GaussianSource, tiny
 from tests.ranks import Rank, mean_of
@@ -46,3 +47,16 @@ def test_the_gradient_is_that_of_the_whole_batch(
     for part in parts:
         trained(part)
     torch.testing.assert_close(mean_of(parts), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["jko", "lfm"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_process_without_a_sample_is_refused_on_all(
+    tmp_path: Path, objective: str, rank: int
+) -> None:
+    """Under every objective, on those with samples too, before anything is reduced."""
+    stage = GaussianSource(count=60).first_stage(tmp_path, tiny(), Accelerator())
+    spec = BlockSpec(velocity=tiny().velocity, h=None, objective=objective)
+    block, recipe = build_block(spec, (2,), generator(0, "weights", 0)), TrainConfig(batch_size=2)
+    with pytest.raises(UserError, match="a batch of 2 leaves some of 3 processes without"):
+        BlockTrainer(block, spec, stage, recipe, Rank(rank, 3))  # type: ignore[arg-type]
