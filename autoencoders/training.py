@@ -4,11 +4,12 @@ The loss of the autoencoder, per image of N pixels and channels, is
 
     L = mean|x − x̂| + w_kl · KL(q(z|x) ‖ N(0, I)) / N      (KL; for VQ: + w_code · codebook loss)
         + w_over · mean(y − x̂)²
-        + w_feat · Σ_l mean|D_l(x) − D_l(x̂)|  −  w_adv · λ · mean D(x̂),
+        + w_feat · Σ_l mean|D_l(x) − D_l(x̂)|  +  w_adv · λ · A(D(x̂)),
 
 with x̂ the decoder's output y clamped to the architecture's grey levels (straight through), and
-λ = ‖∇ mean|x − x̂|‖ / ‖∇ mean D(x̂)‖ at the decoder's last layer, so that the adversarial
-term neither drowns nor is drowned; the discriminator minimises the hinge loss. The hidden
+A what `autoencoders.adversary` has the autoencoder minimise. With taming's discriminator
+λ = ‖∇ mean|x − x̂|‖ / ‖∇ A‖ at the decoder's last layer, so that the adversarial
+term neither drowns nor is drowned; with the other, whose slope is bounded, λ = 1. The hidden
 features D_l of the discriminator serve as the perceptual term: they need no download, and
 they are not the features that FID is measured with.
 
@@ -21,7 +22,7 @@ Reference: Esser et al. 2021, Eq. (6)-(7) for λ; Larsen et al. 2016 for feature
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,81 +31,16 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autoencoders.adversary import R1_EVERY, Adversary
 from autoencoders.base import to_float
 from autoencoders.finishing import sharpened
+from autoencoders.recipe import AutoencoderTraining
 from autoencoders.taming import (
     TamingAutoencoder,
     TamingConfig,
     keep_channels,
-    patch_discriminator,
     start_codebook,
 )
-
-
-@dataclass(frozen=True)
-class AutoencoderTraining:
-    """Recipe of a training.
-
-    Attributes:
-        iterations: optimiser steps.
-        batch_size: images a step, over all processes.
-        lr: peak learning rate (Adam, betas 0.5 and 0.9), warmed up, decayed by a half cosine.
-        lr_final: last learning rate, as a fraction of `lr`.
-        warmup: steps of linear warm-up.
-        kl_weight: weight of the KL term (KL flavour).
-        kl_warmup: steps over which it grows from 0, so that no latent channel is switched off
-            before the decoder has learnt to use it; 0 has the full weight from the start.
-        overshoot_weight: weight of the term that keeps the decoder's output near the grey levels.
-            Without it the output of a long training runs away far beyond them, and grey pixels
-            between ink and paper become hard to hit.
-        codebook_weight: weight of the codebook loss (VQ flavour).
-        adversarial_weight: weight of the adversarial term; 0 trains no discriminator.
-        feature_weight: weight of the feature-matching term.
-        adversarial_start: step from which the discriminator takes part.
-        discriminator_width: filters of its first convolution.
-        discriminator_layers: its strided convolutions after the first.
-        discriminator_lr: its learning rate, as a fraction of `lr`.
-        ema: decay of the moving average of the weights, which is what is kept.
-        prune: a KL autoencoder's latent channels that carry less than so many nats a position
-            are dropped at the end: the KL term has switched them off, they hold only noise.
-        sharpen: measure, at the end, the unsharp mask with which reconstructions have as much
-            detail as the images (see `autoencoders.sharpen`).
-        precision: "bf16" or "fp32".
-        flip: mirror half of the images (never for digits).
-        seed: of everything random.
-    """
-
-    iterations: int = 6000
-    batch_size: int = 128
-    lr: float = 5e-4
-    lr_final: float = 0.05
-    warmup: int = 200
-    kl_weight: float = 0.7
-    kl_warmup: int = 0
-    overshoot_weight: float = 0.1
-    codebook_weight: float = 1.0
-    adversarial_weight: float = 0.5
-    feature_weight: float = 0.5
-    adversarial_start: int = 500
-    discriminator_width: int = 32
-    discriminator_layers: int = 2
-    discriminator_lr: float = 1.0
-    ema: float = 0.999
-    prune: float = 0.05
-    sharpen: bool = False
-    precision: str = "fp32"
-    flip: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.iterations < 1 or self.batch_size < 1:
-            raise ValueError("iterations and batch_size must be at least 1")
-        if self.kl_warmup < 0:
-            raise ValueError(f"kl_warmup must not be negative, not {self.kl_warmup}")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be fp32 or bf16, not {self.precision!r}")
-        if not 0.0 <= self.ema < 1.0:
-            raise ValueError(f"ema must lie in [0, 1), not {self.ema}")
 
 
 class AutoencoderTrainer:
@@ -113,6 +49,8 @@ class AutoencoderTrainer:
     Args:
         architecture: of the autoencoder.
         recipe: of the training.
+        start: a frozen autoencoder to start from, in place of `architecture` and random weights;
+            any unsharp mask of its is taken off.
         accelerator: device and processes; every process gives `step` its share of each batch,
             and gradients are averaged, weighted with the shares. λ and the discriminator's batch
             normalisation see a process's own share only.
@@ -123,23 +61,37 @@ class AutoencoderTrainer:
         architecture: TamingConfig,
         recipe: AutoencoderTraining,
         accelerator: Accelerator,
+        start: TamingAutoencoder | None = None,
     ) -> None:
         self.recipe, self.accelerator = recipe, accelerator
+        if start is not None:
+            architecture = replace(start.config, sharpen=0.0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.model = TamingAutoencoder(architecture)
-            self.discriminator = patch_discriminator(
+            self.discriminator = Adversary(
+                recipe.discriminator,
                 architecture.image_shape[0],
                 recipe.discriminator_width,
                 recipe.discriminator_layers,
+                recipe.r1_weight,
             )
+        if start is not None:
+            self.model.load_state_dict(start.state_dict())
+        if recipe.decoder_only:
+            self.model.requires_grad_(False)
+            for part in (self.model.decoder, self.model.post_quant_conv):
+                part.requires_grad_(True)
         device = accelerator.device
         self.model.to(device)
         self.discriminator.to(device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), recipe.lr, (0.5, 0.9))
+        # without momentum for r1, as its analysis has it
+        betas = (0.5, 0.9) if recipe.discriminator == "patchgan" else (0.0, 0.99)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, recipe.lr, betas)
         self.discriminator_optimizer = torch.optim.Adam(
-            self.discriminator.parameters(), recipe.lr * recipe.discriminator_lr, (0.5, 0.9)
+            self.discriminator.parameters(), recipe.lr * recipe.discriminator_lr, betas
         )
         self.done = 0
 
@@ -182,14 +134,15 @@ class AutoencoderTrainer:
         """
         self._set_lr()
         x, noise = self._prepare(images, generator)
-        if self.done == 0 and self.model.quantize is not None:
+        started = self.done > 0 or self.recipe.start is not None
+        if not started and self.model.quantize is not None:
             self._start_codebook(x, generator)
         adversarial = (
             self.recipe.adversarial_weight > 0 and self.done >= self.recipe.adversarial_start
         )
         self.discriminator.requires_grad_(False)
         self.model.train()
-        loss, terms, fake = self._autoencoder_loss(x, noise, adversarial)
+        loss, terms, fake = self._autoencoder_loss(x, noise, adversarial, generator)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the autoencoder's loss is {loss.item()} at step {self.done}; lower lr, or use "
@@ -200,9 +153,14 @@ class AutoencoderTrainer:
         self._apply(self.model, self.optimizer, len(x))
         if adversarial:
             self.discriminator.requires_grad_(True)
-            d_loss = self._discriminator_loss(x, fake.detach())
+            with self._autocast():
+                d_loss = self.discriminator.loss(x, fake.detach())
             self.discriminator_optimizer.zero_grad(set_to_none=True)
             d_loss.backward()
+            if self.recipe.discriminator == "r1" and self.done % R1_EVERY == 0:
+                penalty = self.discriminator.penalty(x)
+                (R1_EVERY * penalty).backward()
+                terms["penalty"] = R1_EVERY * penalty.item()  # so that means over steps are right
             self._apply(self.discriminator, self.discriminator_optimizer, len(x))
             terms["discriminator"] = d_loss.item()
         self._update_average()
@@ -220,7 +178,7 @@ class AutoencoderTrainer:
         return sharpened(model, images) if self.recipe.sharpen else model
 
     def _pruned(self, model: TamingAutoencoder, images: Tensor) -> TamingAutoencoder:
-        if not model.stochastic:
+        if not model.stochastic or self.recipe.decoder_only:
             return model
         with torch.inference_mode():
             moments = model.encode(to_float(images))
@@ -230,21 +188,12 @@ class AutoencoderTrainer:
         return keep_channels(model, (nats >= self.recipe.prune).nonzero().flatten().tolist())
 
     def _autoencoder_loss(
-        self, x: Tensor, noise: Tensor, adversarial: bool
+        self, x: Tensor, noise: Tensor, adversarial: bool, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float], Tensor]:
         with self._autocast():
-            moments = self.model.encode(x)
-            if moments.log_var is None:
-                z, codebook, _ = self.model.quantise(moments.mean.float())
-                regulariser = self.recipe.codebook_weight * codebook
-                terms = {"codebook": codebook.item()}
-            else:
-                mean, log_var = moments.mean.float(), moments.log_var.float()
-                z = mean + (0.5 * log_var).exp() * noise
-                kl = 0.5 * (mean**2 + log_var.exp() - 1.0 - log_var).flatten(1).sum(1).mean()
-                regulariser = self.kl_weight * kl / x[0].numel()
-                terms = {"kl": kl.item()}
-            fake = self.model.decode_quantised(z)
+            with torch.set_grad_enabled(not self.recipe.decoder_only):
+                z, regulariser, terms = self._latents(x, noise)
+            fake = self.model.decode_quantised(self._disturbed(z, generator))
         output = fake.float()
         fake = _saturated(output, self.model.config.limits)
         overshoot = (output - fake.detach()).square().mean()
@@ -253,37 +202,44 @@ class AutoencoderTrainer:
         terms |= {"reconstruction": reconstruction.item(), "overshoot": overshoot.item()}
         if adversarial:
             with self._autocast():
-                with torch.no_grad():
-                    real_features, _ = self._judge(x)
-                fake_features, logits = self._judge(fake)
-            matching = torch.stack(
-                [
-                    F.l1_loss(f.float(), r.float())
-                    for f, r in zip(fake_features, real_features, strict=True)
-                ]
-            ).sum()
-            fooling = -logits.float().mean()
-            weight = self._adaptive_weight(reconstruction, fooling)
-            loss = loss + self.recipe.feature_weight * matching
+                fake_features, logits = self.discriminator.judge(fake)
+            if self.recipe.feature_weight > 0:
+                matching = self._matching(x, fake_features)
+                loss = loss + self.recipe.feature_weight * matching
+                terms["matching"] = matching.item()
+            fooling = self.discriminator.fooling(logits)
+            balanced = self.recipe.discriminator == "patchgan"
+            weight = self._adaptive_weight(reconstruction, fooling) if balanced else 1.0
             loss = loss + self.recipe.adversarial_weight * weight * fooling
-            terms |= {"matching": matching.item(), "fooling": fooling.item()}
+            terms["fooling"] = fooling.item()
         return loss, terms, fake
 
-    def _discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        with self._autocast():
-            real_logits = self._judge(real)[1].float()
-            fake_logits = self._judge(fake)[1].float()
-        return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
+    def _matching(self, x: Tensor, of_fake: list[Tensor]) -> Tensor:
+        """Mean distance of the discriminator's hidden activations, summed over its layers."""
+        with self._autocast(), torch.no_grad():
+            of_real, _ = self.discriminator.judge(x)
+        pairs = zip(of_fake, of_real, strict=True)
+        return torch.stack([F.l1_loss(f.float(), r.float()) for f, r in pairs]).sum()
 
-    def _judge(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Hidden activations of the discriminator, and its logits."""
-        features: list[Tensor] = []
-        main: Any = self.discriminator.main
-        for layer in main:
-            x = layer(x)
-            if isinstance(layer, nn.LeakyReLU):
-                features.append(x)
-        return features, x
+    def _latents(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Latents that are decoded, what regularises them, and its named terms."""
+        moments = self.model.encode(x)
+        if moments.log_var is None:
+            z, codebook, _ = self.model.quantise(moments.mean.float())
+            return z, self.recipe.codebook_weight * codebook, {"codebook": codebook.item()}
+        mean, log_var = moments.mean.float(), moments.log_var.float()
+        z = mean + (0.5 * log_var).exp() * noise
+        kl = 0.5 * (mean**2 + log_var.exp() - 1.0 - log_var).flatten(1).sum(1).mean()
+        return z, self.kl_weight * kl / x[0].numel(), {"kl": kl.item()}
+
+    def _disturbed(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        """Latents with noise of `recipe.latent_noise`, drawn on the CPU."""
+        if self.recipe.latent_noise == 0.0:
+            return z
+        strength = torch.rand((len(z), 1, 1, 1), generator=generator)
+        noise = strength * torch.randn(z.shape, generator=generator)
+        spread = z.detach().std((0, 2, 3), keepdim=True)
+        return z + self.recipe.latent_noise * spread * noise.to(z.device)
 
     def _adaptive_weight(self, reconstruction: Tensor, fooling: Tensor) -> Tensor:
         last: Any = self.model.decoder.conv_out.weight

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from autoencoders import weights
 from autoencoders.base import Autoencoder, to_float, to_uint8
+from autoencoders.taming import TamingAutoencoder
 from autoencoders.training import AutoencoderTrainer
 from eval.inception import EXTRACTOR
 from eval.pictures import before_after
@@ -55,19 +56,22 @@ def train(
         The path of the finished weights.
 
     Raises:
-        UserError: images of another shape than the architecture takes, a training there, or one
-            of another configuration.
+        UserError: images of another shape than the architecture takes, weights to start from that
+            are not there, a training there, or one of another configuration.
         JkoflowError: the training diverged.
     """
     images = load_images(config.data)
-    if tuple(config.architecture.image_shape) != images.shape:
-        raise UserError(
-            f"architecture.image_shape is {tuple(config.architecture.image_shape)}, but "
-            f"{images.name} has {images.shape}; set it to the data's"
-        )
     recipe = config.autoencoder_training
+    start = _start(recipe.start)
+    architecture = start.config if start is not None else config.architecture
+    if tuple(architecture.image_shape) != images.shape:
+        named = recipe.start if start is not None else "architecture.image_shape"
+        raise UserError(
+            f"{named} is {tuple(architecture.image_shape)}, but {images.name} has "
+            f"{images.shape}; set it to the data's"
+        )
     _enter(config, folder, resume, accelerator)
-    trainer = AutoencoderTrainer(config.architecture, recipe, accelerator)
+    trainer = AutoencoderTrainer(config.architecture, recipe, accelerator, start)
     checkpoint, began, before = folder / _CHECKPOINT, time.monotonic(), 0.0
     if checkpoint.is_file():
         state = load_checkpoint(checkpoint)
@@ -179,6 +183,16 @@ def _reconstruct(
         if start == 0 and accelerator.is_main_process:
             _picture(folder, pixels[:_SHOWN], again[:_SHOWN])
     return total.result(entries)
+
+
+def _start(named: str | None) -> TamingAutoencoder | None:
+    """The weights that a training starts from."""
+    if named is None:
+        return None
+    try:
+        return weights.load(weights.locate(named))
+    except ValueError as error:
+        raise UserError(f"autoencoder_training.start: {error}") from error
 
 
 def _picture(folder: Path, before: Tensor, after: Tensor) -> None:

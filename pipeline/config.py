@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from autoencoders.recipe import AutoencoderTraining
 from autoencoders.taming import TamingConfig
-from autoencoders.training import AutoencoderTraining
 from flows.block import SolverConfig
 from flows.velocity import VelocityConfig
 

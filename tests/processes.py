@@ -17,7 +17,8 @@ import torch
 from accelerate import Accelerator
 
 from autoencoders.base import to_float
-from autoencoders.training import AutoencoderTrainer, AutoencoderTraining
+from autoencoders.recipe import AutoencoderTraining
+from autoencoders.training import AutoencoderTrainer
 from tests.autoencoders.models import blobs, config
 
 ROOT = Path(__file__).parents[1]

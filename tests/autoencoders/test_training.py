@@ -12,7 +12,9 @@ import torch
 from accelerate import Accelerator
 
 from autoencoders.base import to_float
-from autoencoders.training import AutoencoderTrainer, AutoencoderTraining
+from autoencoders.recipe import AutoencoderTraining
+from autoencoders.taming import TamingAutoencoder
+from autoencoders.training import AutoencoderTrainer
 from tests.autoencoders.models import blobs, config
 from tests.processes import run_job
 from tests.ranks import Rank, mean_of
@@ -248,3 +250,58 @@ def test_an_output_beyond_the_grey_levels_is_pulled_back(accelerator: Accelerato
         bias.append(made.model.decoder.conv_out.bias.max().item())
     assert bias[0] == 50.0
     assert bias[1] < 50.0
+
+
+def finished_start(accelerator: Accelerator) -> TamingAutoencoder:
+    made = trainer(accelerator)
+    run(made, 3)
+    return made.finished(blobs(16))
+
+
+def second_stage(accelerator: Accelerator, start: TamingAutoencoder) -> AutoencoderTrainer:
+    recipe = AutoencoderTraining(
+        iterations=40, batch_size=8, lr=1e-3, warmup=2, start="a file", decoder_only=True,
+        latent_noise=0.1, discriminator="r1", adversarial_start=1, adversarial_weight=0.1,
+        feature_weight=0.0, discriminator_width=4, discriminator_layers=1, sharpen=True,
+    )  # fmt: skip
+    return AutoencoderTrainer(config(), recipe, accelerator, start)
+
+
+def test_a_decoder_alone_is_trained_on(accelerator: Accelerator) -> None:
+    start = finished_start(accelerator)
+    made = second_stage(accelerator, start)
+    terms = run(made, 5)
+    assert "fooling" not in terms[0] and "matching" not in terms[-1]
+    assert {"fooling", "discriminator", "penalty"} <= set(terms[4])  # R1 at steps 0, 4, 8, …
+    finished = made.finished(blobs(16))
+    before, after = start.state_dict(), finished.state_dict()
+    for key, tensor in before.items():
+        kept = key.startswith(("encoder.", "quant_conv."))
+        assert torch.equal(after[key], tensor) == kept, key
+    x = to_float(blobs(16))
+    assert torch.equal(finished.encode(x).mean, start.encode(x).mean)
+    assert finished.fingerprint != start.fingerprint
+
+
+def test_a_second_stage_resumed_equals_never_stopped(accelerator: Accelerator) -> None:
+    start = finished_start(accelerator)
+    whole = second_stage(accelerator, start)
+    run(whole, 6)
+    half = second_stage(accelerator, start)
+    run(half, 3)
+    resumed = second_stage(accelerator, start)
+    resumed.load_state(copy.deepcopy(half.state()))
+    run(resumed, 3)
+    for name in ("model", "average", "discriminator"):
+        found, expected = getattr(resumed, name), getattr(whole, name)
+        for key, tensor in expected.state_dict().items():
+            assert torch.equal(found.state_dict()[key], tensor), f"{name} {key}"
+
+
+def test_a_recipe_says_what_does_not_go_together() -> None:
+    with pytest.raises(ValueError, match="decoder_only needs start"):
+        AutoencoderTraining(decoder_only=True)
+    with pytest.raises(ValueError, match="patchgan, r1, not 'wgan'"):
+        AutoencoderTraining(discriminator="wgan")
+    with pytest.raises(ValueError, match="latent_noise must not be negative"):
+        AutoencoderTraining(latent_noise=-0.1)
