@@ -23,7 +23,7 @@ from torch import Tensor
 
 from eval.gaussian import GaussianStats
 from eval.inception import FEATURES, FidInception
-from eval.references import available, load_reference
+from eval.references import available, is_reference, load_reference, read_reference
 
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 """pytorch-fid's, here in either case."""
@@ -189,7 +189,8 @@ def stats_of(
 
     Args:
         where: a folder of images, an .npz of images (`arr_0`) or of statistics (`mu`,
-            `sigma`), or, where no such path exists, the name of a shipped reference.
+            `sigma`), a .safetensors that `jkoflow reference` wrote, or, where no such path
+            exists, the name of a shipped reference.
         network: makes the network; only called when there are images to look at.
         progress: called after each batch.
 
@@ -205,20 +206,28 @@ def stats_of(
             f"'{where}' is neither a path nor a shipped reference "
             f"({', '.join(available()) or 'none are shipped'})"
         )
+    if is_reference(path):
+        return _of_pool3(path, read_reference(path).stats)
     if path.is_file() and path.suffix == ".npz":
         with _archive(path) as archive:
             names = set(archive.namelist())
         if {"mu.npy", "sigma.npy"} <= names:
-            stats = GaussianStats.load(path)
-            if stats.dim != FEATURES:
-                raise ValueError(f"{path}: expected statistics of {FEATURES} features, found "
-                                 f"{stats.dim}; use pool3 features")  # fmt: skip
-            return stats
+            return _of_pool3(path, GaussianStats.load(path))
         if "arr_0.npy" not in names:
             raise ValueError(
                 f"{path} holds neither images (`arr_0`) nor statistics (`mu`, `sigma`)"
             )
     return compute_stats(open_images(path), network(), progress)
+
+
+def _of_pool3(path: Path, stats: GaussianStats) -> GaussianStats:
+    """Statistics that can be compared with."""
+    if stats.dim != FEATURES:
+        raise ValueError(
+            f"{path}: expected statistics of {FEATURES} features, found {stats.dim}; use pool3 "
+            "features"
+        )
+    return stats
 
 
 def _archive(path: Path) -> zipfile.ZipFile:

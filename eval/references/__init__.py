@@ -45,16 +45,24 @@ def available() -> list[str]:
 
 
 def load_reference(name: str) -> Reference:
-    """Load a shipped reference such as `mnist-train`.
+    """Load a shipped reference such as `mnist-train`, or one of one's own from its file.
 
     Raises:
-        ValueError: no such name (the sentence lists those there are), or a damaged file.
+        ValueError: neither a shipped name (the sentence lists those there are) nor a file, or a
+            damaged file.
     """
     names = available()
     if name not in names:
+        if is_reference(name):
+            return read_reference(name)
         known = ", ".join(names) or "none"
         raise ValueError(f"no reference statistics named '{name}'; shipped are: {known}")
     return read_reference(_FOLDER / f"{name}{_SUFFIX}")
+
+
+def is_reference(path: str | Path) -> bool:
+    """Whether a path is a file that holds, by its name, a reference."""
+    return Path(path).suffix == _SUFFIX and Path(path).is_file()
 
 
 def read_reference(path: str | Path) -> Reference:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from eval.distances import GaussianStats, frechet_distance
+from eval.images import stats_of
 from eval.references import (
     available,
     load_reference,
@@ -75,3 +76,22 @@ def test_bad_cards_and_files_are_refused(stats, tmp_path):
             read_reference(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         read_reference(tmp_path / "absent")
+
+
+def test_a_file_of_ones_own_is_a_reference_too(tmp_path):
+    rng = np.random.default_rng(0)
+    made = GaussianStats.from_features(rng.normal(size=(40, 2048)))
+    path = tmp_path / "mine.safetensors"
+    save_reference(path, made, {**CARD, "n": 40})
+    assert np.array_equal(load_reference(str(path)).stats.mean, made.mean)
+    assert np.array_equal(stats_of(path, no_network).mean, made.mean)
+    small = GaussianStats.from_features(rng.normal(size=(40, 8)))
+    save_reference(path, small, {**CARD, "n": 40})
+    with pytest.raises(ValueError, match="expected statistics of 2048 features, found 8"):
+        stats_of(path, no_network)
+    with pytest.raises(ValueError, match="no reference statistics named"):
+        load_reference(str(tmp_path / "other.safetensors"))
+
+
+def no_network():
+    raise AssertionError("statistics need no network")
