@@ -236,7 +236,10 @@ def evaluate(
     n: Annotated[int | None, typer.Option("-n", help="Generated images.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the noise.")] = None,
     reference: Annotated[
-        str | None, typer.Option("--reference", help="A shipped name, a folder, a .npz, or what `reference` wrote.")
+        str | None,
+        typer.Option(
+            "--reference", help="A shipped name, a folder, a .npz, or what `reference` wrote."
+        ),
     ] = None,
     kid: Annotated[
         int | None, typer.Option("--kid", help="Real images for KID, precision and recall.")
@@ -261,7 +264,7 @@ def evaluate(
 
 @app.command()
 def fid(
-    a: Annotated[str, typer.Argument(help="A folder, a .npz, or a reference, shipped or your own.")],
+    a: Annotated[str, typer.Argument(help="A folder, a .npz, or a reference (also your own).")],
     b: Annotated[str, typer.Argument(help="Another.")],
 ) -> None:
     """FID of two sets of images or statistics; the number alone on the last line of stdout."""
