@@ -250,7 +250,8 @@ def evaluate(
     from pipeline.summary import headline
 
     opened = runs.open_run(run, blocks)
-    config = override(opened.config, overrides, ("generate", "evaluate"))
+    config = override(opened.config, overrides, ("generate", "evaluate", "data.path"))
+    opened = replace(opened, config=config)  # its images may lie elsewhere on this machine
     settings = replace(config.evaluate, n=n, seed=seed, reference=reference, kid=kid)
     accelerator = _accelerator()
     metrics = evaluation.Evaluator(accelerator, bar).evaluate(opened, settings, config.generate)
