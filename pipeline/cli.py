@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import autoencoder_verb, export_verb, likelihood_verb, toy2d
+from pipeline import autoencoder_verb, export_verb, likelihood_verb, report_verb, toy2d
 from pipeline.errors import UserError
 from pipeline.terminal import (
     INTERRUPTED,
@@ -297,6 +297,7 @@ def reference(
 autoencoder_verb.register(app)
 likelihood_verb.register(app)
 export_verb.register(app)
+report_verb.register(app)
 toy2d.register(app)
 
 

@@ -18,7 +18,7 @@ from tests.pipeline.tiny import World, python, say
 VERBS = (
     [], ["demo"], ["fetch"], ["encode"], ["train"], ["generate"], ["evaluate"], ["fid"],
     ["autoencoder"], ["autoencoder", "train"], ["autoencoder", "evaluate"],
-    ["autoencoder", "convert"], ["reference"], ["toy2d"], ["likelihood"],
+    ["autoencoder", "convert"], ["reference"], ["toy2d"], ["likelihood"], ["report"],
 )  # fmt: skip
 
 
