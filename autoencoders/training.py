@@ -130,7 +130,7 @@ class AutoencoderTrainer:
             The named terms of the loss, of this process's share of the batch.
 
         Raises:
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the loss is not finite, here or on another process.
         """
         self._set_lr()
         x, noise = self._prepare(images, generator)
@@ -143,9 +143,12 @@ class AutoencoderTrainer:
         self.discriminator.requires_grad_(False)
         self.model.train()
         loss, terms, fake = self._autoencoder_loss(x, noise, adversarial, generator)
-        if not torch.isfinite(loss):
+        total = loss.detach()
+        if self.accelerator.num_processes > 1:  # all of them stop, or none
+            total = self.accelerator.reduce(total, "sum")
+        if not torch.isfinite(total):
             raise FloatingPointError(
-                f"the autoencoder's loss is {loss.item()} at step {self.done}; lower lr, or use "
+                f"the autoencoder's loss is {total.item()} at step {self.done}; lower lr, or use "
                 "precision fp32"
             )
         self.optimizer.zero_grad(set_to_none=True)

@@ -22,6 +22,7 @@ from flows.errors import SolveError
 from flows.objective import JkoLoss, LfmLoss, jko_loss
 from flows.pieces import aligned
 from flows.spec import BlockSpec
+from pipeline.agreement import average, raise_together
 from pipeline.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.config import TrainConfig
 from pipeline.errors import JkoflowError
@@ -96,18 +97,21 @@ class BlockTrainer:
         """One optimiser step.
 
         Raises:
-            JkoflowError: the block cannot be solved, or its loss or gradient is not finite.
+            JkoflowError: the block cannot be solved, or its loss or gradient is not finite, on
+                this process or another.
         """
         began = time.perf_counter()
         self.optimizer.param_groups[0]["lr"] = self._learning_rate()
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         share = len(range(rank, self.recipe.batch_size, ranks))
-        loss = self._loss(rank, ranks)
+        loss, failure = self._loss_or_failure(rank, ranks)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
-        norm = self._finish_gradients(share * ranks / self.recipe.batch_size)
-        total = float(loss.total.detach())
-        if not math.isfinite(norm) or not math.isfinite(total):
+        if loss is not None:
+            loss.total.backward()
+        norm, total = self._finish_gradients(share * ranks / self.recipe.batch_size, loss)
+        if loss is None or not math.isfinite(norm) or not math.isfinite(total):
+            # both numbers are those of the whole batch, so that all processes are here
+            raise_together(self.accelerator, failure)
             raise self._failure(f"the loss is {total}, its gradient's norm {norm}")
         self.optimizer.step()
         if self.average is not None:
@@ -143,6 +147,15 @@ class BlockTrainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
 
+    def _loss_or_failure(
+        self, rank: int, ranks: int
+    ) -> tuple[JkoLoss | LfmLoss | None, JkoflowError | None]:
+        """The objective on this rank's share, or why there is none."""
+        try:
+            return self._loss(rank, ranks), None
+        except JkoflowError as error:
+            return None, error
+
     def _loss(self, rank: int, ranks: int) -> JkoLoss | LfmLoss:
         """The block's objective on this rank's share of the next batch."""
         if self.spec.objective == "lfm":
@@ -174,22 +187,22 @@ class BlockTrainer:
         scale = recipe.lr_final + (1.0 - recipe.lr_final) * cosine
         return recipe.lr * scale * min(1.0, (self.done + 1) / max(1, recipe.warmup))
 
-    def _finish_gradients(self, share: float) -> float:
-        """Average over processes, clip; returns the norm before clipping.
+    def _finish_gradients(
+        self, share: float, loss: JkoLoss | LfmLoss | None
+    ) -> tuple[float, float]:
+        """Average over processes, clip; returns the norm before clipping, and the mean loss.
 
         Args:
             share: of the batch on this process, 1 when all have the same; weighted with it, the
-                average is the gradient of the mean over the whole batch.
+                averages are loss and gradient of the mean over the whole batch.
+            loss: on this process; None, which failed, makes the mean NaN everywhere.
         """
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.accelerator.num_processes > 1:
-            flat = torch.cat([g.flatten() for g in gradients])
-            flat = self.accelerator.reduce(share * flat, "mean")
-            parts = flat.split([g.numel() for g in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+        total = torch.full((1,), math.nan, device=self.accelerator.device)
+        if loss is not None:
+            total = loss.total.detach().reshape(1)
+        total = average(self.accelerator, self.parameters, share, total)
         limit = self.recipe.grad_clip if self.recipe.grad_clip > 0 else math.inf
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit)), float(total)
 
     def _failure(self, reason: str) -> JkoflowError:
         advice = "lower train.lr"

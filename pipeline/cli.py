@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import autoencoder_verb, export_verb, likelihood_verb, toy2d
+from pipeline import autoencoder_verb, export_verb, likelihood_verb, report_verb, toy2d
 from pipeline.errors import UserError
 from pipeline.terminal import (
     INTERRUPTED,
@@ -253,7 +253,8 @@ def evaluate(
     from pipeline.summary import headline
 
     opened = runs.open_run(run, blocks)
-    config = override(opened.config, overrides, ("generate", "evaluate"))
+    config = override(opened.config, overrides, ("generate", "evaluate", "data.path"))
+    opened = replace(opened, config=config)  # its images may lie elsewhere on this machine
     settings = replace(config.evaluate, n=n, seed=seed, reference=reference, kid=kid)
     accelerator = _accelerator()
     metrics = evaluation.Evaluator(accelerator, bar).evaluate(opened, settings, config.generate)
@@ -299,6 +300,7 @@ def reference(
 autoencoder_verb.register(app)
 likelihood_verb.register(app)
 export_verb.register(app)
+report_verb.register(app)
 toy2d.register(app)
 
 

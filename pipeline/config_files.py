@@ -45,16 +45,17 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def overridden(config: Config, overrides: Sequence[str], sections: Sequence[str]) -> Config:
-    """A configuration with overrides of some of its sections only.
+    """A configuration with overrides of some of its sections, or single keys of them, only.
 
     Raises:
         UserError: as `load_config`, or an override of another section.
     """
     for override in overrides:
-        if override.partition(".")[0] not in sections:
+        key = override.partition("=")[0]
+        if key not in sections and key.partition(".")[0] not in sections:
             raise UserError(
-                f"--set {override} has no effect here; only the sections {', '.join(sections)} "
-                "can be overridden on a finished run"
+                f"--set {override} has no effect here; only {', '.join(sections)} can be "
+                "overridden on a finished run"
             )
     return _apply(_merge(_defaults(), to_dict(config), "config.yaml"), overrides)
 

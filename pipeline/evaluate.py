@@ -30,6 +30,7 @@ from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import UserError
 from pipeline.generate import sample_images
 from pipeline.latents import Progress, Standardisation
+from pipeline.passes import readable
 from pipeline.resources import peak_memory
 from pipeline.runs import Run
 from pipeline.seeds import generator
@@ -337,7 +338,7 @@ def _about(run: Run, images: StoreReader, settings: EvaluateConfig) -> dict[str,
     return {
         "real_test_fid": real,
         "nfe": images.manifest["nfe"],
-        "blocks": [{key: row.get(key) for key in keys} for row in rows],
+        "blocks": [readable({key: row.get(key) for key in keys}) for row in rows],
         "train_seconds": sum(row["seconds"] for row in rows),
         "peak_memory_bytes": peak_memory(),
         "run": run.fingerprint,

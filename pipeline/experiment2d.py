@@ -24,7 +24,7 @@ from pipeline import commit, pictures2d
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.latents import Progress
-from pipeline.passes import labels
+from pipeline.passes import labels, readable
 from pipeline.points import PointSet, point_set
 from pipeline.runs import Run, open_run, passes_of
 from pipeline.seeds import generator
@@ -132,7 +132,9 @@ def run_experiment(
     metrics |= {
         "data": run.manifest["data"],
         "passes": measure_passes(run, source, accelerator.device),
-        "blocks": [{key: row.get(key) for key in _ROW} for row in run.manifest["blocks"]],
+        "blocks": [
+            readable({key: row.get(key) for key in _ROW}) for row in run.manifest["blocks"]
+        ],
     }
     pictures2d.draw_all(run, source, folder / "samples", accelerator.device, progress)
     metrics["seconds"] = {

@@ -70,7 +70,9 @@ def export(run: Run, out: Path, dtype: str = "float16") -> Exported:
     manifest = _manifest(run, rows, dtype, out)
     change = _change(run.flow, load_blocks(out, manifest), run)
     config = dataclasses.replace(
-        run.config, train=dataclasses.replace(run.config.train, init_from=None)
+        run.config,
+        data=dataclasses.replace(run.config.data, path=None),  # where images lay on this machine
+        train=dataclasses.replace(run.config.train, init_from=None),
     )
     commit.write_bytes(out / "config.yaml", resolved_yaml(config).encode())
     if metrics is not None:

@@ -22,6 +22,7 @@ from autoencoders.adapt import Adaptation
 from autoencoders.base import Autoencoder, Moments, to_float
 from autoencoders.registry import build
 from pipeline import assets
+from pipeline.agreement import together
 from pipeline.config import Config
 from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import UserError
@@ -152,7 +153,10 @@ def encode(config: Config, accelerator: Accelerator, progress: Progress) -> Late
         raise UserError(f"latents.batch_size must be at least 1, not {config.latents.batch_size}")
     total = len(images) * (2 if config.latents.mirror else 1)
     writer = StoreWriter(folder, identity, total, config.latents.shard_size)
-    _write_shards(writer, images, autoencoder, config.latents.batch_size, accelerator, progress)
+    with together(accelerator):
+        _write_shards(
+            writer, images, autoencoder, config.latents.batch_size, accelerator, progress
+        )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         writer.finish(lambda reader: {"standardisation": _standardise(reader).to_dict()})

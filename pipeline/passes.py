@@ -131,6 +131,15 @@ def step_of(row: Row) -> float | None:
     return step
 
 
+def readable(row: Row) -> Row:
+    """The row for logs and metrics: steps without the last digits, where rounding errors show.
+
+    flow.json keeps them, for what is computed from it.
+    """
+    steps = {key: row[key] for key in ("h", "gamma") if row.get(key) is not None}
+    return {**row, **{key: float(f"{value:.12g}") for key, value in steps.items()}}
+
+
 def labels(passes: Sequence[Pass]) -> list[str]:
     """Names of passes for plots, as in the paper: Iter 1, Iter 2, …, r-Iter 1, …."""
     names, refined, count = [], False, 0

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 
 from flows.block import Block
 from flows.errors import SolveError
+from pipeline.agreement import together
 from pipeline.config import Config
 from pipeline.errors import JkoflowError, UserError
 from pipeline.latents import Progress, load_parts, open_cache
@@ -209,11 +210,12 @@ def ensure_stage(
     if (folder / "manifest.json").is_file():
         return open_store(folder, f"stage {stage}", identity)
     writer = StoreWriter(folder, identity, count, shard_size)
-    for index in writer.missing(accelerator.process_index, accelerator.num_processes):
-        z = make(writer, index)
-        if before is None:
-            _require_finite(z, writer.bounds(index)[0])
-        writer.write(index, {"z": z})
+    with together(accelerator):
+        for index in writer.missing(accelerator.process_index, accelerator.num_processes):
+            z = make(writer, index)
+            if before is None:
+                _require_finite(z, writer.bounds(index)[0])
+            writer.write(index, {"z": z})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         writer.finish(lambda reader: _movement(before, reader))

@@ -24,7 +24,7 @@ from pipeline.grids import check_grid
 from pipeline.initial import initial_row, open_initial
 from pipeline.journal import Journal
 from pipeline.latents import Progress
-from pipeline.passes import Pass, Row, summarise
+from pipeline.passes import Pass, Row, readable, summarise
 from pipeline.runs import block_file, compose, load_block, passes_of
 from pipeline.seeds import generator
 from pipeline.shipped import locate
@@ -246,7 +246,8 @@ class Trainer:
         self._commit()
         if self.accelerator.is_main_process:
             self._checkpoint_file(index).unlink(missing_ok=True)
-            journal.write({"block": index, "step": trainer.done, "event": "finished", **row})
+            told = {"block": index, "step": trainer.done, "event": "finished"}
+            journal.write({**told, **readable(row)})
             check_grid(trainer, before, self.config.push, row["terms"]["total"], journal)
         self.accelerator.wait_for_everyone()
 

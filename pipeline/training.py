@@ -160,9 +160,10 @@ def _continued(old: Config, new: Config, folder: Path, anew: bool) -> tuple[Conf
         if name not in later and not (anew and name.partition(".")[0] in FREE)
     ]
     if refused:
+        told = ", ".join(f"{key}={changed[key][0]} (now {changed[key][1]})" for key in refused)
         raise UserError(
-            f"the run at {folder} was started with other values of {', '.join(refused)}; "
-            "continue it with those, or train elsewhere with --run"
+            f"the run at {folder} was started with {told}; continue it as it was started, or "
+            "train elsewhere with --run"
         )
     same = {key: getattr(old.train, key) for key in INDIFFERENT}
     kept = dataclasses.replace(

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ from accelerate import Accelerator
 from autoencoders.base import to_float
 from autoencoders.recipe import AutoencoderTraining
 from autoencoders.training import AutoencoderTrainer
+from flows.spec import BlockSpec, build_block
+from pipeline.blocks import BlockTrainer
+from pipeline.config import TrainConfig
+from pipeline.seeds import generator
 from tests.autoencoders.models import blobs, config
+from tests.pipeline.gaussian_source import GaussianSource, tiny
 
 ROOT = Path(__file__).parents[1]
 RANKS = 2
@@ -52,7 +58,54 @@ def codebook(accelerator: Accelerator, folder: Path) -> Any:
     return {"entries": entries.tolist(), "latents": latents.tolist()}
 
 
-JOBS: dict[str, Callable[[Accelerator, Path], Any]] = {"codebook": codebook}
+def _named(error: Exception) -> list[str]:
+    return [type(error).__name__, str(error)]
+
+
+def block(accelerator: Accelerator, folder: Path, objective: str, size: float) -> Any:
+    """How a step ends whose batch holds one sample of a size, on one of the processes."""
+    stage = GaussianSource(count=8, bad=3, value=size).first_stage(folder, tiny(), accelerator)
+    spec = BlockSpec(velocity=tiny().velocity, h=None, objective=objective)
+    made = build_block(spec, (2,), generator(0, "weights", 0))
+    trainer = BlockTrainer(made, spec, stage, TrainConfig(batch_size=8), accelerator)
+    try:
+        trainer.step()
+    except Exception as error:  # noqa: BLE001 - what it is, is the question
+        return _named(error)
+    return None
+
+
+def autoencoder(accelerator: Accelerator, folder: Path) -> Any:
+    """How a step of an autoencoder ends that gives NaN on the second process alone."""
+    recipe = AutoencoderTraining(batch_size=8, adversarial_weight=0.0)
+    made = AutoencoderTrainer(config(), recipe, accelerator)
+    if accelerator.process_index == 1:
+        made.model.decoder.conv_out.bias.data.fill_(float("nan"))
+    try:
+        made.step(blobs(4), torch.Generator().manual_seed(0))
+    except Exception as error:  # noqa: BLE001
+        return _named(error)
+    return None
+
+
+def stage(accelerator: Accelerator, folder: Path) -> Any:
+    """How the making of a stage ends that one process finds NaN in."""
+    try:
+        source = GaussianSource(count=8, bad=5)
+        source.first_stage(folder, tiny("latents.shard_size=4"), accelerator)
+    except Exception as error:  # noqa: BLE001
+        return _named(error)
+    return None
+
+
+JOBS: dict[str, Callable[[Accelerator, Path], Any]] = {
+    "codebook": codebook,
+    "autoencoder": autoencoder,
+    "stage": stage,
+    "unsolvable": partial(block, objective="jko", size=float("1e38")),
+    "infinite": partial(block, objective="lfm", size=1e30),
+    "ordinary": partial(block, objective="lfm", size=1.0),
+}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Peak memory of training block k, against training K blocks jointly.
 
-    python -m tests.benchmarks.bench_memory [--blocks 16] [--plot memory.png]
+    python -m tests.benchmarks.bench_memory [--blocks 16] [--out memory.png]
 
 The setting of the released two-dimensional code: MLP 128-128-128, batch 2000, RK4 with S = 3,
 finite differences. Block-wise: a run grows by one block a time through `pipeline.training.train`,
@@ -31,6 +31,8 @@ from pipeline.config import Config, PointsConfig, ScheduleConfig, TrainConfig
 from pipeline.config_files import from_resolved, to_dict
 from pipeline.resources import keep_freed_memory, peak_memory
 
+#: where the plot goes unless told otherwise; runs/ is not kept with the project
+OUT = Path("runs/bench/memory.png")
 H, BATCH, STEPS, ITERATIONS = 0.5, 2000, 3, 3
 
 
@@ -120,7 +122,7 @@ def in_fresh_process(*arguments: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="memory of block-wise and joint training")
     parser.add_argument("--blocks", type=int, default=16)
-    parser.add_argument("--plot", type=Path, default=Path("memory.png"))
+    parser.add_argument("--out", type=Path, default=OUT, help=f"the plot; default {OUT}")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -142,12 +144,13 @@ def main() -> None:
                 f"{joint['bytes'] / 2**20:19.0f}{joint['seconds']:10.1f}",
                 flush=True,
             )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     curves(
-        args.plot, {line: (list(counts), values) for line, values in megabytes.items()},
+        args.out, {line: (list(counts), values) for line, values in megabytes.items()},
         x_label="block k, or number of blocks K", y_label="peak memory (MiB)",
         title="Memory of training",
     )  # fmt: skip
-    print(args.plot)
+    print(args.out)
 
 
 if __name__ == "__main__":

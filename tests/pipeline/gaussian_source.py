@@ -41,7 +41,8 @@ class GaussianSource:
     Args:
         covariance: (D, D).
         count: samples.
-        bad: index of a sample that is NaN, for tests of what must be refused.
+        bad: index of a sample that is not like the others, for tests of what must be refused.
+        value: of its first coordinate.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class GaussianSource:
         covariance: tuple[tuple[float, ...], ...] = COVARIANCE,
         count: int = 1500,
         bad: int | None = None,
+        value: float = float("nan"),
     ) -> None:
         self.covariance = torch.tensor(covariance, dtype=torch.float64)
-        self.count, self.bad = count, bad
+        self.count, self.bad, self.value = count, bad, value
         self.shape: tuple[int, ...] = (len(covariance),)
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
@@ -69,7 +71,7 @@ class GaussianSource:
             noise = torch.randn((last - first, *self.shape), generator=generator("draw", index))
             z = noise @ factor.T
             if self.bad is not None and first <= self.bad < last:
-                z[self.bad - first, 0] = float("nan")
+                z[self.bad - first, 0] = self.value
             return z
 
         size = config.latents.shard_size

@@ -18,7 +18,7 @@ from tests.pipeline.tiny import World, python, say
 VERBS = (
     [], ["demo"], ["fetch"], ["encode"], ["train"], ["generate"], ["evaluate"], ["fid"],
     ["autoencoder"], ["autoencoder", "train"], ["autoencoder", "evaluate"],
-    ["autoencoder", "convert"], ["reference"], ["toy2d"], ["likelihood"],
+    ["autoencoder", "convert"], ["reference"], ["toy2d"], ["likelihood"], ["report"],
 )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ class TestRunsThatAreThere:
         changes = ["--set", "train.lr=0.5", "--set", "schedule.h0=2", "--set", "train.log_every=7"]
         code, _, last = say(capsys, *words, *changes)
         assert code == 2
-        assert_sentence(last, "schedule.h0", "train.lr")
+        assert_sentence(last, "schedule.h0=0.5 (now 2.0)", "train.lr=0.001 (now 0.5)")
         assert "log_every" not in last  # which decides nothing
         assert say(capsys, *words, "--set", "train.log_every=7")[0] == 0
 

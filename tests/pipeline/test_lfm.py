@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import signal
@@ -17,7 +18,7 @@ from flows.gaussian import kl_to_standard
 from flows.objective import ou_target
 from pipeline.errors import JkoflowError, UserError
 from pipeline.matching import batch_loss, stratified_times
-from pipeline.passes import Pass, step_of
+from pipeline.passes import Pass, readable, step_of
 from pipeline.runs import load_blocks, open_run, read_manifest
 from pipeline.seeds import generator
 from pipeline.stages import stage_folder
@@ -253,6 +254,18 @@ def test_a_diverging_regression_names_block_and_step(tmp_path: Path) -> None:
         JkoflowError, match=r"block 0 failed at step \d+: .*; lower train\.lr, then"
     ):
         run(tmp_path / "run", *LFM, "train.lr=1e30", "train.grad_clip=0", "train.iterations=30")
+
+
+def test_people_read_times_without_rounding_errors(tmp_path: Path) -> None:
+    """0.1 ρ^k is not exact in binary; flow.json keeps the number that was computed with."""
+    quick = ("train.objective=lfm", "schedule.gamma1=0.1", "schedule.max_blocks=1")
+    run(tmp_path, *quick, "schedule.h=null", "train.iterations=1")
+    (row,) = read_manifest(tmp_path)["blocks"]
+    assert repr(row["gamma"]) == "0.10000000000000002"
+    lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    (told,) = (line for line in lines if line.get("event") == "finished")
+    assert repr(told["gamma"]) == "0.1" and told["h"] is None
+    assert readable({"h": 1 / 3, "gamma": None}) == {"h": 0.333333333333, "gamma": None}
 
 
 def test_the_chain_from_pictures(

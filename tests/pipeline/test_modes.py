@@ -103,7 +103,7 @@ def test_an_unfinished_block_can_be_trained_with_other_settings(tmp_path: Path) 
     stop = ("schedule.max_blocks=1", "schedule.free_block=false", "train.max_minutes=1e-9")
     assert run(folder, *stop, add_blocks=1).complete is False
     slower = ("schedule.max_blocks=1", "schedule.free_block=false", "train.lr=0.01")
-    with pytest.raises(UserError, match="other values of train.lr"):
+    with pytest.raises(UserError, match=r"started with train.lr=0.03 \(now 0.01\)"):
         run(folder, *slower)
     assert run(folder, *slower, from_block=1) == Outcome(2, True, 1, 3)
     assert passes_of(read_manifest(folder))[-1].recipe["lr"] == 0.01
@@ -137,7 +137,7 @@ def test_blocks_have_their_own_learning_rates(again: Path, tmp_path: Path) -> No
     before = hashes(folder)
     run(again, "train.lr=0.01", from_block=1)
     assert hashes(again) == before
-    with pytest.raises(UserError, match="other values of schedule.lr"):
+    with pytest.raises(UserError, match=r"schedule.lr=\[0.03, 0.01\] \(now \[0.03\]\)"):
         run(folder, same, "train.lr=1.0")
     run(folder, *own, "schedule.refine=2")
     assert rates(folder) == [0.03, 0.03, 0.01, 0.01, 0.01]
@@ -243,7 +243,7 @@ def test_requests_that_contradict_are_refused(again: Path, tmp_path: Path) -> No
         run(again, add_blocks=-1)
     with pytest.raises(UserError, match="added to a finished run only"):
         run(tmp_path / "none", add_blocks=1)
-    with pytest.raises(UserError, match="other values of push.steps"):
+    with pytest.raises(UserError, match=r"started with push.steps=2 \(now 3\)"):
         run(again, "push.steps=3", from_block=1)
     with pytest.raises(UserError, match="no block to train after the first 2"):
         run(again, "schedule.free_block=false", from_block=2)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.pipeline.tiny import ROOT, World, make_world, run_child
+from tests.processes import run_job
 
 
 def launch(world: World, *arguments: str | Path) -> str:
@@ -72,3 +73,26 @@ def test_train_agrees_up_to_rounding(alone: World, tmp_path: Path) -> None:
     steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     rows = [(row["block"], row["step"]) for row in steps if "event" not in row]
     assert rows == [(block, step) for block in range(3) for step in (2, 4, 6)]
+
+
+@pytest.mark.parametrize(
+    ("job", "kind", "words"),
+    [
+        ("unsolvable", "JkoflowError", ["block 0 failed at step 0", "could not be solved"]),
+        ("infinite", "JkoflowError", ["block 0 failed at step 0", "the loss is inf"]),
+        ("stage", "UserError", ["1 of the training samples", "the first of them sample 5"]),
+        ("autoencoder", "FloatingPointError", ["loss is nan at step 0"]),
+    ],
+)
+def test_what_one_process_fails_at_all_raise(
+    tmp_path: Path, job: str, kind: str, words: list[str]
+) -> None:
+    """None is left waiting for the others, and all say the same."""
+    seen = run_job(job, tmp_path)
+    assert seen[0] == seen[1]
+    assert seen[0] is not None and seen[0][0] == kind
+    assert all(word in seen[0][1] for word in words), seen
+
+
+def test_an_ordinary_step_raises_nowhere(tmp_path: Path) -> None:
+    assert run_job("ordinary", tmp_path) == [None, None]

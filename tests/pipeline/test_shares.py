@@ -1,4 +1,4 @@
-"""A batch that does not divide by the number of processes still has one gradient."""
+"""A batch that does not divide by the number of processes still has one loss and gradient."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def test_the_gradient_is_that_of_the_whole_batch(
     spec = BlockSpec(velocity=tiny().velocity, h=h, objective=objective)
     recipe = TrainConfig(batch_size=batch, grad_clip=0.0, ema=0.0, **changes)  # type: ignore[arg-type]
 
-    def trained(accelerator: Accelerator | Rank) -> BlockTrainer:
+    def trained(accelerator: Accelerator | Rank) -> tuple[BlockTrainer, float]:
         block = build_block(spec, (2,), generator(0, "weights", 0))
         made = BlockTrainer(block, spec, stage, recipe, accelerator)  # type: ignore[arg-type]
-        made.step()
-        return made
+        return made, made.step().terms["total"] * made.block.velocity.dim
 
-    alone = trained(Accelerator())
-    expected = torch.cat([p.grad.flatten() for p in alone.parameters if p.grad is not None])
+    alone, loss = trained(Accelerator())
+    gradients = [p.grad.flatten() for p in alone.parameters if p.grad is not None]
+    expected = torch.cat([*gradients, torch.tensor([loss])])
     parts = [Rank(rank, ranks) for rank in range(ranks)]
     for part in parts:
         trained(part)

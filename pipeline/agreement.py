@@ -1,0 +1,72 @@
+"""What several processes have in common: the mean of a batch, and what one of them failed at.
+
+What one meets, all raise: none waits for one that is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from pipeline.errors import JkoflowError
+
+
+def raise_together(accelerator: Accelerator, error: JkoflowError | None) -> None:
+    """Raise, on every process, the error that the first of them met; all processes call it.
+
+    Args:
+        accelerator: the processes.
+        error: what this process met; None if nothing.
+
+    Raises:
+        JkoflowError: a process met it; likewise its subclasses.
+    """
+    if accelerator.num_processes > 1:
+        met = gather_object([error])
+        first = next((rank for rank, other in enumerate(met) if other is not None), None)
+        if first is not None and first != accelerator.process_index:
+            error = met[first]
+    if error is not None:
+        raise error
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """Work without collectives; what a process raises in it, all raise at its end.
+
+    Raises:
+        JkoflowError: see `raise_together`.
+    """
+    failure: JkoflowError | None = None
+    try:
+        yield
+    except JkoflowError as error:
+        failure = error
+    raise_together(accelerator, failure)
+
+
+def average(
+    accelerator: Accelerator, parameters: Sequence[nn.Parameter], share: float, loss: Tensor
+) -> Tensor:
+    """Replace gradients by their mean over processes; returns the mean loss.
+
+    Args:
+        accelerator: the processes; with one alone nothing changes.
+        parameters: the same on all of them; one without a gradient counts as zero.
+        share: weight of this process, of mean 1.
+        loss: on this process (1,); one that is NaN makes the mean NaN on all.
+    """
+    if accelerator.num_processes == 1:
+        return loss
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([*(g.flatten() for g in gradients), loss])
+    flat = accelerator.reduce(share * flat, "mean")
+    *parts, loss = flat.split([*(g.numel() for g in gradients), 1])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return loss

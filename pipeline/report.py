@@ -1,0 +1,147 @@
+"""Run directory → report.html: one page that needs no other file.
+
+It shows what lies in the run already, and measures nothing: the configuration, the blocks, the
+pictures of samples/ (embedded as data URIs), metrics.json, environment.json.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from pipeline import commit
+from pipeline.config_files import resolved_yaml
+from pipeline.passes import Row, step_of
+from pipeline.runs import ENVIRONMENT, read_config, read_manifest
+from pipeline.summary import numbers
+
+REPORT = "report.html"
+#: terms of a block's objective, as flow.json and the report call them
+_TERMS = ("potential", "neg_log_det", "movement")
+#: shown first, where they are there; the other pictures follow by name
+_FIRST = ("grid.png", "movement.png")
+
+_PAGE = Template(
+    """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>$title</title><style>
+body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em }
+table { border-collapse: collapse } td, th { padding: .2em .8em; border-bottom: 1px solid #ccc }
+th { text-align: left } td { font-variant-numeric: tabular-nums }
+img { max-width: 100%; image-rendering: pixelated } pre { background: #f4f4f4; padding: 1em }
+</style></head><body>
+<h1>$title</h1>
+<p>$state</p>
+$body
+</body></html>
+"""
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.html into a run.
+
+    Args:
+        folder: the run directory, with at least one finished block.
+
+    Returns:
+        Its path.
+
+    Raises:
+        UserError: no run there, none of its blocks finished, or a damaged file.
+    """
+    config, manifest = read_config(folder), read_manifest(folder)
+    metrics = _read(folder / "metrics.json", "metrics")
+    rows = manifest["blocks"]
+    parts = [_section("Blocks", _table(_HEAD, map(_block, range(len(rows)), rows)))]
+    if metrics:
+        parts.insert(0, _section("Metrics", _table((), _measured(metrics))))
+    else:
+        parts.insert(
+            0, _section("Metrics", "<p>Not measured; run <code>jkoflow evaluate</code>.</p>")
+        )
+    parts += [_section(path.stem, _picture(path)) for path in _pictures(folder / "samples")]
+    parts.append(
+        _section("Environment", _table((), _flat(_read(folder / ENVIRONMENT, "environment"))))
+    )
+    parts.append(_section("Configuration", f"<pre>{escape(resolved_yaml(config))}</pre>"))
+    state = "finished" if manifest["complete"] else "unfinished; continue it with train --resume"
+    page = _PAGE.substitute(
+        title=escape(f"jkoflow: {config.name}"),
+        state=escape(f"{config.train.objective}, {len(rows)} blocks, {state}"),
+        body="\n".join(parts),
+    )
+    commit.write_bytes(folder / REPORT, page.encode())
+    return folder / REPORT
+
+
+_HEAD = ("block", "step", "movement (W2)", "Ter(k)", *(f"{name}, nats" for name in _TERMS),
+         "iterations", "parameters", "seconds")  # fmt: skip
+
+
+def _block(index: int, row: Row) -> list[str]:
+    step, terms = step_of(row), row.get("terms", {})
+    symbol = "γ" if row.get("objective") == "lfm" else "h"
+    return [
+        str(index),
+        "free" if step is None else f"{symbol} = {step:.4g}",
+        f"{row['movement']:.4f}",
+        f"{row['ter']:.4f}",
+        *(f"{terms[name]:.4f}" if name in terms else "" for name in _TERMS),
+        str(row["iterations"]),
+        f"{row['parameters']:,}",
+        f"{row['seconds']:.1f}",
+    ]
+
+
+def _measured(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values; those of an experiment without images as they lie in the file."""
+    if "fid" not in metrics:
+        return _flat({key: value for key, value in metrics.items() if key != "blocks"})
+    rows = [(name.strip(), value) for name, value in numbers(metrics)]
+    rows.append(("extractor", str(metrics["fid"].get("extractor", "unknown"))))
+    if metrics.get("peak_memory_bytes"):
+        rows.append(("peak memory", f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"))
+    seconds = metrics.get("seconds") or {"training": metrics.get("train_seconds", 0.0)}
+    return rows + [(f"seconds, {step}", f"{spent:.1f}") for step, spent in seconds.items()]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", str(value)))
+    return rows
+
+
+def _read(path: Path, what: str) -> dict[str, Any]:
+    return commit.read_json(path, what) if path.is_file() else {}
+
+
+def _pictures(samples: Path) -> list[Path]:
+    first = [samples / name for name in _FIRST if (samples / name).is_file()]
+    return first + sorted(path for path in samples.glob("*.png") if path not in first)
+
+
+def _picture(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{escape(path.name)}" src="data:image/png;base64,{data}">'
+
+
+def _section(title: str, body: str) -> str:
+    return f"<h2>{escape(title)}</h2>\n{body}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [_line("th", head)] if head else []
+    lines += [_line("td", row) for row in rows]
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def _line(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"

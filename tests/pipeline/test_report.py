@@ -1,0 +1,104 @@
+"""report.html: whole in itself, and with the numbers that lie in the run."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.runs import read_manifest
+from pipeline.summary import plot_movement
+from tests.pipeline.tiny import World, say
+
+
+class Page(HTMLParser):
+    """Rows of the tables, text, and what the page refers to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.pre = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for key, value in attrs if key in ("src", "href")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in ("meta", "img"):  # which have no end
+            self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.tags.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+        if self.tags and self.tags[-1] == "pre":
+            self.pre += data
+
+
+@pytest.fixture
+def run(trained: World, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
+
+
+def report(run: Path, capsys: pytest.CaptureFixture[str]) -> Page:
+    code, out, _ = say(capsys, "report", "--run", run)
+    assert (code, out.strip()) == (0, str(run / "report.html"))
+    page = Page((run / "report.html").read_text())
+    assert not page.tags  # all closed
+    return page
+
+
+def test_it_holds_what_the_run_holds(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert say(capsys, "generate", "--run", run, "-n", "4")[0] == 0
+    manifest = read_manifest(run)
+    plot_movement(manifest, run / "samples" / "movement.png")
+    metrics = {
+        "fid": {"n": 40, "reference": "<digits>", "value": 7.125, "seed": 3, "extractor": "x&y"},
+        "rfid": {"n": 40, "split": "test", "value": 3.5},
+        "nfe": 24,
+        "train_seconds": 12.5,
+        "peak_memory_bytes": 3 * 2**29,
+    }
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    page = report(run, capsys)
+    known = {row[0]: row[1] for row in page.rows if len(row) == 2}
+    assert known["FID(n=40, <digits>)"] == "7.12   (seed 3)"
+    assert known["reconstruction floor (n=40)"] == "3.50   (test)"
+    assert known["extractor"] == "x&y" and known["NFE a sample"] == "24"
+    assert known["peak memory"] == "1.50 GiB" and known["seconds, training"] == "12.5"
+    environment = json.loads((run / "environment.json").read_text())
+    assert known["versions.torch"] == environment["versions"]["torch"]
+    blocks = [row for row in page.rows if len(row) == 10][1:]
+    assert [row[1] for row in blocks] == ["h = 0.5", "h = 0.75", "free"]
+    for cells, row in zip(blocks, manifest["blocks"], strict=True):
+        assert cells[2] == f"{row['movement']:.4f}" and cells[9] == f"{row['seconds']:.1f}"
+        assert float(cells[5]) == pytest.approx(row["terms"]["neg_log_det"], abs=1e-4)
+        assert bool(cells[6]) == ("movement" in row["terms"])
+    assert yaml.safe_load(page.pre) == yaml.safe_load((run / "config.yaml").read_text())
+    # nothing but the pictures is referred to, and they lie inside
+    names = [run / "samples" / name for name in ("grid.png", "movement.png")]
+    found = [base64.b64decode(link.partition("data:image/png;base64,")[2]) for link in page.links]
+    assert found == [path.read_bytes() for path in names]
+
+
+def test_a_run_that_was_not_measured(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run / "samples", ignore_errors=True)
+    page = report(run, capsys)
+    assert not page.links and not any("FID" in cell for row in page.rows for cell in row)
+    assert "jkoflow evaluate" in (run / "report.html").read_text()
+
+
+def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, last = say(capsys, "report", "--run", tmp_path)
+    assert code == 2 and last.startswith(f"error: no run at {tmp_path}")
