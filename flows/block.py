@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from flows.condition import Condition, bind
 from flows.divergence import Divergence
 from flows.errors import FlowError
 from flows.solver import ADAPTIVE_METHODS, FIXED_METHODS, SolverConfig, Way, legs
@@ -54,9 +55,9 @@ class Block(nn.Module):
         self.solver = SolverConfig() if solver is None else solver
         legs(velocity, self.solver)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, condition: Condition | None = None) -> Tensor:
         """T(z) = z(1), (B, *shape)."""
-        return self.transport(z).z
+        return self.transport(z, condition=condition).z
 
     def transport(
         self,
@@ -65,6 +66,7 @@ class Block(nn.Module):
         divergence: Divergence | None = None,
         eps: Tensor | None = None,
         solver: SolverConfig | None = None,
+        condition: Condition | None = None,
     ) -> Transport:
         """Carries samples through the block, differentiably.
 
@@ -74,14 +76,15 @@ class Block(nn.Module):
             divergence: estimator of ∇·v; None skips the log-det.
             eps: probe of a random estimator, ``divergence.draw_probe(z, generator)``.
             solver: overrides the block's own.
+            condition: the classes of the samples, for a velocity with classes.
 
         Returns:
             the samples at the other end and, with a divergence, log |det| of the map travelled:
             +∫₀¹ ∇·v dt forwards, −∫₀¹ ∇·v dt backwards.
 
         Raises:
-            FlowError: z has another shape than the velocity's samples, the probe is missing, or
-                the grid does not meet the field's jumps.
+            FlowError: z has another shape than the velocity's samples, the probe is missing, the
+                condition does not fit, or the grid does not meet the field's jumps.
             SolveError: the field is not finite, blows up, or needs too many evaluations.
         """
         solver = solver or self.solver
@@ -90,7 +93,8 @@ class Block(nn.Module):
                 f"the block takes samples (B, {', '.join(map(str, self.velocity.shape))}) with "
                 f"B ≥ 1, found {tuple(z.shape)}"
             )
-        way = Way(legs(self.velocity, solver), reverse, divergence, eps, solver)
+        field = bind(self.velocity, condition, z)
+        way = Way(legs(field, solver), reverse, divergence, eps, solver)
         end, probes, nfe = way.follow(z)
         if probes is None:
             return Transport(end, None, None, nfe)

@@ -22,10 +22,10 @@ class ConvVelocity(Velocity):
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
         _require_grid(config.kind, shape)
-        super().__init__(shape)
+        super().__init__(shape, config.classes)
         channels, width = shape[0], config.width
         self.activation = config.activation_or("softplus20")
-        self.features = TimeFeatures(config.time_features)
+        self.features = TimeFeatures(config.time_features, config.classes)
         self.modulation = nn.Linear(config.time_features, 2 * width * config.depth)
         self.convs = nn.ModuleList(
             nn.Conv2d(width if index else channels, width, 3, padding=1)
@@ -36,9 +36,9 @@ class ConvVelocity(Velocity):
         if config.zero_init:
             zero_(self.output)
 
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+    def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """See :class:`Velocity`."""
-        modulations = self.modulation(self.features(t))[:, :, None, None]
+        modulations = self.modulation(self.features(t, labels))[:, :, None, None]
         hidden = z
         for index, conv in enumerate(self.convs):
             scale, shift = modulations.chunk(len(self.convs), dim=1)[index].chunk(2, dim=1)
@@ -104,7 +104,7 @@ class UNetVelocity(Velocity):
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
         _require_grid(config.kind, shape)
-        super().__init__(shape)
+        super().__init__(shape, config.classes)
         channels, width, depth = shape[0], config.width, config.depth
         self.two_levels = shape[1] % 2 == 0 and shape[2] % 2 == 0
         low = 2 * width if self.two_levels else width
@@ -114,7 +114,7 @@ class UNetVelocity(Velocity):
                 f"{config.heads} attention heads do not divide"
             )
         self.activation = config.activation_or("silu")
-        self.features = TimeFeatures(config.time_features)
+        self.features = TimeFeatures(config.time_features, config.classes)
         embedding = 4 * width
         self.time = nn.Linear(config.time_features, embedding)
         self.input = nn.Conv2d(channels, width, 3, padding=1)
@@ -137,9 +137,9 @@ class UNetVelocity(Velocity):
             for index in range(depth)
         )
 
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+    def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """See :class:`Velocity`."""
-        embedding = self.activation(self.time(self.features(t)))
+        embedding = self.activation(self.time(self.features(t, labels)))
         hidden = self.input(z)
         for block in self.encoder:
             hidden = block(hidden, embedding)

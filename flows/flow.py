@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.block import Block, SolverConfig, Transport
+from flows.condition import Condition, rows_of
 from flows.divergence import Divergence, make_divergence
 from flows.errors import FlowError, SolveError
 from flows.likelihood import log_prob
@@ -19,7 +20,7 @@ from flows.pieces import TimeSlice, aligned, time_slice
 from flows.results import FlowTransport, LogProb
 from flows.spec import BlockSpec, build_block
 
-__all__ = ["BlockSpec", "Flow", "FlowTransport", "LogProb"]
+__all__ = ["BlockSpec", "Condition", "Flow", "FlowTransport", "LogProb"]
 
 FORMAT = 1
 CHUNK = 4096
@@ -52,6 +53,11 @@ class Flow(nn.Module):
         self.nfe = 0
         for spec in specs:
             self.append(spec, generator=generator)
+
+    @property
+    def classes(self) -> int:
+        """Classes that samples are told apart by; 0 for a flow without."""
+        return self[0].velocity.classes if len(self) else 0
 
     # ---------------------------------------------------------------- the list
 
@@ -184,16 +190,24 @@ class Flow(nn.Module):
     # ---------------------------------------------------------------- maps
 
     def encode(
-        self, z_0: Tensor, solver: SolverConfig | None = None, chunk: int = CHUNK
+        self,
+        z_0: Tensor,
+        solver: SolverConfig | None = None,
+        chunk: int = CHUNK,
+        condition: Condition | None = None,
     ) -> Tensor:
         """z_0 → z_K, data to noise; (n, *shape) both. See :meth:`transport`."""
-        return self.transport(z_0, solver=solver, chunk=chunk).z
+        return self.transport(z_0, solver=solver, chunk=chunk, condition=condition).z
 
     def decode(
-        self, z_K: Tensor, solver: SolverConfig | None = None, chunk: int = CHUNK
+        self,
+        z_K: Tensor,
+        solver: SolverConfig | None = None,
+        chunk: int = CHUNK,
+        condition: Condition | None = None,
     ) -> Tensor:
         """z_K → z_0, noise to data; (n, *shape) both. See :meth:`transport`."""
-        return self.transport(z_K, reverse=True, solver=solver, chunk=chunk).z
+        return self.transport(z_K, True, solver, chunk, condition).z
 
     def sample(
         self,
@@ -201,6 +215,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
         solver: SolverConfig | None = None,
         chunk: int = CHUNK,
+        condition: Condition | None = None,
     ) -> Tensor:
         """Draws n samples z_0 (n, *shape) by decoding z_K ~ N(0, I).
 
@@ -212,7 +227,7 @@ class Flow(nn.Module):
         like = next(self.parameters(), torch.empty(0))
         device = like.device if generator is None else generator.device
         noise = torch.randn((n, *self.shape), generator=generator, device=device, dtype=like.dtype)
-        return self.decode(noise.to(like.device), solver=solver, chunk=chunk)
+        return self.decode(noise.to(like.device), solver, chunk, condition)
 
     @torch.no_grad()
     def transport(
@@ -221,6 +236,7 @@ class Flow(nn.Module):
         reverse: bool = False,
         solver: SolverConfig | None = None,
         chunk: int = CHUNK,
+        condition: Condition | None = None,
     ) -> FlowTransport:
         """Carries samples through all blocks, a chunk at a time, so that memory stays flat.
 
@@ -229,6 +245,7 @@ class Flow(nn.Module):
             reverse: noise to data.
             solver: for this call, in place of each block's own.
             chunk: samples together in memory; adaptive solvers choose their steps for a chunk.
+            condition: the classes of the samples (n,), for a flow with classes.
 
         Raises:
             FlowError: z has another shape.
@@ -238,9 +255,9 @@ class Flow(nn.Module):
         totals = [[0.0, 0.0, 0.0] for _ in self.blocks]
         out = torch.empty_like(z)
         for start in range(0, z.shape[0], chunk):
-            part = z[start : start + chunk]
+            part, of = z[start : start + chunk], rows_of(condition, start, start + chunk)
             for index in self.order(reverse):
-                moved = self.through(index, part, reverse, solver)
+                moved = self.through(index, part, reverse, solver, condition=of)
                 totals[index][0] += moved.nfe * part.shape[0]
                 totals[index][1] += float((moved.z - part).double().square().sum())
                 totals[index][2] += float(moved.z.double().square().sum())
@@ -258,13 +275,17 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def trajectory(
-        self, z: Tensor, reverse: bool = False, solver: SolverConfig | None = None
+        self,
+        z: Tensor,
+        reverse: bool = False,
+        solver: SolverConfig | None = None,
+        condition: Condition | None = None,
     ) -> Iterator[Tensor]:
         """Yields the samples at the start and after every block travelled, K + 1 in all."""
         self.check(z)
         yield z
         for index in self.order(reverse):
-            z = self.through(index, z, reverse, solver).z
+            z = self.through(index, z, reverse, solver, condition=condition).z
             yield z
 
     def log_prob(
@@ -275,11 +296,12 @@ class Flow(nn.Module):
         solver: SolverConfig | None = None,
         generator: torch.Generator | None = None,
         chunk: int = 1024,
+        condition: Condition | None = None,
     ) -> LogProb:
         """Log-likelihood of data samples; see :func:`flows.likelihood.log_prob`."""
         if isinstance(divergence, str):
             divergence = make_divergence(divergence, probes=probes)
-        result = log_prob(self, z_0, divergence, solver, generator, chunk)
+        result = log_prob(self, z_0, divergence, solver, generator, chunk, condition)
         self.nfe = result.nfe
         return result
 
@@ -295,10 +317,11 @@ class Flow(nn.Module):
         solver: SolverConfig | None,
         divergence: Divergence | None = None,
         eps: Tensor | None = None,
+        condition: Condition | None = None,
     ) -> Transport:
         """One block's transport, whose failure names the block."""
         try:
-            return self[index].transport(z, reverse, divergence, eps, solver)
+            return self[index].transport(z, reverse, divergence, eps, solver, condition)
         except SolveError as failure:
             raise failure.in_block(index) from failure
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flows.block import SolverConfig
+from flows.condition import Condition, rows_of
 from flows.divergence import Divergence
 from flows.results import LogProb
 
@@ -30,8 +31,9 @@ def log_prob(
     solver: SolverConfig | None = None,
     generator: torch.Generator | None = None,
     chunk: int = 1024,
+    condition: Condition | None = None,
 ) -> LogProb:
-    """Evaluates log p(z_0) = log N(z_K; 0, I) + Σ_k ∫ ∇·v_k dt.
+    """Evaluates log p(z_0) = log N(z_K; 0, I) + Σ_k ∫ ∇·v_k dt; given the class, log p(z_0 | y).
 
     Args:
         flow: the blocks.
@@ -41,6 +43,7 @@ def log_prob(
             log-det is that of another, coarser map.
         generator: source of the probes, drawn anew for each block and chunk.
         chunk: samples together in memory; the exact divergence holds D copies of each.
+        condition: the classes of the samples, for a flow with classes.
 
     Returns:
         the values in nats, their standard error over the probes (None if exact, or with a single
@@ -53,17 +56,18 @@ def log_prob(
     flow.check(z_0)
     solver = solver or SolverConfig(method="dopri5")
     estimates, errors, evaluations = [], [], 0
-    for part in z_0.split(chunk):
+    for start in range(0, len(z_0), chunk):
+        part, of = z_0[start : start + chunk], rows_of(condition, start, start + chunk)
         z, log_det = part, part.new_zeros(divergence.probes, part.shape[0])
         for index in flow.order(reverse=False):
             eps = divergence.draw_probe(z, generator)
-            moved = flow.through(index, z, False, solver, divergence, eps)
+            moved = flow.through(index, z, False, solver, divergence, eps, of)
             assert moved.log_det_probes is not None
             z, log_det = moved.z, log_det + moved.log_det_probes
             evaluations += moved.nfe * part.shape[0]
         estimates.append(log_normal(z) + log_det)
         for index in flow.order(reverse=True):
-            z = flow.through(index, z, True, solver).z
+            z = flow.through(index, z, True, solver, condition=of).z
         errors.append((z - part).flatten(1).norm(dim=1))
     values = torch.cat(estimates, dim=1)
     spread = None

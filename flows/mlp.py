@@ -11,30 +11,35 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from flows.velocity_base import TimeFeatures, Velocity, VelocityConfig, zero_
+from flows.velocity_base import LabelShift, TimeFeatures, Velocity, VelocityConfig, zero_
 
 
 class LinearVelocity(Velocity):
-    """v(z) = A z + b: the field whose map and log-det are known, expm(A) and tr A."""
+    """v(z) = A z + b: the field whose map and log-det are known, expm(A) and tr A.
+
+    With classes every class has its own b.
+    """
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
-        super().__init__(shape)
+        super().__init__(shape, config.classes)
         self.affine = nn.Linear(self.dim, self.dim)
+        self.label = LabelShift(config.classes, self.dim, zero=config.zero_init)
         if config.zero_init:
             zero_(self.affine)
 
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+    def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """See :class:`Velocity`; t is not used."""
-        return self.affine(z.flatten(1)).view_as(z)
+        return self.label(self.affine(z.flatten(1)), labels).view_as(z)
 
 
 class MlpVelocity(Velocity):
-    """A plain MLP on (z, t), as in the paper's two-dimensional experiments."""
+    """A plain MLP on (z, t), and the class, as in the paper's two-dimensional experiments."""
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
-        super().__init__(shape)
+        super().__init__(shape, config.classes)
         widths = config.hidden
         self.first = nn.Linear(self.dim + 1, widths[0])
+        self.label = LabelShift(config.classes, widths[0])
         self.middle = nn.ModuleList(
             nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
         )
@@ -46,32 +51,35 @@ class MlpVelocity(Velocity):
         if config.zero_init:
             zero_(self.last)
 
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+    def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """See :class:`Velocity`."""
         first = self.first
+        bias = self.label(first.bias, labels)
         # W (z, t) = W_z z + t w_t: the time goes into the bias and no concatenated copy is made.
         # The copy of the transpose lets the gradients' products run in the quick order: with few
         # inputs, BLAS takes several times longer in the other.
         weight, column = first.weight[:, : self.dim].t().contiguous(), first.weight[:, self.dim]
         if t.dim() == 0:
-            hidden = torch.addmm(first.bias + t * column, z.flatten(1), weight)
+            hidden = torch.addmm(bias + t * column, z.flatten(1), weight)
         else:
-            hidden = torch.addmm(first.bias, z.flatten(1), weight) + t[:, None] * column
+            hidden = torch.addmm(bias, z.flatten(1), weight) + t[:, None] * column
         for layer in self.middle:
             hidden = layer(self.activation(hidden))
         return self.last(self.activation(hidden)).view_as(z)
 
-    def directional(self, t: Tensor, z: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    def directional(
+        self, t: Tensor, z: Tensor, tangents: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See :class:`Velocity`; for softplus by hand: the derivative is the sigmoid's multiple.
 
         With p = βx, softplus_β(x) = softplus(p) / β, so β goes into the first and last weights
         and the biases, and activations are plain softplus.
         """
         if self.beta is None:
-            return super().directional(t, z, tangents)
+            return super().directional(t, z, tangents, labels)
         beta, first, last = self.beta, self.first, self.last
         weight = (beta * first.weight[:, : self.dim]).t().contiguous()  # as in forward
-        bias = beta * (first.bias + t * first.weight[:, self.dim])
+        bias = beta * (self.label(first.bias, labels) + t * first.weight[:, self.dim])
         p = torch.addmm(bias, z.flatten(1), weight)
         q = torch.matmul(tangents.flatten(2), weight)
         for layer in self.middle:
@@ -133,10 +141,10 @@ class ResidualMlpVelocity(Velocity):
     """
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
-        super().__init__(shape)
+        super().__init__(shape, config.classes)
         width = config.width
         self.activation = config.activation_or("silu")
-        self.features = TimeFeatures(config.time_features)
+        self.features = TimeFeatures(config.time_features, config.classes)
         self.time = nn.Linear(config.time_features, width)
         self.modulation = nn.Linear(width, 2 * width * config.depth)
         self.input = nn.Linear(self.dim, width)
@@ -148,10 +156,10 @@ class ResidualMlpVelocity(Velocity):
         if config.zero_init:
             zero_(self.output)
 
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+    def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """See :class:`Velocity`."""
         hidden = self.input(z.flatten(1))
-        embedding = self.activation(self.time(self.features(t)))
+        embedding = self.activation(self.time(self.features(t, labels)))
         modulations = self.modulation(embedding).chunk(len(self.layers), dim=1)
         for layer, modulation in zip(self.layers, modulations, strict=True):
             hidden = layer(hidden, *modulation.chunk(2, dim=1))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from flows.block import Block
+from flows.condition import Condition
 from flows.divergence import Divergence
 from flows.errors import FlowError
-from flows.velocity_base import Velocity
+from flows.velocity_base import Velocity, given
 
 OBJECTIVES = ("jko", "lfm")
 INTERPOLANTS = ("linear", "trigonometric")
@@ -58,12 +59,14 @@ def jko_loss(
     h: float | None,
     divergence: Divergence,
     eps: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> JkoLoss:
     """The objective of one JKO step, whose minimiser is the proximal step of KL(· ‖ N(0, I)).
 
     E[ ½‖T(z)‖² − ∫₀¹ ∇·v dt + ‖T(z) − z‖² / 2h ]
 
-    Up to a constant this is KL(T_# p ‖ N(0, I)) + W₂²/2h.
+    Up to a constant this is KL(T_# p ‖ N(0, I)) + W₂²/2h; with classes, its mean over them: each
+    makes a step of its own.
 
     Args:
         block: the block in training.
@@ -71,16 +74,18 @@ def jko_loss(
         h: step size, positive; None for the free block, which has no movement term.
         divergence: estimator of ∇·v.
         eps: its probe, held through the solve.
+        labels: int64 (B,), for a block with classes.
 
     Raises:
-        FlowError: h is not positive, or the probe is missing.
+        FlowError: h is not positive, the probe is missing, or the labels do not fit.
         SolveError: the block cannot be solved.
 
     Reference: JKO-iFlow Eq. (8).
     """
     if h is not None and not 0 < h < math.inf:
         raise FlowError(f"the step size h must be positive and finite, found {h}")
-    moved = block.transport(z, divergence=divergence, eps=eps)
+    condition = None if labels is None else Condition(labels)
+    moved = block.transport(z, divergence=divergence, eps=eps, condition=condition)
     assert moved.log_det is not None
     batch = z.shape[0]
     squared_norm = moved.z.square().sum() / batch
@@ -167,6 +172,7 @@ def lfm_loss(
     gamma: float | None,
     interpolant: str = "linear",
     generator: torch.Generator | None = None,
+    labels: Tensor | None = None,
 ) -> LfmLoss:
     """The simulation-free objective of one block: E ‖v(t, I_t) − İ_t‖².
 
@@ -179,6 +185,7 @@ def lfm_loss(
         gamma: Ornstein–Uhlenbeck time of the block, or None.
         interpolant: ``linear`` | ``trigonometric``.
         generator: source of g and t.
+        labels: int64 (B,), for a field with classes.
 
     Raises:
         FlowError: γ or the interpolant is not valid.
@@ -188,11 +195,17 @@ def lfm_loss(
     device = z.device if generator is None else generator.device
     noise = torch.randn(z.shape, generator=generator, device=device, dtype=z.dtype)
     t = torch.rand(z.shape[0], generator=generator, device=device, dtype=z.dtype).to(z.device)
-    return matching_loss(velocity, z, ou_target(z, gamma, noise.to(z.device)), t, interpolant)
+    target = ou_target(z, gamma, noise.to(z.device))
+    return matching_loss(velocity, z, target, t, interpolant, labels)
 
 
 def matching_loss(
-    velocity: Velocity, z: Tensor, target: Tensor, t: Tensor, interpolant: str = "linear"
+    velocity: Velocity,
+    z: Tensor,
+    target: Tensor,
+    t: Tensor,
+    interpolant: str = "linear",
+    labels: Tensor | None = None,
 ) -> LfmLoss:
     """The regression E ‖v(t, I_t) − İ_t‖² on given pairs and times.
 
@@ -202,10 +215,11 @@ def matching_loss(
         target: ends (B, *shape), paired with the starts row by row.
         t: times (B,) in [0, 1].
         interpolant: ``linear`` | ``trigonometric``.
+        labels: int64 (B,), of the starts, for a field with classes.
 
     Raises:
         FlowError: unknown interpolant.
     """
     position, slope = interpolate(z, target, t, interpolant)
-    residual = velocity(t, position) - slope
+    residual = velocity(t, position, *given(labels)) - slope
     return LfmLoss(residual.square().sum() / z.shape[0])

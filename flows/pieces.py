@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.errors import FlowError
-from flows.velocity_base import Piece, Velocity
+from flows.velocity_base import Piece, Velocity, given
 
 #: differences of time below it are rounding
 _ROUNDING = 1e-9
@@ -23,18 +23,22 @@ class Stretch(Velocity):
     """
 
     def __init__(self, inner: Velocity, start: float, length: float) -> None:
-        super().__init__(inner.shape)
+        super().__init__(inner.shape, inner.classes)
         self.inner = inner
         self.start = start
         self.length = length
 
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+    def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """See :class:`Velocity`."""
-        return self.length * self.inner(self.start + self.length * t, z)
+        return self.length * self.inner(self.start + self.length * t, z, *given(labels))
 
-    def directional(self, t: Tensor, z: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    def directional(
+        self, t: Tensor, z: Tensor, tangents: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See :class:`Velocity`."""
-        v, moved = self.inner.directional(self.start + self.length * t, z, tangents)
+        v, moved = self.inner.directional(
+            self.start + self.length * t, z, tangents, *given(labels)
+        )
         return self.length * v, self.length * moved
 
     def pieces(self) -> tuple[Piece, ...]:
@@ -81,28 +85,31 @@ class NetSequence(Velocity):
     """
 
     def __init__(self, nets: Sequence[Velocity], count: int | None = None, first: int = 0) -> None:
-        super().__init__(nets[0].shape)
+        super().__init__(nets[0].shape, nets[0].classes)
         self.nets = nn.ModuleList(nets)
         self.count = count or len(nets)
         self.first = first
 
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+    def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """See :class:`Velocity`."""
         last = self.first + len(self.nets) - 1
         index = (t * self.count).floor().clamp(self.first, last)
         if t.dim() == 0:
-            return self._part(int(index))(t, z)
+            return self._part(int(index))(t, z, *given(labels))
         v = torch.empty_like(z)
         for j in range(self.first, last + 1):
             rows = (index == j).nonzero()[:, 0]
-            v = v.index_copy(0, rows, self._part(j)(t[rows], z[rows]))
+            chosen = given(None if labels is None else labels[rows])
+            v = v.index_copy(0, rows, self._part(j)(t[rows], z[rows], *chosen))
         return v
 
-    def directional(self, t: Tensor, z: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    def directional(
+        self, t: Tensor, z: Tensor, tangents: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See :class:`Velocity`."""
         last = self.first + len(self.nets) - 1
         index = int((t * self.count).floor().clamp(self.first, last))
-        return self._part(index).directional(t, z, tangents)
+        return self._part(index).directional(t, z, tangents, *given(labels))
 
     def pieces(self) -> tuple[Piece, ...]:
         """See :class:`Velocity`; one a network."""

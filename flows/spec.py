@@ -71,7 +71,10 @@ class BlockSpec:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         plain = asdict(self)
-        plain["velocity"]["hidden"] = list(self.velocity.hidden)
+        velocity = plain["velocity"]
+        velocity["hidden"] = list(self.velocity.hidden)
+        if not self.velocity.classes:  # a flow without classes is described as it always was
+            del velocity["classes"], velocity["class_dropout"]
         return plain
 
     @classmethod

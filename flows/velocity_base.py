@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,10 @@ class VelocityConfig:
         time_features: sines and cosines of t seen by the time-conditioned networks; even.
         heads: attention heads at the unet's lowest resolution; 0 leaves attention out.
         nets: networks a block: each covers an equal part of the block's time, one after the other.
+        classes: classes that the network is told apart by a label; 0 for a network without.
+        class_dropout: lfm, fm: probability that a sample in training goes without its class, in
+            [0, 1), which guidance needs; jko never drops a class, for the step of all data
+            together is another map than the steps of the classes, and ends elsewhere.
         zero_init: start with v = 0, so that a new block is the identity map.
     """
 
@@ -50,6 +54,8 @@ class VelocityConfig:
     time_features: int = 32
     heads: int = 4
     nets: int = 1
+    classes: int = 0
+    class_dropout: float = field(default=0.1, compare=False)  # not of the network: of its training
     zero_init: bool = True
 
     def __post_init__(self) -> None:
@@ -67,8 +73,12 @@ class VelocityConfig:
             raise FlowError(
                 f"velocity.time_features must be even and at least 2, not {self.time_features}"
             )
-        if self.heads < 0:
-            raise FlowError(f"velocity.heads must not be negative, found {self.heads}")
+        for name in ("heads", "classes"):
+            value = getattr(self, name)
+            if value < 0:
+                raise FlowError(f"velocity.{name} must not be negative, found {value}")
+        if not 0 <= self.class_dropout < 1:
+            raise FlowError(f"velocity.class_dropout must lie in [0, 1), not {self.class_dropout}")
 
     def activation_or(self, default: str) -> Callable[[Tensor], Tensor]:
         """The chosen activation, or the network's own default."""
@@ -95,21 +105,28 @@ class Velocity(nn.Module, ABC):
 
     Samples never interact: row i of v(t, z) depends on row i of z alone, which the divergence
     estimators rely on (so no batch normalisation).
+
+    Args:
+        shape: of one sample.
+        classes: that it takes labels of; 0 for a field without.
     """
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], classes: int = 0) -> None:
         super().__init__()
         self.shape = tuple(shape)
         self.dim = math.prod(shape)
+        self.classes = classes
 
     @abstractmethod
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+    def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Evaluates the field.
 
         Args:
             t: time in [0, 1]; 0-d, the same for all samples (ODE solvers), or (B,), one a sample
                 (simulation-free objectives).
             z: samples (B, *shape).
+            labels: int64 (B,), in [0, classes], where the last is no class; None for a field
+                without classes.
 
         Returns:
             v(t, z), (B, *shape).
@@ -122,7 +139,9 @@ class Velocity(nn.Module, ABC):
         """
         return (Piece(0.0, 1.0, self),)
 
-    def directional(self, t: Tensor, z: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    def directional(
+        self, t: Tensor, z: Tensor, tangents: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The field and its derivatives along n directions a sample, (∂v/∂z) ε.
 
         Forward mode over all directions at once; a network that knows its own chain rule
@@ -132,13 +151,14 @@ class Velocity(nn.Module, ABC):
             t: 0-d time.
             z: samples (B, *shape).
             tangents: directions (n, B, *shape), n ≥ 1.
+            labels: (B,), as for the field.
 
         Returns:
             v(t, z), (B, *shape), and the derivatives (n, B, *shape).
         """
 
         def push(tangent: Tensor) -> tuple[Tensor, Tensor]:
-            value, moved = jvp(lambda x: self(t, x), (z,), (tangent,))[:2]
+            value, moved = jvp(lambda x: self(t, x, *given(labels)), (z,), (tangent,))[:2]
             return value, moved
 
         if len(tangents) == 1:
@@ -150,8 +170,40 @@ class Velocity(nn.Module, ABC):
         return v, moved
 
 
+def given(labels: Tensor | None) -> tuple[Tensor, ...]:
+    """The labels as further arguments of a field: none for a field without classes."""
+    return () if labels is None else (labels,)
+
+
+class LabelShift(nn.Module):
+    """x + e(y): how every network sees the class, one learned vector a class and one for none.
+
+    Args:
+        classes: labels 0 … classes − 1, and the null label ``classes``; 0 changes nothing.
+        features: of x.
+        zero: start with e = 0.
+    """
+
+    def __init__(self, classes: int, features: int, zero: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(classes + 1, features) if classes else None
+        if self.embedding is not None and zero:
+            nn.init.zeros_(self.embedding.weight)
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """Maps x (features), or (1 or B, features), with labels (B,) to (B, features).
+
+        Raises:
+            FlowError: labels for a network without classes, or none for one with them.
+        """
+        if (self.embedding is None) != (labels is None):
+            need = "no labels, for it has no classes" if self.embedding is None else "labels"
+            raise FlowError(f"this velocity network needs {need}")
+        return x if self.embedding is None else x + self.embedding(labels)
+
+
 class TimeFeatures(nn.Module):
-    """Sines and cosines of t at geometrically spaced frequencies, π/2 … 2π.
+    """Sines and cosines of t at geometrically spaced frequencies, π/2 … 2π; shifted by the class.
 
     The fastest makes one period over the block: a training grid has only a few sub-intervals, and
     a field that wiggled between its knots would be integrated wrongly.
@@ -159,17 +211,18 @@ class TimeFeatures(nn.Module):
 
     omega: Tensor
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, classes: int = 0) -> None:
         super().__init__()
+        self.label = LabelShift(classes, features)
         half = features // 2
         exponents = torch.linspace(0, 1, half, dtype=torch.float64)
         omega = (math.pi / 2) * 4.0**exponents
         self.register_buffer("omega", omega.to(torch.get_default_dtype()), persistent=False)
 
-    def forward(self, t: Tensor) -> Tensor:
-        """Maps t, 0-d or (B,), to (1, features) or (B, features)."""
+    def forward(self, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Maps t, 0-d or (B,), to (1, features) or (B, features); with labels to (B, features)."""
         phase = t.reshape(-1, 1).to(self.omega.dtype) * self.omega
-        return torch.cat([phase.sin(), phase.cos()], dim=1)
+        return self.label(torch.cat([phase.sin(), phase.cos()], dim=1), labels)
 
 
 def zero_(layer: nn.Linear | nn.Conv2d) -> None:

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from flows.block import Block, SolverConfig
+from flows.condition import Condition
 from flows.divergence import make_divergence
 from flows.ema import Ema
 from flows.errors import SolveError
@@ -162,14 +163,22 @@ class BlockTrainer:
             drawn = generator(self.recipe.seed, "matching", self.index, self.done, *self.salt)
             whole = self.batches.indices(self.done)
             field, gamma = self.block.velocity, self.spec.gamma
-            return batch_loss(field, self.stage, whole, gamma, self.recipe, drawn, rank, ranks)
-        z = self.stage.take("z", self.batches.indices(self.done, rank, ranks))
+            dropout = self.spec.velocity.class_dropout
+            return batch_loss(
+                field, self.stage, whole, gamma, self.recipe, drawn, rank, ranks, dropout
+            )
+        rows = self.batches.indices(self.done, rank, ranks)
+        z, labels = self.stage.take("z", rows), self.labels(rows)
         probe = self._probe(z, rank, ranks)
         z = z.to(self.accelerator.device)
         try:
-            return jko_loss(self.block, z, self.spec.h, self.divergence, probe)
+            return jko_loss(self.block, z, self.spec.h, self.divergence, probe, labels)
         except SolveError as error:
             raise self._failure(str(error)) from error
+
+    def labels(self, rows: Tensor) -> Tensor | None:
+        """The classes of some samples, for a block with classes."""
+        return self.stage.take("labels", rows) if self.block.velocity.classes else None
 
     def _probe(self, z: Tensor, rank: int, ranks: int) -> Tensor | None:
         """This rank's rows of the probe drawn for the whole batch."""
@@ -238,8 +247,10 @@ def measure(trainer: BlockTrainer, stage: StoreReader, push: SolverConfig) -> di
         eps = divergence.draw_probe(z, drawn)
         z = z.to(device)
         eps = None if eps is None else eps.to(device)
+        labels = trainer.labels(rows)
+        of = None if labels is None else Condition(labels)
         try:
-            end = block.transport(z, divergence=divergence, eps=eps, solver=solver)
+            end = block.transport(z, False, divergence, eps, solver, of)
         except SolveError as error:
             raise JkoflowError(f"block {trainer.index} cannot be measured: {error}") from error
         assert end.log_det is not None

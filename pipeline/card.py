@@ -75,6 +75,10 @@ def _objective(config: Config, manifest: dict[str, Any]) -> str:
     train, text = config.train, config.train.objective
     if text != "jko":
         text += f", {train.interpolant} interpolant, {train.coupling} coupling"
+    velocity = config.velocity
+    if velocity.classes:
+        text += f", {velocity.classes} classes"
+        text += f" (left out with {velocity.class_dropout:g})" * (train.objective != "jko")
     if "init_from" in manifest:
         start = manifest["init_from"]
         text += f", started from the blocks of {start['name']} ({start['objective']})"

@@ -47,6 +47,14 @@ SetOption = Annotated[
 RunOption = Annotated[
     Path, typer.Option("--run", "-r", help="A run directory, or zoo:NAME for a shipped run.")
 ]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance",
+        help="Of a class-conditional run: w of v(null) + w (v(class) - v(null)); 1, the default, "
+        "is the plain conditional flow, more exaggerates, at twice the evaluations.",
+    ),
+]
 BlocksOption = Annotated[
     int | None, typer.Option("--blocks", help="Use only the first so many blocks.")
 ]
@@ -197,6 +205,15 @@ def generate(
     nfe: Annotated[
         int | None, typer.Option("--nfe", help="At most so many network evaluations a sample.")
     ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class",
+            help="Of a class-conditional run: images of this class only; several, or all: one "
+            "row of the grid each. Default: as often as in the training data.",
+        ),
+    ] = None,
+    guidance: GuidanceOption = None,
     blocks: BlocksOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where the grid (PNG) goes.")] = None,
     images: Annotated[
@@ -210,10 +227,15 @@ def generate(
     """Generate images from a run; writes a grid, and on request all images."""
     from pipeline import generate as sampling
     from pipeline import runs
+    from pipeline.classes import parse_classes
 
     opened = runs.open_run(run, blocks)
     settings = override(opened.config, overrides, ("generate",)).generate
-    settings = replace(settings, n=n, seed=seed, steps=steps)
+    labels = parse_classes(opened, classes)
+    settings = replace(settings, n=n, seed=seed, steps=steps, labels=labels, guidance=guidance)
+    several = len(settings.labels or [])
+    if n is None and several > 1:
+        settings = replace(settings, n=max(settings.n, several * settings.columns))
     if nfe is not None:
         settings = sampling.within(opened, settings, nfe)
     accelerator = _accelerator()
@@ -221,7 +243,7 @@ def generate(
     if not accelerator.is_main_process:
         return
     path = out or opened.folder / "samples" / "grid.png"
-    sampling.write_grid(made, path, settings.columns**2, settings.columns)
+    sampling.write_grid(made, path, settings.columns**2, settings.columns, several)
     if images is not None:
         sampling.write_folder(made, images)
     if npz is not None:
@@ -244,6 +266,7 @@ def evaluate(
     kid: Annotated[
         int | None, typer.Option("--kid", help="Real images for KID, precision and recall.")
     ] = None,
+    guidance: GuidanceOption = None,
     blocks: BlocksOption = None,
     overrides: SetOption = None,
 ) -> None:
@@ -256,8 +279,9 @@ def evaluate(
     config = override(opened.config, overrides, ("generate", "evaluate", "data.path"))
     opened = replace(opened, config=config)  # its images may lie elsewhere on this machine
     settings = replace(config.evaluate, n=n, seed=seed, reference=reference, kid=kid)
+    sampling = replace(config.generate, guidance=guidance)
     accelerator = _accelerator()
-    metrics = evaluation.Evaluator(accelerator, bar).evaluate(opened, settings, config.generate)
+    metrics = evaluation.Evaluator(accelerator, bar).evaluate(opened, settings, sampling)
     if accelerator.is_main_process:
         say(headline(metrics))
         print(opened.folder / "metrics.json")

@@ -191,6 +191,10 @@ class GenerateConfig:
         seed: of the noise.
         method: solver, null takes the one that pushes.
         steps: its sub-intervals a block (fixed-step solvers).
+        labels: of a class-conditional run: the classes of the images, in turn; null draws them as
+            often as they stand in the training data.
+        guidance: of a class-conditional run: w of v(null) + w (v(class) - v(null)), the field
+            that is followed; null takes 1, the plain conditional field.
     """
 
     n: int = 64
@@ -199,6 +203,8 @@ class GenerateConfig:
     seed: int = 0
     method: str | None = None
     steps: int | None = None
+    labels: list[int] | None = None
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)

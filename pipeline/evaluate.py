@@ -24,7 +24,9 @@ from eval.gaussian import GaussianStats
 from eval.images import stats_of
 from eval.inception import EXTRACTOR, FidInception
 from eval.references import load_reference
+from flows.condition import Condition
 from pipeline import assets, commit
+from pipeline.classes import choice_of, condition_of
 from pipeline.config import DataConfig, EvaluateConfig, GenerateConfig
 from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import UserError
@@ -65,7 +67,7 @@ class Evaluator:
         Args:
             run: an open run.
             settings: what to measure.
-            sampling: solver and batch size; n and seed come from `settings`.
+            sampling: solver, batch size, classes, guidance; n and seed come from `settings`.
 
         Returns:
             The metrics, as in metrics.json.
@@ -75,7 +77,8 @@ class Evaluator:
         """
         if settings.n < 2:
             raise UserError(f"FID needs at least 2 images, not {settings.n}; take 2000 or more")
-        _check(run.config.data, settings)
+        _check(run, settings)
+        choice = choice_of(run, sampling)
         sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
         reference = self.reference(settings.reference)
         images = sample_images(run, sampling, self.accelerator, self.progress)
@@ -93,6 +96,8 @@ class Evaluator:
                 **label,
             }
         }
+        if choice is not None:
+            metrics["fid"] |= {"guidance": choice.guidance, "classes": list(choice.labels) or None}
         if settings.floor:
             metrics["rfid"] = self.floor(run, settings, reference) | label
         if settings.kid:
@@ -229,7 +234,7 @@ class Evaluator:
         }
 
     def _likelihood(self, run: Run, settings: EvaluateConfig) -> dict[str, Any]:
-        """NLL of latents of the test split: exact divergence, adaptive solver."""
+        """NLL of latents of the test split, given the class: exact divergence, adaptive."""
         images = _test_images(run.config.data)
         _enough(images, settings.nll)
         autoencoder = run.autoencoder()
@@ -242,7 +247,9 @@ class Evaluator:
         if moments.log_var is None and noise > 0:
             z = z + noise * torch.randn(z.shape, generator=drawn)
         device = next(run.flow.parameters()).device
-        result = run.flow.log_prob(z.clone().to(device), divergence="exact", chunk=SHARD)
+        of = _classes(run, images, settings.nll)
+        z = z.clone().to(device)
+        result = run.flow.log_prob(z, divergence="exact", chunk=SHARD, condition=of)
         error = result.inversion_error.double()
         return {
             "nll_per_dim": result.nll_per_dim,
@@ -254,6 +261,7 @@ class Evaluator:
                 "solver": "dopri5",
                 "nfe": result.nfe,
                 "inversion_mse": float((error**2).mean()) / result.dim,
+                **({} if of is None else {"given": "class"}),
             },
         }
 
@@ -269,14 +277,23 @@ def _extractor() -> dict[str, str]:
     return {"extractor": EXTRACTOR, "weights": assets.content_sha256("inception")[:16]}
 
 
-def _check(data: DataConfig, settings: EvaluateConfig) -> None:
+def _check(run: Run, settings: EvaluateConfig) -> None:
     """Refuse what the data set cannot give, before hours are spent on images."""
+    data = run.config.data
     if settings.floor:
         _enough(_floor_images(data, settings.n), settings.n)
     if settings.kid:
         _enough(load_images(data), settings.kid)
     if settings.nll:
-        _enough(_test_images(data), settings.nll)
+        test = _test_images(data)
+        _enough(test, settings.nll)
+        _classes(run, test, settings.nll)
+
+
+def _classes(run: Run, images: ImageSet, n: int) -> Condition | None:
+    """The classes of the first n images of a set, for a class-conditional run."""
+    classes = run.flow.classes
+    return condition_of(images.labels if classes else None, classes, 0, n)
 
 
 def _test_images(data: DataConfig) -> ImageSet:
@@ -292,10 +309,14 @@ def _floor_images(data: DataConfig, n: int) -> ImageSet:
 def inputs_of(run: Run, settings: EvaluateConfig, sampling: GenerateConfig) -> str:
     """What an evaluation's numbers depend on, as a key: metrics of the same key are the same."""
     sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
+    generate = dataclasses.asdict(sampling)
+    for later in ("labels", "guidance"):  # without them the key is what it was before they came
+        if generate[later] is None:
+            del generate[later]
     parts = {
         "run": run.fingerprint,
         "evaluate": dataclasses.asdict(settings),
-        "generate": dataclasses.asdict(sampling),
+        "generate": generate,
         "data": run.manifest["data"],
         **_extractor(),
     }

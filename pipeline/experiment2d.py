@@ -50,6 +50,7 @@ class PointSource:
     """
 
     shape: tuple[int, ...] = (2,)
+    labels: Tensor | None = None
 
     def __init__(self, config: Config) -> None:
         settings = config.points

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from autoencoders.weights import locate, shipped
+from flows.condition import Condition
 from flows.flow import Flow
 from pipeline import commit
 from pipeline.card import card
@@ -126,5 +127,8 @@ def _manifest(run: Run, rows: list[dict[str, Any]], dtype: str, out: Path) -> di
 def _change(before: Flow, after: Flow, run: Run) -> float:
     """Root mean square between what both flows make of the same noise."""
     noise = torch.randn((_COMPARED, *before.shape), generator=generator(0, "export"))
-    made = [flow.cpu().decode(noise, solver=run.config.push) for flow in (before, after)]
+    labels = torch.arange(_COMPARED) % max(1, before.classes)
+    of = Condition(labels) if before.classes else None
+    push = run.config.push
+    made = [flow.cpu().decode(noise, push, condition=of) for flow in (before, after)]
     return float((made[0] - made[1]).square().mean().sqrt())

@@ -21,8 +21,10 @@ from torch import Tensor
 from autoencoders.base import Autoencoder, to_uint8
 from eval.pictures import grid, save_png
 from flows.block import FIXED_METHODS, SolverConfig
+from flows.condition import Condition
 from flows.pieces import fits
 from pipeline import commit
+from pipeline.classes import Choice, choice_of
 from pipeline.config import GenerateConfig
 from pipeline.errors import UserError
 from pipeline.latents import Progress
@@ -55,13 +57,16 @@ def within(run: Run, settings: GenerateConfig, nfe: int) -> GenerateConfig:
             f"--nfe needs a fixed-step solver, but generate.method is {solver.method}; choose "
             "rk4, midpoint or euler"
         )
-    per_step = FIXED_METHODS[solver.method] * len(run.flow)
+    choice = choice_of(run, settings)
+    twice = 1 if choice is None else choice.evaluations  # guidance evaluates the network twice
+    per_step = FIXED_METHODS[solver.method] * len(run.flow) * twice
     pieces = [block.velocity.pieces() for block in run.flow]
     for steps in range(nfe // per_step, 0, -1):
         if all(fits(each, steps) for each in pieces):  # with several networks a block, not any S
             return dataclasses.replace(settings, steps=steps)
     nets = max(spec.velocity.nets for spec in run.flow.specs)
     place = f"{len(run.flow)} blocks" + (f" of {nets} networks" if nets > 1 else "")
+    place += " with guidance" * (twice > 1)
     raise UserError(
         f"--nfe {nfe} is below one {solver.method} step in each of {place} "
         f"({per_step * nets}); ask for more, or set generate.method=euler"
@@ -75,7 +80,7 @@ def sample_images(
 
     Args:
         run: an open run.
-        settings: n, seed, batch size, solver.
+        settings: n, seed, batch size, solver, classes and guidance.
         accelerator: device and processes; rank r makes shards r, r + P, ….
         progress: wraps the loop over batches.
 
@@ -83,7 +88,7 @@ def sample_images(
         A store with the field `images`, uint8 (n, C, H, W); its manifest has `nfe`.
 
     Raises:
-        UserError: n or batch size below 1.
+        UserError: n or batch size below 1, or classes that the run does not know.
         SolveError: the flow cannot be followed.
     """
     if settings.n < 1 or settings.batch_size < 1:
@@ -91,7 +96,7 @@ def sample_images(
             f"n and generate.batch_size must be at least 1, not {settings.n} and "
             f"{settings.batch_size}"
         )
-    solver = solver_of(run, settings)
+    solver, choice = solver_of(run, settings), choice_of(run, settings)
     identity = {
         "kind": "samples",
         "run": run.fingerprint,
@@ -100,6 +105,8 @@ def sample_images(
         "batch_size": settings.batch_size,
         "solver": dataclasses.asdict(solver),
     }
+    if choice is not None:
+        identity["classes"] = choice.describe()
     folder = run.folder / "samples" / f"images-{key_of(identity)}"
     if (folder / "manifest.json").is_file():
         return open_store(folder, "generated images", identity)
@@ -114,12 +121,14 @@ def sample_images(
         parts = []
         for start in range(first, last, settings.batch_size):
             count = min(settings.batch_size, last - start)
-            drawn = generator(settings.seed, "sample", start // settings.batch_size)
-            parts.append(_sample(run, autoencoder, count, drawn, solver, accelerator))
+            place = (settings.seed, "sample", start // settings.batch_size)
+            of = None if choice is None else choice.condition(start, count, *place)
+            drawn = generator(*place)
+            parts.append(_sample(run, autoencoder, count, drawn, solver, accelerator, of))
         writer.write(index, {"images": torch.cat(parts)})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        nfe = sample_nfe(run, solver)
+        nfe = sample_nfe(run, solver, choice)
         writer.finish(lambda _: {"nfe": nfe})
     accelerator.wait_for_everyone()
     return open_store(folder, "generated images", identity)
@@ -133,18 +142,21 @@ def _sample(
     drawn: torch.Generator,
     solver: SolverConfig,
     accelerator: Accelerator,
+    condition: Condition | None = None,
 ) -> Tensor:
     noise = torch.randn((count, *run.flow.shape), generator=drawn).to(accelerator.device)
-    z = run.standardisation.undo(run.flow.decode(noise, solver=solver))
+    z = run.standardisation.undo(run.flow.decode(noise, solver, condition=condition))
     autoencoder.to(accelerator.device)  # type: ignore[attr-defined]
     return to_uint8(autoencoder.decode(z)).cpu()
 
 
-def sample_nfe(run: Run, solver: SolverConfig) -> int:
-    """Evaluations of v per sample under a solver, summed over blocks (measured on 16 samples)."""
+def sample_nfe(run: Run, solver: SolverConfig, choice: Choice | None = None) -> int:
+    """Evaluations of the network per sample, summed over blocks (measured on 16 samples)."""
     noise = torch.randn((16, *run.flow.shape), generator=generator(0, "nfe"))
     device = next(run.flow.parameters()).device
-    return int(run.flow.transport(noise.to(device), reverse=True, solver=solver).nfe)
+    of = None if choice is None else choice.condition(0, 16, "nfe")
+    moved = run.flow.transport(noise.to(device), reverse=True, solver=solver, condition=of)
+    return int(moved.nfe) * (1 if choice is None else choice.evaluations)
 
 
 def batches(images: StoreReader, size: int = 500) -> Iterator[Tensor]:
@@ -153,11 +165,27 @@ def batches(images: StoreReader, size: int = 500) -> Iterator[Tensor]:
         yield images.read("images", start, min(start + size, len(images)))
 
 
-def write_grid(images: StoreReader, path: Path, count: int, columns: int) -> None:
-    """Write the first images of a store as one PNG grid."""
+def write_grid(
+    images: StoreReader, path: Path, count: int, columns: int, classes: int = 1
+) -> None:
+    """Write the first images of a store as one PNG grid.
+
+    Args:
+        images: the store.
+        path: of the picture.
+        count: images, at most.
+        columns: of the grid.
+        classes: that the images are of in turn; with several, each has a row of its own.
+    """
     if columns < 1:
         raise UserError(f"generate.columns must be at least 1, not {columns}")
+    rows = classes > 1 and len(images) >= classes
+    if rows:
+        columns = min(columns, len(images) // classes)
+        count = classes * columns
     first = images.read("images", 0, min(count, len(images)))
+    if rows:
+        first = first.unflatten(0, (columns, classes)).transpose(0, 1).flatten(0, 1)
     picture = grid(first, min(columns, len(first)), scale=2 if first.shape[-1] <= 64 else 1)
     commit.write_with(path, lambda file: save_png(picture, file))
 

@@ -87,6 +87,10 @@ class LatentCache:
         """Content address."""
         return str(self.reader.manifest["key"])
 
+    def labels(self) -> Tensor:
+        """The class of every latent, int64 (n,); -1 where the data set has none."""
+        return self.reader.take("labels", torch.arange(len(self)))
+
     def draw(self, start: int, stop: int, noise: float, generator: torch.Generator) -> Tensor:
         """Standardised latents [start, stop): posterior samples, or with a known noise.
 

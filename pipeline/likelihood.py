@@ -1,8 +1,9 @@
 """Ranks images by the likelihood of their latents: which are typical for a run, which odd.
 
 A likelihood is that of the standardised latents (posterior samples, or with the known noise, as
-the flow was trained on), in nats; with the exact divergence, or with several probes and their
-standard error, by an adaptive solver, beside the inversion error ‖z_0 − T⁻¹(T(z_0))‖.
+the flow was trained on), given the class if the run is class-conditional, in nats; with the exact
+divergence, or with several probes and their standard error, by an adaptive solver, beside the
+inversion error ‖z_0 − T⁻¹(T(z_0))‖.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from flows.block import SolverConfig
 from flows.divergence import make_divergence
 from flows.results import LogProb
 from pipeline import commit
+from pipeline.classes import condition_of
 from pipeline.config import DataConfig
 from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import UserError
@@ -70,7 +72,8 @@ def rank(
         What likelihood.json holds: the summary, and all images from typical to odd.
 
     Raises:
-        UserError: n or columns below 1, more images than there are, both a split and a folder.
+        UserError: n or columns below 1, more images than there are, both a split and a folder, or
+            images without a class for a class-conditional run.
         FlowError: an unknown estimator, or fewer than one probe.
         SolveError: the flow cannot be followed.
     """
@@ -91,7 +94,8 @@ def rank(
     for start in progress(starts, len(starts), f"likelihood of {settings.n} images"):
         stop = min(start + _CHUNK, settings.n)
         z = latents_of(run, images, start, stop, accelerator).to(accelerator.device)
-        parts.append(flow.log_prob(z, divergence, solver=_SOLVER, generator=drawn, chunk=_CHUNK))
+        of = condition_of(images.labels if flow.classes else None, flow.classes, start, stop)
+        parts.append(flow.log_prob(z, divergence, 1, _SOLVER, drawn, _CHUNK, of))
     result = _collect(parts, images, settings)
     if accelerator.is_main_process:
         _draw(result, images, settings.columns, run.folder / "samples" / "likelihood.png")

@@ -29,6 +29,7 @@ def batch_loss(
     drawn: torch.Generator,
     rank: int = 0,
     ranks: int = 1,
+    dropout: float = 0.0,
 ) -> LfmLoss:
     """The regression on this process's share of a batch.
 
@@ -41,20 +42,26 @@ def batch_loss(
         drawn: source of noise and times, the same on all processes.
         rank: of this process.
         ranks: processes.
+        dropout: probability that a sample goes without its class, for a field with classes.
     """
     device = next(velocity.parameters()).device
     noise = torch.randn((len(indices), *velocity.shape), generator=drawn)
     t = stratified_times(len(indices), drawn)
+    labels = stage.take("labels", indices) if velocity.classes else None
+    told = labels
+    if labels is not None:
+        dropped = torch.rand(len(indices), generator=drawn) < dropout
+        told = labels.masked_fill(dropped, velocity.classes)[rank::ranks].to(device)
     if recipe.coupling == "ot":  # of the whole batch, on every process: it is one pairing
         z = stage.take("z", indices)
         target = ou_target(z, gamma, noise)
-        target = target[optimal_pairing(z, target)]
+        target = target[optimal_pairing(z, target, labels)]
         z, target = z[rank::ranks], target[rank::ranks]
     else:
         z = stage.take("z", indices[rank::ranks])
         target = ou_target(z, gamma, noise[rank::ranks])
     z, target, t = (x.to(device) for x in (z, target, t[rank::ranks]))
-    return matching_loss(velocity, z, target, t, recipe.interpolant)
+    return matching_loss(velocity, z, target, t, recipe.interpolant, told)
 
 
 def stratified_times(count: int, drawn: torch.Generator) -> Tensor:

@@ -1,7 +1,8 @@
 """Stage caches: the training latents pushed through the blocks that are finished.
 
 Stage 0 holds draws of the latents (posterior samples, or the latents with their known noise),
-`latents.draws` of each; stage k + 1 is stage k pushed through block k. A block therefore trains
+`latents.draws` of each; stage k + 1 is stage k pushed through block k. With classes every sample
+carries its label from stage to stage, and is pushed as one of its class. A block therefore trains
 on a cached array, and its cost does not grow with the number of blocks before it.
 
 Reference: JKO-iFlow, Algorithm 1.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +21,7 @@ import torch
 from accelerate import Accelerator
 
 from flows.block import Block
+from flows.condition import Condition
 from flows.errors import SolveError
 from pipeline.agreement import together
 from pipeline.config import Config
@@ -46,9 +49,15 @@ class Source(Protocol):
 
     Attributes:
         shape: of one sample, (C_z, H_z, W_z) or (D,).
+        labels: class of each sample that the draws are of, int64 (n,), negative where it has
+            none; None if no sample has one. Asked for only when velocity.classes is set.
     """
 
     shape: tuple[int, ...]
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """See the attributes."""
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
         """Stage 0 of a run, made where it is not there yet."""
@@ -70,6 +79,11 @@ class LatentSource:
     def __init__(self, config: Config) -> None:
         self.config, self.cache = config, open_cache(config)
         self.shape = self.cache.shape
+
+    @cached_property
+    def labels(self) -> torch.Tensor | None:
+        """Of the images, mirror images included."""
+        return self.cache.labels()
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
         """Draws of the latents, `latents.draws` of each."""
@@ -95,8 +109,15 @@ class LatentSource:
                 first += stop - row
             return torch.cat(parts)
 
-        count = len(cache) * latents.draws
-        return ensure_stage(run, identity, count, latents.shard_size, make, accelerator)
+        known = self.labels if config.velocity.classes else None
+        count, size = len(cache) * latents.draws, latents.shard_size
+        if known is None:
+            return ensure_stage(run, identity, count, size, make, accelerator)
+
+        def labels(first: int, last: int) -> torch.Tensor:
+            return known[torch.arange(first, last) % len(known)]
+
+        return ensure_stage(run, identity, count, size, make, accelerator, labels=labels)
 
     def manifest(self) -> dict[str, Any]:
         """Standardisation, autoencoder and data."""
@@ -159,6 +180,8 @@ def next_stage(
         "shape": before.manifest["identity"]["shape"],
     }
 
+    labels = partial(before.read, "labels") if block.velocity.classes else None
+
     @torch.inference_mode()
     def make(writer: StoreWriter, index: int) -> torch.Tensor:
         first, last = writer.bounds(index)
@@ -167,8 +190,11 @@ def next_stage(
         parts = []
         for start in progress(starts, len(starts), f"push {stage}.{index}"):
             chunk = z[start : start + CHUNK].to(accelerator.device)
+            of = None
+            if labels is not None:
+                of = Condition(labels(first + start, first + start + len(chunk)))
             try:
-                parts.append(block.transport(chunk, solver=config.push).z.cpu())
+                parts.append(block.transport(chunk, solver=config.push, condition=of).z.cpu())
             except SolveError as error:
                 raise JkoflowError(
                     f"{error.in_block(stage - 1)}; the data cannot be pushed through this block: "
@@ -177,7 +203,9 @@ def next_stage(
         return torch.cat(parts)
 
     size = config.latents.shard_size
-    return ensure_stage(run, identity, len(before), size, make, accelerator, before, folder)
+    return ensure_stage(
+        run, identity, len(before), size, make, accelerator, before, folder, labels
+    )
 
 
 def ensure_stage(
@@ -189,6 +217,7 @@ def ensure_stage(
     accelerator: Accelerator,
     before: StoreReader | None = None,
     folder: Path | None = None,
+    labels: Callable[[int, int], torch.Tensor] | None = None,
 ) -> StoreReader:
     """Open a stage, or write its missing shards first.
 
@@ -201,11 +230,14 @@ def ensure_stage(
         accelerator: processes; rank r writes shards r, r + P, ….
         before: the stage it was pushed from.
         folder: where it lies, if not where the first pass has it.
+        labels: (first, last) → the labels of these samples, int64; None for samples without.
 
     Raises:
         UserError: the samples of stage 0 hold NaN or infinity.
     """
     stage = identity["stage"]
+    if labels is not None:
+        identity = {**identity, "labels": True}
     folder = folder or stage_folder(run, stage)
     if (folder / "manifest.json").is_file():
         return open_store(folder, f"stage {stage}", identity)
@@ -215,7 +247,8 @@ def ensure_stage(
             z = make(writer, index)
             if before is None:
                 _require_finite(z, writer.bounds(index)[0])
-            writer.write(index, {"z": z})
+            classes = {} if labels is None else {"labels": labels(*writer.bounds(index))}
+            writer.write(index, {"z": z, **classes})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         writer.finish(lambda reader: _movement(before, reader))

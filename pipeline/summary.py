@@ -14,6 +14,7 @@ def headline(metrics: dict[str, Any]) -> str:
     """FID with its n, reference, seed and floor, on one line."""
     fid = metrics["fid"]
     text = f"FID(n={fid['n']}, {fid['reference']}) = {fid['value']:.2f}, seed {fid['seed']}"
+    text += f", guidance {fid['guidance']:g}" if "guidance" in fid else ""
     if "rfid" in metrics:
         text += f"; reconstruction floor {metrics['rfid']['value']:.2f}"
     if metrics.get("real_test_fid") is not None:
@@ -51,9 +52,9 @@ def table(metrics: dict[str, Any], seconds: dict[str, float], reused: set[str]) 
 def numbers(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """What was measured, as pairs of a name and a value with what belongs to it."""
     fid = metrics["fid"]
-    rows = [
-        (f"FID(n={fid['n']}, {fid['reference']})", f"{fid['value']:.2f}   (seed {fid['seed']})")
-    ]
+    made = f"seed {fid['seed']}"
+    made += f", guidance {fid['guidance']:g}" if "guidance" in fid else ""
+    rows = [(f"FID(n={fid['n']}, {fid['reference']})", f"{fid['value']:.2f}   ({made})")]
     if "rfid" in metrics:
         floor = metrics["rfid"]
         rows.append(

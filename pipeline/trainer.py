@@ -19,6 +19,7 @@ from flows.schedule import stopping_ratio
 from flows.spec import BlockSpec, build_block
 from pipeline import commit
 from pipeline.blocks import BlockTrainer, measure
+from pipeline.classes import counts_of
 from pipeline.config import Config
 from pipeline.grids import check_grid
 from pipeline.initial import initial_row, open_initial
@@ -67,6 +68,9 @@ class Trainer:
         self.about = {k: v for k, v in (manifest or {}).items() if k not in made}
         if manifest is None:
             self.about = {"name": config.name, **source.manifest()}
+            if config.velocity.classes and source.labels is not None:
+                counts = counts_of(source.labels, config.velocity.classes)
+                self.about["classes"] = {"counts": counts}
         other = config.train.init_from
         if other is not None and self.about.get("init_from", {}).get("run") != other:
             kept = open_initial(other, config.velocity, tuple(source.shape))
@@ -133,7 +137,10 @@ class Trainer:
             children = flow.refine_blocks(parts)
             return dataclasses.replace(children.specs[part], h=h), children[part]
         solver = dataclasses.replace(self.config.solver, steps=plan.substeps[index])
-        spec = BlockSpec(velocity=self.config.velocity, solver=solver, h=h)
+        velocity = self.config.velocity
+        if plan.objective == "jko":  # which never leaves the class out
+            velocity = dataclasses.replace(velocity, class_dropout=0.0)
+        spec = BlockSpec(velocity=velocity, solver=solver, h=h)
         if plan.objective == "lfm":  # its training integrates nothing
             solver = self.config.push
             spec = dataclasses.replace(spec, solver=solver, h=None, objective="lfm", gamma=h)

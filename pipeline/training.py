@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from pipeline import commit
 from pipeline.checks import check, check_shape, steps
+from pipeline.classes import check_labels
 from pipeline.config import Config
 from pipeline.config_files import differences
 from pipeline.errors import UserError
@@ -45,6 +46,8 @@ _INDIFFERENT = (*INDIFFERENT, "test_split")
 LATER = ("reparameterize", "eta", "refine", "later_iterations")
 #: sections that may change when blocks are added, or trained again
 FREE = ("velocity", "solver", "schedule", "train")
+#: keys of them that may not: all blocks of a flow see the classes, or none does
+_FIXED = ("velocity.classes",)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ def train(
         keep_freed_memory()
     source = source or LatentSource(config)
     check_shape(config, source.shape)
+    if config.velocity.classes:
+        check_labels(source.labels, config.velocity.classes)
     anew = bool(add_blocks) or from_block is not None
     resume = resume or anew
     there = resume and (folder / "flow.json").is_file()
@@ -157,7 +162,8 @@ def _continued(old: Config, new: Config, folder: Path, anew: bool) -> tuple[Conf
     refused = [
         name
         for name in changed
-        if name not in later and not (anew and name.partition(".")[0] in FREE)
+        if name not in later
+        and not (anew and name.partition(".")[0] in FREE and name not in _FIXED)
     ]
     if refused:
         told = ", ".join(f"{key}={changed[key][0]} (now {changed[key][1]})" for key in refused)

@@ -1,0 +1,174 @@
+"""Classes: labels of the samples that a flow trains on, and of those that it generates.
+
+Training takes the labels from the latent cache; they stay with their samples from stage to stage.
+Generation takes the classes that it is told, in turn, or draws them as often as they stand in the
+training data, whose counts are kept in flow.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flows.condition import Condition
+from pipeline.errors import UserError
+from pipeline.seeds import generator
+
+if TYPE_CHECKING:
+    from pipeline.config import GenerateConfig
+    from pipeline.runs import Run
+
+
+def check_labels(labels: Tensor | None, classes: int) -> None:
+    """Check that every sample has a label that `velocity.classes` allows.
+
+    Args:
+        labels: int64 (n,); None or a negative number where there is none.
+        classes: velocity.classes, at least 1.
+
+    Raises:
+        UserError: labels are missing, or out of range.
+    """
+    if labels is None or int(labels.min()) < 0:
+        raise UserError(
+            f"velocity.classes = {classes} needs a class for every image, but the data set has no "
+            "labels; sort the images into one subfolder a class, or train with velocity.classes=0"
+        )
+    largest = int(labels.max())
+    if largest >= classes:
+        raise UserError(
+            f"velocity.classes = {classes} allows the labels 0 to {classes - 1}, but the data set "
+            f"has the label {largest}; set velocity.classes={largest + 1}"
+        )
+
+
+def counts_of(labels: Tensor, classes: int) -> list[int]:
+    """How many samples there are of each class."""
+    return torch.bincount(labels, minlength=classes).tolist()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The classes of generated samples.
+
+    Attributes:
+        labels: the classes in turn: sample i is of class labels[i mod len(labels)]; empty draws
+            them by the counts.
+        counts: training samples of each class.
+        guidance: w; 1 is the plain conditional flow.
+    """
+
+    labels: tuple[int, ...]
+    counts: tuple[int, ...]
+    guidance: float = 1.0
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the network that one of the field takes."""
+        return 1 if self.guidance == 1 else 2
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the generated samples, JSON-ready."""
+        drawn = {"counts": list(self.counts)}
+        chosen = {"labels": list(self.labels)} if self.labels else drawn
+        return {**chosen, "guidance": self.guidance}
+
+    def condition(self, first: int, count: int, *parts: int | str) -> Condition:
+        """The condition of the samples first … first + count − 1.
+
+        Args:
+            first: number of the first sample.
+            count: of samples.
+            parts: what drawn classes derive from, such as a seed and the number of a batch.
+        """
+        if self.labels:
+            numbers = torch.arange(first, first + count) % len(self.labels)
+            labels = torch.tensor(self.labels)[numbers]
+        else:
+            weights = torch.tensor(self.counts, dtype=torch.float64)
+            drawn = generator(*parts, "classes")
+            labels = torch.multinomial(weights, count, replacement=True, generator=drawn)
+        return Condition(labels, self.guidance)
+
+
+def choice_of(run: Run, settings: GenerateConfig) -> Choice | None:
+    """The classes that a run generates under some settings; None for a run without classes.
+
+    Raises:
+        UserError: classes or guidance for a run that knows none, a class out of range, or
+            guidance by a run whose training never left the class out.
+    """
+    classes, wanted = run.flow.classes, settings.labels
+    if not classes:
+        for option, value in (("--class", wanted), ("--guidance", settings.guidance)):
+            if value is not None:
+                raise UserError(
+                    f"{option} needs a class-conditional run, but the run at {run.folder} was "
+                    "trained without classes; leave it out, or train with velocity.classes"
+                )
+        return None
+    if wanted is not None and (not wanted or not all(0 <= label < classes for label in wanted)):
+        raise UserError(
+            f"--class must lie between 0 and {classes - 1} for the run at {run.folder}, not "
+            f"{', '.join(map(str, wanted)) or 'empty'}"
+        )
+    guidance = 1.0 if settings.guidance is None else settings.guidance
+    dropped = min(spec.velocity.class_dropout for spec in run.flow.specs)
+    if guidance != 1 and not dropped:
+        raise UserError(
+            f"--guidance {guidance:g} needs a run whose training left the class out at times, but "
+            f"the run at {run.folder} was trained with a class_dropout of 0 (as all jko runs "
+            "are); leave it out, or train under fm or lfm with velocity.class_dropout=0.1"
+        )
+    counts = tuple(run.manifest["classes"]["counts"])
+    choice = Choice(tuple(wanted or ()), counts, guidance)
+    choice.condition(0, 1, 0)  # refuses a guidance out of range
+    return choice
+
+
+def parse_classes(run: Run, words: Sequence[str] | None) -> list[int] | None:
+    """The values of `--class`, numbers or `all`, as classes of a run.
+
+    Raises:
+        UserError: anything else.
+    """
+    if not words:
+        return None
+    labels: list[int] = []
+    for word in words:
+        if word == "all":
+            labels += range(max(run.flow.classes, 1))  # a run without classes is refused later
+        elif word.isascii() and word.removeprefix("-").isdigit():
+            labels.append(int(word))
+        else:
+            raise UserError(f"--class takes the number of a class, or all, not {word!r}")
+    return labels
+
+
+def condition_of(labels: Any, classes: int, first: int, stop: int) -> Condition | None:  # noqa: ANN401
+    """The condition of images first … stop − 1 of a set whose likelihood is measured.
+
+    Args:
+        labels: of all images of the set (n,), an array; None if it has none.
+        classes: of the run; 0 gives None.
+        first: image.
+        stop: one past the last.
+
+    Raises:
+        UserError: an image has no label, or one that the run does not know.
+    """
+    if not classes:
+        return None
+    some = None if labels is None else torch.as_tensor(labels[first:stop]).long()
+    if some is None or not 0 <= int(some.min()) <= int(some.max()) < classes:
+        what = "no labels" if some is None else f"labels {int(some.min())} to {int(some.max())}"
+        raise UserError(
+            f"the likelihood of a class-conditional run needs a class from 0 to {classes - 1} for "
+            f"every image, but these have {what}; take images with classes (or evaluate with "
+            "--set evaluate.nll=0)"
+        )
+    return Condition(some)

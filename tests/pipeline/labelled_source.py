@@ -1,0 +1,55 @@
+"""A Source of two clusters in the plane, each sample with the label of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.seeds import generator
+from pipeline.stages import ensure_stage
+from pipeline.store import StoreReader, StoreWriter
+
+#: centres of the clusters; the second holds three quarters of the samples
+CENTRES = torch.tensor([[-2.0, 0.5], [2.0, -0.5]])
+SPREAD = 0.4
+
+
+class LabelledSource:
+    """Two Gaussian clusters.
+
+    Args:
+        count: samples.
+        known: whether the labels are told.
+    """
+
+    shape: tuple[int, ...] = (2,)
+
+    def __init__(self, count: int = 1200, known: bool = True) -> None:
+        self.count = count
+        self.clusters = (torch.rand(count, generator=generator("labels")) < 0.75).long()
+        self.labels: Tensor | None = self.clusters if known else None
+
+    def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
+        identity: dict[str, Any] = {"kind": "stage", "stage": 0, "count": self.count, "shape": [2]}
+
+        def make(writer: StoreWriter, index: int) -> Tensor:
+            first, last = writer.bounds(index)
+            noise = torch.randn((last - first, 2), generator=generator("draw", index))
+            return CENTRES[self.clusters[first:last]] + SPREAD * noise
+
+        labels = None
+        if config.velocity.classes:
+            labels = lambda first, last: self.clusters[first:last]  # noqa: E731
+        size = config.latents.shard_size
+        return ensure_stage(run, identity, self.count, size, make, accelerator, labels=labels)
+
+    def manifest(self) -> dict[str, Any]:
+        return {
+            "standardisation": {"mean": [0.0, 0.0], "std": [1.0, 1.0]},
+            "autoencoder": {"fingerprint": "none"},
+        }

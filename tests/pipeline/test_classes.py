@@ -1,0 +1,400 @@
+"""Class-conditional flows: labels from the data to the stages, and back to samples of a class."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from autoencoders.base import to_uint8
+from flows.block import SolverConfig
+from flows.condition import Condition
+from flows.gaussian import jko_step
+from pipeline.classes import Choice
+from pipeline.datasets import load_images
+from pipeline.errors import UserError
+from pipeline.evaluate import inputs_of
+from pipeline.generate import sample_images
+from pipeline.likelihood import latents_of
+from pipeline.runs import load_blocks, open_run, read_manifest
+from pipeline.seeds import generator
+from pipeline.shipped import zoo
+from pipeline.stages import stage_folder
+from pipeline.store import StoreReader, open_store
+from pipeline.training import Outcome, train
+from tests.pipeline import tiny as harness
+from tests.pipeline.gaussian_source import quiet, tiny
+from tests.pipeline.glance import stand_in
+from tests.pipeline.labelled_source import CENTRES, SPREAD, LabelledSource
+from tests.pipeline.test_passes import content
+from tests.pipeline.tiny import World, make_world, say
+
+CLASSES = ("velocity.classes=2", "train.ema=0.9")
+FM = (*CLASSES, "train.objective=fm", "velocity.kind=mlp", "velocity.hidden=[32]", "push.steps=8",
+      "train.lr=0.02", "train.iterations=300", "train.warmup=10")  # fmt: skip
+LFM = (*CLASSES, "train.objective=lfm", "schedule.gamma=[0.2]", "schedule.free_block=true")
+
+
+def run(folder: Path, *overrides: str, known: bool = True, **request: int) -> Outcome:
+    source = LabelledSource(known=known)
+    return train(tiny(*overrides), folder, Accelerator(cpu=True), quiet, True, source, **request)
+
+
+def stage(folder: Path, index: int) -> StoreReader:
+    return open_store(stage_folder(folder, index), "stage")
+
+
+# ---------------------------------------------------------------------------------- what is learnt
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classes") / "run"
+    assert run(folder, *FM).complete
+    return folder
+
+
+def samples(folder: Path, label: int, guidance: float = 1.0, n: int = 500) -> Tensor:
+    flow = open_run(folder).flow
+    condition = Condition(torch.full((n,), label), guidance)
+    return flow.sample(n, generator("samples"), SolverConfig("rk4", 8), condition=condition)
+
+
+def nearest(z: Tensor) -> Tensor:
+    return torch.cdist(z, CENTRES).argmin(dim=1)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_samples_are_of_their_class(learnt: Path, label: int) -> None:
+    z = samples(learnt, label)
+    assert (nearest(z) == label).float().mean() > 0.99
+    torch.testing.assert_close(z.mean(dim=0), CENTRES[label], rtol=0, atol=0.15)
+    assert z.std(dim=0).tolist() == pytest.approx([SPREAD] * 2, abs=0.15)
+    assert (nearest(samples(learnt, label, guidance=1.5)) == label).float().mean() > 0.99
+
+
+def test_without_a_class_samples_are_of_all_data(learnt: Path) -> None:
+    z = samples(learnt, 2)  # the null label
+    assert (nearest(z) == 1).float().mean().item() == pytest.approx(0.75, abs=0.08)
+    torch.testing.assert_close(samples(learnt, 0, guidance=0.0), z)
+
+
+def test_the_density_given_the_class(learnt: Path) -> None:
+    z, labels = (stage(learnt, 0).field(name)[:200] for name in ("z", "labels"))
+    flow = open_run(learnt).flow
+    found = flow.log_prob(z, condition=Condition(labels)).value
+    normal = torch.distributions.Normal(CENTRES[labels], SPREAD).log_prob(z).sum(dim=1)
+    assert (normal - found).mean().abs() < 0.15
+    wrong = flow.log_prob(z, condition=Condition(1 - labels)).value
+    assert (wrong < found - 5).float().mean() > 0.99
+
+
+def test_counts_are_kept(learnt: Path) -> None:
+    labels = LabelledSource().clusters
+    assert read_manifest(learnt)["classes"] == {"counts": torch.bincount(labels).tolist()}
+
+
+def test_a_jko_step_of_every_class(tmp_path: Path) -> None:
+    """With a linear field and an offset a class, the exact step of each cluster is attained."""
+    run(tmp_path, "velocity.classes=2", "schedule.h=[0.5]", "train.iterations=150")
+    before, after = stage(tmp_path, 0), stage(tmp_path, 1)
+    labels = before.field("labels")
+    centred = torch.cat([before.field("z")[labels == k] for k in (0, 1)])
+    centred = centred - torch.cat([CENTRES[k].expand(int((labels == k).sum()), 2) for k in (0, 1)])
+    covariance = centred.double().T.cov()
+    for label in (0, 1):
+        own = before.field("z")[labels == label].double()
+        exact = jko_step(own.mean(dim=0), covariance, 0.5)
+        moved = after.field("z")[labels == label].double()
+        torch.testing.assert_close(moved.mean(dim=0), exact.mean, rtol=0, atol=0.05)
+        torch.testing.assert_close(moved.T.cov(), exact.covariance, rtol=0, atol=0.08)
+    (row,) = read_manifest(tmp_path)["blocks"]
+    assert row["spec"]["velocity"]["class_dropout"] == 0  # jko never leaves the class out
+
+
+# ------------------------------------------------------------------------ stages, resuming, runs
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks of local flow matching, hardly trained."""
+    folder = tmp_path_factory.mktemp("quick") / "run"
+    assert run(folder, *LFM, "train.iterations=10").blocks == 2
+    return folder
+
+
+def test_labels_travel_with_their_samples(quick: Path) -> None:
+    labels = LabelledSource().clusters
+    flow = load_blocks(quick, read_manifest(quick))
+    for index, block in enumerate(flow):
+        z = stage(quick, index).field("z")
+        assert torch.equal(stage(quick, index).field("labels"), labels)
+        for label in (0, 1):
+            own = labels == label
+            condition = Condition(torch.full((int(own.sum()),), label))
+            solver = SolverConfig("rk4", 2)
+            moved = block.transport(z[own], solver=solver, condition=condition).z
+            torch.testing.assert_close(stage(quick, index + 1).field("z")[own], moved)
+
+
+OFTEN = (*LFM, "train.iterations=5", "train.checkpoint_seconds=0", "train.coupling=ot",
+         "train.batch_size=32", "velocity.class_dropout=0.3")  # fmt: skip
+
+
+def _die(folder: str, commit: int) -> None:
+    torch.set_num_threads(1)
+    harness._die_at_commit(commit, after=commit % 2 == 0)
+    run(Path(folder), *OFTEN)
+
+
+def test_killed_and_resumed_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    run(tmp_path / "whole", *OFTEN)
+    killed = tmp_path / "killed"
+    for commit in (9, 14):
+        process = harness._SERVER.Process(target=_die, args=(str(killed), commit))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    run(killed, *OFTEN)
+    expected, found = content(tmp_path / "whole"), content(killed)
+    assert sorted(found) == sorted(expected)
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def test_blocks_start_from_a_conditional_run(quick: Path, tmp_path: Path) -> None:
+    start = (*CLASSES, "schedule.h=[0.1]", "train.iterations=1", "train.lr=1e-12")
+    run(tmp_path / "jko", *start, f"train.init_from={quick}")
+    theirs, ours = (load_blocks(f, read_manifest(f))[0] for f in (quick, tmp_path / "jko"))
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[name], rtol=0, atol=1e-9)
+    with pytest.raises(UserError, match=r"differs in velocity.classes \(2, not 0\)"):
+        run(tmp_path / "plain", f"train.init_from={quick}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "known", "named"),
+    [
+        (CLASSES, False, "needs a class for every image, but the data set has no labels"),
+        (("velocity.classes=1",), True, "has the label 1; set velocity.classes=2"),
+    ],
+)
+def test_labels_that_do_not_fit_are_told_before_anything_is_written(
+    tmp_path: Path, overrides: tuple[str, ...], known: bool, named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        run(tmp_path / "run", *overrides, known=known)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_classes_of_a_run_stay(quick: Path) -> None:
+    with pytest.raises(UserError, match="other values of velocity.classes;"):
+        run(quick, *LFM, "velocity.classes=3", "train.iterations=10", add_blocks=1)
+
+
+# ----------------------------------------------------------------------- from pictures to pictures
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Pictures in folders of two classes, 10 and 30, and a finished flow-matching run."""
+    world = make_world(tmp_path_factory.mktemp("pictured"))
+    for split in ("train", "test"):
+        folder = world.root / "pictures" / split
+        for index, path in enumerate(sorted(folder.glob("*.png"))):
+            home = folder / ("a" if index % 4 == 0 else "b")
+            home.mkdir(exist_ok=True)
+            path.rename(home / path.name)
+    world.settings["velocity"]["classes"] = 2
+    world.settings["train"] |= {"objective": "fm", "iterations": 60, "lr": 0.02}
+    for words in (["encode"], ["train", "--run", world.root / "run"]):
+        harness.run_child(*words, "--config", world.config(), env=world.environment)
+    return world
+
+
+@pytest.fixture
+def folder(pictured: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("JKOFLOW_HOME", str(pictured.home))
+    return Path(shutil.copytree(pictured.root / "run", tmp_path / "run"))
+
+
+def test_labels_come_from_the_folders(folder: Path) -> None:
+    assert read_manifest(folder)["classes"] == {"counts": [10, 30]}
+    labels = stage(folder, 0).field("labels")  # two draws of each
+    assert labels.tolist() == 2 * ([0] * 10 + [1] * 30)
+
+
+def expected(folder: Path, labels: list[int], guidance: float, batch: int) -> Tensor:
+    """Images by hand: noise carried back along the guided field, decoded."""
+    run = open_run(folder)
+    noise = [
+        torch.randn(
+            (min(batch, len(labels) - k), 2, 3, 3), generator=generator(0, "sample", index)
+        )
+        for index, k in enumerate(range(0, len(labels), batch))
+    ]
+    condition = Condition(torch.tensor(labels), guidance)
+    moved = run.flow[0].transport(torch.cat(noise), True, condition=condition).z
+    with torch.inference_mode():
+        return to_uint8(run.autoencoder().decode(run.standardisation.undo(moved)))
+
+
+def images(folder: Path, **changes: Any) -> StoreReader:
+    run = open_run(folder)
+    settings = dataclasses.replace(run.config.generate, **changes)
+    return sample_images(run, settings, Accelerator(cpu=True), quiet)
+
+
+@pytest.mark.parametrize("guidance", [None, 1.5])
+def test_an_image_is_of_the_class_asked_for(folder: Path, guidance: float | None) -> None:
+    found = images(folder, n=6, batch_size=4, labels=[1, 0], guidance=guidance)
+    by_hand = expected(folder, [1, 0] * 3, guidance or 1.0, 4)
+    assert (found.field("images").int() - by_hand.int()).abs().max() <= 1
+    assert found.manifest["nfe"] == (16 if guidance else 8)
+    other = images(folder, n=6, batch_size=4, labels=[0], guidance=guidance)
+    assert not torch.equal(found.field("images"), other.field("images"))
+
+
+def test_classes_are_drawn_as_often_as_in_the_data(folder: Path) -> None:
+    choice = Choice((), (10, 30))
+    labels = choice.condition(0, 4000, 0, "sample", 0).labels
+    assert labels.float().mean().item() == pytest.approx(0.75, abs=0.02)
+    assert torch.equal(labels, choice.condition(0, 4000, 0, "sample", 0).labels)
+    assert not torch.equal(labels, choice.condition(0, 4000, 0, "sample", 1).labels)
+    drawn = [choice.condition(k, 4, 0, "sample", k // 4).labels for k in (0, 4)]
+    by_hand = expected(folder, torch.cat(drawn).tolist(), 1.0, 4)
+    found = images(folder, n=8, batch_size=4).field("images")
+    assert (found.int() - by_hand.int()).abs().max() <= 1
+
+
+def test_a_grid_has_a_row_a_class(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("generate", "-r", folder, "--out", tmp_path / "g.png", "--npz", tmp_path / "g.npz")
+    assert say(capsys, *words, "--class", "all")[0] == 0
+    made = np.load(tmp_path / "g.npz")["arr_0"][..., 0]
+    assert len(made) == 10  # of which two rows of three are shown
+    picture = np.asarray(Image.open(tmp_path / "g.png").convert("L"))[::2, ::2]
+    for row in range(2):
+        for column in range(3):
+            top, left = 2 + row * 14, 2 + column * 14
+            cell = picture[top : top + 12, left : left + 12]
+            assert np.array_equal(cell, made[2 * column + row])
+
+
+def test_evaluate_likelihood_export(
+    folder: Path, pictured: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    stand_in(monkeypatch)
+    words = ("evaluate", "-r", folder, "--reference", pictured.root / "pictures" / "train" / "b")
+    code, _, said = say(capsys, *words, "--guidance", "1.5")
+    assert code == 0 and "seed 0, guidance 1.5" in said
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["fid"]["guidance"] == 1.5 and metrics["nll"]["given"] == "class"
+    assert metrics["nfe"] == 16
+    assert say(capsys, *words)[0] == 0
+    plain = json.loads((folder / "metrics.json").read_text())
+    assert plain["fid"]["guidance"] == 1 and plain["fid"]["value"] != metrics["fid"]["value"]
+    assert plain["inputs"] != metrics["inputs"]
+    # likelihood.json holds log p(z | y)
+    assert say(capsys, "likelihood", "-r", folder, "-n", "20")[0] == 0
+    rows = json.loads((folder / "likelihood.json").read_text())["ranking"]
+    run = open_run(folder)
+    test = load_images(dataclasses.replace(run.config.data, split="test"))
+    z = latents_of(run, test, 0, 20, Accelerator(cpu=True))
+    labels = torch.from_numpy(np.asarray(test.labels[:20]))  # type: ignore[index]
+    assert sorted(labels.tolist()) == [0] * 6 + [1] * 14
+    by_hand = run.flow.log_prob(z, condition=Condition(labels)).value
+    found = {row["index"]: row["log_prob"] for row in rows}
+    assert [found[k] for k in range(20)] == pytest.approx(by_hand.tolist(), abs=1e-2)
+    # an export generates the same
+    assert say(capsys, "export", "-r", folder, "--out", tmp_path / "out")[0] == 0
+    first, again = (
+        images(f, labels=[1]).field("images").int() for f in (folder, tmp_path / "out")
+    )
+    assert (first - again).abs().max() <= 1
+    assert "fm, linear interpolant" in (tmp_path / "out" / "CARD.md").read_text()
+    assert "2 classes (left out with 0.1)" in (tmp_path / "out" / "CARD.md").read_text()
+
+
+def test_a_budget_knows_that_guidance_costs_twice(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("generate", "-r", folder, "-n", "2", "--nfe", "16")
+    assert "16 network evaluations" in say(capsys, *words, "--guidance", "2")[2]
+    assert "16 network evaluations" in say(capsys, *words)[2]
+    code, _, said = say(capsys, *words[:-1], "7", "--guidance", "2")
+    assert code == 2 and "(8)" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--class", "2"), "--class must lie between 0 and 1 for the run at"),
+        (("--class", "-1"), "--class must lie between 0 and 1 for the run at"),
+        (("--class", "seven"), "--class takes the number of a class, or all, not 'seven'"),
+        (("--guidance", "-1"), "not negative, found -1.0"),
+        (("--guidance", "nan"), "found nan"),
+    ],
+)
+def test_mistakes(
+    folder: Path, words: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = say(capsys, "generate", "-r", folder, *words)
+    assert code == 2 and error.startswith("error: ") and named in error
+
+
+@pytest.mark.parametrize("words", [("--class", "1"), ("--class", "all"), ("--guidance", "1.5")])
+def test_a_run_without_classes_takes_none(
+    trained: World, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = say(capsys, "generate", "-r", trained.root / "run", *words)
+    assert code == 2 and error.startswith(f"error: {words[0]} needs a class-conditional run")
+
+
+def test_guidance_needs_a_run_that_left_the_class_out(
+    pictured: World, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jko = {"objective": "jko", "iterations": 1}
+    for name, sections in (
+        ("never", {"velocity": {"class_dropout": 0.0}}),
+        ("jko", {"train": jko, "schedule": {"max_blocks": 1, "free_block": False}}),
+    ):
+        config, run = pictured.config(name, **sections), tmp_path / name
+        assert say(capsys, "train", "-c", config, "-r", run)[0] == 0
+        code, _, error = say(capsys, "generate", "-r", run, "--guidance", "1.5")
+        assert code == 2 and "was trained with a class_dropout of 0" in error
+        assert say(capsys, "generate", "-r", run, "-n", "2", "--class", "1")[0] == 0
+
+
+def test_pictures_without_classes(
+    trained: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = trained.config("labelled", velocity={"classes": 2})
+    code, _, error = say(capsys, "train", "-c", config, "-r", tmp_path / "run")
+    assert code == 2 and "the data set has no labels; sort the images into one subfolder" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("mnist", "a09084be3fba9ab6"), ("mnist-fm", "ee2bc7d5ff874eb7")]
+)
+def test_a_run_without_classes_is_described_as_before(name: str, key: str, trained: World) -> None:
+    """The keys are those of the shipped runs before there were classes."""
+    run = open_run(trained.root / "run")
+    assert "classes" not in run.manifest
+    for row in run.manifest["blocks"]:
+        assert not any("class" in key for key in row["spec"]["velocity"])
+    assert "labels" not in stage(run.folder, 0).manifest["identity"]
+    shipped = open_run(zoo()[name])
+    settings = dataclasses.replace(shipped.config.evaluate, n=10000, floor=False, nll=0)
+    assert inputs_of(shipped, settings, shipped.config.generate) == key
