@@ -243,7 +243,12 @@ def evaluate(
         str | None, typer.Option("--reference", help="A shipped name, a folder or a .npz.")
     ] = None,
     kid: Annotated[
-        int | None, typer.Option("--kid", help="Real images for KID, precision and recall.")
+        int | None,
+        typer.Option(
+            "--kid",
+            help="Real images for KID, precision and recall; by default those whose features an "
+            "earlier --kid, of any run on the same data, left behind.",
+        ),
     ] = None,
     blocks: BlocksOption = None,
     overrides: SetOption = None,
@@ -259,6 +264,9 @@ def evaluate(
     accelerator = _accelerator()
     metrics = evaluation.Evaluator(accelerator, bar).evaluate(opened, settings, config.generate)
     if accelerator.is_main_process:
+        if "kid" not in metrics:
+            say("no features of real images are at hand for KID, precision and recall; --kid 2000 "
+                "makes them, once for all runs on this data")  # fmt: skip
         say(headline(metrics))
         print(opened.folder / "metrics.json")
 

@@ -209,7 +209,8 @@ class EvaluateConfig:
         n: generated images.
         reference: shipped statistics, such as mnist-train, or a .npz or folder.
         floor: measure the reconstruction floor (rFID) too.
-        kid: real images for KID, precision and recall; 0 leaves them out.
+        kid: real images (of the test split, or the training split where that is smaller) for KID,
+            precision and recall; 0 takes those whose features are at hand, and none if none are.
         nll: images of the test split whose likelihood is measured; 0 leaves it out.
         seed: of the generated images.
     """

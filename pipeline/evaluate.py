@@ -19,12 +19,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoders.base import Autoencoder, to_float, to_uint8
-from eval.distances import frechet_distance, kid, precision_recall
+from eval.distances import frechet_distance
 from eval.gaussian import GaussianStats
 from eval.images import stats_of
 from eval.inception import EXTRACTOR, FidInception
 from eval.references import load_reference
-from pipeline import assets, commit
+from pipeline import assets, commit, quality
 from pipeline.config import DataConfig, EvaluateConfig, GenerateConfig
 from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import UserError
@@ -94,8 +94,7 @@ class Evaluator:
         }
         if settings.floor:
             metrics["rfid"] = self.floor(run, settings, reference) | label
-        if settings.kid:
-            metrics |= self._kid(run.config.data, features, settings)
+        metrics |= self._quality(run.config.data, features, settings.kid)
         if settings.nll:
             metrics |= self._likelihood(run, settings)
         metrics |= _about(run, images, settings)
@@ -113,7 +112,7 @@ class Evaluator:
         trains on; the images are n of the test split (see `chosen`), or of the training split
         where the test split is smaller than n.
         """
-        images, latents = _floor_images(run.config.data, settings.n), run.config.latents
+        images, latents = quality.held_out(run.config.data, settings.n), run.config.latents
         value = self.reconstruction_fid(
             run.autoencoder(), images, settings.n, reference, latents.noise, run.standardisation
         )
@@ -209,23 +208,15 @@ class Evaluator:
         self.accelerator.wait_for_everyone()
         return open_store(folder, "features", identity)
 
-    def _kid(
-        self, data: DataConfig, generated: StoreReader, settings: EvaluateConfig
-    ) -> dict[str, Any]:
-        """KID, precision and recall against real images of the training split."""
-        real = self.real_features(load_images(data), settings.kid).field("features")
-        fake = generated.field("features")[: settings.kid]
-        distance, manifold = kid(real, fake), precision_recall(real, fake)
-        return {
-            "kid": {
-                "value": distance.value,
-                "standard_error": distance.standard_error,
-                "n": len(fake),
-                "n_real": len(real),
-            },
-            "precision": manifold.precision,
-            "recall": manifold.recall,
-        }
+    def _quality(self, data: DataConfig, generated: StoreReader, n: int) -> dict[str, Any]:
+        """KID, precision and recall against n real images, or for 0 those at hand, if any."""
+        if n:
+            images = quality.held_out(data, n)
+            return quality.compare(images, self.real_features(images, n), generated)
+        found = quality.at_hand(data, _extractor())
+        if found is None or len(generated) < quality.LEAST:
+            return {}
+        return quality.compare(*found, generated)
 
     def _likelihood(self, run: Run, settings: EvaluateConfig) -> dict[str, Any]:
         """NLL of latents of the test split: exact divergence, adaptive solver."""
@@ -271,21 +262,20 @@ def _extractor() -> dict[str, str]:
 def _check(data: DataConfig, settings: EvaluateConfig) -> None:
     """Refuse what the data set cannot give, before hours are spent on images."""
     if settings.floor:
-        _enough(_floor_images(data, settings.n), settings.n)
+        _enough(quality.held_out(data, settings.n), settings.n)
     if settings.kid:
-        _enough(load_images(data), settings.kid)
+        if min(settings.kid, settings.n) < quality.LEAST:
+            raise UserError(
+                f"KID, precision and recall need at least {quality.LEAST} images of either kind, "
+                f"not --kid {settings.kid} of {settings.n} generated ones"
+            )
+        _enough(quality.held_out(data, settings.kid), settings.kid)
     if settings.nll:
         _enough(_test_images(data), settings.nll)
 
 
 def _test_images(data: DataConfig) -> ImageSet:
     return load_images(dataclasses.replace(data, split=data.test_split))
-
-
-def _floor_images(data: DataConfig, n: int) -> ImageSet:
-    """The test split, or the training split where that has fewer than n images."""
-    test = _test_images(data)
-    return test if len(test) >= n else load_images(data)
 
 
 def inputs_of(run: Run, settings: EvaluateConfig, sampling: GenerateConfig) -> str:

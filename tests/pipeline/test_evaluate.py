@@ -14,12 +14,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from eval.distances import kid
 from eval.gaussian import GaussianStats
 from pipeline.config_files import load_config
 from pipeline.evaluate import Evaluator
 from pipeline.generate import sample_images
 from pipeline.latents import encode
 from pipeline.runs import open_run
+from pipeline.seeds import generator
+from pipeline.summary import headline
 from pipeline.training import train
 from tests.pipeline.gaussian_source import quiet
 from tests.pipeline.glance import Glance, stand_in
@@ -92,7 +95,7 @@ def test_the_numbers_and_what_stands_beside_them(trained: World, folder: Path) -
     assert metrics["nfe"] == 24 and len(metrics["blocks"]) == 3
     assert [row["h"] for row in metrics["blocks"]] == [0.5, 0.75, None]
     assert {"movement", "ter", "seconds", "iterations", "parameters"} <= set(metrics["blocks"][0])
-    assert metrics["kid"]["n"] == 15
+    assert metrics["kid"]["n"] == 15 and metrics["kid"]["against"] == "folder test"
     assert 0 <= metrics["precision"] <= 1 and 0 <= metrics["recall"] <= 1
     assert metrics["peak_memory_bytes"] > 1e6 and metrics["train_seconds"] > 0
 
@@ -102,7 +105,6 @@ def test_the_likelihood_is_the_flows(trained: World, folder: Path) -> None:
     metrics = evaluate(folder, trained.root / "pictures" / "train", n=4, nll=3, floor=False)
     run = open_run(folder)
     from autoencoders.base import to_float
-    from pipeline.seeds import generator
 
     x = to_float(torch.from_numpy(pictures(24, seed=2)[:3, None]))
     with torch.inference_mode():
@@ -153,6 +155,41 @@ def test_the_floor_of_the_identity_is_the_fid_of_the_real_images(
     assert "nll_per_dim" not in metrics
 
 
+def test_real_features_at_hand_are_used_without_asking(
+    trained: World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KID, precision and recall against brute force; the network sees no image for them."""
+    reference = trained.root / "pictures" / "train"
+    plain = evaluate(folder, reference, n=20, nll=0, floor=False)
+    assert "kid" not in plain and "precision" not in plain
+    evaluate(folder, reference, n=20, nll=0, floor=False, kid=6)
+    evaluate(folder, reference, n=20, nll=0, floor=False, kid=18)
+    seen, look = [], Glance.features
+    monkeypatch.setattr(Glance, "features", lambda net, x: seen.append(len(x)) or look(net, x))
+    metrics = evaluate(folder, reference, n=20, nll=0, floor=False)
+    assert sum(seen) == 40  # the reference's own images, given as a folder
+    run = open_run(folder)
+    settings = dataclasses.replace(run.config.generate, n=20)
+    images = sample_images(run, settings, Accelerator(), quiet).field("images")
+    images = images[torch.randperm(20, generator=generator(0, "rows"))[:18].sort().values]
+    order = torch.randperm(24, generator=generator(0, "order of evaluation"))[:18]
+    real = look(Glance(), torch.from_numpy(pictures(24, seed=2)[order, None]))
+    fake = look(Glance(), images)
+    expected = kid(real, fake)
+    assert metrics["kid"] == {
+        "value": pytest.approx(expected.value, rel=1e-5),
+        "standard_error": pytest.approx(expected.standard_error, rel=1e-5),
+        "subsets": 50, "subset_size": 9, "n": 18, "n_real": 18, "against": "folder test",
+    }  # fmt: skip
+    distances = torch.cdist(real.double(), real.double())
+    radius = distances.sort(dim=1).values[:, 3]  # the first is the point itself
+    across = torch.cdist(fake.double(), real.double())
+    inside = (across <= radius).any(dim=1).double().mean().item()
+    assert metrics["precision"] == pytest.approx(inside)
+    said = headline(metrics)
+    assert f"precision {inside:.3f}" in said and "(folder test, n=18)" in said
+
+
 def test_the_floor_takes_the_larger_split(trained: World, folder: Path) -> None:
     reference = trained.root / "pictures" / "train"
     metrics = evaluate(folder, reference, n=30, nll=0)  # the test split has 24
@@ -177,6 +214,8 @@ def test_features_are_made_once(
     [
         (["-n", "1"], "at least 2 images, not 1"),
         (["-n", "41"], "41 images were asked for, but folder (train) has 40"),
+        (["-n", "20", "--kid", "3"], "at least 4 images of either kind, not --kid 3 of 20"),
+        (["-n", "3", "--kid", "20"], "not --kid 20 of 3 generated"),
         (["-n", "4", "--kid", "50"], "50 images were asked for, but folder (train) has 40"),
         (["-n", "4", "--set", "evaluate.nll=25"], "25 images were asked for, but folder (test)"),
         (["-n", "4", "--reference", "nowhere"], "nowhere"),
