@@ -25,7 +25,7 @@ from flows.spec import BlockSpec
 from pipeline.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.config import TrainConfig
 from pipeline.errors import JkoflowError
-from pipeline.matching import batch_loss
+from pipeline.matching import batch_loss, pair_loss
 from pipeline.seeds import Batches, generator
 from pipeline.store import StoreReader
 
@@ -141,10 +141,12 @@ class BlockTrainer:
 
     def _loss(self, rank: int, ranks: int) -> JkoLoss | LfmLoss:
         """The block's objective on this rank's share of the next batch."""
-        if self.spec.objective == "lfm":
+        if self.spec.objective != "jko":
             drawn = generator(self.recipe.seed, "matching", self.index, self.done, *self.salt)
             whole = self.batches.indices(self.done)
             field, gamma = self.block.velocity, self.spec.gamma
+            if self.spec.objective == "distill":
+                return pair_loss(field, self.stage, whole, drawn, rank, ranks)
             return batch_loss(field, self.stage, whole, gamma, self.recipe, drawn, rank, ranks)
         z = self.stage.take("z", self.batches.indices(self.done, rank, ranks))
         probe = self._probe(z, rank, ranks)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import convert, export_verb, likelihood_verb, toy2d
+from pipeline import convert, distill_verb, export_verb, likelihood_verb, toy2d
 from pipeline.errors import UserError
 from pipeline.terminal import (
     INTERRUPTED,
@@ -346,6 +346,7 @@ def reference(
 convert.register(autoencoder_app)
 likelihood_verb.register(app)
 export_verb.register(app)
+distill_verb.register(app)
 toy2d.register(app)
 
 

@@ -132,7 +132,8 @@ class TrainConfig:
     Attributes:
         objective: jko (maximum likelihood in JKO steps), lfm (local flow matching: block k is
             regressed towards the data diffused for a time gamma_k, nothing is integrated), or fm
-            (flow matching: one block, from the data to pure noise).
+            (flow matching: one block, from the data to pure noise); runs of `jkoflow distill`
+            have distill.
         interpolant: lfm, fm: linear or trigonometric.
         coupling: lfm, fm: which sample of a batch is joined with which target: independent (its
             own), or ot (the pairs of least total squared distance).

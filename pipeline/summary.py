@@ -38,7 +38,9 @@ def table(metrics: dict[str, Any], seconds: dict[str, float], reused: set[str]) 
         seconds: step → seconds it took when it was done.
         reused: steps that were already done before this run of the command.
     """
-    symbol = "γ" if metrics["blocks"][0].get("objective") == "lfm" else "h"
+    first = metrics["blocks"][0]
+    times = first.get("objective") == "lfm" or first.get("gamma") is not None
+    symbol = "γ" if times else "h"
     lines = [f"block{symbol:>7}   movement (W2)   Ter(k)   seconds   parameters"]
     for index, row in enumerate(metrics["blocks"]):
         weight = step_of(row)
