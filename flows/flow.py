@@ -23,6 +23,8 @@ __all__ = ["BlockSpec", "Flow", "FlowTransport", "LogProb"]
 
 FORMAT = 1
 CHUNK = 4096
+#: one solver for all blocks, or one a block in the flow's order; None is each block's own
+Solvers = SolverConfig | Sequence[SolverConfig] | None
 
 
 class Flow(nn.Module):
@@ -183,15 +185,11 @@ class Flow(nn.Module):
 
     # ---------------------------------------------------------------- maps
 
-    def encode(
-        self, z_0: Tensor, solver: SolverConfig | None = None, chunk: int = CHUNK
-    ) -> Tensor:
+    def encode(self, z_0: Tensor, solver: Solvers = None, chunk: int = CHUNK) -> Tensor:
         """z_0 → z_K, data to noise; (n, *shape) both. See :meth:`transport`."""
         return self.transport(z_0, solver=solver, chunk=chunk).z
 
-    def decode(
-        self, z_K: Tensor, solver: SolverConfig | None = None, chunk: int = CHUNK
-    ) -> Tensor:
+    def decode(self, z_K: Tensor, solver: Solvers = None, chunk: int = CHUNK) -> Tensor:
         """z_K → z_0, noise to data; (n, *shape) both. See :meth:`transport`."""
         return self.transport(z_K, reverse=True, solver=solver, chunk=chunk).z
 
@@ -199,7 +197,7 @@ class Flow(nn.Module):
         self,
         n: int,
         generator: torch.Generator | None = None,
-        solver: SolverConfig | None = None,
+        solver: Solvers = None,
         chunk: int = CHUNK,
     ) -> Tensor:
         """Draws n samples z_0 (n, *shape) by decoding z_K ~ N(0, I).
@@ -219,7 +217,7 @@ class Flow(nn.Module):
         self,
         z: Tensor,
         reverse: bool = False,
-        solver: SolverConfig | None = None,
+        solver: Solvers = None,
         chunk: int = CHUNK,
     ) -> FlowTransport:
         """Carries samples through all blocks, a chunk at a time, so that memory stays flat.
@@ -227,11 +225,11 @@ class Flow(nn.Module):
         Args:
             z: (n, *shape), z_0 or with ``reverse`` z_K.
             reverse: noise to data.
-            solver: for this call, in place of each block's own.
+            solver: for this call, in place of each block's own; a sequence has one a block.
             chunk: samples together in memory; adaptive solvers choose their steps for a chunk.
 
         Raises:
-            FlowError: z has another shape.
+            FlowError: z has another shape, or there are not as many solvers as blocks.
             SolveError: with the index of the block that failed.
         """
         self.check(z)
@@ -258,7 +256,7 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def trajectory(
-        self, z: Tensor, reverse: bool = False, solver: SolverConfig | None = None
+        self, z: Tensor, reverse: bool = False, solver: Solvers = None
     ) -> Iterator[Tensor]:
         """Yields the samples at the start and after every block travelled, K + 1 in all."""
         self.check(z)
@@ -292,11 +290,15 @@ class Flow(nn.Module):
         index: int,
         z: Tensor,
         reverse: bool,
-        solver: SolverConfig | None,
+        solver: Solvers,
         divergence: Divergence | None = None,
         eps: Tensor | None = None,
     ) -> Transport:
         """One block's transport, whose failure names the block."""
+        if isinstance(solver, Sequence):
+            if len(solver) != len(self):
+                raise FlowError(f"{len(self)} blocks need as many solvers, not {len(solver)}")
+            solver = solver[index]
         try:
             return self[index].transport(z, reverse, divergence, eps, solver)
         except SolveError as failure:

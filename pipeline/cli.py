@@ -55,6 +55,19 @@ BlocksOption = Annotated[
     int | None, typer.Option("--blocks", help="Use only the first so many blocks.")
 ]
 
+StepsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--steps", help="Solver steps a block: one number, or one a block, data side first: 1,2,4."
+    ),
+]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", help="Solver: euler, midpoint, rk4, dopri5, ….")
+]
+NfeOption = Annotated[
+    int | None, typer.Option("--nfe", help="At most so many network evaluations a sample.")
+]
+
 _TYPER_INTERRUPTED = 130  # what newer typer returns in place of raising KeyboardInterrupt
 
 
@@ -197,10 +210,9 @@ def generate(
     run: RunOption,
     n: Annotated[int | None, typer.Option("-n", help="Images.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the noise.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Sub-intervals a block.")] = None,
-    nfe: Annotated[
-        int | None, typer.Option("--nfe", help="At most so many network evaluations a sample.")
-    ] = None,
+    steps: StepsOption = None,
+    method: MethodOption = None,
+    nfe: NfeOption = None,
     blocks: BlocksOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where the grid (PNG) goes.")] = None,
     images: Annotated[
@@ -217,7 +229,7 @@ def generate(
 
     opened = runs.open_run(run, blocks)
     settings = override(opened.config, overrides, ("generate",)).generate
-    settings = replace(settings, n=n, seed=seed, steps=steps)
+    settings = sampling.with_solver(replace(settings, n=n, seed=seed), steps, method)
     if nfe is not None:
         settings = sampling.within(opened, settings, nfe)
     accelerator = _accelerator()
@@ -250,19 +262,44 @@ def evaluate(
             "earlier --kid, of any run on the same data, left behind.",
         ),
     ] = None,
+    steps: StepsOption = None,
+    method: MethodOption = None,
+    nfe: NfeOption = None,
+    nfe_study: Annotated[
+        str | None,
+        typer.Option(
+            "--nfe-study",
+            help="FID only, at each of these budgets of evaluations a sample, such as 8,16,32: "
+            "nfe.json and samples/nfe.png.",
+        ),
+    ] = None,
     blocks: BlocksOption = None,
     overrides: SetOption = None,
 ) -> None:
     """Measure a run: FID with its floor, likelihood, and what stands beside it (metrics.json)."""
     from pipeline import evaluate as evaluation
+    from pipeline import generate as sampling
+    from pipeline import nfe_study as studies
     from pipeline import runs
     from pipeline.summary import headline
 
     opened = runs.open_run(run, blocks)
     config = override(opened.config, overrides, ("generate", "evaluate"))
     settings = replace(config.evaluate, n=n, seed=seed, reference=reference, kid=kid)
+    solved = sampling.with_solver(config.generate, steps, method)
+    if nfe is not None:
+        solved = sampling.within(opened, solved, nfe)
     accelerator = _accelerator()
-    metrics = evaluation.Evaluator(accelerator, bar).evaluate(opened, settings, config.generate)
+    evaluator = evaluation.Evaluator(accelerator, bar)
+    if nfe_study is not None:
+        if steps is not None or nfe is not None:
+            raise UserError("--nfe-study chooses the steps; leave --steps and --nfe out")
+        result = studies.study(opened, nfe_study, settings, solved, evaluator)
+        if accelerator.is_main_process:
+            say(studies.table(result))
+            print(opened.folder / studies.FILE)
+        return
+    metrics = evaluator.evaluate(opened, settings, solved)
     if accelerator.is_main_process:
         if "kid" not in metrics:
             say("no features of real images are at hand for KID, precision and recall; --kid 2000 "

@@ -192,6 +192,7 @@ class GenerateConfig:
         seed: of the noise.
         method: solver, null takes the one that pushes.
         steps: its sub-intervals a block (fixed-step solvers).
+        block_steps: the same for each block, data side first, in place of `steps`.
     """
 
     n: int = 64
@@ -200,6 +201,7 @@ class GenerateConfig:
     seed: int = 0
     method: str | None = None
     steps: int | None = None
+    block_steps: list[int] | None = None
 
 
 @dataclass(frozen=True)

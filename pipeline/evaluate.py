@@ -77,16 +77,11 @@ class Evaluator:
         _check(run.config.data, settings)
         sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
         reference = self.reference(settings.reference)
-        images = sample_images(run, sampling, self.accelerator, self.progress)
-        folder = run.folder / "samples" / f"features-{images.manifest['key']}"
-        identity = {"kind": "features", "images": images.manifest["key"], **_extractor()}
-        features = self._features(
-            folder, identity, len(images), lambda a, b, _: images.read("images", a, b), "generated"
-        )
+        images, features = self.generated(run, sampling)
         label = {"reference": settings.reference, "extractor": EXTRACTOR}
         metrics: dict[str, Any] = {
             "fid": {
-                "value": _distance(features, reference),
+                "value": fid_of(features, reference),
                 "n": settings.n,
                 "seed": settings.seed,
                 **label,
@@ -102,6 +97,16 @@ class Evaluator:
         if self.accelerator.is_main_process:
             commit.write_json(run.folder / "metrics.json", metrics)
         return metrics
+
+    def generated(self, run: Run, sampling: GenerateConfig) -> tuple[StoreReader, StoreReader]:
+        """Generated images of a run and their features, made where they are not there yet."""
+        images = sample_images(run, sampling, self.accelerator, self.progress)
+        folder = run.folder / "samples" / f"features-{images.manifest['key']}"
+        identity = {"kind": "features", "images": images.manifest["key"], **_extractor()}
+        features = self._features(
+            folder, identity, len(images), lambda a, b, _: images.read("images", a, b), "generated"
+        )
+        return images, features
 
     def floor(
         self, run: Run, settings: EvaluateConfig, reference: GaussianStats
@@ -157,7 +162,7 @@ class Evaluator:
             return to_uint8(autoencoder.decode(z))
 
         features = self._features(folder, identity, n, make, "reconstructed")
-        return _distance(features, reference)
+        return fid_of(features, reference)
 
     def real_features(self, images: ImageSet, n: int) -> StoreReader:
         """Features of n real images of a set, in the order of `chosen`."""
@@ -248,7 +253,8 @@ class Evaluator:
         }
 
 
-def _distance(features: StoreReader, reference: GaussianStats) -> float:
+def fid_of(features: StoreReader, reference: GaussianStats) -> float:
+    """FID of the images that features belong to."""
     stats = GaussianStats()
     for start in range(0, len(features), SHARD):
         stats.update(features.read("features", start, min(start + SHARD, len(features))))
@@ -281,10 +287,11 @@ def _test_images(data: DataConfig) -> ImageSet:
 def inputs_of(run: Run, settings: EvaluateConfig, sampling: GenerateConfig) -> str:
     """What an evaluation's numbers depend on, as a key: metrics of the same key are the same."""
     sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
+    plain = dataclasses.asdict(sampling)
     parts = {
         "run": run.fingerprint,
         "evaluate": dataclasses.asdict(settings),
-        "generate": dataclasses.asdict(sampling),
+        "generate": {k: v for k, v in plain.items() if k != "block_steps" or v is not None},
         "data": run.manifest["data"],
         **_extractor(),
     }
