@@ -7,6 +7,7 @@ under the data root. Where there are none, the numbers are left out.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,14 @@ def _rows(features: StoreReader, count: int) -> Tensor:
 
 
 def _manifests() -> list[tuple[Path, dict[str, Any]]]:
-    paths = sorted((assets.data_root() / "features").glob(f"real-*/{MANIFEST}"))
-    read = [(path.parent, commit.read_json(path, "manifest of the features")) for path in paths]
-    return [(folder, manifest) for folder, manifest in read if isinstance(manifest, dict)]
+    """Folders and manifests of all features of real images; damaged ones are passed over."""
+    found = []
+    for path in sorted((assets.data_root() / "features").glob(f"real-*/{MANIFEST}")):
+        with contextlib.suppress(JkoflowError):
+            manifest = commit.read_json(path, "manifest of the features")
+            if isinstance(manifest, dict):
+                found.append((path.parent, manifest))
+    return found
 
 
 def _is(manifest: dict[str, Any], wanted: dict[str, str]) -> bool:
