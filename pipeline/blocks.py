@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from flows.block import Block, SolverConfig
+from flows.block import FIXED_METHODS, Block, SolverConfig
 from flows.divergence import make_divergence
 from flows.ema import Ema
 from flows.errors import SolveError
@@ -31,6 +31,11 @@ from pipeline.store import StoreReader
 
 #: samples that a finished block is measured on
 _MEASURED = 4096
+#: evaluations of the velocity, over all samples, that measuring may take after a regression, where
+#: a push solver of many steps would take longer than the training; JKO's blocks get all samples
+_AFFORDED = 16 * _MEASURED
+#: fewest samples all the same
+_AT_LEAST = 512
 #: largest D whose divergence is measured exactly
 _EXACT_UP_TO = 16
 
@@ -203,7 +208,8 @@ def measure(trainer: BlockTrainer, stage: StoreReader, push: SolverConfig) -> di
     """The terms of a finished block's objective, nats per sample, on a fixed set of samples.
 
     The same samples are followed through all blocks and passes, on the grid that pushes, with an
-    unbiased divergence; so the terms of all blocks add up to an estimate of the flow's NLL.
+    unbiased divergence; so the terms of all blocks add up to an estimate of the flow's NLL. Under
+    objectives that integrate nothing there are fewer samples where the grid is fine.
 
     Args:
         trainer: of the block, finished.
@@ -215,6 +221,9 @@ def measure(trainer: BlockTrainer, stage: StoreReader, push: SolverConfig) -> di
     steps = aligned(block.velocity.pieces(), 8)
     solver = SolverConfig(method="rk4", steps=steps) if push.adaptive else push
     count = min(len(stage), _MEASURED)
+    if trainer.spec.objective != "jko":
+        each = FIXED_METHODS[solver.method] * solver.steps
+        count = min(count, max(_AT_LEAST, _AFFORDED // each))
     chosen = Batches(len(stage), count, recipe.seed, "measure").indices(0)
     drawn = generator(recipe.seed, "measure", trainer.index, *trainer.salt)
     potential, log_det, moved = 0.0, 0.0, 0.0

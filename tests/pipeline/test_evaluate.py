@@ -130,6 +130,65 @@ def test_the_likelihood_is_the_flows(trained: World, folder: Path) -> None:
     assert metrics["nll"]["n"] == 3 and metrics["nll"]["inversion_mse"] < 1e-4
 
 
+def test_many_dimensions_are_measured_by_probes(
+    trained: World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = trained.root / "pictures" / "train"
+    exact = evaluate(folder, reference, n=4, nll=12, floor=False)
+    assert exact["nll"]["divergence"] == "exact" and "probes" not in exact["nll"]
+    monkeypatch.setattr("pipeline.evaluate.EXACT_UP_TO", 17)  # D is 18
+    probed = evaluate(folder, reference, n=4, nll=12, floor=False)
+    assert (probed["nll"]["divergence"], probed["nll"]["probes"]) == ("hutchinson", 16)
+    error = probed["nll"]["standard_error"]
+    assert 0 < error < 0.05
+    assert probed["nll_per_dim"] == pytest.approx(exact["nll_per_dim"], abs=4 * error)
+    assert probed["nll_per_dim"] != exact["nll_per_dim"]
+
+
+def test_a_study_of_fid_against_evaluations(
+    capsys: pytest.CaptureFixture[str], trained: World, folder: Path
+) -> None:
+    reference = trained.root / "pictures" / "train"
+    words = ["evaluate", "--run", folder, "-n", "12", "--reference", reference]
+    code, out, _ = say(capsys, *words, "--nfe-study", "24,12,25")
+    assert code == 0 and out.strip() == str(folder / "nfe.json")
+    study = json.loads((folder / "nfe.json").read_text())
+    assert (study["n"], study["seed"], study["reference"]) == (12, 0, str(reference))
+    assert [(r["method"], r["steps"], r["nfe"]) for r in study["rows"]] == [
+        ("rk4", 1, 12), ("rk4", 2, 24),
+    ]  # fmt: skip
+    assert not (folder / "metrics.json").exists()
+    run, real = open_run(folder), pictures(40, seed=1)[:, None]
+    for row in study["rows"]:
+        settings = dataclasses.replace(run.config.generate, n=12, steps=row["steps"])
+        images = sample_images(run, settings, Accelerator(), quiet).field("images").numpy()
+        assert row["fid"] == pytest.approx(distance(images, real), rel=1e-4)
+    assert (folder / "samples" / "nfe.png").stat().st_size > 1000
+    # another solver joins the table; another n starts a new one
+    assert say(capsys, *words, "--method", "euler", "--nfe-study", "3")[0] == 0
+    rows = json.loads((folder / "nfe.json").read_text())["rows"]
+    assert [(row["method"], row["nfe"]) for row in rows] == [
+        ("euler", 3), ("rk4", 12), ("rk4", 24),
+    ]  # fmt: skip
+    assert rows[1:] == study["rows"]
+    words[words.index("12")] = "10"
+    assert say(capsys, *words, "--nfe-study", "12")[0] == 0
+    assert len(json.loads((folder / "nfe.json").read_text())["rows"]) == 1
+
+
+def test_an_evaluation_takes_the_solver_that_is_asked_for(
+    capsys: pytest.CaptureFixture[str], trained: World, folder: Path
+) -> None:
+    words = ["evaluate", "--run", folder, "-n", "10", "--reference", trained.root / "pictures"]
+    words += ["--set", "evaluate.floor=false", "--set", "evaluate.nll=0"]
+    words[6] = words[6] / "train"
+    code, _, last = say(capsys, *words, "--method", "euler", "--steps", "1,2,4")
+    assert code == 0 and "; 7 evaluations a sample" in last
+    code, _, last = say(capsys, *words, "--method", "midpoint", "--nfe", "14")
+    assert code == 0 and "; 12 evaluations a sample" in last
+    assert json.loads((folder / "metrics.json").read_text())["nfe"] == 12
+
+
 def test_the_floor_of_the_identity_is_the_fid_of_the_real_images(
     world: World, accelerator: Accelerator
 ) -> None:
@@ -220,6 +279,10 @@ def test_features_are_made_once(
         (["-n", "4", "--set", "evaluate.nll=25"], "25 images were asked for, but folder (test)"),
         (["-n", "4", "--reference", "nowhere"], "nowhere"),
         (["-n", "4", "--set", "train.lr=1"], "no effect here"),
+        (["-n", "4", "--nfe-study", "12", "--steps", "2"], "leave --steps and --nfe out"),
+        (["-n", "4", "--nfe-study", "12,x"], "--nfe-study takes a whole number"),
+        (["-n", "4", "--nfe-study", "11"], "--nfe 11 is below one rk4 step"),
+        (["-n", "1", "--nfe-study", "12"], "at least 2 images, not 1"),
         (["-n", "4", "--blocks", "9"], "--blocks must lie between 1 and 3"),
     ],
 )
