@@ -24,6 +24,8 @@ __all__ = ["BlockSpec", "Condition", "Flow", "FlowTransport", "LogProb"]
 
 FORMAT = 1
 CHUNK = 4096
+#: one solver for all blocks, or one a block in the flow's order; None is each block's own
+Solvers = SolverConfig | Sequence[SolverConfig] | None
 
 
 class Flow(nn.Module):
@@ -192,7 +194,7 @@ class Flow(nn.Module):
     def encode(
         self,
         z_0: Tensor,
-        solver: SolverConfig | None = None,
+        solver: Solvers = None,
         chunk: int = CHUNK,
         condition: Condition | None = None,
     ) -> Tensor:
@@ -202,7 +204,7 @@ class Flow(nn.Module):
     def decode(
         self,
         z_K: Tensor,
-        solver: SolverConfig | None = None,
+        solver: Solvers = None,
         chunk: int = CHUNK,
         condition: Condition | None = None,
     ) -> Tensor:
@@ -213,7 +215,7 @@ class Flow(nn.Module):
         self,
         n: int,
         generator: torch.Generator | None = None,
-        solver: SolverConfig | None = None,
+        solver: Solvers = None,
         chunk: int = CHUNK,
         condition: Condition | None = None,
     ) -> Tensor:
@@ -234,7 +236,7 @@ class Flow(nn.Module):
         self,
         z: Tensor,
         reverse: bool = False,
-        solver: SolverConfig | None = None,
+        solver: Solvers = None,
         chunk: int = CHUNK,
         condition: Condition | None = None,
     ) -> FlowTransport:
@@ -243,12 +245,12 @@ class Flow(nn.Module):
         Args:
             z: (n, *shape), z_0 or with ``reverse`` z_K.
             reverse: noise to data.
-            solver: for this call, in place of each block's own.
+            solver: for this call, in place of each block's own; a sequence has one a block.
             chunk: samples together in memory; adaptive solvers choose their steps for a chunk.
             condition: the classes of the samples (n,), for a flow with classes.
 
         Raises:
-            FlowError: z has another shape.
+            FlowError: z has another shape, or there are not as many solvers as blocks.
             SolveError: with the index of the block that failed.
         """
         self.check(z)
@@ -278,7 +280,7 @@ class Flow(nn.Module):
         self,
         z: Tensor,
         reverse: bool = False,
-        solver: SolverConfig | None = None,
+        solver: Solvers = None,
         condition: Condition | None = None,
     ) -> Iterator[Tensor]:
         """Yields the samples at the start and after every block travelled, K + 1 in all."""
@@ -314,12 +316,16 @@ class Flow(nn.Module):
         index: int,
         z: Tensor,
         reverse: bool,
-        solver: SolverConfig | None,
+        solver: Solvers,
         divergence: Divergence | None = None,
         eps: Tensor | None = None,
         condition: Condition | None = None,
     ) -> Transport:
         """One block's transport, whose failure names the block."""
+        if isinstance(solver, Sequence):
+            if len(solver) != len(self):
+                raise FlowError(f"{len(self)} blocks need as many solvers, not {len(solver)}")
+            solver = solver[index]
         try:
             return self[index].transport(z, reverse, divergence, eps, solver, condition)
         except SolveError as failure:

@@ -14,7 +14,7 @@ from flows.divergence import Divergence
 from flows.errors import FlowError
 from flows.velocity_base import Velocity, given
 
-OBJECTIVES = ("jko", "lfm")
+OBJECTIVES = ("jko", "lfm", "distill")
 INTERPOLANTS = ("linear", "trigonometric")
 
 

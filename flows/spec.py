@@ -22,9 +22,10 @@ class BlockSpec:
     Attributes:
         velocity: its network, or networks.
         solver: its grid.
-        h: JKO step size; None for a free block (and under the other objectives).
-        objective: ``jko`` | ``lfm``.
+        h: JKO step size; None for a free block (and under lfm).
+        objective: ``jko`` | ``lfm`` | ``distill`` (regressed on what other blocks do together).
         gamma: Ornstein–Uhlenbeck time under ``lfm``; None aims at pure noise (flow matching).
+            A distilled block has the sum of the steps, h or gamma, of the blocks it stands for.
         start: where in its velocity's time this block begins; see :func:`flows.pieces.time_slice`.
         length: how much of its velocity's time it covers.
     """
@@ -50,7 +51,7 @@ class BlockSpec:
     @property
     def weight(self) -> float | None:
         """The step this block takes under its objective: h or gamma; None if it is free."""
-        return self.h if self.objective == "jko" else self.gamma
+        return self.gamma if self.h is None else self.h
 
     @property
     def sliced(self) -> bool:

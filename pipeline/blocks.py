@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from flows.block import Block, SolverConfig
+from flows.block import FIXED_METHODS, Block, SolverConfig
 from flows.condition import Condition
 from flows.divergence import make_divergence
 from flows.ema import Ema
@@ -27,12 +27,17 @@ from pipeline.agreement import average, raise_together
 from pipeline.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.config import TrainConfig
 from pipeline.errors import JkoflowError
-from pipeline.matching import batch_loss
+from pipeline.matching import batch_loss, pair_loss
 from pipeline.seeds import Batches, generator
 from pipeline.store import StoreReader
 
 #: samples that a finished block is measured on
 _MEASURED = 4096
+#: evaluations of the velocity, over all samples, that measuring may take after a regression, where
+#: a push solver of many steps would take longer than the training; JKO's blocks get all samples
+_AFFORDED = 16 * _MEASURED
+#: fewest samples all the same
+_AT_LEAST = 512
 #: largest D whose divergence is measured exactly
 _EXACT_UP_TO = 16
 
@@ -159,10 +164,12 @@ class BlockTrainer:
 
     def _loss(self, rank: int, ranks: int) -> JkoLoss | LfmLoss:
         """The block's objective on this rank's share of the next batch."""
-        if self.spec.objective == "lfm":
+        if self.spec.objective != "jko":
             drawn = generator(self.recipe.seed, "matching", self.index, self.done, *self.salt)
             whole = self.batches.indices(self.done)
             field, gamma = self.block.velocity, self.spec.gamma
+            if self.spec.objective == "distill":
+                return pair_loss(field, self.stage, whole, drawn, rank, ranks)
             dropout = self.spec.velocity.class_dropout
             return batch_loss(
                 field, self.stage, whole, gamma, self.recipe, drawn, rank, ranks, dropout
@@ -227,7 +234,8 @@ def measure(trainer: BlockTrainer, stage: StoreReader, push: SolverConfig) -> di
     """The terms of a finished block's objective, nats per sample, on a fixed set of samples.
 
     The same samples are followed through all blocks and passes, on the grid that pushes, with an
-    unbiased divergence; so the terms of all blocks add up to an estimate of the flow's NLL.
+    unbiased divergence; so the terms of all blocks add up to an estimate of the flow's NLL. Under
+    objectives that integrate nothing there are fewer samples where the grid is fine.
 
     Args:
         trainer: of the block, finished.
@@ -239,6 +247,9 @@ def measure(trainer: BlockTrainer, stage: StoreReader, push: SolverConfig) -> di
     steps = aligned(block.velocity.pieces(), 8)
     solver = SolverConfig(method="rk4", steps=steps) if push.adaptive else push
     count = min(len(stage), _MEASURED)
+    if trainer.spec.objective != "jko":
+        each = FIXED_METHODS[solver.method] * solver.steps
+        count = min(count, max(_AT_LEAST, _AFFORDED // each))
     chosen = Batches(len(stage), count, recipe.seed, "measure").indices(0)
     drawn = generator(recipe.seed, "measure", trainer.index, *trainer.salt)
     potential, log_det, moved = 0.0, 0.0, 0.0

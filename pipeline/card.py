@@ -75,6 +75,12 @@ def _objective(config: Config, manifest: dict[str, Any]) -> str:
     train, text = config.train, config.train.objective
     if text != "jko":
         text += f", {train.interpolant} interpolant, {train.coupling} coupling"
+    if "teacher" in manifest:
+        taught = manifest["teacher"]
+        return (
+            f"distilled from {taught['name']} ({taught['objective']}, {len(taught['blocks'])} "
+            f"blocks, fingerprint {taught['fingerprint']})"
+        )
     velocity = config.velocity
     if velocity.classes:
         text += f", {velocity.classes} classes"
@@ -92,7 +98,7 @@ def _steps(config: Config) -> str:
 
 def _row(index: int, row: dict[str, Any]) -> str:
     step = step_of(row)
-    symbol = "γ" if row["objective"] == "lfm" else "h"
+    symbol = "h" if row.get("gamma") is None else "γ"
     text = "free" if step is None else f"{symbol} = {step:.3g}"
     return (
         f"| {index} | {text} | {row['movement']:.3f} | {row['ter']:.4f} | {row['iterations']} | "

@@ -10,7 +10,14 @@ from typing import Annotated
 
 import typer
 
-from pipeline import autoencoder_verb, export_verb, likelihood_verb, report_verb, toy2d
+from pipeline import (
+    autoencoder_verb,
+    distill_verb,
+    export_verb,
+    likelihood_verb,
+    report_verb,
+    toy2d,
+)
 from pipeline.errors import UserError
 from pipeline.terminal import (
     INTERRUPTED,
@@ -57,6 +64,19 @@ GuidanceOption = Annotated[
 ]
 BlocksOption = Annotated[
     int | None, typer.Option("--blocks", help="Use only the first so many blocks.")
+]
+
+StepsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--steps", help="Solver steps a block: one number, or one a block, data side first: 1,2,4."
+    ),
+]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", help="Solver: euler, midpoint, rk4, dopri5, ….")
+]
+NfeOption = Annotated[
+    int | None, typer.Option("--nfe", help="At most so many network evaluations a sample.")
 ]
 
 _TYPER_INTERRUPTED = 130  # what newer typer returns in place of raising KeyboardInterrupt
@@ -201,10 +221,9 @@ def generate(
     run: RunOption,
     n: Annotated[int | None, typer.Option("-n", help="Images.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the noise.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Sub-intervals a block.")] = None,
-    nfe: Annotated[
-        int | None, typer.Option("--nfe", help="At most so many network evaluations a sample.")
-    ] = None,
+    steps: StepsOption = None,
+    method: MethodOption = None,
+    nfe: NfeOption = None,
     classes: Annotated[
         list[str] | None,
         typer.Option(
@@ -232,7 +251,8 @@ def generate(
     opened = runs.open_run(run, blocks)
     settings = override(opened.config, overrides, ("generate",)).generate
     labels = parse_classes(opened, classes)
-    settings = replace(settings, n=n, seed=seed, steps=steps, labels=labels, guidance=guidance)
+    settings = replace(settings, n=n, seed=seed, labels=labels, guidance=guidance)
+    settings = sampling.with_solver(settings, steps, method)
     several = len(settings.labels or [])
     if n is None and several > 1:
         settings = replace(settings, n=max(settings.n, several * settings.columns))
@@ -264,7 +284,23 @@ def evaluate(
         ),
     ] = None,
     kid: Annotated[
-        int | None, typer.Option("--kid", help="Real images for KID, precision and recall.")
+        int | None,
+        typer.Option(
+            "--kid",
+            help="Real images for KID, precision and recall; by default those whose features an "
+            "earlier --kid, of any run on the same data, left behind.",
+        ),
+    ] = None,
+    steps: StepsOption = None,
+    method: MethodOption = None,
+    nfe: NfeOption = None,
+    nfe_study: Annotated[
+        str | None,
+        typer.Option(
+            "--nfe-study",
+            help="FID only, at each of these budgets of evaluations a sample, such as 8,16,32: "
+            "nfe.json and samples/nfe.png.",
+        ),
     ] = None,
     guidance: GuidanceOption = None,
     blocks: BlocksOption = None,
@@ -272,6 +308,8 @@ def evaluate(
 ) -> None:
     """Measure a run: FID with its floor, likelihood, and what stands beside it (metrics.json)."""
     from pipeline import evaluate as evaluation
+    from pipeline import generate as sampling
+    from pipeline import nfe_study as studies
     from pipeline import runs
     from pipeline.summary import headline
 
@@ -279,10 +317,24 @@ def evaluate(
     config = override(opened.config, overrides, ("generate", "evaluate", "data.path"))
     opened = replace(opened, config=config)  # its images may lie elsewhere on this machine
     settings = replace(config.evaluate, n=n, seed=seed, reference=reference, kid=kid)
-    sampling = replace(config.generate, guidance=guidance)
+    solved = sampling.with_solver(replace(config.generate, guidance=guidance), steps, method)
+    if nfe is not None:
+        solved = sampling.within(opened, solved, nfe)
     accelerator = _accelerator()
-    metrics = evaluation.Evaluator(accelerator, bar).evaluate(opened, settings, sampling)
+    evaluator = evaluation.Evaluator(accelerator, bar)
+    if nfe_study is not None:
+        if steps is not None or nfe is not None:
+            raise UserError("--nfe-study chooses the steps; leave --steps and --nfe out")
+        result = studies.study(opened, nfe_study, settings, solved, evaluator)
+        if accelerator.is_main_process:
+            say(studies.table(result))
+            print(opened.folder / studies.FILE)
+        return
+    metrics = evaluator.evaluate(opened, settings, solved)
     if accelerator.is_main_process:
+        if "kid" not in metrics:
+            say("no features of real images are at hand for KID, precision and recall; --kid 2000 "
+                "makes them, once for all runs on this data")  # fmt: skip
         say(headline(metrics))
         print(opened.folder / "metrics.json")
 
@@ -325,6 +377,7 @@ autoencoder_verb.register(app)
 likelihood_verb.register(app)
 export_verb.register(app)
 report_verb.register(app)
+distill_verb.register(app)
 toy2d.register(app)
 
 

@@ -132,7 +132,8 @@ class TrainConfig:
     Attributes:
         objective: jko (maximum likelihood in JKO steps), lfm (local flow matching: block k is
             regressed towards the data diffused for a time gamma_k, nothing is integrated), or fm
-            (flow matching: one block, from the data to pure noise).
+            (flow matching: one block, from the data to pure noise); runs of `jkoflow distill`
+            have distill.
         interpolant: lfm, fm: linear or trigonometric.
         coupling: lfm, fm: which sample of a batch is joined with which target: independent (its
             own), or ot (the pairs of least total squared distance).
@@ -191,6 +192,7 @@ class GenerateConfig:
         seed: of the noise.
         method: solver, null takes the one that pushes.
         steps: its sub-intervals a block (fixed-step solvers).
+        block_steps: the same for each block, data side first, in place of `steps`.
         labels: of a class-conditional run: the classes of the images, in turn; null draws them as
             often as they stand in the training data.
         guidance: of a class-conditional run: w of v(null) + w (v(class) - v(null)), the field
@@ -203,6 +205,7 @@ class GenerateConfig:
     seed: int = 0
     method: str | None = None
     steps: int | None = None
+    block_steps: list[int] | None = None
     labels: list[int] | None = None
     guidance: float | None = None
 
@@ -215,7 +218,8 @@ class EvaluateConfig:
         n: generated images.
         reference: shipped statistics, such as mnist-train, or a .npz or folder.
         floor: measure the reconstruction floor (rFID) too.
-        kid: real images for KID, precision and recall; 0 leaves them out.
+        kid: real images (of the test split, or the training split where that is smaller) for KID,
+            precision and recall; 0 takes those whose features are at hand, and none if none are.
         nll: images of the test split whose likelihood is measured; 0 leaves it out.
         seed: of the generated images.
     """

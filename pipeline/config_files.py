@@ -16,6 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from flows.errors import FlowError
 from pipeline.config import Config
 from pipeline.errors import UserError
 
@@ -188,6 +189,10 @@ def _explain(error: OmegaConfBaseException, key: str, value: object, source: str
 
 
 def _to_dataclasses(merged: Any) -> Config:  # noqa: ANN401
+    try:
+        OmegaConf.to_object(merged.push)
+    except FlowError as error:  # a solver does not know in which section it stands
+        raise UserError(str(error).replace("solver.", "push.")) from error
     try:
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, ValueError) as error:

@@ -19,13 +19,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoders.base import Autoencoder, to_float, to_uint8
-from eval.distances import frechet_distance, kid, precision_recall
+from eval.distances import frechet_distance
 from eval.gaussian import GaussianStats
 from eval.images import stats_of
 from eval.inception import EXTRACTOR, FidInception
 from eval.references import load_reference
 from flows.condition import Condition
-from pipeline import assets, commit
+from pipeline import assets, commit, quality
 from pipeline.classes import choice_of, condition_of
 from pipeline.config import DataConfig, EvaluateConfig, GenerateConfig
 from pipeline.datasets import ImageSet, load_images
@@ -39,6 +39,10 @@ from pipeline.seeds import generator
 from pipeline.store import StoreReader, StoreWriter, key_of, open_store
 
 SHARD = 250
+#: largest D whose likelihood has the exact divergence, D directional derivatives an evaluation
+EXACT_UP_TO = 128
+#: probes a sample beyond it
+PROBES = 16
 _ORDER = "order of evaluation"
 
 
@@ -81,16 +85,11 @@ class Evaluator:
         choice = choice_of(run, sampling)
         sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
         reference = self.reference(settings.reference)
-        images = sample_images(run, sampling, self.accelerator, self.progress)
-        folder = run.folder / "samples" / f"features-{images.manifest['key']}"
-        identity = {"kind": "features", "images": images.manifest["key"], **_extractor()}
-        features = self._features(
-            folder, identity, len(images), lambda a, b, _: images.read("images", a, b), "generated"
-        )
+        images, features = self.generated(run, sampling)
         label = {"reference": settings.reference, "extractor": EXTRACTOR}
         metrics: dict[str, Any] = {
             "fid": {
-                "value": _distance(features, reference),
+                "value": fid_of(features, reference),
                 "n": settings.n,
                 "seed": settings.seed,
                 **label,
@@ -100,8 +99,7 @@ class Evaluator:
             metrics["fid"] |= {"guidance": choice.guidance, "classes": list(choice.labels) or None}
         if settings.floor:
             metrics["rfid"] = self.floor(run, settings, reference) | label
-        if settings.kid:
-            metrics |= self._kid(run.config.data, features, settings)
+        metrics |= self._quality(run.config.data, features, settings.kid)
         if settings.nll:
             metrics |= self._likelihood(run, settings)
         metrics |= _about(run, images, settings)
@@ -109,6 +107,16 @@ class Evaluator:
         if self.accelerator.is_main_process:
             commit.write_json(run.folder / "metrics.json", metrics)
         return metrics
+
+    def generated(self, run: Run, sampling: GenerateConfig) -> tuple[StoreReader, StoreReader]:
+        """Generated images of a run and their features, made where they are not there yet."""
+        images = sample_images(run, sampling, self.accelerator, self.progress)
+        folder = run.folder / "samples" / f"features-{images.manifest['key']}"
+        identity = {"kind": "features", "images": images.manifest["key"], **_extractor()}
+        features = self._features(
+            folder, identity, len(images), lambda a, b, _: images.read("images", a, b), "generated"
+        )
+        return images, features
 
     def floor(
         self, run: Run, settings: EvaluateConfig, reference: GaussianStats
@@ -119,7 +127,7 @@ class Evaluator:
         trains on; the images are n of the test split (see `chosen`), or of the training split
         where the test split is smaller than n.
         """
-        images, latents = _floor_images(run.config.data, settings.n), run.config.latents
+        images, latents = quality.held_out(run.config.data, settings.n), run.config.latents
         value = self.reconstruction_fid(
             run.autoencoder(), images, settings.n, reference, latents.noise, run.standardisation
         )
@@ -164,7 +172,7 @@ class Evaluator:
             return to_uint8(autoencoder.decode(z))
 
         features = self._features(folder, identity, n, make, "reconstructed")
-        return _distance(features, reference)
+        return fid_of(features, reference)
 
     def real_features(self, images: ImageSet, n: int) -> StoreReader:
         """Features of n real images of a set, in the order of `chosen`."""
@@ -215,26 +223,18 @@ class Evaluator:
         self.accelerator.wait_for_everyone()
         return open_store(folder, "features", identity)
 
-    def _kid(
-        self, data: DataConfig, generated: StoreReader, settings: EvaluateConfig
-    ) -> dict[str, Any]:
-        """KID, precision and recall against real images of the training split."""
-        real = self.real_features(load_images(data), settings.kid).field("features")
-        fake = generated.field("features")[: settings.kid]
-        distance, manifold = kid(real, fake), precision_recall(real, fake)
-        return {
-            "kid": {
-                "value": distance.value,
-                "standard_error": distance.standard_error,
-                "n": len(fake),
-                "n_real": len(real),
-            },
-            "precision": manifold.precision,
-            "recall": manifold.recall,
-        }
+    def _quality(self, data: DataConfig, generated: StoreReader, n: int) -> dict[str, Any]:
+        """KID, precision and recall against n real images, or for 0 those at hand, if any."""
+        if n:
+            images = quality.held_out(data, n)
+            return quality.compare(images, self.real_features(images, n), generated)
+        found = quality.at_hand(data, _extractor())
+        if found is None or len(generated) < quality.LEAST:
+            return {}
+        return quality.compare(*found, generated)
 
     def _likelihood(self, run: Run, settings: EvaluateConfig) -> dict[str, Any]:
-        """NLL of latents of the test split, given the class: exact divergence, adaptive."""
+        """NLL of latents of the test split, given the class; adaptive, exact or many probes."""
         images = _test_images(run.config.data)
         _enough(images, settings.nll)
         autoencoder = run.autoencoder()
@@ -243,13 +243,27 @@ class Evaluator:
             x = to_float(torch.from_numpy(images.read(0, settings.nll)))
             moments = autoencoder.encode(x)
             z = run.standardisation.apply(moments.sample(drawn))
-        noise = run.config.latents.noise
-        if moments.log_var is None and noise > 0:
-            z = z + noise * torch.randn(z.shape, generator=drawn)
+        sigma = run.config.latents.noise
+        if moments.log_var is None and sigma > 0:
+            z = z + sigma * torch.randn(z.shape, generator=drawn)
         device = next(run.flow.parameters()).device
         of = _classes(run, images, settings.nll)
-        z = z.clone().to(device)
-        result = run.flow.log_prob(z, divergence="exact", chunk=SHARD, condition=of)
+        kind = "exact" if run.flow.dim <= EXACT_UP_TO else "hutchinson"
+        result = run.flow.log_prob(
+            z.clone().to(device), divergence=kind, probes=PROBES, generator=drawn, chunk=SHARD,
+            condition=of,
+        )
+        spread = result.standard_error
+        noise = (
+            {}
+            if spread is None
+            else {
+                "probes": PROBES,
+                "standard_error": float(spread.double().square().sum().sqrt())
+                / len(z)
+                / result.dim,
+            }
+        )
         error = result.inversion_error.double()
         return {
             "nll_per_dim": result.nll_per_dim,
@@ -257,7 +271,8 @@ class Evaluator:
                 "n": settings.nll,
                 "split": images.split,
                 "unit": "nats per latent dimension",
-                "divergence": "exact",
+                "divergence": kind,
+                **noise,
                 "solver": "dopri5",
                 "nfe": result.nfe,
                 "inversion_mse": float((error**2).mean()) / result.dim,
@@ -266,7 +281,8 @@ class Evaluator:
         }
 
 
-def _distance(features: StoreReader, reference: GaussianStats) -> float:
+def fid_of(features: StoreReader, reference: GaussianStats) -> float:
+    """FID of the images that features belong to."""
     stats = GaussianStats()
     for start in range(0, len(features), SHARD):
         stats.update(features.read("features", start, min(start + SHARD, len(features))))
@@ -281,9 +297,14 @@ def _check(run: Run, settings: EvaluateConfig) -> None:
     """Refuse what the data set cannot give, before hours are spent on images."""
     data = run.config.data
     if settings.floor:
-        _enough(_floor_images(data, settings.n), settings.n)
+        _enough(quality.held_out(data, settings.n), settings.n)
     if settings.kid:
-        _enough(load_images(data), settings.kid)
+        if min(settings.kid, settings.n) < quality.LEAST:
+            raise UserError(
+                f"KID, precision and recall need at least {quality.LEAST} images of either kind, "
+                f"not --kid {settings.kid} of {settings.n} generated ones"
+            )
+        _enough(quality.held_out(data, settings.kid), settings.kid)
     if settings.nll:
         test = _test_images(data)
         _enough(test, settings.nll)
@@ -300,17 +321,12 @@ def _test_images(data: DataConfig) -> ImageSet:
     return load_images(dataclasses.replace(data, split=data.test_split))
 
 
-def _floor_images(data: DataConfig, n: int) -> ImageSet:
-    """The test split, or the training split where that has fewer than n images."""
-    test = _test_images(data)
-    return test if len(test) >= n else load_images(data)
-
-
 def inputs_of(run: Run, settings: EvaluateConfig, sampling: GenerateConfig) -> str:
     """What an evaluation's numbers depend on, as a key: metrics of the same key are the same."""
     sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
     generate = dataclasses.asdict(sampling)
-    for later in ("labels", "guidance"):  # without them the key is what it was before they came
+    # without them the key is what it was before they came
+    for later in ("labels", "guidance", "block_steps"):
         if generate[later] is None:
             del generate[later]
     parts = {

@@ -112,6 +112,8 @@ def _manifest(run: Run, rows: list[dict[str, Any]], dtype: str, out: Path) -> di
     about = {key: value for key, value in run.manifest.items() if key not in made}
     if "init_from" in about:
         about["init_from"] = {**about["init_from"], "run": about["init_from"]["name"]}
+    if "teacher" in about:
+        about["teacher"] = {**about["teacher"], "run": about["teacher"]["name"]}
     wanted = about["autoencoder"]
     if wanted.get("name") == "pretrained" and wanted["weights"] not in shipped():
         data = locate(str(run.autoencoder_weights())).read_bytes()

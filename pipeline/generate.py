@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,67 @@ def solver_of(run: Run, settings: GenerateConfig) -> SolverConfig:
     return solver
 
 
+def solvers_of(run: Run, settings: GenerateConfig) -> list[SolverConfig]:
+    """The solver of each block, data side first.
+
+    Raises:
+        UserError: `block_steps` has not one number a block, or the solver is adaptive.
+        FlowError: steps below 1, or an unknown method.
+    """
+    solver, counts = solver_of(run, settings), settings.block_steps
+    if counts is None:
+        return [solver] * len(run.flow)
+    if len(counts) != len(run.flow):
+        raise UserError(
+            f"steps for each block need one number a block, {len(run.flow)} for this run, not "
+            f"{len(counts)}"
+        )
+    if solver.adaptive:
+        raise UserError(
+            f"steps for each block need a fixed-step solver, not {solver.method}; choose --method "
+            "rk4, midpoint or euler"
+        )
+    return [dataclasses.replace(solver, steps=count) for count in counts]
+
+
+def with_solver(
+    settings: GenerateConfig, steps: str | None = None, method: str | None = None
+) -> GenerateConfig:
+    """The settings with what `--steps` and `--method` say; None leaves either as it is.
+
+    Args:
+        settings: of the run.
+        steps: one number for all blocks, or one a block separated by commas.
+        method: a solver.
+
+    Raises:
+        UserError: steps are not whole numbers.
+    """
+    if method is not None:
+        settings = dataclasses.replace(settings, method=method)
+    if steps is None:
+        return settings
+    counts = whole_numbers("--steps", steps)
+    if len(counts) == 1:
+        return dataclasses.replace(settings, steps=counts[0], block_steps=None)
+    return dataclasses.replace(settings, steps=None, block_steps=counts)
+
+
+def whole_numbers(name: str, text: str) -> list[int]:
+    """Numbers of at least 1 separated by commas.
+
+    Raises:
+        UserError: something else.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(
+            f"{name} takes a whole number of at least 1, or several separated by commas, not "
+            f"{text!r}"
+        )
+    return [int(part) for part in parts]
+
+
 def within(run: Run, settings: GenerateConfig, nfe: int) -> GenerateConfig:
     """The settings with as many sub-intervals a block as a budget of evaluations allows.
 
@@ -55,7 +117,7 @@ def within(run: Run, settings: GenerateConfig, nfe: int) -> GenerateConfig:
     if solver.adaptive:
         raise UserError(
             f"--nfe needs a fixed-step solver, but generate.method is {solver.method}; choose "
-            "rk4, midpoint or euler"
+            "--method rk4, midpoint or euler"
         )
     choice = choice_of(run, settings)
     twice = 1 if choice is None else choice.evaluations  # guidance evaluates the network twice
@@ -63,13 +125,13 @@ def within(run: Run, settings: GenerateConfig, nfe: int) -> GenerateConfig:
     pieces = [block.velocity.pieces() for block in run.flow]
     for steps in range(nfe // per_step, 0, -1):
         if all(fits(each, steps) for each in pieces):  # with several networks a block, not any S
-            return dataclasses.replace(settings, steps=steps)
+            return dataclasses.replace(settings, steps=steps, block_steps=None)
     nets = max(spec.velocity.nets for spec in run.flow.specs)
     place = f"{len(run.flow)} blocks" + (f" of {nets} networks" if nets > 1 else "")
     place += " with guidance" * (twice > 1)
     raise UserError(
         f"--nfe {nfe} is below one {solver.method} step in each of {place} "
-        f"({per_step * nets}); ask for more, or set generate.method=euler"
+        f"({per_step * nets}); ask for more, or choose --method euler"
     )
 
 
@@ -96,15 +158,17 @@ def sample_images(
             f"n and generate.batch_size must be at least 1, not {settings.n} and "
             f"{settings.batch_size}"
         )
-    solver, choice = solver_of(run, settings), choice_of(run, settings)
-    identity = {
+    solvers, choice = solvers_of(run, settings), choice_of(run, settings)
+    identity: dict[str, Any] = {
         "kind": "samples",
         "run": run.fingerprint,
         "seed": settings.seed,
         "n": settings.n,
         "batch_size": settings.batch_size,
-        "solver": dataclasses.asdict(solver),
+        "solver": dataclasses.asdict(solver_of(run, settings)),
     }
+    if settings.block_steps is not None:
+        identity["block_steps"] = settings.block_steps
     if choice is not None:
         identity["classes"] = choice.describe()
     folder = run.folder / "samples" / f"images-{key_of(identity)}"
@@ -124,11 +188,11 @@ def sample_images(
             place = (settings.seed, "sample", start // settings.batch_size)
             of = None if choice is None else choice.condition(start, count, *place)
             drawn = generator(*place)
-            parts.append(_sample(run, autoencoder, count, drawn, solver, accelerator, of))
+            parts.append(_sample(run, autoencoder, count, drawn, solvers, accelerator, of))
         writer.write(index, {"images": torch.cat(parts)})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        nfe = sample_nfe(run, solver, choice)
+        nfe = sample_nfe(run, solvers, choice)
         writer.finish(lambda _: {"nfe": nfe})
     accelerator.wait_for_everyone()
     return open_store(folder, "generated images", identity)
@@ -140,22 +204,22 @@ def _sample(
     autoencoder: Autoencoder,
     count: int,
     drawn: torch.Generator,
-    solver: SolverConfig,
+    solvers: list[SolverConfig],
     accelerator: Accelerator,
     condition: Condition | None = None,
 ) -> Tensor:
     noise = torch.randn((count, *run.flow.shape), generator=drawn).to(accelerator.device)
-    z = run.standardisation.undo(run.flow.decode(noise, solver, condition=condition))
+    z = run.standardisation.undo(run.flow.decode(noise, solvers, condition=condition))
     autoencoder.to(accelerator.device)  # type: ignore[attr-defined]
     return to_uint8(autoencoder.decode(z)).cpu()
 
 
-def sample_nfe(run: Run, solver: SolverConfig, choice: Choice | None = None) -> int:
+def sample_nfe(run: Run, solvers: list[SolverConfig], choice: Choice | None = None) -> int:
     """Evaluations of the network per sample, summed over blocks (measured on 16 samples)."""
     noise = torch.randn((16, *run.flow.shape), generator=generator(0, "nfe"))
     device = next(run.flow.parameters()).device
     of = None if choice is None else choice.condition(0, 16, "nfe")
-    moved = run.flow.transport(noise.to(device), reverse=True, solver=solver, condition=of)
+    moved = run.flow.transport(noise.to(device), reverse=True, solver=solvers, condition=of)
     return int(moved.nfe) * (1 if choice is None else choice.evaluations)
 
 

@@ -64,6 +64,38 @@ def batch_loss(
     return matching_loss(velocity, z, target, t, recipe.interpolant, told)
 
 
+def pair_loss(
+    velocity: Velocity,
+    stage: StoreReader,
+    indices: Tensor,
+    drawn: torch.Generator,
+    rank: int = 0,
+    ranks: int = 1,
+) -> LfmLoss:
+    """The regression on the straight ways from samples to where other blocks carry them.
+
+    E ‖v(t, (1 − t) z + t T(z)) − (T(z) − z)‖²
+
+    Where the ways do not cross, its minimum is the field of straight trajectories whose map is T:
+    one step of any solver follows it, in either direction.
+
+    Args:
+        velocity: the field in training.
+        stage: pairs, z in the field `z` and T(z) in the field `end`.
+        indices: of the whole batch (B,).
+        drawn: source of the times, the same on all processes.
+        rank: of this process.
+        ranks: processes.
+
+    Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024), distillation; Liu,
+    Gong, Liu, "Flow straight and fast" (2023).
+    """
+    device = next(velocity.parameters()).device
+    t, rows = stratified_times(len(indices), drawn)[rank::ranks], indices[rank::ranks]
+    z, end, t = (x.to(device) for x in (stage.take("z", rows), stage.take("end", rows), t))
+    return matching_loss(velocity, z, end, t)
+
+
 def stratified_times(count: int, drawn: torch.Generator) -> Tensor:
     """Uniform times (count,), one in each of `count` equal parts of [0, 1].
 

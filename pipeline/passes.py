@@ -34,7 +34,7 @@ class Pass:
     """One training of all blocks of a flow: its plan, and the rows of the blocks so far.
 
     Attributes:
-        kind: ordinary, reparameterize, refine, add or retrain.
+        kind: ordinary, reparameterize, refine, add, retrain or distill.
         h: planned step sizes of the blocks with a movement term; empty under lfm.
         free: whether a free block follows them.
         tolerance: the pass ends before all of `h` when Ter(k) falls below it; None if it may not.
@@ -46,7 +46,8 @@ class Pass:
         kept: first blocks that are taken over from the pass before as they are.
         reparameterized: reparameterizations up to this pass.
         recipe: the train section that it is trained with.
-        objective: of its blocks, jko or lfm (flow matching is lfm with a free block alone).
+        objective: of its blocks, jko, lfm (flow matching is lfm with a free block alone) or
+            distill, whose steps are the sums of those of the blocks that were merged.
         gamma: lfm: planned times of the blocks before the free one.
         lr: peak learning rate of each block; empty in older runs, which had the recipe's for all.
         blocks: a row for each finished block, the kept ones included.
@@ -88,7 +89,7 @@ class Pass:
     @property
     def steps(self) -> list[float]:
         """What is planned for the blocks before the free one: h_k, or under lfm γ_k."""
-        return self.h if self.objective == "jko" else self.gamma
+        return self.h or self.gamma
 
     def step(self, index: int) -> float | None:
         """Step (h or γ) of the next block; None if it is the free block."""

@@ -19,6 +19,13 @@ def headline(metrics: dict[str, Any]) -> str:
         text += f"; reconstruction floor {metrics['rfid']['value']:.2f}"
     if metrics.get("real_test_fid") is not None:
         text += f"; real test images {metrics['real_test_fid']:.2f}"
+    if "kid" in metrics:
+        kid = metrics["kid"]
+        text += (
+            f"; KID {kid['value']:.5f} ± {kid['standard_error']:.5f}, precision "
+            f"{metrics['precision']:.3f}, recall {metrics['recall']:.3f} ({kid['against']}, "
+            f"n={kid['n']})"
+        )
     if "nll_per_dim" in metrics:
         text += f"; NLL {metrics['nll_per_dim']:.3f} nats per latent dimension"
     return f"{text}; {metrics['nfe']} evaluations a sample ({fid['extractor']})"
@@ -32,7 +39,9 @@ def table(metrics: dict[str, Any], seconds: dict[str, float], reused: set[str]) 
         seconds: step → seconds it took when it was done.
         reused: steps that were already done before this run of the command.
     """
-    symbol = "γ" if metrics["blocks"][0].get("objective") == "lfm" else "h"
+    first = metrics["blocks"][0]
+    times = first.get("objective") == "lfm" or first.get("gamma") is not None
+    symbol = "γ" if times else "h"
     lines = [f"block{symbol:>7}   movement (W2)   Ter(k)   seconds   parameters"]
     for index, row in enumerate(metrics["blocks"]):
         weight = step_of(row)
@@ -67,9 +76,13 @@ def numbers(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"  real test images (n={fid['n']})", f"{metrics['real_test_fid']:.2f}"))
     if "kid" in metrics:
         kid = metrics["kid"]
-        rows.append(("KID", f"{kid['value']:.5f} ± {kid['standard_error']:.5f}"))
+        note = f"({kid['against']}, n={kid['n']})" if "against" in kid else f"(n={kid['n']})"
+        rows.append(("KID", f"{kid['value']:.5f} ± {kid['standard_error']:.5f}   {note}"))
         rows.append(
-            ("precision / recall", f"{metrics['precision']:.3f} / {metrics['recall']:.3f}")
+            (
+                "precision / recall",
+                f"{metrics['precision']:.3f} / {metrics['recall']:.3f}   {note}",
+            )
         )
     if "nll_per_dim" in metrics:
         nll = metrics["nll"]

@@ -175,15 +175,23 @@ class Trainer:
         trainer = BlockTrainer(block, spec, stage, recipe, self.accelerator, number=self.number)
         if not self._optimise(trainer, journal):
             return None
-        block = trainer.finish()
-        name = block_file(index, self.number)
+        file = self._commit_block(trainer)
+        name = stage_file(index + 1, self.number)
+        following = self._push(stage, trainer.block, file["sha256"], name)
+        terms = measure(trainer, stage, self.config.push)
+        self._record(trainer, file, {**following.manifest, "terms": terms}, journal)
+        if self.accelerator.is_main_process:
+            check_grid(trainer, stage, self.config.push, terms["total"], journal)
+        self.accelerator.wait_for_everyone()
+        return following
+
+    def _commit_block(self, trainer: BlockTrainer) -> Row:
+        """Write the trained block; returns file and sha256."""
+        block, name = trainer.finish(), block_file(trainer.index, self.number)
         if self.accelerator.is_main_process:
             commit.write_tensors(self.folder / name, block.state_dict())
         self.accelerator.wait_for_everyone()
-        sha256 = commit.sha256_file(self.folder / name)
-        following = self._push(stage, block, sha256, stage_file(index + 1, self.number))
-        self._record(trainer, stage, following, {"file": name, "sha256": sha256}, journal)
-        return following
+        return {"file": name, "sha256": commit.sha256_file(self.folder / name)}
 
     def _optimise(self, trainer: BlockTrainer, journal: Journal) -> bool:
         """Run the optimiser to its end, with checkpoints; False when the time is up."""
@@ -195,7 +203,7 @@ class Trainer:
         saved = time.monotonic()
         before = sum(self.current.iterations[:index])
         todo = range(trainer.done, recipe.iterations)
-        weight, symbol = trainer.spec.weight, "h" if trainer.spec.objective == "jko" else "γ"
+        weight, symbol = trainer.spec.weight, "γ" if trainer.spec.h is None else "h"
         kind = "free" if weight is None else f"{symbol}={weight:.3g}"
         place = f"pass {self.number} block {index}" if self.number else f"block {index}"
         for _ in self.progress(todo, len(todo), f"{place} ({kind})"):
@@ -221,16 +229,16 @@ class Trainer:
         if self.accelerator.is_main_process:
             trainer.save(path)
 
-    def _record(
-        self,
-        trainer: BlockTrainer,
-        before: StoreReader,
-        after: StoreReader,
-        file: Row,
-        journal: Journal,
-    ) -> None:
-        """Enter the finished block into flow.json; from here on it counts."""
-        index, moved = trainer.index, after.manifest
+    def _record(self, trainer: BlockTrainer, file: Row, found: Row, journal: Journal) -> None:
+        """Enter the finished block into flow.json; from here on it counts.
+
+        Args:
+            trainer: of the block.
+            file: file and sha256.
+            found: movement, squared_movement, squared_norm and terms; error of a distilled block.
+            journal: the log.
+        """
+        index = trainer.index
         row = {
             **file,
             "h": trainer.spec.h,
@@ -238,12 +246,14 @@ class Trainer:
             "objective": trainer.spec.objective,
             "iterations": trainer.done,
             "lr": trainer.recipe.lr,
-            "movement": moved["movement"],
-            "ter": stopping_ratio(moved["squared_movement"], moved["squared_norm"]),
-            "terms": measure(trainer, before, self.config.push),
+            "movement": found["movement"],
+            "ter": stopping_ratio(found["squared_movement"], found["squared_norm"]),
+            "terms": found["terms"],
             "seconds": round(trainer.seconds, 3),
             "parameters": sum(p.numel() for p in trainer.parameters),
         }
+        if "error" in found:
+            row["error"] = found["error"]
         spec = trainer.spec.to_dict()
         whole = {**row, "stage": stage_file(index + 1, self.number), "spec": spec}
         self.passes[-1] = self.current.with_row(whole)
@@ -255,7 +265,6 @@ class Trainer:
             self._checkpoint_file(index).unlink(missing_ok=True)
             told = {"block": index, "step": trainer.done, "event": "finished"}
             journal.write({**told, **readable(row)})
-            check_grid(trainer, before, self.config.push, row["terms"]["total"], journal)
         self.accelerator.wait_for_everyone()
 
     def _sum_up(self, dim: int, journal: Journal) -> None:

@@ -111,7 +111,7 @@ def train(
     manifest = read_manifest(folder) if there else None
     trainer = Trainer(config, folder, source, accelerator, progress, manifest)
     upcoming = next_pass(config, trainer.passes, add_blocks, from_block)
-    _enter(config, folder, accelerator, resume, anew)
+    enter(config, folder, accelerator, resume, anew)
     if upcoming is not None:
         with Journal(folder, accelerator.is_main_process) as journal:
             while upcoming is not None and trainer.train(upcoming, journal):
@@ -123,8 +123,8 @@ def train(
     return Outcome(done, upcoming is None, trainer.trained, len(passes))
 
 
-def _enter(
-    config: Config, folder: Path, accelerator: Accelerator, resume: bool, anew: bool
+def enter(
+    config: Config, folder: Path, accelerator: Accelerator, resume: bool, anew: bool = False
 ) -> None:
     """Start a run directory, or make sure that the one there may be continued."""
     there = (folder / "config.yaml").is_file()

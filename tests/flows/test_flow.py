@@ -52,6 +52,21 @@ def test_decode_inverts_encode_and_chunks_do_not_matter():
     assert not torch.allclose(there, z, atol=0.1)
 
 
+def test_every_block_may_have_its_own_solver():
+    flow = make()
+    z = torch.randn(5, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    solvers = [SolverConfig("euler", 1), SolverConfig("midpoint", 2), SolverConfig("rk4", 3)]
+    expected = z
+    for block, solver in zip(flow, solvers, strict=True):
+        expected = block.transport(expected, solver=solver).z
+    moved = flow.transport(z, solver=solvers)
+    assert torch.equal(moved.z, expected) and moved.block_nfe == (1, 4, 12)
+    back = flow.transport(moved.z, reverse=True, solver=solvers)
+    assert back.block_nfe == (1, 4, 12)
+    with pytest.raises(FlowError, match="3 blocks need as many solvers, not 2"):
+        flow.encode(z, solvers[:2])
+
+
 def test_encode_is_the_composition_of_the_blocks_in_order():
     first, second = torch.randn(2, 2, 2, generator=torch.Generator().manual_seed(0)).double()
     flow = linear_flow([first, second])

@@ -23,7 +23,7 @@ from tests.pipeline.tiny import World, random_autoencoder, say
         ("schedule.rho=-2", "rho must be positive and finite, found -2"),
         ("schedule.max_blocks=0", "schedule.max_blocks must be at least 1, not 0"),
         ("solver.steps=0", "steps must be at least 1, not 0"),
-        ("push.steps=0", "steps must be at least 1, not 0"),
+        ("push.steps=0", "push.steps must be at least 1, not 0"),
         ("schedule.substeps=[2,0]", "schedule.substeps needs one value a block, each at least 1"),
         ("solver.method=leap", "unknown solver 'leap'; choose one of euler, midpoint"),
         ("push.method=leap", "unknown solver 'leap'; choose one of euler, midpoint"),

@@ -22,6 +22,7 @@ from flows.condition import Condition
 from flows.gaussian import jko_step
 from pipeline.classes import Choice
 from pipeline.datasets import load_images
+from pipeline.distill import Distillation, student_config
 from pipeline.errors import UserError
 from pipeline.evaluate import inputs_of
 from pipeline.generate import sample_images
@@ -398,3 +399,8 @@ def test_a_run_without_classes_is_described_as_before(name: str, key: str, train
     shipped = open_run(zoo()[name])
     settings = dataclasses.replace(shipped.config.evaluate, n=10000, floor=False, nll=0)
     assert inputs_of(shipped, settings, shipped.config.generate) == key
+
+
+def test_a_conditional_run_is_not_distilled(quick: Path) -> None:
+    with pytest.raises(UserError, match="class-conditional run cannot be distilled"):
+        student_config(open_run(quick), Distillation())

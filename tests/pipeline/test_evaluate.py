@@ -14,12 +14,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from eval.distances import kid
 from eval.gaussian import GaussianStats
 from pipeline.config_files import load_config
 from pipeline.evaluate import Evaluator
 from pipeline.generate import sample_images
 from pipeline.latents import encode
 from pipeline.runs import open_run
+from pipeline.seeds import generator
+from pipeline.summary import headline
 from pipeline.training import train
 from tests.pipeline.gaussian_source import quiet
 from tests.pipeline.glance import Glance, stand_in
@@ -92,7 +95,7 @@ def test_the_numbers_and_what_stands_beside_them(trained: World, folder: Path) -
     assert metrics["nfe"] == 24 and len(metrics["blocks"]) == 3
     assert [row["h"] for row in metrics["blocks"]] == [0.5, 0.75, None]
     assert {"movement", "ter", "seconds", "iterations", "parameters"} <= set(metrics["blocks"][0])
-    assert metrics["kid"]["n"] == 15
+    assert metrics["kid"]["n"] == 15 and metrics["kid"]["against"] == "folder test"
     assert 0 <= metrics["precision"] <= 1 and 0 <= metrics["recall"] <= 1
     assert metrics["peak_memory_bytes"] > 1e6 and metrics["train_seconds"] > 0
 
@@ -102,7 +105,6 @@ def test_the_likelihood_is_the_flows(trained: World, folder: Path) -> None:
     metrics = evaluate(folder, trained.root / "pictures" / "train", n=4, nll=3, floor=False)
     run = open_run(folder)
     from autoencoders.base import to_float
-    from pipeline.seeds import generator
 
     x = to_float(torch.from_numpy(pictures(24, seed=2)[:3, None]))
     with torch.inference_mode():
@@ -126,6 +128,65 @@ def test_the_likelihood_is_the_flows(trained: World, folder: Path) -> None:
         total -= gaussian + float(torch.linalg.slogdet(jacobian)[1])
     assert metrics["nll_per_dim"] == pytest.approx(total / 3 / 18, rel=1e-3)
     assert metrics["nll"]["n"] == 3 and metrics["nll"]["inversion_mse"] < 1e-4
+
+
+def test_many_dimensions_are_measured_by_probes(
+    trained: World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = trained.root / "pictures" / "train"
+    exact = evaluate(folder, reference, n=4, nll=12, floor=False)
+    assert exact["nll"]["divergence"] == "exact" and "probes" not in exact["nll"]
+    monkeypatch.setattr("pipeline.evaluate.EXACT_UP_TO", 17)  # D is 18
+    probed = evaluate(folder, reference, n=4, nll=12, floor=False)
+    assert (probed["nll"]["divergence"], probed["nll"]["probes"]) == ("hutchinson", 16)
+    error = probed["nll"]["standard_error"]
+    assert 0 < error < 0.05
+    assert probed["nll_per_dim"] == pytest.approx(exact["nll_per_dim"], abs=4 * error)
+    assert probed["nll_per_dim"] != exact["nll_per_dim"]
+
+
+def test_a_study_of_fid_against_evaluations(
+    capsys: pytest.CaptureFixture[str], trained: World, folder: Path
+) -> None:
+    reference = trained.root / "pictures" / "train"
+    words = ["evaluate", "--run", folder, "-n", "12", "--reference", reference]
+    code, out, _ = say(capsys, *words, "--nfe-study", "24,12,25")
+    assert code == 0 and out.strip() == str(folder / "nfe.json")
+    study = json.loads((folder / "nfe.json").read_text())
+    assert (study["n"], study["seed"], study["reference"]) == (12, 0, str(reference))
+    assert [(r["method"], r["steps"], r["nfe"]) for r in study["rows"]] == [
+        ("rk4", 1, 12), ("rk4", 2, 24),
+    ]  # fmt: skip
+    assert not (folder / "metrics.json").exists()
+    run, real = open_run(folder), pictures(40, seed=1)[:, None]
+    for row in study["rows"]:
+        settings = dataclasses.replace(run.config.generate, n=12, steps=row["steps"])
+        images = sample_images(run, settings, Accelerator(), quiet).field("images").numpy()
+        assert row["fid"] == pytest.approx(distance(images, real), rel=1e-4)
+    assert (folder / "samples" / "nfe.png").stat().st_size > 1000
+    # another solver joins the table; another n starts a new one
+    assert say(capsys, *words, "--method", "euler", "--nfe-study", "3")[0] == 0
+    rows = json.loads((folder / "nfe.json").read_text())["rows"]
+    assert [(row["method"], row["nfe"]) for row in rows] == [
+        ("euler", 3), ("rk4", 12), ("rk4", 24),
+    ]  # fmt: skip
+    assert rows[1:] == study["rows"]
+    words[words.index("12")] = "10"
+    assert say(capsys, *words, "--nfe-study", "12")[0] == 0
+    assert len(json.loads((folder / "nfe.json").read_text())["rows"]) == 1
+
+
+def test_an_evaluation_takes_the_solver_that_is_asked_for(
+    capsys: pytest.CaptureFixture[str], trained: World, folder: Path
+) -> None:
+    words = ["evaluate", "--run", folder, "-n", "10", "--reference", trained.root / "pictures"]
+    words += ["--set", "evaluate.floor=false", "--set", "evaluate.nll=0"]
+    words[6] = words[6] / "train"
+    code, _, last = say(capsys, *words, "--method", "euler", "--steps", "1,2,4")
+    assert code == 0 and "; 7 evaluations a sample" in last
+    code, _, last = say(capsys, *words, "--method", "midpoint", "--nfe", "14")
+    assert code == 0 and "; 12 evaluations a sample" in last
+    assert json.loads((folder / "metrics.json").read_text())["nfe"] == 12
 
 
 def test_the_floor_of_the_identity_is_the_fid_of_the_real_images(
@@ -153,6 +214,41 @@ def test_the_floor_of_the_identity_is_the_fid_of_the_real_images(
     assert "nll_per_dim" not in metrics
 
 
+def test_real_features_at_hand_are_used_without_asking(
+    trained: World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KID, precision and recall against brute force; the network sees no image for them."""
+    reference = trained.root / "pictures" / "train"
+    plain = evaluate(folder, reference, n=20, nll=0, floor=False)
+    assert "kid" not in plain and "precision" not in plain
+    evaluate(folder, reference, n=20, nll=0, floor=False, kid=6)
+    evaluate(folder, reference, n=20, nll=0, floor=False, kid=18)
+    seen, look = [], Glance.features
+    monkeypatch.setattr(Glance, "features", lambda net, x: seen.append(len(x)) or look(net, x))
+    metrics = evaluate(folder, reference, n=20, nll=0, floor=False)
+    assert sum(seen) == 40  # the reference's own images, given as a folder
+    run = open_run(folder)
+    settings = dataclasses.replace(run.config.generate, n=20)
+    images = sample_images(run, settings, Accelerator(), quiet).field("images")
+    images = images[torch.randperm(20, generator=generator(0, "rows"))[:18].sort().values]
+    order = torch.randperm(24, generator=generator(0, "order of evaluation"))[:18]
+    real = look(Glance(), torch.from_numpy(pictures(24, seed=2)[order, None]))
+    fake = look(Glance(), images)
+    expected = kid(real, fake)
+    assert metrics["kid"] == {
+        "value": pytest.approx(expected.value, rel=1e-5),
+        "standard_error": pytest.approx(expected.standard_error, rel=1e-5),
+        "subsets": 50, "subset_size": 9, "n": 18, "n_real": 18, "against": "folder test",
+    }  # fmt: skip
+    distances = torch.cdist(real.double(), real.double())
+    radius = distances.sort(dim=1).values[:, 3]  # the first is the point itself
+    across = torch.cdist(fake.double(), real.double())
+    inside = (across <= radius).any(dim=1).double().mean().item()
+    assert metrics["precision"] == pytest.approx(inside)
+    said = headline(metrics)
+    assert f"precision {inside:.3f}" in said and "(folder test, n=18)" in said
+
+
 def test_the_floor_takes_the_larger_split(trained: World, folder: Path) -> None:
     reference = trained.root / "pictures" / "train"
     metrics = evaluate(folder, reference, n=30, nll=0)  # the test split has 24
@@ -177,10 +273,16 @@ def test_features_are_made_once(
     [
         (["-n", "1"], "at least 2 images, not 1"),
         (["-n", "41"], "41 images were asked for, but folder (train) has 40"),
+        (["-n", "20", "--kid", "3"], "at least 4 images of either kind, not --kid 3 of 20"),
+        (["-n", "3", "--kid", "20"], "not --kid 20 of 3 generated"),
         (["-n", "4", "--kid", "50"], "50 images were asked for, but folder (train) has 40"),
         (["-n", "4", "--set", "evaluate.nll=25"], "25 images were asked for, but folder (test)"),
         (["-n", "4", "--reference", "nowhere"], "nowhere"),
         (["-n", "4", "--set", "train.lr=1"], "no effect here"),
+        (["-n", "4", "--nfe-study", "12", "--steps", "2"], "leave --steps and --nfe out"),
+        (["-n", "4", "--nfe-study", "12,x"], "--nfe-study takes a whole number"),
+        (["-n", "4", "--nfe-study", "11"], "--nfe 11 is below one rk4 step"),
+        (["-n", "1", "--nfe-study", "12"], "at least 2 images, not 1"),
         (["-n", "4", "--blocks", "9"], "--blocks must lie between 1 and 3"),
     ],
 )

@@ -1,0 +1,168 @@
+"""A finished run → a run of fewer blocks that few solver steps can follow.
+
+Consecutive blocks of the teacher, T_k … T_{k+c−1}, are merged into one: its velocity is regressed
+on the straight ways from samples z to T_{k+c−1}∘…∘T_k(z) (see `pipeline.matching.pair_loss`).
+Samples are the training data pushed through the teacher, group by group, so every group is trained
+on what the teacher itself sees, and no error adds up while training. Straight trajectories are
+straight in both directions, and sampling needs the way back; both errors are measured and kept.
+
+The result is an ordinary run directory; the teacher and its fingerprint are in flow.json.
+
+Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024), distillation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from pipeline.checks import check, check_shape
+from pipeline.config import Config
+from pipeline.config_files import overridden
+from pipeline.errors import UserError
+from pipeline.experiment2d import PointSource
+from pipeline.journal import Journal
+from pipeline.latents import Progress
+from pipeline.merging import Distiller
+from pipeline.runs import Run, read_manifest
+from pipeline.stages import LatentSource, Source
+from pipeline.training import Outcome, enter
+
+#: sections that `--set` may change
+SECTIONS = ("train", "velocity", "push", "generate", "evaluate")
+#: a regression step is cheap, and a JKO run's few would not do
+ITERATIONS = 5000
+EMA = 0.999
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What is merged, and how the result is followed.
+
+    Attributes:
+        pairs: blocks merged into one.
+        steps: solver steps a merged block when samples are drawn.
+        method: a fixed-grid solver.
+    """
+
+    pairs: int = 2
+    steps: int = 1
+    method: str = "rk4"
+
+
+def student_config(
+    teacher: Run, settings: Distillation, overrides: Sequence[str] = (), max_minutes: float = 0.0
+) -> Config:
+    """The configuration of the run that comes out.
+
+    Args:
+        teacher: the finished run.
+        settings: what is merged, and the solver that samples.
+        overrides: `section.key=value` of the sections in `SECTIONS`.
+        max_minutes: stop cleanly after so long; 0 runs to the end.
+
+    Raises:
+        UserError: values out of range, or another section.
+    """
+    if settings.pairs < 1 or settings.steps < 1:
+        raise UserError(
+            f"--pairs and --steps must be at least 1, not {settings.pairs} and {settings.steps}"
+        )
+    old = teacher.config
+    if old.velocity.classes:
+        raise UserError(
+            "a class-conditional run cannot be distilled; train one with velocity.classes=0"
+        )
+    push = dataclasses.replace(old.push, method=settings.method, steps=settings.steps)
+    train = dataclasses.replace(
+        old.train, objective="fm", interpolant="linear", coupling="independent",
+        iterations=ITERATIONS, ema=EMA, init_from=None, max_minutes=max_minutes,
+    )  # fmt: skip
+    schedule = dataclasses.replace(
+        old.schedule, gamma=None, iterations=None, substeps=None, lr=None, reparameterize=0,
+        refine=1,
+    )  # fmt: skip
+    config = dataclasses.replace(
+        old, name=f"{old.name}-distilled", push=push, train=train, schedule=schedule,
+        generate=dataclasses.replace(old.generate, method=None, steps=None),
+    )  # fmt: skip
+    config = overridden(config, overrides, SECTIONS)
+    if config.train.objective != "fm" or config.train.init_from is not None:
+        raise UserError("train.objective and train.init_from have no meaning for distill")
+    check(config)  # as flow matching, which integrates nothing while it trains either
+    recipe = dataclasses.replace(config.train, objective="distill")
+    return dataclasses.replace(config, train=recipe)
+
+
+def distill(
+    teacher: Run,
+    folder: Path,
+    config: Config,
+    pairs: int,
+    accelerator: Accelerator,
+    progress: Progress,
+    resume: bool = False,
+    source: Source | None = None,
+) -> Outcome:
+    """Merge the blocks of a run, `pairs` at a time, into the blocks of a new run.
+
+    Args:
+        teacher: the finished run.
+        folder: the new run directory.
+        config: from `student_config`.
+        pairs: blocks merged into one; the last group may be smaller.
+        accelerator: device and processes.
+        progress: wraps loops.
+        resume: continue what is there.
+        source: where the samples come from; None is the teacher's: latent cache or point set.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        UserError: a run that is there without `resume` or from another teacher, or data that are
+            not the teacher's.
+        JkoflowError: a block failed.
+    """
+    if source is None:
+        images = "autoencoder" in teacher.manifest
+        source = LatentSource(config) if images else PointSource(config)
+    check_shape(config, tuple(source.shape))
+    _same_data(teacher, source)
+    there = resume and (folder / "flow.json").is_file()
+    manifest = read_manifest(folder) if there else None
+    merger = Distiller(teacher, pairs, config, folder, source, accelerator, progress, manifest)
+    enter(config, folder, accelerator, resume)
+    with Journal(folder, accelerator.is_main_process) as journal:
+        complete = merger.train(merger.plan(), journal)
+    if complete:
+        merger.tidy()
+    return Outcome(len(merger.current.blocks), complete, merger.trained)
+
+
+def headline(manifest: dict[str, Any]) -> str:
+    """What became of the blocks, on one line."""
+    rows, taught = manifest["blocks"], manifest["teacher"]
+    worst = [max(row["error"][way] for row in rows) for way in ("forward", "reverse")]
+    return (
+        f"{len(taught['blocks'])} blocks of {taught['name']} in {len(rows)}; largest mean squared "
+        f"distance from the teacher, per dimension: {worst[0]:.2g} forwards, {worst[1]:.2g} "
+        "backwards"
+    )
+
+
+def _same_data(teacher: Run, source: Source) -> None:
+    """Refuse data that are standardised otherwise than the teacher's."""
+    ours, theirs = source.manifest()["standardisation"], teacher.manifest["standardisation"]
+    a, b = (torch.tensor([x["mean"], x["std"]]) for x in (ours, theirs))
+    if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"the data at hand are not those that the run at {teacher.folder} was trained on "
+            "(their standardisation differs); encode those, or bring their cache back"
+        )
