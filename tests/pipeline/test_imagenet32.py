@@ -265,3 +265,29 @@ def test_the_real_stand_in():
     pixels = val.read(0, 500).astype(float)
     across = np.abs(np.diff(pixels, axis=3)).mean()
     assert across < 0.5 * np.abs(pixels - pixels[::-1]).mean()
+
+
+ENCODE = """
+import sys
+from accelerate import Accelerator
+from pipeline.config_files import load_config
+from pipeline.latents import encode
+from pipeline.resources import peak_memory
+
+for limit in (2400, 12000):
+    words = ["data.name=imagenet32", f"data.path={sys.argv[1]}", f"data.limit={limit}",
+             "autoencoder.name=identity", "autoencoder.weights=null", "latents.shard_size=600"]
+    cache = encode(load_config("smoke", words), Accelerator(cpu=True), lambda items, *_: items)
+    assert len(cache) == limit
+    print(peak_memory())
+"""
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the stand-in data set is not at {REAL}")
+def test_encoding_five_times_as_many_images_takes_no_more_memory():
+    """All latents are 147 MB, all pixels 37 MB; a file is 4 MB, a shard of latents 7 MB."""
+    command = [sys.executable, "-c", ENCODE, str(REAL)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    few, all_of_them = map(int, done.stdout.split()[-2:])
+    assert all_of_them - few < 16e6
