@@ -16,9 +16,11 @@ from pipeline import (
     export_verb,
     likelihood_verb,
     report_verb,
+    sampling_verbs,
     toy2d,
 )
 from pipeline.errors import UserError
+from pipeline.options import ConfigOption, SetOption
 from pipeline.terminal import (
     INTERRUPTED,
     Meter,
@@ -27,7 +29,6 @@ from pipeline.terminal import (
     fail,
     load,
     override,
-    replace,
     say,
     with_section,
 )
@@ -43,41 +44,6 @@ app = typer.Typer(
         "neural-ODE flow (JKO-iFlow), generate, evaluate. Try `jkoflow demo` first."
     ),
 )
-
-ConfigOption = Annotated[
-    str, typer.Option("--config", "-c", help="A packaged configuration, or the path of a .yaml.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override: section.key=value; may be given several times."),
-]
-RunOption = Annotated[
-    Path, typer.Option("--run", "-r", help="A run directory, or zoo:NAME for a shipped run.")
-]
-GuidanceOption = Annotated[
-    float | None,
-    typer.Option(
-        "--guidance",
-        help="Of a class-conditional run: w of v(null) + w (v(class) - v(null)); 1, the default, "
-        "is the plain conditional flow, more exaggerates, at twice the evaluations.",
-    ),
-]
-BlocksOption = Annotated[
-    int | None, typer.Option("--blocks", help="Use only the first so many blocks.")
-]
-
-StepsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--steps", help="Solver steps a block: one number, or one a block, data side first: 1,2,4."
-    ),
-]
-MethodOption = Annotated[
-    str | None, typer.Option("--method", help="Solver: euler, midpoint, rk4, dopri5, ….")
-]
-NfeOption = Annotated[
-    int | None, typer.Option("--nfe", help="At most so many network evaluations a sample.")
-]
 
 _TYPER_INTERRUPTED = 130  # what newer typer returns in place of raising KeyboardInterrupt
 
@@ -216,127 +182,7 @@ def train(
         print(folder)
 
 
-@app.command()
-def generate(
-    run: RunOption,
-    n: Annotated[int | None, typer.Option("-n", help="Images.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise.")] = None,
-    steps: StepsOption = None,
-    method: MethodOption = None,
-    nfe: NfeOption = None,
-    classes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--class",
-            help="Of a class-conditional run: images of this class only; several, or all: one "
-            "row of the grid each. Default: as often as in the training data.",
-        ),
-    ] = None,
-    guidance: GuidanceOption = None,
-    blocks: BlocksOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Where the grid (PNG) goes.")] = None,
-    images: Annotated[
-        Path | None, typer.Option("--images", help="Also write every image as a PNG here.")
-    ] = None,
-    npz: Annotated[
-        Path | None, typer.Option("--npz", help="Also write all images as one .npz (arr_0).")
-    ] = None,
-    overrides: SetOption = None,
-) -> None:
-    """Generate images from a run; writes a grid, and on request all images."""
-    from pipeline import generate as sampling
-    from pipeline import runs
-    from pipeline.classes import parse_classes
-
-    opened = runs.open_run(run, blocks)
-    settings = override(opened.config, overrides, ("generate",)).generate
-    labels = parse_classes(opened, classes)
-    settings = replace(settings, n=n, seed=seed, labels=labels, guidance=guidance)
-    settings = sampling.with_solver(settings, steps, method)
-    several = len(settings.labels or [])
-    if n is None and several > 1:
-        settings = replace(settings, n=max(settings.n, several * settings.columns))
-    if nfe is not None:
-        settings = sampling.within(opened, settings, nfe)
-    accelerator = _accelerator()
-    made = sampling.sample_images(opened, settings, accelerator, bar)
-    if not accelerator.is_main_process:
-        return
-    path = out or opened.folder / "samples" / "grid.png"
-    sampling.write_grid(made, path, settings.columns**2, settings.columns, several)
-    if images is not None:
-        sampling.write_folder(made, images)
-    if npz is not None:
-        sampling.write_npz(made, npz)
-    say(f"{len(made)} images, {made.manifest['nfe']} network evaluations a sample")
-    print(path)
-
-
-@app.command()
-def evaluate(
-    run: RunOption,
-    n: Annotated[int | None, typer.Option("-n", help="Generated images.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise.")] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            "--reference", help="A shipped name, a folder, a .npz, or what `reference` wrote."
-        ),
-    ] = None,
-    kid: Annotated[
-        int | None,
-        typer.Option(
-            "--kid",
-            help="Real images for KID, precision and recall; by default those whose features an "
-            "earlier --kid, of any run on the same data, left behind.",
-        ),
-    ] = None,
-    steps: StepsOption = None,
-    method: MethodOption = None,
-    nfe: NfeOption = None,
-    nfe_study: Annotated[
-        str | None,
-        typer.Option(
-            "--nfe-study",
-            help="FID only, at each of these budgets of evaluations a sample, such as 8,16,32: "
-            "nfe.json and samples/nfe.png.",
-        ),
-    ] = None,
-    guidance: GuidanceOption = None,
-    blocks: BlocksOption = None,
-    overrides: SetOption = None,
-) -> None:
-    """Measure a run: FID with its floor, likelihood, and what stands beside it (metrics.json)."""
-    from pipeline import evaluate as evaluation
-    from pipeline import generate as sampling
-    from pipeline import nfe_study as studies
-    from pipeline import runs
-    from pipeline.summary import headline
-
-    opened = runs.open_run(run, blocks)
-    config = override(opened.config, overrides, ("generate", "evaluate", "data.path"))
-    opened = replace(opened, config=config)  # its images may lie elsewhere on this machine
-    settings = replace(config.evaluate, n=n, seed=seed, reference=reference, kid=kid)
-    solved = sampling.with_solver(replace(config.generate, guidance=guidance), steps, method)
-    if nfe is not None:
-        solved = sampling.within(opened, solved, nfe)
-    accelerator = _accelerator()
-    evaluator = evaluation.Evaluator(accelerator, bar)
-    if nfe_study is not None:
-        if steps is not None or nfe is not None:
-            raise UserError("--nfe-study chooses the steps; leave --steps and --nfe out")
-        result = studies.study(opened, nfe_study, settings, solved, evaluator)
-        if accelerator.is_main_process:
-            say(studies.table(result))
-            print(opened.folder / studies.FILE)
-        return
-    metrics = evaluator.evaluate(opened, settings, solved)
-    if accelerator.is_main_process:
-        if "kid" not in metrics:
-            say("no features of real images are at hand for KID, precision and recall; --kid 2000 "
-                "makes them, once for all runs on this data")  # fmt: skip
-        say(headline(metrics))
-        print(opened.folder / "metrics.json")
+sampling_verbs.register(app)
 
 
 @app.command()

@@ -1,0 +1,43 @@
+"""Options that several verbs of the command line share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigOption = Annotated[
+    str, typer.Option("--config", "-c", help="A packaged configuration, or the path of a .yaml.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override: section.key=value; may be given several times."),
+]
+RunOption = Annotated[
+    Path, typer.Option("--run", "-r", help="A run directory, or zoo:NAME for a shipped run.")
+]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance",
+        help="Of a class-conditional run: w of v(null) + w (v(class) - v(null)); 1, the default, "
+        "is the plain conditional flow, more exaggerates, at twice the evaluations.",
+    ),
+]
+BlocksOption = Annotated[
+    int | None, typer.Option("--blocks", help="Use only the first so many blocks.")
+]
+
+StepsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--steps", help="Solver steps a block: one number, or one a block, data side first: 1,2,4."
+    ),
+]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", help="Solver: euler, midpoint, rk4, dopri5, ….")
+]
+NfeOption = Annotated[
+    int | None, typer.Option("--nfe", help="At most so many network evaluations a sample.")
+]
