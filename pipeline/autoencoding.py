@@ -24,7 +24,7 @@ from pipeline.config import Config
 from pipeline.config_files import differences, to_dict
 from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import JkoflowError, UserError
-from pipeline.evaluate import Evaluator
+from pipeline.features import FeatureMaker
 from pipeline.journal import Journal
 from pipeline.latents import Progress, load_parts
 from pipeline.runs import ENVIRONMENT, read_config, start_run, write_environment
@@ -111,7 +111,7 @@ def train(
 def evaluate(
     config: Config, n: int, folder: Path, accelerator: Accelerator, progress: Progress
 ) -> Path:
-    """Measure an autoencoder on n images of the test split (rFID as in `pipeline.evaluate`).
+    """Measure an autoencoder on n images of the test split (rFID as in `pipeline.features`).
 
     Writes autoencoder.json (rFID, PSNR, SSIM, codebook perplexity, statistics of the latents)
     and a before/after picture. PSNR is null when every reconstruction is perfect, SSIM for
@@ -136,10 +136,10 @@ def evaluate(
     test = load_images(dataclasses.replace(config.data, split=config.data.test_split))
     if n > len(test):
         raise UserError(f"{test.name} ({test.split}) has {len(test)} images, fewer than {n}")
-    evaluator = Evaluator(accelerator, progress)
-    reference = evaluator.reference(config.evaluate.reference)
+    maker = FeatureMaker(accelerator, progress)
+    reference = maker.reference(config.evaluate.reference)
     measured = _reconstruct(autoencoder, test, n, folder, accelerator, progress)
-    rfid = evaluator.reconstruction_fid(autoencoder, test, n, reference)
+    rfid = maker.reconstruction_fid(autoencoder, test, n, reference)
     result = {
         "rfid": {
             "value": rfid,

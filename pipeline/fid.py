@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from eval.distances import frechet_distance
 from eval.images import stats_of
 from eval.inception import FidInception
-from pipeline import evaluate
+from pipeline import features
 
 
 def fid_between(
@@ -27,7 +27,7 @@ def fid_between(
 
     def network() -> FidInception:
         if not networks:
-            networks.append(evaluate.load_inception(accelerator))
+            networks.append(features.load_inception(accelerator))
         return networks[0]
 
     first, second = (stats_of(where, network, progress(where)) for where in (a, b))

@@ -10,7 +10,8 @@ from eval.pictures import curves
 from pipeline import commit
 from pipeline.config import EvaluateConfig, GenerateConfig
 from pipeline.errors import UserError
-from pipeline.evaluate import Evaluator, fid_of
+from pipeline.evaluate import Evaluator
+from pipeline.features import fid_of
 from pipeline.generate import solver_of, whole_numbers, within
 from pipeline.runs import Run
 

@@ -16,7 +16,7 @@ from pipeline import commit
 from pipeline.config import Config
 from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import UserError
-from pipeline.evaluate import SHARD, Evaluator
+from pipeline.features import SHARD, FeatureMaker
 from pipeline.latents import Progress
 from pipeline.store import StoreReader
 
@@ -38,13 +38,13 @@ def make_reference(
     """
     if out.suffix != ".safetensors":
         raise UserError(f"a reference is a .safetensors file, not {out.name}")
-    evaluator = Evaluator(accelerator, progress)
+    maker = FeatureMaker(accelerator, progress)
     images = load_images(config.data)
-    stats = _stats(evaluator.real_features(images, len(images)), len(images))
+    stats = _stats(maker.real_features(images, len(images)), len(images))
     card = card_of(images)
     if test:
         held_out = load_images(dataclasses.replace(config.data, split=config.data.test_split))
-        features = evaluator.real_features(held_out, max(test))
+        features = maker.real_features(held_out, max(test))
         card["test_split_fid"] = {
             str(n): frechet_distance(_stats(features, n), stats) for n in sorted(test)
         }

@@ -313,7 +313,7 @@ def test_with_the_real_network(
     from eval.inception import FidInception
 
     network = FidInception.from_weights(real_inception)
-    monkeypatch.setattr("pipeline.evaluate.load_inception", lambda _: network)
+    monkeypatch.setattr("pipeline.features.load_inception", lambda _: network)
     real = network.features(torch.from_numpy(pictures(10, seed=2)[:, None])).double()
     np.savez(tmp_path / "real.npz", mu=real.mean(0).numpy(), sigma=real.T.cov().numpy())
     metrics = evaluate(folder, tmp_path / "real.npz", n=10, nll=0, floor=False)

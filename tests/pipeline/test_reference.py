@@ -15,7 +15,7 @@ from eval.references import read_reference
 from pipeline.cli import main
 from pipeline.config_files import load_config
 from pipeline.datasets import load_images
-from pipeline.evaluate import chosen
+from pipeline.features import chosen
 from pipeline.reference import make_reference
 from tests.pipeline.gaussian_source import quiet
 from tests.pipeline.glance import Glance, stand_in
