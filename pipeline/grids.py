@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from flows.block import FIXED_METHODS, SolverConfig
 from pipeline.blocks import BlockTrainer, measure
+from pipeline.errors import JkoflowError
 from pipeline.journal import Journal
 from pipeline.store import StoreReader
 from pipeline.terminal import say
@@ -16,6 +17,8 @@ from pipeline.terminal import say
 #: largest difference between the two objectives that is let pass, in nats per dimension; blocks
 #: of the packaged configurations differ by less than 0.001
 TOLERANCE = 0.01
+#: difference beyond which the block is worthless: what follows would be trained on rubbish
+HOPELESS = 1.0
 
 
 def check_grid(
@@ -23,7 +26,8 @@ def check_grid(
 ) -> bool:
     """Compare a finished block's objective on its training grid with that of the push solver.
 
-    A difference beyond `TOLERANCE` is told on stderr and in the log; training goes on.
+    A difference beyond `TOLERANCE` is told on stderr and in the log, and training goes on; one
+    beyond `HOPELESS` ends it.
 
     Args:
         trainer: of the block, finished.
@@ -34,6 +38,9 @@ def check_grid(
 
     Returns:
         Whether there was anything to warn of.
+
+    Raises:
+        JkoflowError: the difference is beyond `HOPELESS`.
     """
     grid, index = trainer.block.solver, trainer.index
     if trainer.spec.objective != "jko" or grid.adaptive or grid == push:
@@ -44,12 +51,18 @@ def check_grid(
         return False
     row = {"block": index, "step": trainer.done, "event": "grids differ"}
     journal.write({**row, "training_grid": trained, "push_solver": pushed})
-    finer = push.adaptive or _evaluations(push) > _evaluations(grid)
-    say(
-        f"warning: block {index}'s objective is {trained:.4f} nats per dimension on its training "
+    told = (
+        f"block {index}'s objective is {trained:.4f} nats per dimension on its training "
         f"grid ({_name(grid)}), but {pushed:.4f} with the push solver ({_name(push)}); "
-        + ("raise solver.steps (or schedule.substeps)" if finer else "raise push.steps")
     )
+    if not abs(trained - pushed) <= HOPELESS:
+        raise JkoflowError(
+            f"{told}it has learnt the error of its grid and is not kept; train elsewhere with "
+            "train.jacobian_weight (such as 0.05), fewer iterations, or more solver.steps"
+        )
+    finer = push.adaptive or _evaluations(push) > _evaluations(grid)
+    remedy = "raise solver.steps (or schedule.substeps)" if finer else "raise push.steps"
+    say(f"warning: {told}{remedy}")
     return True
 
 

@@ -18,6 +18,7 @@ from flows.flow import Flow
 from flows.schedule import stopping_ratio
 from flows.spec import BlockSpec, build_block
 from pipeline import commit
+from pipeline.agreement import together
 from pipeline.blocks import BlockTrainer, measure
 from pipeline.classes import counts_of
 from pipeline.config import Config
@@ -179,10 +180,10 @@ class Trainer:
         name = stage_file(index + 1, self.number)
         following = self._push(stage, trainer.block, file["sha256"], name)
         terms = measure(trainer, stage, self.config.push)
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                check_grid(trainer, stage, self.config.push, terms["total"], journal)
         self._record(trainer, file, {**following.manifest, "terms": terms}, journal)
-        if self.accelerator.is_main_process:
-            check_grid(trainer, stage, self.config.push, terms["total"], journal)
-        self.accelerator.wait_for_everyone()
         return following
 
     def _commit_block(self, trainer: BlockTrainer) -> Row:

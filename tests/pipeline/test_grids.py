@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from flows.block import SolverConfig
 from flows.divergence import make_divergence
+from pipeline.errors import JkoflowError
 from pipeline.grids import TOLERANCE
 from pipeline.runs import load_blocks, read_manifest
 from pipeline.store import open_store
@@ -55,6 +56,24 @@ def test_a_coarse_grid_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"block 0's objective is {row['training_grid']:.4f}" in told
     assert f"but {row['push_solver']:.4f} with the push solver (rk4, steps=4)" in told
     assert told.endswith("raise solver.steps (or schedule.substeps)")
+
+
+def test_a_block_far_off_its_grid_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.grids.HOPELESS", TOLERANCE)
+    coarse = ("solver.method=euler", "solver.steps=1", "push.steps=4")
+    with pytest.raises(JkoflowError, match="learnt the error of its grid and is not kept"):
+        events(tmp_path / "run", *coarse)
+    assert not read_manifest_if_any(tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert "grids differ" in [row.get("event") for row in rows]
+    assert "finished" not in [row.get("event") for row in rows]
+
+
+def read_manifest_if_any(folder: Path) -> list[dict[str, Any]]:
+    """Blocks that count."""
+    return read_manifest(folder)["blocks"] if (folder / "flow.json").is_file() else []
 
 
 def test_a_coarse_push_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
