@@ -181,7 +181,7 @@ def test_mistakes_are_told(gaussian: Run, tmp_path: Path) -> None:
         merge(gaussian, tmp_path / "run", *OFTEN)
     with pytest.raises(UserError, match="from other blocks, or in other groups"):
         merge(gaussian, tmp_path / "run", *OFTEN, pairs=3, resume=True)
-    with pytest.raises(UserError, match=r"other values of train\.lr"):
+    with pytest.raises(UserError, match=r"started with train\.lr=0\.03 \(now 1\.0\)"):
         merge(gaussian, tmp_path / "run", *OFTEN, "train.lr=1", resume=True)
     config = student_config(gaussian, Distillation())
     with pytest.raises(UserError, match="their standardisation differs"):
