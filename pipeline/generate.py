@@ -8,6 +8,7 @@ same on any number of processes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from pipeline.classes import Choice, choice_of
 from pipeline.config import GenerateConfig
 from pipeline.errors import UserError
 from pipeline.latents import Progress
+from pipeline.resources import require_room
 from pipeline.runs import Run
 from pipeline.seeds import generator
 from pipeline.store import StoreReader, StoreWriter, key_of, open_store
@@ -150,7 +152,8 @@ def sample_images(
         A store with the field `images`, uint8 (n, C, H, W); its manifest has `nfe`.
 
     Raises:
-        UserError: n or batch size below 1, or classes that the run does not know.
+        UserError: n or batch size below 1, more images than the disk holds, or classes that the
+            run does not know.
         SolveError: the flow cannot be followed.
     """
     if settings.n < 1 or settings.batch_size < 1:
@@ -174,6 +177,8 @@ def sample_images(
     folder = run.folder / "samples" / f"images-{key_of(identity)}"
     if (folder / "manifest.json").is_file():
         return open_store(folder, "generated images", identity)
+    bytes_each = math.prod(run.manifest["autoencoder"]["image_shape"])
+    require_room(folder, settings.n * bytes_each, f"{settings.n} images")
     # a shard is two batches or so: an interruption loses little, and shards stay few
     size = settings.batch_size * max(1, _KEEP_SMALLER_THAN // settings.batch_size)
     writer = StoreWriter(folder, identity, settings.n, size)

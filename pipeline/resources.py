@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import sys
+from pathlib import Path
+
+from pipeline.errors import UserError
 
 try:
     import resource
 except ImportError:  # Windows has no such module
     resource = None  # type: ignore[assignment]
+
+
+def require_room(folder: Path, size: int, what: str) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        folder: where it goes; it need not exist yet.
+        size: bytes.
+        what: what it is, for the message.
+
+    Raises:
+        UserError: fewer bytes are free.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise UserError(
+            f"{what} need about {size / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free at {place}; "
+            "ask for fewer, or make room"
+        )
 
 
 def peak_memory() -> int:

@@ -22,6 +22,7 @@ from pipeline.agreement import together
 from pipeline.blocks import BlockTrainer, measure
 from pipeline.classes import counts_of
 from pipeline.config import Config
+from pipeline.errors import UserError
 from pipeline.grids import check_grid
 from pipeline.initial import initial_row, open_initial
 from pipeline.journal import Journal
@@ -72,10 +73,22 @@ class Trainer:
             if config.velocity.classes and source.labels is not None:
                 counts = counts_of(source.labels, config.velocity.classes)
                 self.about["classes"] = {"counts": counts}
+        else:
+            self._require_same_scale(source.manifest())
         other = config.train.init_from
         if other is not None and self.about.get("init_from", {}).get("run") != other:
             kept = open_initial(other, config.velocity, tuple(source.shape))
             self.about["init_from"] = kept
+
+    def _require_same_scale(self, now: dict[str, Any]) -> None:
+        """Refuse latents that were standardised otherwise than those of the blocks so far."""
+        key = "standardisation"
+        if key in now and key in self.about and now[key] != self.about[key]:
+            raise UserError(
+                f"the latents in the cache are standardised otherwise than those that the run at "
+                f"{self.folder} was trained on; encode with the images, limit and autoencoder of "
+                "that time, or train elsewhere with --run"
+            )
 
     @property
     def current(self) -> Pass:

@@ -287,3 +287,13 @@ def test_an_unfinished_run_can_be_used_by_its_blocks(
     for count in ("0", "2", "-1"):
         code, _, last = say(capsys, "generate", "--run", run, "-n", "2", "--blocks", count)
         assert code == 2 and "--blocks must lie between 1 and 1" in last
+
+
+def test_more_images_than_the_disk_holds_are_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    before = sorted(folder.rglob("*"))
+    code, _, last = say(capsys, "generate", "--run", folder, "-n", str(10**14))
+    assert code == 2 and last.startswith(f"error: {10**14} images need about ")
+    assert "GB are free at" in last
+    assert sorted(folder.rglob("*")) == before

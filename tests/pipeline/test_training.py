@@ -285,3 +285,23 @@ def test_bad_settings_leave_nothing_behind(tmp_path: Path, override: str, named:
     with pytest.raises((UserError, ValueError), match=named):
         run(tmp_path / "run", override)
     assert not (tmp_path / "run" / "config.yaml").exists(), "a run that cannot be trained"
+
+
+class Scaled(GaussianSource):
+    """Samples that say how they were standardised."""
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        self.std = std
+
+    def manifest(self) -> dict[str, Any]:
+        return {**super().manifest(), "standardisation": {"mean": [0.0], "std": [self.std]}}
+
+
+def test_latents_standardised_otherwise_are_refused(tmp_path: Path) -> None:
+    config = tiny("schedule.h=[0.3]", "train.iterations=4")
+    train(config, tmp_path / "run", Accelerator(), quiet, False, source=Scaled(1.5))
+    again = train(config, tmp_path / "run", Accelerator(), quiet, True, source=Scaled(1.5))
+    assert again.complete and again.trained == 0
+    with pytest.raises(UserError, match="standardised otherwise"):
+        train(config, tmp_path / "run", Accelerator(), quiet, True, source=Scaled(2.0))
