@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import shutil
-import signal
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 
-from autoencoders.base import to_uint8
-from eval.inception import EXTRACTOR
 from flows.block import SolverConfig
 from flows.condition import Condition
 from flows.gaussian import jko_step
-from pipeline import assets
-from pipeline.classes import Choice
-from pipeline.datasets import load_images
 from pipeline.distill import Distillation, student_config
 from pipeline.errors import UserError
-from pipeline.evaluate import inputs_of
-from pipeline.generate import sample_images
-from pipeline.likelihood import latents_of
 from pipeline.runs import load_blocks, open_run, read_manifest
 from pipeline.seeds import generator
 from pipeline.stages import stage_folder
-from pipeline.store import StoreReader, key_of, open_store
+from pipeline.store import StoreReader, open_store
 from pipeline.training import Outcome, train
-from tests.pipeline import tiny as harness
 from tests.pipeline.gaussian_source import quiet, tiny
-from tests.pipeline.glance import stand_in
+from tests.pipeline.killing import assert_same_content, kill_at
 from tests.pipeline.labelled_source import CENTRES, SPREAD, LabelledSource
-from tests.pipeline.test_passes import content
-from tests.pipeline.tiny import World, make_world, say
 
 CLASSES = ("velocity.classes=2", "train.ema=0.9")
 FM = (*CLASSES, "train.objective=fm", "velocity.kind=mlp", "velocity.hidden=[32]", "push.steps=8",
@@ -153,24 +135,16 @@ OFTEN = (*LFM, "train.iterations=5", "train.checkpoint_seconds=0", "train.coupli
          "train.batch_size=32", "velocity.class_dropout=0.3")  # fmt: skip
 
 
-def _die(folder: str, commit: int) -> None:
-    torch.set_num_threads(1)
-    harness._die_at_commit(commit, after=commit % 2 == 0)
+def _resume(folder: str) -> None:
     run(Path(folder), *OFTEN)
 
 
 def test_killed_and_resumed_ends_in_the_same_bytes(tmp_path: Path) -> None:
     run(tmp_path / "whole", *OFTEN)
     killed = tmp_path / "killed"
-    for commit in (9, 14):
-        process = harness._SERVER.Process(target=_die, args=(str(killed), commit))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+    kill_at((9, 14), _resume, str(killed))
     run(killed, *OFTEN)
-    expected, found = content(tmp_path / "whole"), content(killed)
-    assert sorted(found) == sorted(expected)
-    assert [name for name in expected if found[name] != expected[name]] == []
+    assert_same_content(killed, tmp_path / "whole")
 
 
 def test_blocks_start_from_a_conditional_run(quick: Path, tmp_path: Path) -> None:
@@ -201,206 +175,6 @@ def test_labels_that_do_not_fit_are_told_before_anything_is_written(
 def test_the_classes_of_a_run_stay(quick: Path) -> None:
     with pytest.raises(UserError, match=r"started with velocity\.classes=2 \(now 3\)"):
         run(quick, *LFM, "velocity.classes=3", "train.iterations=10", add_blocks=1)
-
-
-# ----------------------------------------------------------------------- from pictures to pictures
-
-
-@pytest.fixture(scope="module")
-def pictured(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Pictures in folders of two classes, 10 and 30, and a finished flow-matching run."""
-    world = make_world(tmp_path_factory.mktemp("pictured"))
-    for split in ("train", "test"):
-        folder = world.root / "pictures" / split
-        for index, path in enumerate(sorted(folder.glob("*.png"))):
-            home = folder / ("a" if index % 4 == 0 else "b")
-            home.mkdir(exist_ok=True)
-            path.rename(home / path.name)
-    world.settings["velocity"]["classes"] = 2
-    world.settings["train"] |= {"objective": "fm", "iterations": 60, "lr": 0.02}
-    for words in (["encode"], ["train", "--run", world.root / "run"]):
-        harness.run_child(*words, "--config", world.config(), env=world.environment)
-    return world
-
-
-@pytest.fixture
-def folder(pictured: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("JKOFLOW_HOME", str(pictured.home))
-    return Path(shutil.copytree(pictured.root / "run", tmp_path / "run"))
-
-
-def test_labels_come_from_the_folders(folder: Path) -> None:
-    assert read_manifest(folder)["classes"] == {"counts": [10, 30]}
-    labels = stage(folder, 0).field("labels")  # two draws of each
-    assert labels.tolist() == 2 * ([0] * 10 + [1] * 30)
-
-
-def expected(folder: Path, labels: list[int], guidance: float, batch: int) -> Tensor:
-    """Images by hand: noise carried back along the guided field, decoded."""
-    run = open_run(folder)
-    noise = [
-        torch.randn(
-            (min(batch, len(labels) - k), 2, 3, 3), generator=generator(0, "sample", index)
-        )
-        for index, k in enumerate(range(0, len(labels), batch))
-    ]
-    condition = Condition(torch.tensor(labels), guidance)
-    moved = run.flow[0].transport(torch.cat(noise), True, condition=condition).z
-    with torch.inference_mode():
-        return to_uint8(run.autoencoder().decode(run.standardisation.undo(moved)))
-
-
-def images(folder: Path, **changes: Any) -> StoreReader:
-    run = open_run(folder)
-    settings = dataclasses.replace(run.config.generate, **changes)
-    return sample_images(run, settings, Accelerator(cpu=True), quiet)
-
-
-@pytest.mark.parametrize("guidance", [None, 1.5])
-def test_an_image_is_of_the_class_asked_for(folder: Path, guidance: float | None) -> None:
-    found = images(folder, n=6, batch_size=4, labels=[1, 0], guidance=guidance)
-    by_hand = expected(folder, [1, 0] * 3, guidance or 1.0, 4)
-    assert (found.field("images").int() - by_hand.int()).abs().max() <= 1
-    assert found.manifest["nfe"] == (16 if guidance else 8)
-    other = images(folder, n=6, batch_size=4, labels=[0], guidance=guidance)
-    assert not torch.equal(found.field("images"), other.field("images"))
-
-
-def test_classes_are_drawn_as_often_as_in_the_data(folder: Path) -> None:
-    choice = Choice((), (10, 30))
-    labels = choice.condition(0, 4000, 0, "sample", 0).labels
-    assert labels.float().mean().item() == pytest.approx(0.75, abs=0.02)
-    assert torch.equal(labels, choice.condition(0, 4000, 0, "sample", 0).labels)
-    assert not torch.equal(labels, choice.condition(0, 4000, 0, "sample", 1).labels)
-    drawn = [choice.condition(k, 4, 0, "sample", k // 4).labels for k in (0, 4)]
-    by_hand = expected(folder, torch.cat(drawn).tolist(), 1.0, 4)
-    found = images(folder, n=8, batch_size=4).field("images")
-    assert (found.int() - by_hand.int()).abs().max() <= 1
-
-
-def test_a_grid_has_a_row_a_class(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ("generate", "-r", folder, "--out", tmp_path / "g.png", "--npz", tmp_path / "g.npz")
-    assert say(capsys, *words, "--class", "all")[0] == 0
-    made = np.load(tmp_path / "g.npz")["arr_0"][..., 0]
-    assert len(made) == 10  # of which two rows of three are shown
-    picture = np.asarray(Image.open(tmp_path / "g.png").convert("L"))[::2, ::2]
-    for row in range(2):
-        for column in range(3):
-            top, left = 2 + row * 14, 2 + column * 14
-            cell = picture[top : top + 12, left : left + 12]
-            assert np.array_equal(cell, made[2 * column + row])
-
-
-def test_evaluate_likelihood_export(
-    folder: Path, pictured: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    stand_in(monkeypatch)
-    words = ("evaluate", "-r", folder, "--reference", pictured.root / "pictures" / "train" / "b")
-    code, _, said = say(capsys, *words, "--guidance", "1.5")
-    assert code == 0 and "seed 0, guidance 1.5" in said
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["fid"]["guidance"] == 1.5 and metrics["nll"]["given"] == "class"
-    assert metrics["nfe"] == 16
-    assert say(capsys, *words)[0] == 0
-    plain = json.loads((folder / "metrics.json").read_text())
-    assert plain["fid"]["guidance"] == 1 and plain["fid"]["value"] != metrics["fid"]["value"]
-    assert plain["inputs"] != metrics["inputs"]
-    # likelihood.json holds log p(z | y)
-    assert say(capsys, "likelihood", "-r", folder, "-n", "20")[0] == 0
-    rows = json.loads((folder / "likelihood.json").read_text())["ranking"]
-    run = open_run(folder)
-    test = load_images(dataclasses.replace(run.config.data, split="test"))
-    z = latents_of(run, test, 0, 20, Accelerator(cpu=True))
-    labels = torch.from_numpy(np.asarray(test.labels[:20]))  # type: ignore[index]
-    assert sorted(labels.tolist()) == [0] * 6 + [1] * 14
-    by_hand = run.flow.log_prob(z, condition=Condition(labels)).value
-    found = {row["index"]: row["log_prob"] for row in rows}
-    assert [found[k] for k in range(20)] == pytest.approx(by_hand.tolist(), abs=1e-2)
-    # an export generates the same
-    assert say(capsys, "export", "-r", folder, "--out", tmp_path / "out")[0] == 0
-    first, again = (
-        images(f, labels=[1]).field("images").int() for f in (folder, tmp_path / "out")
-    )
-    assert (first - again).abs().max() <= 1
-    assert "fm, linear interpolant" in (tmp_path / "out" / "CARD.md").read_text()
-    assert "2 classes (left out with 0.1)" in (tmp_path / "out" / "CARD.md").read_text()
-
-
-def test_a_budget_knows_that_guidance_costs_twice(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ("generate", "-r", folder, "-n", "2", "--nfe", "16")
-    assert "16 network evaluations" in say(capsys, *words, "--guidance", "2")[2]
-    assert "16 network evaluations" in say(capsys, *words)[2]
-    code, _, said = say(capsys, *words[:-1], "7", "--guidance", "2")
-    assert code == 2 and "(8)" in said
-
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        (("--class", "2"), "--class must lie between 0 and 1 for the run at"),
-        (("--class", "-1"), "--class must lie between 0 and 1 for the run at"),
-        (("--class", "seven"), "--class takes the number of a class, or all, not 'seven'"),
-        (("--guidance", "-1"), "not negative, found -1.0"),
-        (("--guidance", "nan"), "found nan"),
-    ],
-)
-def test_mistakes(
-    folder: Path, words: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, error = say(capsys, "generate", "-r", folder, *words)
-    assert code == 2 and error.startswith("error: ") and named in error
-
-
-@pytest.mark.parametrize("words", [("--class", "1"), ("--class", "all"), ("--guidance", "1.5")])
-def test_a_run_without_classes_takes_none(
-    trained: World, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, error = say(capsys, "generate", "-r", trained.root / "run", *words)
-    assert code == 2 and error.startswith(f"error: {words[0]} needs a class-conditional run")
-
-
-def test_guidance_needs_a_run_that_left_the_class_out(
-    pictured: World, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    jko = {"objective": "jko", "iterations": 1}
-    for name, sections in (
-        ("never", {"velocity": {"class_dropout": 0.0}}),
-        ("jko", {"train": jko, "schedule": {"max_blocks": 1, "free_block": False}}),
-    ):
-        config, run = pictured.config(name, **sections), tmp_path / name
-        assert say(capsys, "train", "-c", config, "-r", run)[0] == 0
-        code, _, error = say(capsys, "generate", "-r", run, "--guidance", "1.5")
-        assert code == 2 and "was trained with a class_dropout of 0" in error
-        assert say(capsys, "generate", "-r", run, "-n", "2", "--class", "1")[0] == 0
-
-
-def test_pictures_without_classes(
-    trained: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = trained.config("labelled", velocity={"classes": 2})
-    code, _, error = say(capsys, "train", "-c", config, "-r", tmp_path / "run")
-    assert code == 2 and "the data set has no labels; sort the images into one subfolder" in error
-
-
-def test_a_run_without_classes_is_described_as_before(trained: World) -> None:
-    """Nothing that names a thing of such a run mentions what came with the classes."""
-    run = open_run(trained.root / "run")
-    assert "classes" not in run.manifest
-    for row in run.manifest["blocks"]:
-        assert not any("class" in key for key in row["spec"]["velocity"])
-    assert "labels" not in stage(run.folder, 0).manifest["identity"]
-    settings = dataclasses.replace(run.config.evaluate, n=10, floor=False, nll=0)
-    generate = {"n": 10, "seed": settings.seed, "batch_size": run.config.generate.batch_size}
-    generate |= {"columns": run.config.generate.columns, "method": None, "steps": None}
-    parts = {"run": run.fingerprint, "evaluate": dataclasses.asdict(settings)}
-    parts |= {"generate": generate, "data": run.manifest["data"]}
-    network = {"extractor": EXTRACTOR, "weights": assets.content_sha256("inception")[:16]}
-    assert inputs_of(run, settings, run.config.generate) == key_of({**parts, **network})
 
 
 def test_a_conditional_run_is_not_distilled(quick: Path) -> None:

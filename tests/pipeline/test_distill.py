@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,8 @@ from pipeline.runs import Run, open_run, read_manifest
 from pipeline.stages import stage_folder
 from pipeline.store import open_store
 from pipeline.training import Outcome, train
-from tests.pipeline import tiny as harness
 from tests.pipeline.gaussian_source import COVARIANCE, GaussianSource, quiet, tiny
-from tests.pipeline.test_passes import content
+from tests.pipeline.killing import assert_same_content, kill_at
 from tests.pipeline.tiny import World, say
 
 MOONS = ("points.train=4000", "latents.shard_size=3000", "velocity.hidden=[48,48]",
@@ -138,26 +136,16 @@ def test_blocks_start_from_the_teachers(gaussian: Run, tmp_path: Path) -> None:
 OFTEN = ("train.iterations=5", "train.checkpoint_seconds=0", "train.batch_size=32")
 
 
-def _die(teacher: str, folder: str, commit: int) -> None:
-    torch.set_num_threads(1)
-    harness._die_at_commit(commit, after=commit % 2 == 0)
+def _resume(teacher: str, folder: str) -> None:
     merge(open_run(Path(teacher)), Path(folder), *OFTEN, resume=True)
 
 
 def test_killed_and_resumed_ends_in_the_same_bytes(gaussian: Run, tmp_path: Path) -> None:
     merge(gaussian, tmp_path / "whole", *OFTEN)
     killed = tmp_path / "killed"
-    for commit in (9, 14):
-        process = harness._SERVER.Process(
-            target=_die, args=(str(gaussian.folder), str(killed), commit)
-        )
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+    kill_at((9, 14), _resume, str(gaussian.folder), str(killed))
     merge(gaussian, killed, *OFTEN, resume=True)
-    expected, found = content(tmp_path / "whole"), content(killed)
-    assert sorted(found) == sorted(expected)
-    assert [name for name in expected if found[name] != expected[name]] == []
+    assert_same_content(killed, tmp_path / "whole")
 
 
 def test_mistakes_are_told(gaussian: Run, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ from pipeline.stages import stage_folder
 from pipeline.store import open_store
 from pipeline.summary import table
 from pipeline.training import Outcome, train
-from tests.pipeline import tiny as harness
 from tests.pipeline.gaussian_source import COVARIANCE, GaussianSource, quiet, tiny
-from tests.pipeline.test_passes import content
+from tests.pipeline.killing import assert_same_content, kill_at
 from tests.pipeline.tiny import World, say
 
 GAMMAS = (0.2, 0.4)
@@ -202,25 +200,17 @@ OFTEN = (*LFM, "train.iterations=5", "train.checkpoint_seconds=0", "schedule.fre
          "train.coupling=ot", "train.batch_size=32")  # fmt: skip
 
 
-def _die(folder: str, commit: int) -> None:
-    torch.set_num_threads(1)
-    harness._die_at_commit(commit, after=commit % 2 == 0)
+def _resume(folder: str) -> None:
     run(Path(folder), *OFTEN)
 
 
 def test_killed_and_resumed_ends_in_the_same_bytes(tmp_path: Path) -> None:
     run(tmp_path / "whole", *OFTEN)
     killed = tmp_path / "killed"
-    for commit in (9, 14):
-        process = harness._SERVER.Process(target=_die, args=(str(killed), commit))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+    kill_at((9, 14), _resume, str(killed))
     assert not read_manifest(killed)["complete"]
     run(killed, *OFTEN)
-    expected, found = content(tmp_path / "whole"), content(killed)
-    assert sorted(found) == sorted(expected)
-    assert [name for name in expected if found[name] != expected[name]] == []
+    assert_same_content(killed, tmp_path / "whole")
 
 
 # ------------------------------------------------------------------------- mistakes, command line

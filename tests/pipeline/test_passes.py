@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,8 +19,8 @@ from pipeline.runs import open_run, passes_of, read_manifest
 from pipeline.stages import stage_folder
 from pipeline.store import open_store
 from pipeline.training import Outcome, train
-from tests.pipeline import tiny as harness
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
+from tests.pipeline.killing import assert_same_content, kill_at
 
 
 def run(folder: Path, *overrides: str, resume: bool = True, **request: int) -> Outcome:
@@ -150,26 +148,7 @@ LATER = (
 )
 
 
-def content(folder: Path) -> dict[str, Any]:
-    """All that a run holds that does not tell the time."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items() if k != "seconds"}
-        return [plain(v) for v in value] if isinstance(value, list) else value
-
-    found: dict[str, Any] = {}
-    for path in folder.rglob("*.*"):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and path.suffix in (".safetensors", ".png", ".yaml"):
-            found[name] = path.read_bytes()
-    found["flow.json"] = plain(json.loads((folder / "flow.json").read_text()))
-    return found
-
-
-def _die(folder: str, commit: int) -> None:
-    torch.set_num_threads(1)
-    harness._die_at_commit(commit, after=commit % 2 == 0)
+def _resume(folder: str) -> None:
     run(Path(folder), *LATER)
 
 
@@ -178,16 +157,10 @@ def test_killed_in_later_passes_and_resumed_ends_in_the_same_bytes(
 ) -> None:
     killed = Path(shutil.copytree(again, tmp_path / "killed"))
     run(again, *LATER)
-    for commit in (3, 30, 57):
-        process = harness._SERVER.Process(target=_die, args=(str(killed), commit))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+    kill_at((3, 30, 57), _resume, str(killed))
     assert 1 < len(read_manifest(killed)["passes"])
     run(killed, *LATER)
-    expected, found = content(again), content(killed)
-    assert sorted(found) == sorted(expected)
-    assert [name for name in expected if found[name] != expected[name]] == []
+    assert_same_content(killed, again)
 
 
 def test_later_passes_keep_their_free_block(tmp_path: Path) -> None:

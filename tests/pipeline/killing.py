@@ -1,0 +1,58 @@
+"""Trainings that are killed at chosen commits, and what a run holds in the end."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.pipeline import tiny as harness
+
+
+def _until(commit: int, work: Callable[..., object], words: Sequence[object]) -> None:
+    torch.set_num_threads(1)
+    harness._die_at_commit(commit, after=commit % 2 == 0)
+    work(*words)
+
+
+def kill_at(commits: Sequence[int], work: Callable[..., object], *words: object) -> None:
+    """Do the work in a fresh process once a commit, and kill it there.
+
+    Args:
+        commits: even ones are killed after the rename, odd ones before it.
+        work: a function of a module, which resumes what it finds.
+        words: its arguments, such as can be sent to another process.
+    """
+    for commit in commits:
+        process = harness._SERVER.Process(target=_until, args=(commit, work, words))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """All that a run holds that does not tell the time."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items() if k != "seconds"}
+        return [plain(v) for v in value] if isinstance(value, list) else value
+
+    found: dict[str, Any] = {}
+    for path in folder.rglob("*.*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and path.suffix in (".safetensors", ".png", ".yaml"):
+            found[name] = path.read_bytes()
+    found["flow.json"] = plain(json.loads((folder / "flow.json").read_text()))
+    return found
+
+
+def assert_same_content(killed: Path, whole: Path) -> None:
+    """Two runs hold the same bytes."""
+    expected, found = content(whole), content(killed)
+    assert sorted(found) == sorted(expected)
+    assert [name for name in expected if found[name] != expected[name]] == []
