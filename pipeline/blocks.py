@@ -133,6 +133,11 @@ class BlockTrainer:
             self.average.copy_to(self.block)
         return self.block.eval().requires_grad_(False)
 
+    def weights(self) -> dict[str, Tensor]:
+        """What the block would be if it were finished now: its averaged weights."""
+        averages = self.average.average if self.average is not None else {}
+        return {**self.block.state_dict(), **averages}
+
     def save(self, path: Path) -> None:
         """Commit a checkpoint."""
         state: dict[str, Any] = {
@@ -165,15 +170,9 @@ class BlockTrainer:
     def _loss(self, rank: int, ranks: int) -> JkoLoss | LfmLoss:
         """The block's objective on this rank's share of the next batch."""
         if self.spec.objective != "jko":
-            drawn = generator(self.recipe.seed, "matching", self.index, self.done, *self.salt)
-            whole = self.batches.indices(self.done)
-            field, gamma = self.block.velocity, self.spec.gamma
-            if self.spec.objective == "distill":
-                return pair_loss(field, self.stage, whole, drawn, rank, ranks)
-            dropout = self.spec.velocity.class_dropout
-            return batch_loss(
-                field, self.stage, whole, gamma, self.recipe, drawn, rank, ranks, dropout
-            )
+            half = self.recipe.precision == "bf16"
+            with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=half):
+                return self._regression(rank, ranks)
         rows = self.batches.indices(self.done, rank, ranks)
         z, labels = self.stage.take("z", rows), self.labels(rows)
         probe = self._probe(z, rank, ranks)
@@ -182,6 +181,17 @@ class BlockTrainer:
             return jko_loss(self.block, z, self.spec.h, self.divergence, probe, labels)
         except SolveError as error:
             raise self._failure(str(error)) from error
+
+    def _regression(self, rank: int, ranks: int) -> LfmLoss:
+        drawn = generator(self.recipe.seed, "matching", self.index, self.done, *self.salt)
+        whole = self.batches.indices(self.done)
+        field, gamma = self.block.velocity, self.spec.gamma
+        if self.spec.objective == "distill":
+            return pair_loss(field, self.stage, whole, drawn, rank, ranks)
+        dropout = self.spec.velocity.class_dropout
+        return batch_loss(
+            field, self.stage, whole, gamma, self.recipe, drawn, rank, ranks, dropout
+        )
 
     def labels(self, rows: Tensor) -> Tensor | None:
         """The classes of some samples, for a block with classes."""

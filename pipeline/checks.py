@@ -16,6 +16,8 @@ from pipeline.errors import UserError
 
 #: what train.objective may be
 OBJECTIVES = ("jko", "lfm", "fm")
+#: what train.precision may be
+PRECISIONS = ("fp32", "bf16")
 
 
 def check(config: Config) -> None:
@@ -46,6 +48,7 @@ def check(config: Config) -> None:
             "schedule.tolerance": schedule.tolerance,
             "train.grad_clip": train.grad_clip,
             "train.warmup": train.warmup,
+            "train.snapshot_every": train.snapshot_every,
         },
     )
     if schedule.later_iterations is not None:
@@ -107,11 +110,23 @@ def _check_objective(config: Config) -> None:
         "objective": (train.objective, OBJECTIVES),
         "interpolant": (train.interpolant, INTERPOLANTS),
         "coupling": (train.coupling, COUPLINGS),
+        "precision": (train.precision, PRECISIONS),
     }
     for name, (value, known) in choices.items():
         if value not in known:
             raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+    if train.snapshot_every and train.objective != "fm":
+        raise UserError(
+            "train.snapshot_every keeps flows of one block in the making (objective fm), and "
+            f"under {train.objective} there are several; leave it at 0"
+        )
     if train.objective == "jko":
+        if train.precision != "fp32":
+            raise UserError(
+                f"train.precision={train.precision} is for the regressions (lfm, fm): jko solves "
+                "an ODE and takes finite differences, which half precision drowns; leave it at "
+                "fp32"
+            )
         return
     if schedule.reparameterize or schedule.refine > 1:
         raise UserError(

@@ -144,6 +144,10 @@ class TrainConfig:
         warmup: steps of linear warm-up.
         ema: decay of the moving average of a block's weights; 0 keeps the last weights.
         grad_clip: largest norm of the gradient; 0 clips nothing.
+        precision: lfm, fm: fp32, or bf16 for what autocast does in half precision while a network
+            trains; weights, averages, and all that integrates stay in float32.
+        snapshot_every: fm: keep the averaged weights of every so many steps, for
+            `evaluate --curve`; 0 keeps none.
         divergence: jko: exact, hutchinson or finite-difference.
         probes: jko: probes of the estimator (hutchinson).
         sigma0: jko: step of the finite difference, sigma = sigma0 / sqrt(D).
@@ -169,6 +173,8 @@ class TrainConfig:
     warmup: int = 50
     ema: float = 0.99
     grad_clip: float = 1.0
+    precision: str = "fp32"
+    snapshot_every: int = 0
     divergence: str = "finite-difference"
     probes: int = 1
     sigma0: float = 0.02

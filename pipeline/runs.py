@@ -5,6 +5,7 @@ blocks/block-00.safetensors …     finished blocks; those of later passes in bl
 flow.json                         the manifest, committed after every block: the passes, block
                                   hashes, standardisation, autoencoder, data
 stages/, checkpoints/             training data pushed through the blocks; resume
+snapshots/                        averaged weights on the way (train.snapshot_every)
 log.jsonl, tensorboard/           the course of the training
 samples/, metrics.json            what `generate` and `evaluate` add
 

@@ -111,11 +111,20 @@ def evaluate(
             "nfe.json and samples/nfe.png.",
         ),
     ] = None,
+    curve: Annotated[
+        bool,
+        typer.Option(
+            "--curve",
+            help="FID only, of the weights that train.snapshot_every kept, against samples seen: "
+            "curve.json and samples/curve.png.",
+        ),
+    ] = False,
     guidance: GuidanceOption = None,
     blocks: BlocksOption = None,
     overrides: SetOption = None,
 ) -> None:
     """Measure a run: FID with its floor, likelihood, and what stands beside it (metrics.json)."""
+    from pipeline import curve as curves
     from pipeline import evaluate as evaluation
     from pipeline import generate as sampling
     from pipeline import nfe_study as studies
@@ -138,6 +147,12 @@ def evaluate(
         if accelerator.is_main_process:
             say(studies.table(result))
             print(opened.folder / studies.FILE)
+        return
+    if curve:
+        result = curves.measure(opened, settings, solved, evaluator)
+        if accelerator.is_main_process:
+            say(curves.table(result))
+            print(opened.folder / curves.FILE)
         return
     metrics = evaluator.evaluate(opened, settings, solved)
     if accelerator.is_main_process:

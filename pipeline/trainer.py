@@ -31,6 +31,7 @@ from pipeline.passes import Pass, Row, readable, summarise
 from pipeline.runs import block_file, compose, load_block, passes_of
 from pipeline.seeds import generator
 from pipeline.shipped import locate
+from pipeline.snapshots import keep
 from pipeline.stages import Source, next_stage, stage_file
 from pipeline.store import StoreReader
 from pipeline.summary import plot_movement
@@ -226,6 +227,8 @@ class Trainer:
             if trainer.done % recipe.log_every == 0 or trainer.done == recipe.iterations:
                 seconds = round(trainer.seconds, 3)
                 journal.flush(index, trainer.done, before + trainer.done, seconds=seconds)
+            if recipe.snapshot_every and trainer.done % recipe.snapshot_every == 0:
+                keep(self.folder, trainer)
             out_of_time = recipe.max_minutes > 0 and time.monotonic() > self.deadline
             if out_of_time or time.monotonic() - saved > recipe.checkpoint_seconds:
                 self._checkpoint(trainer, path)

@@ -1,0 +1,92 @@
+"""FID against samples seen: a flow-matching run, measured at the weights it kept on its way."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from eval.inception import EXTRACTOR
+from eval.pictures import curves
+from pipeline import commit
+from pipeline.config import EvaluateConfig, GenerateConfig
+from pipeline.errors import UserError
+from pipeline.evaluate import Evaluator
+from pipeline.features import fid_of
+from pipeline.passes import Row
+from pipeline.runs import Run, load_blocks
+from pipeline.snapshots import snapshots_of
+
+FILE = "curve.json"
+PICTURE = "samples/curve.png"
+
+
+def measure(
+    run: Run, settings: EvaluateConfig, sampling: GenerateConfig, evaluator: Evaluator
+) -> dict[str, Any]:
+    """Measure FID at every snapshot of a run; commits curve.json and samples/curve.png.
+
+    All start from the same noise. Images and features are kept, so that a measurement that was
+    interrupted makes only what is missing.
+
+    Args:
+        run: an open run of flow matching.
+        settings: n, seed and reference.
+        sampling: the solver.
+        evaluator: holds the network.
+
+    Returns:
+        What curve.json holds: n, seed, reference and the rows, each with step, seen (samples),
+        seconds (of training) and fid.
+
+    Raises:
+        UserError: n below 2, or the run kept no snapshots.
+    """
+    if settings.n < 2:
+        raise UserError(f"FID needs at least 2 images, not {settings.n}; take 2000 or more")
+    listed = snapshots_of(run.folder)
+    if not listed:
+        raise UserError(
+            f"the run at {run.folder} kept no weights on its way; train one with "
+            "--set train.objective=fm --set train.snapshot_every=1000"
+        )
+    sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
+    reference = evaluator.reference(settings.reference)
+    rows = []
+    for row in listed:
+        images, features = evaluator.generated(_at(run, row), sampling)
+        told = {key: row[key] for key in ("step", "seen", "seconds")}
+        rows.append({**told, "nfe": images.manifest["nfe"], "fid": fid_of(features, reference)})
+    result = {
+        "n": settings.n, "seed": settings.seed, "reference": settings.reference,
+        "extractor": EXTRACTOR, "run": run.fingerprint, "rows": rows,
+    }  # fmt: skip
+    if evaluator.accelerator.is_main_process:
+        commit.write_json(run.folder / FILE, result)
+        line = ([row["seen"] for row in rows], [row["fid"] for row in rows])
+        commit.write_with(
+            run.folder / PICTURE,
+            lambda file: curves(
+                file, {f"FID (n = {settings.n})": line}, x_label="samples seen", y_label="FID"
+            ),
+        )
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as aligned text."""
+    lines = [
+        f"FID(n={result['n']}, {result['reference']}), seed {result['seed']}",
+        f"{'step':>10}{'samples seen':>14}{'seconds':>9}{'FID':>9}",
+    ]
+    for row in result["rows"]:
+        told = f"{row['step']:>10}{row['seen']:>14}{row['seconds']:>9.0f}{row['fid']:>9.2f}"
+        lines.append(told)
+    return "\n".join(lines)
+
+
+def _at(run: Run, snapshot: Row) -> Run:
+    """The run as it was at a snapshot."""
+    (row,) = run.manifest["blocks"]
+    then = {**row, "file": snapshot["file"], "sha256": snapshot["sha256"]}
+    manifest = {**run.manifest, "blocks": [then]}
+    return dataclasses.replace(run, manifest=manifest, flow=load_blocks(run.folder, manifest))
