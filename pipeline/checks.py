@@ -112,6 +112,11 @@ def _check_objective(config: Config) -> None:
         "coupling": (train.coupling, COUPLINGS),
         "precision": (train.precision, PRECISIONS),
     }
+    if train.objective == "distill":
+        raise UserError(
+            "this run was distilled, and `jkoflow train` cannot go on with it; `jkoflow distill "
+            "--resume` does, with the options it was begun with"
+        )
     for name, (value, known) in choices.items():
         if value not in known:
             raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")

@@ -121,8 +121,9 @@ def choice_of(run: Run, settings: GenerateConfig) -> Choice | None:
     if guidance != 1 and not dropped:
         raise UserError(
             f"--guidance {guidance:g} needs a run whose training left the class out at times, but "
-            f"the run at {run.folder} was trained with a class_dropout of 0 (as all jko runs "
-            "are); leave it out, or train under fm or lfm with velocity.class_dropout=0.1"
+            f"the run at {run.folder} was trained with a class_dropout of 0 (as all jko and all "
+            "distilled runs are); leave it out, or train under fm or lfm with "
+            "velocity.class_dropout=0.1"
         )
     counts = tuple(run.manifest["classes"]["counts"])
     choice = Choice(tuple(wanted or ()), counts, guidance)

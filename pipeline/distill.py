@@ -75,22 +75,19 @@ def student_config(
             f"--pairs and --steps must be at least 1, not {settings.pairs} and {settings.steps}"
         )
     old = teacher.config
-    if old.velocity.classes:
-        raise UserError(
-            "a class-conditional run cannot be distilled; train one with velocity.classes=0"
-        )
     push = dataclasses.replace(old.push, method=settings.method, steps=settings.steps)
     train = dataclasses.replace(
         old.train, objective="fm", interpolant="linear", coupling="independent",
-        iterations=ITERATIONS, ema=EMA, init_from=None, max_minutes=max_minutes,
+        iterations=ITERATIONS, ema=EMA, init_from=None, max_minutes=max_minutes, snapshot_every=0,
     )  # fmt: skip
     schedule = dataclasses.replace(
         old.schedule, gamma=None, iterations=None, substeps=None, lr=None, reparameterize=0,
         refine=1,
     )  # fmt: skip
+    velocity = dataclasses.replace(old.velocity, class_dropout=0.0)  # every pair has its class
     config = dataclasses.replace(
         old, name=f"{old.name}-distilled", push=push, train=train, schedule=schedule,
-        generate=dataclasses.replace(old.generate, method=None, steps=None),
+        velocity=velocity, generate=dataclasses.replace(old.generate, method=None, steps=None),
     )  # fmt: skip
     config = overridden(config, overrides, SECTIONS)
     if config.train.objective != "fm" or config.train.init_from is not None:

@@ -81,7 +81,8 @@ def pair_loss(
 
     Args:
         velocity: the field in training.
-        stage: pairs, z in the field `z` and T(z) in the field `end`.
+        stage: pairs, z in the field `z` and T(z) in the field `end`; for a field with classes,
+            these in the field `labels`.
         indices: of the whole batch (B,).
         drawn: source of the times, the same on all processes.
         rank: of this process.
@@ -93,7 +94,8 @@ def pair_loss(
     device = next(velocity.parameters()).device
     t, rows = stratified_times(len(indices), drawn)[rank::ranks], indices[rank::ranks]
     z, end, t = (x.to(device) for x in (stage.take("z", rows), stage.take("end", rows), t))
-    return matching_loss(velocity, z, end, t)
+    labels = stage.take("labels", rows).to(device) if velocity.classes else None
+    return matching_loss(velocity, z, end, t, labels=labels)
 
 
 def stratified_times(count: int, drawn: torch.Generator) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from flows.block import Block, SolverConfig
+from flows.condition import Condition
 from flows.errors import SolveError
 from flows.spec import BlockSpec, build_block
 from pipeline.blocks import BlockTrainer, measure
@@ -136,16 +138,20 @@ class Distiller(Trainer):
             "shape": list(self.source.shape),
         }
         flow = self.teacher.flow.to(self.accelerator.device)
+        labels = partial(before.read, "labels") if flow.classes else None
 
         @torch.inference_mode()
         def make(writer: StoreWriter, shard: int) -> Tensor:
-            z = before.read("z", *writer.bounds(shard))
-            starts, parts = range(0, len(z), CHUNK), []
+            first, stop = writer.bounds(shard)
+            z, starts, parts = before.read("z", first, stop), range(0, stop - first, CHUNK), []
             for start in self.progress(starts, len(starts), f"teacher {index + 1}.{shard}"):
                 part = z[start : start + CHUNK].to(self.accelerator.device)
+                of = None
+                if labels is not None:
+                    of = Condition(labels(first + start, first + start + len(part)))
                 for k in group:
                     try:
-                        part = flow[k].transport(part, solver=push).z
+                        part = flow[k].transport(part, solver=push, condition=of).z
                     except SolveError as error:
                         raise JkoflowError(f"the teacher fails: {error.in_block(k)}") from error
                 parts.append(part.cpu())
@@ -153,7 +159,15 @@ class Distiller(Trainer):
 
         size, folder = self.config.latents.shard_size, self.folder / stage_file(index + 1)
         return ensure_stage(
-            self.folder, identity, len(before), size, make, self.accelerator, before, folder
+            self.folder,
+            identity,
+            len(before),
+            size,
+            make,
+            self.accelerator,
+            before,
+            folder,
+            labels,
         )
 
     def _merge(self, pairs: PairReader, journal: Journal) -> bool:
@@ -190,7 +204,8 @@ def errors(block: Block, pairs: StoreReader, solver: SolverConfig, seed: int) ->
 
     Args:
         block: finished.
-        pairs: samples `z` and where the teacher carries them, `end`.
+        pairs: samples `z` and where the teacher carries them, `end`; their `labels`, for a block
+            with classes.
         solver: that samples.
         seed: of the choice of samples.
 
@@ -204,9 +219,10 @@ def errors(block: Block, pairs: StoreReader, solver: SolverConfig, seed: int) ->
     rows = Batches(len(pairs), min(len(pairs), _MEASURED), seed, "measure").indices(0)
     device = next(block.parameters()).device
     z, end = pairs.take("z", rows).to(device), pairs.take("end", rows).to(device)
+    of = Condition(pairs.take("labels", rows)) if block.velocity.classes else None
     try:
-        there = block.transport(z, solver=solver).z
-        back = block.transport(end, reverse=True, solver=solver).z
+        there = block.transport(z, solver=solver, condition=of).z
+        back = block.transport(end, reverse=True, solver=solver, condition=of).z
     except SolveError as error:
         raise JkoflowError(f"a merged block cannot be followed: {error}") from error
     moved, norm = (float(x.double().square().sum()) / len(z) for x in (there - z, there))
@@ -221,7 +237,7 @@ def errors(block: Block, pairs: StoreReader, solver: SolverConfig, seed: int) ->
 
 def _about(teacher: Run, name: str, groups: Sequence[range]) -> dict[str, Any]:
     """Entries of the student's flow.json: those of the teacher's that describe the data."""
-    kept = ("standardisation", "latents", "autoencoder", "data")
+    kept = ("standardisation", "latents", "autoencoder", "data", "classes")
     about = {key: teacher.manifest[key] for key in kept if key in teacher.manifest}
     rows = teacher.manifest["blocks"]
     if about.get("autoencoder", {}).get("weights"):

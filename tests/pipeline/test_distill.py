@@ -194,3 +194,5 @@ def test_the_chain_from_pictures(
     assert shipped["teacher"]["run"] == "tiny" and str(tmp_path) not in json.dumps(shipped)
     code, _, last = say(capsys, *words)
     assert code == 2 and last.startswith("error: there is a run at")
+    code, _, last = say(capsys, "train", "-r", out, "--resume")
+    assert code == 2 and "`jkoflow distill --resume` does" in last
