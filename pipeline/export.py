@@ -74,6 +74,9 @@ def export(run: Run, out: Path, dtype: str = "float16") -> Exported:
         run.config,
         data=dataclasses.replace(run.config.data, path=None),  # where images lay on this machine
         train=dataclasses.replace(run.config.train, init_from=None),
+        autoencoder=dataclasses.replace(
+            run.config.autoencoder, weights=manifest["autoencoder"]["weights"]
+        ),
     )
     commit.write_bytes(out / "config.yaml", resolved_yaml(config).encode())
     if metrics is not None:

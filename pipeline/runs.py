@@ -267,4 +267,8 @@ def open_run(folder: Path, blocks: int | None = None, number: int | None = None)
     used = blocks or count
     flow = load_blocks(folder, {**manifest, "blocks": manifest["blocks"][:used]})
     standardisation = Standardisation.from_dict(manifest["standardisation"])
-    return Run(folder, config, manifest, flow, standardisation)
+    run = Run(folder, config, manifest, flow, standardisation)
+    if "autoencoder" not in manifest:  # of points
+        return run
+    autoencoder = dataclasses.replace(config.autoencoder, weights=run.autoencoder_weights())
+    return dataclasses.replace(run, config=dataclasses.replace(config, autoencoder=autoencoder))

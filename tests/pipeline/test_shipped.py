@@ -68,8 +68,14 @@ def test_an_export_knows_where_it_came_from(run: Path, tmp_path: Path) -> None:
     assert [row["h"] for row in manifest["blocks"]] == [0.5, 0.75, None]
     before = read_config(run)
     assert before.data.path is not None  # of this machine, and of no use on another
-    assert read_config(out) == replace(before, data=replace(before.data, path=None))
-    assert "/" not in manifest["autoencoder"]["weights"]  # it lies inside
+    inside = manifest["autoencoder"]["weights"]
+    assert inside == "autoencoder.safetensors"
+    assert read_config(out) == replace(
+        before,
+        data=replace(before.data, path=None),
+        autoencoder=replace(before.autoencoder, weights=inside),
+    )
+    assert open_run(out).config.autoencoder.weights == str(out / inside)
     # an export can be exported: float16 stays float16
     again = export(open_run(out), tmp_path / "again")
     assert again.change == 0
