@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from flows.errors import FlowError
 from flows.velocity_base import TimeFeatures, Velocity, VelocityConfig, zero_
 
+#: side of the largest grid on which the upper level of a UNet attends, too
+_ATTENDED = 8
+
 
 class ConvVelocity(Velocity):
     """A stack of 3×3 convolutions, every hidden layer scaled and shifted by the time.
@@ -96,7 +99,7 @@ class Attention(nn.Module):
 
 
 class UNetVelocity(Velocity):
-    """A small time-conditioned UNet with self-attention at the bottom.
+    """A small time-conditioned UNet with self-attention at the bottom, and at the top up to 8x8.
 
     It goes one level down, to twice the width, when H and W are even; ``depth`` residual blocks on
     every level, each way.
@@ -108,9 +111,11 @@ class UNetVelocity(Velocity):
         channels, width, depth = shape[0], config.width, config.depth
         self.two_levels = shape[1] % 2 == 0 and shape[2] % 2 == 0
         low = 2 * width if self.two_levels else width
-        if config.heads and low % config.heads:
+        attends = bool(config.heads) and self.two_levels and max(shape[1:]) <= _ATTENDED
+        least = width if attends else low
+        if config.heads and least % config.heads:
             raise FlowError(
-                f"velocity.width gives {low} channels at the unet's lowest level, which "
+                f"velocity.width gives {least} channels where the unet attends, which "
                 f"{config.heads} attention heads do not divide"
             )
         self.activation = config.activation_or("silu")
@@ -119,6 +124,7 @@ class UNetVelocity(Velocity):
         self.time = nn.Linear(config.time_features, embedding)
         self.input = nn.Conv2d(channels, width, 3, padding=1)
         self.encoder = self._stack(width, width, depth if self.two_levels else 0, embedding)
+        self.mix_in = Attention(width, config.heads) if attends else nn.Identity()
         self.down = nn.Conv2d(width, low, 3, 2, 1) if self.two_levels else nn.Identity()
         self.middle = self._stack(low, low, depth, embedding)
         self.attention = Attention(low, config.heads) if config.heads else nn.Identity()
@@ -126,6 +132,7 @@ class UNetVelocity(Velocity):
         self.up = nn.Conv2d(low, width, 3, padding=1) if self.two_levels else nn.Identity()
         joined = 2 * width if self.two_levels else width
         self.decoder = self._stack(joined, width, depth if self.two_levels else 0, embedding)
+        self.mix_out = Attention(width, config.heads) if attends else nn.Identity()
         self.norm = nn.GroupNorm(_groups(width), width)
         self.output = nn.Conv2d(width, channels, 3, padding=1)
         if config.zero_init:
@@ -143,7 +150,7 @@ class UNetVelocity(Velocity):
         hidden = self.input(z)
         for block in self.encoder:
             hidden = block(hidden, embedding)
-        skip = hidden
+        hidden = skip = self.mix_in(hidden)
         hidden = self.down(hidden)
         for block in self.middle:
             hidden = block(hidden, embedding)
@@ -155,7 +162,7 @@ class UNetVelocity(Velocity):
             hidden = torch.cat([hidden, skip], dim=1)
         for block in self.decoder:
             hidden = block(hidden, embedding)
-        return self.output(self.activation(self.norm(hidden)))
+        return self.output(self.activation(self.norm(self.mix_out(hidden))))
 
 
 def _groups(channels: int) -> int:

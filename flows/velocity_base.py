@@ -37,7 +37,8 @@ class VelocityConfig:
         activation: a key of ``ACTIVATIONS``, or ``default``: softplus20 for mlp and conv (smooth,
             as in the paper), silu for resmlp and unet.
         time_features: sines and cosines of t seen by the time-conditioned networks; even.
-        heads: attention heads at the unet's lowest resolution; 0 leaves attention out.
+        heads: attention heads of the unet, at its lowest resolution and on grids of at most 8x8;
+            0 leaves attention out.
         nets: networks a block: each covers an equal part of the block's time, one after the other.
         classes: classes that the network is told apart by a label; 0 for a network without.
         class_dropout: lfm, fm: probability that a sample in training goes without its class, in
