@@ -53,6 +53,14 @@ def train(
 def evaluate(
     config: _Config,
     n: Annotated[int, typer.Option("-n", help="Images of the test split.")] = 10000,
+    originals: Annotated[
+        bool,
+        typer.Option(
+            "--originals/--no-originals",
+            help="Also rFID against the reconstructed images themselves, whose features are made "
+            "once for all autoencoders, and their own FID.",
+        ),
+    ] = True,
     out: _Out = None,
     overrides: _Set = None,
 ) -> None:
@@ -60,8 +68,11 @@ def evaluate(
     from pipeline import autoencoding
     from pipeline.terminal import accelerator, bar, load
 
-    settings = load(config, overrides)
-    print(autoencoding.evaluate(settings, n, _folder(out, settings.name), accelerator(), bar))
+    settings, processes = load(config, overrides), accelerator()
+    folder = _folder(out, settings.name)
+    path = autoencoding.evaluate(settings, n, folder, processes, bar, originals)
+    if processes.is_main_process:
+        print(path)
 
 
 def _folder(out: Path | None, name: str) -> Path:

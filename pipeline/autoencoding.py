@@ -24,7 +24,7 @@ from pipeline.config import Config
 from pipeline.config_files import differences, to_dict
 from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import JkoflowError, UserError
-from pipeline.features import FeatureMaker
+from pipeline.features import FeatureMaker, fid_of, statistics_of
 from pipeline.journal import Journal
 from pipeline.latents import Progress, load_parts
 from pipeline.runs import ENVIRONMENT, read_config, start_run, write_environment
@@ -109,7 +109,12 @@ def train(
 
 
 def evaluate(
-    config: Config, n: int, folder: Path, accelerator: Accelerator, progress: Progress
+    config: Config,
+    n: int,
+    folder: Path,
+    accelerator: Accelerator,
+    progress: Progress,
+    originals: bool = True,
 ) -> Path:
     """Measure an autoencoder on n images of the test split (rFID as in `pipeline.features`).
 
@@ -117,12 +122,17 @@ def evaluate(
     and a before/after picture. PSNR is null when every reconstruction is perfect, SSIM for
     images smaller than its window of 11 x 11.
 
+    There are two rFIDs: against the reference (`rfid`: the floor of a flow's FID), and against the
+    very images that were reconstructed (`rfid_originals`: what papers on autoencoders report).
+
     Args:
         config: sections data, autoencoder and evaluate (for the reference).
         n: images.
         folder: where the results go.
         accelerator: device and processes.
         progress: wraps loops.
+        originals: whether to measure rfid_originals and, of the images themselves, `real_fid`;
+            their features are kept, for other autoencoders.
 
     Returns:
         The path of autoencoder.json.
@@ -140,14 +150,15 @@ def evaluate(
     reference = maker.reference(config.evaluate.reference)
     measured = _reconstruct(autoencoder, test, n, folder, accelerator, progress)
     rfid = maker.reconstruction_fid(autoencoder, test, n, reference)
-    result = {
-        "rfid": {
-            "value": rfid,
-            "n": n,
-            "split": test.split,
-            "reference": config.evaluate.reference,
-            "extractor": EXTRACTOR,
-        },
+    label = {"n": n, "split": test.split, "extractor": EXTRACTOR}
+    against = {"reference": config.evaluate.reference, **label}
+    result: dict[str, Any] = {"rfid": {"value": rfid, **against}}
+    if originals:
+        real = maker.real_features(test, n)
+        near = maker.reconstruction_fid(autoencoder, test, n, statistics_of(real))
+        result["rfid_originals"] = {"value": near, **label}
+        result["real_fid"] = {"value": fid_of(real, reference), **against}
+    result |= {
         **measured,
         "fingerprint": autoencoder.fingerprint,
         "architecture": autoencoder.describe(),

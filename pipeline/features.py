@@ -143,10 +143,15 @@ class FeatureMaker:
 
 def fid_of(features: StoreReader, reference: GaussianStats) -> float:
     """FID of the images that features belong to."""
+    return float(np.float64(frechet_distance(statistics_of(features), reference)))
+
+
+def statistics_of(features: StoreReader) -> GaussianStats:
+    """Mean and covariance of features."""
     stats = GaussianStats()
     for start in range(0, len(features), SHARD):
         stats.update(features.read("features", start, min(start + SHARD, len(features))))
-    return float(np.float64(frechet_distance(stats, reference)))
+    return stats
 
 
 def extractor() -> dict[str, str]:

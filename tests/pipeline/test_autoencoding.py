@@ -15,9 +15,12 @@ from autoencoders.weights import load
 from eval.reconstruction import psnr
 from pipeline.autoencoding import WEIGHTS, train
 from pipeline.config_files import load_config
+from pipeline.datasets import load_images
+from pipeline.features import chosen
 from pipeline.seeds import generator
 from tests.pipeline.gaussian_source import quiet
 from tests.pipeline.glance import stand_in
+from tests.pipeline.test_evaluate import distance
 from tests.pipeline.tiny import World, child, pictures, run_child, say, write_pictures
 
 RECIPE = {
@@ -69,6 +72,17 @@ def test_train_then_evaluate(
         again = to_uint8(model.decode(z))
     assert result["psnr"] == pytest.approx(float(psnr(images, again).mean()), rel=1e-3)
     assert result["n"] == 20 and result["rfid"]["n"] == 20 and result["rfid"]["value"] > 0
+    order = chosen(load_images(load_config(recipe_of(world), ["data.split=test"]).data), 20)
+    chosen_images = torch.from_numpy(pictures(24, seed=2)[order, None])
+    with torch.inference_mode():
+        drawn = model.encode(to_float(chosen_images)).sample(generator(0, "floor", 0))
+        decoded = to_uint8(model.decode(drawn)).numpy()
+    before, real = chosen_images.numpy(), pictures(40, seed=1)[:, None]
+    for key, pair in (
+        ("rfid", (decoded, real)), ("rfid_originals", (decoded, before)),
+        ("real_fid", (before, real)),
+    ):  # fmt: skip
+        assert result[key]["value"] == pytest.approx(distance(*pair), rel=1e-3), key
     np.testing.assert_allclose(result["latents"]["mean"], z.mean((0, 2, 3)), atol=1e-4)
     assert result["fingerprint"] == model.fingerprint
     for n, named in (("1", "at least 2"), ("25", "24 images, fewer than 25")):
@@ -155,6 +169,10 @@ def test_pictures_too_small_for_ssim(
     assert code == 0, last
     result = json.loads((world.root / "ae" / "autoencoder.json").read_text())
     assert result["ssim"] is None and result["n"] == 20
+    assert result["rfid_originals"]["value"] == pytest.approx(0, abs=1e-6)
+    assert result["rfid"]["value"] == pytest.approx(result["real_fid"]["value"])
+    assert say(capsys, *words, "-n", "20", "--no-originals")[0] == 0
+    assert "real_fid" not in json.loads((world.root / "ae" / "autoencoder.json").read_text())
 
 
 def test_a_handful_of_pictures_is_enough(
