@@ -15,7 +15,9 @@ class AutoencoderTraining:
     Attributes:
         iterations: optimiser steps.
         batch_size: images a step, over all processes.
-        lr: peak learning rate (Adam, betas 0.5 and 0.9), warmed up, decayed by a half cosine.
+        lr: peak learning rate (Adam), warmed up, decayed by a half cosine.
+        momentum: Adam's first beta for the autoencoder. null takes the discriminator's, 0.5 for
+            patchgan and 0 for r1; 0.9 reconstructs sooner.
         lr_final: last learning rate, as a fraction of `lr`.
         warmup: steps of linear warm-up.
         kl_weight: weight of the KL term (KL flavour).
@@ -53,6 +55,7 @@ class AutoencoderTraining:
     iterations: int = 6000
     batch_size: int = 128
     lr: float = 5e-4
+    momentum: float | None = None
     lr_final: float = 0.05
     warmup: int = 200
     kl_weight: float = 0.7
@@ -91,6 +94,8 @@ class AutoencoderTraining:
         for name in ("latent_noise", "r1_weight", "adversarial_weight", "feature_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.momentum is not None and not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"momentum must lie in [0, 1), not {self.momentum}")
         if self.kl_warmup < 0:
             raise ValueError(f"kl_warmup must not be negative, not {self.kl_warmup}")
         if self.precision not in ("fp32", "bf16"):

@@ -89,7 +89,8 @@ class AutoencoderTrainer:
         # without momentum for r1, as its analysis has it
         betas = (0.5, 0.9) if recipe.discriminator == "patchgan" else (0.0, 0.99)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, recipe.lr, betas)
+        first = betas[0] if recipe.momentum is None else recipe.momentum
+        self.optimizer = torch.optim.Adam(trained, recipe.lr, (first, betas[1]))
         self.discriminator_optimizer = torch.optim.Adam(
             self.discriminator.parameters(), recipe.lr * recipe.discriminator_lr, betas
         )

@@ -252,6 +252,17 @@ def test_an_output_beyond_the_grey_levels_is_pulled_back(accelerator: Accelerato
     assert bias[1] < 50.0
 
 
+def test_momentum_is_the_discriminators_unless_told(accelerator: Accelerator) -> None:
+    def weight(discriminator: str, momentum: float | None) -> torch.Tensor:
+        made = trainer(accelerator, discriminator=discriminator, momentum=momentum)
+        run(made, 3)
+        return made.model.decoder.conv_in.weight.detach().clone()
+
+    for discriminator, own in (("r1", 0.0), ("patchgan", 0.5)):
+        assert torch.equal(weight(discriminator, None), weight(discriminator, own))
+        assert not torch.equal(weight(discriminator, None), weight(discriminator, 0.9))
+
+
 def finished_start(accelerator: Accelerator) -> TamingAutoencoder:
     made = trainer(accelerator)
     run(made, 3)
@@ -305,3 +316,5 @@ def test_a_recipe_says_what_does_not_go_together() -> None:
         AutoencoderTraining(discriminator="wgan")
     with pytest.raises(ValueError, match="latent_noise must not be negative"):
         AutoencoderTraining(latent_noise=-0.1)
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\), not 1"):
+        AutoencoderTraining(momentum=1)
