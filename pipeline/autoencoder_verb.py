@@ -57,8 +57,8 @@ def evaluate(
         bool,
         typer.Option(
             "--originals/--no-originals",
-            help="Also rFID against the reconstructed images themselves, whose features are made "
-            "once for all autoencoders, and their own FID.",
+            help="Also rFID against the originals, whose features are made once for all "
+            "autoencoders, and the originals' own FID.",
         ),
     ] = True,
     out: _Out = None,

@@ -55,6 +55,21 @@ class Step:
     nfe: int
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a finished block does to a fixed set of samples.
+
+    Attributes:
+        terms: of its objective, nats per sample.
+        squared_movement: E‖T(z) − z‖².
+        squared_norm: E‖T(z)‖².
+    """
+
+    terms: dict[str, float]
+    squared_movement: float
+    squared_norm: float
+
+
 class BlockTrainer:
     """Holds a block in training; `step()` makes one optimiser step.
 
@@ -240,8 +255,8 @@ class BlockTrainer:
 
 
 @torch.no_grad()
-def measure(trainer: BlockTrainer, stage: StoreReader, push: SolverConfig) -> dict[str, float]:
-    """The terms of a finished block's objective, nats per sample, on a fixed set of samples.
+def measure(trainer: BlockTrainer, stage: StoreReader, push: SolverConfig) -> Measured:
+    """The terms of a finished block's objective, and its movement, on a fixed set of samples.
 
     The same samples are followed through all blocks and passes, on the grid that pushes, with an
     unbiased divergence; so the terms of all blocks add up to an estimate of the flow's NLL. Under
@@ -262,7 +277,7 @@ def measure(trainer: BlockTrainer, stage: StoreReader, push: SolverConfig) -> di
         count = min(count, max(_AT_LEAST, _AFFORDED // each))
     chosen = Batches(len(stage), count, recipe.seed, "measure").indices(0)
     drawn = generator(recipe.seed, "measure", trainer.index, *trainer.salt)
-    potential, log_det, moved = 0.0, 0.0, 0.0
+    norm, log_det, moved = 0.0, 0.0, 0.0
     for rows in chosen.split(recipe.batch_size):
         z = stage.take("z", rows)
         eps = divergence.draw_probe(z, drawn)
@@ -275,10 +290,11 @@ def measure(trainer: BlockTrainer, stage: StoreReader, push: SolverConfig) -> di
         except SolveError as error:
             raise JkoflowError(f"block {trainer.index} cannot be measured: {error}") from error
         assert end.log_det is not None
-        potential += float(end.z.double().square().sum()) / 2
+        norm += float(end.z.double().square().sum())
         log_det += float(end.log_det.double().sum())
         moved += float((end.z - z).double().square().sum())
-    terms = {"potential": potential / count, "neg_log_det": -log_det / count}
+    terms = {"potential": norm / 2 / count, "neg_log_det": -log_det / count}
     if trainer.spec.h is not None:
         terms["movement"] = moved / count / (2 * trainer.spec.h)
-    return {"total": sum(terms.values()), **terms}
+    terms = {"total": sum(terms.values()), **terms}
+    return Measured(terms, moved / count, norm / count)

@@ -114,12 +114,16 @@ def _check_objective(config: Config) -> None:
     }
     if train.objective == "distill":
         raise UserError(
-            "this run was distilled, and `jkoflow train` cannot go on with it; `jkoflow distill "
-            "--resume` does, with the options it was begun with"
+            "blocks with the objective distill are made, and gone on with, by `jkoflow distill` "
+            "(--resume), not by `jkoflow train`"
         )
     for name, (value, known) in choices.items():
         if value not in known:
             raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+    if train.precision == "bf16" and config.velocity.nets > 1:
+        raise UserError(
+            "train.precision=bf16 is for blocks of one network (velocity.nets=1); leave it at fp32"
+        )
     if train.snapshot_every and train.objective != "fm":
         raise UserError(
             "train.snapshot_every keeps flows of one block in the making (objective fm), and "

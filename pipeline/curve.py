@@ -12,6 +12,7 @@ from pipeline.config import EvaluateConfig, GenerateConfig
 from pipeline.errors import UserError
 from pipeline.evaluate import Evaluator
 from pipeline.features import fid_of
+from pipeline.generate import solver_of
 from pipeline.passes import Row
 from pipeline.runs import Run, load_blocks
 from pipeline.snapshots import snapshots_of
@@ -36,14 +37,19 @@ def measure(
 
     Returns:
         What curve.json holds: n, seed, reference and the rows, each with step, seen (samples),
-        seconds (of training) and fid.
+        seconds (of training), nfe and fid; and how samples were drawn.
 
     Raises:
-        UserError: n below 2, or the run kept no snapshots.
+        UserError: n below 2, or the run kept no snapshots or has several blocks.
     """
     if settings.n < 2:
         raise UserError(f"FID needs at least 2 images, not {settings.n}; take 2000 or more")
-    listed = snapshots_of(run.folder)
+    if len(run.manifest["blocks"]) != 1:
+        raise UserError(
+            f"a curve is of flows of one block, and the run at {run.folder} has "
+            f"{len(run.manifest['blocks'])}"
+        )
+    listed = snapshots_of(run.folder, run.manifest["pass"])
     if not listed:
         raise UserError(
             f"the run at {run.folder} kept no weights on its way; train one with "
@@ -59,6 +65,7 @@ def measure(
     result = {
         "n": settings.n, "seed": settings.seed, "reference": settings.reference,
         "extractor": EXTRACTOR, "run": run.fingerprint, "rows": rows,
+        "solver": dataclasses.asdict(solver_of(run, sampling)), "guidance": sampling.guidance,
     }  # fmt: skip
     if evaluator.accelerator.is_main_process:
         commit.write_json(run.folder / FILE, result)

@@ -84,14 +84,24 @@ def student_config(
         old.schedule, gamma=None, iterations=None, substeps=None, lr=None, reparameterize=0,
         refine=1,
     )  # fmt: skip
-    velocity = dataclasses.replace(old.velocity, class_dropout=0.0)  # every pair has its class
+    velocity = old.velocity
+    if velocity.classes:  # every pair has its class
+        velocity = dataclasses.replace(velocity, class_dropout=0.0)
     config = dataclasses.replace(
         old, name=f"{old.name}-distilled", push=push, train=train, schedule=schedule,
-        velocity=velocity, generate=dataclasses.replace(old.generate, method=None, steps=None),
+        velocity=velocity, generate=dataclasses.replace(
+            old.generate, method=None, steps=None, block_steps=None, guidance=None
+        ),
     )  # fmt: skip
     config = overridden(config, overrides, SECTIONS)
     if config.train.objective != "fm" or config.train.init_from is not None:
         raise UserError("train.objective and train.init_from have no meaning for distill")
+    given = config.velocity
+    if given.classes != old.velocity.classes or (given.classes and given.class_dropout):
+        raise UserError(
+            f"a distilled run has its teacher's velocity.classes, {old.velocity.classes}, and a "
+            "velocity.class_dropout of 0; leave both out"
+        )
     check(config)  # as flow matching, which integrates nothing while it trains either
     recipe = dataclasses.replace(config.train, objective="distill")
     return dataclasses.replace(config, train=recipe)

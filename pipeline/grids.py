@@ -46,7 +46,7 @@ def check_grid(
     if trainer.spec.objective != "jko" or grid.adaptive or grid == push:
         return False
     dim = trainer.block.velocity.dim
-    trained, pushed = measure(trainer, stage, grid)["total"] / dim, pushed / dim
+    trained, pushed = measure(trainer, stage, grid).terms["total"] / dim, pushed / dim
     if abs(trained - pushed) <= TOLERANCE:
         return False
     row = {"block": index, "step": trainer.done, "event": "grids differ"}

@@ -84,7 +84,7 @@ def environment() -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> Config:
-    """The configuration of a run.
+    """The configuration of a run; weights that lie in an exported one are named by their path.
 
     Raises:
         UserError: not a run directory, or a configuration this version cannot read.
@@ -93,9 +93,14 @@ def read_config(folder: Path) -> Config:
     if not path.is_file():
         raise UserError(f"no run at {folder} (it has no config.yaml); train one or check --run")
     try:
-        return from_resolved(yaml.safe_load(path.read_text()))
+        config = from_resolved(yaml.safe_load(path.read_text()))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not readable YAML; the run is damaged") from error
+    weights = config.autoencoder.weights
+    if weights is None or not (path.parent / weights).is_file():
+        return config
+    inside = dataclasses.replace(config.autoencoder, weights=str(path.parent / weights))
+    return dataclasses.replace(config, autoencoder=inside)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -257,18 +262,15 @@ def open_run(folder: Path, blocks: int | None = None, number: int | None = None)
     if number is not None:
         manifest = select(manifest, number)
     count = len(manifest["blocks"])
+    distilled = config.train.objective == "distill"
     if blocks is None and not manifest["complete"]:
         raise UserError(
-            f"the run at {folder} stopped after {count} blocks; finish it with `jkoflow train "
-            f"--run {folder} --resume`, or use --blocks {count}"
+            f"the run at {folder} stopped after {count} blocks; finish it with `jkoflow "
+            f"{'distill' if distilled else 'train'} … --resume`, or use --blocks {count}"
         )
     if blocks is not None and not 1 <= blocks <= count:
         raise UserError(f"--blocks must lie between 1 and {count} for the run at {folder}")
     used = blocks or count
     flow = load_blocks(folder, {**manifest, "blocks": manifest["blocks"][:used]})
     standardisation = Standardisation.from_dict(manifest["standardisation"])
-    run = Run(folder, config, manifest, flow, standardisation)
-    if "autoencoder" not in manifest:  # of points
-        return run
-    autoencoder = dataclasses.replace(config.autoencoder, weights=run.autoencoder_weights())
-    return dataclasses.replace(run, config=dataclasses.replace(config, autoencoder=autoencoder))
+    return Run(folder, config, manifest, flow, standardisation)

@@ -140,6 +140,8 @@ def evaluate(
         solved = sampling.within(opened, solved, nfe)
     accelerator = accelerator_()
     evaluator = evaluation.Evaluator(accelerator, bar)
+    if nfe_study is not None and curve:
+        raise UserError("--nfe-study and --curve are two measurements; ask for one at a time")
     if nfe_study is not None:
         if steps is not None or nfe is not None:
             raise UserError("--nfe-study chooses the steps; leave --steps and --nfe out")

@@ -112,6 +112,7 @@ def test_time_features_make_at_most_one_period():
         (lambda: make_velocity(VelocityConfig("conv"), (4,)), r"\(C, H, W\), found \(4,\)"),
         (lambda: make_velocity(VelocityConfig(), ()), "positive sizes"),
         (lambda: make_velocity(VelocityConfig("unet", width=3), (1, 4, 4)), "4 attention heads"),
+        (lambda: make_velocity(VelocityConfig("unet", width=6), (1, 8, 8)), "gives 6 channels"),
         (lambda: VelocityConfig(width=0), "width must be at least 1"),
         (lambda: VelocityConfig(depth=-1), "depth must be at least 1"),
         (lambda: VelocityConfig("mlp", hidden=()), "widths of at least 1"),
@@ -123,3 +124,14 @@ def test_time_features_make_at_most_one_period():
 def test_bad_arguments(call, words):
     with pytest.raises(FlowError, match=words):
         call()
+
+
+@pytest.mark.parametrize(("side", "everywhere"), [(8, True), (16, False)])
+def test_a_unet_attends_on_small_grids(side: int, everywhere: bool) -> None:
+    width = 8 if everywhere else 6  # which 4 heads do not divide
+    net = make_velocity(VelocityConfig("unet", width=width, depth=1), (1, side, side))
+    kept = {name.split(".")[0] for name, _ in net.named_parameters()}
+    assert "attention" in kept
+    assert ({"mix_in", "mix_out"} <= kept) == everywhere
+    without = make_velocity(VelocityConfig("unet", width=6, depth=1, heads=0), (1, side, side))
+    assert not any("mix" in name for name, _ in without.named_parameters())

@@ -129,6 +129,8 @@ def test_labels_travel_with_their_samples(quick: Path) -> None:
             own = labels == label
             condition = Condition(torch.full((int(own.sum()),), label))
             solver = SolverConfig("rk4", 2)
+            if index + 1 == len(flow):  # what the last block leaves is not kept
+                continue
             moved = block.transport(z[own], solver=solver, condition=condition).z
             torch.testing.assert_close(stage(quick, index + 1).field("z")[own], moved)
 
@@ -199,5 +201,8 @@ def test_a_distilled_run_keeps_the_classes_apart(learnt: Path, tmp_path: Path) -
         )
         assert (ours - exact).square().mean() < (theirs - exact).square().mean() / 5
         assert (nearest(ours) == label).float().mean() > 0.99
-    with pytest.raises(UserError, match="all distilled runs are"):
+    with pytest.raises(UserError, match="distilled runs are"):
         choice_of(student, GenerateConfig(guidance=2.0))
+    for setting in ("velocity.classes=0", "velocity.classes=3", "velocity.class_dropout=0.1"):
+        with pytest.raises(UserError, match="has its teacher's velocity.classes, 2, and"):
+            student_config(teacher, Distillation(), (setting,))

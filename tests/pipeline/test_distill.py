@@ -195,4 +195,4 @@ def test_the_chain_from_pictures(
     code, _, last = say(capsys, *words)
     assert code == 2 and last.startswith("error: there is a run at")
     code, _, last = say(capsys, "train", "-r", out, "--resume")
-    assert code == 2 and "`jkoflow distill --resume` does" in last
+    assert code == 2 and "gone on with, by `jkoflow distill`" in last

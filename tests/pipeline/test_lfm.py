@@ -45,6 +45,13 @@ def stage(folder: Path, index: int) -> Tensor:
     return open_store(stage_folder(folder, index), "stage").field("z").double()
 
 
+def noise(folder: Path) -> Tensor:
+    """Where a finished run carries its data; the last block's samples are not kept."""
+    opened = open_run(folder)
+    with torch.no_grad():
+        return opened.flow.encode(stage(folder, 0).float(), opened.config.push).double()
+
+
 def best_matrix(z: Tensor, gamma: float | None, interpolant: str) -> Tensor:
     """A of the field A z that regresses best on the slope, from the covariance of its samples.
 
@@ -98,7 +105,7 @@ def test_every_block_carries_the_data_as_far_as_the_diffusion(diffused: Path) ->
         time += gamma
         shrink = math.exp(-2 * time)
         expected = shrink * covariance + (1 - shrink) * identity
-        found = stage(diffused, index + 1)
+        found = stage(diffused, index + 1) if gamma < math.inf else noise(diffused)
         torch.testing.assert_close(found.T.cov(correction=0), expected, rtol=0, atol=0.1)
         assert found.mean(dim=0).abs().max() < 0.1
 
@@ -114,9 +121,11 @@ def test_flow_matching_is_one_block_to_the_standard_normal(tmp_path: Path) -> No
     assert run(folder, *FM, *CURVED).blocks == 1
     (row,) = read_manifest(folder)["blocks"]
     assert (row["h"], row["gamma"], row["objective"]) == (None, None, "lfm")
-    end = stage(folder, 1)
+    assert not stage_folder(folder, 1).exists()
+    end = noise(folder)
     assert kl_to_standard(end.mean(0), end.T.cov(correction=0)) < 0.02
-    assert row["movement"] == pytest.approx((end - stage(folder, 0)).square().sum(1).mean().sqrt())
+    moved = (end - stage(folder, 0)).square().sum(1).mean().sqrt().item()
+    assert row["movement"] == pytest.approx(moved, rel=0.05)  # of some of the samples
     # terms, the summary of the pass, and the exact likelihood agree with the entropy
     summary = read_manifest(folder)["passes"][0]["summary"]
     assert summary["nll"] == pytest.approx(row["terms"]["total"] + math.log(2 * math.pi))
@@ -146,7 +155,7 @@ def test_optimal_pairs_lead_to_the_same_noise(tmp_path: Path) -> None:
     run(
         tmp_path, *FM, *CURVED, "train.coupling=ot", "train.iterations=150", "train.batch_size=100"
     )
-    end = stage(tmp_path, 1)
+    end = noise(tmp_path)
     assert kl_to_standard(end.mean(0), end.T.cov(correction=0)) < 0.05
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def test_snapshots_are_the_block_as_it_would_be(tmp_path: Path) -> None:
     assert not (tmp_path / "flat" / "snapshots").exists()
 
 
+def test_every_pass_has_its_own(tmp_path: Path) -> None:
+    run(tmp_path, *KEPT)
+    first = snapshots_of(tmp_path)
+    config = tiny(*KEPT, "train.snapshot_every=3", "train.lr=0.02")
+    train(config, tmp_path, Accelerator(cpu=True), quiet, True, GaussianSource(), from_block=0)
+    assert [row["step"] for row in snapshots_of(tmp_path, 1)] == [3, 6]
+    assert snapshots_of(tmp_path) == first
+    (block,) = read_manifest(tmp_path)["blocks"]
+    assert snapshots_of(tmp_path, 1)[-1]["sha256"] == block["sha256"]
+
+
 def _resume(folder: str) -> None:
     run(Path(folder), *KEPT)
 
@@ -80,6 +92,7 @@ def test_half_precision_trains_nearly_the_same_field(tmp_path: Path) -> None:
     ("overrides", "named"),
     [
         (("train.precision=fp16",), "unknown precision 'fp16'; choose one of fp32, bf16"),
+        (("train.objective=fm", "train.precision=bf16", "velocity.nets=2"), "of one network"),
         (("train.precision=bf16",), r"train\.precision=bf16 is for the regressions"),
         (("train.snapshot_every=5",), r"train\.snapshot_every keeps flows of one block"),
         (("train.objective=lfm", "train.snapshot_every=5"), "under lfm there are several"),
@@ -120,6 +133,13 @@ def test_the_curve_of_fid_against_samples_seen(
     assert curve["rows"][1]["fid"] == pytest.approx(distance(images, real), rel=1e-4)
     assert (folder / "samples" / "curve.png").stat().st_size > 1000
     assert not (folder / "metrics.json").exists()
-    words[2] = trained.root / "run"
+    solved = curve["solver"]["method"], curve["solver"]["steps"], curve["guidance"]
+    assert solved == (opened.config.push.method, opened.config.push.steps, None)
+    code, _, last = say(capsys, *words, "--nfe-study", "12")
+    assert code == 2 and "ask for one at a time" in last
+    shutil.rmtree(folder / "snapshots")
     code, _, last = say(capsys, *words)
     assert code == 2 and "kept no weights on its way" in last
+    words[2] = trained.root / "run"
+    code, _, last = say(capsys, *words)
+    assert code == 2 and "flows of one block" in last and "has 3" in last
