@@ -13,10 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from flows.errors import SolveError
 from pipeline.errors import JkoflowError
 
 
-def raise_together(accelerator: Accelerator, error: JkoflowError | None) -> None:
+def raise_together(accelerator: Accelerator, error: JkoflowError | SolveError | None) -> None:
     """Raise, on every process, the error that the first of them met; all processes call it.
 
     Args:
@@ -24,7 +25,7 @@ def raise_together(accelerator: Accelerator, error: JkoflowError | None) -> None
         error: what this process met; None if nothing.
 
     Raises:
-        JkoflowError: a process met it; likewise its subclasses.
+        JkoflowError: a process met it; likewise its subclasses, and SolveError.
     """
     if accelerator.num_processes > 1:
         met = gather_object([error])
@@ -42,10 +43,10 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     Raises:
         JkoflowError: see `raise_together`.
     """
-    failure: JkoflowError | None = None
+    failure: JkoflowError | SolveError | None = None
     try:
         yield
-    except JkoflowError as error:
+    except (JkoflowError, SolveError) as error:
         failure = error
     raise_together(accelerator, failure)
 

@@ -23,6 +23,7 @@ from eval.gaussian import GaussianStats
 from eval.images import stats_of
 from eval.inception import EXTRACTOR, FidInception
 from pipeline import assets
+from pipeline.agreement import together
 from pipeline.datasets import ImageSet
 from pipeline.errors import UserError
 from pipeline.latents import Progress, Standardisation
@@ -130,7 +131,7 @@ class FeatureMaker:
         ranks = self.accelerator.num_processes
         missing = writer.missing(self.accelerator.process_index, ranks)
         network = self._network()
-        with torch.inference_mode():
+        with together(self.accelerator), torch.inference_mode():
             for index in self.progress(missing, len(missing), f"features of {count} {what}"):
                 images = make(*writer.bounds(index), index)
                 writer.write(index, {"features": network.features(images)})

@@ -26,6 +26,7 @@ from flows.block import FIXED_METHODS, SolverConfig
 from flows.condition import Condition
 from flows.pieces import fits
 from pipeline import commit
+from pipeline.agreement import together
 from pipeline.classes import Choice, choice_of
 from pipeline.config import GenerateConfig
 from pipeline.errors import UserError
@@ -185,16 +186,17 @@ def sample_images(
     autoencoder = run.autoencoder()
     run.flow.to(accelerator.device)
     missing = writer.missing(accelerator.process_index, accelerator.num_processes)
-    for index in progress(missing, len(missing), f"generate ({size} a step)"):
-        first, last = writer.bounds(index)
-        parts = []
-        for start in range(first, last, settings.batch_size):
-            count = min(settings.batch_size, last - start)
-            place = (settings.seed, "sample", start // settings.batch_size)
-            of = None if choice is None else choice.condition(start, count, *place)
-            drawn = generator(*place)
-            parts.append(_sample(run, autoencoder, count, drawn, solvers, accelerator, of))
-        writer.write(index, {"images": torch.cat(parts)})
+    with together(accelerator):
+        for index in progress(missing, len(missing), f"generate ({size} a step)"):
+            first, last = writer.bounds(index)
+            parts = []
+            for start in range(first, last, settings.batch_size):
+                count = min(settings.batch_size, last - start)
+                place = (settings.seed, "sample", start // settings.batch_size)
+                of = None if choice is None else choice.condition(start, count, *place)
+                drawn = generator(*place)
+                parts.append(_sample(run, autoencoder, count, drawn, solvers, accelerator, of))
+            writer.write(index, {"images": torch.cat(parts)})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         nfe = sample_nfe(run, solvers, choice)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from autoencoders.training import AutoencoderTrainer
 from flows.spec import BlockSpec, build_block
 from pipeline.blocks import BlockTrainer
 from pipeline.config import TrainConfig
+from pipeline.errors import UserError
+from pipeline.features import SHARD, FeatureMaker
 from pipeline.seeds import generator
 from tests.autoencoders.models import blobs, config
-from tests.pipeline.gaussian_source import GaussianSource, tiny
+from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
 
 ROOT = Path(__file__).parents[1]
 RANKS = 2
@@ -98,10 +101,29 @@ def stage(accelerator: Accelerator, folder: Path) -> Any:
     return None
 
 
+def features(accelerator: Accelerator, folder: Path) -> Any:
+    """How the making of features ends when the images of one process's shard cannot be had."""
+    maker = FeatureMaker(accelerator, quiet)
+    network: Any = SimpleNamespace(features=lambda images: torch.zeros(len(images), 3))
+    maker._inception = network
+
+    def make(first: int, last: int, index: int) -> torch.Tensor:
+        if index == 1:
+            raise UserError(f"the images of shard {index} are not there")
+        return torch.zeros(last - first, 1, 2, 2, dtype=torch.uint8)
+
+    try:
+        maker.features(folder / "features", {"kind": "real"}, 2 * SHARD, make, "real")
+    except Exception as error:  # noqa: BLE001
+        return _named(error)
+    return None
+
+
 JOBS: dict[str, Callable[[Accelerator, Path], Any]] = {
     "codebook": codebook,
     "autoencoder": autoencoder,
     "stage": stage,
+    "features": features,
     "unsolvable": partial(block, objective="jko", size=float("1e38")),
     "infinite": partial(block, objective="lfm", size=1e30),
     "ordinary": partial(block, objective="lfm", size=1.0),
