@@ -97,3 +97,17 @@ def test_what_one_process_fails_at_all_raise(
 
 def test_an_ordinary_step_raises_nowhere(tmp_path: Path) -> None:
     assert run_job("ordinary", tmp_path) == [None, None]
+
+
+def test_one_of_several_leaves_with_its_code_and_its_words() -> None:
+    """Without the interpreter's own end, so what Python holds back must be written before."""
+    words = (
+        "import atexit, pipeline.__main__ as m; atexit.register(print, 'taken down');"
+        "print('said', end=''); m.leave({code})"
+    )
+    for ranks, code, said in (("2", 3, "said"), ("2", 0, "said"), ("1", 3, "saidtaken down\n")):
+        done = subprocess.run(
+            [sys.executable, "-c", words.format(code=code)],
+            env={**os.environ, "WORLD_SIZE": ranks}, cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (code, said), done.stderr
