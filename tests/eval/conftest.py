@@ -1,10 +1,9 @@
-"""Networks for the tests of `eval`: real weights where they can be had, random ones always."""
+"""Networks for the tests of `eval`: pytorch-fid's own, and random weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,20 +26,6 @@ def pytorch_fid_network(state: dict[str, Tensor]) -> torch.nn.Module:
 @pytest.fixture(scope="session")
 def build_reference() -> Callable[[dict[str, Tensor]], torch.nn.Module]:
     return pytorch_fid_network
-
-
-@pytest.fixture(scope="session")
-def inception_weights() -> Path:
-    """The real weights; skips where no source of them can be reached."""
-    from pipeline.assets import fetch
-    from pipeline.errors import JkoflowError, UserError
-
-    try:
-        return fetch("inception")
-    except UserError:
-        raise
-    except JkoflowError as error:
-        pytest.skip(f"the Inception weights cannot be had here: {error}")
 
 
 @pytest.fixture(scope="session")

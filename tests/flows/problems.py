@@ -7,6 +7,7 @@ not with another run of the code.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -21,17 +22,17 @@ Field = Callable[[Tensor, Tensor], Tensor]
 class Problem(Velocity):
     """A velocity with its exact flow."""
 
+    @abstractmethod
     def exact(self, z: Tensor) -> Tensor:
         """T(z), (B, D)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def exact_log_det(self, z: Tensor) -> Tensor:
         """log |det ∂T/∂z|, (B,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def exact_divergence(self, t: float, z: Tensor) -> Tensor:
         """∇·v(t, z), (B,)."""
-        raise NotImplementedError
 
 
 class Affine(Problem):

@@ -32,21 +32,9 @@ from tests.pipeline.tiny import World, pictures, say
 @pytest.fixture(autouse=True)
 def small_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put it in the place of Inception; distances then are of 6 x 6 covariances."""
-    if "real_inception" in request.fixturenames:
+    if "inception_weights" in request.fixturenames:
         return
     stand_in(monkeypatch)
-
-
-@pytest.fixture(scope="session")
-def real_inception() -> Path:
-    """The real weights; skips where no source of them can be reached."""
-    from pipeline.assets import fetch
-    from pipeline.errors import JkoflowError
-
-    try:
-        return fetch("inception")
-    except JkoflowError as error:
-        pytest.skip(f"the Inception weights cannot be had here: {error}")
 
 
 @pytest.fixture
@@ -307,12 +295,12 @@ def test_the_headline_names_n_and_the_reference(
 
 
 def test_with_the_real_network(
-    real_inception: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inception_weights: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the features themselves: tr (S_a S_b)^1/2 is a nuclear norm of n x m numbers."""
     from eval.inception import FidInception
 
-    network = FidInception.from_weights(real_inception)
+    network = FidInception.from_weights(inception_weights)
     monkeypatch.setattr("pipeline.features.load_inception", lambda _: network)
     real = network.features(torch.from_numpy(pictures(10, seed=2)[:, None])).double()
     np.savez(tmp_path / "real.npz", mu=real.mean(0).numpy(), sigma=real.T.cov().numpy())

@@ -10,20 +10,15 @@ import torch
 from PIL import Image
 
 from eval.inception_weights import LAYOUT, read_weights
-from pipeline import assets
-from pipeline.errors import JkoflowError
 
 #: where pytorch-fid looks for its weights before it downloads them
 CACHED = "hub/checkpoints/pt_inception-2015-12-05-6726825d.pth"
 
 
 @pytest.fixture(scope="module")
-def torch_home(tmp_path_factory):
+def torch_home(tmp_path_factory, inception_weights):
     """A torch cache in which pytorch-fid finds the weights that `jkoflow fetch` brought."""
-    try:
-        weights = read_weights(assets.fetch("inception"))
-    except JkoflowError as error:
-        pytest.skip(f"the Inception weights cannot be fetched here: {error}")
+    weights = read_weights(inception_weights)
     home = tmp_path_factory.mktemp("torch")
     state = {k: v for k, v in weights.items()}
     for name in LAYOUT:

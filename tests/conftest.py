@@ -1,0 +1,15 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.assets import fetch
+
+
+@pytest.fixture(scope="session")
+def inception_weights() -> Path:
+    """The FID network's real weights; what needs them fails where they cannot be had."""
+    return fetch("inception")
