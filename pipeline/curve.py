@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from eval.inception import EXTRACTOR
-from eval.pictures import curves
-from pipeline import commit
 from pipeline.config import EvaluateConfig, GenerateConfig
 from pipeline.errors import UserError
 from pipeline.evaluate import Evaluator
-from pipeline.features import fid_of
 from pipeline.generate import solver_of
 from pipeline.passes import Row
 from pipeline.runs import Run, load_blocks
 from pipeline.snapshots import snapshots_of
+from pipeline.studies import Study, heading
 
 FILE = "curve.json"
 PICTURE = "samples/curve.png"
@@ -26,9 +23,6 @@ def measure(
 ) -> dict[str, Any]:
     """Measure FID at every snapshot of a run; commits curve.json and samples/curve.png.
 
-    All start from the same noise. Images and features are kept, so that a measurement that was
-    interrupted makes only what is missing.
-
     Args:
         run: an open run of flow matching.
         settings: n, seed and reference.
@@ -36,14 +30,12 @@ def measure(
         evaluator: holds the network.
 
     Returns:
-        What curve.json holds: n, seed, reference and the rows, each with step, seen (samples),
-        seconds (of training), nfe and fid; and how samples were drawn.
+        What curve.json holds: n, seed, reference, how samples were drawn, and the rows, each with
+        step, seen (samples), seconds (of training), nfe and fid.
 
     Raises:
         UserError: n below 2, or the run kept no snapshots or has several blocks.
     """
-    if settings.n < 2:
-        raise UserError(f"FID needs at least 2 images, not {settings.n}; take 2000 or more")
     if len(run.manifest["blocks"]) != 1:
         raise UserError(
             f"a curve is of flows of one block, and the run at {run.folder} has "
@@ -55,36 +47,21 @@ def measure(
             f"the run at {run.folder} kept no weights on its way; train one with "
             "--set train.objective=fm --set train.snapshot_every=1000"
         )
-    sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
-    reference = evaluator.reference(settings.reference)
+    study = Study(run, settings, sampling, evaluator)
     rows = []
     for row in listed:
-        images, features = evaluator.generated(_at(run, row), sampling)
         told = {key: row[key] for key in ("step", "seen", "seconds")}
-        rows.append({**told, "nfe": images.manifest["nfe"], "fid": fid_of(features, reference)})
-    result = {
-        "n": settings.n, "seed": settings.seed, "reference": settings.reference,
-        "extractor": EXTRACTOR, "run": run.fingerprint, "rows": rows,
-        "solver": dataclasses.asdict(solver_of(run, sampling)), "guidance": sampling.guidance,
-    }  # fmt: skip
-    if evaluator.accelerator.is_main_process:
-        commit.write_json(run.folder / FILE, result)
-        line = ([row["seen"] for row in rows], [row["fid"] for row in rows])
-        commit.write_with(
-            run.folder / PICTURE,
-            lambda file: curves(
-                file, {f"FID (n = {settings.n})": line}, x_label="samples seen", y_label="FID"
-            ),
-        )
-    return result
+        rows.append({**told, **study.measure(_at(run, row), study.sampling)})
+    line = ([row["seen"] for row in rows], [row["fid"] for row in rows])
+    return study.finish(
+        (FILE, PICTURE), rows, {f"n = {settings.n}": line}, "samples seen",
+        solver=dataclasses.asdict(solver_of(run, study.sampling)),
+    )  # fmt: skip
 
 
 def table(result: dict[str, Any]) -> str:
     """The rows as aligned text."""
-    lines = [
-        f"FID(n={result['n']}, {result['reference']}), seed {result['seed']}",
-        f"{'step':>10}{'samples seen':>14}{'seconds':>9}{'FID':>9}",
-    ]
+    lines = [heading(result), f"{'step':>10}{'samples seen':>14}{'seconds':>9}{'FID':>9}"]
     for row in result["rows"]:
         told = f"{row['step']:>10}{row['seen']:>14}{row['seconds']:>9.0f}{row['fid']:>9.2f}"
         lines.append(told)

@@ -55,8 +55,7 @@ class Evaluator(FeatureMaker):
         Raises:
             UserError: an n below 2, or larger than the split that the floor needs.
         """
-        if settings.n < 2:
-            raise UserError(f"FID needs at least 2 images, not {settings.n}; take 2000 or more")
+        require_two(settings.n)
         _check(run, settings)
         choice = choice_of(run, sampling)
         sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
@@ -165,6 +164,12 @@ class Evaluator(FeatureMaker):
                 **({} if of is None else {"given": "class"}),
             },
         }
+
+
+def require_two(n: int) -> None:
+    """Refuse an n that no FID can be had of."""
+    if n < 2:
+        raise UserError(f"FID needs at least 2 images, not {n}; take 2000 or more")
 
 
 def _check(run: Run, settings: EvaluateConfig) -> None:

@@ -27,7 +27,7 @@ from pipeline.passes import Pass, Row, step_of
 from pipeline.plans import INDIFFERENT
 from pipeline.runs import Run
 from pipeline.seeds import Batches, generator
-from pipeline.stages import CHUNK, Source, ensure_stage, stage_file
+from pipeline.stages import Source, carry, ensure_stage, stage_file
 from pipeline.store import StoreReader, StoreWriter
 from pipeline.trainer import Trainer
 
@@ -139,36 +139,18 @@ class Distiller(Trainer):
         }
         flow = self.teacher.flow.to(self.accelerator.device)
         labels = partial(before.read, "labels") if flow.classes else None
+        blocks = {k: flow[k] for k in group}
 
-        @torch.inference_mode()
         def make(writer: StoreWriter, shard: int) -> Tensor:
-            first, stop = writer.bounds(shard)
-            z, starts, parts = before.read("z", first, stop), range(0, stop - first, CHUNK), []
-            for start in self.progress(starts, len(starts), f"teacher {index + 1}.{shard}"):
-                part = z[start : start + CHUNK].to(self.accelerator.device)
-                of = None
-                if labels is not None:
-                    of = Condition(labels(first + start, first + start + len(part)))
-                for k in group:
-                    try:
-                        part = flow[k].transport(part, solver=push, condition=of).z
-                    except SolveError as error:
-                        raise JkoflowError(f"the teacher fails: {error.in_block(k)}") from error
-                parts.append(part.cpu())
-            return torch.cat(parts)
+            bounds, label = writer.bounds(shard), f"teacher {index + 1}.{shard}"
+            try:
+                return carry(before, bounds, blocks, push, self.accelerator, self.progress, label)
+            except SolveError as error:
+                raise JkoflowError(f"the teacher fails: {error}") from error
 
-        size, folder = self.config.latents.shard_size, self.folder / stage_file(index + 1)
-        return ensure_stage(
-            self.folder,
-            identity,
-            len(before),
-            size,
-            make,
-            self.accelerator,
-            before,
-            folder,
-            labels,
-        )
+        size, there = self.config.latents.shard_size, self.folder / stage_file(index + 1)
+        place = (self.accelerator, before, there, labels)
+        return ensure_stage(self.folder, identity, len(before), size, make, *place)
 
     def _merge(self, pairs: PairReader, journal: Journal) -> bool:
         """Train and commit one merged block; False when the time is up."""

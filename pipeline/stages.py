@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 
-from flows.block import Block
+from flows.block import Block, SolverConfig
 from flows.condition import Condition
 from flows.errors import SolveError
 from pipeline.agreement import together
@@ -182,30 +182,63 @@ def next_stage(
 
     labels = partial(before.read, "labels") if block.velocity.classes else None
 
-    @torch.inference_mode()
     def make(writer: StoreWriter, index: int) -> torch.Tensor:
-        first, last = writer.bounds(index)
-        z = before.read("z", first, last)
-        starts = range(0, len(z), CHUNK)
-        parts = []
-        for start in progress(starts, len(starts), f"push {stage}.{index}"):
-            chunk = z[start : start + CHUNK].to(accelerator.device)
-            of = None
-            if labels is not None:
-                of = Condition(labels(first + start, first + start + len(chunk)))
-            try:
-                parts.append(block.transport(chunk, solver=config.push, condition=of).z.cpu())
-            except SolveError as error:
-                raise JkoflowError(
-                    f"{error.in_block(stage - 1)}; the data cannot be pushed through this block: "
-                    "train it again (--from-block) with a lower train.lr, or take more push.steps"
-                ) from error
-        return torch.cat(parts)
+        bounds, label = writer.bounds(index), f"push {stage}.{index}"
+        try:
+            place = (config.push, accelerator, progress)
+            return carry(before, bounds, {stage - 1: block}, *place, label)
+        except SolveError as error:
+            raise JkoflowError(
+                f"{error}; the data cannot be pushed through this block: train it again "
+                "(--from-block) with a lower train.lr, or take more push.steps"
+            ) from error
 
     size = config.latents.shard_size
     return ensure_stage(
         run, identity, len(before), size, make, accelerator, before, folder, labels
     )
+
+
+@torch.inference_mode()
+def carry(
+    before: StoreReader,
+    bounds: tuple[int, int],
+    blocks: Mapping[int, Block],
+    solver: SolverConfig,
+    accelerator: Accelerator,
+    progress: Progress,
+    label: str,
+) -> torch.Tensor:
+    """Some samples of a stage through blocks, chunk by chunk, each sample with its class.
+
+    Args:
+        before: the stage.
+        bounds: first sample, and the one after the last.
+        blocks: by their number in the flow, in order.
+        solver: that integrates them.
+        accelerator: its device.
+        progress: wraps the loop over chunks.
+        label: of that loop.
+
+    Returns:
+        The samples at the end (last − first, *shape), on the CPU.
+
+    Raises:
+        SolveError: with the number of the block that cannot be followed.
+    """
+    parts, starts = [], range(*bounds, CHUNK)
+    classes = any(block.velocity.classes for block in blocks.values())
+    for start in progress(starts, len(starts), label):
+        stop = min(start + CHUNK, bounds[1])
+        z = before.read("z", start, stop).to(accelerator.device)
+        of = Condition(before.read("labels", start, stop)) if classes else None
+        for number, block in blocks.items():
+            try:
+                z = block.transport(z, solver=solver, condition=of).z
+            except SolveError as error:
+                raise error.in_block(number) from error
+        parts.append(z.cpu())
+    return torch.cat(parts)
 
 
 def ensure_stage(

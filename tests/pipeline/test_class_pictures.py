@@ -171,6 +171,25 @@ def test_a_budget_knows_that_guidance_costs_twice(
     assert code == 2 and "(8)" in said
 
 
+def test_a_study_keeps_guidance_apart(
+    pictured: World,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stand_in(monkeypatch)
+    reference = pictured.root / "pictures" / "train" / "b"
+    words = ("evaluate", "-r", folder, "-n", "8", "--reference", reference, "--nfe-study")
+    studies = []
+    for more in (("16",), ("32", "--guidance", "2"), ("16",)):
+        assert say(capsys, *words, *more)[0] == 0
+        studies.append(json.loads((folder / "nfe.json").read_text()))
+    assert [study["guidance"] for study in studies] == [None, 2.0, None]
+    assert [[row["nfe"] for row in study["rows"]] for study in studies] == [[16], [32], [16]]
+    assert studies[0] == studies[2]
+    assert studies[0]["rows"][0]["fid"] != studies[1]["rows"][0]["fid"]
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -1,0 +1,89 @@
+"""What the studies of one run have in common: FID of several sets of images, a file and a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from eval.inception import EXTRACTOR
+from eval.pictures import curves
+from pipeline import commit
+from pipeline.config import EvaluateConfig, GenerateConfig
+from pipeline.evaluate import Evaluator, require_two
+from pipeline.features import fid_of
+from pipeline.runs import Run
+
+
+class Study:
+    """Measures sets of images of a run that start from the same noise.
+
+    Images and features are kept as those of an evaluation are, so that a study that was
+    interrupted, or is extended, makes only what is missing.
+
+    Args:
+        run: an open run.
+        settings: n, seed and reference.
+        sampling: solver, classes and guidance.
+        evaluator: holds the network.
+
+    Attributes:
+        sampling: with n and seed of `settings`.
+        about: n, seed, reference, extractor, run, classes and guidance, for the study's file.
+
+    Raises:
+        UserError: n below 2.
+    """
+
+    def __init__(
+        self, run: Run, settings: EvaluateConfig, sampling: GenerateConfig, evaluator: Evaluator
+    ) -> None:
+        require_two(settings.n)
+        self.run, self.evaluator = run, evaluator
+        self.sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
+        self.about: dict[str, Any] = {
+            "n": settings.n, "seed": settings.seed, "reference": settings.reference,
+            "extractor": EXTRACTOR, "run": run.fingerprint, "labels": sampling.labels,
+            "guidance": sampling.guidance,
+        }  # fmt: skip
+        self._reference = evaluator.reference(settings.reference)
+
+    def measure(self, run: Run, sampling: GenerateConfig) -> dict[str, Any]:
+        """Evaluations a sample (nfe) and FID of the images of a run, drawn in some way."""
+        images, features = self.evaluator.generated(run, sampling)
+        return {"nfe": images.manifest["nfe"], "fid": fid_of(features, self._reference)}
+
+    def finish(
+        self,
+        files: tuple[str, str],
+        rows: list[dict[str, Any]],
+        lines: Mapping[str, tuple[list[float], list[float]]],
+        x_label: str,
+        **more: Any,  # noqa: ANN401 - entries of a JSON file
+    ) -> dict[str, Any]:
+        """Commit the study's file and its plot in the run directory.
+
+        Args:
+            files: names of both.
+            rows: what was measured.
+            lines: name to (x, FID).
+            x_label: what x is.
+            more: entries of the file.
+
+        Returns:
+            What the file holds.
+        """
+        result = {**self.about, **more, "rows": rows}
+        if self.evaluator.accelerator.is_main_process:
+            file, picture = (self.run.folder / name for name in files)
+            commit.write_json(file, result)
+            commit.write_with(
+                picture, lambda out: curves(out, lines, x_label=x_label, y_label="FID")
+            )
+        return result
+
+
+def heading(result: dict[str, Any]) -> str:
+    """What a study's FIDs belong to, on one line."""
+    text = f"FID(n={result['n']}, {result['reference']}), seed {result['seed']}"
+    return text if result["guidance"] is None else f"{text}, guidance {result['guidance']:g}"
