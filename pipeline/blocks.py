@@ -61,13 +61,11 @@ class Measured:
 
     Attributes:
         terms: of its objective, nats per sample.
-        squared_movement: E‖T(z) − z‖².
-        squared_norm: E‖T(z)‖².
+        moved: E‖T(z) − z‖² (squared_movement), its root (movement), and E‖T(z)‖² (squared_norm).
     """
 
     terms: dict[str, float]
-    squared_movement: float
-    squared_norm: float
+    moved: dict[str, float]
 
 
 class BlockTrainer:
@@ -297,4 +295,12 @@ def measure(trainer: BlockTrainer, stage: StoreReader, push: SolverConfig) -> Me
     if trainer.spec.h is not None:
         terms["movement"] = moved / count / (2 * trainer.spec.h)
     terms = {"total": sum(terms.values()), **terms}
-    return Measured(terms, moved / count, norm / count)
+    squared = moved / count
+    return Measured(
+        terms,
+        {
+            "movement": math.sqrt(squared),
+            "squared_movement": squared,
+            "squared_norm": norm / count,
+        },
+    )

@@ -96,11 +96,15 @@ def read_config(folder: Path) -> Config:
         config = from_resolved(yaml.safe_load(path.read_text()))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not readable YAML; the run is damaged") from error
-    weights = config.autoencoder.weights
-    if weights is None or not (path.parent / weights).is_file():
-        return config
-    inside = dataclasses.replace(config.autoencoder, weights=str(path.parent / weights))
-    return dataclasses.replace(config, autoencoder=inside)
+    weights = _at_hand(path.parent, config.autoencoder.weights)
+    autoencoder = dataclasses.replace(config.autoencoder, weights=weights)
+    return dataclasses.replace(config, autoencoder=autoencoder)
+
+
+def _at_hand(folder: Path, weights: str | None) -> str | None:
+    """Name or path of an autoencoder's weights; those of an exported run lie inside it."""
+    inside = folder / weights if weights else None
+    return str(inside) if inside is not None and inside.is_file() else weights
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -219,9 +223,7 @@ class Run:
 
     def autoencoder_weights(self) -> str | None:
         """Name or path of its autoencoder's weights; those of an exported run lie inside it."""
-        weights: str | None = self.manifest["autoencoder"]["weights"]
-        inside = self.folder / weights if weights else None
-        return str(inside) if inside is not None and inside.is_file() else weights
+        return _at_hand(self.folder, self.manifest["autoencoder"]["weights"])
 
     def autoencoder(self) -> Autoencoder:
         """The autoencoder that the run's latents came from.

@@ -6,7 +6,6 @@ While a block trains, no other block is in memory.
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ from pipeline.grids import check_grid
 from pipeline.initial import initial_row, open_initial
 from pipeline.journal import Journal
 from pipeline.latents import Progress
-from pipeline.passes import Pass, Row, readable, step_of, summarise
+from pipeline.passes import Pass, Row, readable, summarise
 from pipeline.runs import block_file, compose, load_block, passes_of
 from pipeline.seeds import generator
 from pipeline.shipped import locate
@@ -193,14 +192,8 @@ class Trainer:
             return None
         file = self._commit_block(trainer)
         measured, following = measure(trainer, stage, self.config.push), stage
-        found: Row = {
-            "movement": math.sqrt(measured.squared_movement),
-            "squared_movement": measured.squared_movement,
-            "squared_norm": measured.squared_norm,
-        }
-        # no block trains on what a free one leaves; a fine grid over all samples would take longer
-        # than the regression did
-        if step_of({"h": spec.h, "gamma": spec.gamma}) is not None or spec.objective == "jko":
+        found: Row = measured.moved
+        if self.current.step(index) is not None:  # no block trains on what a free one leaves
             name = stage_file(index + 1, self.number)
             following = self._push(stage, trainer.block, file["sha256"], name)
             found = following.manifest
