@@ -18,8 +18,8 @@ class SolveError(RuntimeError):
     """
 
     def __init__(
-        self, reason: str, t: float, *, evaluations: int = 0, block: int | None = None
-    ) -> None:
+        self, reason: str, t: float, evaluations: int = 0, block: int | None = None
+    ) -> None:  # all by place, so that an error can be made again from its args
         self.reason = reason
         self.t = t
         self.evaluations = evaluations

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -21,11 +22,15 @@ from accelerate import Accelerator
 from autoencoders.base import to_float
 from autoencoders.recipe import AutoencoderTraining
 from autoencoders.training import AutoencoderTrainer
+from flows.block import SolverConfig
+from flows.errors import SolveError
+from flows.flow import Flow
 from flows.spec import BlockSpec, build_block
 from pipeline.blocks import BlockTrainer
-from pipeline.config import TrainConfig
+from pipeline.config import GenerateConfig, TrainConfig
 from pipeline.errors import UserError
 from pipeline.features import SHARD, FeatureMaker
+from pipeline.generate import sample_images
 from pipeline.seeds import generator
 from tests.autoencoders.models import blobs, config
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
@@ -119,11 +124,34 @@ def features(accelerator: Accelerator, folder: Path) -> Any:
     return None
 
 
+def images(accelerator: Accelerator, folder: Path) -> Any:
+    """How generation ends when the flow cannot be followed on the second process alone."""
+    run: Any = SimpleNamespace(
+        folder=folder, fingerprint="none", flow=Flow((2,)), autoencoder=lambda: None,
+        config=SimpleNamespace(push=SolverConfig("rk4", 1)),
+        manifest={"autoencoder": {"image_shape": [1, 2, 2]}},
+    )  # fmt: skip
+
+    def sample(*_: Any) -> torch.Tensor:
+        if accelerator.process_index == 1:
+            raise SolveError("it is not finite", 0.5)
+        return torch.zeros(500, 1, 2, 2, dtype=torch.uint8)
+
+    settings = GenerateConfig(n=1000, batch_size=500)  # two shards
+    try:
+        with mock.patch("pipeline.generate._sample", sample):
+            sample_images(run, settings, accelerator, quiet)
+    except Exception as error:  # noqa: BLE001
+        return _named(error)
+    return None
+
+
 JOBS: dict[str, Callable[[Accelerator, Path], Any]] = {
     "codebook": codebook,
     "autoencoder": autoencoder,
     "stage": stage,
     "features": features,
+    "images": images,
     "unsolvable": partial(block, objective="jko", size=float("1e38")),
     "infinite": partial(block, objective="lfm", size=1e30),
     "ordinary": partial(block, objective="lfm", size=1.0),

@@ -81,6 +81,7 @@ def test_train_agrees_up_to_rounding(alone: World, tmp_path: Path) -> None:
         ("unsolvable", "JkoflowError", ["block 0 failed at step 0", "could not be solved"]),
         ("infinite", "JkoflowError", ["block 0 failed at step 0", "the loss is inf"]),
         ("stage", "UserError", ["1 of the training samples", "the first of them sample 5"]),
+        ("images", "SolveError", ["could not be solved at t = 0.5: it is not finite"]),
         ("features", "UserError", ["the images of shard 1 are not there"]),
         ("autoencoder", "FloatingPointError", ["loss is nan at step 0"]),
     ],
