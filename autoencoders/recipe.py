@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 #: kinds of `autoencoders.adversary`
 DISCRIMINATORS = ("patchgan", "r1")
+#: kinds of `autoencoders.optimisers`
+OPTIMIZERS = ("adam", "muon")
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,9 @@ class AutoencoderTraining:
     Attributes:
         iterations: optimiser steps.
         batch_size: images a step, over all processes.
-        lr: peak learning rate (Adam), warmed up, decayed by a half cosine.
+        optimizer: adam, or muon for the autoencoder's weights (see `autoencoders.optimisers`);
+            the discriminator always has Adam.
+        lr: peak learning rate, warmed up, decayed by a half cosine.
         momentum: Adam's first beta for the autoencoder. null takes the discriminator's, 0.5 for
             patchgan and 0 for r1; 0.9 reconstructs sooner.
         lr_final: last learning rate, as a fraction of `lr`.
@@ -54,6 +58,7 @@ class AutoencoderTraining:
 
     iterations: int = 6000
     batch_size: int = 128
+    optimizer: str = "adam"
     lr: float = 5e-4
     momentum: float | None = None
     lr_final: float = 0.05
@@ -86,6 +91,9 @@ class AutoencoderTraining:
         if self.discriminator not in DISCRIMINATORS:
             kinds = ", ".join(DISCRIMINATORS)
             raise ValueError(f"discriminator must be one of {kinds}, not {self.discriminator!r}")
+        if self.optimizer not in OPTIMIZERS:
+            kinds = ", ".join(OPTIMIZERS)
+            raise ValueError(f"optimizer must be one of {kinds}, not {self.optimizer!r}")
         if self.decoder_only and not self.start:
             raise ValueError(
                 "decoder_only needs start, the weights whose encoder is kept: a shipped name or "

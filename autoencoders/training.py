@@ -30,10 +30,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Adam
 
 from autoencoders.adversary import R1_EVERY, Adversary
 from autoencoders.base import to_float
 from autoencoders.finishing import sharpened
+from autoencoders.optimisers import MuonAdam, make_optimizer, set_learning_rate
 from autoencoders.recipe import AutoencoderTraining
 from autoencoders.taming import (
     TamingAutoencoder,
@@ -88,10 +90,9 @@ class AutoencoderTrainer:
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         # without momentum for r1, as its analysis has it
         betas = (0.5, 0.9) if recipe.discriminator == "patchgan" else (0.0, 0.99)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
         first = betas[0] if recipe.momentum is None else recipe.momentum
-        self.optimizer = torch.optim.Adam(trained, recipe.lr, (first, betas[1]))
-        self.discriminator_optimizer = torch.optim.Adam(
+        self.optimizer = make_optimizer(recipe.optimizer, self.model, recipe.lr, (first, betas[1]))
+        self.discriminator_optimizer = Adam(
             self.discriminator.parameters(), recipe.lr * recipe.discriminator_lr, betas
         )
         self.done = 0
@@ -266,12 +267,11 @@ class AutoencoderTrainer:
         cosine = 0.5 * (1.0 + torch.cos(torch.pi * progress)).item()
         scale = recipe.lr_final + (1.0 - recipe.lr_final) * cosine
         scale *= min(1.0, (self.done + 1) / max(recipe.warmup, 1))
-        self.optimizer.param_groups[0]["lr"] = recipe.lr * scale
-        self.discriminator_optimizer.param_groups[0]["lr"] = (
-            recipe.lr * recipe.discriminator_lr * scale
-        )
+        set_learning_rate(self.optimizer, recipe.lr * scale)
+        rate = recipe.lr * recipe.discriminator_lr * scale
+        set_learning_rate(self.discriminator_optimizer, rate)
 
-    def _apply(self, module: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+    def _apply(self, module: nn.Module, optimizer: Adam | MuonAdam, count: int) -> None:
         """Step with the mean over the whole batch, `count` images of which are here."""
         ranks = self.accelerator.num_processes
         if ranks > 1:

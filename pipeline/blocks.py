@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from autoencoders.optimisers import make_optimizer, set_learning_rate
 from flows.block import FIXED_METHODS, Block, SolverConfig
 from flows.condition import Condition
 from flows.divergence import make_divergence
@@ -97,7 +98,7 @@ class BlockTrainer:
         self.index = int(stage.manifest["identity"]["stage"])
         block.train().requires_grad_(True).to(accelerator.device)
         self.parameters = list(block.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, recipe.lr)
+        self.optimizer = make_optimizer(recipe.optimizer, block, recipe.lr)
         self.average = Ema(block, recipe.ema) if recipe.ema > 0 else None
         self.divergence = make_divergence(
             recipe.divergence,
@@ -120,7 +121,7 @@ class BlockTrainer:
                 this process or another.
         """
         began = time.perf_counter()
-        self.optimizer.param_groups[0]["lr"] = self._learning_rate()
+        set_learning_rate(self.optimizer, self._learning_rate())
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         share = len(range(rank, self.recipe.batch_size, ranks))
         loss, failure = self._loss_or_failure(rank, ranks)

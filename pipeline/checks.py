@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from autoencoders.recipe import OPTIMIZERS
 from flows.coupling import COUPLINGS
 from flows.divergence import make_divergence
 from flows.objective import INTERPOLANTS
@@ -111,6 +112,7 @@ def _check_objective(config: Config) -> None:
         "interpolant": (train.interpolant, INTERPOLANTS),
         "coupling": (train.coupling, COUPLINGS),
         "precision": (train.precision, PRECISIONS),
+        "optimizer": (train.optimizer, OPTIMIZERS),
     }
     if train.objective == "distill":
         raise UserError(

@@ -139,7 +139,8 @@ class TrainConfig:
             own), or ot (the pairs of least total squared distance).
         iterations: optimiser steps a block.
         batch_size: latents a step, over all processes.
-        lr: peak learning rate (Adam).
+        optimizer: adam, or muon for the weights (see `autoencoders.optimisers`).
+        lr: peak learning rate.
         lr_final: last learning rate of a block, as a fraction of `lr` (half cosine).
         warmup: steps of linear warm-up.
         ema: decay of the moving average of a block's weights; 0 keeps the last weights.
@@ -168,6 +169,7 @@ class TrainConfig:
     coupling: str = "independent"
     iterations: int = 1000
     batch_size: int = 512
+    optimizer: str = "adam"
     lr: float = 1e-3
     lr_final: float = 0.02
     warmup: int = 50

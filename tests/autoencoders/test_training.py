@@ -59,9 +59,13 @@ def test_it_learns(accelerator: Accelerator, flavour: str) -> None:
     assert finished.fingerprint and not finished.training
 
 
-@pytest.mark.parametrize("flavour", ["kl", "vq"])
-def test_resumed_equals_never_stopped(accelerator: Accelerator, flavour: str) -> None:
-    recipe: dict[str, Any] = {"adversarial_start": 2, "flip": True}
+@pytest.mark.parametrize(
+    ("flavour", "optimizer"), [("kl", "adam"), ("vq", "adam"), ("kl", "muon")]
+)
+def test_resumed_equals_never_stopped(
+    accelerator: Accelerator, flavour: str, optimizer: str
+) -> None:
+    recipe: dict[str, Any] = {"adversarial_start": 2, "flip": True, "optimizer": optimizer}
     whole = trainer(accelerator, flavour, **recipe)
     run(whole, 6)
     half = trainer(accelerator, flavour, **recipe)

@@ -105,6 +105,7 @@ def test_values_out_of_range_are_named() -> None:
         ("solver.method=rk5", "unknown solver 'rk5'"),
         ("architecture.flavour=xy", "flavour"),
         ("autoencoder_training.precision=fp8", "precision"),
+        ("autoencoder_training.optimizer=sgd", "optimizer must be one of adam, muon, not 'sgd'"),
     ):
         with pytest.raises(UserError, match=named):
             load_config("smoke", [override])

@@ -191,8 +191,11 @@ def test_the_average_is_what_is_kept(stage: StoreReader) -> None:
         assert torch.equal(tensor, last[name])
 
 
-def test_a_checkpoint_carries_everything(stage: StoreReader, tmp_path: Path) -> None:
-    changes = {"ema": 0.7, "divergence": "hutchinson", "probes": 2}
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_checkpoint_carries_everything(
+    stage: StoreReader, tmp_path: Path, optimizer: str
+) -> None:
+    changes = {"ema": 0.7, "divergence": "hutchinson", "probes": 2, "optimizer": optimizer}
     whole, half = trainer(stage, **changes), trainer(stage, **changes)
     for _ in range(3):
         whole.step()
@@ -272,6 +275,7 @@ def test_nan_weights_name_block_and_step(stage: StoreReader) -> None:
         ("train.batch_size=-1", r"train\.batch_size must be at least 1, not -1"),
         ("train.lr=0", r"train\.lr must be positive"),
         ("train.objective=gan", r"unknown objective 'gan'"),
+        ("train.optimizer=sgd", r"unknown optimizer 'sgd'; choose one of adam, muon"),
         ("train.divergence=guess", r"guess"),
         ("train.ema=1.0", r"EMA|ema"),
         ("velocity.kind=rnn", r"unknown velocity 'rnn'"),
