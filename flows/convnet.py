@@ -101,14 +101,20 @@ class Attention(nn.Module):
 class UNetVelocity(Velocity):
     """A small time-conditioned UNet with self-attention at the bottom, and at the top up to 8x8.
 
-    It goes one level down, to twice the width, when H and W are even; ``depth`` residual blocks on
-    every level, each way.
+    It goes one level down, to twice the width, when H and W are even (after folding ``patch`` x
+    ``patch`` positions into channels); ``depth`` residual blocks on every level, each way.
     """
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
         _require_grid(config.kind, shape)
         super().__init__(shape, config.classes)
-        channels, width, depth = shape[0], config.width, config.depth
+        self.patch, width, depth = config.patch, config.width, config.depth
+        if shape[1] % self.patch or shape[2] % self.patch:
+            raise FlowError(
+                f"velocity.patch={self.patch} does not divide a grid of {shape[1]}x{shape[2]}"
+            )
+        channels = shape[0] * self.patch**2
+        shape = (channels, shape[1] // self.patch, shape[2] // self.patch)
         self.two_levels = shape[1] % 2 == 0 and shape[2] % 2 == 0
         low = 2 * width if self.two_levels else width
         attends = bool(config.heads) and self.two_levels and max(shape[1:]) <= _ATTENDED
@@ -147,7 +153,7 @@ class UNetVelocity(Velocity):
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """See :class:`Velocity`."""
         embedding = self.activation(self.time(self.features(t, labels)))
-        hidden = self.input(z)
+        hidden = self.input(F.pixel_unshuffle(z, self.patch))
         for block in self.encoder:
             hidden = block(hidden, embedding)
         hidden = skip = self.mix_in(hidden)
@@ -162,7 +168,8 @@ class UNetVelocity(Velocity):
             hidden = torch.cat([hidden, skip], dim=1)
         for block in self.decoder:
             hidden = block(hidden, embedding)
-        return self.output(self.activation(self.norm(self.mix_out(hidden))))
+        out = self.output(self.activation(self.norm(self.mix_out(hidden))))
+        return F.pixel_shuffle(out, self.patch)
 
 
 def _groups(channels: int) -> int:

@@ -39,6 +39,8 @@ class VelocityConfig:
         time_features: sines and cosines of t seen by the time-conditioned networks; even.
         heads: attention heads of the unet, at its lowest resolution and on grids of at most 8x8;
             0 leaves attention out.
+        patch: p x p positions of the grid that the unet folds into channels, and out again; what
+            it calls a grid is then the folded one.
         nets: networks a block: each covers an equal part of the block's time, one after the other.
         classes: classes that the network is told apart by a label; 0 for a network without.
         class_dropout: lfm, fm: probability that a sample in training goes without its class, in
@@ -54,6 +56,7 @@ class VelocityConfig:
     activation: str = "default"
     time_features: int = 32
     heads: int = 4
+    patch: int = 1
     nets: int = 1
     classes: int = 0
     class_dropout: float = field(default=0.1, compare=False)  # not of the network: of its training
@@ -62,7 +65,7 @@ class VelocityConfig:
     def __post_init__(self) -> None:
         """Refuses sizes and names that no network could be built from."""
         object.__setattr__(self, "hidden", tuple(int(width) for width in self.hidden))
-        for name in ("width", "depth", "nets"):
+        for name in ("width", "depth", "patch", "nets"):
             if getattr(self, name) < 1:
                 raise FlowError(f"velocity.{name} must be at least 1, not {getattr(self, name)}")
         if self.kind == "mlp" and (not self.hidden or min(self.hidden) < 1):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flows.divergence import Exact
 from flows.errors import FlowError
 from flows.velocity import KINDS, TimeSlice, VelocityConfig, make_velocity
 from flows.velocity_base import TimeFeatures
@@ -113,7 +114,9 @@ def test_time_features_make_at_most_one_period():
         (lambda: make_velocity(VelocityConfig(), ()), "positive sizes"),
         (lambda: make_velocity(VelocityConfig("unet", width=3), (1, 4, 4)), "4 attention heads"),
         (lambda: make_velocity(VelocityConfig("unet", width=6), (1, 8, 8)), "gives 6 channels"),
+        (lambda: make_velocity(VelocityConfig("unet", patch=2), (1, 7, 8)), "grid of 7x8"),
         (lambda: VelocityConfig(width=0), "width must be at least 1"),
+        (lambda: VelocityConfig(patch=0), "patch must be at least 1"),
         (lambda: VelocityConfig(depth=-1), "depth must be at least 1"),
         (lambda: VelocityConfig("mlp", hidden=()), "widths of at least 1"),
         (lambda: VelocityConfig(activation="step"), "unknown activation 'step'"),
@@ -135,3 +138,18 @@ def test_a_unet_attends_on_small_grids(side: int, everywhere: bool) -> None:
     assert ({"mix_in", "mix_out"} <= kept) == everywhere
     without = make_velocity(VelocityConfig("unet", width=6, depth=1, heads=0), (1, side, side))
     assert not any("mix" in name for name, _ in without.named_parameters())
+
+
+def test_a_patch_folds_positions_into_channels():
+    """The same field as that of the network of the folded grid, divergence and all."""
+    folded = build("unet", (8, 2, 2), zero_init=False)
+    net = build("unet", (2, 4, 4), patch=2, zero_init=False)
+    net.load_state_dict(folded.state_dict())
+    z = points(net)
+    t = torch.tensor(0.3, dtype=torch.float64)
+    fold, unfold = torch.nn.PixelUnshuffle(2), torch.nn.PixelShuffle(2)
+    torch.testing.assert_close(net(t, z), unfold(folded(t, fold(z))))
+    exact = Exact()
+    (field, divergence), (other, expected) = exact(net, t, z), exact(folded, t, fold(z))
+    torch.testing.assert_close(field, unfold(other))
+    torch.testing.assert_close(divergence, expected)
