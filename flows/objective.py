@@ -16,6 +16,7 @@ from flows.velocity_base import Velocity, given
 
 OBJECTIVES = ("jko", "lfm", "distill")
 INTERPOLANTS = ("linear", "trigonometric")
+TIMES = ("uniform", "logit-normal")
 
 
 @dataclass(frozen=True)

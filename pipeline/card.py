@@ -74,7 +74,9 @@ def _autoencoder(about: dict[str, Any]) -> str:
 def _objective(config: Config, manifest: dict[str, Any]) -> str:
     train, text = config.train, config.train.objective
     if text != "jko":
-        text += f", {train.interpolant} interpolant, {train.coupling} coupling"
+        text += (
+            f", {train.interpolant} interpolant, {train.coupling} coupling, {train.times} times"
+        )
     if "teacher" in manifest:
         taught = manifest["teacher"]
         return (

@@ -9,7 +9,7 @@ import torch
 from autoencoders.recipe import OPTIMIZERS
 from flows.coupling import COUPLINGS
 from flows.divergence import make_divergence
-from flows.objective import INTERPOLANTS
+from flows.objective import INTERPOLANTS, TIMES
 from flows.schedule import gammas, step_sizes
 from flows.velocity import KINDS, make_velocity
 from pipeline.config import Config
@@ -111,6 +111,7 @@ def _check_objective(config: Config) -> None:
         "objective": (train.objective, OBJECTIVES),
         "interpolant": (train.interpolant, INTERPOLANTS),
         "coupling": (train.coupling, COUPLINGS),
+        "times": (train.times, TIMES),
         "precision": (train.precision, PRECISIONS),
         "optimizer": (train.optimizer, OPTIMIZERS),
     }

@@ -137,6 +137,8 @@ class TrainConfig:
         interpolant: lfm, fm: linear or trigonometric.
         coupling: lfm, fm: which sample of a batch is joined with which target: independent (its
             own), or ot (the pairs of least total squared distance).
+        times: lfm, fm: where a block's time is trained most: uniform, or logit-normal (its middle,
+            where the regression is hardest; see `pipeline.matching`).
         iterations: optimiser steps a block.
         batch_size: latents a step, over all processes.
         optimizer: adam, or muon for the weights (see `autoencoders.optimisers`).
@@ -167,6 +169,7 @@ class TrainConfig:
     objective: str = "jko"
     interpolant: str = "linear"
     coupling: str = "independent"
+    times: str = "uniform"
     iterations: int = 1000
     batch_size: int = 512
     optimizer: str = "adam"

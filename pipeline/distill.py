@@ -77,7 +77,7 @@ def student_config(
     old = teacher.config
     push = dataclasses.replace(old.push, method=settings.method, steps=settings.steps)
     train = dataclasses.replace(
-        old.train, objective="fm", interpolant="linear", coupling="independent",
+        old.train, objective="fm", interpolant="linear", coupling="independent", times="uniform",
         iterations=ITERATIONS, ema=EMA, init_from=None, max_minutes=max_minutes, snapshot_every=0,
     )  # fmt: skip
     schedule = dataclasses.replace(

@@ -38,7 +38,7 @@ def batch_loss(
         stage: the samples that the block trains on.
         indices: of the whole batch (B,).
         gamma: Ornstein–Uhlenbeck time of the block; None aims at pure noise.
-        recipe: the train section: interpolant and coupling.
+        recipe: the train section: interpolant, coupling and times.
         drawn: source of noise and times, the same on all processes.
         rank: of this process.
         ranks: processes.
@@ -47,6 +47,8 @@ def batch_loss(
     device = next(velocity.parameters()).device
     noise = torch.randn((len(indices), *velocity.shape), generator=drawn)
     t = stratified_times(len(indices), drawn)
+    if recipe.times == "logit-normal":
+        t = logit_normal(t)
     labels = stage.take("labels", indices) if velocity.classes else None
     told = labels
     if labels is not None:
@@ -105,3 +107,16 @@ def stratified_times(count: int, drawn: torch.Generator) -> Tensor:
     mean over a batch varies less than that of independent ones.
     """
     return (torch.arange(count) + torch.rand(count, generator=drawn)) / count
+
+
+def logit_normal(u: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1) as logit-normal ones, whose logit is N(0, 1); shape kept.
+
+    The regression weighs the middle of the way more, where noise and data are hardest to tell
+    apart; what it tends to is the same field.
+
+    Reference: Esser et al., "Scaling rectified flow transformers for high-resolution image
+    synthesis" (2024), section 3.1.
+    """
+    inside = u.double().clamp(1e-6, 1 - 1e-6)
+    return torch.special.ndtri(inside).sigmoid().to(u.dtype)

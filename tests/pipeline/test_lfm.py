@@ -16,7 +16,7 @@ from torch import Tensor
 from flows.gaussian import kl_to_standard
 from flows.objective import ou_target
 from pipeline.errors import JkoflowError, UserError
-from pipeline.matching import batch_loss, stratified_times
+from pipeline.matching import batch_loss, logit_normal, stratified_times
 from pipeline.passes import Pass, readable, step_of
 from pipeline.runs import load_blocks, open_run, read_manifest
 from pipeline.seeds import generator
@@ -166,6 +166,25 @@ def test_times_are_uniform_and_spread() -> None:
     assert inside.mean().item() == pytest.approx(0.5, abs=0.03)
 
 
+def test_logit_normal_times_have_a_normal_logit() -> None:
+    t = logit_normal(stratified_times(4000, generator(0)))
+    assert t.dtype == torch.float32 and bool((t > 0).all()) and bool((t < 1).all())
+    logit = torch.logit(t.double())
+    assert logit.mean().item() == pytest.approx(0, abs=0.01)
+    assert logit.std().item() == pytest.approx(1, abs=0.01)
+    ends = torch.tensor([0.0, 1.0])
+    assert bool(torch.isfinite(torch.logit(logit_normal(ends).double())).all())
+
+
+def test_logit_normal_times_lead_to_the_same_noise(tmp_path: Path) -> None:
+    run(tmp_path, *FM, *CURVED, "train.times=logit-normal")
+    begin, end = (
+        kl_to_standard(z.mean(0), z.T.cov(correction=0))
+        for z in (stage(tmp_path, 0), noise(tmp_path))
+    )
+    assert end < 0.1 < 0.25 * begin
+
+
 def test_the_target_of_the_free_block_is_the_noise() -> None:
     z, noise = torch.randn(2, 5, 2)
     assert torch.equal(ou_target(z, None, noise), noise)
@@ -235,6 +254,7 @@ def test_killed_and_resumed_ends_in_the_same_bytes(tmp_path: Path) -> None:
         (("train.objective=lfm", "schedule.gamma1=0"), "must be positive"),
         (("train.objective=lfm", "train.interpolant=cubic"), "unknown interpolant 'cubic'"),
         (("train.objective=fm", "train.coupling=best"), "unknown coupling 'best'"),
+        (("train.objective=fm", "train.times=late"), "unknown times 'late'"),
         (("train.objective=fm", "schedule.gamma=[1.0]"), "takes no schedule.gamma"),
         (("train.objective=lfm", "schedule.refine=2"), "passes of jko, not of lfm"),
         (("train.objective=fm", "schedule.reparameterize=1"), "passes of jko, not of fm"),
