@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.bench_optimisers [--seconds 100]
 
-CIFAR-10, bfloat16, one core. The autoencoder is that of `configs/cifar10.yaml` without its
+CIFAR-10, bfloat16, one core. The autoencoder is that of `configs/cifar10-16x16.yaml` without its
 adversary, at a constant rate; told is the L1 error over its last quarter. The network is its UNet,
 on images at half size (folded by 2), at a rate decayed by a half cosine; told is the squared error
 on 1000 held-out images at fixed times and noise (2 at the start).
@@ -34,7 +34,7 @@ _HELD_OUT, _BATCH = 1000, 64
 
 def autoencoder(kind: str, lr: float, seconds: float) -> tuple[int, float]:
     """Images seen and the L1 error that so many seconds give."""
-    config = load_config("cifar10")
+    config = load_config("cifar10-16x16")
     recipe = dataclasses.replace(
         config.autoencoder_training, optimizer=kind, lr=lr, iterations=10**6, warmup=50,
         adversarial_weight=0.0,
@@ -54,7 +54,7 @@ def autoencoder(kind: str, lr: float, seconds: float) -> tuple[int, float]:
 
 def network(kind: str, lr: float, seconds: float) -> tuple[int, float]:
     """Images seen and the held-out error that so many seconds give."""
-    config = load_config("cifar10", ["velocity.classes=0"])
+    config = load_config("cifar10-16x16", ["velocity.classes=0"])
     images = load_images(config.data)
     rows = torch.from_numpy(images.take(torch.arange(20_000).numpy())).float()
     x = F.avg_pool2d(rows, 2)
