@@ -21,8 +21,9 @@ GuidanceOption = Annotated[
     float | None,
     typer.Option(
         "--guidance",
-        help="Of a class-conditional run: w of v(null) + w (v(class) - v(null)); 1, the default, "
-        "is the plain conditional flow, more exaggerates, at twice the evaluations.",
+        help="Of a class-conditional run: w of v(null) + w (v(class) - v(null)); 1 is the plain "
+        "conditional flow, more exaggerates, at twice the evaluations. Default: the "
+        "configuration's generate.guidance, else 1.",
     ),
 ]
 BlocksOption = Annotated[
