@@ -20,7 +20,6 @@ from typing import Any
 #: what differs: the autoencoder's levels and channels, and the folding of the network's input
 SHAPES = {
     "3x8x8": ("architecture.ch_mult=[1,1]", "velocity.patch=1"),
-    "6x8x8": ("architecture.ch_mult=[1,1]", "velocity.patch=1"),
     "12x8x8": ("architecture.ch_mult=[1,1]", "velocity.patch=1"),
     "3x16x16": ("architecture.ch_mult=[1]", "velocity.patch=2"),
 }

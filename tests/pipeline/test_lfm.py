@@ -176,6 +176,18 @@ def test_logit_normal_times_have_a_normal_logit() -> None:
     assert bool(torch.isfinite(torch.logit(logit_normal(ends).double())).all())
 
 
+def test_a_batch_is_trained_at_the_times_asked_for(diffused: Path) -> None:
+    first = open_store(stage_folder(diffused, 0), "stage")
+    seen: list[Tensor] = []
+    field = load_blocks(diffused, read_manifest(diffused))[0].velocity
+    field.register_forward_pre_hook(lambda module, given: seen.append(given[0]))  # type: ignore[union-attr,operator]
+    for times in ("uniform", "logit-normal"):
+        recipe = tiny(*LFM, f"train.times={times}").train
+        batch_loss(field, first, torch.arange(400), 0.2, recipe, generator("times"))  # type: ignore[arg-type]
+    torch.testing.assert_close(seen[1], logit_normal(seen[0]))
+    assert not torch.equal(seen[0], seen[1])
+
+
 def test_logit_normal_times_lead_to_the_same_noise(tmp_path: Path) -> None:
     run(tmp_path, *FM, *CURVED, "train.times=logit-normal")
     begin, end = (
