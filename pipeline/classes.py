@@ -106,9 +106,10 @@ def choice_of(run: Run, settings: GenerateConfig) -> Choice | None:
     if not classes:
         for option, value in (("--class", wanted), ("--guidance", settings.guidance)):
             if value is not None:
+                guide = " (or give a --guide)" if option == "--guidance" else ""
                 raise UserError(
                     f"{option} needs a class-conditional run, but the run at {run.folder} was "
-                    "trained without classes; leave it out, or train with velocity.classes"
+                    f"trained without classes; leave it out, or train with velocity.classes{guide}"
                 )
         return None
     if wanted is not None and (not wanted or not all(0 <= label < classes for label in wanted)):

@@ -207,7 +207,9 @@ class GenerateConfig:
         labels: of a class-conditional run: the classes of the images, in turn; null draws them as
             often as they stand in the training data.
         guidance: of a class-conditional run: w of v(null) + w (v(class) - v(null)), the field
-            that is followed; null takes 1, the plain conditional field.
+            that is followed; null takes 1, the plain conditional field. With a guide, whose
+            velocity is g: w of g + w (v - g), of any run.
+        guide: a run on the same latents, smaller or trained for less long; null for none.
     """
 
     n: int = 64
@@ -219,6 +221,7 @@ class GenerateConfig:
     block_steps: list[int] | None = None
     labels: list[int] | None = None
     guidance: float | None = None
+    guide: str | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from pipeline.checks import check, check_shape
@@ -28,7 +27,7 @@ from pipeline.config_files import overridden
 from pipeline.errors import UserError
 from pipeline.experiment2d import PointSource
 from pipeline.journal import Journal
-from pipeline.latents import Progress
+from pipeline.latents import Progress, Standardisation
 from pipeline.merging import Distiller
 from pipeline.runs import Run, read_manifest
 from pipeline.stages import LatentSource, Source
@@ -90,7 +89,8 @@ def student_config(
     config = dataclasses.replace(
         old, name=f"{old.name}-distilled", push=push, train=train, schedule=schedule,
         velocity=velocity, generate=dataclasses.replace(
-            old.generate, method=None, steps=None, block_steps=None, guidance=None
+            old.generate, method=None, steps=None, block_steps=None, guidance=None,
+            guide=None,
         ),
     )  # fmt: skip
     config = overridden(config, overrides, SECTIONS)
@@ -166,9 +166,8 @@ def headline(manifest: dict[str, Any]) -> str:
 
 def _same_data(teacher: Run, source: Source) -> None:
     """Refuse data that are standardised otherwise than the teacher's."""
-    ours, theirs = source.manifest()["standardisation"], teacher.manifest["standardisation"]
-    a, b = (torch.tensor([x["mean"], x["std"]]) for x in (ours, theirs))
-    if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-3):
+    ours = Standardisation.from_dict(source.manifest()["standardisation"])
+    if not ours.agrees(teacher.standardisation):
         raise UserError(
             f"the data at hand are not those that the run at {teacher.folder} was trained on "
             "(their standardisation differs); encode those, or bring their cache back"

@@ -18,12 +18,13 @@ from eval.inception import EXTRACTOR
 from eval.references import load_reference
 from flows.condition import Condition
 from pipeline import commit, quality
-from pipeline.classes import choice_of, condition_of
+from pipeline.classes import condition_of
 from pipeline.config import DataConfig, EvaluateConfig, GenerateConfig
 from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import UserError
 from pipeline.features import SHARD, FeatureMaker, enough, extractor, fid_of
 from pipeline.generate import sample_images
+from pipeline.guidance import way_of
 from pipeline.passes import readable
 from pipeline.resources import peak_memory
 from pipeline.runs import Run
@@ -57,7 +58,7 @@ class Evaluator(FeatureMaker):
         """
         require_two(settings.n)
         _check(run, settings)
-        choice = choice_of(run, sampling)
+        way = way_of(run, sampling)
         sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
         reference = self.reference(settings.reference)
         images, features = self.generated(run, sampling)
@@ -70,8 +71,7 @@ class Evaluator(FeatureMaker):
                 **label,
             }
         }
-        if choice is not None:
-            metrics["fid"] |= {"guidance": choice.guidance, "classes": list(choice.labels) or None}
+        metrics["fid"] |= way.about()
         if settings.floor:
             metrics["rfid"] = self.floor(run, settings, reference) | label
         metrics |= self._quality(run.config.data, features, settings.kid)
@@ -135,7 +135,11 @@ class Evaluator(FeatureMaker):
         of = _classes(run, images, settings.nll)
         kind = "exact" if run.flow.dim <= EXACT_UP_TO else "hutchinson"
         result = run.flow.log_prob(
-            z.clone().to(device), divergence=kind, probes=PROBES, generator=drawn, chunk=SHARD,
+            z.clone().to(device),
+            divergence=kind,
+            probes=PROBES,
+            generator=drawn,
+            chunk=SHARD,
             condition=of,
         )
         spread = result.standard_error
@@ -205,9 +209,11 @@ def inputs_of(run: Run, settings: EvaluateConfig, sampling: GenerateConfig) -> s
     sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
     generate = dataclasses.asdict(sampling)
     # without them the key is what it was before they came
-    for later in ("labels", "guidance", "block_steps"):
+    for later in ("labels", "guidance", "block_steps", "guide"):
         if generate[later] is None:
             del generate[later]
+    if sampling.guide is not None:
+        generate["guide"] = way_of(run, sampling).describe()["guide"]  # whatever its place
     parts = {
         "run": run.fingerprint,
         "evaluate": dataclasses.asdict(settings),

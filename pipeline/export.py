@@ -1,8 +1,8 @@
 """A finished run → a small folder that generates the same images: what is shipped of a run.
 
 Kept are flow.json with the pass that is used, config.yaml, the blocks in a compact type, an
-autoencoder of one's own, metrics.json, the grid of images, and a card. Stages, checkpoints, logs
-and other samples stay behind. The folder is a run directory like any other.
+autoencoder of one's own, metrics.json, the grid of images, the guide, and a card. Stages,
+checkpoints, logs and other samples stay behind. The folder is a run directory like any other.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from flows.condition import Condition
 from flows.flow import Flow
 from pipeline import commit
 from pipeline.card import card
+from pipeline.config import GenerateConfig
 from pipeline.config_files import resolved_yaml
 from pipeline.errors import UserError
-from pipeline.runs import Run, block_file, compose, load_blocks, passes_of
+from pipeline.runs import Run, block_file, compose, load_blocks, open_run, passes_of
 from pipeline.seeds import generator
+from pipeline.shipped import is_shipped
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 AUTOENCODER = "autoencoder.safetensors"
+GUIDE = "guide"
 _GRID = "samples/grid.png"
 _COMPARED = 64
 
@@ -77,6 +80,7 @@ def export(run: Run, out: Path, dtype: str = "float16") -> Exported:
         autoencoder=dataclasses.replace(
             run.config.autoencoder, weights=manifest["autoencoder"]["weights"]
         ),
+        generate=dataclasses.replace(run.config.generate, guide=_guide(run, out, dtype)),
     )
     commit.write_bytes(out / "config.yaml", resolved_yaml(config).encode())
     if metrics is not None:
@@ -102,6 +106,18 @@ def _metrics(run: Run) -> dict[str, Any] | None:
             "delete the file"
         )
     return metrics
+
+
+def _guide(run: Run, out: Path, dtype: str) -> str | None:
+    """The guide of the run's configuration, exported with it unless it is a shipped one."""
+    name = run.config.generate.guide
+    if name is None or is_shipped(name):
+        return name
+    guide = open_run(Path(name))
+    # a guide guides: it has no guide of its own
+    config = dataclasses.replace(guide.config, generate=GenerateConfig())
+    export(dataclasses.replace(guide, config=config), out / GUIDE, dtype)
+    return GUIDE
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -27,9 +27,9 @@ from flows.condition import Condition
 from flows.pieces import fits
 from pipeline import commit
 from pipeline.agreement import together
-from pipeline.classes import Choice, choice_of
 from pipeline.config import GenerateConfig
 from pipeline.errors import UserError
+from pipeline.guidance import Way, way_of
 from pipeline.latents import Progress
 from pipeline.resources import require_room
 from pipeline.runs import Run
@@ -122,8 +122,7 @@ def within(run: Run, settings: GenerateConfig, nfe: int) -> GenerateConfig:
             f"--nfe needs a fixed-step solver, but generate.method is {solver.method}; choose "
             "--method rk4, midpoint or euler"
         )
-    choice = choice_of(run, settings)
-    twice = 1 if choice is None else choice.evaluations  # guidance evaluates the network twice
+    twice = way_of(run, settings).evaluations  # guidance evaluates a network twice
     per_step = FIXED_METHODS[solver.method] * len(run.flow) * twice
     pieces = [block.velocity.pieces() for block in run.flow]
     for steps in range(nfe // per_step, 0, -1):
@@ -145,7 +144,7 @@ def sample_images(
 
     Args:
         run: an open run.
-        settings: n, seed, batch size, solver, classes and guidance.
+        settings: n, seed, batch size, solver, classes, guidance and guide.
         accelerator: device and processes; rank r makes shards r, r + P, ….
         progress: wraps the loop over batches.
 
@@ -153,8 +152,8 @@ def sample_images(
         A store with the field `images`, uint8 (n, C, H, W); its manifest has `nfe`.
 
     Raises:
-        UserError: n or batch size below 1, more images than the disk holds, or classes that the
-            run does not know.
+        UserError: n or batch size below 1, more images than the disk holds, classes that the
+            run does not know, or a guide that does not fit.
         SolveError: the flow cannot be followed.
     """
     if settings.n < 1 or settings.batch_size < 1:
@@ -162,7 +161,7 @@ def sample_images(
             f"n and generate.batch_size must be at least 1, not {settings.n} and "
             f"{settings.batch_size}"
         )
-    solvers, choice = solvers_of(run, settings), choice_of(run, settings)
+    solvers, way = solvers_of(run, settings), way_of(run, settings)
     identity: dict[str, Any] = {
         "kind": "samples",
         "run": run.fingerprint,
@@ -173,8 +172,7 @@ def sample_images(
     }
     if settings.block_steps is not None:
         identity["block_steps"] = settings.block_steps
-    if choice is not None:
-        identity["classes"] = choice.describe()
+    identity |= way.describe()
     folder = run.folder / "samples" / f"images-{key_of(identity)}"
     if (folder / "manifest.json").is_file():
         return open_store(folder, "generated images", identity)
@@ -184,7 +182,7 @@ def sample_images(
     size = settings.batch_size * max(1, _KEEP_SMALLER_THAN // settings.batch_size)
     writer = StoreWriter(folder, identity, settings.n, size)
     autoencoder = run.autoencoder()
-    run.flow.to(accelerator.device)
+    way.flow.to(accelerator.device)
     missing = writer.missing(accelerator.process_index, accelerator.num_processes)
     with together(accelerator):
         for index in progress(missing, len(missing), f"generate ({size} a step)"):
@@ -193,13 +191,14 @@ def sample_images(
             for start in range(first, last, settings.batch_size):
                 count = min(settings.batch_size, last - start)
                 place = (settings.seed, "sample", start // settings.batch_size)
+                choice = way.choice
                 of = None if choice is None else choice.condition(start, count, *place)
                 drawn = generator(*place)
-                parts.append(_sample(run, autoencoder, count, drawn, solvers, accelerator, of))
+                parts.append(_sample(way, autoencoder, count, drawn, solvers, accelerator, of))
             writer.write(index, {"images": torch.cat(parts)})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        nfe = sample_nfe(run, solvers, choice)
+        nfe = sample_nfe(way, solvers)
         writer.finish(lambda _: {"nfe": nfe})
     accelerator.wait_for_everyone()
     return open_store(folder, "generated images", identity)
@@ -207,7 +206,7 @@ def sample_images(
 
 @torch.inference_mode()
 def _sample(
-    run: Run,
+    way: Way,
     autoencoder: Autoencoder,
     count: int,
     drawn: torch.Generator,
@@ -215,19 +214,19 @@ def _sample(
     accelerator: Accelerator,
     condition: Condition | None = None,
 ) -> Tensor:
-    noise = torch.randn((count, *run.flow.shape), generator=drawn).to(accelerator.device)
-    z = run.standardisation.undo(run.flow.decode(noise, solvers, condition=condition))
+    noise = torch.randn((count, *way.flow.shape), generator=drawn).to(accelerator.device)
+    z = way.run.standardisation.undo(way.flow.decode(noise, solvers, condition=condition))
     autoencoder.to(accelerator.device)  # type: ignore[attr-defined]
     return to_uint8(autoencoder.decode(z)).cpu()
 
 
-def sample_nfe(run: Run, solvers: list[SolverConfig], choice: Choice | None = None) -> int:
-    """Evaluations of the network per sample, summed over blocks (measured on 16 samples)."""
-    noise = torch.randn((16, *run.flow.shape), generator=generator(0, "nfe"))
-    device = next(run.flow.parameters()).device
-    of = None if choice is None else choice.condition(0, 16, "nfe")
-    moved = run.flow.transport(noise.to(device), reverse=True, solver=solvers, condition=of)
-    return int(moved.nfe) * (1 if choice is None else choice.evaluations)
+def sample_nfe(way: Way, solvers: list[SolverConfig]) -> int:
+    """Evaluations of a network per sample, summed over blocks (measured on 16 samples)."""
+    noise = torch.randn((16, *way.flow.shape), generator=generator(0, "nfe"))
+    device = next(way.flow.parameters()).device
+    of = None if way.choice is None else way.choice.condition(0, 16, "nfe")
+    moved = way.flow.transport(noise.to(device), reverse=True, solver=solvers, condition=of)
+    return int(moved.nfe) * way.evaluations
 
 
 def batches(images: StoreReader, size: int = 500) -> Iterator[Tensor]:

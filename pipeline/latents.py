@@ -52,6 +52,13 @@ class Standardisation:
         """The inverse of `apply`."""
         return z * self._wide(self.std, z) + self._wide(self.mean, z)
 
+    def agrees(self, other: Standardisation) -> bool:
+        """Whether another is the same but for rounding: that of the same latents."""
+        return self.mean.shape == other.mean.shape and all(
+            torch.allclose(a, b, rtol=1e-3, atol=1e-3)
+            for a, b in ((self.mean, other.mean), (self.std, other.std))
+        )
+
     def to_dict(self) -> dict[str, list[float]]:
         """JSON-ready."""
         return {"mean": self.mean.tolist(), "std": self.std.tolist()}

@@ -35,8 +35,8 @@ def study(
         evaluator: holds the network.
 
     Returns:
-        What nfe.json holds: n, seed, reference, classes and guidance, and the rows, each with
-        method, steps, nfe, fid.
+        What nfe.json holds: n, seed, reference, classes, guidance, guide, and the rows, each
+        with method, steps, nfe, fid.
 
     Raises:
         UserError: n below 2, budgets that are no numbers or below one step a block, or an
@@ -67,7 +67,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _before(run: Run, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier study of the same blocks, images, classes, guidance and reference."""
+    """Rows of an earlier study of the same about: blocks, images, classes, guidance, …."""
     path = run.folder / FILE
     if not path.is_file():
         return []

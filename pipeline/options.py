@@ -22,8 +22,17 @@ GuidanceOption = Annotated[
     typer.Option(
         "--guidance",
         help="Of a class-conditional run: w of v(null) + w (v(class) - v(null)); 1 is the plain "
-        "conditional flow, more exaggerates, at twice the evaluations. Default: the "
-        "configuration's generate.guidance, else 1.",
+        "conditional flow, more exaggerates, at twice the evaluations. With a guide, whose "
+        "velocity is g, of any run: w of g + w (v - g). Default: the configuration's "
+        "generate.guidance, else 1.",
+    ),
+]
+GuideOption = Annotated[
+    str | None,
+    typer.Option(
+        "--guide",
+        help="A second run on the same latents, smaller or trained for less long, whose errors "
+        "the run is led away from, by --guidance; none takes the configuration's away.",
     ),
 ]
 BlocksOption = Annotated[

@@ -84,7 +84,7 @@ def environment() -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> Config:
-    """The configuration of a run; weights that lie in an exported one are named by their path.
+    """The configuration of a run; what lies in an exported one is named by its path.
 
     Raises:
         UserError: not a run directory, or a configuration this version cannot read.
@@ -97,14 +97,18 @@ def read_config(folder: Path) -> Config:
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not readable YAML; the run is damaged") from error
     weights = _at_hand(path.parent, config.autoencoder.weights)
-    autoencoder = dataclasses.replace(config.autoencoder, weights=weights)
-    return dataclasses.replace(config, autoencoder=autoencoder)
+    guide = _at_hand(path.parent, config.generate.guide)
+    return dataclasses.replace(
+        config,
+        autoencoder=dataclasses.replace(config.autoencoder, weights=weights),
+        generate=dataclasses.replace(config.generate, guide=guide),
+    )
 
 
-def _at_hand(folder: Path, weights: str | None) -> str | None:
-    """Name or path of an autoencoder's weights; those of an exported run lie inside it."""
-    inside = folder / weights if weights else None
-    return str(inside) if inside is not None and inside.is_file() else weights
+def _at_hand(folder: Path, name: str | None) -> str | None:
+    """Name or path of an autoencoder's weights or a guide; an exported run has them inside."""
+    inside = folder / name if name else None
+    return str(inside) if inside is not None and inside.exists() else name
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.options import (
     BlocksOption,
     GuidanceOption,
+    GuideOption,
     MethodOption,
     NfeOption,
     RunOption,
@@ -43,6 +44,7 @@ def generate(
         ),
     ] = None,
     guidance: GuidanceOption = None,
+    guide: GuideOption = None,
     blocks: BlocksOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where the grid (PNG) goes.")] = None,
     images: Annotated[
@@ -57,11 +59,13 @@ def generate(
     from pipeline import generate as sampling
     from pipeline import runs
     from pipeline.classes import parse_classes
+    from pipeline.guidance import with_guidance
 
     opened = runs.open_run(run, blocks)
     settings = override(opened.config, overrides, ("generate",)).generate
     labels = parse_classes(opened, classes)
-    settings = replace(settings, n=n, seed=seed, labels=labels, guidance=guidance)
+    settings = replace(settings, n=n, seed=seed, labels=labels)
+    settings = with_guidance(settings, guidance, guide)
     settings = sampling.with_solver(settings, steps, method)
     several = len(settings.labels or [])
     if n is None and several > 1:
@@ -120,6 +124,7 @@ def evaluate(
         ),
     ] = False,
     guidance: GuidanceOption = None,
+    guide: GuideOption = None,
     blocks: BlocksOption = None,
     overrides: SetOption = None,
 ) -> None:
@@ -129,13 +134,15 @@ def evaluate(
     from pipeline import generate as sampling
     from pipeline import nfe_study as studies
     from pipeline import runs
+    from pipeline.guidance import with_guidance
     from pipeline.summary import headline
 
     opened = runs.open_run(run, blocks)
     config = override(opened.config, overrides, ("generate", "evaluate", "data.path"))
     opened = replace(opened, config=config)  # its images may lie elsewhere on this machine
     settings = replace(config.evaluate, n=n, seed=seed, reference=reference, kid=kid)
-    solved = sampling.with_solver(replace(config.generate, guidance=guidance), steps, method)
+    solved = with_guidance(config.generate, guidance, guide)
+    solved = sampling.with_solver(solved, steps, method)
     if nfe is not None:
         solved = sampling.within(opened, solved, nfe)
     accelerator = accelerator_()

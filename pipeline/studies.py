@@ -12,7 +12,9 @@ from pipeline import commit
 from pipeline.config import EvaluateConfig, GenerateConfig
 from pipeline.evaluate import Evaluator, require_two
 from pipeline.features import fid_of
+from pipeline.guidance import way_of
 from pipeline.runs import Run
+from pipeline.summary import guidance_of
 
 
 class Study:
@@ -24,12 +26,12 @@ class Study:
     Args:
         run: an open run.
         settings: n, seed and reference.
-        sampling: solver, classes and guidance.
+        sampling: solver, classes, guidance and guide.
         evaluator: holds the network.
 
     Attributes:
         sampling: with n and seed of `settings`.
-        about: n, seed, reference, extractor, run, classes and guidance, for the study's file.
+        about: n, seed, reference, extractor, run, classes, guidance, guide, for the study's file.
 
     Raises:
         UserError: n below 2.
@@ -44,7 +46,7 @@ class Study:
         self.about: dict[str, Any] = {
             "n": settings.n, "seed": settings.seed, "reference": settings.reference,
             "extractor": EXTRACTOR, "run": run.fingerprint, "labels": sampling.labels,
-            "guidance": sampling.guidance,
+            "guidance": sampling.guidance, "guide": way_of(run, sampling).about().get("guide"),
         }  # fmt: skip
         self._reference = evaluator.reference(settings.reference)
 
@@ -86,4 +88,4 @@ class Study:
 def heading(result: dict[str, Any]) -> str:
     """What a study's FIDs belong to, on one line."""
     text = f"FID(n={result['n']}, {result['reference']}), seed {result['seed']}"
-    return text if result["guidance"] is None else f"{text}, guidance {result['guidance']:g}"
+    return text + guidance_of(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ def headline(metrics: dict[str, Any]) -> str:
     """FID with its n, reference, seed and floor, on one line."""
     fid = metrics["fid"]
     text = f"FID(n={fid['n']}, {fid['reference']}) = {fid['value']:.2f}, seed {fid['seed']}"
-    text += f", guidance {fid['guidance']:g}" if "guidance" in fid else ""
+    text += guidance_of(fid)
     if "rfid" in metrics:
         text += f"; reconstruction floor {metrics['rfid']['value']:.2f}"
     if metrics.get("real_test_fid") is not None:
@@ -29,6 +30,14 @@ def headline(metrics: dict[str, Any]) -> str:
     if "nll_per_dim" in metrics:
         text += f"; NLL {metrics['nll_per_dim']:.3f} nats per latent dimension"
     return f"{text}; {metrics['nfe']} evaluations a sample ({fid['extractor']})"
+
+
+def guidance_of(told: Mapping[str, Any]) -> str:
+    """Guidance and guide of what was generated, as the end of a line; empty without."""
+    if told.get("guidance") is None:
+        return ""
+    guide = f" by {told['guide']['name']}" if told.get("guide") else ""
+    return f", guidance {told['guidance']:g}{guide}"
 
 
 def table(metrics: dict[str, Any], seconds: dict[str, float], reused: set[str]) -> str:
@@ -62,7 +71,7 @@ def numbers(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """What was measured, as pairs of a name and a value with what belongs to it."""
     fid = metrics["fid"]
     made = f"seed {fid['seed']}"
-    made += f", guidance {fid['guidance']:g}" if "guidance" in fid else ""
+    made += guidance_of(fid)
     rows = [(f"FID(n={fid['n']}, {fid['reference']})", f"{fid['value']:.2f}   ({made})")]
     if "rfid" in metrics:
         floor = metrics["rfid"]

@@ -18,6 +18,7 @@ from torch import Tensor
 from autoencoders.base import to_uint8
 from eval.inception import EXTRACTOR
 from flows.condition import Condition
+from flows.guide import guided
 from pipeline import assets
 from pipeline.classes import Choice
 from pipeline.datasets import load_images
@@ -169,6 +170,25 @@ def test_a_budget_knows_that_guidance_costs_twice(
     assert "16 network evaluations" in say(capsys, *words)[2]
     code, _, said = say(capsys, *words[:-1], "7", "--guidance", "2")
     assert code == 2 and "(8)" in said
+
+
+def test_a_guide_without_classes(
+    pictured: World, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It leads every class away from what all classes together would do."""
+    config = pictured.config("all", velocity={"classes": 0}, train={"iterations": 20})
+    assert say(capsys, "train", "-c", config, "-r", tmp_path / "all")[0] == 0
+    led = {"guide": str(tmp_path / "all"), "guidance": 2.0}
+    found = images(folder, n=8, batch_size=4, labels=[1, 0], **led).field("images")
+    run, of = open_run(folder), Condition(torch.tensor([1, 0, 1, 0]))
+    flow = guided(run.flow, open_run(tmp_path / "all").flow, 2.0)
+    noise = torch.randn(4, 2, 3, 3, generator=generator(0, "sample", 0))
+    with torch.inference_mode():
+        z = flow.decode(noise, run.config.push, condition=of)
+        expected = to_uint8(run.autoencoder().decode(run.standardisation.undo(z)))
+    assert (found[:4].int() - expected.int()).abs().max() <= 1
+    plain = images(folder, n=8, batch_size=4, labels=[1, 0]).field("images")
+    assert not torch.equal(plain, found)
 
 
 def test_a_study_keeps_guidance_apart(

@@ -1,0 +1,132 @@
+"""What samples of a run follow: its flow, the classes, and the guide, if there is one.
+
+Without a guide, guidance is that by the class (`pipeline.classes`). A guide is a second run on the
+same latents, smaller or trained for less long (`flows.guide`); it guides runs without classes
+too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from flows.flow import Flow
+from flows.guide import guided
+from pipeline.classes import Choice, choice_of
+from pipeline.config import GenerateConfig
+from pipeline.errors import UserError
+from pipeline.passes import step_of
+from pipeline.runs import Run, open_run
+
+
+@dataclass(frozen=True)
+class Way:
+    """How samples of a run come about.
+
+    Attributes:
+        run: the run.
+        choice: the classes; None for a run without.
+        guide: the run that guides, with as many blocks in use; None if none does.
+        weight: w of the guidance by `guide`.
+    """
+
+    run: Run
+    choice: Choice | None
+    guide: Run | None = None
+    weight: float = 1.0
+
+    @cached_property
+    def flow(self) -> Flow:
+        """The flow that is followed; shares its weights with those of the runs."""
+        if self.guide is None:
+            return self.run.flow
+        return guided(self.run.flow, self.guide.flow, self.weight)
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of a network, the run's or the guide's, that one of the field takes."""
+        if self.guide is not None:
+            return 2
+        return 1 if self.choice is None else self.choice.evaluations
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the samples besides blocks, solver and noise; JSON-ready."""
+        told: dict[str, Any] = {} if self.choice is None else {"classes": self.choice.describe()}
+        if self.guide is not None:
+            told["guide"] = {"run": self.guide.fingerprint, "guidance": self.weight}
+        return told
+
+    def about(self) -> dict[str, Any]:
+        """What people are told of it beside a number; JSON-ready."""
+        if self.guide is not None:
+            who = {"name": self.guide.config.name, "run": self.guide.fingerprint}
+            told: dict[str, Any] = {"guidance": self.weight, "guide": who}
+        elif self.choice is not None:
+            told = {"guidance": self.choice.guidance}
+        else:
+            return {}
+        classes = {} if self.choice is None else {"classes": list(self.choice.labels) or None}
+        return told | classes
+
+
+def way_of(run: Run, settings: GenerateConfig) -> Way:
+    """What the samples of a run follow under some settings.
+
+    Raises:
+        UserError: classes or guidance that the run does not know, no weight for a guide, or a
+            guide that does not fit.
+    """
+    if settings.guide is None:
+        return Way(run, choice_of(run, settings))
+    if settings.guidance is None:
+        raise UserError("a guide needs its weight; add --guidance 2, say")
+    choice = choice_of(run, dataclasses.replace(settings, guidance=None))
+    guide = open_run(Path(settings.guide))
+    _fits(run, guide, settings.guide)
+    guide = dataclasses.replace(guide, flow=guide.flow[: len(run.flow)])
+    way = Way(run, choice, guide, settings.guidance)
+    _ = way.flow  # refuses a weight out of range
+    return way
+
+
+def with_guidance(
+    settings: GenerateConfig, guidance: float | None = None, guide: str | None = None
+) -> GenerateConfig:
+    """The settings with what `--guidance` and `--guide` say; None leaves either as it is.
+
+    Args:
+        settings: of the run.
+        guidance: w.
+        guide: a run, or `none`, which takes the configuration's guide, and its weight, away.
+    """
+    if guide == "none":
+        settings = dataclasses.replace(settings, guide=None, guidance=None)
+    elif guide is not None:
+        settings = dataclasses.replace(settings, guide=guide)
+    if guidance is not None:
+        settings = dataclasses.replace(settings, guidance=guidance)
+    return settings
+
+
+def _fits(run: Run, guide: Run, name: str) -> None:
+    """Refuse a guide of other latents, or of blocks that take other steps."""
+    of, theirs = (each.manifest["autoencoder"]["fingerprint"] for each in (run, guide))
+    if of != theirs or not run.standardisation.agrees(guide.standardisation):
+        raise UserError(
+            f"the guide {name} was trained on other latents than the run at {run.folder}; train "
+            "one on the same data and autoencoder"
+        )
+    ours, steps = (
+        [(row["spec"].get("objective", "jko"), step_of(row)) for row in each.manifest["blocks"]]
+        for each in (run, guide)
+    )
+    interpolants = {each.config.train.interpolant for each in (run, guide)}
+    if ours[: len(run.flow)] != steps[: len(run.flow)] or len(interpolants) > 1:
+        raise UserError(
+            f"the guide {name} must have the objective, interpolant and steps of the run at "
+            f"{run.folder}; train it with the same configuration, a smaller velocity.width and "
+            "fewer train.iterations"
+        )

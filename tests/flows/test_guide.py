@@ -1,0 +1,87 @@
+"""Guides: the field that is followed, against the exact map of linear fields."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flows.block import Block, SolverConfig
+from flows.condition import Condition
+from flows.divergence import Exact
+from flows.errors import FlowError
+from flows.flow import BlockSpec, Flow
+from flows.guide import Guided, guided
+from flows.velocity import VelocityConfig, make_velocity
+from tests.flows.problems import Affine
+
+FINE = SolverConfig("dopri5", rtol=1e-9, atol=1e-9)
+LABELS = torch.tensor([0, 2, 1, 0])
+
+
+def linear(seed, classes=0):
+    """A linear network with random weights: z A' + b, or + e_y."""
+    config = VelocityConfig(kind="linear", classes=classes, zero_init=False)
+    return make_velocity(config, (3,), torch.Generator().manual_seed(seed)).double()
+
+
+def parts(net, label=None):
+    """A and b of a linear network, for a label."""
+    offset = net.affine.bias.detach()
+    if label is not None:
+        offset = offset + net.label.embedding.weight.detach()[label]
+    return net.affine.weight.detach(), offset
+
+
+def draw(seed=5, n=4):
+    return torch.randn(n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize(("classes", "guide_classes"), [(0, 0), (3, 0), (3, 3), (0, 2)])
+def test_samples_follow_the_extrapolated_field(classes, guide_classes, w):
+    net, guide, z = linear(1, classes), linear(2, guide_classes), draw()
+    of = Condition(LABELS) if classes else None
+    block = Block(Guided(net, guide, w), FINE)
+    moved = block.transport(z, divergence=Exact(), condition=of)
+    back = block.transport(moved.z, True, condition=of)
+    theirs = parts(guide, guide_classes or None)  # the null label, where there are labels
+    for row, label in enumerate(LABELS.tolist()):
+        ours = parts(net, label if classes else None)
+        exact = Affine(*(torch.lerp(b, a, w) for a, b in zip(ours, theirs, strict=True)))
+        one = slice(row, row + 1)
+        torch.testing.assert_close(moved.z[one], exact.exact(z[one]), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            moved.log_det[one], exact.exact_log_det(z[one]), rtol=1e-6, atol=1e-7
+        )
+    torch.testing.assert_close(back.z, z, rtol=1e-6, atol=1e-7)
+
+
+def flow(blocks, seed, **velocity):
+    config = VelocityConfig(kind="mlp", hidden=(8,), zero_init=False, **velocity)
+    spec = BlockSpec(config, SolverConfig("rk4", 2))
+    return Flow((3,), [spec] * blocks, torch.Generator().manual_seed(seed)).double()
+
+
+def test_every_block_is_guided_by_its_own():
+    ours, theirs, z = flow(2, 1), flow(2, 2), draw()
+    led = guided(ours, theirs, 1.5)
+    step = z
+    for block, other in zip(ours, theirs, strict=True):
+        step = Block(Guided(block.velocity, other.velocity, 1.5), block.solver)(step)
+    torch.testing.assert_close(led.encode(z), step.detach())
+    torch.testing.assert_close(guided(ours, theirs, 1.0).encode(z), ours.encode(z))
+    torch.testing.assert_close(guided(ours, theirs, 0.0).encode(z), theirs.encode(z))
+    assert {p.data_ptr() for p in ours.parameters()} < {p.data_ptr() for p in led.parameters()}
+
+
+def test_mistakes():
+    with pytest.raises(FlowError, match="has the blocks of its flow, 2, not 1"):
+        guided(flow(2, 1), flow(1, 2), 2.0)
+    for weight in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(FlowError, match="finite and not negative"):
+            guided(flow(1, 1), flow(1, 2), weight)
+    with pytest.raises(FlowError, match="one network a block"):
+        guided(flow(1, 1), flow(1, 2, nets=2), 2.0)
+    other = Flow((2,), [BlockSpec(VelocityConfig(kind="linear"))]).double()
+    with pytest.raises(FlowError, match=r"the samples of its flow, \(3,\), not \(2,\)"):
+        guided(flow(1, 1), other, 2.0)

@@ -1,0 +1,169 @@
+"""A guide: pictures by hand, what is kept of them, numbers, export, mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from autoencoders.base import to_uint8
+from flows.guide import guided
+from pipeline.distill import Distillation, student_config
+from pipeline.evaluate import inputs_of
+from pipeline.generate import sample_images
+from pipeline.guidance import way_of, with_guidance
+from pipeline.runs import Run, open_run, read_config
+from pipeline.seeds import generator
+from tests.pipeline.gaussian_source import quiet
+from tests.pipeline.glance import stand_in
+from tests.pipeline.tiny import World, run_child, say, write_autoencoder
+
+
+@pytest.fixture(scope="module")
+def guide_home(trained_world: World) -> Path:
+    """A smaller run on the latents of the trained one."""
+    folder = trained_world.root / "guide-run"
+    smaller = {"velocity": {"width": 8}, "train": {"iterations": 2}}
+    config = trained_world.config("weak", **smaller)
+    run_child("train", "-c", config, "--set", "name=weak", "-r", folder,
+              env=trained_world.environment)  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def run(trained: World, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
+
+
+@pytest.fixture
+def guide(guide_home: Path, run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(guide_home, tmp_path / "weak"))
+
+
+def images(run: Run, **changes: Any) -> Tensor:
+    settings = dataclasses.replace(run.config.generate, **changes)
+    return sample_images(run, settings, Accelerator(cpu=True), quiet).field("images")
+
+
+def by_hand(run: Run, guide: Run, w: float) -> Tensor:
+    """Ten images, four at a time, as the configuration has it."""
+    count = {0: 4, 1: 4, 2: 2}
+    noise = [
+        torch.randn(n, 2, 3, 3, generator=generator(0, "sample", k)) for k, n in count.items()
+    ]
+    z = guided(run.flow, guide.flow, w).decode(torch.cat(noise), run.config.push)
+    with torch.inference_mode():
+        return to_uint8(run.autoencoder().decode(run.standardisation.undo(z)))
+
+
+def test_pictures_are_led_away_from_the_guide(run: Path, guide: Path) -> None:
+    opened, weak = open_run(run), open_run(guide)
+    plain = images(opened)
+    for w in (0.0, 1.0, 3.0):
+        found = images(opened, guide=str(guide), guidance=w)
+        assert (found.int() - by_hand(opened, weak, w).int()).abs().max() <= 1
+    assert not torch.equal(images(opened, guide=str(guide), guidance=3.0), plain)
+    assert torch.equal(images(opened, guide=str(guide), guidance=1.0), plain)
+
+
+def test_a_guide_of_other_weights_makes_other_pictures(run: Path, guide: Path) -> None:
+    """And they are not taken for the ones that are there."""
+    opened = open_run(run)
+    first = way_of(opened, with_guidance(opened.config.generate, 2.0, str(guide))).describe()
+    same = way_of(opened, with_guidance(opened.config.generate, 2.0, str(run))).describe()
+    assert first != same
+    moved = guide.rename(guide.with_name("elsewhere"))
+    settings = with_guidance(opened.config.generate, 2.0, str(moved))
+    assert way_of(opened, settings).describe() == first
+
+
+def test_the_verbs_know_the_guide(
+    trained: World, run: Path, guide: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    stand_in(monkeypatch)
+    led = ("--guide", guide, "--guidance", "2")
+    code, _, said = say(capsys, "generate", "-r", run, "-n", "4", *led)
+    assert code == 0 and "4 images, 48 network evaluations" in said
+    assert "24 network" in say(capsys, "generate", "-r", run, "-n", "4", "--nfe", "40", *led)[2]
+    reference = trained.root / "pictures" / "train"
+    words = ("evaluate", "-r", run, "--reference", reference, "-n", "8")
+    code, _, said = say(capsys, *words, *led)
+    assert code == 0 and "seed 0, guidance 2 by weak;" in said
+    metrics = json.loads((run / "metrics.json").read_text())
+    who = {"name": "weak", "run": open_run(guide).fingerprint}
+    assert metrics["fid"]["guide"] == who and metrics["nfe"] == 48
+    assert say(capsys, *words)[0] == 0
+    plain = json.loads((run / "metrics.json").read_text())
+    assert "guide" not in plain["fid"] and plain["inputs"] != metrics["inputs"]
+    assert plain["fid"]["value"] != metrics["fid"]["value"]
+    assert plain["nll_per_dim"] == pytest.approx(metrics["nll_per_dim"])  # the run's own density
+    assert say(capsys, *words, "--nfe-study", "96", *led)[0] == 0
+    study = json.loads((run / "nfe.json").read_text())
+    assert study["guide"] == who and study["rows"][0]["nfe"] == 96
+
+
+def test_an_export_has_its_guide_inside(
+    run: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (run / "config.yaml").read_text()
+    settings = with_guidance(read_config(run).generate, 2.0, str(guide))
+    changed = text.replace("guide: null", f"guide: {guide}")
+    changed = changed.replace("guidance: null", "guidance: 2.0")
+    (run / "config.yaml").write_text(changed)
+    assert read_config(run).generate == settings
+    before = images(open_run(run))
+    assert say(capsys, "export", "-r", run, "--out", tmp_path / "out")[0] == 0
+    shutil.rmtree(guide)
+    moved = (tmp_path / "out").rename(tmp_path / "there")
+    assert str(tmp_path) not in (moved / "config.yaml").read_text()
+    after = open_run(moved)
+    assert after.config.generate.guide == str(moved / "guide")
+    assert (images(after).int() - before.int()).abs().max() <= 1
+    assert inputs_of(after, after.config.evaluate, after.config.generate)
+    code, _, said = say(capsys, "generate", "-r", moved, "--guide", "none")
+    assert code == 0 and "24 network" in said
+    # a distilled run follows its teacher's plain field
+    student = student_config(after, Distillation())
+    assert student.generate.guide is None and student.generate.guidance is None
+
+
+def test_fewer_blocks_are_guided_by_as_many(run: Path, guide: Path) -> None:
+    settings = with_guidance(read_config(run).generate, 2.0, str(guide))
+    way = way_of(open_run(run, blocks=2), settings)
+    assert len(way.flow) == 2 and way.guide is not None
+    assert way.describe()["guide"] == {"run": way.guide.fingerprint, "guidance": 2.0}
+
+
+def test_mistakes(
+    trained: World, run: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*words: str | Path) -> str:
+        code, _, error = say(capsys, "generate", "-r", run, *words)
+        assert code == 2 and error.startswith("error: ")
+        return error
+
+    assert "a guide needs its weight" in refused("--guide", guide)
+    assert "no run at" in refused("--guide", tmp_path / "nothing", "--guidance", "2")
+    assert "not negative" in refused("--guide", guide, "--guidance", "-1")
+    for name, change in (
+        ("steps", {"schedule": {"max_blocks": 1}}),
+        ("fm", {"train": {"objective": "fm", "iterations": 1}}),
+    ):
+        config = trained.config(name, **change)
+        assert say(capsys, "train", "-c", config, "-r", tmp_path / name)[0] == 0
+        words = ("--guide", tmp_path / name, "--guidance", "2")
+        assert "must have the objective, interpolant and steps" in refused(*words)
+    other = write_autoencoder(tmp_path / "other.safetensors", seed=3)
+    config = trained.config("other", autoencoder={"weights": str(other)}, train={"iterations": 1})
+    assert say(capsys, "encode", "-c", config)[0] == 0
+    assert say(capsys, "train", "-c", config, "-r", tmp_path / "foreign")[0] == 0
+    error = refused("--guide", tmp_path / "foreign", "--guidance", "2")
+    assert "was trained on other latents" in error
