@@ -39,6 +39,7 @@ def card(
         ("blocks", f"{len(rows)}, {parameters:,} parameters in all"),
         ("training", f"{seconds:.0f} s of optimiser steps, on {_TO_WRITE}"),
         ("sampling", f"{config.push.method}" + _steps(config)),
+        *_guide(manifest, config),
         ("weights", f"{dtype}; rounding moves generated latents by {change:.1e} (RMS, std 1)"),
         ("licence", f"of the weights: {_TO_WRITE}; of the data: {_TO_WRITE}"),
     ]
@@ -91,6 +92,14 @@ def _objective(config: Config, manifest: dict[str, Any]) -> str:
         start = manifest["init_from"]
         text += f", started from the blocks of {start['name']} ({start['objective']})"
     return text
+
+
+def _guide(manifest: dict[str, Any], config: Config) -> list[tuple[str, str]]:
+    if "guide" not in manifest:
+        return []
+    guide, w = manifest["guide"], config.generate.guidance
+    told = f"{guide['name']}, {guide['parameters']:,} parameters, {guide['seconds']:.0f} s"
+    return [("guide", f"{told}; guidance {w:g}")]
 
 
 def _steps(config: Config) -> str:

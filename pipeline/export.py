@@ -23,7 +23,8 @@ from pipeline.card import card
 from pipeline.config import GenerateConfig
 from pipeline.config_files import resolved_yaml
 from pipeline.errors import UserError
-from pipeline.runs import Run, block_file, compose, load_blocks, open_run, passes_of
+from pipeline.guidance import way_of
+from pipeline.runs import Run, block_file, compose, load_blocks, passes_of
 from pipeline.seeds import generator
 from pipeline.shipped import is_shipped
 
@@ -59,19 +60,31 @@ def export(run: Run, out: Path, dtype: str = "float16") -> Exported:
             is stored as it is.
 
     Raises:
-        UserError: unknown type, a folder with files, or a metrics.json of other blocks.
+        UserError: unknown type, a folder with files, a metrics.json of other blocks, or a guide
+            that does not fit.
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there and not empty; choose another place with --out")
-    metrics = _metrics(run)
+    guide = way_of(run, run.config.generate).guide
+    return _write(run, out, dtype, _metrics(run), guide)
+
+
+def _write(
+    run: Run, out: Path, dtype: str, metrics: dict[str, Any] | None, guide: Run | None
+) -> Exported:
     rows = []
     for index, (row, block) in enumerate(zip(run.manifest["blocks"], run.flow, strict=True)):
         name = block_file(index)
         tensors = {key: _cast(value, DTYPES[dtype]) for key, value in block.state_dict().items()}
         rows.append({**row, "file": name, "sha256": commit.write_tensors(out / name, tensors)})
     manifest = _manifest(run, rows, dtype, out)
+    generate = run.config.generate
+    if guide is not None:
+        name = _guide(guide, str(generate.guide), out, dtype)
+        generate = dataclasses.replace(generate, guide=name)
+        manifest["guide"] = _about_guide(guide)
     change = _change(run.flow, load_blocks(out, manifest), run)
     config = dataclasses.replace(
         run.config,
@@ -80,7 +93,7 @@ def export(run: Run, out: Path, dtype: str = "float16") -> Exported:
         autoencoder=dataclasses.replace(
             run.config.autoencoder, weights=manifest["autoencoder"]["weights"]
         ),
-        generate=dataclasses.replace(run.config.generate, guide=_guide(run, out, dtype)),
+        generate=generate,
     )
     commit.write_bytes(out / "config.yaml", resolved_yaml(config).encode())
     if metrics is not None:
@@ -108,16 +121,21 @@ def _metrics(run: Run) -> dict[str, Any] | None:
     return metrics
 
 
-def _guide(run: Run, out: Path, dtype: str) -> str | None:
-    """The guide of the run's configuration, exported with it unless it is a shipped one."""
-    name = run.config.generate.guide
-    if name is None or is_shipped(name):
+def _guide(guide: Run, name: str, out: Path, dtype: str) -> str:
+    """Name of the guide in the exported configuration: a shipped one's own, or its folder."""
+    if is_shipped(name):
         return name
-    guide = open_run(Path(name))
-    # a guide guides: it has no guide of its own
+    # it has no guide of its own, and its numbers are not what it is for
     config = dataclasses.replace(guide.config, generate=GenerateConfig())
-    export(dataclasses.replace(guide, config=config), out / GUIDE, dtype)
+    _write(dataclasses.replace(guide, config=config), out / GUIDE, dtype, None, None)
     return GUIDE
+
+
+def _about_guide(guide: Run) -> dict[str, Any]:
+    """What flow.json and the card say of a guide."""
+    rows = guide.manifest["blocks"]
+    sums = {key: sum(row[key] for row in rows) for key in ("parameters", "seconds")}
+    return {"name": guide.config.name, "run": guide.fingerprint, **sums}
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,7 +145,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _manifest(run: Run, rows: list[dict[str, Any]], dtype: str, out: Path) -> dict[str, Any]:
     """flow.json with one pass only, the one in use, and no paths of this machine."""
-    made = ("format", "shape", "passes", "pass", "complete", "flow", "blocks")
+    made = ("format", "shape", "passes", "pass", "complete", "flow", "blocks", "guide")
     about = {key: value for key, value in run.manifest.items() if key not in made}
     if "init_from" in about:
         about["init_from"] = {**about["init_from"], "run": about["init_from"]["name"]}

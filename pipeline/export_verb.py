@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pipeline.options import GuidanceOption, GuideOption
 
 
 def register(app: typer.Typer) -> None:
@@ -21,13 +24,22 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="Of the stored weights: float16, bfloat16 or float32.")
     ] = "float16",
+    guide: GuideOption = None,
+    guidance: GuidanceOption = None,
 ) -> None:
-    """Write what is shipped of a run: blocks, flow.json, config.yaml, numbers and a card."""
+    """Write what is shipped of a run: blocks, flow.json, config.yaml, numbers, guide and a card.
+
+    With --guide or --guidance, the exported run samples so unless told otherwise.
+    """
     from pipeline import export as exporting
     from pipeline import runs
+    from pipeline.guidance import with_guidance
     from pipeline.terminal import say
 
-    done = exporting.export(runs.open_run(run), out, dtype)
+    opened = runs.open_run(run)
+    generate = with_guidance(opened.config.generate, guidance, guide)
+    opened = replace(opened, config=replace(opened.config, generate=generate))
+    done = exporting.export(opened, out, dtype)
     say(
         f"{done.bytes / 1e6:.1f} MB; rounding to {dtype} moves generated latents by "
         f"{done.change:.1e} (RMS)"

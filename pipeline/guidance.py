@@ -8,6 +8,7 @@ too.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from flows.flow import Flow
 from flows.guide import guided
 from pipeline.classes import Choice, choice_of
 from pipeline.config import GenerateConfig
-from pipeline.errors import UserError
+from pipeline.errors import JkoflowError, UserError
 from pipeline.passes import step_of
 from pipeline.runs import Run, open_run
 
@@ -41,7 +42,7 @@ class Way:
     @cached_property
     def flow(self) -> Flow:
         """The flow that is followed; shares its weights with those of the runs."""
-        if self.guide is None:
+        if self.guide is None or self.weight == 1:
             return self.run.flow
         return guided(self.run.flow, self.guide.flow, self.weight)
 
@@ -49,7 +50,7 @@ class Way:
     def evaluations(self) -> int:
         """Evaluations of a network, the run's or the guide's, that one of the field takes."""
         if self.guide is not None:
-            return 2
+            return 1 if self.weight == 1 else 2
         return 1 if self.choice is None else self.choice.evaluations
 
     def describe(self) -> dict[str, Any]:
@@ -84,7 +85,13 @@ def way_of(run: Run, settings: GenerateConfig) -> Way:
     if settings.guidance is None:
         raise UserError("a guide needs its weight; add --guidance 2, say")
     choice = choice_of(run, dataclasses.replace(settings, guidance=None))
-    guide = open_run(Path(settings.guide))
+    try:
+        guide = open_run(Path(settings.guide))
+    except JkoflowError as error:
+        raise UserError(
+            f"the guide of the run at {run.folder} cannot be used ({error}); give another "
+            "--guide, or do without by --guide none"
+        ) from error
     _fits(run, guide, settings.guide)
     guide = dataclasses.replace(guide, flow=guide.flow[: len(run.flow)])
     way = Way(run, choice, guide, settings.guidance)
@@ -100,33 +107,48 @@ def with_guidance(
     Args:
         settings: of the run.
         guidance: w.
-        guide: a run, or `none`, which takes the configuration's guide, and its weight, away.
+        guide: a run, which needs a weight of its own, or `none`, which takes the
+            configuration's guide, and its weight, away.
     """
-    if guide == "none":
+    if guide == "none" and settings.guide is not None:
         settings = dataclasses.replace(settings, guide=None, guidance=None)
-    elif guide is not None:
-        settings = dataclasses.replace(settings, guide=guide)
+    elif guide not in (None, "none"):
+        settings = dataclasses.replace(settings, guide=guide, guidance=None)
     if guidance is not None:
         settings = dataclasses.replace(settings, guidance=guidance)
     return settings
 
 
 def _fits(run: Run, guide: Run, name: str) -> None:
-    """Refuse a guide of other latents, or of blocks that take other steps."""
-    of, theirs = (each.manifest["autoencoder"]["fingerprint"] for each in (run, guide))
+    """Refuse a guide of other latents, of other steps, or that knows nothing without a class."""
+    of, theirs = (each.manifest.get("autoencoder", {}).get("fingerprint") for each in (run, guide))
     if of != theirs or not run.standardisation.agrees(guide.standardisation):
         raise UserError(
             f"the guide {name} was trained on other latents than the run at {run.folder}; train "
             "one on the same data and autoencoder"
         )
-    ours, steps = (
-        [(row["spec"].get("objective", "jko"), step_of(row)) for row in each.manifest["blocks"]]
-        for each in (run, guide)
-    )
-    interpolants = {each.config.train.interpolant for each in (run, guide)}
-    if ours[: len(run.flow)] != steps[: len(run.flow)] or len(interpolants) > 1:
+    if not _same_steps(run, guide):
         raise UserError(
-            f"the guide {name} must have the objective, interpolant and steps of the run at "
-            f"{run.folder}; train it with the same configuration, a smaller velocity.width and "
-            "fewer train.iterations"
+            f"the guide {name} must have the objective, the interpolant and the steps of the run "
+            f"at {run.folder}; train it with the same sections train and schedule (jko: with "
+            "schedule.h as the run's and schedule.tolerance=0) and a smaller velocity.width"
         )
+    dropped = min(spec.velocity.class_dropout for spec in guide.flow.specs)
+    if guide.flow.classes and not dropped:
+        raise UserError(
+            f"the guide {name} never went without its class in training (class_dropout 0, as all "
+            "jko and all distilled runs), and a guide is asked for that; train it with "
+            "velocity.classes=0, or under fm or lfm with velocity.class_dropout=0.1"
+        )
+
+
+def _same_steps(run: Run, guide: Run) -> bool:
+    """Whether every block of a run, all or the first in use, has its like in the guide."""
+    if run.config.train.interpolant != guide.config.train.interpolant:
+        return False
+    ours, theirs = (each.manifest["blocks"][: len(run.flow)] for each in (run, guide))
+    return len(ours) == len(theirs) and all(
+        a.get("objective", "jko") == b.get("objective", "jko")
+        and math.isclose(step_of(a) or 0.0, step_of(b) or 0.0, rel_tol=1e-6)
+        for a, b in zip(ours, theirs, strict=True)
+    )

@@ -32,7 +32,8 @@ GuideOption = Annotated[
     typer.Option(
         "--guide",
         help="A second run on the same latents, smaller or trained for less long, whose errors "
-        "the run is led away from, by --guidance; none takes the configuration's away.",
+        "the run is led away from, by --guidance; it is not told the class. none takes the "
+        "configuration's away.",
     ),
 ]
 BlocksOption = Annotated[

@@ -97,7 +97,7 @@ def read_config(folder: Path) -> Config:
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not readable YAML; the run is damaged") from error
     weights = _at_hand(path.parent, config.autoencoder.weights)
-    guide = _at_hand(path.parent, config.generate.guide)
+    guide = _at_hand(path.parent, config.generate.guide, "config.yaml")
     return dataclasses.replace(
         config,
         autoencoder=dataclasses.replace(config.autoencoder, weights=weights),
@@ -105,10 +105,10 @@ def read_config(folder: Path) -> Config:
     )
 
 
-def _at_hand(folder: Path, name: str | None) -> str | None:
-    """Name or path of an autoencoder's weights or a guide; an exported run has them inside."""
+def _at_hand(folder: Path, name: str | None, file: str = "") -> str | None:
+    """Name or path of weights, or of a run (by a file of it); an exported run has them inside."""
     inside = folder / name if name else None
-    return str(inside) if inside is not None and inside.exists() else name
+    return str(inside) if inside is not None and (inside / file).is_file() else name
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

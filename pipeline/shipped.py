@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline import assets, commit
 from pipeline.errors import UserError
+from pipeline.store import key_of
 
 PREFIX = "zoo:"
 _MANIFEST = "flow.json"
@@ -46,10 +47,11 @@ def locate(run: Path | str) -> Path:
             "give the path of a run directory"
         )
     source = known[name]
-    key = commit.sha256_file(source / _MANIFEST)[:12]
-    copy = assets.data_root() / "zoo" / f"{name}-{key}"
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    deciding = [path for path in files if path.name in (_MANIFEST, "config.yaml")]
+    parts = {str(path.relative_to(source)): commit.sha256_file(path) for path in deciding}
+    copy = assets.data_root() / "zoo" / f"{name}-{key_of(parts)[:12]}"
     if not (copy / _MANIFEST).is_file():  # committed last: the copy is whole when it is there
-        files = [path for path in source.rglob("*") if path.is_file()]
-        for path in sorted(files, key=lambda path: path.name == _MANIFEST):
+        for path in sorted(files, key=lambda path: path == source / _MANIFEST):
             commit.write_bytes(copy / path.relative_to(source), path.read_bytes())
     return copy

@@ -189,6 +189,12 @@ def test_a_guide_without_classes(
     assert (found[:4].int() - expected.int()).abs().max() <= 1
     plain = images(folder, n=8, batch_size=4, labels=[1, 0]).field("images")
     assert not torch.equal(plain, found)
+    # a guide with classes is asked for that of none, which it must have seen
+    config = pictured.config("never", velocity={"class_dropout": 0.0}, train={"iterations": 1})
+    assert say(capsys, "train", "-c", config, "-r", tmp_path / "never")[0] == 0
+    words = ("generate", "-r", folder, "--guidance", "2", "--guide", tmp_path / "never")
+    code, _, error = say(capsys, *words)
+    assert code == 2 and "never went without its class" in error
 
 
 def test_a_study_keeps_guidance_apart(

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from autoencoders.base import to_uint8
 from flows.guide import guided
+from pipeline.config import GenerateConfig
 from pipeline.distill import Distillation, student_config
 from pipeline.evaluate import inputs_of
 from pipeline.generate import sample_images
 from pipeline.guidance import way_of, with_guidance
-from pipeline.runs import Run, open_run, read_config
+from pipeline.runs import Run, open_run, read_config, read_manifest
 from pipeline.seeds import generator
 from tests.pipeline.gaussian_source import quiet
 from tests.pipeline.glance import stand_in
@@ -113,14 +114,12 @@ def test_the_verbs_know_the_guide(
 def test_an_export_has_its_guide_inside(
     run: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = (run / "config.yaml").read_text()
-    settings = with_guidance(read_config(run).generate, 2.0, str(guide))
-    changed = text.replace("guide: null", f"guide: {guide}")
-    changed = changed.replace("guidance: null", "guidance: 2.0")
-    (run / "config.yaml").write_text(changed)
-    assert read_config(run).generate == settings
-    before = images(open_run(run))
-    assert say(capsys, "export", "-r", run, "--out", tmp_path / "out")[0] == 0
+    before = images(open_run(run), guide=str(guide), guidance=2.0)
+    (guide / "metrics.json").write_text('{"run": "before it was rounded"}')
+    words = ("export", "-r", run, "--out", tmp_path / "out", "--guide", guide)
+    assert "a guide needs its weight" in say(capsys, *words)[2]
+    assert not (tmp_path / "out").exists()
+    assert say(capsys, *words, "--guidance", "2")[0] == 0
     shutil.rmtree(guide)
     moved = (tmp_path / "out").rename(tmp_path / "there")
     assert str(tmp_path) not in (moved / "config.yaml").read_text()
@@ -130,6 +129,22 @@ def test_an_export_has_its_guide_inside(
     assert inputs_of(after, after.config.evaluate, after.config.generate)
     code, _, said = say(capsys, "generate", "-r", moved, "--guide", "none")
     assert code == 0 and "24 network" in said
+    card = (moved / "CARD.md").read_text()
+    (row,) = [line for line in card.splitlines() if line.startswith("| guide |")]
+    assert row.startswith("| guide | weak, ") and row.endswith("; guidance 2 |")
+    # exported again, with it and without
+    assert say(capsys, "export", "-r", moved, "--out", tmp_path / "again")[0] == 0
+    assert torch.equal(images(open_run(tmp_path / "again")), images(after))
+    words = ("export", "-r", moved, "--out", tmp_path / "bare", "--guide", "none")
+    assert say(capsys, *words)[0] == 0
+    assert not (tmp_path / "bare" / "guide").exists()
+    assert "guide" not in read_manifest(tmp_path / "bare")
+    # a guide that is lost is missed before anything is written
+    shutil.rmtree(moved / "guide")
+    for verb in (("generate",), ("export", "--out", tmp_path / "lost")):
+        code, _, error = say(capsys, *verb, "-r", moved)
+        assert code == 2 and "cannot be used" in error and "--guide none" in error
+    assert not (tmp_path / "lost").exists()
     # a distilled run follows its teacher's plain field
     student = student_config(after, Distillation())
     assert student.generate.guide is None and student.generate.guidance is None
@@ -142,6 +157,22 @@ def test_fewer_blocks_are_guided_by_as_many(run: Path, guide: Path) -> None:
     assert way.describe()["guide"] == {"run": way.guide.fingerprint, "guidance": 2.0}
 
 
+def test_what_the_options_change() -> None:
+    """A weight belongs to its guide, and `none` takes away only what is there."""
+    plain = GenerateConfig(guidance=2.5)
+    assert with_guidance(plain) == plain == with_guidance(plain, guide="none")
+    led = with_guidance(plain, guide="a")
+    assert led == GenerateConfig(guide="a")
+    assert with_guidance(led, 3.0) == GenerateConfig(guide="a", guidance=3.0)
+    assert with_guidance(GenerateConfig(guide="a", guidance=3.0), guide="none") == GenerateConfig()
+
+
+def test_weight_one_costs_nothing(run: Path, guide: Path) -> None:
+    opened = open_run(run)
+    way = way_of(opened, with_guidance(opened.config.generate, 1.0, str(guide)))
+    assert way.evaluations == 1 and way.flow is opened.flow
+
+
 def test_mistakes(
     trained: World, run: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,6 +183,11 @@ def test_mistakes(
 
     assert "a guide needs its weight" in refused("--guide", guide)
     assert "no run at" in refused("--guide", tmp_path / "nothing", "--guidance", "2")
+    points = shutil.copytree(guide, tmp_path / "points")  # a two-dimensional run has none
+    manifest = read_manifest(points)
+    del manifest["autoencoder"]
+    (points / "flow.json").write_text(json.dumps(manifest))
+    assert "was trained on other latents" in refused("--guide", points, "--guidance", "2")
     assert "not negative" in refused("--guide", guide, "--guidance", "-1")
     for name, change in (
         ("steps", {"schedule": {"max_blocks": 1}}),
@@ -160,7 +196,7 @@ def test_mistakes(
         config = trained.config(name, **change)
         assert say(capsys, "train", "-c", config, "-r", tmp_path / name)[0] == 0
         words = ("--guide", tmp_path / name, "--guidance", "2")
-        assert "must have the objective, interpolant and steps" in refused(*words)
+        assert "must have the objective, the interpolant and the steps" in refused(*words)
     other = write_autoencoder(tmp_path / "other.safetensors", seed=3)
     config = trained.config("other", autoencoder={"weights": str(other)}, train={"iterations": 1})
     assert say(capsys, "encode", "-c", config)[0] == 0

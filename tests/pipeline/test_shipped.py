@@ -154,6 +154,26 @@ def test_a_copy_that_was_interrupted_is_finished(zoo: Path, tmp_path: Path) -> N
     assert len(open_run(copy).flow) == 3
 
 
+def test_a_newer_version_of_a_shipped_run_is_another_copy(zoo: Path) -> None:
+    """Also when the blocks are the same, and only the way they are sampled is not."""
+    old = shipped.locate("zoo:tiny")
+    text = (zoo / "tiny" / "config.yaml").read_text()
+    (zoo / "tiny" / "config.yaml").write_text(text.replace("columns: 3", "columns: 2"))
+    new = shipped.locate("zoo:tiny")
+    assert new != old and open_run(new).config.generate.columns == 2
+
+
+def test_a_copy_is_whole_when_its_manifest_is_there(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the run itself, not of the guide inside."""
+    shutil.copytree(zoo / "tiny", zoo / "tiny" / "guide")
+    written: list[Path] = []
+    monkeypatch.setattr(shipped.commit, "write_bytes", lambda path, _: written.append(path))
+    copy = shipped.locate("zoo:tiny")
+    assert written[-1] == copy / "flow.json" and copy / "guide" / "flow.json" in written
+
+
 def test_a_shipped_run_can_be_a_start(
     zoo: Path, trained: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
