@@ -111,7 +111,9 @@ def _row(index: int, row: dict[str, Any]) -> str:
     step = step_of(row)
     symbol = "h" if row.get("gamma") is None else "γ"
     text = "free" if step is None else f"{symbol} = {step:.3g}"
-    return (
-        f"| {index} | {text} | {row['movement']:.3f} | {row['ter']:.4f} | {row['iterations']} | "
-        f"{row['seconds']:.0f} |"
+    movement, ter = (
+        "" if row.get(key) is None else f"{row[key]:{style}}"
+        for key, style in (("movement", ".3f"), ("ter", ".4f"))
     )
+    told = f"| {index} | {text} | {movement} | {ter} | {row['iterations']} |"
+    return f"{told} {row['seconds']:.0f} |"

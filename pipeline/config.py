@@ -209,7 +209,8 @@ class GenerateConfig:
         guidance: of a class-conditional run: w of v(null) + w (v(class) - v(null)), the field
             that is followed; null takes 1, the plain conditional field. With a guide, whose
             velocity is g: w of g + w (v - g), of any run.
-        guide: a run on the same latents, smaller or trained for less long; null for none.
+        guide: a run on the same latents, smaller or trained for less long, or RUN@STEP, as
+            train.snapshot_every kept it; null for none.
     """
 
     n: int = 64

@@ -9,9 +9,8 @@ from pipeline.config import EvaluateConfig, GenerateConfig
 from pipeline.errors import UserError
 from pipeline.evaluate import Evaluator
 from pipeline.generate import solver_of
-from pipeline.passes import Row
-from pipeline.runs import Run, load_blocks
-from pipeline.snapshots import snapshots_of
+from pipeline.runs import Run
+from pipeline.snapshots import at_snapshot, snapshots_of
 from pipeline.studies import Study, heading
 
 FILE = "curve.json"
@@ -51,7 +50,7 @@ def measure(
     rows = []
     for row in listed:
         told = {key: row[key] for key in ("step", "seen", "seconds")}
-        rows.append({**told, **study.measure(_at(run, row), study.sampling)})
+        rows.append({**told, **study.measure(at_snapshot(run, row), study.sampling)})
     line = ([row["seen"] for row in rows], [row["fid"] for row in rows])
     return study.finish(
         (FILE, PICTURE), rows, {f"n = {settings.n}": line}, "samples seen",
@@ -66,11 +65,3 @@ def table(result: dict[str, Any]) -> str:
         told = f"{row['step']:>10}{row['seen']:>14}{row['seconds']:>9.0f}{row['fid']:>9.2f}"
         lines.append(told)
     return "\n".join(lines)
-
-
-def _at(run: Run, snapshot: Row) -> Run:
-    """The run as it was at a snapshot."""
-    (row,) = run.manifest["blocks"]
-    then = {**row, "file": snapshot["file"], "sha256": snapshot["sha256"]}
-    manifest = {**run.manifest, "blocks": [then]}
-    return dataclasses.replace(run, manifest=manifest, flow=load_blocks(run.folder, manifest))

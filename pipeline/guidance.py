@@ -21,6 +21,7 @@ from pipeline.config import GenerateConfig
 from pipeline.errors import JkoflowError, UserError
 from pipeline.passes import step_of
 from pipeline.runs import Run, open_run
+from pipeline.snapshots import open_snapshot
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def way_of(run: Run, settings: GenerateConfig) -> Way:
         raise UserError("a guide needs its weight; add --guidance 2, say")
     choice = choice_of(run, dataclasses.replace(settings, guidance=None))
     try:
-        guide = open_run(Path(settings.guide))
+        guide = _open(settings.guide)
     except JkoflowError as error:
         raise UserError(
             f"the guide of the run at {run.folder} cannot be used ({error}); give another "
@@ -117,6 +118,14 @@ def with_guidance(
     if guidance is not None:
         settings = dataclasses.replace(settings, guidance=guidance)
     return settings
+
+
+def _open(name: str) -> Run:
+    """The run, or RUN@STEP, what it was after so many steps."""
+    folder, sign, step = name.rpartition("@")
+    if sign and step.isdecimal() and not Path(name).exists():
+        return open_snapshot(Path(folder), int(step))
+    return open_run(Path(name))
 
 
 def _fits(run: Run, guide: Run, name: str) -> None:

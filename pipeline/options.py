@@ -32,8 +32,8 @@ GuideOption = Annotated[
     typer.Option(
         "--guide",
         help="A second run on the same latents, smaller or trained for less long, whose errors "
-        "the run is led away from, by --guidance; it is not told the class. none takes the "
-        "configuration's away.",
+        "the run is led away from, by --guidance; it is not told the class. RUN@STEP is what "
+        "RUN was at a step that train.snapshot_every kept. none takes the configuration's away.",
     ),
 ]
 BlocksOption = Annotated[

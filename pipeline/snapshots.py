@@ -7,11 +7,14 @@ snapshots/pass-01/ …                    the same of later passes
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from pipeline import commit
 from pipeline.blocks import BlockTrainer
+from pipeline.errors import UserError
 from pipeline.passes import Row
+from pipeline.runs import Run, load_blocks, open_run
 
 _LIST = "snapshots.json"
 
@@ -46,6 +49,40 @@ def snapshots_of(folder: Path, number: int = 0) -> list[Row]:
         return []
     listed: list[Row] = commit.read_json(path, "list of snapshots")
     return listed
+
+
+def at_snapshot(run: Run, snapshot: Row) -> Run:
+    """A run as it was at a snapshot: its one block with the weights of then.
+
+    Args:
+        run: an open run of one block.
+        snapshot: of its pass, from `snapshots_of`.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    (row,) = run.manifest["blocks"]
+    kept = {key: snapshot[key] for key in ("file", "sha256", "seconds")}
+    measured = dict.fromkeys(("movement", "ter", "terms"))  # of the finished block, not of this
+    then = {**row, **measured, **kept, "iterations": snapshot["step"]}
+    manifest = {**run.manifest, "blocks": [then]}
+    return dataclasses.replace(run, manifest=manifest, flow=load_blocks(run.folder, manifest))
+
+
+def open_snapshot(folder: Path, step: int) -> Run:
+    """Open a run as it was after so many steps.
+
+    Raises:
+        UserError: no finished run, or it did not keep that step.
+    """
+    run = open_run(folder)
+    listed = {row["step"]: row for row in snapshots_of(run.folder, run.manifest["pass"])}
+    if step not in listed:
+        kept = ", ".join(map(str, listed)) or "none (train.snapshot_every keeps some)"
+        raise UserError(f"the run at {folder} kept no weights of step {step}; it kept {kept}")
+    then = at_snapshot(run, listed[step])
+    config = dataclasses.replace(then.config, name=f"{then.config.name}@{step}")
+    return dataclasses.replace(then, config=config)
 
 
 def _place(number: int) -> str:

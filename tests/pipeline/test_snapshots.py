@@ -12,10 +12,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from autoencoders.base import to_uint8
+from flows.guide import guided
 from pipeline.errors import UserError
 from pipeline.generate import sample_images
 from pipeline.runs import load_blocks, open_run, read_manifest
-from pipeline.snapshots import snapshots_of
+from pipeline.seeds import generator
+from pipeline.snapshots import open_snapshot, snapshots_of
 from pipeline.training import train
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
 from tests.pipeline.glance import stand_in
@@ -86,6 +89,40 @@ def test_half_precision_trains_nearly_the_same_field(tmp_path: Path) -> None:
         fields.append(block.velocity(torch.tensor(0.5), z))
     full, half = fields
     assert 0 < (full - half).square().mean() < 0.01 * full.square().mean()
+
+
+def test_a_run_is_guided_by_what_it_was(
+    trained: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fm = {"objective": "fm", "iterations": 40, "batch_size": 8, "snapshot_every": 20}
+    folder = tmp_path / "run"
+    assert say(capsys, "train", "-c", trained.config("fm", train=fm), "-r", folder)[0] == 0
+    opened = open_run(folder)
+    then = open_snapshot(folder, 20)
+    assert then.fingerprint != opened.fingerprint
+    assert open_snapshot(folder, 40).fingerprint == opened.fingerprint
+    settings = dataclasses.replace(opened.config.generate, guide=f"{folder}@20", guidance=2.0)
+    place = Accelerator(cpu=True)
+    found = sample_images(opened, settings, place, quiet).field("images")
+    noise = [torch.randn(n, 2, 3, 3, generator=generator(0, "sample", k))
+             for k, n in enumerate((4, 4, 2))]  # fmt: skip
+    led = guided(opened.flow, then.flow, 2.0)
+    z = opened.standardisation.undo(led.decode(torch.cat(noise), opened.config.push))
+    with torch.inference_mode():
+        by_hand = to_uint8(opened.autoencoder().decode(z))
+    assert (found.int() - by_hand.int()).abs().max() <= 1
+    assert not torch.equal(found, sample_images(then, then.config.generate, place, quiet)
+                           .field("images"))  # fmt: skip
+    words = ("export", "-r", folder, "--guide", f"{folder}@20", "--guidance", "2", "--out")
+    assert say(capsys, *words, tmp_path / "out")[0] == 0
+    assert "| guide | tiny@20, " in (tmp_path / "out" / "CARD.md").read_text()
+    shutil.rmtree(folder)
+    out = open_run(tmp_path / "out")
+    again = sample_images(out, out.config.generate, place, quiet).field("images")
+    assert (found.int() - again.int()).abs().max() <= 1
+    code, _, error = say(capsys, "generate", "-r", tmp_path / "out", "--guide",
+                         f"{tmp_path / 'out'}@7", "--guidance", "2")  # fmt: skip
+    assert code == 2 and "kept no weights of step 7; it kept none" in error
 
 
 @pytest.mark.parametrize(
