@@ -72,7 +72,12 @@ def export(run: Run, out: Path, dtype: str = "float16") -> Exported:
 
 
 def _write(
-    run: Run, out: Path, dtype: str, metrics: dict[str, Any] | None, guide: Run | None
+    run: Run,
+    out: Path,
+    dtype: str,
+    metrics: dict[str, Any] | None = None,
+    guide: Run | None = None,
+    carded: bool = True,
 ) -> Exported:
     rows = []
     for index, (row, block) in enumerate(zip(run.manifest["blocks"], run.flow, strict=True)):
@@ -101,8 +106,9 @@ def _write(
     picture = run.folder / _GRID
     if picture.is_file():
         commit.write_bytes(out / _GRID, picture.read_bytes())
-    text = card(out.name, config, manifest, metrics, dtype, change)
-    commit.write_bytes(out / "CARD.md", text.encode())
+    if carded:
+        text = card(out.name, config, manifest, metrics, dtype, change)
+        commit.write_bytes(out / "CARD.md", text.encode())
     commit.write_json(out / "flow.json", manifest)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return Exported(out, size, change)
@@ -125,9 +131,9 @@ def _guide(guide: Run, name: str, out: Path, dtype: str) -> str:
     """Name of the guide in the exported configuration: a shipped one's own, or its folder."""
     if is_shipped(name):
         return name
-    # it has no guide of its own, and its numbers are not what it is for
+    # it has no guide of its own; its numbers are not what it is for, and the run's card has it
     config = dataclasses.replace(guide.config, generate=GenerateConfig())
-    _write(dataclasses.replace(guide, config=config), out / GUIDE, dtype, None, None)
+    _write(dataclasses.replace(guide, config=config), out / GUIDE, dtype, carded=False)
     return GUIDE
 
 

@@ -129,6 +129,7 @@ def test_an_export_has_its_guide_inside(
     assert inputs_of(after, after.config.evaluate, after.config.generate)
     code, _, said = say(capsys, "generate", "-r", moved, "--guide", "none")
     assert code == 0 and "24 network" in said
+    assert not (moved / "guide" / "CARD.md").exists()
     card = (moved / "CARD.md").read_text()
     (row,) = [line for line in card.splitlines() if line.startswith("| guide |")]
     assert row.startswith("| guide | weak, ") and row.endswith("; guidance 2 |")
