@@ -77,7 +77,7 @@ def _write(
     dtype: str,
     metrics: dict[str, Any] | None = None,
     guide: Run | None = None,
-    carded: bool = True,
+    shown: bool = True,
 ) -> Exported:
     rows = []
     for index, (row, block) in enumerate(zip(run.manifest["blocks"], run.flow, strict=True)):
@@ -104,9 +104,9 @@ def _write(
     if metrics is not None:
         commit.write_json(out / "metrics.json", metrics)
     picture = run.folder / _GRID
-    if picture.is_file():
+    if shown and picture.is_file():
         commit.write_bytes(out / _GRID, picture.read_bytes())
-    if carded:
+    if shown:
         text = card(out.name, config, manifest, metrics, dtype, change)
         commit.write_bytes(out / "CARD.md", text.encode())
     commit.write_json(out / "flow.json", manifest)
@@ -131,9 +131,10 @@ def _guide(guide: Run, name: str, out: Path, dtype: str) -> str:
     """Name of the guide in the exported configuration: a shipped one's own, or its folder."""
     if is_shipped(name):
         return name
-    # it has no guide of its own; its numbers are not what it is for, and the run's card has it
+    # it has no guide of its own; its numbers and pictures (a snapshot's run has others) are not
+    # what it is for, and the run's card has it
     config = dataclasses.replace(guide.config, generate=GenerateConfig())
-    _write(dataclasses.replace(guide, config=config), out / GUIDE, dtype, carded=False)
+    _write(dataclasses.replace(guide, config=config), out / GUIDE, dtype, shown=False)
     return GUIDE
 
 

@@ -116,6 +116,7 @@ def test_an_export_has_its_guide_inside(
 ) -> None:
     before = images(open_run(run), guide=str(guide), guidance=2.0)
     (guide / "metrics.json").write_text('{"run": "before it was rounded"}')
+    assert say(capsys, "generate", "-r", guide)[0] == 0  # a grid of its own
     words = ("export", "-r", run, "--out", tmp_path / "out", "--guide", guide)
     assert "a guide needs its weight" in say(capsys, *words)[2]
     assert not (tmp_path / "out").exists()
@@ -129,7 +130,9 @@ def test_an_export_has_its_guide_inside(
     assert inputs_of(after, after.config.evaluate, after.config.generate)
     code, _, said = say(capsys, "generate", "-r", moved, "--guide", "none")
     assert code == 0 and "24 network" in said
-    assert not (moved / "guide" / "CARD.md").exists()
+    inside = {path.name for path in (moved / "guide").rglob("*") if path.is_file()}
+    blocks = {f"block-{index:02d}.safetensors" for index in range(3)}
+    assert inside == {*blocks, "flow.json", "config.yaml", "autoencoder.safetensors"}
     card = (moved / "CARD.md").read_text()
     (row,) = [line for line in card.splitlines() if line.startswith("| guide |")]
     assert row.startswith("| guide | weak, ") and row.endswith("; guidance 2 |")
