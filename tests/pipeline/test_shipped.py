@@ -100,6 +100,8 @@ def test_the_card_has_the_numbers(run: Path, tmp_path: Path) -> None:
                   "float16", "to be written", "before they were rounded"):  # fmt: skip
         assert words in text
     assert json.loads((out / "metrics.json").read_text()) == metrics
+    again = export(open_run(out), tmp_path / "measured again").folder
+    assert json.loads((again / "metrics.json").read_text()) == metrics
     (run / "metrics.json").write_text(json.dumps(metrics | {"run": "another"}))
     with pytest.raises(UserError, match="measured on other blocks"):
         export(open_run(run), tmp_path / "stale")
