@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from pipeline.journal import Journal
 from pipeline.latents import Progress, load_parts
 from pipeline.runs import ENVIRONMENT, read_config, start_run, write_environment
 from pipeline.seeds import Batches, generator
+from pipeline.unpacked import in_any_order
 
 WEIGHTS = "autoencoder.safetensors"
 _CHECKPOINT = "checkpoint.safetensors"
@@ -71,6 +71,7 @@ def train(
             f"{images.shape}; set it to the data's"
         )
     _enter(config, folder, resume, accelerator)
+    images = in_any_order(images, accelerator, progress)
     trainer = AutoencoderTrainer(config.architecture, recipe, accelerator, start)
     checkpoint, began, before = folder / _CHECKPOINT, time.monotonic(), 0.0
     if checkpoint.is_file():
@@ -143,7 +144,7 @@ def evaluate(
     if n < 2:
         raise UserError(f"an evaluation needs at least 2 images, not {n}")
     _, autoencoder = load_parts(config)
-    test = load_images(dataclasses.replace(config.data, split=config.data.test_split))
+    test = load_images(config.data.of_split(config.data.test_split))
     if n > len(test):
         raise UserError(f"{test.name} ({test.split}) has {len(test)} images, fewer than {n}")
     maker = FeatureMaker(accelerator, progress)

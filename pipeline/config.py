@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from autoencoders.recipe import AutoencoderTraining
@@ -24,7 +25,9 @@ class DataConfig:
         path: the folder of images (folder), or of the official files (imagenet32).
         size: folder only: images are resized and centre-cropped to size x size.
         mode: folder only: RGB or L (grey).
-        limit: only the first so many images; null takes all.
+        limit: only the first so many images, of each data set; null takes all.
+        also: more data sets, joined behind this one without their classes: mnist, cifar10, or with
+            another split than this one's, cifar10/train.
     """
 
     name: str = "mnist"
@@ -34,6 +37,11 @@ class DataConfig:
     size: int | None = None
     mode: str = "RGB"
     limit: int | None = None
+    also: list[str] = field(default_factory=list)
+
+    def of_split(self, split: str) -> DataConfig:
+        """A split of the first data set alone, as for what measures."""
+        return dataclasses.replace(self, split=split, also=[])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.image_folder import load_folder
 from pipeline.image_set import ArrayPixels, ImageSet, fingerprint, limited
 from pipeline.imagenet32 import load_imagenet32
+from pipeline.joined import join
 
 if TYPE_CHECKING:
     from pipeline.config import DataConfig
@@ -26,7 +28,7 @@ def load_images(data: DataConfig, *, log: Callable[[str], object] = print) -> Im
     """Open a data set; MNIST and CIFAR-10 are fetched when they are not on this machine.
 
     Args:
-        data: which set, split, folder, size, mode and limit (see `pipeline.config`). Size and
+        data: which sets, split, folder, size, mode and limit (see `pipeline.config`). Size and
             mode shape the images of a folder; the other sets are what they are.
         log: told in sentences what is fetched.
 
@@ -34,9 +36,19 @@ def load_images(data: DataConfig, *, log: Callable[[str], object] = print) -> Im
         The images; pixels are read when they are asked for.
 
     Raises:
-        UserError: an unknown name or split, a bad path, size, mode or limit.
+        UserError: an unknown name or split, a bad path, size, mode or limit, or sets of images
+            of different shapes.
         JkoflowError: the data set could not be fetched.
     """
+    parts = [_load_one(data, log)]
+    for further in data.also:
+        name, _, split = further.partition("/")
+        part = dataclasses.replace(data, name=name, split=split or data.split, also=[])
+        parts.append(_load_one(part, log))
+    return join(parts)
+
+
+def _load_one(data: DataConfig, log: Callable[[str], object]) -> ImageSet:
     if data.name not in DATASETS:
         raise UserError(f"unknown data set {data.name!r}; choose one of {', '.join(DATASETS)}")
     split = "test" if data.name in ("imagenet32", "folder") and data.split == "val" else data.split

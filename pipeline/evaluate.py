@@ -201,7 +201,7 @@ def _classes(run: Run, images: ImageSet, n: int) -> Condition | None:
 
 
 def _test_images(data: DataConfig) -> ImageSet:
-    return load_images(dataclasses.replace(data, split=data.test_split))
+    return load_images(data.of_split(data.test_split))
 
 
 def inputs_of(run: Run, settings: EvaluateConfig, sampling: GenerateConfig) -> str:

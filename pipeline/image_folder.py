@@ -6,6 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -111,6 +112,7 @@ class FolderPixels:
     classes: np.ndarray | None
     size: int
     mode: str
+    any_order: ClassVar[bool] = True
 
     def take(self, numbers: np.ndarray) -> np.ndarray:
         """See `pipeline.image_set.Pixels.take`; decodes in threads."""

@@ -7,13 +7,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 
 class Pixels(Protocol):
-    """Where the images of a data set come from."""
+    """Where the images of a data set come from.
+
+    Attributes:
+        any_order: whether few images are read quickly, wherever they lie.
+    """
+
+    @property
+    def any_order(self) -> bool:
+        """See above."""
+        ...
 
     def take(self, numbers: np.ndarray) -> np.ndarray:
         """Images by number, int64 (n,) rising; uint8 (n, C, H, W), the caller's own copy."""
@@ -29,7 +38,7 @@ class ImageSet:
     """Images of one size in a fixed order.
 
     Attributes:
-        name: "mnist", "cifar10", "imagenet32" or "folder".
+        name: "mnist", "cifar10", "imagenet32" or "folder"; of a joined set the names, with "+".
         split: "train" or "test".
         shape: (C, H, W) of one image.
         fingerprint: sha256 (hex) of the content, the split, the preprocessing and the limit;
@@ -99,6 +108,7 @@ class ArrayPixels:
 
     images: np.ndarray
     classes: np.ndarray | None
+    any_order: ClassVar[bool] = True
 
     def take(self, numbers: np.ndarray) -> np.ndarray:
         """See `Pixels.take`."""

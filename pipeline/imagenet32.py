@@ -78,6 +78,8 @@ def _find_files(folder: Path, split: str) -> tuple[Path, tuple[str, ...]]:
 class BatchFiles:
     """Images spread over files, the last used of which stays in memory."""
 
+    any_order = False
+
     def __init__(self, paths: list[Path], rows: list[int]) -> None:
         self.paths = paths
         self.ends = list(accumulate(rows))

@@ -8,7 +8,6 @@ inversion error ‖z_0 − T⁻¹(T(z_0))‖.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +137,7 @@ def headline(result: dict[str, Any]) -> str:
 def _data(run: Run, settings: LikelihoodSettings) -> DataConfig:
     data = run.config.data
     if settings.folder is None:
-        return dataclasses.replace(data, split=settings.split or data.test_split)
+        return data.of_split(settings.split or data.test_split)
     if settings.split is not None:
         raise UserError("give either --split or --folder, not both")
     channels, height, _ = run.manifest["autoencoder"]["image_shape"]

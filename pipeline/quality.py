@@ -8,7 +8,6 @@ under the data root. Where there are none, the numbers are left out.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ LEAST = 4
 
 def held_out(data: DataConfig, n: int) -> ImageSet:
     """The test split, or the training split where that has fewer than n images."""
-    test = load_images(dataclasses.replace(data, split=data.test_split))
+    test = load_images(data.of_split(data.test_split))
     return test if len(test) >= n else load_images(data)
 
 
@@ -48,7 +47,7 @@ def at_hand(data: DataConfig, extractor: dict[str, str]) -> tuple[ImageSet, Stor
     stored = _manifests()
     for split in dict.fromkeys((data.test_split, data.split)) if stored else ():
         try:
-            images = load_images(dataclasses.replace(data, split=split))
+            images = load_images(data if split == data.split else data.of_split(split))
         except (JkoflowError, OSError):  # nothing else may need the images
             continue
         wanted = {"kind": "real", "data": images.fingerprint, **extractor}

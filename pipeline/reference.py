@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def make_reference(
     stats = _stats(maker.real_features(images, len(images)), len(images))
     card = card_of(images)
     if test:
-        held_out = load_images(dataclasses.replace(config.data, split=config.data.test_split))
+        held_out = load_images(config.data.of_split(config.data.test_split))
         features = maker.real_features(held_out, max(test))
         card["test_split_fid"] = {
             str(n): frechet_distance(_stats(features, n), stats) for n in sorted(test)

@@ -105,9 +105,7 @@ def test_seeds_and_solvers_give_other_images(folder: Path) -> None:
     assert images_of(run, method="euler", steps=3).manifest["nfe"] == 9
 
 
-def test_every_block_has_its_own_steps(
-    capsys: pytest.CaptureFixture[str], folder: Path
-) -> None:
+def test_every_block_has_its_own_steps(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     run = open_run(folder)
     code, _, last = say(
         capsys, "generate", "-r", folder, "-n", "6", "--method", "euler", "--steps", "1,2,4",
