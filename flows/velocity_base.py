@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -204,6 +204,30 @@ class LabelShift(nn.Module):
             need = "no labels, for it has no classes" if self.embedding is None else "labels"
             raise FlowError(f"this velocity network needs {need}")
         return x if self.embedding is None else x + self.embedding(labels)
+
+
+def with_classes_anew(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Weights for a network whose classes are others than those that the weights know.
+
+    Every class of the network starts as what stands for no class: the null label's vector in the
+    weights, zero where they know none.
+
+    Args:
+        state: a state dict, but for its classes one of the network's architecture.
+        network: to be told classes apart.
+
+    Returns:
+        A state dict that the network loads.
+    """
+    adopted = dict(state)
+    for name, module in network.named_modules():
+        if isinstance(module, LabelShift) and module.embedding is not None:
+            key = f"{name}.embedding.weight"
+            table = module.embedding.weight
+            adopted[key] = torch.zeros_like(table)
+            if key in state:
+                adopted[key] += state[key][-1]
+    return adopted
 
 
 class TimeFeatures(nn.Module):

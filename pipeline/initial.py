@@ -2,8 +2,9 @@
 
 Block k starts from block k of the other run, and the free block from its free block; where the
 other run has none, as without it. So blocks of (local) flow matching, which are cheap, can be
-polished by maximum likelihood. Which weights they were is written into flow.json, and when a
-training is resumed they must be the same.
+polished by maximum likelihood. A network with classes may start from one with others, or without:
+all of its classes then start as what stands for no class. Which weights they were is written into
+flow.json, and when a training is resumed they must be the same.
 """
 
 from __future__ import annotations
@@ -78,9 +79,11 @@ def initial_row(kept: dict[str, Any], index: int, free: bool) -> Row | None:
 
 def _differences(theirs: VelocityConfig, ours: VelocityConfig) -> list[str]:
     pairs = zip(dataclasses.asdict(theirs).items(), dataclasses.asdict(ours).values(), strict=True)
-    indifferent = "class_dropout"  # a matter of training
+    indifferent = ["class_dropout"]  # a matter of training
+    if ours.classes:
+        indifferent.append("classes")
     return [
         f"velocity.{name} ({a}, not {b})"
         for (name, a), b in pairs
-        if a != b and name != indifferent
+        if a != b and name not in indifferent
     ]

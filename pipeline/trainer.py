@@ -17,6 +17,7 @@ from flows.block import Block
 from flows.flow import Flow
 from flows.schedule import stopping_ratio
 from flows.spec import BlockSpec, build_block
+from flows.velocity_base import with_classes_anew
 from pipeline import commit
 from pipeline.agreement import together
 from pipeline.blocks import BlockTrainer, measure
@@ -164,8 +165,13 @@ class Trainer:
         folder, other = self._other(index, free=h is None)
         if other is not None:
             before, block = load_block(folder, other, shape)
-            if before.velocity == spec.velocity:
+            told = dataclasses.replace(before.velocity, classes=velocity.classes)
+            if told == velocity:
                 spec = dataclasses.replace(spec, start=before.start, length=before.length)
+                if before.velocity != velocity:
+                    anew = build_block(spec, shape, drawn)
+                    anew.load_state_dict(with_classes_anew(block.state_dict(), anew))
+                    block = anew
                 block.solver = solver
                 return spec, block
         return spec, build_block(spec, shape, drawn)

@@ -161,6 +161,28 @@ def test_blocks_start_from_a_conditional_run(quick: Path, tmp_path: Path) -> Non
         run(tmp_path / "plain", f"train.init_from={quick}")
 
 
+def test_other_classes_start_as_no_class(learnt: Path, tmp_path: Path) -> None:
+    start = (*FM, "velocity.classes=3", "train.iterations=1", "train.lr=1e-12")
+    run(tmp_path / "three", *start, f"train.init_from={learnt}")
+    z = torch.randn(20, 2, generator=generator("adopted"))
+    theirs, ours = open_run(learnt).flow[0].velocity, open_run(tmp_path / "three").flow[0].velocity
+    t, unnamed = torch.tensor(0.3), theirs(torch.tensor(0.3), z, torch.full((20,), 2))
+    for label in range(4):
+        torch.testing.assert_close(ours(t, z, torch.full((20,), label)), unnamed)
+    assert not torch.allclose(theirs(t, z, torch.full((20,), 0)), unnamed, atol=1e-2)
+
+
+def test_classes_start_from_a_run_without(tmp_path: Path) -> None:
+    plain = (*FM, "velocity.classes=0", "train.iterations=50")
+    run(tmp_path / "plain", *plain)
+    start = (*FM, "train.iterations=1", "train.lr=1e-12")
+    run(tmp_path / "told", *start, f"train.init_from={tmp_path / 'plain'}")
+    z, t = torch.randn(20, 2, generator=generator("told")), torch.tensor(0.3)
+    theirs, ours = (open_run(tmp_path / f).flow[0].velocity for f in ("plain", "told"))
+    for label in range(3):
+        torch.testing.assert_close(ours(t, z, torch.full((20,), label)), theirs(t, z))
+
+
 @pytest.mark.parametrize(
     ("overrides", "known", "named"),
     [
