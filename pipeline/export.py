@@ -24,6 +24,7 @@ from pipeline.config import GenerateConfig
 from pipeline.config_files import resolved_yaml
 from pipeline.errors import UserError
 from pipeline.guidance import way_of
+from pipeline.redecoding import with_decoder
 from pipeline.runs import Run, block_file, compose, load_blocks, passes_of
 from pipeline.seeds import generator
 from pipeline.shipped import is_shipped
@@ -50,7 +51,9 @@ class Exported:
     change: float
 
 
-def export(run: Run, out: Path, dtype: str = "float16") -> Exported:
+def export(
+    run: Run, out: Path, dtype: str = "float16", autoencoder: str | None = None
+) -> Exported:
     """Write what is shipped of a run.
 
     Args:
@@ -58,16 +61,20 @@ def export(run: Run, out: Path, dtype: str = "float16") -> Exported:
         out: an empty or absent folder.
         dtype: of the stored weights: float16, bfloat16 or float32. A tensor that would overflow
             is stored as it is.
+        autoencoder: weights of another one with the same encoder, which decodes from now on;
+            numbers and pictures of the old one stay behind.
 
     Raises:
         UserError: unknown type, a folder with files, a metrics.json of other blocks, or a guide
-            that does not fit.
+            or an autoencoder that does not fit.
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there and not empty; choose another place with --out")
     guide = way_of(run, run.config.generate).guide
+    if autoencoder is not None:
+        return _write(with_decoder(run, autoencoder), out, dtype, None, guide, picture=False)
     return _write(run, out, dtype, _metrics(run), guide)
 
 
@@ -78,6 +85,7 @@ def _write(
     metrics: dict[str, Any] | None = None,
     guide: Run | None = None,
     shown: bool = True,
+    picture: bool = True,
 ) -> Exported:
     rows = []
     for index, (row, block) in enumerate(zip(run.manifest["blocks"], run.flow, strict=True)):
@@ -103,9 +111,9 @@ def _write(
     commit.write_bytes(out / "config.yaml", resolved_yaml(config).encode())
     if metrics is not None:
         commit.write_json(out / "metrics.json", metrics)
-    picture = run.folder / _GRID
-    if shown and picture.is_file():
-        commit.write_bytes(out / _GRID, picture.read_bytes())
+    grid = run.folder / _GRID
+    if shown and picture and grid.is_file():
+        commit.write_bytes(out / _GRID, grid.read_bytes())
     if shown:
         text = card(out.name, config, manifest, metrics, dtype, change)
         commit.write_bytes(out / "CARD.md", text.encode())

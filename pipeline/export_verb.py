@@ -26,6 +26,13 @@ def export(
     ] = "float16",
     guide: GuideOption = None,
     guidance: GuidanceOption = None,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Decode with this one from now on, which has the same encoder as the run's own: "
+            "a shipped name or a path."
+        ),
+    ] = None,
 ) -> None:
     """Write what is shipped of a run: blocks, flow.json, config.yaml, numbers, guide and a card.
 
@@ -39,7 +46,7 @@ def export(
     opened = runs.open_run(run)
     generate = with_guidance(opened.config.generate, guidance, guide)
     opened = replace(opened, config=replace(opened.config, generate=generate))
-    done = exporting.export(opened, out, dtype)
+    done = exporting.export(opened, out, dtype, autoencoder)
     say(
         f"{done.bytes / 1e6:.1f} MB; rounding to {dtype} moves generated latents by "
         f"{done.change:.1e} (RMS)"

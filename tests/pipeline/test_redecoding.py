@@ -1,0 +1,70 @@
+"""A run whose latents a better decoder decodes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from autoencoders import weights
+from pipeline import commit
+from pipeline.errors import UserError
+from pipeline.export import export
+from pipeline.redecoding import with_decoder
+from pipeline.runs import open_run, read_config, read_manifest
+from tests.pipeline.test_shipped import pixels
+from tests.pipeline.tiny import World, say
+
+
+@pytest.fixture
+def run(trained: World, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
+
+
+def changed(run: Path, out: Path, part: str) -> str:
+    """The weights of a run's autoencoder, one part of which is changed."""
+    model = weights.load(Path(str(open_run(run).autoencoder_weights())))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.startswith(part):
+                value.mul_(1.1)
+    tensors, metadata = weights.to_tensors(model, torch.float32)
+    commit.write_tensors(out, tensors, metadata)
+    return str(out)
+
+
+def test_an_exported_run_has_the_new_decoder(run: Path, tmp_path: Path) -> None:
+    other = changed(run, tmp_path / "better.safetensors", "decoder")
+    (run / "metrics.json").write_text('{"run": "of the old decoder"}')
+    out = export(open_run(run), tmp_path / "out", "float32", other).folder
+    assert not (out / "metrics.json").exists()
+    Path(other).unlink()  # it lies inside
+    assert (
+        open_run(out).autoencoder().fingerprint == read_manifest(out)["autoencoder"]["fingerprint"]
+    )
+    assert read_manifest(out)["exported"]["from"] != open_run(run).fingerprint
+    assert read_config(out).autoencoder.weights == str(out / "autoencoder.safetensors")
+    assert read_manifest(out)["standardisation"] == read_manifest(run)["standardisation"]
+    assert not torch.equal(pixels(out), pixels(run))
+
+
+def test_another_encoder_is_refused(run: Path, tmp_path: Path) -> None:
+    other = changed(run, tmp_path / "other.safetensors", "encoder")
+    with pytest.raises(UserError, match=r"gives other latents than .*decoder_only"):
+        with_decoder(open_run(run), other)
+
+
+def test_from_the_command_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = changed(run, tmp_path / "better.safetensors", "decoder")
+    words = ("export", "--run", run, "--autoencoder")
+    assert say(capsys, *words, other, "--out", tmp_path / "out")[0] == 0
+    assert "Not measured" in (tmp_path / "out" / "CARD.md").read_text()
+    code, _, error = say(capsys, *words, "mnist-kl-193", "--out", tmp_path / "none")
+    assert code == 2 and "error: --autoencoder: unknown autoencoder weights" in error
+    code, _, error = say(capsys, *words, "rgb32-kl", "--out", tmp_path / "none")
+    assert code == 2 and "takes images of shape (3, 32, 32)" in error
+    assert not (tmp_path / "none").exists()
