@@ -74,7 +74,14 @@ def export(
         raise UserError(f"{out} is there and not empty; choose another place with --out")
     guide = way_of(run, run.config.generate).guide
     if autoencoder is not None:
-        return _write(with_decoder(run, autoencoder), out, dtype, None, guide, picture=False)
+        run = with_decoder(run, autoencoder)
+        if guide is not None:  # inside, even if it is shipped: that one has the old decoder
+            guide = with_decoder(guide, autoencoder)
+            generate = dataclasses.replace(run.config.generate, guide=str(guide.folder))
+            run = dataclasses.replace(
+                run, config=dataclasses.replace(run.config, generate=generate)
+            )
+        return _write(run, out, dtype, None, guide, picture=False)
     return _write(run, out, dtype, _metrics(run), guide)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def test_an_exported_run_has_the_new_decoder(run: Path, tmp_path: Path) -> None:
     assert read_config(out).autoencoder.weights == str(out / "autoencoder.safetensors")
     assert read_manifest(out)["standardisation"] == read_manifest(run)["standardisation"]
     assert not torch.equal(pixels(out), pixels(run))
+
+
+def test_a_guide_gets_it_too(run: Path, trained: World, tmp_path: Path) -> None:
+    other = changed(run, tmp_path / "better.safetensors", "decoder")
+    led = open_run(run)  # by itself, which is no less a guide
+    generate = replace(led.config.generate, guide=str(trained.root / "run"), guidance=2.0)
+    led = replace(led, config=replace(led.config, generate=generate))
+    out = export(led, tmp_path / "out", "float32", other).folder
+    plain = export(open_run(run), tmp_path / "plain", "float32", other).folder
+    assert (out / "guide" / "flow.json").is_file()
+    assert (pixels(out).int() - pixels(plain).int()).abs().max() <= 1
 
 
 def test_another_encoder_is_refused(run: Path, tmp_path: Path) -> None:
