@@ -185,6 +185,8 @@ def _explain(error: OmegaConfBaseException, key: str, value: object, source: str
     first = str(error).splitlines()[0].rstrip(".")
     if "$" in first:
         first = f"value {value!r} has the wrong type"
+    if "is not a ListConfig" in first:
+        first = f"expected a list, such as [{value}], not {value!r}"
     return f"{source}: {key}: {first}"
 
 

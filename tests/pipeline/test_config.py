@@ -71,6 +71,7 @@ def test_overrides_are_applied_in_order(tmp_path: Path) -> None:
         ("train.lr", r"section\.key=value"),
         ("=3", r"section\.key=value"),
         ("architecture.ch_mult=[1,a]", r"architecture\.ch_mult"),
+        ("data.also=mnist", r"data\.also: expected a list, such as \[mnist\], not 'mnist'"),
     ],
 )
 def test_mistakes_of_overrides_are_named(override: str, named: str) -> None:
