@@ -74,14 +74,16 @@ def export(
         raise UserError(f"{out} is there and not empty; choose another place with --out")
     guide = way_of(run, run.config.generate).guide
     if autoencoder is not None:
-        run = with_decoder(run, autoencoder)
+        before, run = run, with_decoder(run, autoencoder)
+        same = run.fingerprint == before.fingerprint  # by another name
+        metrics = _metrics(before) if same else None
         if guide is not None:  # inside, even if it is shipped: that one has the old decoder
             guide = with_decoder(guide, autoencoder)
             generate = dataclasses.replace(run.config.generate, guide=str(guide.folder))
             run = dataclasses.replace(
                 run, config=dataclasses.replace(run.config, generate=generate)
             )
-        return _write(run, out, dtype, None, guide, picture=False)
+        return _write(run, out, dtype, metrics, guide, picture=same)
     return _write(run, out, dtype, _metrics(run), guide)
 
 

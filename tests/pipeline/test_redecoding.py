@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,16 @@ def test_an_exported_run_has_the_new_decoder(run: Path, tmp_path: Path) -> None:
     assert read_config(out).autoencoder.weights == str(out / "autoencoder.safetensors")
     assert read_manifest(out)["standardisation"] == read_manifest(run)["standardisation"]
     assert not torch.equal(pixels(out), pixels(run))
+
+
+def test_the_same_autoencoder_by_another_name_keeps_the_numbers(run: Path, tmp_path: Path) -> None:
+    own = open_run(run)
+    fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3}
+    metrics = json.dumps({"run": own.fingerprint, "nfe": 24, "fid": fid})
+    (run / "metrics.json").write_text(metrics)
+    moved = shutil.copy(str(own.autoencoder_weights()), tmp_path / "moved.safetensors")
+    out = export(own, tmp_path / "out", "float32", str(moved)).folder
+    assert json.loads((out / "metrics.json").read_text()) == json.loads(metrics)
 
 
 def test_a_guide_gets_it_too(run: Path, trained: World, tmp_path: Path) -> None:
