@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from accelerate import Accelerator
 
 from pipeline import imagenet32
+from pipeline.autoencoding import train
 from pipeline.config import DataConfig
+from pipeline.config_files import load_config
 from pipeline.datasets import load_images
 from pipeline.errors import UserError
 from pipeline.unpacked import in_any_order
@@ -37,6 +41,27 @@ def test_the_same_images_without_opening_files_again(tmp_path, monkeypatch):
     assert opened == []
     assert again.fingerprint == packed.fingerprint
     assert np.array_equal(unpacked.labels, labels)
+
+
+def test_a_training_opens_every_file_once(tmp_path, monkeypatch):
+    make(tmp_path / "files", "npz")
+    shape = ("image_shape=[3,32,32]", "patch=8", "ch=32", "ch_mult=[1]", "z_channels=2",
+             "embed_dim=2")  # fmt: skip
+    recipe = ("iterations=5", "batch_size=8", "warmup=1", "adversarial_weight=0")
+    settings = ["data.name=imagenet32", f"data.path={tmp_path / 'files'}",
+                "data.also=[imagenet32/test]"]  # fmt: skip
+    settings += [f"architecture.{word}" for word in shape]
+    settings += [f"autoencoder_training.{word}" for word in recipe]
+    opened, read = Counter(), imagenet32.read_batch
+
+    def counted(path):
+        opened[path.name] += 1
+        return read(path)
+
+    monkeypatch.setattr(imagenet32, "read_batch", counted)
+    config = load_config("smoke", settings)
+    train(config, tmp_path / "out", Accelerator(cpu=True), no_bar, False)
+    assert len(opened) == 11 and set(opened.values()) == {1}
 
 
 def test_a_set_that_is_quick_already_is_left_alone(tmp_path):
