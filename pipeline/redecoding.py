@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from autoencoders.adapt import Adaptation
 from autoencoders.base import Moments
-from autoencoders.registry import build
 from pipeline.errors import UserError
 from pipeline.runs import Run
 from pipeline.seeds import generator
@@ -37,13 +35,13 @@ def with_decoder(run: Run, weights: str) -> Run:
         UserError: the other one is not at hand, or gives other latents.
     """
     known = run.manifest["autoencoder"]
-    shape, adaptation = tuple(known["image_shape"]), Adaptation(**known["adaptation"])
     try:
-        other = build(known["name"], weights, shape, adaptation)
+        other = run.build_autoencoder(weights)
     except (ValueError, OSError) as error:
         raise UserError(f"--autoencoder: {error}") from error
     own = run.autoencoder()
-    images = 2 * torch.rand((_IMAGES, *shape), generator=generator("redecoding")) - 1
+    shape = (_IMAGES, *known["image_shape"])
+    images = 2 * torch.rand(shape, generator=generator("redecoding")) - 1
     if other.latent_shape != own.latent_shape or not _same(
         own.encode(images), other.encode(images)
     ):

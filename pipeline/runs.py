@@ -229,6 +229,16 @@ class Run:
         """Name or path of its autoencoder's weights; those of an exported run lie inside it."""
         return _at_hand(self.folder, self.manifest["autoencoder"]["weights"])
 
+    def build_autoencoder(self, weights: str | None) -> Autoencoder:
+        """One of the same kind and for the same images as its own, whatever the weights.
+
+        Raises:
+            ValueError: weights that do not fit; likewise OSError, for those that are not there.
+        """
+        known = self.manifest["autoencoder"]
+        shape, adaptation = tuple(known["image_shape"]), Adaptation(**known["adaptation"])
+        return build(known["name"], weights, shape, adaptation)
+
     def autoencoder(self) -> Autoencoder:
         """The autoencoder that the run's latents came from.
 
@@ -236,9 +246,8 @@ class Run:
             UserError: it is not at hand, or is another one by the same name.
         """
         wanted = self.manifest["autoencoder"]
-        shape, adaptation = tuple(wanted["image_shape"]), Adaptation(**wanted["adaptation"])
         try:
-            model = build(wanted["name"], self.autoencoder_weights(), shape, adaptation)
+            model = self.build_autoencoder(self.autoencoder_weights())
         except (ValueError, OSError) as error:
             raise UserError(
                 f"the autoencoder of the run at {self.folder} is not at hand: {error}"
