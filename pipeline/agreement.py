@@ -1,6 +1,6 @@
-"""What several processes have in common: the mean of a batch, and what one of them failed at.
+"""What several processes have in common: a batch's mean, a decision, what one failed at.
 
-What one meets, all raise: none waits for one that is gone.
+What one meets, all raise, and where one stops, all stop: none waits for one that is gone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
 from flows.errors import SolveError
@@ -49,6 +49,19 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     except (JkoflowError, SolveError) as error:
         failure = error
     raise_together(accelerator, failure)
+
+
+def first_says(accelerator: Accelerator, decision: bool) -> bool:
+    """What the first process decides, on all of them; all processes call it.
+
+    Args:
+        accelerator: the processes.
+        decision: of this one; clocks and disks differ, so others may decide otherwise.
+    """
+    if accelerator.num_processes == 1:
+        return decision
+    flag = torch.tensor([int(decision)], device=accelerator.device)
+    return bool(broadcast(flag).item())
 
 
 def average(

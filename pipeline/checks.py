@@ -50,6 +50,7 @@ def check(config: Config) -> None:
             "train.grad_clip": train.grad_clip,
             "train.warmup": train.warmup,
             "train.snapshot_every": train.snapshot_every,
+            "train.max_minutes": train.max_minutes,
         },
     )
     if schedule.later_iterations is not None:

@@ -20,6 +20,7 @@ from pipeline.seeds import generator
 
 if TYPE_CHECKING:
     from pipeline.config import GenerateConfig
+    from pipeline.image_set import ImageSet
     from pipeline.runs import Run
 
 
@@ -36,7 +37,8 @@ def check_labels(labels: Tensor | None, classes: int) -> None:
     if labels is None or int(labels.min()) < 0:
         raise UserError(
             f"velocity.classes = {classes} needs a class for every image, but the data set has no "
-            "labels; sort the images into one subfolder a class, or train with velocity.classes=0"
+            "labels (none that data.also joins has); sort the images into one subfolder a class, "
+            "or train with velocity.classes=0"
         )
     largest = int(labels.max())
     if largest >= classes:
@@ -132,8 +134,13 @@ def choice_of(run: Run, settings: GenerateConfig) -> Choice | None:
     return choice
 
 
+def names_of(run: Run) -> list[str]:
+    """The names of a run's classes: of the folders that it was trained on, else 0, 1, …."""
+    return run.manifest.get("class_names") or [str(number) for number in range(run.flow.classes)]
+
+
 def parse_classes(run: Run, words: Sequence[str] | None) -> list[int] | None:
-    """The values of `--class`, numbers or `all`, as classes of a run.
+    """The values of `--class`, names, numbers or `all`, as classes of a run.
 
     Raises:
         UserError: anything else.
@@ -141,31 +148,40 @@ def parse_classes(run: Run, words: Sequence[str] | None) -> list[int] | None:
     if not words:
         return None
     labels: list[int] = []
+    names = names_of(run)
     for word in words:
         if word == "all":
             labels += range(max(run.flow.classes, 1))  # a run without classes is refused later
+        elif word in names:
+            labels.append(names.index(word))
         elif word.isascii() and word.removeprefix("-").isdigit():
             labels.append(int(word))
         else:
-            raise UserError(f"--class takes the number of a class, or all, not {word!r}")
+            raise UserError(f"--class takes the name or number of a class, or all, not {word!r}")
     return labels
 
 
-def condition_of(labels: Any, classes: int, first: int, stop: int) -> Condition | None:  # noqa: ANN401
+def condition_of(run: Run, images: ImageSet, first: int, stop: int) -> Condition | None:
     """The condition of images first … stop − 1 of a set whose likelihood is measured.
 
+    A folder numbers the classes that it has, so those are matched by name.
+
     Args:
-        labels: of all images of the set (n,), an array; None if it has none.
-        classes: of the run; 0 gives None.
+        run: for one without classes there is no condition.
+        images: the set.
         first: image.
         stop: one past the last.
 
     Raises:
         UserError: an image has no label, or one that the run does not know.
     """
+    classes = run.flow.classes
     if not classes:
         return None
+    labels = images.labels
     some = None if labels is None else torch.as_tensor(labels[first:stop]).long()
+    if some is not None and images.class_names is not None:
+        some = _by_name(run, images.class_names)[some]
     if some is None or not 0 <= int(some.min()) <= int(some.max()) < classes:
         what = "no labels" if some is None else f"labels {int(some.min())} to {int(some.max())}"
         raise UserError(
@@ -174,3 +190,15 @@ def condition_of(labels: Any, classes: int, first: int, stop: int) -> Condition 
             "--set evaluate.nll=0)"
         )
     return Condition(some)
+
+
+def _by_name(run: Run, names: Sequence[str]) -> Tensor:
+    """The numbers (n,) under which a run knows classes; its own are 0, 1, … if it has no names."""
+    known = names_of(run)
+    strange = [name for name in names if name not in known]
+    if strange:
+        raise UserError(
+            f"the run at {run.folder} knows no class {strange[0]!r}; name the subfolders as those "
+            f"that it was trained on: {', '.join(known[:10])}{', …' if len(known) > 10 else ''}"
+        )
+    return torch.tensor([known.index(name) for name in names])

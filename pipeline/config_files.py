@@ -120,7 +120,14 @@ def _apply(merged: Any, overrides: Sequence[str]) -> Config:  # noqa: ANN401
         key, sign, _ = override.partition("=")
         if not sign or not key:
             raise UserError(f"--set takes section.key=value, not {override!r}")
-        merged = _merge(merged, OmegaConf.from_dotlist([override]), f"--set {override}")
+        try:
+            values = OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UserError(
+                f"--set {override}: its value is not readable YAML; close its brackets and "
+                "quotes, and quote the whole for the shell"
+            ) from error
+        merged = _merge(merged, values, f"--set {override}")
     return _to_dataclasses(merged)
 
 

@@ -16,11 +16,9 @@ from autoencoders.base import to_float
 from eval.gaussian import GaussianStats
 from eval.inception import EXTRACTOR
 from eval.references import load_reference
-from flows.condition import Condition
 from pipeline import commit, quality
 from pipeline.classes import condition_of
 from pipeline.config import DataConfig, EvaluateConfig, GenerateConfig
-from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import UserError
 from pipeline.features import SHARD, FeatureMaker, enough, extractor, fid_of
 from pipeline.generate import sample_images
@@ -120,7 +118,7 @@ class Evaluator(FeatureMaker):
 
     def _likelihood(self, run: Run, settings: EvaluateConfig) -> dict[str, Any]:
         """NLL of latents of the test split, given the class; adaptive, exact or many probes."""
-        images = _test_images(run.config.data)
+        images = quality.test_images(run.config.data)
         enough(images, settings.nll)
         autoencoder = run.autoencoder()
         drawn = generator(0, "nll")
@@ -132,7 +130,7 @@ class Evaluator(FeatureMaker):
         if moments.log_var is None and sigma > 0:
             z = z + sigma * torch.randn(z.shape, generator=drawn)
         device = next(run.flow.parameters()).device
-        of = _classes(run, images, settings.nll)
+        of = condition_of(run, images, 0, settings.nll)
         kind = "exact" if run.flow.dim <= EXACT_UP_TO else "hutchinson"
         result = run.flow.log_prob(
             z.clone().to(device),
@@ -188,20 +186,12 @@ def _check(run: Run, settings: EvaluateConfig) -> None:
                 f"not --kid {settings.kid} of {settings.n} generated ones"
             )
         enough(quality.held_out(data, settings.kid), settings.kid)
+    if settings.nll < 0:
+        raise UserError(f"evaluate.nll must be at least 0, not {settings.nll}; 0 leaves it out")
     if settings.nll:
-        test = _test_images(data)
+        test = quality.test_images(data)
         enough(test, settings.nll)
-        _classes(run, test, settings.nll)
-
-
-def _classes(run: Run, images: ImageSet, n: int) -> Condition | None:
-    """The classes of the first n images of a set, for a class-conditional run."""
-    classes = run.flow.classes
-    return condition_of(images.labels if classes else None, classes, 0, n)
-
-
-def _test_images(data: DataConfig) -> ImageSet:
-    return load_images(data.of_split(data.test_split))
+        condition_of(run, test, 0, settings.nll)
 
 
 def inputs_of(run: Run, settings: EvaluateConfig, sampling: GenerateConfig) -> str:

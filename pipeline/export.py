@@ -65,14 +65,15 @@ def export(
             numbers and pictures of the old one stay behind.
 
     Raises:
-        UserError: unknown type, a folder with files, a metrics.json of other blocks, or a guide
-            or an autoencoder that does not fit.
+        UserError: unknown type, a folder with files, a metrics.json of other blocks, a guide or
+            an autoencoder that does not fit, or an autoencoder that is not at hand.
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there and not empty; choose another place with --out")
     guide = way_of(run, run.config.generate).guide
+    _usable(run, guide)
     if autoencoder is not None:
         before, run = run, with_decoder(run, autoencoder)
         same = run.fingerprint == before.fingerprint  # by another name
@@ -85,6 +86,19 @@ def export(
             )
         return _write(run, out, dtype, metrics, guide, picture=same)
     return _write(run, out, dtype, _metrics(run), guide)
+
+
+def _usable(run: Run, guide: Run | None) -> None:
+    """Refuse what no export could be used of, before anything is written."""
+    run.autoencoder()
+    if guide is None:
+        return
+    guide.autoencoder()
+    if len(guide.manifest["blocks"]) != len(guide.flow):
+        raise UserError(
+            f"the guide at {guide.folder} has {len(guide.manifest['blocks'])} blocks and the run "
+            f"{len(run.flow)}; an exported run needs a guide of as many as its own"
+        )
 
 
 def _write(

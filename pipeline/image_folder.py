@@ -49,7 +49,7 @@ def load_folder(
     names = _list_images(folder)
     if not names:
         raise UserError(f"no images in {folder}; expected files ending in {' '.join(ENDINGS)}")
-    classes = _classes(names)
+    classes = _class_names(names)
     count, extra = limited(len(names), limit)
     names = names[:count]
     facts = file_facts(folder, names)
@@ -62,17 +62,28 @@ def load_folder(
         fingerprint=fingerprint({"name": "folder", "files": files, **preprocessing, **extra}),
         count=count,
         pixels=FolderPixels(folder, tuple(names), classes, size, mode),
+        class_names=classes,
     )
+
+
+def splits_of(folder: Path) -> dict[str, Path]:
+    """The subfolders that split a folder, by name: train, test and val; none where it is whole."""
+    return {name: folder / name for name in ("train", "test", "val") if (folder / name).is_dir()}
 
 
 def _split_folder(folder: Path, split: str) -> Path:
     """The folder of a split: a subfolder of its name, or all of a folder without splits."""
-    splits = {name: folder / name for name in ("train", "test", "val") if (folder / name).is_dir()}
+    splits = splits_of(folder)
     for name in ("train",) if split == "train" else ("test", "val"):
         if name in splits:
             return splits[name]
     if not splits and split == "train":
         return folder
+    if not splits:
+        raise UserError(
+            f"{folder} has no split {split!r}; move the images that are held out into "
+            f"{folder / split}, and the others into {folder / 'train'}"
+        )
     raise UserError(f"{folder} has no split {split!r}; put its images into {folder / split}")
 
 
@@ -94,13 +105,15 @@ def _list_images(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _classes(names: list[str]) -> np.ndarray | None:
-    """The number of each image's top subfolder among the sorted ones; None without any."""
+def _class_names(names: list[str]) -> tuple[str, ...] | None:
+    """The top subfolders, sorted; None if an image lies in none."""
     if not all("/" in name for name in names):
         return None
-    tops = [name.split("/", 1)[0] for name in names]
-    numbers = {top: number for number, top in enumerate(sorted(set(tops)))}
-    return np.array([numbers[top] for top in tops], np.int64)
+    return tuple(sorted({_top(name) for name in names}))
+
+
+def _top(name: str) -> str:
+    return name.split("/", 1)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +122,7 @@ class FolderPixels:
 
     folder: Path
     names: tuple[str, ...]
-    classes: np.ndarray | None
+    classes: tuple[str, ...] | None
     size: int
     mode: str
     any_order: ClassVar[bool] = True
@@ -121,8 +134,11 @@ class FolderPixels:
             return np.stack(list(pool.map(self._read_one, paths)))
 
     def labels(self) -> np.ndarray | None:
-        """See `pipeline.image_set.Pixels.labels`."""
-        return self.classes
+        """See `pipeline.image_set.Pixels.labels`: the number of each image's class by name."""
+        if self.classes is None:
+            return None
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        return np.array([numbers[_top(name)] for name in self.names], np.int64)
 
     def _read_one(self, path: Path) -> np.ndarray:
         try:

@@ -45,6 +45,8 @@ class ImageSet:
             two sets with the same fingerprint hold the same images in the same order.
         count: number of images.
         pixels: where they come from.
+        class_names: of a folder's classes, in the order of their numbers, which are this split's
+            own; None where classes have numbers only, the same in all splits, or there are none.
     """
 
     name: str
@@ -53,6 +55,7 @@ class ImageSet:
     fingerprint: str
     count: int
     pixels: Pixels
+    class_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return self.count

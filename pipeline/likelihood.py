@@ -93,7 +93,7 @@ def rank(
     for start in progress(starts, len(starts), f"likelihood of {settings.n} images"):
         stop = min(start + _CHUNK, settings.n)
         z = latents_of(run, images, start, stop, accelerator).to(accelerator.device)
-        of = condition_of(images.labels if flow.classes else None, flow.classes, start, stop)
+        of = condition_of(run, images, start, stop)
         parts.append(flow.log_prob(z, divergence, 1, _SOLVER, drawn, _CHUNK, of))
     result = _collect(parts, images, settings)
     if accelerator.is_main_process:
@@ -163,7 +163,8 @@ def _collect(
             "inversion_error": float(inversion[index]),
         }
         if images.labels is not None:
-            row["label"] = int(images.labels[index])
+            label = int(images.labels[index])
+            row["label"] = label if images.class_names is None else images.class_names[label]
         if spread is not None:
             row["standard_error"] = float(spread[index])
         rows.append(row)

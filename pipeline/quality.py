@@ -19,6 +19,7 @@ from pipeline import assets, commit
 from pipeline.config import DataConfig
 from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import JkoflowError, UserError
+from pipeline.image_folder import splits_of
 from pipeline.seeds import generator
 from pipeline.store import MANIFEST, StoreReader, open_store
 
@@ -28,9 +29,16 @@ MOST = 10_000
 LEAST = 4
 
 
+def test_images(data: DataConfig) -> ImageSet:
+    """The test split, or the training split of a folder that is not split."""
+    if data.name == "folder" and data.path and not splits_of(Path(data.path)):
+        return load_images(data)
+    return load_images(data.of_split(data.test_split))
+
+
 def held_out(data: DataConfig, n: int) -> ImageSet:
     """The test split, or the training split where that has fewer than n images."""
-    test = load_images(data.of_split(data.test_split))
+    test = test_images(data)
     return test if len(test) >= n else load_images(data)
 
 

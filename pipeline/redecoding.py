@@ -7,11 +7,13 @@ flows trained on them need no training of their own to profit.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from autoencoders.base import Moments
+from autoencoders.weights import shipped
 from pipeline.errors import UserError
 from pipeline.runs import Run
 from pipeline.seeds import generator
@@ -35,6 +37,8 @@ def with_decoder(run: Run, weights: str) -> Run:
         UserError: the other one is not at hand, or gives other latents.
     """
     known = run.manifest["autoencoder"]
+    if weights not in shipped() and Path(weights).exists():
+        weights = str(Path(weights).resolve())  # a bare name could be that of a file in the run
     try:
         other = run.build_autoencoder(weights)
     except (ValueError, OSError) as error:

@@ -83,13 +83,12 @@ _HEAD = ("block", "step", "movement (W2)", "Ter(k)", *(f"{name}, nats" for name 
 
 
 def _block(index: int, row: Row) -> list[str]:
-    step, terms = step_of(row), row.get("terms", {})
+    step, terms = step_of(row), row.get("terms") or {}
     symbol = "γ" if row.get("objective") == "lfm" else "h"
     return [
         str(index),
         "free" if step is None else f"{symbol} = {step:.4g}",
-        f"{row['movement']:.4f}",
-        f"{row['ter']:.4f}",
+        *("" if row[key] is None else f"{row[key]:.4f}" for key in ("movement", "ter")),
         *(f"{terms[name]:.4f}" if name in terms else "" for name in _TERMS),
         str(row["iterations"]),
         f"{row['parameters']:,}",

@@ -54,8 +54,9 @@ def block_file(index: int, number: int = 0) -> str:
 
 
 def start_run(folder: Path, config: Config) -> None:
-    """Write what identifies a run, before anything is trained."""
-    commit.write_bytes(folder / "config.yaml", resolved_yaml(config).encode())
+    """Write what identifies a run, before anything is trained; not how long one call may take."""
+    kept = dataclasses.replace(config, train=dataclasses.replace(config.train, max_minutes=0.0))
+    commit.write_bytes(folder / "config.yaml", resolved_yaml(kept).encode())
     write_environment(folder)
 
 

@@ -39,8 +39,9 @@ def generate(
         list[str] | None,
         typer.Option(
             "--class",
-            help="Of a class-conditional run: images of this class only; several, or all: one "
-            "row of the grid each. Default: as often as in the training data.",
+            help="Of a class-conditional run: images of this class only, a number or a "
+            "subfolder's name; several, or all: one row of the grid each. Default: as often as in "
+            "the training data.",
         ),
     ] = None,
     guidance: GuidanceOption = None,

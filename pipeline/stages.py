@@ -123,7 +123,9 @@ class LatentSource:
         """Standardisation, autoencoder and data."""
         images, autoencoder = load_parts(self.config)
         wanted = self.config.autoencoder
+        named = self.config.velocity.classes and images.class_names
         return {
+            **({"class_names": list(named)} if named else {}),
             "standardisation": self.cache.standardisation.to_dict(),
             "latents": {
                 "key": self.cache.key,

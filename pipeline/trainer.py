@@ -19,7 +19,7 @@ from flows.schedule import stopping_ratio
 from flows.spec import BlockSpec, build_block
 from flows.velocity_base import with_classes_anew
 from pipeline import commit
-from pipeline.agreement import together
+from pipeline.agreement import first_says, together
 from pipeline.blocks import BlockTrainer, measure
 from pipeline.classes import counts_of
 from pipeline.config import Config
@@ -239,7 +239,9 @@ class Trainer:
                 journal.flush(index, trainer.done, before + trainer.done, seconds=seconds)
             if recipe.snapshot_every and trainer.done % recipe.snapshot_every == 0:
                 keep(self.folder, trainer, self.number)
-            out_of_time = recipe.max_minutes > 0 and time.monotonic() > self.deadline
+            out_of_time = recipe.max_minutes > 0 and first_says(
+                self.accelerator, time.monotonic() > self.deadline
+            )
             if out_of_time or time.monotonic() - saved > recipe.checkpoint_seconds:
                 self._checkpoint(trainer, path)
                 saved = time.monotonic()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,7 @@ from pipeline.errors import UserError
 from pipeline.features import SHARD, FeatureMaker
 from pipeline.generate import sample_images
 from pipeline.seeds import generator
+from pipeline.training import train
 from tests.autoencoders.models import blobs, config
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
 
@@ -146,12 +148,24 @@ def images(accelerator: Accelerator, folder: Path) -> Any:
     return None
 
 
+def clock(accelerator: Accelerator, folder: Path, ahead: int) -> Any:
+    """How a training ends whose time is up by the clock of one process alone."""
+    now = iter([0.0]) if accelerator.process_index == ahead else repeat(0.0)
+    clocks = SimpleNamespace(monotonic=lambda: next(now, 1e6))
+    config = tiny("train.max_minutes=1", "train.iterations=6")
+    with mock.patch("pipeline.trainer.time", clocks):
+        done = train(config, folder / "run", accelerator, quiet, False, GaussianSource(count=64))
+    return [done.trained, done.complete]
+
+
 JOBS: dict[str, Callable[[Accelerator, Path], Any]] = {
     "codebook": codebook,
     "autoencoder": autoencoder,
     "stage": stage,
     "features": features,
     "images": images,
+    "first clock": partial(clock, ahead=0),
+    "second clock": partial(clock, ahead=1),
     "unsolvable": partial(block, objective="jko", size=float("1e38")),
     "infinite": partial(block, objective="lfm", size=1e30),
     "ordinary": partial(block, objective="lfm", size=1.0),

@@ -31,6 +31,8 @@ from tests.pipeline.tiny import World, random_autoencoder, say
         ("train.divergence=guess", "unknown divergence 'guess'; choose exact, hutchinson"),
         ("train.lr=nan", "train.lr must be positive, not nan"),
         ("train.lr_final=-1", "train.lr_final must lie in [0, 1], not -1"),
+        ("train.max_minutes=-1", "train.max_minutes must be at least 0, not -1"),
+        ("data.also=[mnist/test", "data.also=[mnist/test: its value is not readable YAML; close"),
         ("train.warmup=-1", "train.warmup must be at least 0, not -1"),
         ("velocity.nets=2", "solver.steps must be a multiple of velocity.nets = 2"),
     ],

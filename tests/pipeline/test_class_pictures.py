@@ -19,8 +19,9 @@ from autoencoders.base import to_uint8
 from eval.inception import EXTRACTOR
 from flows.condition import Condition
 from flows.guide import guided
-from pipeline import assets
-from pipeline.classes import Choice
+from pipeline import assets, quality
+from pipeline.classes import Choice, condition_of, parse_classes
+from pipeline.config import DataConfig
 from pipeline.datasets import load_images
 from pipeline.evaluate import inputs_of
 from pipeline.generate import sample_images
@@ -64,6 +65,7 @@ def folder(pictured: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_labels_come_from_the_folders(folder: Path) -> None:
     assert read_manifest(folder)["classes"] == {"counts": [10, 30]}
+    assert read_manifest(folder)["class_names"] == ["a", "b"]
     labels = stage(folder, 0).field("labels")  # two draws of each
     assert labels.tolist() == 2 * ([0] * 10 + [1] * 30)
 
@@ -162,6 +164,47 @@ def test_evaluate_likelihood_export(
     assert "2 classes (left out with 0.1)" in (tmp_path / "out" / "CARD.md").read_text()
 
 
+def test_classes_of_another_folder_are_matched_by_name(
+    folder: Path, pictured: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It numbers those that it has; the second class alone would be its first."""
+    test = pictured.root / "pictures" / "test"
+    shutil.copytree(test / "b", tmp_path / "some" / "b")
+    words = ("likelihood", "-r", folder, "--folder", tmp_path / "some", "-n", "14")
+    assert say(capsys, *words)[0] == 0
+    found = json.loads((folder / "likelihood.json").read_text())["ranking"]
+    assert {row["label"] for row in found} == {"b"}
+    run = open_run(folder)
+    some = load_images(DataConfig("folder", path=str(tmp_path / "some"), size=12, mode="L"))
+    assert some.labels is not None and set(some.labels.tolist()) == {0}
+    z = latents_of(run, some, 0, 14, Accelerator(cpu=True))
+    by_hand = run.flow.log_prob(z, condition=Condition(torch.ones(14).long())).value
+    ranked = {row["index"]: row["log_prob"] for row in found}
+    assert [ranked[k] for k in range(14)] == pytest.approx(by_hand.tolist(), abs=1e-2)
+    # so are those of its own test split, of which one may be missing
+    config = run.config
+    split = tmp_path / "split"
+    shutil.copytree(pictured.root / "pictures" / "train", split / "train")
+    shutil.copytree(test / "b", split / "test" / "b")
+    data = dataclasses.replace(config.data, path=str(split))
+    moved = dataclasses.replace(run, config=dataclasses.replace(config, data=data))
+    condition = condition_of(moved, quality.test_images(data), 0, 14)
+    assert condition is not None and condition.labels.tolist() == [1] * 14
+    # a name that the run does not know is told
+    (tmp_path / "some" / "b").rename(tmp_path / "some" / "c")
+    code, _, error = say(capsys, *words)
+    assert code == 2 and "knows no class 'c'; name the subfolders as" in error and "a, b" in error
+
+
+def test_a_class_has_the_name_of_its_folder(folder: Path) -> None:
+    run = open_run(folder)
+    assert parse_classes(run, ["b", "a", "1"]) == [1, 0, 1]
+    # numbers that are names are names
+    digits = dataclasses.replace(run, manifest={**run.manifest, "class_names": ["1", "0"]})
+    assert parse_classes(digits, ["1", "0", "all"]) == [0, 1, 0, 1]
+
+
 def test_a_budget_knows_that_guidance_costs_twice(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,7 +264,7 @@ def test_a_study_keeps_guidance_apart(
     [
         (("--class", "2"), "--class must lie between 0 and 1 for the run at"),
         (("--class", "-1"), "--class must lie between 0 and 1 for the run at"),
-        (("--class", "seven"), "--class takes the number of a class, or all, not 'seven'"),
+        (("--class", "seven"), "--class takes the name or number of a class, or all, not 'seven'"),
         (("--guidance", "-1"), "not negative, found -1.0"),
         (("--guidance", "nan"), "found nan"),
     ],
@@ -261,7 +304,7 @@ def test_pictures_without_classes(
 ) -> None:
     config = trained.config("labelled", velocity={"classes": 2})
     code, _, error = say(capsys, "train", "-c", config, "-r", tmp_path / "run")
-    assert code == 2 and "the data set has no labels; sort the images into one subfolder" in error
+    assert code == 2 and "the data set has no labels" in error and "sort the images" in error
 
 
 def test_a_run_without_classes_is_described_as_before(trained: World) -> None:

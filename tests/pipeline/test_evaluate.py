@@ -265,6 +265,7 @@ def test_features_are_made_once(
         (["-n", "3", "--kid", "20"], "not --kid 20 of 3 generated"),
         (["-n", "4", "--kid", "50"], "50 images were asked for, but folder (train) has 40"),
         (["-n", "4", "--set", "evaluate.nll=25"], "25 images were asked for, but folder (test)"),
+        (["-n", "4", "--set", "evaluate.nll=-1"], "evaluate.nll must be at least 0, not -1"),
         (["-n", "4", "--reference", "nowhere"], "nowhere"),
         (["-n", "4", "--set", "train.lr=1"], "no effect here"),
         (["-n", "4", "--nfe-study", "12", "--steps", "2"], "leave --steps and --nfe out"),

@@ -17,7 +17,9 @@ from autoencoders.base import to_uint8
 from flows.guide import guided
 from pipeline.config import GenerateConfig
 from pipeline.distill import Distillation, student_config
+from pipeline.errors import UserError
 from pipeline.evaluate import inputs_of
+from pipeline.export import export
 from pipeline.generate import sample_images
 from pipeline.guidance import way_of, with_guidance
 from pipeline.runs import Run, open_run, read_config, read_manifest
@@ -152,6 +154,17 @@ def test_an_export_has_its_guide_inside(
     # a distilled run follows its teacher's plain field
     student = student_config(after, Distillation())
     assert student.generate.guide is None and student.generate.guidance is None
+
+
+def test_a_guide_of_more_blocks_is_not_exported(
+    run: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = open_run(run, blocks=2)
+    settings = with_guidance(few.config.generate, 2.0, str(guide))
+    few = dataclasses.replace(few, config=dataclasses.replace(few.config, generate=settings))
+    with pytest.raises(UserError, match="has 3 blocks and the run 2; an exported run needs"):
+        export(few, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_fewer_blocks_are_guided_by_as_many(run: Path, guide: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import file_index
+from pipeline import file_index, quality
 from pipeline.config import DataConfig
 from pipeline.datasets import load_images
 from pipeline.errors import UserError
@@ -56,6 +56,7 @@ def test_subfolders_are_classes(tmp_path):
     save(tmp_path, ["dog/1.png", "cat/b/2.png", "cat/a/1.png", "emu/1.png"])
     images = load_images(config(tmp_path))
     assert images.labels.tolist() == [0, 0, 1, 2] and images.labels.dtype == np.int64
+    assert images.class_names == ("cat", "dog", "emu")
     assert load_images(config(tmp_path, limit=2)).labels.tolist() == [0, 0]
     save(tmp_path, ["stray.png"])
     assert load_images(config(tmp_path)).labels is None
@@ -69,8 +70,20 @@ def test_splits_are_subfolders_or_there_is_only_train(tmp_path):
     save(tmp_path / "val", ["train/1.png", "val/2.png", "val/3.png"])
     assert len(load_images(config(tmp_path / "val", split="test"))) == 2
     save(tmp_path / "plain", ["1.png"])
-    with pytest.raises(UserError, match=r"plain has no split 'test'; put its images into .*test"):
-        load_images(config(tmp_path / "plain", split="test"))
+    plain = config(tmp_path / "plain")
+    with pytest.raises(UserError, match=r"no split 'test'; move .* held out into .*test, and the"):
+        load_images(plain.of_split("test"))
+    # an evaluation then measures on what there is, and says so
+    whole = load_images(plain)
+    for images in (quality.test_images(plain), quality.held_out(plain, 1)):
+        assert (images.fingerprint, images.split) == (whole.fingerprint, "train")
+    with pytest.raises(UserError, match=r"no split 'train'; put its images into .*train"):
+        save(tmp_path / "half", ["test/1.png"])
+        load_images(config(tmp_path / "half"))
+    # done as told, what was trained before still fits
+    (tmp_path / "plain" / "train").mkdir()
+    (tmp_path / "plain" / "1.png").rename(tmp_path / "plain" / "train" / "1.png")
+    assert load_images(plain).fingerprint == whole.fingerprint
 
 
 def test_resizing_is_antialiased(tmp_path):

@@ -101,6 +101,8 @@ def test_an_unfinished_block_can_be_trained_with_other_settings(tmp_path: Path) 
     folder = tmp_path / "run"
     run(folder, "schedule.max_blocks=1", "schedule.free_block=false")
     stop = ("schedule.max_blocks=1", "schedule.free_block=false", "train.max_minutes=1e-9")
+    assert run(tmp_path / "other", *stop).complete is False
+    assert read_config(tmp_path / "other").train.max_minutes == 0  # of that call, not of the run
     assert run(folder, *stop, add_blocks=1).complete is False
     slower = ("schedule.max_blocks=1", "schedule.free_block=false", "train.lr=0.01")
     with pytest.raises(UserError, match=r"started with train.lr=0.03 \(now 0.01\)"):

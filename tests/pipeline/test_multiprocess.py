@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,14 @@ def test_what_one_process_fails_at_all_raise(
     assert seen[0] == seen[1]
     assert seen[0] is not None and seen[0][0] == kind
     assert all(word in seen[0][1] for word in words), seen
+
+
+@pytest.mark.parametrize(
+    ("job", "outcome"), [("first clock", [0, False]), ("second clock", [3, True])]
+)
+def test_all_stop_by_the_clock_of_the_first(tmp_path: Path, job: str, outcome: list[Any]) -> None:
+    """None is left in a step that another does not take."""
+    assert run_job(job, tmp_path) == [outcome, outcome]
 
 
 def test_an_ordinary_step_raises_nowhere(tmp_path: Path) -> None:

@@ -79,6 +79,18 @@ def test_another_encoder_is_refused(run: Path, tmp_path: Path) -> None:
         with_decoder(open_run(run), other)
 
 
+def test_a_bare_name_is_that_of_a_file_here(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the one by the same name in a run that was exported with its own."""
+    first = export(open_run(run), tmp_path / "first", "float32").folder
+    monkeypatch.chdir(tmp_path)
+    changed(run, Path("autoencoder.safetensors"), "decoder")
+    out = export(open_run(first), tmp_path / "out", "float32", "autoencoder.safetensors").folder
+    assert open_run(out).autoencoder().fingerprint != open_run(run).autoencoder().fingerprint
+    assert not torch.equal(pixels(out), pixels(run))
+
+
 def test_from_the_command_line(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import cli, shipped
+from pipeline import cli, commit, shipped
 from pipeline.errors import UserError
 from pipeline.export import export
 from pipeline.generate import sample_images
 from pipeline.runs import open_run, read_config, read_manifest
 from tests.pipeline.gaussian_source import quiet
 from tests.pipeline.test_generate import Rank
-from tests.pipeline.tiny import World, say
+from tests.pipeline.tiny import World, say, write_autoencoder
 
 
 @pytest.fixture
@@ -130,6 +130,14 @@ def test_what_cannot_be_exported(
     ):
         code, _, error = say(capsys, "export", "--run", run, *words)
         assert code == 2 and error.startswith("error: ") and named in error
+    # what it could not be used without is missed before anything is written
+    manifest, own = read_manifest(run), tmp_path / "own.safetensors"
+    manifest["autoencoder"]["weights"] = str(own)
+    commit.write_json(run / "flow.json", manifest)
+    for named in ("is not at hand", "was trained with another autoencoder"):
+        code, _, error = say(capsys, "export", "--run", run, "--out", tmp_path / "out")
+        assert code == 2 and error.startswith("error: ") and named in error
+        write_autoencoder(own, seed=7)
     assert not (tmp_path / "out").exists()
 
 

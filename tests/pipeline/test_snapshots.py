@@ -116,6 +116,7 @@ def test_a_run_is_guided_by_what_it_was(
     words = ("export", "-r", folder, "--guide", f"{folder}@20", "--guidance", "2", "--out")
     assert say(capsys, *words, tmp_path / "out")[0] == 0
     assert "| guide | tiny@20, " in (tmp_path / "out" / "CARD.md").read_text()
+    assert say(capsys, "report", "-r", tmp_path / "out" / "guide")[0] == 0
     shutil.rmtree(folder)
     out = open_run(tmp_path / "out")
     again = sample_images(out, out.config.generate, place, quiet).field("images")
