@@ -17,6 +17,7 @@ from flows.block import Block, SolverConfig
 from flows.condition import Condition
 from flows.errors import SolveError
 from flows.spec import BlockSpec, build_block
+from pipeline import commit
 from pipeline.blocks import BlockTrainer, measure
 from pipeline.config import Config
 from pipeline.config_files import to_dict
@@ -28,7 +29,7 @@ from pipeline.plans import INDIFFERENT
 from pipeline.runs import Run
 from pipeline.seeds import Batches, generator
 from pipeline.stages import Source, carry, ensure_stage, stage_file
-from pipeline.store import StoreReader, StoreWriter
+from pipeline.store import MANIFEST, StoreReader, StoreWriter
 from pipeline.trainer import Trainer
 
 _MEASURED = 4096
@@ -83,7 +84,11 @@ class Distiller(Trainer):
         count = len(self.rows)
         self.groups = [range(k, min(k + pairs, count)) for k in range(0, count, pairs)]
         about = _about(teacher, config.name, self.groups)
-        if manifest is not None and self.about["teacher"]["key"] != about["teacher"]["key"]:
+        if manifest is None:
+            same = all(self._carried(index) for index in range(len(self.groups)))
+        else:
+            same = self.about["teacher"]["key"] == about["teacher"]["key"]
+        if not same:
             raise UserError(
                 f"the run at {folder} is distilled from other blocks, or in other groups; "
                 "continue it with those, or distill elsewhere with --out"
@@ -126,6 +131,21 @@ class Distiller(Trainer):
             before = after
         return True
 
+    def _carried(self, index: int) -> bool:
+        """Whether what lies in the place of a group's stage, if anything, is of that group.
+
+        A run that was stopped in its first block has nothing else to tell its groups by.
+        """
+        path = self.folder / stage_file(index + 1) / MANIFEST
+        if not path.is_file():
+            return True
+        identity = commit.read_json(path, "manifest").get("identity", {})
+        return bool(identity.get("teacher") == self._blocks(index))
+
+    def _blocks(self, index: int) -> list[str]:
+        """The teacher's blocks of a group."""
+        return [self.rows[k]["sha256"] for k in self.groups[index]]
+
     def _carry(self, before: StoreReader, index: int) -> StoreReader:
         """The stage after a group of the teacher's blocks, by the solver that pushes there."""
         group, push = self.groups[index], self.teacher.config.push
@@ -133,7 +153,7 @@ class Distiller(Trainer):
             "kind": "stage",
             "stage": index + 1,
             "before": before.manifest["key"],
-            "teacher": [self.rows[k]["sha256"] for k in group],
+            "teacher": self._blocks(index),
             "push": dataclasses.asdict(push),
             "shape": list(self.source.shape),
         }

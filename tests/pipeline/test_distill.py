@@ -164,6 +164,11 @@ def test_mistakes_are_told(gaussian: Run, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             merge(gaussian, tmp_path / "none", setting)
     assert not (tmp_path / "none").exists()
+    stopped = ("train.max_minutes=1e-9", *OFTEN)
+    assert not merge(gaussian, tmp_path / "early", *stopped).complete  # in its first block
+    with pytest.raises(UserError, match="from other blocks, or in other groups"):
+        merge(gaussian, tmp_path / "early", *OFTEN, pairs=1, resume=True)
+    assert merge(gaussian, tmp_path / "early", *OFTEN, resume=True).complete
     merge(gaussian, tmp_path / "run", *OFTEN)
     with pytest.raises(UserError, match="there is a run at"):
         merge(gaussian, tmp_path / "run", *OFTEN)
