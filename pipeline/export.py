@@ -130,6 +130,9 @@ def _write(
             run.config.autoencoder, weights=manifest["autoencoder"]["weights"]
         ),
         generate=generate,
+        evaluate=dataclasses.replace(
+            run.config.evaluate, reference=_named(run.config.evaluate.reference)
+        ),
     )
     commit.write_bytes(out / "config.yaml", resolved_yaml(config).encode())
     if metrics is not None:
@@ -157,7 +160,15 @@ def _metrics(run: Run) -> dict[str, Any] | None:
             f"{path} was measured on other blocks than the run has now; evaluate it again, or "
             "delete the file"
         )
+    for key in ("fid", "rfid"):
+        if "reference" in metrics.get(key, {}):
+            metrics[key]["reference"] = _named(metrics[key]["reference"])
     return metrics
+
+
+def _named(reference: str) -> str:
+    """A reference by its name, not by its place on this machine."""
+    return Path(reference).name if Path(reference).is_absolute() else reference
 
 
 def _guide(guide: Run, name: str, out: Path, dtype: str) -> str:

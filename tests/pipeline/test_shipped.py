@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from pipeline import cli, commit, shipped
+from pipeline.config_files import resolved_yaml
 from pipeline.errors import UserError
 from pipeline.export import export
 from pipeline.generate import sample_images
@@ -102,6 +103,18 @@ def test_the_card_has_the_numbers(run: Path, tmp_path: Path) -> None:
     assert json.loads((out / "metrics.json").read_text()) == metrics
     again = export(open_run(out), tmp_path / "measured again").folder
     assert json.loads((again / "metrics.json").read_text()) == metrics
+    # a file of statistics is known by its name, on any machine
+    reference = str(tmp_path / "own.safetensors")
+    settings = read_config(run)
+    settings = replace(settings, evaluate=replace(settings.evaluate, reference=reference))
+    (run / "config.yaml").write_text(resolved_yaml(settings))
+    told = {"fid": metrics["fid"] | {"reference": reference}}
+    (run / "metrics.json").write_text(json.dumps(metrics | told))
+    out = export(open_run(run), tmp_path / "placed").folder
+    assert read_config(out).evaluate.reference == "own.safetensors"
+    for file in ("config.yaml", "metrics.json", "CARD.md"):
+        text = (out / file).read_text()
+        assert "own.safetensors" in text and str(tmp_path) not in text
     (run / "metrics.json").write_text(json.dumps(metrics | {"run": "another"}))
     with pytest.raises(UserError, match="measured on other blocks"):
         export(open_run(run), tmp_path / "stale")
