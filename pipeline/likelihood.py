@@ -27,6 +27,7 @@ from pipeline.config import DataConfig
 from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import UserError
 from pipeline.latents import Progress
+from pipeline.quality import test_images
 from pipeline.runs import Run
 from pipeline.seeds import generator
 
@@ -41,7 +42,8 @@ class LikelihoodSettings:
 
     Attributes:
         n: first so many images.
-        split: of the run's data set; None takes its data.test_split.
+        split: of the run's data set; None takes its data.test_split, or all of a folder that is
+            not split.
         folder: a folder of images instead of a split; they are resized and cropped to fit.
         divergence: exact, hutchinson or finite-difference.
         probes: of a random estimator; from 2 on there is a standard error.
@@ -81,7 +83,7 @@ def rank(
             f"-n and --columns must be at least 1, not {settings.n} and {settings.columns}"
         )
     divergence = make_divergence(settings.divergence, probes=settings.probes)
-    images = load_images(_data(run, settings))
+    images = _images(run.config.data, settings, run.manifest["autoencoder"]["image_shape"])
     if settings.n > len(images):
         raise UserError(
             f"{settings.n} images were asked for, but {images.name} ({images.split}) has "
@@ -134,15 +136,18 @@ def headline(result: dict[str, Any]) -> str:
     )
 
 
-def _data(run: Run, settings: LikelihoodSettings) -> DataConfig:
-    data = run.config.data
-    if settings.folder is None:
-        return data.of_split(settings.split or data.test_split)
-    if settings.split is not None:
+def _images(data: DataConfig, settings: LikelihoodSettings, shape: list[int]) -> ImageSet:
+    if settings.split is not None and settings.folder is not None:
         raise UserError("give either --split or --folder, not both")
-    channels, height, _ = run.manifest["autoencoder"]["image_shape"]
+    if settings.split is not None:
+        return load_images(data.of_split(settings.split))
+    if settings.folder is None:
+        return test_images(data)
+    channels, height, _ = shape
     mode = "L" if channels == 1 else "RGB"
-    return DataConfig(name="folder", path=str(settings.folder), size=height, mode=mode)
+    return load_images(
+        DataConfig(name="folder", path=str(settings.folder), size=height, mode=mode)
+    )
 
 
 def _collect(

@@ -61,6 +61,13 @@ def test_a_folder_can_be_ranked(run: Run, tmp_path: Path) -> None:
     assert result["data"].startswith("folder") and len(result["ranking"]) == 6
 
 
+def test_a_run_on_a_folder_without_splits_ranks_all_of_it(run: Run) -> None:
+    whole = replace(run.config.data, path=str(Path(run.config.data.path or "") / "train"))
+    result = rank(replace(run, config=replace(run.config, data=whole)),
+                  LikelihoodSettings(n=40), Accelerator(), quiet)  # fmt: skip
+    assert result["data"] == "folder train" and len(result["ranking"]) == 40
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
