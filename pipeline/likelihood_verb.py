@@ -20,7 +20,7 @@ def likelihood(
     run: Annotated[Path, typer.Option("--run", "-r", help="A run directory, or zoo:NAME.")],
     split: Annotated[
         str | None,
-        typer.Option(help="Split of the run's data set; default test, or all where there is none."),
+        typer.Option(help="Split of the run's data set; default test, or all if there is none."),
     ] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Rank the images of this folder instead of a split.")
