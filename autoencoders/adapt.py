@@ -91,7 +91,7 @@ class AdaptedAutoencoder(nn.Module):
         """Latents to images (B, C, H, W) of the data's shape, clamped to [-1, 1]."""
         check_latents(z, self.latent_shape)
         if self._quantised:
-            x = self.inner.decode_quantised(self.inner.nearest(z)).clamp(-1.0, 1.0)
+            x = self.inner.decode_entries(self.inner.nearest(z))
         else:
             x = self.inner.decode(z)
         if self.image_shape[0] != x.shape[1]:
@@ -99,8 +99,12 @@ class AdaptedAutoencoder(nn.Module):
         return _resized(x, self.image_shape[1:]).clamp(-1.0, 1.0)
 
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codebook entries, loss and indices of pre-quantised latents (see the inner one's)."""
+        """Codebook entries, loss and indices of latents (see the inner one's)."""
         return self.inner.quantise(z)
+
+    def codes(self, z: Tensor) -> Tensor:
+        """Numbers (B·H_z·W_z,) of the codebook entries that latents are decoded from."""
+        return self.inner.codes(z, entries=self._quantised)
 
     def describe(self) -> dict[str, Any]:
         """What it does to the images, and the inner autoencoder's description."""

@@ -104,6 +104,10 @@ class DiffusersAutoencoder(nn.Module):
         check_latents(z, self.latent_shape)
         if self.codebook_size:
             z = self.nearest(z)
+        return self.decode_entries(z)
+
+    def decode_entries(self, z: Tensor) -> Tensor:
+        """Latents that are already quantised (or need not be) to images, clamped to [-1, 1]."""
         return self.decode_quantised(z).clamp(-1.0, 1.0)
 
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,6 +118,10 @@ class DiffusersAutoencoder(nn.Module):
         found = look_up(indices, entries)
         loss = (1.0 + _COMMITMENT) * F.mse_loss(found, raw)
         return self._scaled(found), loss, indices.flatten()
+
+    def codes(self, z: Tensor, entries: bool = False) -> Tensor:
+        """Numbers (B·H_z·W_z,) of the entries nearest to latents, entries themselves or not."""
+        return self.quantise(z)[2]
 
     def nearest(self, z: Tensor) -> Tensor:
         """The codebook entries nearest to latents (VQModel)."""

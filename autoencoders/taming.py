@@ -156,6 +156,15 @@ class TamingAutoencoder(nn.Module):
         loss = (1.0 + self.config.commitment) * F.mse_loss(quantised, z)
         return quantised, loss, indices.flatten()
 
+    def codes(self, z: Tensor, entries: bool = False) -> Tensor:
+        """Numbers (B·H_z·W_z,) of the codebook entries that latents are decoded from.
+
+        Args:
+            z: (B, C_z, H_z, W_z).
+            entries: the latents are entries already, but for an error (see `nearest`).
+        """
+        return nearest_indices(z, self._entries()).flatten() if entries else self.quantise(z)[2]
+
     def nearest(self, z: Tensor) -> Tensor:
         """Latents that are, but for an error, codebook entries to the entries nearest them.
 
@@ -190,6 +199,10 @@ class TamingAutoencoder(nn.Module):
         check_latents(z, self.latent_shape)
         if self.quantize is not None:
             z = self.quantise(z)[0]
+        return self.decode_entries(z)
+
+    def decode_entries(self, z: Tensor) -> Tensor:
+        """Latents that are already quantised (or need not be) to images, as `decode` does."""
         x = self.decode_quantised(z).clamp(*self.config.limits)
         return sharpen(x, self.config.sharpen).clamp(*self.config.limits)
 

@@ -103,6 +103,14 @@ class AutoencoderTrainer:
         ramp = (self.done + 1) / max(self.recipe.kl_warmup, 1)
         return self.recipe.kl_weight * min(1.0, ramp)
 
+    @property
+    def untrained(self) -> set[str]:
+        """Names of the tensors that stay as they were: those before the decoder, decoder_only."""
+        if not self.recipe.decoder_only:
+            return set()
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        return set(self.model.state_dict()) - trained
+
     def state(self) -> dict[str, Any]:
         """Everything that a resumed training needs, as nested dicts of tensors and numbers."""
         return {

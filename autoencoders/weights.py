@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ def to_tensors(
     model: TamingAutoencoder,
     dtype: torch.dtype = torch.float16,
     recipe: dict[str, Any] | None = None,
+    exact: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What to store of a model: tensors in a compact type, and metadata.
 
@@ -58,11 +59,13 @@ def to_tensors(
         model: the autoencoder.
         dtype: of the stored tensors.
         recipe: JSON-ready notes on data and training, kept with the weights.
+        exact: names of tensors that rounding may not change; they keep their type if it would.
 
     Returns:
         (tensors, metadata) for a safetensors file.
     """
-    tensors = {k: _stored(v.detach().cpu(), dtype) for k, v in model.state_dict().items()}
+    state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    tensors = {k: _stored(v, dtype, k in exact) for k, v in state.items()}
     notes = {"architecture": model.describe(), "recipe": recipe or {}}
     return tensors, {DESCRIPTION: json.dumps(notes)}
 
@@ -140,7 +143,8 @@ def check_fit(
         )
 
 
-def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _stored(tensor: Tensor, dtype: torch.dtype, exact: bool) -> Tensor:
     rounded = tensor.to(dtype).contiguous()
-    overflows = bool((torch.isfinite(tensor) & ~torch.isfinite(rounded)).any())
-    return tensor.contiguous() if overflows else rounded
+    spoilt = bool((torch.isfinite(tensor) & ~torch.isfinite(rounded)).any())
+    spoilt = spoilt or (exact and not torch.equal(rounded.to(tensor.dtype), tensor))
+    return tensor.contiguous() if spoilt else rounded

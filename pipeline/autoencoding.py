@@ -23,7 +23,7 @@ from pipeline.config import Config
 from pipeline.config_files import differences, to_dict
 from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import JkoflowError, UserError
-from pipeline.features import FeatureMaker, fid_of, statistics_of
+from pipeline.features import FeatureMaker, chosen, fid_of, statistics_of
 from pipeline.journal import Journal
 from pipeline.latents import Progress, load_parts
 from pipeline.runs import ENVIRONMENT, read_config, start_run, write_environment
@@ -69,6 +69,11 @@ def train(
         raise UserError(
             f"{named} is {tuple(architecture.image_shape)}, but {images.name} has "
             f"{images.shape}; set it to the data's"
+        )
+    if architecture.flavour == "gumbel" and not recipe.decoder_only:
+        raise UserError(
+            "gumbel autoencoders are converted, not trained here; choose architecture.flavour=kl "
+            "or vq, or train a decoder alone with autoencoder_training.decoder_only=true"
         )
     _enter(config, folder, resume, accelerator)
     images = in_any_order(images, accelerator, progress)
@@ -182,15 +187,15 @@ def _reconstruct(
     """PSNR, SSIM, codebook use and latent statistics over n images; writes the picture."""
     autoencoder.to(accelerator.device)  # type: ignore[attr-defined]
     total, entries = Reconstruction(), int(getattr(autoencoder, "codebook_size", 0))
-    starts = range(0, n, 250)
+    order, starts = chosen(images, n), range(0, n, 250)
     for start in progress(starts, len(starts), "reconstruct"):
-        pixels = torch.from_numpy(images.read(start, min(start + 250, n)))
+        pixels = torch.from_numpy(images.take(order[start : start + 250]))
         moments = autoencoder.encode(to_float(pixels).to(accelerator.device))
         z = moments.sample(generator(0, "reconstruct", start))
         again = to_uint8(autoencoder.decode(z)).cpu()
         codes = None
         if entries:
-            codes = autoencoder.quantise(z)[2].cpu()  # type: ignore[attr-defined]
+            codes = autoencoder.codes(z).cpu()  # type: ignore[attr-defined]
         total.add(pixels, again, z.cpu(), codes)
         if start == 0 and accelerator.is_main_process:
             _picture(folder, pixels[:_SHOWN], again[:_SHOWN])
@@ -256,8 +261,9 @@ def _finish(
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
     }
-    probe = torch.from_numpy(images.read(0, min(len(images), _PROBE)))
-    tensors, metadata = weights.to_tensors(trainer.finished(probe), recipe=recipe)
+    probe = torch.from_numpy(images.take(chosen(images, min(len(images), _PROBE))))
+    finished = trainer.finished(probe)
+    tensors, metadata = weights.to_tensors(finished, recipe=recipe, exact=trainer.untrained)
     commit.write_tensors(folder / WEIGHTS, tensors, metadata)
     model = weights.load(folder / WEIGHTS)
     pixels = torch.from_numpy(images.read(0, min(len(images), _SHOWN)))

@@ -19,6 +19,9 @@ from pipeline.errors import UserError
 from pipeline.seeds import generator
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from pipeline.config import GenerateConfig
     from pipeline.image_set import ImageSet
     from pipeline.runs import Run
@@ -161,16 +164,15 @@ def parse_classes(run: Run, words: Sequence[str] | None) -> list[int] | None:
     return labels
 
 
-def condition_of(run: Run, images: ImageSet, first: int, stop: int) -> Condition | None:
-    """The condition of images first … stop − 1 of a set whose likelihood is measured.
+def condition_of(run: Run, images: ImageSet, numbers: npt.NDArray[np.int64]) -> Condition | None:
+    """The condition of some images of a set whose likelihood is measured.
 
     A folder numbers the classes that it has, so those are matched by name.
 
     Args:
         run: for one without classes there is no condition.
         images: the set.
-        first: image.
-        stop: one past the last.
+        numbers: of the images, (n,).
 
     Raises:
         UserError: an image has no label, or one that the run does not know.
@@ -179,7 +181,7 @@ def condition_of(run: Run, images: ImageSet, first: int, stop: int) -> Condition
     if not classes:
         return None
     labels = images.labels
-    some = None if labels is None else torch.as_tensor(labels[first:stop]).long()
+    some = None if labels is None else torch.as_tensor(labels[numbers]).long()
     if some is not None and images.class_names is not None:
         some = _by_name(run, images.class_names)[some]
     if some is None or not 0 <= int(some.min()) <= int(some.max()) < classes:

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.config import EvaluateConfig, GenerateConfig
 from pipeline.errors import UserError
 from pipeline.evaluate import Evaluator
-from pipeline.generate import solver_of
+from pipeline.generate import solvers_of
 from pipeline.runs import Run
 from pipeline.snapshots import at_snapshot, snapshots_of
 from pipeline.studies import Study, heading
@@ -54,7 +54,7 @@ def measure(
     line = ([row["seen"] for row in rows], [row["fid"] for row in rows])
     return study.finish(
         (FILE, PICTURE), rows, {f"n = {settings.n}": line}, "samples seen",
-        solver=dataclasses.asdict(solver_of(run, study.sampling)),
+        solver=dataclasses.asdict(solvers_of(run, study.sampling)[0]),
     )  # fmt: skip
 
 

@@ -96,6 +96,8 @@ def student_config(
     config = overridden(config, overrides, SECTIONS)
     if config.train.objective != "fm" or config.train.init_from is not None:
         raise UserError("train.objective and train.init_from have no meaning for distill")
+    if config.train.snapshot_every:
+        raise UserError("train.snapshot_every is for flow matching, not for distill; leave it out")
     given = config.velocity
     if given.classes != old.velocity.classes or (given.classes and given.class_dropout):
         raise UserError(

@@ -20,7 +20,7 @@ from pipeline import commit, quality
 from pipeline.classes import condition_of
 from pipeline.config import DataConfig, EvaluateConfig, GenerateConfig
 from pipeline.errors import UserError
-from pipeline.features import SHARD, FeatureMaker, enough, extractor, fid_of
+from pipeline.features import SHARD, FeatureMaker, chosen, enough, extractor, fid_of
 from pipeline.generate import sample_images
 from pipeline.guidance import way_of
 from pipeline.passes import readable
@@ -119,18 +119,18 @@ class Evaluator(FeatureMaker):
     def _likelihood(self, run: Run, settings: EvaluateConfig) -> dict[str, Any]:
         """NLL of latents of the test split, given the class; adaptive, exact or many probes."""
         images = quality.test_images(run.config.data)
-        enough(images, settings.nll)
+        order = chosen(images, settings.nll)
         autoencoder = run.autoencoder()
         drawn = generator(0, "nll")
         with torch.inference_mode():
-            x = to_float(torch.from_numpy(images.read(0, settings.nll)))
+            x = to_float(torch.from_numpy(images.take(order)))
             moments = autoencoder.encode(x)
             z = run.standardisation.apply(moments.sample(drawn))
         sigma = run.config.latents.noise
         if moments.log_var is None and sigma > 0:
             z = z + sigma * torch.randn(z.shape, generator=drawn)
         device = next(run.flow.parameters()).device
-        of = condition_of(run, images, 0, settings.nll)
+        of = condition_of(run, images, order)
         kind = "exact" if run.flow.dim <= EXACT_UP_TO else "hutchinson"
         result = run.flow.log_prob(
             z.clone().to(device),
@@ -190,8 +190,7 @@ def _check(run: Run, settings: EvaluateConfig) -> None:
         raise UserError(f"evaluate.nll must be at least 0, not {settings.nll}; 0 leaves it out")
     if settings.nll:
         test = quality.test_images(data)
-        enough(test, settings.nll)
-        condition_of(run, test, 0, settings.nll)
+        condition_of(run, test, chosen(test, settings.nll))
 
 
 def inputs_of(run: Run, settings: EvaluateConfig, sampling: GenerateConfig) -> str:
@@ -211,6 +210,8 @@ def inputs_of(run: Run, settings: EvaluateConfig, sampling: GenerateConfig) -> s
         "data": run.manifest["data"],
         **extractor(),
     }
+    if settings.nll:
+        parts["nll"] = "of images as chosen"  # it was of the first ones of the split
     return key_of(parts)
 
 

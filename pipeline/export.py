@@ -70,6 +70,8 @@ def export(
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if out.is_dir():
+        commit.sweep(out)  # what a killed process left
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there and not empty; choose another place with --out")
     guide = way_of(run, run.config.generate).guide

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -95,7 +96,7 @@ def rank(
     for start in progress(starts, len(starts), f"likelihood of {settings.n} images"):
         stop = min(start + _CHUNK, settings.n)
         z = latents_of(run, images, start, stop, accelerator).to(accelerator.device)
-        of = condition_of(run, images, start, stop)
+        of = condition_of(run, images, np.arange(start, stop))
         parts.append(flow.log_prob(z, divergence, 1, _SOLVER, drawn, _CHUNK, of))
     result = _collect(parts, images, settings)
     if accelerator.is_main_process:

@@ -52,8 +52,8 @@ def next_pass(
         return last
     if last.reparameterized < config.schedule.reparameterize:
         return _reparameterize(config, passes)
-    if _split(last) < config.schedule.refine:
-        return _refine(config, passes, _split(last))
+    if _split(passes) < config.schedule.refine:
+        return _refine(config, passes, _split(passes))
     return None
 
 
@@ -228,10 +228,13 @@ def _recipe(config: Config) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if key not in INDIFFERENT}
 
 
-def _split(last: Pass) -> int:
-    """Into how many children the blocks have been split so far."""
-    lengths = [row["spec"]["length"] for row in last.blocks if row["h"] is not None]
-    return round(1 / min(lengths)) if lengths else 1
+def _split(passes: Sequence[Pass]) -> int:
+    """Into how many children this run has split its blocks so far."""
+    last, split = passes[-1], passes[-1].parts
+    while last.base is not None:
+        last = passes[last.base]
+        split *= last.parts
+    return split
 
 
 def _same_plan(a: Pass, b: Pass) -> bool:

@@ -31,7 +31,7 @@ LEAST = 4
 
 def test_images(data: DataConfig) -> ImageSet:
     """The test split, or the training split of a folder that is not split."""
-    if data.name == "folder" and data.path and not splits_of(Path(data.path)):
+    if data.name == "folder" and data.path and not splits_of(Path(data.path).expanduser()):
         return load_images(data)
     return load_images(data.of_split(data.test_split))
 

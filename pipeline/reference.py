@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 
 from eval.distances import frechet_distance
@@ -15,7 +17,7 @@ from pipeline import commit
 from pipeline.config import Config
 from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import UserError
-from pipeline.features import SHARD, FeatureMaker
+from pipeline.features import SHARD, FeatureMaker, chosen, enough
 from pipeline.latents import Progress
 from pipeline.store import StoreReader
 
@@ -39,13 +41,16 @@ def make_reference(
         raise UserError(f"a reference is a .safetensors file, not {out.name}")
     maker = FeatureMaker(accelerator, progress)
     images = load_images(config.data)
+    held_out = load_images(config.data.of_split(config.data.test_split)) if test else images
+    for n in test:
+        enough(held_out, n)
     stats = _stats(maker.real_features(images, len(images)), len(images))
     card = card_of(images)
     if test:
-        held_out = load_images(config.data.of_split(config.data.test_split))
         features = maker.real_features(held_out, max(test))
         card["test_split_fid"] = {
-            str(n): frechet_distance(_stats(features, n), stats) for n in sorted(test)
+            str(n): frechet_distance(_chosen_stats(features, held_out, n), stats)
+            for n in sorted(test)
         }
     if accelerator.is_main_process:
         commit.write_bytes(out, reference_bytes(stats, card))
@@ -60,6 +65,15 @@ def card_of(images: ImageSet) -> dict[str, Any]:
         "extractor": EXTRACTOR,
         "content_sha256": images.fingerprint,
     }
+
+
+def _chosen_stats(features: StoreReader, images: ImageSet, n: int) -> GaussianStats:
+    """Of n images as `chosen` takes them, from stored features of as many or more."""
+    place = np.empty(len(images), dtype=np.int64)
+    place[chosen(images, len(features))] = np.arange(len(features))
+    stats = GaussianStats()
+    stats.update(features.take("features", torch.from_numpy(place[chosen(images, n)])))
+    return stats
 
 
 def _stats(features: StoreReader, n: int) -> GaussianStats:

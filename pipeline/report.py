@@ -16,7 +16,7 @@ from typing import Any
 from pipeline import commit
 from pipeline.config_files import resolved_yaml
 from pipeline.passes import Row, step_of
-from pipeline.runs import ENVIRONMENT, read_config, read_manifest
+from pipeline.runs import ENVIRONMENT, fingerprint_of, read_config, read_manifest
 from pipeline.summary import numbers
 
 REPORT = "report.html"
@@ -57,7 +57,9 @@ def write_report(folder: Path) -> Path:
     metrics = _read(folder / "metrics.json", "metrics")
     rows = manifest["blocks"]
     parts = [_section("Blocks", _table(_HEAD, map(_block, range(len(rows)), rows)))]
-    if metrics:
+    if metrics and not _of_these(metrics, manifest):
+        parts.insert(0, _section("Metrics", _OTHERS))
+    elif metrics:
         parts.insert(0, _section("Metrics", _table((), _measured(metrics))))
     else:
         parts.insert(
@@ -68,7 +70,9 @@ def write_report(folder: Path) -> Path:
         _section("Environment", _table((), _flat(_read(folder / ENVIRONMENT, "environment"))))
     )
     parts.append(_section("Configuration", f"<pre>{escape(resolved_yaml(config))}</pre>"))
-    state = "finished" if manifest["complete"] else "unfinished; continue it with train --resume"
+    verb = "distill" if config.train.objective == "distill" else "train"
+    state = f"unfinished; continue it with {verb} --resume"
+    state = "finished" if manifest["complete"] else state
     page = _PAGE.substitute(
         title=escape(f"jkoflow: {config.name}"),
         state=escape(f"{config.train.objective}, {len(rows)} blocks, {state}"),
@@ -78,13 +82,27 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT
 
 
+_OTHERS = (
+    "<p>Measured on other blocks than the run has now, or on a part of them; run "
+    "<code>jkoflow evaluate</code>.</p>"
+)
+
+
+def _of_these(metrics: dict[str, Any], manifest: dict[str, Any]) -> bool:
+    """Whether numbers are of all blocks of a run; those of points do not tell."""
+    told = metrics.get("run")
+    if told is None or told == manifest.get("exported", {}).get("from"):
+        return True
+    return bool(told == fingerprint_of(manifest["blocks"], manifest))
+
+
 _HEAD = ("block", "step", "movement (W2)", "Ter(k)", *(f"{name}, nats" for name in _TERMS),
          "iterations", "parameters", "seconds")  # fmt: skip
 
 
 def _block(index: int, row: Row) -> list[str]:
     step, terms = step_of(row), row.get("terms") or {}
-    symbol = "γ" if row.get("objective") == "lfm" else "h"
+    symbol = "h" if row.get("gamma") is None else "γ"
     return [
         str(index),
         "free" if step is None else f"{symbol} = {step:.4g}",

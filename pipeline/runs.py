@@ -200,6 +200,12 @@ def load_blocks(folder: Path, manifest: dict[str, Any]) -> Flow:
     return flow.eval().requires_grad_(False)
 
 
+def fingerprint_of(blocks: Sequence[Row], manifest: dict[str, Any]) -> str:
+    """What generated images depend on besides the seed: blocks and autoencoder."""
+    shas = [row["sha256"][:12] for row in blocks]
+    return "-".join([*shas, manifest["autoencoder"]["fingerprint"][:12]])
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run, ready to generate.
@@ -221,10 +227,7 @@ class Run:
     @property
     def fingerprint(self) -> str:
         """What the generated images depend on besides the seed: blocks and autoencoder."""
-        blocks = [row["sha256"] for row in self.manifest["blocks"][: len(self.flow)]]
-        return "-".join(
-            [*(sha[:12] for sha in blocks), self.manifest["autoencoder"]["fingerprint"][:12]]
-        )
+        return fingerprint_of(self.manifest["blocks"][: len(self.flow)], self.manifest)
 
     def autoencoder_weights(self) -> str | None:
         """Name or path of its autoencoder's weights; those of an exported run lie inside it."""

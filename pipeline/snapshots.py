@@ -76,6 +76,11 @@ def open_snapshot(folder: Path, step: int) -> Run:
         UserError: no finished run, or it did not keep that step.
     """
     run = open_run(folder)
+    if len(run.flow) != 1:
+        raise UserError(
+            f"only flows of one block keep weights on their way, and the run at {folder} has "
+            f"{len(run.flow)}; leave out @{step}"
+        )
     listed = {row["step"]: row for row in snapshots_of(run.folder, run.manifest["pass"])}
     if step not in listed:
         kept = ", ".join(map(str, listed)) or "none (train.snapshot_every keeps some)"

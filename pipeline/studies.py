@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from eval.gaussian import GaussianStats
 from eval.inception import EXTRACTOR
 from eval.pictures import curves
 from pipeline import commit
@@ -46,9 +48,11 @@ class Study:
         self.about: dict[str, Any] = {
             "n": settings.n, "seed": settings.seed, "reference": settings.reference,
             "extractor": EXTRACTOR, "run": run.fingerprint, "labels": sampling.labels,
-            "guidance": sampling.guidance, "guide": way_of(run, sampling).about().get("guide"),
+            "batch_size": sampling.batch_size, "guidance": sampling.guidance,
+            "guide": way_of(run, sampling).about().get("guide"),
         }  # fmt: skip
         self._reference = evaluator.reference(settings.reference)
+        self.about["reference_sha256"] = _digest(self._reference)
 
     def measure(self, run: Run, sampling: GenerateConfig) -> dict[str, Any]:
         """Evaluations a sample (nfe) and FID of the images of a run, drawn in some way."""
@@ -83,6 +87,11 @@ class Study:
                 picture, lambda out: curves(out, lines, x_label=x_label, y_label="FID")
             )
         return result
+
+
+def _digest(stats: GaussianStats) -> str:
+    """Of mean and covariance: what lies under the reference's name may change."""
+    return hashlib.sha256(stats.mean.tobytes() + stats.cov.tobytes()).hexdigest()
 
 
 def heading(result: dict[str, Any]) -> str:

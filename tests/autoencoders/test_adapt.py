@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,13 @@ def test_quantised_latents_are_entries_and_decode_to_the_same_images(flavour: st
     noisy = q + 1e-3 * images(2, *q.shape[1:])
     torch.testing.assert_close(ours.decode(noisy), inner.decode(z), atol=1e-5, rtol=0)
     assert ours.describe()["inner"] == inner.describe()
+    assert torch.equal(ours.codes(noisy), inner.codes(z))
+    # grey levels and the unsharp mask are those of the architecture, too
+    changed = TamingAutoencoder(replace(inner.config, levels=(60, 180), sharpen=0.5))
+    changed.load_state_dict(inner.state_dict())
+    expected = changed.freeze().decode(z)
+    torch.testing.assert_close(quantised(changed).decode(q), expected, atol=1e-5, rtol=0)
+    assert (expected - inner.decode(z)).abs().max() > 0.01
 
 
 @torch.no_grad()

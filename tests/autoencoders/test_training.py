@@ -15,6 +15,7 @@ from autoencoders.base import to_float
 from autoencoders.recipe import AutoencoderTraining
 from autoencoders.taming import TamingAutoencoder
 from autoencoders.training import AutoencoderTrainer
+from autoencoders.weights import to_tensors
 from tests.autoencoders.models import blobs, config
 from tests.processes import run_job
 from tests.ranks import Rank, mean_of
@@ -296,6 +297,13 @@ def test_a_decoder_alone_is_trained_on(accelerator: Accelerator) -> None:
     x = to_float(blobs(16))
     assert torch.equal(finished.encode(x).mean, start.encode(x).mean)
     assert finished.fingerprint != start.fingerprint
+    # what was not trained is stored as it was, though half precision would round it
+    stored = to_tensors(finished, exact=made.untrained)[0]
+    for key, tensor in before.items():
+        kept = key.startswith(("encoder.", "quant_conv."))
+        assert torch.equal(stored[key].float(), tensor) == kept or not kept, key
+    assert stored["decoder.conv_in.weight"].dtype == torch.float16
+    assert any(t.dtype == torch.float32 for k, t in stored.items() if k.startswith("encoder."))
 
 
 def test_a_second_stage_resumed_equals_never_stopped(accelerator: Accelerator) -> None:

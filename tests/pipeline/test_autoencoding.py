@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from autoencoders.base import to_float, to_uint8
+from autoencoders.training import AutoencoderTrainer
 from autoencoders.weights import load
 from eval.reconstruction import psnr
 from pipeline.autoencoding import WEIGHTS, train
@@ -66,18 +67,17 @@ def test_train_then_evaluate(
     assert code == 0, last
     result = json.loads((out / "autoencoder.json").read_text())
     assert said.strip() == str(out / "autoencoder.json")
-    images = torch.from_numpy(pictures(24, seed=2)[:20, None])
+    order = chosen(load_images(load_config(recipe_of(world), ["data.split=test"]).data), 20)
+    images = torch.from_numpy(pictures(24, seed=2)[order, None])
     with torch.inference_mode():
         z = model.encode(to_float(images)).sample(generator(0, "reconstruct", 0))
         again = to_uint8(model.decode(z))
     assert result["psnr"] == pytest.approx(float(psnr(images, again).mean()), rel=1e-3)
     assert result["n"] == 20 and result["rfid"]["n"] == 20 and result["rfid"]["value"] > 0
-    order = chosen(load_images(load_config(recipe_of(world), ["data.split=test"]).data), 20)
-    chosen_images = torch.from_numpy(pictures(24, seed=2)[order, None])
     with torch.inference_mode():
-        drawn = model.encode(to_float(chosen_images)).sample(generator(0, "floor", 0))
+        drawn = model.encode(to_float(images)).sample(generator(0, "floor", 0))
         decoded = to_uint8(model.decode(drawn)).numpy()
-    before, real = chosen_images.numpy(), pictures(40, seed=1)[:, None]
+    before, real = images.numpy(), pictures(40, seed=1)[:, None]
     for key, pair in (
         ("rfid", (decoded, real)), ("rfid_originals", (decoded, before)),
         ("real_fid", (before, real)),
@@ -89,6 +89,33 @@ def test_train_then_evaluate(
         words[-1] = n
         code, _, last = say(capsys, *words)
         assert code == 2 and named in last
+
+
+def test_a_gumbel_autoencoder_is_refused_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str], world: World
+) -> None:
+    out, words = world.root / "gumbel", ["--set", "architecture.flavour=gumbel"]
+    code, _, last = say(
+        capsys, "autoencoder", "train", "--config", recipe_of(world), "--out", out, *words
+    )
+    assert code == 2 and "gumbel autoencoders are converted, not trained here" in last
+    assert not out.exists()
+
+
+def test_channels_are_measured_over_all_of_the_set(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set may be sorted by class: its first images are no fair sample of it."""
+    seen = []
+    monkeypatch.setattr("pipeline.autoencoding._PROBE", 10)
+    monkeypatch.setattr(
+        AutoencoderTrainer, "_pruned", lambda _, model, images: seen.append(images) or model
+    )
+    config = load_config(recipe_of(world))
+    train(config, world.root / "ae", Accelerator(cpu=True), quiet, resume=False)
+    images = load_images(config.data)
+    assert np.array_equal(seen[0].numpy(), images.take(chosen(images, 10)))
+    assert not np.array_equal(seen[0].numpy(), images.read(0, 10))
 
 
 @pytest.mark.parametrize("flavour", ["kl", "vq"])

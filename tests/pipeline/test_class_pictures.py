@@ -189,7 +189,7 @@ def test_classes_of_another_folder_are_matched_by_name(
     shutil.copytree(test / "b", split / "test" / "b")
     data = dataclasses.replace(config.data, path=str(split))
     moved = dataclasses.replace(run, config=dataclasses.replace(config, data=data))
-    condition = condition_of(moved, quality.test_images(data), 0, 14)
+    condition = condition_of(moved, quality.test_images(data), np.arange(14))
     assert condition is not None and condition.labels.tolist() == [1] * 14
     # a name that the run does not know is told
     (tmp_path / "some" / "b").rename(tmp_path / "some" / "c")

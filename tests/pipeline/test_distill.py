@@ -159,6 +159,7 @@ def test_mistakes_are_told(gaussian: Run, tmp_path: Path) -> None:
     for setting, said in (
         ("data.name=mnist", "no effect here"),
         ("train.objective=jko", "have no meaning for distill"),
+        ("train.snapshot_every=5", "for flow matching, not for distill"),
         ("train.iterations=0", "train.iterations must be at least 1"),
     ):
         with pytest.raises(UserError, match=said):

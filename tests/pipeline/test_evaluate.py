@@ -17,7 +17,9 @@ from accelerate import Accelerator
 from eval.distances import kid
 from eval.gaussian import GaussianStats
 from pipeline.config_files import load_config
+from pipeline.datasets import load_images
 from pipeline.evaluate import Evaluator
+from pipeline.features import chosen
 from pipeline.generate import sample_images
 from pipeline.latents import encode
 from pipeline.runs import open_run
@@ -94,7 +96,8 @@ def test_the_likelihood_is_the_flows(trained: World, folder: Path) -> None:
     run = open_run(folder)
     from autoencoders.base import to_float
 
-    x = to_float(torch.from_numpy(pictures(24, seed=2)[:3, None]))
+    order = chosen(load_images(run.config.data.of_split("test")), 3)
+    x = to_float(torch.from_numpy(pictures(24, seed=2)[order, None]))
     with torch.inference_mode():
         moments = run.autoencoder().encode(x)
         z = run.standardisation.apply(moments.sample(generator(0, "nll")))

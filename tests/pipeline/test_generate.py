@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from autoencoders.base import to_uint8
 from autoencoders.weights import load
 from flows.block import SolverConfig
+from pipeline import commit
 from pipeline.generate import sample_images
 from pipeline.latents import Standardisation
 from pipeline.runs import Run, open_run
@@ -178,8 +180,13 @@ def test_the_files_hold_the_images(
         assert np.array_equal(np.asarray(Image.open(singles / name)), expected[index, :, :, 0])
     picture = np.asarray(Image.open(grid).convert("L"))
     assert picture.shape[0] >= 2 * 3 * 12 and picture.shape[1] >= 2 * 3 * 12  # 3 x 3, doubled
-    # the same command again writes the same; another n into the same folder does not fit
-    assert say(capsys, *words)[0] == 0
+    # the same command again writes the same, also where a killed one left half a file;
+    # another n into the same folder does not fit
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    half = singles / f"{commit.TEMPORARY_PREFIX}000003.png-{commit._HOST}-{ended.pid}-0"
+    half.write_bytes(b"half")
+    assert say(capsys, *words)[0] == 0 and not half.exists()
     words[words.index("7")] = "5"
     code, _, last = say(capsys, *words)
     assert code == 2 and "holds other files" in last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_subfolders_are_classes(tmp_path):
     assert load_images(config(tmp_path)).labels is None
 
 
-def test_splits_are_subfolders_or_there_is_only_train(tmp_path):
+def test_splits_are_subfolders_or_there_is_only_train(tmp_path, monkeypatch):
     save(tmp_path / "both", ["train/cat/1.png", "train/dog/1.png", "test/dog/2.png"])
     train, test = (load_images(config(tmp_path / "both", split=s)) for s in ("train", "test"))
     assert (len(train), len(test)) == (2, 1)
@@ -77,6 +78,10 @@ def test_splits_are_subfolders_or_there_is_only_train(tmp_path):
     whole = load_images(plain)
     for images in (quality.test_images(plain), quality.held_out(plain, 1)):
         assert (images.fingerprint, images.split) == (whole.fingerprint, "train")
+    # a path from home is the same folder
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = replace(config(tmp_path), path="~/both")
+    assert quality.test_images(home).split == "test"
     with pytest.raises(UserError, match=r"no split 'train'; put its images into .*train"):
         save(tmp_path / "half", ["test/1.png"])
         load_images(config(tmp_path / "half"))

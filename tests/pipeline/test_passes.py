@@ -107,6 +107,11 @@ def test_refinement_lowers_the_nll_and_can_go_on(again: Path) -> None:
     assert run(again, "schedule.refine=2").trained == 0
     with pytest.raises(UserError, match="give --refine a multiple of 2"):
         run(again, "schedule.refine=3")
+    # a run that starts from blocks that were split has split none itself
+    started = again.parent / "started"
+    run(started, f"train.init_from={again}", "schedule.refine=2", "train.iterations=1",
+        resume=False)  # fmt: skip
+    assert [len(made.blocks) for made in passes_of(read_manifest(started))] == [3, 6]
 
 
 def test_the_log_names_the_pass_and_the_plot_shows_all(evened: Path) -> None:

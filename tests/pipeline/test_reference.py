@@ -15,6 +15,7 @@ from eval.references import read_reference
 from pipeline.cli import main
 from pipeline.config_files import load_config
 from pipeline.datasets import load_images
+from pipeline.errors import UserError
 from pipeline.features import chosen
 from pipeline.reference import make_reference
 from tests.pipeline.gaussian_source import quiet
@@ -39,6 +40,22 @@ def test_statistics_and_card(
     test = Glance().features(torch.from_numpy(held_out.take(chosen(held_out, 5))))
     exact = frechet_distance(GaussianStats.from_features(test), found.stats)
     assert found.card["test_split_fid"]["5"] == pytest.approx(exact, rel=1e-4)
+
+
+def test_the_fid_of_n_test_images_does_not_depend_on_the_other_numbers(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    config = load_config(str(world.config()))
+    found = []
+    for name, numbers in (("a", [5]), ("b", [5, 20]), ("c", [24, 5])):
+        out = tmp_path / f"{name}.safetensors"
+        make_reference(config, out, numbers, Accelerator(), quiet)
+        found.append(read_reference(out).card["test_split_fid"])
+    assert found[1]["5"] == pytest.approx(found[0]["5"], rel=1e-6)
+    assert found[2]["5"] == pytest.approx(found[0]["5"], rel=1e-6)
+    with pytest.raises(UserError, match="25 images were asked for"):
+        make_reference(config, tmp_path / "d.safetensors", [25], Accelerator(), quiet)
 
 
 def test_another_suffix_is_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.runs import read_manifest
+from pipeline.runs import open_run, read_manifest
 from pipeline.summary import plot_movement
 from tests.pipeline.tiny import World, say
 
@@ -97,6 +97,18 @@ def test_a_run_that_was_not_measured(run: Path, capsys: pytest.CaptureFixture[st
     page = report(run, capsys)
     assert not page.links and not any("FID" in cell for row in page.rows for cell in row)
     assert "jkoflow evaluate" in (run / "report.html").read_text()
+
+
+def test_numbers_of_other_blocks_are_not_shown(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = {"fid": {"n": 4, "reference": "r", "value": 7.0, "seed": 0}, "nfe": 24}
+    for blocks, shown in ((None, True), (1, False)):
+        told = {**metrics, "run": open_run(run, blocks).fingerprint}
+        (run / "metrics.json").write_text(json.dumps(told))
+        page = report(run, capsys)
+        assert any("FID" in cell for row in page.rows for cell in row) == shown
+        assert ("Measured on other blocks" in (run / "report.html").read_text()) != shown
 
 
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
