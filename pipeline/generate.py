@@ -275,8 +275,8 @@ def write_folder(images: StoreReader, folder: Path) -> None:
     names = {f"{index:06d}.png" for index in range(len(images))}
     if folder.is_dir():
         commit.sweep(folder)  # what a killed process left
-    if folder.is_dir() and any(path.name not in names for path in folder.iterdir()):
-        raise UserError(f"{folder} holds other files; choose an empty folder for the images")
+        if any(path.name not in names for path in folder.iterdir()):
+            raise UserError(f"{folder} holds other files; choose an empty folder for the images")
     index = 0
     for batch in batches(images):
         for image in batch.permute(0, 2, 3, 1).numpy():

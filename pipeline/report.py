@@ -71,8 +71,8 @@ def write_report(folder: Path) -> Path:
     )
     parts.append(_section("Configuration", f"<pre>{escape(resolved_yaml(config))}</pre>"))
     verb = "distill" if config.train.objective == "distill" else "train"
-    state = f"unfinished; continue it with {verb} --resume"
-    state = "finished" if manifest["complete"] else state
+    unfinished = f"unfinished; continue it with {verb} --resume"
+    state = "finished" if manifest["complete"] else unfinished
     page = _PAGE.substitute(
         title=escape(f"jkoflow: {config.name}"),
         state=escape(f"{config.train.objective}, {len(rows)} blocks, {state}"),

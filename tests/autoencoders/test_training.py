@@ -300,8 +300,8 @@ def test_a_decoder_alone_is_trained_on(accelerator: Accelerator) -> None:
     # what was not trained is stored as it was, though half precision would round it
     stored = to_tensors(finished, exact=made.untrained)[0]
     for key, tensor in before.items():
-        kept = key.startswith(("encoder.", "quant_conv."))
-        assert torch.equal(stored[key].float(), tensor) == kept or not kept, key
+        if key.startswith(("encoder.", "quant_conv.")):
+            assert torch.equal(stored[key].float(), tensor), key
     assert stored["decoder.conv_in.weight"].dtype == torch.float16
     assert any(t.dtype == torch.float32 for k, t in stored.items() if k.startswith("encoder."))
 
