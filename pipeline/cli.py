@@ -143,7 +143,8 @@ def train(
         str | None,
         typer.Option(
             "--init-from",
-            help="Start each block from the weights of this run's, such as jko from lfm blocks.",
+            help="Start each block from the weights of this run's, such as jko from lfm blocks, "
+            "or a wider network from a narrow one.",
         ),
     ] = None,
     overrides: SetOption = None,

@@ -167,7 +167,8 @@ class TrainConfig:
             can follow, where data lie close to a surface.
         warm_start: start each block from the weights of the block before it.
         init_from: a run whose blocks these blocks start from, of the same latents' shape and the
-            same velocity; null for none.
+            same velocity, or a multiple of its width (unet, conv, resmlp): copied features then
+            share out what read them, and the field starts as it was; null for none.
         max_minutes: stop cleanly after so long, to be resumed; 0 runs to the end.
         checkpoint_seconds: least time between two checkpoints.
         log_every: steps between two lines of the log.

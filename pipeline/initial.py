@@ -3,7 +3,8 @@
 Block k starts from block k of the other run, and the free block from its free block; where the
 other run has none, as without it. So blocks of (local) flow matching, which are cheap, can be
 polished by maximum likelihood. A network with classes may start from one with others, or without:
-all of its classes then start as what stands for no class. Which weights they were is written into
+all of its classes then start as what stands for no class; and one r times as wide from a narrow
+one, as the same field. Which weights they were is written into
 flow.json, and when a training is resumed they must be the same.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 from flows.spec import BlockSpec
 from flows.velocity import VelocityConfig
+from flows.widen import widening
 from pipeline.errors import UserError
 from pipeline.passes import Row, step_of
 from pipeline.runs import read_config, read_manifest
@@ -82,6 +84,8 @@ def _differences(theirs: VelocityConfig, ours: VelocityConfig) -> list[str]:
     indifferent = ["class_dropout"]  # a matter of training
     if ours.classes:
         indifferent.append("classes")
+    if widening(theirs, ours):
+        indifferent.append("width")
     return [
         f"velocity.{name} ({a}, not {b})"
         for (name, a), b in pairs

@@ -17,7 +17,7 @@ from flows.block import Block
 from flows.flow import Flow
 from flows.schedule import stopping_ratio
 from flows.spec import BlockSpec, build_block
-from flows.velocity_base import with_classes_anew
+from flows.widen import grown
 from pipeline import commit
 from pipeline.agreement import first_says, together
 from pipeline.blocks import BlockTrainer, measure
@@ -165,13 +165,10 @@ class Trainer:
         folder, other = self._other(index, free=h is None)
         if other is not None:
             before, block = load_block(folder, other, shape)
-            told = dataclasses.replace(before.velocity, classes=velocity.classes)
-            if told == velocity:
+            alike = {"classes": velocity.classes, "width": velocity.width}
+            if dataclasses.replace(before.velocity, **alike) == velocity:
                 spec = dataclasses.replace(spec, start=before.start, length=before.length)
-                if before.velocity != velocity:
-                    anew = build_block(spec, shape, drawn)
-                    anew.load_state_dict(with_classes_anew(block.state_dict(), anew))
-                    block = anew
+                block = grown(block, before, spec, drawn)
                 block.solver = solver
                 return spec, block
         return spec, build_block(spec, shape, drawn)

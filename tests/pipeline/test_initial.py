@@ -107,6 +107,21 @@ def test_what_cannot_be_a_start(cheap: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_wider_network_starts_as_the_narrow_one(tmp_path: Path) -> None:
+    times = ("train.objective=lfm", "schedule.gamma=[0.1,0.3]")
+    net = ("velocity.kind=resmlp", "velocity.depth=2", "velocity.time_features=8")
+    run(tmp_path / "narrow", *times, *net, "velocity.width=6")
+    start = f"train.init_from={tmp_path / 'narrow'}"
+    run(tmp_path / "wide", *times, *net, "velocity.width=18", *STILL, start)
+    narrow, wide = (open_run(str(tmp_path / name)).flow for name in ("narrow", "wide"))
+    z = torch.randn(20, 2, generator=torch.Generator().manual_seed(1))
+    assert len(wide) == len(narrow) > 1
+    assert float((narrow.encode(z) - z).norm()) > 0.1
+    torch.testing.assert_close(wide.encode(z), narrow.encode(z), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"differs in velocity.width \(6, not 16\)"):
+        run(tmp_path / "no", *times, *net, "velocity.width=16", start)
+
+
 def test_from_the_command_line(
     trained: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
