@@ -86,8 +86,10 @@ def _differences(theirs: VelocityConfig, ours: VelocityConfig) -> list[str]:
         indifferent.append("classes")
     if widening(theirs, ours):
         indifferent.append("width")
+    twice = dataclasses.replace(theirs, width=2 * theirs.width)
+    advice = {"width": "; a multiple of it would do"} if widening(theirs, twice) else {}
     return [
-        f"velocity.{name} ({a}, not {b})"
+        f"velocity.{name} ({a}, not {b}{advice.get(name, '')})"
         for (name, a), b in pairs
         if a != b and name not in indifferent
     ]

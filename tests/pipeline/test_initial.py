@@ -118,7 +118,7 @@ def test_a_wider_network_starts_as_the_narrow_one(tmp_path: Path) -> None:
     assert len(wide) == len(narrow) > 1
     assert float((narrow.encode(z) - z).norm()) > 0.1
     torch.testing.assert_close(wide.encode(z), narrow.encode(z), rtol=1e-4, atol=1e-4)
-    with pytest.raises(UserError, match=r"differs in velocity.width \(6, not 16\)"):
+    with pytest.raises(UserError, match=r"width \(6, not 16; a multiple of it would do\)"):
         run(tmp_path / "no", *times, *net, "velocity.width=16", start)
 
 
