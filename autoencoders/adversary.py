@@ -80,6 +80,26 @@ class Adversary(nn.Module):
                 features.append(x)
         return features, x
 
+    @torch.no_grad()
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        """Refuses images that it cannot judge, by judging one.
+
+        Raises:
+            ValueError: sides that are too small, or odd for ``r1``.
+        """
+        training = self.training
+        try:
+            self.eval()(torch.zeros(1, *image_shape))
+        except RuntimeError as error:
+            height, width = image_shape[1:]
+            raise ValueError(
+                f"a discriminator {self.kind} of these layers cannot judge images of "
+                f"{height}x{width}, for every layer halves them and r1 needs even sides; lower "
+                "discriminator_layers, or choose the other discriminator"
+            ) from error
+        finally:
+            self.train(training)
+
     def fooling(self, logits: Tensor) -> Tensor:
         """What the autoencoder minimises, from the logits of its reconstructions; a scalar."""
         logits = logits.float()

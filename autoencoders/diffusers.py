@@ -74,7 +74,8 @@ class DiffusersAutoencoder(nn.Module):
         if size[0] % factor or size[1] % factor:
             raise ValueError(
                 f"this autoencoder takes images whose sides are multiples of {factor}, not "
-                f"{size[0]}x{size[1]}; have them resized (autoencoder.fit=resize)"
+                f"{size[0]}x{size[1]}; have them resized (autoencoder.fit=resize, and "
+                "autoencoder.size)"
             )
         channels = (config.get("vq_embed_dim") if vq else None) or config["latent_channels"]
         self.image_shape = (int(config["in_channels"]), *size)
@@ -157,7 +158,7 @@ class DiffusersAutoencoder(nn.Module):
 
 def load(
     source: str,
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
     scale: float | None = None,
     shift: float | None = None,
 ) -> DiffusersAutoencoder:
@@ -166,13 +167,13 @@ def load(
     Args:
         source: a folder with config.json (or a pipeline's, with `vae` in it), or a hub id, as
             OWNER/NAME or OWNER/NAME/SUBFOLDER.
-        size: (H, W) of the images.
+        size: (H, W) of the images; None takes `sample_size` of config.json.
         scale: see `DiffusersAutoencoder`.
         shift: likewise.
 
     Raises:
         ValueError: diffusers is not installed; neither a folder nor a hub id that can be
-            reached; another class; no safetensors.
+            reached; another class; no safetensors; no size, and none in config.json.
     """
     try:
         import diffusers
@@ -204,7 +205,19 @@ def load(
             f"the diffusers autoencoder {source!r} could not be loaded from its {where_from}: "
             f"{reason}"
         ) from error
-    return DiffusersAutoencoder(model, size, scale, shift)
+    return DiffusersAutoencoder(model, size or _own_size(config, source), scale, shift)
+
+
+def _own_size(config: dict[str, Any], source: str) -> tuple[int, int]:
+    """(H, W) of the images that a model was trained on, as far as it says."""
+    size = config.get("sample_size")
+    if not size:
+        raise ValueError(
+            f"the config.json of {source!r} names no sample_size; say what to resize images to "
+            "(autoencoder.size)"
+        )
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return int(height), int(width)
 
 
 def _unreachable(name: str, subfolder: str | None) -> Exception | None:

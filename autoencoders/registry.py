@@ -11,23 +11,24 @@ from autoencoders.base import Autoencoder
 from autoencoders.identity import IdentityAutoencoder
 
 
-def _pretrained(weights: str | None, image_shape: tuple[int, int, int]) -> Autoencoder:
+def _pretrained(weights: str | None, image_shape: tuple[int, int, int], own: bool) -> Autoencoder:
     if weights is None:
         raise ValueError("autoencoder.weights must name shipped weights or a file; it is null")
     return stored.load(stored.locate(weights))
 
 
-def _diffusers(weights: str | None, image_shape: tuple[int, int, int]) -> Autoencoder:
+def _diffusers(weights: str | None, image_shape: tuple[int, int, int], own: bool) -> Autoencoder:
     if weights is None:
         raise ValueError("autoencoder.weights must name a folder or a hub id; it is null")
-    return diffusers.load(weights, image_shape[1:])
+    return diffusers.load(weights, None if own else image_shape[1:])
 
 
-def _identity(weights: str | None, image_shape: tuple[int, int, int]) -> Autoencoder:
+def _identity(weights: str | None, image_shape: tuple[int, int, int], own: bool) -> Autoencoder:
     return IdentityAutoencoder(image_shape)
 
 
-CONSTRUCTORS: dict[str, Callable[[str | None, tuple[int, int, int]], Autoencoder]] = {
+#: from weights, the shape of the images, and whether the weights' own size is wanted instead
+CONSTRUCTORS: dict[str, Callable[[str | None, tuple[int, int, int], bool], Autoencoder]] = {
     "pretrained": _pretrained,
     "diffusers": _diffusers,
     "identity": _identity,
@@ -58,7 +59,8 @@ def build(
     adaptation = adaptation or Adaptation()
     side = adaptation.size
     seen = (image_shape[0], side, side) if side else image_shape
-    model = CONSTRUCTORS[name](weights, seen)
+    own = adaptation.fit == "resize" and not side
+    model = CONSTRUCTORS[name](weights, seen, own)
     try:
         return adapt(model, image_shape, adaptation)
     except ValueError as error:

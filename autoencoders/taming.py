@@ -138,7 +138,9 @@ class TamingAutoencoder(nn.Module):
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codebook entries of latents: the nearest (VQ) or the most likely (Gumbel).
 
-        With gradients on, VQ's are taming's, with the straight-through gradient.
+        With gradients on, VQ's are taming's, with the straight-through gradient; but the loss is
+        ‖sg z − e‖² + β ‖z − sg e‖², means over the numbers. (In taming 0.0.1 β = `commitment` is
+        the weight of the first term, which moves the entries, against its own documentation.)
 
         Returns:
             Quantised latents (B, C_z, H_z, W_z), the codebook loss (scalar; 0 for Gumbel), and
@@ -149,7 +151,10 @@ class TamingAutoencoder(nn.Module):
             indices = self.quantize.indices(z)
             return look_up(indices, entries), z.new_zeros(()), indices.flatten()
         if torch.is_grad_enabled():
-            quantised, loss, (_, _, indices) = self.quantize(z)
+            quantised, _, (_, _, indices) = self.quantize(z)
+            found = look_up(indices.view(z.shape[0], *z.shape[2:]), entries)
+            pulled = F.mse_loss(found, z.detach())
+            loss = pulled + self.config.commitment * F.mse_loss(z, found.detach())
             return quantised, loss, indices.flatten()
         indices = nearest_indices(z, entries)
         quantised = look_up(indices, entries)

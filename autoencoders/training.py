@@ -22,6 +22,8 @@ Reference: Esser et al. 2021, Eq. (6)-(7) for λ; Larsen et al. 2016 for feature
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +58,9 @@ class AutoencoderTrainer:
         accelerator: device and processes; every process gives `step` its share of each batch,
             and gradients are averaged, weighted with the shares. λ and the discriminator's batch
             normalisation see a process's own share only.
+
+    Raises:
+        ValueError: images that the discriminator cannot judge.
     """
 
     def __init__(
@@ -69,7 +74,7 @@ class AutoencoderTrainer:
         if start is not None:
             architecture = replace(start.config, sharpen=0.0)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
+            torch.default_generator.manual_seed(recipe.seed)
             self.model = TamingAutoencoder(architecture)
             self.discriminator = Adversary(
                 recipe.discriminator,
@@ -78,6 +83,8 @@ class AutoencoderTrainer:
                 recipe.discriminator_layers,
                 recipe.r1_weight,
             )
+        if recipe.adversarial_weight > 0 and recipe.adversarial_start < recipe.iterations:
+            self.discriminator.check(architecture.image_shape)
         if start is not None:
             self.model.load_state_dict(start.state_dict())
         if recipe.decoder_only:
@@ -152,7 +159,10 @@ class AutoencoderTrainer:
         )
         self.discriminator.requires_grad_(False)
         self.model.train()
-        loss, terms, fake = self._autoencoder_loss(x, noise, adversarial, generator)
+        if self.recipe.decoder_only:
+            self.model.encoder.eval()  # its latents are those that it gives in use
+        with self._dropout(generator):
+            loss, terms, fake = self._autoencoder_loss(x, noise, adversarial, generator)
         total = loss.detach()
         if self.accelerator.num_processes > 1:  # all of them stop, or none
             total = self.accelerator.reduce(total, "sum")
@@ -227,6 +237,20 @@ class AutoencoderTrainer:
             terms["fooling"] = fooling.item()
         return loss, terms, fake
 
+    @contextmanager
+    def _dropout(self, generator: torch.Generator) -> Iterator[None]:
+        """Dropout masks that follow from the step's generator; torch's own state stays.
+
+        Without dropout nothing is drawn.
+        """
+        if not self.model.config.dropout:
+            yield
+            return
+        device = self.accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            yield
+
     def _matching(self, x: Tensor, of_fake: list[Tensor]) -> Tensor:
         """Mean distance of the discriminator's hidden activations, summed over its layers."""
         with self._autocast(), torch.no_grad():
@@ -238,7 +262,9 @@ class AutoencoderTrainer:
         """Latents that are decoded, what regularises them, and its named terms."""
         moments = self.model.encode(x)
         if moments.log_var is None:
-            z, codebook, _ = self.model.quantise(moments.mean.float())
+            with torch.autocast(self.accelerator.device.type, enabled=False):
+                # the nearest entry in half precision is another one, up to every tenth time
+                z, codebook, _ = self.model.quantise(moments.mean.float())
             return z, self.recipe.codebook_weight * codebook, {"codebook": codebook.item()}
         mean, log_var = moments.mean.float(), moments.log_var.float()
         z = mean + (0.5 * log_var).exp() * noise

@@ -112,6 +112,9 @@ class Reconstruction:
     def result(self, entries: int) -> dict[str, Any]:
         """The means, JSON-ready; ssim is None for images smaller than its window.
 
+        Images that come back exactly have an infinite PSNR: they are counted as `exact`, and
+        psnr is the mean of the others, None if there are none.
+
         Args:
             entries: size of the codebook.
         """
@@ -119,6 +122,7 @@ class Reconstruction:
         finite = signal[torch.isfinite(signal)]
         result: dict[str, Any] = {
             "n": len(signal),
+            "exact": len(signal) - len(finite),
             "psnr": float(finite.mean()) if len(finite) else None,
             "ssim": float(torch.cat(self.ssim).mean()) if self.ssim else None,
             "latents": {

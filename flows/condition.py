@@ -49,6 +49,22 @@ class Condition:
         return replace(self, labels=self.labels[start:stop])
 
 
+def check_labels(condition: Condition | None, z: Tensor) -> None:
+    """Refuses another number of labels than of samples: to be asked before either is cut.
+
+    Raises:
+        FlowError: they differ, or the labels are not int64.
+    """
+    if condition is None:
+        return
+    labels = condition.labels
+    if labels.dtype != torch.int64 or labels.shape != z.shape[:1]:
+        raise FlowError(
+            f"expected one int64 label a sample, ({len(z)},), found {labels.dtype} "
+            f"{tuple(labels.shape)}"
+        )
+
+
 def rows_of(condition: Condition | None, start: int, stop: int) -> Condition | None:
     """The condition of the samples [start, stop), where there is one."""
     return None if condition is None else condition.rows(start, stop)
@@ -76,11 +92,7 @@ def bind(velocity: Velocity, condition: Condition | None, z: Tensor) -> Velocity
     labels = condition.labels
     if not velocity.classes:
         raise FlowError("the flow was trained without classes and takes no labels")
-    if labels.dtype != torch.int64 or labels.shape != z.shape[:1]:
-        raise FlowError(
-            f"expected one int64 label a sample, ({len(z)},), found {labels.dtype} "
-            f"{tuple(labels.shape)}"
-        )
+    check_labels(condition, z)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high > velocity.classes:
         raise FlowError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.block import Block, SolverConfig, Transport
-from flows.condition import Condition, rows_of
+from flows.condition import Condition, check_labels, rows_of
 from flows.divergence import Divergence, make_divergence
 from flows.errors import FlowError, SolveError
 from flows.likelihood import log_prob
@@ -254,6 +254,7 @@ class Flow(nn.Module):
             SolveError: with the index of the block that failed.
         """
         self.check(z)
+        check_labels(condition, z)
         totals = [[0.0, 0.0, 0.0] for _ in self.blocks]
         out = torch.empty_like(z)
         for start in range(0, z.shape[0], chunk):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flows.block import SolverConfig
-from flows.condition import Condition, rows_of
+from flows.condition import Condition, check_labels, rows_of
 from flows.divergence import Divergence
 from flows.results import LogProb
 
@@ -54,6 +54,7 @@ def log_prob(
         SolveError: with the index of the block that failed.
     """
     flow.check(z_0)
+    check_labels(condition, z_0)
     solver = solver or SolverConfig(method="dopri5")
     estimates, errors, evaluations = [], [], 0
     for start in range(0, len(z_0), chunk):

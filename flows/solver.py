@@ -157,12 +157,14 @@ class Way:
         field = _Field(self, piece.field)
         try:
             if solver.adjoint and torch.is_grad_enabled():
+                back = times.flip(0)
                 path = odeint_adjoint(
                     field,
                     state,
                     times,
                     adjoint_params=tuple(piece.field.parameters()),
-                    adjoint_options=self._options(leg, times.flip(0)),
+                    # torchdiffeq counts from 1 to 0 as from −1 to 0, the way back included
+                    adjoint_options=self._options(leg, -back if self.reverse else back),
                     **settings,
                 )
             else:

@@ -50,7 +50,7 @@ def make_velocity(
     # torch's initialisers know only the global state: lend it a seed, then put it back.
     draw = torch.randint(2**62, (), generator=generator, device=generator.device)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(draw))
+        torch.default_generator.manual_seed(int(draw))
         return _build(config, tuple(shape))
 
 

@@ -75,9 +75,9 @@ def train(
             "gumbel autoencoders are converted, not trained here; choose architecture.flavour=kl "
             "or vq, or train a decoder alone with autoencoder_training.decoder_only=true"
         )
+    trainer = AutoencoderTrainer(config.architecture, recipe, accelerator, start)
     _enter(config, folder, resume, accelerator)
     images = in_any_order(images, accelerator, progress)
-    trainer = AutoencoderTrainer(config.architecture, recipe, accelerator, start)
     checkpoint, began, before = folder / _CHECKPOINT, time.monotonic(), 0.0
     if checkpoint.is_file():
         state = load_checkpoint(checkpoint)

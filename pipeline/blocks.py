@@ -127,7 +127,8 @@ class BlockTrainer:
         loss, failure = self._loss_or_failure(rank, ranks)
         self.optimizer.zero_grad(set_to_none=True)
         if loss is not None:
-            loss.total.backward()
+            failure = self._backward(loss)
+            loss = loss if failure is None else None
         norm, total = self._finish_gradients(share * ranks / self.recipe.batch_size, loss)
         if loss is None or not math.isfinite(norm) or not math.isfinite(total):
             # both numbers are those of the whole batch, so that all processes are here
@@ -180,6 +181,14 @@ class BlockTrainer:
             return self._loss(rank, ranks), None
         except JkoflowError as error:
             return None, error
+
+    def _backward(self, loss: JkoLoss | LfmLoss) -> JkoflowError | None:
+        """The gradient, or why there is none: the adjoint method solves backwards here."""
+        try:
+            loss.total.backward()
+        except (SolveError, AssertionError) as error:  # the second are torchdiffeq's own checks
+            return self._failure(str(error) or "the adjoint solver gave up")
+        return None
 
     def _loss(self, rank: int, ranks: int) -> JkoLoss | LfmLoss:
         """The block's objective on this rank's share of the next batch."""

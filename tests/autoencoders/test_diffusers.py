@@ -19,6 +19,7 @@ from torch import Tensor
 
 from autoencoders import diffusers as ours
 from autoencoders import official
+from autoencoders.adapt import Adaptation
 from autoencoders.registry import build
 from tests.autoencoders.official_layout import (
     LAYOUTS,
@@ -213,6 +214,21 @@ def test_a_pipeline_folder_and_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pipeline" / "vae" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(ValueError, match="it is a UNet2DModel, but only AutoencoderKL"):
         ours.load(str(tmp_path / "pipeline"), (32, 32))
+
+
+@needs_diffusers
+def test_resizing_without_a_size_takes_the_models_own(tmp_path: Path) -> None:
+    theirs = Official("ldm-kl-f4")
+    folder = write_twin(tmp_path / "vae", theirs, "ldm-kl-f4", sample_size=48)
+    made = build("diffusers", str(folder), (1, 28, 28), Adaptation(fit="resize"))
+    assert (made.image_shape, made.latent_shape) == ((1, 28, 28), (3, 12, 12))
+    description = json.loads((folder / "config.json").read_text())
+    del description["sample_size"]
+    (folder / "config.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"names no sample_size; .* \(autoencoder\.size\)"):
+        build("diffusers", str(folder), (1, 28, 28), Adaptation(fit="resize"))
+    sized = build("diffusers", str(folder), (1, 28, 28), Adaptation(fit="resize", size=32))
+    assert sized.latent_shape == (3, 8, 8)
 
 
 @needs_diffusers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from autoencoders.recipe import AutoencoderTraining
 from autoencoders.taming import TamingAutoencoder
 from autoencoders.training import AutoencoderTrainer
 from autoencoders.weights import to_tensors
-from tests.autoencoders.models import blobs, config
+from tests.autoencoders.models import blobs, config, model
 from tests.processes import run_job
 from tests.ranks import Rank, mean_of
 
@@ -127,6 +128,59 @@ def test_a_codebook_starts_on_the_first_batch(accelerator: Accelerator) -> None:
     assert distances(entries, points).amin(1).max() < 1e-5
     averaged = made.average.quantize.embedding.weight
     assert distances(averaged, points).amin(1).max() < 1e-5
+
+
+def test_half_precision_takes_the_entries_as_they_are(accelerator: Accelerator) -> None:
+    made = trainer(accelerator, "vq", precision="bf16")
+    made.step(blobs(8), torch.Generator().manual_seed(0))
+    quantizer = made.model.quantize
+    assert quantizer is not None
+    with made._autocast():
+        z, _, _ = made._latents(to_float(blobs(8)), torch.zeros(()))
+    points = z.detach().permute(0, 2, 3, 1).reshape(-1, 2)
+    entries = quantizer.embedding.weight.detach()
+    assert distances(entries, points).amin(0).max() < 1e-6  # bfloat16 would be off by 1e-3
+
+
+def test_dropout_follows_from_the_step(accelerator: Accelerator) -> None:
+    """A resumed training draws the masks that it would have drawn, whatever torch's state."""
+    outcomes = []
+    for seed, pause in ((1, False), (2, True)):
+        torch.manual_seed(seed)
+        made = AutoencoderTrainer(
+            config(dropout=0.5), AutoencoderTraining(iterations=4, batch_size=8), accelerator
+        )
+        run(made, 1)
+        if pause:
+            torch.rand(7)
+        before = torch.get_rng_state()
+        run(made, 1)
+        assert torch.equal(torch.get_rng_state(), before)
+        outcomes.append(torch.cat([p.detach().flatten() for p in made.model.parameters()]))
+    assert torch.equal(*outcomes)
+
+
+def test_a_frozen_encoder_drops_nothing(accelerator: Accelerator) -> None:
+    recipe = AutoencoderTraining(iterations=4, batch_size=8, start="a file", decoder_only=True)
+    made = AutoencoderTrainer(config(), recipe, accelerator, model(dropout=0.5).freeze())
+    run(made, 1)
+    x = to_float(blobs(8))
+    assert torch.equal(made.model.encode(x).mean, made.model.encode(x).mean)
+    assert made.model.decoder.training
+
+
+@pytest.mark.parametrize(("discriminator", "side", "layers"), [("r1", 9, 1), ("patchgan", 6, 3)])
+def test_images_that_no_discriminator_can_judge(
+    accelerator: Accelerator, discriminator: str, side: int, layers: int
+) -> None:
+    recipe = AutoencoderTraining(
+        iterations=10, adversarial_start=5, adversarial_weight=0.1, discriminator=discriminator,
+        discriminator_layers=layers,
+    )  # fmt: skip
+    shape = config(image_shape=(1, side, side), canvas=0)
+    with pytest.raises(ValueError, match=f"cannot judge images of {side}x{side}, for"):
+        AutoencoderTrainer(shape, recipe, accelerator)
+    AutoencoderTrainer(shape, replace(recipe, adversarial_start=10), accelerator)  # never asked
 
 
 def test_on_many_processes_the_codebook_is_that_of_the_first(tmp_path: Path) -> None:

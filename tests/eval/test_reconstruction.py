@@ -95,6 +95,14 @@ def test_perfect_reconstructions_have_no_psnr() -> None:
     found = total.result(entries=0)
     assert found["psnr"] is None and found["ssim"] == pytest.approx(1.0)
     assert "codebook" not in found
+    assert (found["n"], found["exact"]) == (2, 2)
+    b = a.clone()
+    b[1] ^= 1
+    total = Reconstruction()
+    total.add(a, b, torch.zeros(2, 1, 1, 1), None)
+    found = total.result(entries=0)
+    assert found["exact"] == 1
+    assert found["psnr"] == pytest.approx(20 * math.log10(255))
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 8, 8), (3, 3, 16, 10)])

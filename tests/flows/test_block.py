@@ -122,6 +122,24 @@ def test_adaptive_solver_counts_and_never_leaves_the_block():
         assert moved.z.flatten().tolist() == pytest.approx([factor] * 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_adjoint_never_leaves_the_block(reverse):
+    times = []
+
+    def field(t, z):
+        times.append(t.item())
+        return -z
+
+    block = block_of(Formula(field), "dopri5", adjoint=True)
+    z = torch.ones(1, 2, requires_grad=True)
+    moved = block.transport(z, reverse=reverse)
+    times.clear()
+    moved.z.sum().backward()
+    assert len(times) > 6
+    assert min(times) >= -1e-6
+    assert max(times) <= 1 + 1e-6
+
+
 @pytest.mark.parametrize("divergence", [Exact(), Hutchinson(), FiniteDifference(probes=2)])
 @pytest.mark.parametrize(
     ("reverse", "solver"),

@@ -234,3 +234,15 @@ def test_descriptions():
 def test_bad_arguments(call, words):
     with pytest.raises(FlowError, match=words):
         call(Block(build()), draw(6, 3))
+
+
+@pytest.mark.parametrize("labels", [9, 4])
+def test_there_are_as_many_labels_as_samples(labels):
+    """Also where both are cut into chunks: the first chunks of each would go together."""
+    config = replace(SMALL, kind="mlp")
+    flow = Flow((3,))
+    flow.append(BlockSpec(velocity=config))
+    z, condition = torch.randn(6, 3), Condition(torch.zeros(labels, dtype=torch.int64))
+    for call in (flow.encode, flow.log_prob):
+        with pytest.raises(FlowError, match=rf"label a sample, \(6,\), found .* \({labels},\)"):
+            call(z, chunk=2, condition=condition)

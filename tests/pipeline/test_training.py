@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from flows.block import SolverConfig
 from flows.ema import Ema
 from flows.gaussian import GaussianStep, jko_step, kl_to_standard
 from flows.objective import jko_loss
@@ -256,6 +258,20 @@ def test_a_step_that_diverges_names_block_and_step(tmp_path: Path) -> None:
     with pytest.raises(JkoflowError, match=r"block 0 failed at step \d+: .*; lower train\.lr"):
         run(tmp_path / "run", "train.lr=1e9", "train.iterations=50", "train.grad_clip=0")
     assert not (tmp_path / "run" / "flow.json").exists()
+
+
+def test_a_way_back_that_cannot_be_solved_names_block_and_step(stage: StoreReader) -> None:
+    """With the adjoint method the gradient is a solve of its own, with its own allowance."""
+    made = trainer(stage)
+    made.block.solver = SolverConfig("dopri5", rtol=1e-7, atol=1e-7, adjoint=True)
+    with torch.no_grad():
+        for parameter in made.parameters:
+            parameter.add_(torch.ones_like(parameter))
+    forwards = made._loss(0, 1).nfe
+    made.block.solver = replace(made.block.solver, max_evaluations=forwards)
+    with pytest.raises(JkoflowError, match=r"block 0 failed at step 0: .*more than \d+ eval"):
+        made.step()
+    assert made.done == 0
 
 
 def test_nan_weights_name_block_and_step(stage: StoreReader) -> None:
