@@ -165,8 +165,10 @@ class Trainer:
         folder, other = self._other(index, free=h is None)
         if other is not None:
             before, block = load_block(folder, other, shape)
-            alike = {"classes": velocity.classes, "width": velocity.width}
-            if dataclasses.replace(before.velocity, **alike) == velocity:
+            alike = dataclasses.replace(
+                before.velocity, classes=velocity.classes, width=velocity.width
+            )
+            if alike == velocity:
                 spec = dataclasses.replace(spec, start=before.start, length=before.length)
                 block = grown(block, before, spec, drawn)
                 block.solver = solver
