@@ -17,7 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+#: key of the text inside a PNG
+_NOTE = "jkoflow"
 
 Target = str | Path | IO[bytes]
 Images = Tensor | npt.NDArray[np.uint8]
@@ -67,9 +71,23 @@ def grid(
     return Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas)
 
 
-def save_png(image: Image.Image, file: Target) -> None:
-    """Write a picture as PNG."""
-    image.save(file, format="PNG", optimize=True)
+def save_png(image: Image.Image, file: Target, note: str | None = None) -> None:
+    """Write a picture as PNG, with a note inside it that viewers pass over."""
+    info = None
+    if note is not None:
+        info = PngInfo()
+        info.add_text(_NOTE, note)
+    image.save(file, format="PNG", optimize=True, pnginfo=info)
+
+
+def note_of(path: str | Path) -> str | None:
+    """The note inside a picture; None if there is none, or no picture."""
+    try:
+        with Image.open(path) as image:
+            note = image.info.get(_NOTE)
+    except OSError:
+        return None
+    return note if isinstance(note, str) else None
 
 
 def side_by_side(pictures: Sequence[Image.Image], gap: int = 12) -> Image.Image:

@@ -144,10 +144,12 @@ def evaluate(
         The path of autoencoder.json.
 
     Raises:
-        UserError: n below 2 or above the size of the split.
+        UserError: n below 2 or above the size of the split, or a folder in which another
+            autoencoder was trained.
     """
     if n < 2:
         raise UserError(f"an evaluation needs at least 2 images, not {n}")
+    _not_another(config, folder)
     _, autoencoder = load_parts(config)
     test = load_images(config.data.of_split(config.data.test_split))
     if n > len(test):
@@ -166,6 +168,8 @@ def evaluate(
         result["real_fid"] = {"value": fid_of(real, reference), **against}
     result |= {
         **measured,
+        "name": config.autoencoder.name,
+        "weights": config.autoencoder.weights,
         "fingerprint": autoencoder.fingerprint,
         "architecture": autoencoder.describe(),
     }
@@ -200,6 +204,19 @@ def _reconstruct(
         if start == 0 and accelerator.is_main_process:
             _picture(folder, pixels[:_SHOWN], again[:_SHOWN])
     return total.result(entries)
+
+
+def _not_another(config: Config, folder: Path) -> None:
+    """Refuse to write one autoencoder's numbers beside the weights of another."""
+    trained, weights_ = folder / WEIGHTS, config.autoencoder.weights
+    if not trained.is_file():
+        return
+    if weights_ is None or Path(weights_).expanduser().resolve() != trained.resolve():
+        raise UserError(
+            f"{folder} holds a trained autoencoder, but autoencoder.weights is {weights_}; "
+            f"measure the one there with --set autoencoder.weights={trained}, or choose another "
+            "place with --out"
+        )
 
 
 def _start(named: str | None) -> TamingAutoencoder | None:

@@ -167,8 +167,10 @@ def train(
             )
         settings = override(runs.read_config(run), overrides, training.FREE)
     start = init_from
-    if init_from is not None and not is_shipped(init_from):
-        start = str(Path(init_from).resolve())
+    if start is None and config is not None:  # a run on disk keeps the path as it was started
+        start = settings.train.init_from
+    if start is not None and not is_shipped(start):
+        start = str(Path(start).expanduser().resolve())
     settings = with_section(settings, "train", max_minutes=max_minutes, init_from=start)
     settings = with_section(settings, "schedule", reparameterize=reparameterize, refine=refine)
     folder = run if run is not None else Path("runs") / settings.name

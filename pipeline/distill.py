@@ -34,7 +34,7 @@ from pipeline.stages import LatentSource, Source
 from pipeline.training import Outcome, enter
 
 #: sections that `--set` may change
-SECTIONS = ("train", "velocity", "push", "generate", "evaluate")
+SECTIONS = ("train", "velocity", "push", "generate", "evaluate", "data.path")
 #: a regression step is cheap, and a JKO run's few would not do
 ITERATIONS = 5000
 EMA = 0.999

@@ -36,7 +36,8 @@ def distill(
         typer.Option(
             "--set",
             help="Override: section.key=value, of train, velocity, push, generate, evaluate; by "
-            "default the teacher's network, 5000 iterations a merged block.",
+            "default the teacher's network, 5000 iterations a merged block. data.path where "
+            "the images lie elsewhere on this machine.",
         ),
     ] = None,
 ) -> None:

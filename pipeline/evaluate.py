@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from autoencoders.base import to_float
+from autoencoders.base import Moments, to_float
 from eval.gaussian import GaussianStats
 from eval.inception import EXTRACTOR
 from eval.references import load_reference
@@ -70,6 +70,8 @@ class Evaluator(FeatureMaker):
             }
         }
         metrics["fid"] |= way.about()
+        if len(run.flow) < len(run.manifest["blocks"]):
+            metrics["fid"]["first_blocks"] = len(run.flow)
         if settings.floor:
             metrics["rfid"] = self.floor(run, settings, reference) | label
         metrics |= self._quality(run.config.data, features, settings.kid)
@@ -123,8 +125,11 @@ class Evaluator(FeatureMaker):
         autoencoder = run.autoencoder()
         drawn = generator(0, "nll")
         with torch.inference_mode():
-            x = to_float(torch.from_numpy(images.take(order)))
-            moments = autoencoder.encode(x)
+            parts = [
+                autoencoder.encode(to_float(torch.from_numpy(images.take(order[a : a + SHARD]))))
+                for a in range(0, len(order), SHARD)
+            ]
+            moments = _joined(parts)
             z = run.standardisation.apply(moments.sample(drawn))
         sigma = run.config.latents.noise
         if moments.log_var is None and sigma > 0:
@@ -168,6 +173,32 @@ class Evaluator(FeatureMaker):
         }
 
 
+def _joined(parts: list[Moments]) -> Moments:
+    """The moments of several batches as those of one."""
+    log_var = [part.log_var for part in parts if part.log_var is not None]
+    mean = torch.cat([part.mean for part in parts])
+    return Moments(mean, torch.cat(log_var) if log_var else None)
+
+
+def other_data(run: Run, reference: str) -> str | None:
+    """A warning where a reference is of another data set than the run; None where it is not."""
+    theirs, ours = _card(reference).get("dataset"), run.config.data.name
+    if theirs is None or theirs == ours:
+        return None
+    return (
+        f"warning: the reference {reference} is of {theirs}, but the run's images are {ours}; "
+        "--reference takes a folder of images, or what `jkoflow reference` makes of them"
+    )
+
+
+def _card(reference: str) -> dict[str, Any]:
+    """What the statistics of a shipped reference, or of a file, say of themselves."""
+    try:
+        return load_reference(reference).card
+    except ValueError:
+        return {}
+
+
 def require_two(n: int) -> None:
     """Refuse an n that no FID can be had of."""
     if n < 2:
@@ -178,7 +209,13 @@ def _check(run: Run, settings: EvaluateConfig) -> None:
     """Refuse what the data set cannot give, before hours are spent on images."""
     data = run.config.data
     if settings.floor:
-        enough(quality.held_out(data, settings.n), settings.n)
+        held = quality.held_out(data, settings.n)
+        if settings.n > len(held):
+            raise UserError(
+                f"the reconstruction floor needs n = {settings.n} real images, but {held.name} "
+                f"({held.split}) has {len(held)}; ask for fewer with -n, or leave it out with "
+                "--set evaluate.floor=false"
+            )
     if settings.kid:
         if min(settings.kid, settings.n) < quality.LEAST:
             raise UserError(
@@ -190,6 +227,12 @@ def _check(run: Run, settings: EvaluateConfig) -> None:
         raise UserError(f"evaluate.nll must be at least 0, not {settings.nll}; 0 leaves it out")
     if settings.nll:
         test = quality.test_images(data)
+        if settings.nll > len(test):
+            raise UserError(
+                f"evaluate.nll asks for the likelihood of {settings.nll} images, but {test.name} "
+                f"({test.split}) has {len(test)}; take --set evaluate.nll={len(test)}, or 0 to "
+                "leave it out"
+            )
         condition_of(run, test, chosen(test, settings.nll))
 
 
@@ -219,11 +262,9 @@ def _about(run: Run, images: StoreReader, settings: EvaluateConfig) -> dict[str,
     """What the numbers belong to."""
     keys = ("objective", "h", "gamma", "movement", "ter", "seconds", "iterations", "parameters")
     rows = run.manifest["blocks"][: len(run.flow)]
-    try:
-        card = load_reference(settings.reference).card
-    except ValueError:
-        card = {}
-    real = card.get("test_split_fid", {}).get(str(settings.n))
+    card = _card(settings.reference)
+    ours = card.get("dataset") == run.config.data.name  # else: others' images beside these
+    real = card.get("test_split_fid", {}).get(str(settings.n)) if ours else None
     return {
         "real_test_fid": real,
         "nfe": images.manifest["nfe"],

@@ -23,6 +23,7 @@ from pipeline.card import card
 from pipeline.config import GenerateConfig
 from pipeline.config_files import resolved_yaml
 from pipeline.errors import UserError
+from pipeline.generate import shows
 from pipeline.guidance import way_of
 from pipeline.redecoding import with_decoder
 from pipeline.runs import Run, block_file, compose, load_blocks, passes_of
@@ -72,7 +73,7 @@ def export(
         raise UserError(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if out.is_dir():
         commit.sweep(out)  # what a killed process left
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out.is_dir() and _unfinished(out)):
         raise UserError(f"{out} is there and not empty; choose another place with --out")
     guide = way_of(run, run.config.generate).guide
     _usable(run, guide)
@@ -88,6 +89,12 @@ def export(
             )
         return _write(run, out, dtype, metrics, guide, picture=same)
     return _write(run, out, dtype, _metrics(run), guide)
+
+
+def _unfinished(out: Path) -> bool:
+    """Whether a folder holds nothing, or no more than an export that was killed."""
+    written = {"blocks", "samples", GUIDE, AUTOENCODER, "config.yaml", "metrics.json", "CARD.md"}
+    return {path.name for path in out.iterdir()} <= written
 
 
 def _usable(run: Run, guide: Run | None) -> None:
@@ -140,7 +147,7 @@ def _write(
     if metrics is not None:
         commit.write_json(out / "metrics.json", metrics)
     grid = run.folder / _GRID
-    if shown and picture and grid.is_file():
+    if shown and picture and shows(grid, run):
         commit.write_bytes(out / _GRID, grid.read_bytes())
     if shown:
         text = card(out.name, config, manifest, metrics, dtype, change)
@@ -162,10 +169,26 @@ def _metrics(run: Run) -> dict[str, Any] | None:
             f"{path} was measured on other blocks than the run has now; evaluate it again, or "
             "delete the file"
         )
+    _drawn_alike(run, metrics.get("fid", {}), path)
     for key in ("fid", "rfid"):
         if "reference" in metrics.get(key, {}):
             metrics[key]["reference"] = _named(metrics[key]["reference"])
     return metrics
+
+
+def _drawn_alike(run: Run, fid: dict[str, Any], path: Path) -> None:
+    """Refuse an FID of images that were guided otherwise than the exported run guides its own."""
+    told = way_of(run, run.config.generate).about()
+    theirs, ours = (
+        (about.get("guidance") or 1.0, (about.get("guide") or {}).get("name"))
+        for about in (fid, told)
+    )
+    if fid and theirs != ours:
+        was, now = (f"guidance {w:g}" + f" by {who}" * bool(who) for w, who in (theirs, ours))
+        raise UserError(
+            f"{path} was measured with {was}, but the exported run would sample with {now}; "
+            "evaluate it so, or delete the file"
+        )
 
 
 def _named(reference: str) -> str:

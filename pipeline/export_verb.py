@@ -43,7 +43,7 @@ def export(
     from pipeline.guidance import with_guidance
     from pipeline.terminal import say
 
-    opened = runs.open_run(run)
+    opened = runs.open_run(run, images=True)
     generate = with_guidance(opened.config.generate, guidance, guide)
     opened = replace(opened, config=replace(opened.config, generate=generate))
     done = exporting.export(opened, out, dtype, autoencoder)

@@ -8,11 +8,13 @@ same on any number of processes.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import zipfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from autoencoders.base import Autoencoder, to_uint8
-from eval.pictures import grid, save_png
+from eval.pictures import grid, note_of, save_png
 from flows.block import FIXED_METHODS, SolverConfig
 from flows.condition import Condition
 from flows.pieces import fits
@@ -257,13 +259,42 @@ def write_grid(
     if rows:
         first = first.unflatten(0, (columns, classes)).transpose(0, 1).flatten(0, 1)
     picture = grid(first, min(columns, len(first)), scale=2 if first.shape[-1] <= 64 else 1)
-    commit.write_with(path, lambda file: save_png(picture, file))
+    note = json.dumps(images.manifest["identity"], sort_keys=True)
+    commit.write_with(path, lambda file: save_png(picture, file, note))
+
+
+def shows(path: Path, run: Run) -> bool:
+    """Whether a grid was drawn as a run draws now: the same blocks, and the same guide if any.
+
+    A picture that says nothing of its origin is taken for one.
+    """
+    note = note_of(path)
+    if note is None:
+        return path.is_file()
+    identity = json.loads(note)
+    guide = way_of(run, run.config.generate).describe().get("guide")
+    drawn = {run.fingerprint, run.manifest.get("exported", {}).get("from")}
+    return identity.get("run") in drawn and identity.get("guide") == guide
 
 
 def write_npz(images: StoreReader, path: Path) -> None:
-    """Write all images as `arr_0`, uint8 (N, H, W, C), the layout that FID tools read."""
-    array = images.field("images").permute(0, 2, 3, 1).contiguous().numpy()
-    commit.write_with(path, lambda file: np.savez_compressed(file, arr_0=array))
+    """Write all images as `arr_0`, uint8 (N, H, W, C), the layout that FID tools read.
+
+    A batch at a time goes into the archive.
+    """
+    count, channels, height, width = (len(images), *images.read("images", 0, 1).shape[1:])
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, channels)}
+
+    def write(file: IO[bytes]) -> None:
+        with (
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as member,
+        ):
+            np.lib.format.write_array_header_1_0(member, header)
+            for batch in batches(images):
+                member.write(batch.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+
+    commit.write_with(path, write)
 
 
 def write_folder(images: StoreReader, folder: Path) -> None:

@@ -98,7 +98,7 @@ def rank(
         z = latents_of(run, images, start, stop, accelerator).to(accelerator.device)
         of = condition_of(run, images, np.arange(start, stop))
         parts.append(flow.log_prob(z, divergence, 1, _SOLVER, drawn, _CHUNK, of))
-    result = _collect(parts, images, settings)
+    result = {"run": run.fingerprint, "blocks": len(run.flow)} | _collect(parts, images, settings)
     if accelerator.is_main_process:
         _draw(result, images, settings.columns, run.folder / "samples" / "likelihood.png")
         commit.write_json(run.folder / "likelihood.json", result)

@@ -36,13 +36,18 @@ def likelihood(
     blocks: Annotated[
         int | None, typer.Option("--blocks", help="Use only the first so many blocks.")
     ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="data.path=DIR, where the images lie on this machine."),
+    ] = None,
 ) -> None:
     """Rank images by likelihood: the most typical and the most odd (likelihood.json, a grid)."""
     from pipeline import likelihood as ranking
     from pipeline import runs
-    from pipeline.terminal import accelerator, bar, say
+    from pipeline.terminal import accelerator, bar, override, replace, say
 
-    opened = runs.open_run(run, blocks)
+    opened = runs.open_run(run, blocks, images=True)
+    opened = replace(opened, config=override(opened.config, overrides, ("data.path",)))
     settings = ranking.LikelihoodSettings(n, split, folder, divergence, probes, columns)
     result = ranking.rank(opened, settings, accelerator(), bar)
     say(ranking.headline(result))

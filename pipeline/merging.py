@@ -239,7 +239,7 @@ def errors(block: Block, pairs: StoreReader, solver: SolverConfig, seed: int) ->
 
 def _about(teacher: Run, name: str, groups: Sequence[range]) -> dict[str, Any]:
     """Entries of the student's flow.json: those of the teacher's that describe the data."""
-    kept = ("standardisation", "latents", "autoencoder", "data", "classes")
+    kept = ("standardisation", "latents", "autoencoder", "data", "classes", "class_names")
     about = {key: teacher.manifest[key] for key in kept if key in teacher.manifest}
     rows = teacher.manifest["blocks"]
     if about.get("autoencoder", {}).get("weights"):

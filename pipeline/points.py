@@ -58,7 +58,7 @@ def point_set(name: str, path: str | Path | None = None, invert: bool = False) -
     if name == "picture":
         if path is None:
             raise UserError("data.name=picture needs data.path, an image file")
-        picture = densities.Picture.from_file(Path(path), invert)
+        picture = densities.Picture.from_file(Path(path).expanduser(), invert)
         return PointSet(name, picture.sample, picture.log_density)
     if name not in POINTS:
         known = ", ".join([*POINTS, "picture"])

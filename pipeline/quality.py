@@ -103,10 +103,10 @@ def compare(images: ImageSet, real: StoreReader, generated: StoreReader) -> dict
 
 def _rows(features: StoreReader, count: int) -> Tensor:
     """A fixed random choice of rows: a whole split lies in its own order, which may mean much."""
-    every = features.field("features")
-    if count == len(every):
-        return every
-    return every[torch.randperm(len(every), generator=generator(0, "rows"))[:count].sort().values]
+    if count == len(features):
+        return features.field("features")
+    order = torch.randperm(len(features), generator=generator(0, "rows"))
+    return features.take("features", order[:count].sort().values)
 
 
 def _manifests() -> list[tuple[Path, dict[str, Any]]]:

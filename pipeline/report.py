@@ -7,12 +7,14 @@ pictures of samples/ (embedded as data URIs), metrics.json, environment.json.
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from eval.pictures import note_of
 from pipeline import commit
 from pipeline.config_files import resolved_yaml
 from pipeline.passes import Row, step_of
@@ -54,7 +56,8 @@ def write_report(folder: Path) -> Path:
         UserError: no run there, none of its blocks finished, or a damaged file.
     """
     config, manifest = read_config(folder), read_manifest(folder)
-    metrics = _read(folder / "metrics.json", "metrics")
+    points = "autoencoder" not in manifest  # whose numbers lie beside their pictures
+    metrics = _read(folder / ("samples" if points else "") / "metrics.json", "metrics")
     rows = manifest["blocks"]
     parts = [_section("Blocks", _table(_HEAD, map(_block, range(len(rows)), rows)))]
     if metrics and not _of_these(metrics, manifest):
@@ -65,7 +68,10 @@ def write_report(folder: Path) -> Path:
         parts.insert(
             0, _section("Metrics", "<p>Not measured; run <code>jkoflow evaluate</code>.</p>")
         )
-    parts += [_section(path.stem, _picture(path)) for path in _pictures(folder / "samples")]
+    parts += [
+        _section(path.stem, _origin(path, manifest) + _picture(path))
+        for path in _pictures(folder / "samples")
+    ]
     parts.append(
         _section("Environment", _table((), _flat(_read(folder / ENVIRONMENT, "environment"))))
     )
@@ -148,6 +154,14 @@ def _pictures(samples: Path) -> list[Path]:
 def _picture(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<img alt="{escape(path.name)}" src="data:image/png;base64,{data}">'
+
+
+def _origin(path: Path, manifest: dict[str, Any]) -> str:
+    """A warning above a grid that other blocks drew."""
+    note = note_of(path)
+    if note is None or _of_these({"run": json.loads(note).get("run")}, manifest):
+        return ""
+    return "<p>Drawn by other blocks than the run has now, or by a part of them.</p>"
 
 
 def _section(title: str, body: str) -> str:

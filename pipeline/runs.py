@@ -264,20 +264,28 @@ class Run:
         return model
 
 
-def open_run(folder: Path, blocks: int | None = None, number: int | None = None) -> Run:
+def open_run(
+    folder: Path, blocks: int | None = None, number: int | None = None, images: bool = False
+) -> Run:
     """Open a run.
 
     Args:
         folder: the run directory, or zoo:NAME for a shipped run.
         blocks: use only the first so many blocks; None wants a finished pass and takes all.
         number: the pass; None takes the last complete one.
+        images: whether a run on points in the plane is refused.
 
     Raises:
-        UserError: absent, unfinished or damaged, or fewer blocks than asked for.
+        UserError: absent, unfinished or damaged, fewer blocks than asked for, or a run on points.
     """
     folder = locate(folder)
     config = read_config(folder)
     manifest = read_manifest(folder)
+    if images and "autoencoder" not in manifest:
+        raise UserError(
+            f"the run at {folder} is of points in the plane, not of images; `jkoflow toy2d "
+            f"--config NAME --run {folder} --resume` measures and draws it"
+        )
     if number is not None:
         manifest = select(manifest, number)
     count = len(manifest["blocks"])

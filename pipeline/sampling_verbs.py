@@ -62,7 +62,7 @@ def generate(
     from pipeline.classes import parse_classes
     from pipeline.guidance import with_guidance
 
-    opened = runs.open_run(run, blocks)
+    opened = runs.open_run(run, blocks, images=True)
     settings = override(opened.config, overrides, ("generate",)).generate
     labels = parse_classes(opened, classes)
     settings = replace(settings, n=n, seed=seed, labels=labels)
@@ -72,6 +72,7 @@ def generate(
     if n is None and several > 1:
         settings = replace(settings, n=max(settings.n, several * settings.columns))
     if nfe is not None:
+        _one_budget(steps)
         settings = sampling.within(opened, settings, nfe)
     accelerator = accelerator_()
     made = sampling.sample_images(opened, settings, accelerator, bar)
@@ -138,13 +139,14 @@ def evaluate(
     from pipeline.guidance import with_guidance
     from pipeline.summary import headline
 
-    opened = runs.open_run(run, blocks)
+    opened = runs.open_run(run, blocks, images=True)
     config = override(opened.config, overrides, ("generate", "evaluate", "data.path"))
     opened = replace(opened, config=config)  # its images may lie elsewhere on this machine
     settings = replace(config.evaluate, n=n, seed=seed, reference=reference, kid=kid)
     solved = with_guidance(config.generate, guidance, guide)
     solved = sampling.with_solver(solved, steps, method)
     if nfe is not None:
+        _one_budget(steps)
         solved = sampling.within(opened, solved, nfe)
     accelerator = accelerator_()
     evaluator = evaluation.Evaluator(accelerator, bar)
@@ -164,6 +166,9 @@ def evaluate(
             say(curves.table(result))
             print(opened.folder / curves.FILE)
         return
+    warning = evaluation.other_data(opened, settings.reference)
+    if warning and accelerator.is_main_process:
+        say(warning)
     metrics = evaluator.evaluate(opened, settings, solved)
     if accelerator.is_main_process:
         if "kid" not in metrics:
@@ -171,3 +176,8 @@ def evaluate(
                 "makes them, once for all runs on this data")  # fmt: skip
         say(headline(metrics))
         print(opened.folder / "metrics.json")
+
+
+def _one_budget(steps: str | None) -> None:
+    if steps is not None:
+        raise UserError("--steps and --nfe both choose the solver's steps; leave one of them out")

@@ -39,7 +39,7 @@ def locate(run: Path | str) -> Path:
         JkoflowError: the copy could not be written.
     """
     if not is_shipped(run):
-        return Path(run)
+        return Path(run).expanduser()
     name, known = str(run).removeprefix(PREFIX), zoo()
     if name not in known:
         raise UserError(

@@ -239,7 +239,13 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
             "that makes it again"
         )
     for name, _, sha256 in rows:
-        commit.verify_file(folder / name, sha256)
+        try:
+            commit.verify_file(folder / name, sha256)
+        except UserError as error:  # deleting the one file would not have it made again
+            raise UserError(
+                f"{name} of the {what} at {folder} is missing or damaged; delete this folder and "
+                "run the command that makes it again"
+            ) from error
     return StoreReader(folder, manifest)
 
 

@@ -16,6 +16,8 @@ def headline(metrics: dict[str, Any]) -> str:
     fid = metrics["fid"]
     text = f"FID(n={fid['n']}, {fid['reference']}) = {fid['value']:.2f}, seed {fid['seed']}"
     text += guidance_of(fid)
+    if "first_blocks" in fid:
+        text += f", first {fid['first_blocks']} blocks only"
     if "rfid" in metrics:
         text += f"; reconstruction floor {metrics['rfid']['value']:.2f}"
     if metrics.get("real_test_fid") is not None:

@@ -39,9 +39,11 @@ from pipeline.trainer import Trainer
 __all__ = ["Outcome", "check", "steps", "train"]
 
 #: sections that decide the weights; a run is not continued under other values of them
-DECISIVE = ("data", "autoencoder", "latents", "velocity", "solver", "push", "schedule", "train")
+DECISIVE = (
+    "data", "autoencoder", "latents", "velocity", "solver", "push", "schedule", "train", "points",
+)  # fmt: skip
 #: keys of them that do not
-_INDIFFERENT = (*INDIFFERENT, "test_split")
+_INDIFFERENT = (*INDIFFERENT, "test_split", "test", "compare", "grid")
 #: keys that say what comes after the passes so far; a run goes on under new values of them
 LATER = ("reparameterize", "eta", "refine", "later_iterations")
 #: sections that may change when blocks are added, or trained again

@@ -85,6 +85,9 @@ def test_train_then_evaluate(
         assert result[key]["value"] == pytest.approx(distance(*pair), rel=1e-3), key
     np.testing.assert_allclose(result["latents"]["mean"], z.mean((0, 2, 3)), atol=1e-4)
     assert result["fingerprint"] == model.fingerprint
+    assert result["weights"] == str(out / WEIGHTS)
+    code, _, last = say(capsys, *words[:4], *use[2:])  # the configuration's own, written there
+    assert code == 2 and f"with --set autoencoder.weights={out / WEIGHTS}, or choose" in last
     for n, named in (("1", "at least 2"), ("25", "24 images, fewer than 25")):
         words[-1] = n
         code, _, last = say(capsys, *words)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from pipeline.config_files import load_config
 from pipeline.distill import Distillation, distill, headline, student_config
 from pipeline.errors import UserError
 from pipeline.experiment2d import PointSource
-from pipeline.runs import Run, open_run, read_manifest
+from pipeline.merging import _about
+from pipeline.runs import Run, open_run, read_config, read_manifest
 from pipeline.stages import stage_folder
 from pipeline.store import open_store
 from pipeline.training import Outcome, train
@@ -122,6 +125,11 @@ def test_the_steps_of_a_group_add_up(gaussian: Run, moons: Run, tmp_path: Path) 
     assert [row["gamma"] for row in read_manifest(tmp_path / "again")["blocks"]] == [None]
 
 
+def test_the_classes_keep_their_names(gaussian: Run) -> None:
+    named = replace(gaussian, manifest={**gaussian.manifest, "class_names": ["cat", "dog"]})
+    assert _about(named, "student", [range(2)])["class_names"] == ["cat", "dog"]
+
+
 def test_blocks_start_from_the_teachers(gaussian: Run, tmp_path: Path) -> None:
     still = ("train.iterations=1", "train.lr=1e-12")
     merge(gaussian, tmp_path / "warm", *still)
@@ -200,5 +208,10 @@ def test_the_chain_from_pictures(
     assert shipped["teacher"]["run"] == "tiny" and str(tmp_path) not in json.dumps(shipped)
     code, _, last = say(capsys, *words)
     assert code == 2 and last.startswith("error: there is a run at")
+    elsewhere = shutil.copytree(trained.root / "pictures", tmp_path / "elsewhere")
+    moved = [*words, "--set", f"data.path={elsewhere}"]
+    moved[moved.index(out)] = tmp_path / "moved"
+    assert say(capsys, *moved)[0] == 0
+    assert read_config(tmp_path / "moved").data.path == str(elsewhere)
     code, _, last = say(capsys, "train", "-r", out, "--resume")
     assert code == 2 and "gone on with, by `jkoflow distill`" in last

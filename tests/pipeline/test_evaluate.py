@@ -16,9 +16,11 @@ from accelerate import Accelerator
 
 from eval.distances import kid
 from eval.gaussian import GaussianStats
+from eval.references import load_reference
+from pipeline.config import DataConfig
 from pipeline.config_files import load_config
 from pipeline.datasets import load_images
-from pipeline.evaluate import Evaluator
+from pipeline.evaluate import Evaluator, _about, other_data
 from pipeline.features import chosen
 from pipeline.generate import sample_images
 from pipeline.latents import encode
@@ -263,11 +265,15 @@ def test_features_are_made_once(
     ("words", "said"),
     [
         (["-n", "1"], "at least 2 images, not 1"),
-        (["-n", "41"], "41 images were asked for, but folder (train) has 40"),
+        (["-n", "41"], "needs n = 41 real images, but folder (train) has 40"),
+        (["-n", "4", "--steps", "2", "--nfe", "12"], "--steps and --nfe both choose"),
         (["-n", "20", "--kid", "3"], "at least 4 images of either kind, not --kid 3 of 20"),
         (["-n", "3", "--kid", "20"], "not --kid 20 of 3 generated"),
         (["-n", "4", "--kid", "50"], "50 images were asked for, but folder (train) has 40"),
-        (["-n", "4", "--set", "evaluate.nll=25"], "25 images were asked for, but folder (test)"),
+        (
+            ["-n", "4", "--set", "evaluate.nll=25"],
+            "folder (test) has 24; take --set evaluate.nll=24",
+        ),
         (["-n", "4", "--set", "evaluate.nll=-1"], "evaluate.nll must be at least 0, not -1"),
         (["-n", "4", "--reference", "nowhere"], "nowhere"),
         (["-n", "4", "--set", "train.lr=1"], "no effect here"),
@@ -285,6 +291,38 @@ def test_mistakes_of_the_caller(
     code, _, last = say(capsys, "evaluate", "--run", folder, *reference, *words)
     assert code == 2 and last.startswith("error: ") and said in last, last
     assert not (folder / "metrics.json").exists()
+
+
+def test_a_reference_of_other_images_is_told(folder: Path) -> None:
+    """Nor does what its own test images score stand beside the run's numbers."""
+    run = open_run(folder)
+    assert load_reference("mnist-train").card["test_split_fid"]["2000"] > 0
+    settings = dataclasses.replace(run.config.evaluate, n=2000, reference="mnist-train")
+    assert _about(run, Pretended(), settings)["real_test_fid"] is None
+    digits = dataclasses.replace(run.config, data=DataConfig("mnist"))
+    digits_run = dataclasses.replace(run, config=digits)
+    beside = _about(digits_run, Pretended(), settings)["real_test_fid"]
+    assert beside == pytest.approx(3.657, abs=1e-3)
+    assert other_data(digits_run, "mnist-train") is None
+    assert other_data(run, "a folder") is None
+    warning = other_data(run, "mnist-train")
+    assert warning is not None and "is of mnist, but the run's images are folder" in warning
+
+
+class Pretended:
+    """In the place of a store of images."""
+
+    manifest = {"nfe": 1}
+
+
+def test_fewer_blocks_are_told(trained: World, folder: Path) -> None:
+    run = open_run(folder, blocks=2)
+    settings = dataclasses.replace(
+        run.config.evaluate, n=12, reference=str(trained.root / "pictures" / "train")
+    )
+    metrics = Evaluator(Accelerator(), quiet).evaluate(run, settings, run.config.generate)
+    assert ", first 2 blocks only" in headline(metrics)
+    assert "blocks only" not in headline(evaluate(folder, settings.reference, n=12))
 
 
 def test_the_headline_names_n_and_the_reference(

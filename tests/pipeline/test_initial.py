@@ -131,6 +131,9 @@ def test_from_the_command_line(
     assert say(capsys, *words, "--init-from", "run")[0] == 0
     assert read_config(run).train.init_from == str(trained.root / "run")
     assert len(open_run(run).flow) == 3
+    given = ("--set", "train.init_from=run", "--run", tmp_path / "again")
+    assert say(capsys, *words, *given)[0] == 0
+    assert read_config(tmp_path / "again").train.init_from == str(trained.root / "run")
     code, _, error = say(capsys, *words, "--set", "velocity.width=8", "--init-from", "run",
                          "--resume")  # fmt: skip
     assert code == 2 and error.startswith("error: ")

@@ -86,6 +86,19 @@ def test_mistakes_are_one_sentence(
     assert last.startswith("error: ") and sentence in last
 
 
+def test_what_was_ranked_by_what_and_where(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = tmp_path / "others"
+    write_pictures(others / "test", 5, seed=9)
+    words = ["-n", "5", "--blocks", "1", "--set", f"data.path={others}"]
+    code, _, last = say(capsys, "likelihood", "--run", run.folder, *words)
+    assert code == 0, last
+    result = json.loads((run.folder / "likelihood.json").read_text())
+    assert result["n"] == 5 and result["blocks"] == 1
+    assert result["run"] == open_run(run.folder, blocks=1).fingerprint
+
+
 def test_latents_are_those_of_the_run(run: Run) -> None:
     images = load_images(run.config.data)
     z = latents_of(run, images, 0, 40, Accelerator())

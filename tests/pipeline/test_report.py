@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate import Accelerator
 
 from pipeline.runs import open_run, read_manifest
 from pipeline.summary import plot_movement
+from pipeline.training import train
+from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
 from tests.pipeline.tiny import World, say
 
 
@@ -109,6 +112,28 @@ def test_numbers_of_other_blocks_are_not_shown(
         page = report(run, capsys)
         assert any("FID" in cell for row in page.rows for cell in row) == shown
         assert ("Measured on other blocks" in (run / "report.html").read_text()) != shown
+
+
+def test_a_grid_of_other_blocks_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, told in ((["--blocks", "1"], True), ([], False)):
+        assert say(capsys, "generate", "--run", run, "-n", "2", *words)[0] == 0
+        report(run, capsys)
+        assert ("Drawn by other blocks" in (run / "report.html").read_text()) == told
+
+
+def test_a_run_on_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its numbers lie in samples/; what makes images is refused in one sentence."""
+    folder = tmp_path / "points"
+    train(tiny(), folder, Accelerator(), quiet, True, GaussianSource())
+    manifest = json.loads((folder / "flow.json").read_text())
+    del manifest["autoencoder"]  # which that source pretends to have
+    (folder / "flow.json").write_text(json.dumps(manifest))
+    (folder / "samples").mkdir(exist_ok=True)
+    (folder / "samples" / "metrics.json").write_text(json.dumps({"nll_per_dim": 1.25, "nfe": 9}))
+    assert ["nll_per_dim", "1.25"] in report(folder, capsys).rows
+    for words in (["generate"], ["evaluate"], ["likelihood"], ["export", "--out", tmp_path / "x"]):
+        code, _, last = say(capsys, words[0], "--run", folder, *words[1:])
+        assert code == 2 and last.startswith(f"error: the run at {folder} is of points"), last
 
 
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,8 @@ from pipeline import cli, commit, shipped
 from pipeline.config_files import resolved_yaml
 from pipeline.errors import UserError
 from pipeline.export import export
-from pipeline.generate import sample_images
+from pipeline.generate import sample_images, write_grid
+from pipeline.guidance import way_of
 from pipeline.runs import open_run, read_config, read_manifest
 from tests.pipeline.gaussian_source import quiet
 from tests.pipeline.test_generate import Rank
@@ -119,6 +120,50 @@ def test_the_card_has_the_numbers(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="measured on other blocks"):
         export(open_run(run), tmp_path / "stale")
     assert not (tmp_path / "stale").exists()
+
+
+def test_numbers_and_pictures_are_of_what_is_exported(run: Path, tmp_path: Path) -> None:
+    """Not of images that a guide was not there for, nor of other blocks."""
+    guide = Path(shutil.copytree(run, tmp_path / "guide"))
+    fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3}
+    opened = open_run(run)
+    guided = replace(opened.config.generate, guide=str(guide), guidance=3.0)
+    with_guide = replace(opened, config=replace(opened.config, generate=guided))
+    metrics = {"fid": fid, "nfe": 24, "run": opened.fingerprint, "blocks": []}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(UserError, match="guidance 1, but .* would sample with guidance 3 by tiny"):
+        export(with_guide, tmp_path / "guided")
+    assert not (tmp_path / "guided").exists()
+    fid |= way_of(with_guide, guided).about()
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    export(with_guide, tmp_path / "guided")
+    with pytest.raises(UserError, match="with guidance 3 by tiny, but .* with guidance 1;"):
+        export(opened, tmp_path / "plain")
+    (run / "metrics.json").unlink()
+    grid = run / "samples" / "grid.png"
+    for blocks, shown in ((1, False), (None, True)):
+        drawn = open_run(run, blocks)
+        made = sample_images(drawn, drawn.config.generate, Rank(0, 1), quiet)  # type: ignore[arg-type]
+        write_grid(made, grid, 4, 2)
+        out = export(open_run(run), tmp_path / f"with {blocks}").folder
+        assert (out / "samples" / "grid.png").is_file() == shown
+        out = export(with_guide, tmp_path / f"guided with {blocks}").folder
+        assert not (out / "samples" / "grid.png").is_file()
+
+
+def test_a_killed_export_is_made_again(run: Path, tmp_path: Path) -> None:
+    out = export(open_run(run), tmp_path / "out").folder
+    before = {name: (out / name).read_bytes() for name in files(out)}
+    (out / "flow.json").unlink()  # written last
+    (out / "CARD.md").write_text("half")
+    export(open_run(run), out)
+    assert {name: (out / name).read_bytes() for name in files(out)} == before
+    with pytest.raises(UserError, match="not empty"):
+        export(open_run(run), out)
+    (out / "flow.json").unlink()
+    (out / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="not empty"):
+        export(open_run(run), out)
 
 
 def test_the_pass_in_use_is_exported(run: Path, trained: World, tmp_path: Path) -> None:

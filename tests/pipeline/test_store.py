@@ -112,7 +112,7 @@ def test_a_damaged_shard_is_refused_by_name(folder: Path, tmp_path: Path, damage
         shutil.copy(tmp_path / "foreign" / path.name, path)
     else:
         path.unlink()
-    with pytest.raises(UserError, match=r"shard-00002\.safetensors is (damaged|missing)"):
+    with pytest.raises(UserError, match=r"shard-00002\.safetensors of .* delete this folder"):
         open_store(folder, "numbers", IDENTITY)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -90,6 +91,15 @@ def test_a_stopped_run_ends_where_an_unstopped_one_does(finished, tmp_path):
 def test_a_run_is_not_overwritten(finished):
     with pytest.raises(UserError, match="--resume"):
         run(tiny(), finished[0])
+
+
+def test_a_run_goes_on_with_the_points_it_began_with(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    for key, value in (("train", 77), ("seed", 5), ("invert", "true")):
+        with pytest.raises(UserError, match=rf"started with points\.{key}="):
+            run(tiny("gaussian", f"points.{key}={value}"), folder, resume=True)
+    measured = run(tiny("gaussian", "points.test=50"), folder, resume=True)
+    assert measured["nll"]["n"] == 50
 
 
 def test_identity_flow_on_the_gaussian_is_measured_right():
