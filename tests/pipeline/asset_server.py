@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import threading
@@ -119,7 +120,8 @@ def check_whole(root: Path) -> None:
 
 def wait_until(condition: Callable[[], bool]) -> None:
     for _ in range(3000):
-        if condition():
-            return
+        with contextlib.suppress(FileNotFoundError):  # a folder that is walked may vanish
+            if condition():
+                return
         time.sleep(0.01)
     raise AssertionError("it never happened")

@@ -99,7 +99,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], where: st
 def test_an_unforeseen_error_is_one_sentence(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise RuntimeError("two\nlines")
 
     monkeypatch.setattr("pipeline.runs.open_run", fails)
