@@ -263,8 +263,9 @@ def _about(run: Run, images: StoreReader, settings: EvaluateConfig) -> dict[str,
     keys = ("objective", "h", "gamma", "movement", "ter", "seconds", "iterations", "parameters")
     rows = run.manifest["blocks"][: len(run.flow)]
     card = _card(settings.reference)
-    ours = card.get("dataset") == run.config.data.name  # else: others' images beside these
-    real = card.get("test_split_fid", {}).get(str(settings.n)) if ours else None
+    real = card.get("test_split_fid", {}).get(str(settings.n))
+    if other_data(run, settings.reference):  # others' images do not stand beside these
+        real = None
     return {
         "real_test_fid": real,
         "nfe": images.manifest["nfe"],
