@@ -24,11 +24,12 @@ def spread(n, d, seed, shift=0.0):
     return (rng.normal(size=(n, d)) * np.logspace(0, -2, d)) @ basis + shift
 
 
-def test_frechet_of_commuting_gaussians():
-    s, t = np.array([4.0, 1.0, 0.0]), np.array([1.0, 9.0, 2.0])
+@pytest.mark.parametrize(("last", "n"), [(0.25, 100), (0.0, 3)])  # 3 images: rank 2
+def test_frechet_of_commuting_gaussians(last, n):
+    s, t = np.array([4.0, 1.0, last]), np.array([1.0, 9.0, 2.0])
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
     shift = np.array([1.0, -2.0, 0.5])
-    a = GaussianStats.from_moments(np.zeros(3), basis * s @ basis.T, 100)
+    a = GaussianStats.from_moments(np.zeros(3), basis * s @ basis.T, n)
     b = GaussianStats.from_moments(shift, basis * t @ basis.T, 100)
     expected = shift @ shift + ((np.sqrt(s) - np.sqrt(t)) ** 2).sum()
     assert frechet_distance(a, b) == pytest.approx(expected, abs=1e-12)
