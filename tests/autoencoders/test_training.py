@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,36 +13,10 @@ from accelerate import Accelerator
 
 from autoencoders.base import to_float
 from autoencoders.recipe import AutoencoderTraining
-from autoencoders.taming import TamingAutoencoder
 from autoencoders.training import AutoencoderTrainer
-from autoencoders.weights import to_tensors
 from tests.autoencoders.models import blobs, config, model
-from tests.processes import run_job
+from tests.autoencoders.trainers import run, trainer
 from tests.ranks import Rank, mean_of
-
-
-@pytest.fixture(scope="module")
-def accelerator() -> Accelerator:
-    return Accelerator()
-
-
-def trainer(accelerator: Accelerator, flavour: str = "kl", **recipe: Any) -> AutoencoderTrainer:
-    base: dict[str, Any] = {
-        "iterations": 40, "batch_size": 8, "lr": 2e-3, "warmup": 2, "adversarial_start": 1000,
-        "discriminator_width": 4, "discriminator_layers": 1, "kl_weight": 0.05,
-    }  # fmt: skip
-    return AutoencoderTrainer(
-        config(flavour=flavour), AutoencoderTraining(**base | recipe), accelerator
-    )
-
-
-def run(made: AutoencoderTrainer, steps: int) -> list[dict[str, float]]:
-    images, terms = blobs(16), []
-    for _ in range(steps):
-        drawn = torch.Generator().manual_seed(1000 + made.done)
-        rows = torch.randperm(16, generator=drawn)[:8]
-        terms.append(made.step(images[rows], drawn))
-    return terms
 
 
 @pytest.mark.parametrize("flavour", ["kl", "vq"])
@@ -111,37 +84,6 @@ def test_the_first_discriminator_loss_is_the_hinge(accelerator: Accelerator) -> 
     assert run(made, 1)[0]["discriminator"] == pytest.approx(1.0)
 
 
-def distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Exact ones: the default works by matrix products, which round small distances."""
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def test_a_codebook_starts_on_the_first_batch(accelerator: Accelerator) -> None:
-    made = trainer(accelerator, "vq", lr=1e-12, ema=0.0)
-    drawn = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        latents = made.model.encode(to_float(blobs(8))).mean
-    made.step(blobs(8), drawn)
-    assert made.model.quantize is not None
-    points = latents.permute(0, 2, 3, 1).reshape(-1, 2)
-    entries = made.model.quantize.embedding.weight.detach()
-    assert distances(entries, points).amin(1).max() < 1e-5
-    averaged = made.average.quantize.embedding.weight
-    assert distances(averaged, points).amin(1).max() < 1e-5
-
-
-def test_half_precision_takes_the_entries_as_they_are(accelerator: Accelerator) -> None:
-    made = trainer(accelerator, "vq", precision="bf16")
-    made.step(blobs(8), torch.Generator().manual_seed(0))
-    quantizer = made.model.quantize
-    assert quantizer is not None
-    with made._autocast():
-        z, _, _ = made._latents(to_float(blobs(8)), torch.zeros(()))
-    points = z.detach().permute(0, 2, 3, 1).reshape(-1, 2)
-    entries = quantizer.embedding.weight.detach()
-    assert distances(entries, points).amin(0).max() < 1e-6  # bfloat16 would be off by 1e-3
-
-
 def test_dropout_follows_from_the_step(accelerator: Accelerator) -> None:
     """A resumed training draws the masks that it would have drawn, whatever torch's state."""
     outcomes = []
@@ -181,14 +123,6 @@ def test_images_that_no_discriminator_can_judge(
     with pytest.raises(ValueError, match=f"cannot judge images of {side}x{side}, for"):
         AutoencoderTrainer(shape, recipe, accelerator)
     AutoencoderTrainer(shape, replace(recipe, adversarial_start=10), accelerator)  # never asked
-
-
-def test_on_many_processes_the_codebook_is_that_of_the_first(tmp_path: Path) -> None:
-    """Its entries are latents of the first process's images, not means of unrelated ones."""
-    first, second = run_job("codebook", tmp_path)
-    assert first["entries"] == second["entries"]
-    entries, latents = torch.tensor(first["entries"]), torch.tensor(first["latents"])
-    assert distances(entries, latents).amin(1).max() < 1e-5
 
 
 def test_the_kl_term_is_the_closed_form(accelerator: Accelerator) -> None:
@@ -320,59 +254,6 @@ def test_momentum_is_the_discriminators_unless_told(accelerator: Accelerator) ->
     for discriminator, own in (("r1", 0.0), ("patchgan", 0.5)):
         assert torch.equal(weight(discriminator, None), weight(discriminator, own))
         assert not torch.equal(weight(discriminator, None), weight(discriminator, 0.9))
-
-
-def finished_start(accelerator: Accelerator) -> TamingAutoencoder:
-    made = trainer(accelerator)
-    run(made, 3)
-    return made.finished(blobs(16))
-
-
-def second_stage(accelerator: Accelerator, start: TamingAutoencoder) -> AutoencoderTrainer:
-    recipe = AutoencoderTraining(
-        iterations=40, batch_size=8, lr=1e-3, warmup=2, start="a file", decoder_only=True,
-        latent_noise=0.1, discriminator="r1", adversarial_start=1, adversarial_weight=0.1,
-        feature_weight=0.0, discriminator_width=4, discriminator_layers=1, sharpen=True,
-    )  # fmt: skip
-    return AutoencoderTrainer(config(), recipe, accelerator, start)
-
-
-def test_a_decoder_alone_is_trained_on(accelerator: Accelerator) -> None:
-    start = finished_start(accelerator)
-    made = second_stage(accelerator, start)
-    terms = run(made, 5)
-    assert "fooling" not in terms[0] and "matching" not in terms[-1]
-    assert {"fooling", "discriminator", "penalty"} <= set(terms[4])  # R1 at steps 0, 4, 8, …
-    finished = made.finished(blobs(16))
-    before, after = start.state_dict(), finished.state_dict()
-    for key, tensor in before.items():
-        kept = key.startswith(("encoder.", "quant_conv."))
-        assert torch.equal(after[key], tensor) == kept, key
-    x = to_float(blobs(16))
-    assert torch.equal(finished.encode(x).mean, start.encode(x).mean)
-    assert finished.fingerprint != start.fingerprint
-    # what was not trained is stored as it was, though half precision would round it
-    stored = to_tensors(finished, exact=made.untrained)[0]
-    for key, tensor in before.items():
-        if key.startswith(("encoder.", "quant_conv.")):
-            assert torch.equal(stored[key].float(), tensor), key
-    assert stored["decoder.conv_in.weight"].dtype == torch.float16
-    assert any(t.dtype == torch.float32 for k, t in stored.items() if k.startswith("encoder."))
-
-
-def test_a_second_stage_resumed_equals_never_stopped(accelerator: Accelerator) -> None:
-    start = finished_start(accelerator)
-    whole = second_stage(accelerator, start)
-    run(whole, 6)
-    half = second_stage(accelerator, start)
-    run(half, 3)
-    resumed = second_stage(accelerator, start)
-    resumed.load_state(copy.deepcopy(half.state()))
-    run(resumed, 3)
-    for name in ("model", "average", "discriminator"):
-        found, expected = getattr(resumed, name), getattr(whole, name)
-        for key, tensor in expected.state_dict().items():
-            assert torch.equal(found.state_dict()[key], tensor), f"{name} {key}"
 
 
 def test_a_recipe_says_what_does_not_go_together() -> None:
