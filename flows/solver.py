@@ -58,6 +58,12 @@ class SolverConfig:
         for name in ("rtol", "atol", "blow_up"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise FlowError(f"solver.{name} must be positive, found {getattr(self, name)}")
+        needed = 0 if self.adaptive else FIXED_METHODS[self.method] * self.steps
+        if needed > self.max_evaluations:
+            raise FlowError(
+                f"solver.steps = {self.steps} of {self.method} take {needed} evaluations, more "
+                f"than solver.max_evaluations = {self.max_evaluations}; take fewer, or raise it"
+            )
 
     @property
     def adaptive(self) -> bool:

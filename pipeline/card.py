@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from pipeline.config import Config
@@ -38,7 +39,7 @@ def card(
         ("objective", _objective(config, manifest)),
         ("blocks", f"{len(rows)}, {parameters:,} parameters in all"),
         ("training", f"{seconds:.0f} s of optimiser steps, on {_TO_WRITE}"),
-        ("sampling", f"{config.push.method}" + _steps(config)),
+        ("sampling", _sampling(config)),
         *_guide(manifest, config),
         ("weights", f"{dtype}; rounding moves generated latents by {change:.1e} (RMS, std 1)"),
         ("licence", f"of the weights: {_TO_WRITE}; of the data: {_TO_WRITE}"),
@@ -102,9 +103,15 @@ def _guide(manifest: dict[str, Any], config: Config) -> list[tuple[str, str]]:
     return [("guide", f"{told}; guidance {w:g}")]
 
 
-def _steps(config: Config) -> str:
-    push = config.push
-    return f" at {push.rtol:g}" if push.adaptive else f", {push.steps} sub-intervals a block"
+def _sampling(config: Config) -> str:
+    push, generate = config.push, config.generate
+    solver = dataclasses.replace(push, method=generate.method or push.method)
+    if solver.adaptive:
+        return f"{solver.method} at {solver.rtol:g}"
+    if generate.block_steps is not None:
+        counts = ", ".join(map(str, generate.block_steps))
+        return f"{solver.method}, {counts} sub-intervals in the blocks"
+    return f"{solver.method}, {generate.steps or push.steps} sub-intervals a block"
 
 
 def _row(index: int, row: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from autoencoders.recipe import OPTIMIZERS
 from flows.coupling import COUPLINGS
 from flows.divergence import make_divergence
+from flows.errors import FlowError
 from flows.objective import INTERPOLANTS, TIMES
 from flows.schedule import gammas, step_sizes
 from flows.velocity import KINDS, make_velocity
@@ -97,6 +99,11 @@ def _check_grids(config: Config) -> None:
         name = "schedule.substeps" if substeps else "solver.steps"
         grids = {name: (config.solver, substeps or [config.solver.steps]), **grids}
     for name, (solver, counts) in grids.items():
+        for count in counts:
+            try:
+                dataclasses.replace(solver, steps=count)
+            except FlowError as error:
+                raise UserError(str(error).replace("solver.steps", name)) from error
         odd = [count for count in counts if count % nets]
         if odd and not solver.adaptive:
             raise UserError(

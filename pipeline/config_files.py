@@ -163,6 +163,8 @@ def _merge(base: Any, values: Any, source: str) -> Any:  # noqa: ANN401 - OmegaC
     """Merge key by key, so that an error can always name the dotted path."""
     plain = OmegaConf.to_container(values) if OmegaConf.is_config(values) else values
     for key, value in _leaves(plain, ""):
+        if isinstance(value, list) and any(isinstance(part, (list, dict)) for part in value):
+            raise UserError(f"{source}: {key}: expected a list of plain values, not {value!r}")
         try:
             OmegaConf.update(base, key, value, merge=True, force_add=False)
         except OmegaConfBaseException as error:

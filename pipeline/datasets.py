@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,13 +25,17 @@ __all__ = ["DATASETS", "ImageSet", "load_images"]
 SPLITS = ("train", "test")
 
 
-def load_images(data: DataConfig, *, log: Callable[[str], object] = print) -> ImageSet:
+def _tell(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def load_images(data: DataConfig, *, log: Callable[[str], object] = _tell) -> ImageSet:
     """Open a data set; MNIST and CIFAR-10 are fetched when they are not on this machine.
 
     Args:
         data: which sets, split, folder, size, mode and limit (see `pipeline.config`). Size and
             mode shape the images of a folder; the other sets are what they are.
-        log: told in sentences what is fetched.
+        log: told in sentences what is fetched; by default on stderr.
 
     Returns:
         The images; pixels are read when they are asked for.

@@ -29,7 +29,7 @@ from pipeline.experiment2d import PointSource
 from pipeline.journal import Journal
 from pipeline.latents import Progress, Standardisation
 from pipeline.merging import Distiller
-from pipeline.runs import Run, read_manifest
+from pipeline.runs import Run, read_config, read_manifest
 from pipeline.stages import LatentSource, Source
 from pipeline.training import Outcome, enter
 
@@ -144,6 +144,7 @@ def distill(
         source = LatentSource(config) if images else PointSource(config)
     check_shape(config, tuple(source.shape))
     _same_data(teacher, source)
+    _require_distilled(folder)
     there = resume and (folder / "flow.json").is_file()
     manifest = read_manifest(folder) if there else None
     merger = Distiller(teacher, pairs, config, folder, source, accelerator, progress, manifest)
@@ -153,6 +154,15 @@ def distill(
     if complete:
         merger.tidy()
     return Outcome(len(merger.current.blocks), complete, merger.trained)
+
+
+def _require_distilled(folder: Path) -> None:
+    """Refuse a folder in which a run was trained, not distilled."""
+    if (folder / "config.yaml").is_file() and read_config(folder).train.objective != "distill":
+        raise UserError(
+            f"there is a run at {folder} already, and it is no distilled one; choose another "
+            "place with --out"
+        )
 
 
 def headline(manifest: dict[str, Any]) -> str:

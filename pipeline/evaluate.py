@@ -21,7 +21,7 @@ from pipeline.classes import condition_of
 from pipeline.config import DataConfig, EvaluateConfig, GenerateConfig
 from pipeline.errors import UserError
 from pipeline.features import SHARD, FeatureMaker, chosen, enough, extractor, fid_of
-from pipeline.generate import sample_images
+from pipeline.generate import plain_solvers, sample_images, solvers_of
 from pipeline.guidance import way_of
 from pipeline.passes import readable
 from pipeline.resources import peak_memory
@@ -70,6 +70,7 @@ class Evaluator(FeatureMaker):
             }
         }
         metrics["fid"] |= way.about()
+        metrics["fid"]["solvers"] = plain_solvers(solvers_of(run, sampling))
         if len(run.flow) < len(run.manifest["blocks"]):
             metrics["fid"]["first_blocks"] = len(run.flow)
         if settings.floor:
@@ -182,7 +183,7 @@ def _joined(parts: list[Moments]) -> Moments:
 
 def other_data(run: Run, reference: str) -> str | None:
     """A warning where a reference is of another data set than the run; None where it is not."""
-    theirs, ours = _card(reference).get("dataset"), run.config.data.name
+    theirs, ours = _card(reference).get("dataset"), run.manifest["data"]["name"]
     if theirs is None or theirs == ours:
         return None
     return (
@@ -264,7 +265,9 @@ def _about(run: Run, images: StoreReader, settings: EvaluateConfig) -> dict[str,
     rows = run.manifest["blocks"][: len(run.flow)]
     card = _card(settings.reference)
     real = card.get("test_split_fid", {}).get(str(settings.n))
-    if other_data(run, settings.reference):  # others' images do not stand beside these
+    content, own = card.get("content_sha256"), run.manifest["data"].get("fingerprint")
+    unnamed = run.config.data.name in ("folder", "imagenet32") and content != own
+    if unnamed or other_data(run, settings.reference):  # others' do not stand beside these
         real = None
     return {
         "real_test_fid": real,

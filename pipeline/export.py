@@ -23,7 +23,7 @@ from pipeline.card import card
 from pipeline.config import GenerateConfig
 from pipeline.config_files import resolved_yaml
 from pipeline.errors import UserError
-from pipeline.generate import shows
+from pipeline.generate import plain_solvers, shows, solvers_of
 from pipeline.guidance import way_of
 from pipeline.redecoding import with_decoder
 from pipeline.runs import Run, block_file, compose, load_blocks, passes_of
@@ -169,6 +169,7 @@ def _metrics(run: Run) -> dict[str, Any] | None:
             f"{path} was measured on other blocks than the run has now; evaluate it again, or "
             "delete the file"
         )
+    metrics["run"] = run.fingerprint  # of what is exported now
     _drawn_alike(run, metrics.get("fid", {}), path)
     for key in ("fid", "rfid"):
         if "reference" in metrics.get(key, {}):
@@ -177,18 +178,37 @@ def _metrics(run: Run) -> dict[str, Any] | None:
 
 
 def _drawn_alike(run: Run, fid: dict[str, Any], path: Path) -> None:
-    """Refuse an FID of images that were guided otherwise than the exported run guides its own."""
-    told = way_of(run, run.config.generate).about()
-    theirs, ours = (
-        (about.get("guidance") or 1.0, (about.get("guide") or {}).get("name"))
-        for about in (fid, told)
-    )
-    if fid and theirs != ours:
-        was, now = (f"guidance {w:g}" + f" by {who}" * bool(who) for w, who in (theirs, ours))
-        raise UserError(
-            f"{path} was measured with {was}, but the exported run would sample with {now}; "
-            "evaluate it so, or delete the file"
-        )
+    """Refuse an FID of images that were drawn otherwise than the exported run draws its own."""
+    way = way_of(run, run.config.generate)
+    told = {**way.about(), "solvers": plain_solvers(solvers_of(run, run.config.generate))}
+    told["classes"] = told.get("classes")
+    if "solvers" not in fid:  # measured before they were noted
+        del told["solvers"]
+    theirs, ours = (_way(about) for about in (fid, told))
+    if way.guide is not None and fid.get("guide", {}).get("run") in _names(way.guide):
+        theirs = {**theirs, "guide": ours["guide"]}
+    for key in ours:
+        if fid and theirs[key] != ours[key]:
+            raise UserError(
+                f"{path} was measured with {key} {theirs[key]}, but the exported run would sample "
+                f"with {key} {ours[key]}; evaluate it so, or delete the file"
+            )
+
+
+def _way(about: dict[str, Any]) -> dict[str, Any]:
+    """What decides how samples are drawn, of what is told beside a number."""
+    guide, weight = about.get("guide"), about.get("guidance")
+    return {
+        "guidance": 1.0 if weight is None else weight,
+        "guide": guide and f"{guide['name']} ({guide['run']})",
+        "classes": about.get("classes"),
+        "solvers": about.get("solvers"),
+    }
+
+
+def _names(guide: Run) -> set[str]:
+    """Fingerprints of a guide, and of what it was exported from."""
+    return {guide.fingerprint, guide.manifest.get("exported", {}).get("from", guide.fingerprint)}
 
 
 def _named(reference: str) -> str:
@@ -244,6 +264,6 @@ def _change(before: Flow, after: Flow, run: Run) -> float:
     noise = torch.randn((_COMPARED, *before.shape), generator=generator(0, "export"))
     labels = torch.arange(_COMPARED) % max(1, before.classes)
     of = Condition(labels) if before.classes else None
-    push = run.config.push
-    made = [flow.cpu().decode(noise, push, condition=of) for flow in (before, after)]
+    solvers = solvers_of(run, run.config.generate)
+    made = [flow.cpu().decode(noise, solvers, condition=of) for flow in (before, after)]
     return float((made[0] - made[1]).square().mean().sqrt())

@@ -74,6 +74,16 @@ def solvers_of(run: Run, settings: GenerateConfig) -> list[SolverConfig]:
     return [dataclasses.replace(solver, steps=count) for count in counts]
 
 
+def plain_solvers(solvers: list[SolverConfig]) -> list[dict[str, Any]]:
+    """Method and steps, or tolerances, of each block's solver; one for all where they agree."""
+    rows = [
+        {"method": each.method}
+        | ({"rtol": each.rtol, "atol": each.atol} if each.adaptive else {"steps": each.steps})
+        for each in solvers
+    ]
+    return rows[:1] if all(row == rows[0] for row in rows) else rows
+
+
 def with_solver(
     settings: GenerateConfig, steps: str | None = None, method: str | None = None
 ) -> GenerateConfig:
@@ -264,7 +274,9 @@ def write_grid(
 
 
 def shows(path: Path, run: Run) -> bool:
-    """Whether a grid was drawn as a run draws now: the same blocks, and the same guide if any.
+    """Whether a grid was drawn as a run draws now: the same blocks, solver, and guide if any.
+
+    Of a run with classes it shows all of them, or those that the run draws now.
 
     A picture that says nothing of its origin is taken for one.
     """
@@ -274,7 +286,14 @@ def shows(path: Path, run: Run) -> bool:
     identity = json.loads(note)
     guide = way_of(run, run.config.generate).describe().get("guide")
     drawn = {run.fingerprint, run.manifest.get("exported", {}).get("from")}
-    return identity.get("run") in drawn and identity.get("guide") == guide
+    settings = run.config.generate
+    solver = json.loads(json.dumps(dataclasses.asdict(solver_of(run, settings))))
+    alike = identity.get("solver") == solver
+    alike = alike and identity.get("block_steps") == settings.block_steps
+    labels = identity.get("classes", {}).get("labels")
+    if labels and len(set(labels)) < run.flow.classes:
+        alike = alike and labels == settings.labels
+    return alike and identity.get("run") in drawn and identity.get("guide") == guide
 
 
 def write_npz(images: StoreReader, path: Path) -> None:

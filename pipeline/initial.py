@@ -21,6 +21,8 @@ from pipeline.passes import Row, step_of
 from pipeline.runs import read_config, read_manifest
 from pipeline.shipped import locate
 
+#: what is kept of it until the first block is committed, and flow.json with it
+INITIAL = "initial.json"
 _KEPT = ("file", "sha256", "h", "gamma", "objective", "spec")
 
 

@@ -87,7 +87,7 @@ class Distiller(Trainer):
         if manifest is None:
             same = all(self._carried(index) for index in range(len(self.groups)))
         else:
-            same = self.about["teacher"]["key"] == about["teacher"]["key"]
+            same = self.about.get("teacher", {}).get("key") == about["teacher"]["key"]
         if not same:
             raise UserError(
                 f"the run at {folder} is distilled from other blocks, or in other groups; "

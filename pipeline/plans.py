@@ -21,7 +21,11 @@ INDIFFERENT = ("max_minutes", "checkpoint_seconds", "log_every")
 
 
 def next_pass(
-    config: Config, passes: Sequence[Pass], add_blocks: int = 0, from_block: int | None = None
+    config: Config,
+    passes: Sequence[Pass],
+    add_blocks: int = 0,
+    from_block: int | None = None,
+    altered: Sequence[str] = (),
 ) -> Pass | None:
     """The pass to be trained now: an unfinished one, one asked for, or one the schedule wants.
 
@@ -30,6 +34,7 @@ def next_pass(
         passes: of the run so far, in order.
         add_blocks: blocks to be added, 0 for none.
         from_block: the first block to be trained again; None trains none again.
+        altered: keys that decide the weights and differ from those of the run so far.
 
     Returns:
         The last of `passes` itself if it goes on; None if nothing is left to do.
@@ -41,11 +46,12 @@ def next_pass(
         raise UserError("give either --add-blocks or --from-block, not both")
     last = passes[-1] if passes else None
     if from_block is not None:
-        fresh = _retrain(config, passes, from_block)
-        going_on = last is not None and not last.complete and _same_plan(last, fresh)
+        fresh = _retrain(config, passes, from_block, altered)
+        unfinished = last is not None and not last.complete
+        going_on = unfinished and not altered and _same_plan(passes[-1], fresh)
         return last if going_on else fresh
     if add_blocks:
-        return _add(config, passes, add_blocks)
+        return _add(config, passes, add_blocks, altered)
     if last is None:
         return _ordinary(config)
     if not last.complete:
@@ -130,12 +136,17 @@ def _later(kind: str, config: Config, passes: Sequence[Pass], h: list[float], pa
     )
 
 
-def _add(config: Config, passes: Sequence[Pass], count: int) -> Pass:
+def _add(config: Config, passes: Sequence[Pass], count: int, altered: Sequence[str]) -> Pass:
     if count < 1:
         raise UserError(f"--add-blocks must be at least 1, not {count}")
     last = passes[-1] if passes else None
     if last is not None and not last.complete and last.kind == "add":
         if len(last.steps) - last.kept == count:
+            if altered:
+                raise UserError(
+                    f"the blocks that are being added were begun with another {altered[0]}; "
+                    "finish them as they were begun (--resume), then add more"
+                )
             return last
     if last is None or not last.complete:
         raise UserError("blocks can be added to a finished run only; finish it with --resume")
@@ -171,7 +182,7 @@ def _add(config: Config, passes: Sequence[Pass], count: int) -> Pass:
     return _with_steps(plan, planned, last.objective)
 
 
-def _retrain(config: Config, passes: Sequence[Pass], first: int) -> Pass:
+def _retrain(config: Config, passes: Sequence[Pass], first: int, altered: Sequence[str]) -> Pass:
     """The last pass over again from a block on; what it started from stays the same."""
     there = len(passes[-1].blocks) if passes else 0
     if not passes or not 0 <= first < there + (not passes[-1].complete):
@@ -187,6 +198,13 @@ def _retrain(config: Config, passes: Sequence[Pass], first: int) -> Pass:
         recipe=_recipe(config),
     )  # fmt: skip
     if last.own:
+        inherited = [name for name in altered if _inherited(name)]
+        if inherited:
+            raise UserError(
+                f"{inherited[0]} has no effect on the blocks of this pass, which go on from those "
+                "before it with their network, solver and steps; leave it as it was "
+                "(schedule.later_iterations, schedule.lr and the train section may change)"
+            )
         later = config.schedule.later_iterations
         spent = last.iterations if later is None else [later] * len(last.iterations)
         parents = len(last.h) // last.parts
@@ -211,6 +229,17 @@ def _retrain(config: Config, passes: Sequence[Pass], first: int) -> Pass:
         substeps=substeps,
         lr=_rates(config, count),
         base=len(passes) - 1,
+    )
+
+
+def _inherited(name: str) -> bool:
+    """Whether a later pass takes the value of a key from the blocks before it."""
+    section, _, key = name.partition(".")
+    own = ("reparameterize", "eta", "refine", "later_iterations", "lr")
+    return (
+        section in ("velocity", "solver")
+        or name == "train.iterations"
+        or (section == "schedule" and key not in own)
     )
 
 

@@ -31,6 +31,9 @@ def find(raw: Path, names: Sequence[str], scratch: Path) -> dict[str, Path]:
 
     Returns:
         Those of `names` that were found, and where they lie now.
+
+    Raises:
+        DamagedError: an archive is damaged, and nothing was found elsewhere.
     """
     found: dict[str, Path] = {}
     archives: list[Path] = []
@@ -39,10 +42,15 @@ def find(raw: Path, names: Sequence[str], scratch: Path) -> dict[str, Path]:
             found.setdefault(path.name, path)
         elif path.name.endswith(_ARCHIVES):
             archives.append(path)
+    damage: DamagedError | None = None
     for archive in archives:
         missing = [name for name in names if name not in found]
-        if missing:
-            found |= _unpack(archive, missing, scratch)
+        try:
+            found |= _unpack(archive, missing, scratch) if missing else {}
+        except DamagedError as error:  # it may be of something else
+            damage = damage or error
+    if damage is not None and not found:
+        raise damage
     return found
 
 

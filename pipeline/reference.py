@@ -17,6 +17,7 @@ from pipeline import commit
 from pipeline.config import Config
 from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import UserError
+from pipeline.evaluate import require_two
 from pipeline.features import SHARD, FeatureMaker, chosen, enough
 from pipeline.latents import Progress
 from pipeline.store import StoreReader
@@ -35,7 +36,8 @@ def make_reference(
         progress: wraps loops.
 
     Raises:
-        UserError: the file is not called .safetensors, or the test split is smaller than an n.
+        UserError: the file is not called .safetensors, or the test split is smaller than an n,
+            which is 2 or more.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"a reference is a .safetensors file, not {out.name}")
@@ -43,6 +45,7 @@ def make_reference(
     images = load_images(config.data)
     held_out = load_images(config.data.of_split(config.data.test_split)) if test else images
     for n in test:
+        require_two(n)
         enough(held_out, n)
     stats = _stats(maker.real_features(images, len(images)), len(images))
     card = card_of(images)

@@ -18,12 +18,14 @@ from eval.pictures import note_of
 from pipeline import commit
 from pipeline.config_files import resolved_yaml
 from pipeline.passes import Row, step_of
-from pipeline.runs import ENVIRONMENT, fingerprint_of, read_config, read_manifest
+from pipeline.runs import ENVIRONMENT, fingerprint_of, read_config, read_manifest, resuming
 from pipeline.summary import numbers
 
 REPORT = "report.html"
 #: terms of a block's objective, as flow.json and the report call them
 _TERMS = ("potential", "neg_log_det", "movement")
+#: pictures of a measurement, whose file of the same name lies in the run
+_MEASURED = ("nfe", "curve", "likelihood")
 #: shown first, where they are there; the other pictures follow by name
 _FIRST = ("grid.png", "movement.png")
 
@@ -76,8 +78,7 @@ def write_report(folder: Path) -> Path:
         _section("Environment", _table((), _flat(_read(folder / ENVIRONMENT, "environment"))))
     )
     parts.append(_section("Configuration", f"<pre>{escape(resolved_yaml(config))}</pre>"))
-    verb = "distill" if config.train.objective == "distill" else "train"
-    unfinished = f"unfinished; continue it with {verb} --resume"
+    unfinished = f"unfinished; continue it with {resuming(config, folder)}"
     state = "finished" if manifest["complete"] else unfinished
     page = _PAGE.substitute(
         title=escape(f"jkoflow: {config.name}"),
@@ -157,9 +158,15 @@ def _picture(path: Path) -> str:
 
 
 def _origin(path: Path, manifest: dict[str, Any]) -> str:
-    """A warning above a grid that other blocks drew."""
-    note = note_of(path)
-    if note is None or _of_these({"run": json.loads(note).get("run")}, manifest):
+    """A warning above a picture that other blocks drew."""
+    note, beside = note_of(path), path.parent.parent / f"{path.stem}.json"
+    if path.stem in _MEASURED and beside.is_file():
+        drawn_by = _read(beside, "measurement").get("run")
+    elif note is not None:
+        drawn_by = json.loads(note).get("run")
+    else:
+        return ""
+    if _of_these({"run": drawn_by}, manifest):
         return ""
     return "<p>Drawn by other blocks than the run has now, or by a part of them.</p>"
 

@@ -38,6 +38,7 @@ from flows.spec import BlockSpec, build_block
 from pipeline import commit
 from pipeline.config import Config
 from pipeline.config_files import from_resolved, resolved_yaml
+from pipeline.datasets import DATASETS
 from pipeline.errors import UserError
 from pipeline.latents import Standardisation
 from pipeline.passes import Pass, Row
@@ -112,6 +113,14 @@ def _at_hand(folder: Path, name: str | None, file: str = "") -> str | None:
     return str(inside) if inside is not None and (inside / file).is_file() else name
 
 
+def resuming(config: Config, folder: Path) -> str:
+    """The command that finishes a run of a configuration."""
+    if config.train.objective == "distill":
+        return "jkoflow distill … --resume"
+    verb = "train" if config.data.name in DATASETS else "toy2d"
+    return f"jkoflow {verb} --run {folder} --resume"
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """flow.json of a run.
 
@@ -121,8 +130,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "flow.json"
     if not path.is_file():
         raise UserError(
-            f"the run at {folder} has no finished block yet; finish it with `jkoflow train "
-            f"--run {folder} --resume`"
+            f"the run at {folder} has no finished block yet; finish it with "
+            f"`{resuming(read_config(folder), folder)}`"
         )
     manifest: dict[str, Any] = commit.read_json(path, "flow manifest")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -289,11 +298,10 @@ def open_run(
     if number is not None:
         manifest = select(manifest, number)
     count = len(manifest["blocks"])
-    distilled = config.train.objective == "distill"
     if blocks is None and not manifest["complete"]:
         raise UserError(
-            f"the run at {folder} stopped after {count} blocks; finish it with `jkoflow "
-            f"{'distill' if distilled else 'train'} … --resume`, or use --blocks {count}"
+            f"the run at {folder} stopped after {count} blocks; finish it with "
+            f"`{resuming(config, folder)}`, or use --blocks {count}"
         )
     if blocks is not None and not 1 <= blocks <= count:
         raise UserError(f"--blocks must lie between 1 and {count} for the run at {folder}")

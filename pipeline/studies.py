@@ -33,7 +33,8 @@ class Study:
 
     Attributes:
         sampling: with n and seed of `settings`.
-        about: n, seed, reference, extractor, run, classes, guidance, guide, for the study's file.
+        about: n, seed, reference, extractor, run, blocks if not all, classes, guidance, guide, for
+            the study's file.
 
     Raises:
         UserError: n below 2.
@@ -51,6 +52,8 @@ class Study:
             "batch_size": sampling.batch_size, "guidance": sampling.guidance,
             "guide": way_of(run, sampling).about().get("guide"),
         }  # fmt: skip
+        if len(run.flow) < len(run.manifest["blocks"]):
+            self.about["first_blocks"] = len(run.flow)
         self._reference = evaluator.reference(settings.reference)
         self.about["reference_sha256"] = _digest(self._reference)
 
@@ -97,4 +100,6 @@ def _digest(stats: GaussianStats) -> str:
 def heading(result: dict[str, Any]) -> str:
     """What a study's FIDs belong to, on one line."""
     text = f"FID(n={result['n']}, {result['reference']}), seed {result['seed']}"
+    if "first_blocks" in result:
+        text += f", first {result['first_blocks']} blocks only"
     return text + guidance_of(result)

@@ -17,7 +17,7 @@ from flows.block import Block
 from flows.flow import Flow
 from flows.schedule import stopping_ratio
 from flows.spec import BlockSpec, build_block
-from flows.widen import grown
+from flows.widen import grown, widening
 from pipeline import commit
 from pipeline.agreement import first_says, together
 from pipeline.blocks import BlockTrainer, measure
@@ -25,7 +25,7 @@ from pipeline.classes import counts_of
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.grids import check_grid
-from pipeline.initial import initial_row, open_initial
+from pipeline.initial import INITIAL, initial_row, open_initial
 from pipeline.journal import Journal
 from pipeline.latents import Progress
 from pipeline.passes import Pass, Row, readable, summarise
@@ -80,6 +80,9 @@ class Trainer:
         other = config.train.init_from
         if other is not None and self.about.get("init_from", {}).get("run") != other:
             kept = open_initial(other, config.velocity, tuple(source.shape))
+            begun = folder / INITIAL
+            if manifest is None and begun.is_file():  # stopped before its first block
+                kept = commit.read_json(begun, "record of the weights to start from")
             self.about["init_from"] = kept
 
     def _require_same_scale(self, now: dict[str, Any]) -> None:
@@ -108,6 +111,8 @@ class Trainer:
             self.passes.append(plan)
             if self.number:  # a run without any block has no flow.json yet
                 self._commit()
+            elif "init_from" in self.about and self.accelerator.is_main_process:
+                commit.write_json(self.folder / INITIAL, self.about["init_from"])
         journal.number = self.number
         stage = self.source.first_stage(self.folder, self.config, self.accelerator)
         for row in self.current.blocks:
@@ -168,7 +173,7 @@ class Trainer:
             alike = dataclasses.replace(
                 before.velocity, classes=velocity.classes, width=velocity.width
             )
-            if alike == velocity:
+            if alike == velocity and widening(before.velocity, velocity):
                 spec = dataclasses.replace(spec, start=before.start, length=before.length)
                 block = grown(block, before, spec, drawn)
                 block.solver = solver

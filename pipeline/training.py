@@ -112,7 +112,10 @@ def train(
     there = resume and (folder / "flow.json").is_file()
     manifest = read_manifest(folder) if there else None
     trainer = Trainer(config, folder, source, accelerator, progress, manifest)
-    upcoming = next_pass(config, trainer.passes, add_blocks, from_block)
+    altered: list[str] = []
+    if anew and (folder / "config.yaml").is_file():
+        altered = list(differences(read_config(folder), config, FREE, _INDIFFERENT))
+    upcoming = next_pass(config, trainer.passes, add_blocks, from_block, altered)
     enter(config, folder, accelerator, resume, anew)
     if upcoming is not None:
         with Journal(folder, accelerator.is_main_process) as journal:
@@ -129,6 +132,8 @@ def enter(
     config: Config, folder: Path, accelerator: Accelerator, resume: bool, anew: bool = False
 ) -> None:
     """Start a run directory, or make sure that the one there may be continued."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; a run is a folder, choose another place with --run")
     there = (folder / "config.yaml").is_file()
     if there and not resume:
         raise UserError(

@@ -71,6 +71,8 @@ def test_overrides_are_applied_in_order(tmp_path: Path) -> None:
         ("train.lr", r"section\.key=value"),
         ("=3", r"section\.key=value"),
         ("architecture.ch_mult=[1,a]", r"architecture\.ch_mult"),
+        ("schedule.h=[[0.5]]", r"schedule\.h: expected a list of plain values, not \[\[0\.5\]\]"),
+        ("data.also=[{a: 1}]", r"data\.also: expected a list of plain values"),
         ("data.also=mnist", r"data\.also: expected a list, such as \[mnist\], not 'mnist'"),
     ],
 )

@@ -185,6 +185,9 @@ def test_mistakes_are_told(gaussian: Run, tmp_path: Path) -> None:
         merge(gaussian, tmp_path / "run", *OFTEN, pairs=3, resume=True)
     with pytest.raises(UserError, match=r"started with train\.lr=0\.03 \(now 1\.0\)"):
         merge(gaussian, tmp_path / "run", *OFTEN, "train.lr=1", resume=True)
+    for resume in (False, True):
+        with pytest.raises(UserError, match="it is no distilled one; choose another place"):
+            merge(gaussian, gaussian.folder, *OFTEN, resume=resume)
     config = student_config(gaussian, Distillation())
     with pytest.raises(UserError, match="their standardisation differs"):
         source = GaussianSource((*COVARIANCE, (0.0, 0.0)))  # three numbers a sample

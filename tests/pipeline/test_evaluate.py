@@ -300,11 +300,16 @@ def test_a_reference_of_other_images_is_told(folder: Path) -> None:
     settings = dataclasses.replace(run.config.evaluate, n=2000, reference="mnist-train")
     assert _about(run, Pretended(), settings)["real_test_fid"] is None
     digits = dataclasses.replace(run.config, data=DataConfig("mnist"))
-    digits_run = dataclasses.replace(run, config=digits)
+    named = {"name": "mnist", "fingerprint": run.manifest["data"]["fingerprint"]}
+    digits_run = dataclasses.replace(run, config=digits, manifest={**run.manifest, "data": named})
     beside = _about(digits_run, Pretended(), settings)["real_test_fid"]
     assert beside == pytest.approx(3.657, abs=1e-3)
     assert other_data(digits_run, "mnist-train") is None
     assert other_data(run, "a folder") is None
+    joined = {**run.manifest, "data": {**named, "name": "folder+mnist"}}
+    assert "images are folder+mnist" in str(
+        other_data(dataclasses.replace(run, manifest=joined), "mnist-train")
+    )
     warning = other_data(run, "mnist-train")
     assert warning is not None and "is of mnist, but the run's images are folder" in warning
 

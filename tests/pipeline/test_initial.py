@@ -87,6 +87,18 @@ def test_a_resumed_training_needs_the_same_weights(cheap: Path, tmp_path: Path) 
     assert all(map(torch.equal, weights(tmp_path / "run"), weights(whole)))
 
 
+def test_other_weights_before_the_first_block_is_finished(cheap: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(cheap, tmp_path / "lfm"))
+    start = ("train.iterations=3", f"train.init_from={other}")
+    run(tmp_path / "whole", *start)
+    run(tmp_path / "run", *start, "train.max_minutes=1e-9")
+    assert _blocks(tmp_path / "run") == []
+    times = ("train.objective=lfm", "schedule.gamma=[0.1,0.3]", "schedule.free_block=true")
+    assert run(other, *times, "train.iterations=5", from_block=1).complete
+    assert run(tmp_path / "run", *start).complete  # with those that it began with
+    assert all(map(torch.equal, weights(tmp_path / "run"), weights(tmp_path / "whole")))
+
+
 def _blocks(folder: Path) -> list[object]:
     there = (folder / "flow.json").is_file()
     return list(read_manifest(folder)["blocks"]) if there else []

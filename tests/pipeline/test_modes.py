@@ -94,6 +94,8 @@ def test_a_request_that_was_stopped_goes_on_when_it_is_repeated(again: Path) -> 
     assert stopped == Outcome(2, False, 0, 3)
     with pytest.raises(UserError, match="finish it with --resume"):
         run(again, "train.iterations=6", add_blocks=2)
+    with pytest.raises(UserError, match=r"begun with another train\.iterations; finish them"):
+        run(again, "train.iterations=7", add_blocks=1)
     assert run(again, "train.iterations=6", add_blocks=1) == Outcome(4, True, 2, 3)
 
 
@@ -193,6 +195,44 @@ def test_other_block_networks_start_anew(again: Path) -> None:
     assert kinds == ["linear", "linear", "mlp"]
 
 
+def test_networks_of_another_width_start_anew_or_wider(again: Path) -> None:
+    narrow = ("velocity.kind=resmlp", "velocity.width=8", "velocity.depth=1")
+    assert run(again, *narrow, from_block=0).complete
+    for width in (12, 16, 6):
+        wide = (*narrow[::2], f"velocity.width={width}")
+        assert run(again, *wide, from_block=1).complete
+        widths = [spec.velocity.width for spec in open_run(again).flow.specs]
+        assert widths == [8, width, width]
+
+
+def test_an_unfinished_block_of_another_network_is_begun_again(again: Path) -> None:
+    wide = ("velocity.kind=resmlp", "velocity.width=16", "velocity.depth=1")
+    assert not run(again, *wide, "train.max_minutes=1e-9", from_block=1).complete
+    narrow = ("velocity.kind=resmlp", "velocity.width=8", "velocity.depth=1")
+    assert run(again, *narrow, from_block=1).complete
+    assert [spec.velocity.kind for spec in open_run(again).flow.specs][0] == "linear"
+    assert [spec.velocity.width for spec in open_run(again).flow.specs][1:] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    "override", ["solver.steps=2", "train.iterations=9", "schedule.h=[1,1]", "velocity.kind=mlp"]
+)
+def test_blocks_that_train_on_keep_what_they_go_on_with(again: Path, override: str) -> None:
+    evened = ("schedule.reparameterize=1",)
+    assert run(again, *evened) == Outcome(3, True, 3, 2)
+    name = override.partition("=")[0]
+    with pytest.raises(UserError, match=rf"{name} has no effect on the blocks of this pass"):
+        run(again, *evened, override, from_block=1)
+    assert run(again, *evened, "schedule.later_iterations=2", from_block=1).complete
+    assert read_manifest(again)["passes"][-1]["iterations"] == [2, 2, 2]
+
+
+def test_a_file_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UserError, match="run is a file; a run is a folder"):
+        run(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -214,6 +254,8 @@ def test_other_block_networks_start_anew(again: Path) -> None:
         ("train.lr=0", "train.lr must be positive"),
         ("train.ema=1", "train.ema must lie in"),
         ("solver.steps=0", "solver.steps must be at least 1"),
+        ("schedule.substeps=[1,900]", "schedule.substeps = 900 of rk4 take 3600 evaluations"),
+        ("push.steps=600", "push.steps = 600 of rk4 take 2400 evaluations"),
         ("solver.method=leap", "unknown solver 'leap'"),
         ("velocity.nets=0", "velocity.nets must be at least 1"),
         ("velocity.nets=3", "solver.steps must be a multiple of velocity.nets = 3"),

@@ -56,6 +56,9 @@ def test_the_fid_of_n_test_images_does_not_depend_on_the_other_numbers(
     assert found[2]["5"] == pytest.approx(found[0]["5"], rel=1e-6)
     with pytest.raises(UserError, match="25 images were asked for"):
         make_reference(config, tmp_path / "d.safetensors", [25], Accelerator(), quiet)
+    for few in (1, 0, -5):
+        with pytest.raises(UserError, match=f"at least 2 images, not {few}"):
+            make_reference(config, tmp_path / "d.safetensors", [5, few], Accelerator(), quiet)
 
 
 def test_another_suffix_is_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate import Accelerator
+from PIL import Image
 
 from pipeline.runs import open_run, read_manifest
 from pipeline.summary import plot_movement
@@ -117,6 +118,20 @@ def test_numbers_of_other_blocks_are_not_shown(
 def test_a_grid_of_other_blocks_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, told in ((["--blocks", "1"], True), ([], False)):
         assert say(capsys, "generate", "--run", run, "-n", "2", *words)[0] == 0
+        report(run, capsys)
+        assert ("Drawn by other blocks" in (run / "report.html").read_text()) == told
+
+
+@pytest.mark.parametrize("name", ["nfe", "curve", "likelihood"])
+def test_a_picture_of_numbers_of_other_blocks_is_told(
+    run: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = run / "samples" / f"{name}.png"
+    picture.parent.mkdir(exist_ok=True)
+    Image.new("L", (2, 2)).save(picture)
+    for blocks, told in ((None, False), (1, True)):
+        drawn_by = {"run": open_run(run, blocks).fingerprint}
+        (run / f"{name}.json").write_text(json.dumps(drawn_by))
         report(run, capsys)
         assert ("Drawn by other blocks" in (run / "report.html").read_text()) == told
 

@@ -103,7 +103,9 @@ def test_the_card_has_the_numbers(run: Path, tmp_path: Path) -> None:
         assert words in text
     assert json.loads((out / "metrics.json").read_text()) == metrics
     again = export(open_run(out), tmp_path / "measured again").folder
-    assert json.loads((again / "metrics.json").read_text()) == metrics
+    told_again = json.loads((again / "metrics.json").read_text())
+    assert told_again == metrics | {"run": open_run(out).fingerprint}
+    export(open_run(again), tmp_path / "a third time")
     # a file of statistics is known by its name, on any machine
     reference = str(tmp_path / "own.safetensors")
     settings = read_config(run)
@@ -131,14 +133,23 @@ def test_numbers_and_pictures_are_of_what_is_exported(run: Path, tmp_path: Path)
     with_guide = replace(opened, config=replace(opened.config, generate=guided))
     metrics = {"fid": fid, "nfe": 24, "run": opened.fingerprint, "blocks": []}
     (run / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(UserError, match="guidance 1, but .* would sample with guidance 3 by tiny"):
+    with pytest.raises(UserError, match=r"guidance 1\.0, but .* sample with guidance 3\.0"):
         export(with_guide, tmp_path / "guided")
     assert not (tmp_path / "guided").exists()
     fid |= way_of(with_guide, guided).about()
     (run / "metrics.json").write_text(json.dumps(metrics))
     export(with_guide, tmp_path / "guided")
-    with pytest.raises(UserError, match="with guidance 3 by tiny, but .* with guidance 1;"):
+    with pytest.raises(UserError, match=r"with guidance 3\.0, but .* with guidance 1\.0;"):
         export(opened, tmp_path / "plain")
+    other = {**fid["guide"], "run": "another"}
+    for changed, said in (
+        ({"guide": other}, r"guide tiny \(another\), but .* guide tiny \("),
+        ({"classes": [3]}, r"classes \[3\], but .* classes None"),
+        ({"solvers": [{"method": "euler", "steps": 1}]}, "solvers .*euler.*, but .*rk4"),
+    ):
+        (run / "metrics.json").write_text(json.dumps({**metrics, "fid": fid | changed}))
+        with pytest.raises(UserError, match=said):
+            export(with_guide, tmp_path / "otherwise")
     (run / "metrics.json").unlink()
     grid = run / "samples" / "grid.png"
     for blocks, shown in ((1, False), (None, True)):
@@ -149,6 +160,14 @@ def test_numbers_and_pictures_are_of_what_is_exported(run: Path, tmp_path: Path)
         assert (out / "samples" / "grid.png").is_file() == shown
         out = export(with_guide, tmp_path / f"guided with {blocks}").folder
         assert not (out / "samples" / "grid.png").is_file()
+    coarse = replace(opened.config.generate, method="euler", steps=1)
+    write_grid(sample_images(opened, coarse, Rank(0, 1), quiet), grid, 4, 2)  # type: ignore[arg-type]
+    out = export(opened, tmp_path / "coarse").folder
+    assert not (out / "samples" / "grid.png").is_file()
+    as_drawn = replace(opened, config=replace(opened.config, generate=coarse))
+    out = export(as_drawn, tmp_path / "as drawn").folder
+    assert (out / "samples" / "grid.png").is_file()
+    assert "| sampling | euler, 1 sub-intervals a block |" in (out / "CARD.md").read_text()
 
 
 def test_a_killed_export_is_made_again(run: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import assets
+from pipeline.download import DamagedError
 from pipeline.errors import JkoflowError
 from pipeline.raw_files import find
 from pipeline.sources import NpmSource, PipSource
@@ -32,6 +33,15 @@ def test_an_archive_cannot_write_outside(tmp_path):
     assert found["thing.bin"].parent == scratch
     files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     assert files == {"a/evil.tar", "b/scratch/unpacked-thing.bin"}
+
+
+def test_a_damaged_archive_beside_whole_files(tmp_path):
+    (tmp_path / "other.zip").write_bytes(b"junk")
+    with pytest.raises(DamagedError, match=r"other.zip is damaged"):
+        find(tmp_path, ["thing.bin"], tmp_path / "scratch")
+    (tmp_path / "thing.bin").write_bytes(b"whole")
+    names = ["thing.bin", "thing.bin.gz"]  # either would do
+    assert find(tmp_path, names, tmp_path / "scratch") == {"thing.bin": tmp_path / "thing.bin"}
 
 
 def play(folder: Path, name: str, script: str) -> str:

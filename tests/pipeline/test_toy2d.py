@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -17,10 +18,11 @@ from flows.flow import BlockSpec, Flow
 from flows.velocity import VelocityConfig
 from pipeline import commit, toy2d
 from pipeline.config_files import available, from_resolved, to_dict
-from pipeline.errors import UserError
+from pipeline.errors import JkoflowError, UserError
 from pipeline.experiment2d import PointSource, measure, run_experiment
 from pipeline.pictures2d import grid_centres
 from pipeline.points import POINTS
+from pipeline.runs import open_run
 
 TINY = [
     "velocity.hidden=[8,8]",
@@ -91,6 +93,14 @@ def test_a_stopped_run_ends_where_an_unstopped_one_does(finished, tmp_path):
 def test_a_run_is_not_overwritten(finished):
     with pytest.raises(UserError, match="--resume"):
         run(tiny(), finished[0])
+
+
+def test_an_unfinished_run_is_finished_by_its_own_verb(tmp_path):
+    config = tiny("gaussian", "train.max_minutes=1e-9")
+    with contextlib.suppress(JkoflowError):
+        run(config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"`jkoflow toy2d --run .*run --resume`"):
+        open_run(tmp_path / "run")
 
 
 def test_a_run_goes_on_with_the_points_it_began_with(finished, tmp_path):
