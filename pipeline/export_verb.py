@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.options import GuidanceOption, GuideOption
+from pipeline.options import GuidanceOption, GuideOption, MethodOption, StepsOption
 
 
 def register(app: typer.Typer) -> None:
@@ -26,6 +26,8 @@ def export(
     ] = "float16",
     guide: GuideOption = None,
     guidance: GuidanceOption = None,
+    steps: StepsOption = None,
+    method: MethodOption = None,
     autoencoder: Annotated[
         str | None,
         typer.Option(
@@ -36,15 +38,18 @@ def export(
 ) -> None:
     """Write what is shipped of a run: blocks, flow.json, config.yaml, numbers, guide and a card.
 
-    With --guide or --guidance, the exported run samples so unless told otherwise.
+    With --guide, --guidance, --steps or --method, the exported run samples so unless told
+    otherwise.
     """
     from pipeline import export as exporting
     from pipeline import runs
+    from pipeline.generate import with_solver
     from pipeline.guidance import with_guidance
     from pipeline.terminal import say
 
     opened = runs.open_run(run, images=True)
     generate = with_guidance(opened.config.generate, guidance, guide)
+    generate = with_solver(generate, steps, method)
     opened = replace(opened, config=replace(opened.config, generate=generate))
     done = exporting.export(opened, out, dtype, autoencoder)
     say(

@@ -198,6 +198,16 @@ def test_the_pass_in_use_is_exported(run: Path, trained: World, tmp_path: Path) 
     assert (pixels(out).int() - pixels(run).int()).abs().max() <= 1
 
 
+def test_the_solver_can_be_chosen(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--method", "euler", "--steps", "3"]
+    assert say(capsys, "export", "--run", run, "--out", tmp_path / "out", *words)[0] == 0
+    settings = read_config(tmp_path / "out").generate
+    assert (settings.method, settings.steps) == ("euler", 3)
+    assert "euler, 3 sub-intervals" in (tmp_path / "out" / "CARD.md").read_text()
+
+
 def test_what_cannot_be_exported(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
