@@ -287,8 +287,7 @@ def shows(path: Path, run: Run) -> bool:
     guide = way_of(run, run.config.generate).describe().get("guide")
     drawn = {run.fingerprint, run.manifest.get("exported", {}).get("from")}
     settings = run.config.generate
-    solver = json.loads(json.dumps(dataclasses.asdict(solver_of(run, settings))))
-    alike = identity.get("solver") == solver
+    alike = identity.get("solver") == dataclasses.asdict(solver_of(run, settings))
     alike = alike and identity.get("block_steps") == settings.block_steps
     labels = identity.get("classes", {}).get("labels")
     if labels and len(set(labels)) < run.flow.classes:

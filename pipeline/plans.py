@@ -203,7 +203,7 @@ def _retrain(config: Config, passes: Sequence[Pass], first: int, altered: Sequen
             raise UserError(
                 f"{inherited[0]} has no effect on the blocks of this pass, which go on from those "
                 "before it with their network, solver and steps; leave it as it was "
-                "(schedule.later_iterations, schedule.lr and the train section may change)"
+                "(schedule.later_iterations, schedule.lr and the rest of train may change)"
             )
         later = config.schedule.later_iterations
         spent = last.iterations if later is None else [later] * len(last.iterations)

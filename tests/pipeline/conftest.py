@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,3 +49,12 @@ def trained(trained_world: World, monkeypatch: pytest.MonkeyPatch) -> World:
     """The same, with its data root in use here; leave it as it is."""
     monkeypatch.setenv("JKOFLOW_HOME", str(trained_world.home))
     return trained_world
+
+
+@pytest.fixture
+def folder(trained: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished run, with a data root that begins with no features."""
+    home = tmp_path / "home"
+    shutil.copytree(trained.home, home, ignore=shutil.ignore_patterns("features"))
+    monkeypatch.setenv("JKOFLOW_HOME", str(home))
+    return Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
