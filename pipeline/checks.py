@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 
 #: what train.objective may be
 OBJECTIVES = ("jko", "lfm", "fm")
-#: what train.precision may be
+#: what train.precision and generate.precision may be
 PRECISIONS = ("fp32", "bf16")
 
 

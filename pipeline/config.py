@@ -220,6 +220,8 @@ class GenerateConfig:
             velocity is g: w of g + w (v - g), of any run.
         guide: a run on the same latents, smaller or trained for less long, or RUN@STEP, as
             train.snapshot_every kept it; null for none.
+        precision: fp32, or bf16 for networks evaluated in half precision under autocast, which is
+            faster where the processor has it; solver and guidance stay in fp32.
     """
 
     n: int = 64
@@ -232,6 +234,7 @@ class GenerateConfig:
     labels: list[int] | None = None
     guidance: float | None = None
     guide: str | None = None
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)

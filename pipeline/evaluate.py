@@ -245,6 +245,8 @@ def inputs_of(run: Run, settings: EvaluateConfig, sampling: GenerateConfig) -> s
     for later in ("labels", "guidance", "block_steps", "guide"):
         if generate[later] is None:
             del generate[later]
+    if sampling.precision == "fp32":
+        del generate["precision"]
     if sampling.guide is not None:
         generate["guide"] = way_of(run, sampling).describe()["guide"]  # whatever its place
     parts = {

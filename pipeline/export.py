@@ -203,6 +203,7 @@ def _way(about: dict[str, Any]) -> dict[str, Any]:
         "guide": guide and f"{guide['name']} ({guide['run']})",
         "classes": about.get("classes"),
         "solvers": about.get("solvers"),
+        "sampled_in": about.get("sampled_in", "fp32"),
     }
 
 

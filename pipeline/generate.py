@@ -289,6 +289,7 @@ def shows(path: Path, run: Run) -> bool:
     settings = run.config.generate
     alike = identity.get("solver") == dataclasses.asdict(solver_of(run, settings))
     alike = alike and identity.get("block_steps") == settings.block_steps
+    alike = alike and identity.get("precision", "fp32") == settings.precision
     labels = identity.get("classes", {}).get("labels")
     if labels and len(set(labels)) < run.flow.classes:
         alike = alike and labels == settings.labels

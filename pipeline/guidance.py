@@ -16,6 +16,8 @@ from typing import Any
 
 from flows.flow import Flow
 from flows.guide import guided
+from flows.half import in_half
+from pipeline.checks import PRECISIONS
 from pipeline.classes import Choice, choice_of
 from pipeline.config import GenerateConfig
 from pipeline.errors import JkoflowError, UserError
@@ -33,19 +35,26 @@ class Way:
         choice: the classes; None for a run without.
         guide: the run that guides, with as many blocks in use; None if none does.
         weight: w of the guidance by `guide`.
+        precision: of the networks, fp32 or bf16.
     """
 
     run: Run
     choice: Choice | None
     guide: Run | None = None
     weight: float = 1.0
+    precision: str = "fp32"
 
     @cached_property
     def flow(self) -> Flow:
         """The flow that is followed; shares its weights with those of the runs."""
+        own = self._evaluated(self.run.flow)
         if self.guide is None or self.weight == 1:
-            return self.run.flow
-        return guided(self.run.flow, self.guide.flow, self.weight)
+            return own
+        return guided(own, self._evaluated(self.guide.flow), self.weight)
+
+    def _evaluated(self, flow: Flow) -> Flow:
+        """A flow in the precision asked for."""
+        return in_half(flow) if self.precision == "bf16" else flow
 
     @property
     def evaluations(self) -> int:
@@ -57,19 +66,22 @@ class Way:
     def describe(self) -> dict[str, Any]:
         """What decides the samples besides blocks, solver and noise; JSON-ready."""
         told: dict[str, Any] = {} if self.choice is None else {"classes": self.choice.describe()}
+        if self.precision != "fp32":
+            told["precision"] = self.precision
         if self.guide is not None:
             told["guide"] = {"run": self.guide.fingerprint, "guidance": self.weight}
         return told
 
     def about(self) -> dict[str, Any]:
         """What people are told of it beside a number; JSON-ready."""
+        half = {} if self.precision == "fp32" else {"sampled_in": self.precision}
         if self.guide is not None:
             who = {"name": self.guide.config.name, "run": self.guide.fingerprint}
-            told: dict[str, Any] = {"guidance": self.weight, "guide": who}
+            told: dict[str, Any] = {"guidance": self.weight, "guide": who, **half}
         elif self.choice is not None:
-            told = {"guidance": self.choice.guidance}
+            told = {"guidance": self.choice.guidance, **half}
         else:
-            return {}
+            return half
         classes = {} if self.choice is None else {"classes": list(self.choice.labels) or None}
         return told | classes
 
@@ -81,8 +93,13 @@ def way_of(run: Run, settings: GenerateConfig) -> Way:
         UserError: classes or guidance that the run does not know, no weight for a guide, or a
             guide that does not fit.
     """
+    if settings.precision not in PRECISIONS:
+        raise UserError(
+            f"unknown generate.precision {settings.precision!r}; choose one of "
+            f"{', '.join(PRECISIONS)}"
+        )
     if settings.guide is None:
-        return Way(run, choice_of(run, settings))
+        return Way(run, choice_of(run, settings), precision=settings.precision)
     if settings.guidance is None:
         raise UserError("a guide needs its weight; add --guidance 2, say")
     choice = choice_of(run, dataclasses.replace(settings, guidance=None))
@@ -95,7 +112,7 @@ def way_of(run: Run, settings: GenerateConfig) -> Way:
         ) from error
     _fits(run, guide, settings.guide)
     guide = dataclasses.replace(guide, flow=guide.flow[: len(run.flow)])
-    way = Way(run, choice, guide, settings.guidance)
+    way = Way(run, choice, guide, settings.guidance, settings.precision)
     _ = way.flow  # refuses a weight out of range
     return way
 

@@ -52,6 +52,8 @@ class Study:
             "batch_size": sampling.batch_size, "guidance": sampling.guidance,
             "guide": way_of(run, sampling).about().get("guide"),
         }  # fmt: skip
+        if sampling.precision != "fp32":
+            self.about["sampled_in"] = sampling.precision
         if len(run.flow) < len(run.manifest["blocks"]):
             self.about["first_blocks"] = len(run.flow)
         self._reference = evaluator.reference(settings.reference)

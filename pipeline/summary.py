@@ -35,11 +35,12 @@ def headline(metrics: dict[str, Any]) -> str:
 
 
 def guidance_of(told: Mapping[str, Any]) -> str:
-    """Guidance and guide of what was generated, as the end of a line; empty without."""
+    """Guidance, guide and half precision of what was generated, as the end of a line."""
+    half = f", in {told['sampled_in']}" if "sampled_in" in told else ""
     if told.get("guidance") is None:
-        return ""
+        return half
     guide = f" by {told['guide']['name']}" if told.get("guide") else ""
-    return f", guidance {told['guidance']:g}{guide}"
+    return f", guidance {told['guidance']:g}{guide}{half}"
 
 
 def table(metrics: dict[str, Any], seconds: dict[str, float], reused: set[str]) -> str:

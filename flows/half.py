@@ -1,0 +1,43 @@
+"""A flow whose networks are evaluated in bfloat16; solver and guidance stay in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flows.block import Block
+from flows.flow import Flow
+from flows.velocity_base import Piece, Velocity, given
+
+
+class HalfPrecision(Velocity):
+    """A velocity under autocast to bfloat16, returned in the precision of its samples.
+
+    Args:
+        inner: the velocity; its weights stay as they are.
+    """
+
+    def __init__(self, inner: Velocity) -> None:
+        super().__init__(inner.shape, inner.classes)
+        self.inner = inner
+
+    def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """See :class:`Velocity`."""
+        with torch.autocast(z.device.type, torch.bfloat16):
+            return self.inner(t, z, *given(labels)).to(z.dtype)
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """See :class:`Velocity`; those of the inner field."""
+        pieces = self.inner.pieces()
+        if len(pieces) == 1:
+            return (Piece(0.0, 1.0, self),)
+        return tuple(Piece(p.start, p.end, HalfPrecision(p.field)) for p in pieces)
+
+
+def in_half(flow: Flow) -> Flow:
+    """The flow with its networks in bfloat16; shares all weights."""
+    halved = Flow(flow.shape)
+    for spec, block in zip(flow.specs, flow, strict=True):
+        halved.blocks.append(Block(HalfPrecision(block.velocity), block.solver))
+        halved.specs.append(spec)
+    return halved
