@@ -15,7 +15,7 @@ class AutoencoderTraining:
     """Recipe of a training.
 
     Attributes:
-        iterations: optimiser steps.
+        iterations: optimiser steps; 0, given a start, measures `sharpen` anew and trains nothing.
         batch_size: images a step, over all processes.
         optimizer: adam, or muon for the autoencoder's weights (see `autoencoders.optimisers`);
             the discriminator always has Adam.
@@ -86,8 +86,11 @@ class AutoencoderTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.batch_size < 1:
-            raise ValueError("iterations and batch_size must be at least 1")
+        if self.iterations < (0 if self.start else 1) or self.batch_size < 1:
+            raise ValueError(
+                "iterations and batch_size must be at least 1 (iterations at least 0 with start, "
+                "whose weights are then kept)"
+            )
         if self.discriminator not in DISCRIMINATORS:
             kinds = ", ".join(DISCRIMINATORS)
             raise ValueError(f"discriminator must be one of {kinds}, not {self.discriminator!r}")

@@ -201,7 +201,7 @@ class AutoencoderTrainer:
         return sharpened(model, images) if self.recipe.sharpen else model
 
     def _pruned(self, model: TamingAutoencoder, images: Tensor) -> TamingAutoencoder:
-        if not model.stochastic or self.recipe.decoder_only:
+        if not model.stochastic or self.recipe.decoder_only or not self.recipe.iterations:
             return model
         with torch.inference_mode():
             moments = model.encode(to_float(images))

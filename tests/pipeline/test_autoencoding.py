@@ -12,8 +12,9 @@ from accelerate import Accelerator
 
 from autoencoders.base import to_float, to_uint8
 from autoencoders.training import AutoencoderTrainer
-from autoencoders.weights import load
+from autoencoders.weights import load, to_tensors
 from eval.reconstruction import psnr
+from pipeline import commit
 from pipeline.autoencoding import WEIGHTS, train
 from pipeline.config_files import load_config
 from pipeline.datasets import load_images
@@ -214,3 +215,27 @@ def test_a_handful_of_pictures_is_enough(
     code, _, last = say(capsys, *words, "--set", f"data.path={few}")
     assert code == 0, last
     assert load(out / WEIGHTS).fingerprint
+
+
+def test_without_steps_the_mask_is_measured_anew(
+    capsys: pytest.CaptureFixture[str], world: World
+) -> None:
+    """For a decoder that is used on other images than it was trained on: its weights are kept."""
+    first, out = world.root / "first", world.root / "masked"
+    words = ("autoencoder", "train", "--config")
+    assert say(capsys, *words, recipe_of(world), "--out", first)[0] == 0
+    before, dull = load(first / WEIGHTS), world.root / "dull.safetensors"
+    for part in before.decoder.conv_out.parameters():
+        part.data.mul_(0.1)  # with less detail than any picture
+    commit.write_tensors(dull, *to_tensors(before))
+    before = load(dull)
+    recipe = recipe_of(world, iterations=0, start=str(dull), sharpen=True)
+    assert say(capsys, *words, recipe, "--out", out)[0] == 0
+    after = load(out / WEIGHTS)
+    assert before.config.sharpen == 0 < after.config.sharpen
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], tensor), name
+    no = world.root / "no"
+    code, _, error = say(capsys, *words, recipe_of(world, iterations=0), "--out", no)
+    assert code == 2 and "iterations at least 0 with start" in error
+    assert not no.exists()
