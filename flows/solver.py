@@ -213,7 +213,8 @@ class Way:
 
     def error(self, reason: str) -> SolveError:
         """A failure at the time of the latest evaluation."""
-        return SolveError(reason, float(self.t), evaluations=self.evaluations)
+        at = self.t.detach() if isinstance(self.t, Tensor) else self.t  # adjoint: with a gradient
+        return SolveError(reason, float(at), evaluations=self.evaluations)
 
 
 class _Field:
