@@ -15,7 +15,8 @@ class AutoencoderTraining:
     """Recipe of a training.
 
     Attributes:
-        iterations: optimiser steps; 0, given a start, measures `sharpen` anew and trains nothing.
+        iterations: optimiser steps; 0, with start and sharpen, measures the mask alone and keeps
+            the weights.
         batch_size: images a step, over all processes.
         optimizer: adam, or muon for the autoencoder's weights (see `autoencoders.optimisers`);
             the discriminator always has Adam.
@@ -86,10 +87,11 @@ class AutoencoderTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.iterations < (0 if self.start else 1) or self.batch_size < 1:
+        least = 0 if self.start and self.sharpen else 1
+        if self.iterations < least or self.batch_size < 1:
             raise ValueError(
-                "iterations and batch_size must be at least 1 (iterations at least 0 with start, "
-                "whose weights are then kept)"
+                "iterations and batch_size must be at least 1 (or iterations 0 with start and "
+                "sharpen, which then measures the mask alone)"
             )
         if self.discriminator not in DISCRIMINATORS:
             kinds = ", ".join(DISCRIMINATORS)

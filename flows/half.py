@@ -28,10 +28,8 @@ class HalfPrecision(Velocity):
 
     def pieces(self) -> tuple[Piece, ...]:
         """See :class:`Velocity`; those of the inner field."""
-        pieces = self.inner.pieces()
-        if len(pieces) == 1:
-            return (Piece(0.0, 1.0, self),)
-        return tuple(Piece(p.start, p.end, HalfPrecision(p.field)) for p in pieces)
+        inner = self.inner.pieces()
+        return tuple(Piece(each.start, each.end, HalfPrecision(each.field)) for each in inner)
 
 
 def in_half(flow: Flow) -> Flow:

@@ -241,12 +241,10 @@ def inputs_of(run: Run, settings: EvaluateConfig, sampling: GenerateConfig) -> s
     """What an evaluation's numbers depend on, as a key: metrics of the same key are the same."""
     sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
     generate = dataclasses.asdict(sampling)
-    # without them the key is what it was before they came
-    for later in ("labels", "guidance", "block_steps", "guide"):
-        if generate[later] is None:
+    # where they say nothing the key is what it was before they came
+    for later in ("labels", "guidance", "block_steps", "guide", "precision"):
+        if generate[later] == getattr(GenerateConfig(), later):
             del generate[later]
-    if sampling.precision == "fp32":
-        del generate["precision"]
     if sampling.guide is not None:
         generate["guide"] = way_of(run, sampling).describe()["guide"]  # whatever its place
     parts = {
