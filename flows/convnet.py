@@ -91,7 +91,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H, W)."""
         batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, channels // self.heads, -1)
+        qkv = self.qkv(self.norm(x))  # no size is left to infer: a batch may be empty
+        qkv = qkv.reshape(batch, 3, self.heads, channels // self.heads, height * width)
         query, key, value = qkv.unbind(1)
         weights = (query.transpose(-1, -2) @ key / math.sqrt(query.shape[-2])).softmax(dim=-1)
         mixed = (value @ weights.transpose(-1, -2)).reshape(batch, channels, height, width)

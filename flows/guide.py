@@ -21,7 +21,8 @@ from torch import Tensor
 from flows.block import Block
 from flows.errors import FlowError
 from flows.flow import Flow
-from flows.velocity_base import Velocity, given
+from flows.pieces import ROUNDING
+from flows.velocity_base import Piece, Velocity, given
 
 
 class Guided(Velocity):
@@ -33,7 +34,7 @@ class Guided(Velocity):
         weight: w, finite and not negative.
 
     Raises:
-        FlowError: other samples, w out of range, or a field that jumps (several networks).
+        FlowError: other samples, or w out of range.
     """
 
     def __init__(self, inner: Velocity, guide: Velocity, weight: float) -> None:
@@ -44,8 +45,6 @@ class Guided(Velocity):
             )
         if not 0 <= weight < math.inf:
             raise FlowError(f"guidance must be finite and not negative, found {weight}")
-        if max(len(inner.pieces()), len(guide.pieces())) > 1:
-            raise FlowError("a guide needs one network a block (velocity.nets = 1), in both flows")
         self.inner, self.guide, self.weight = inner, guide, weight
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -55,6 +54,18 @@ class Guided(Velocity):
         if self.guide.classes:
             null = torch.full((len(z),), self.guide.classes, device=z.device)
         return torch.lerp(self.guide(t, z, *given(null)), v, self.weight)
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """See :class:`Velocity`; from each jump of either field to the next of either."""
+        ours, theirs = self.inner.pieces(), self.guide.pieces()
+        if len(ours) == len(theirs) == 1:
+            return super().pieces()
+        return tuple(
+            Piece(start, end, Guided(a.field, b.field, self.weight))
+            for a in ours
+            for b in theirs
+            if (end := min(a.end, b.end)) - (start := max(a.start, b.start)) > ROUNDING
+        )
 
 
 def guided(flow: Flow, guide: Flow, weight: float) -> Flow:

@@ -12,7 +12,7 @@ from flows.errors import FlowError
 from flows.velocity_base import Piece, Velocity, given
 
 #: differences of time below it are rounding
-_ROUNDING = 1e-9
+ROUNDING = 1e-9
 
 
 class Stretch(Velocity):
@@ -47,7 +47,7 @@ class Stretch(Velocity):
         for piece in self.inner.pieces():
             start = max(0.0, (piece.start - self.start) / self.length)
             end = min(1.0, (piece.end - self.start) / self.length)
-            if end - start > _ROUNDING:
+            if end - start > ROUNDING:
                 inside.append((start, end, piece.field))
         if len(inside) == 1 and inside[0][2] is self.inner:
             return (Piece(0.0, 1.0, self),)
@@ -64,7 +64,7 @@ class TimeSlice(Stretch):
     """
 
     def __init__(self, inner: Velocity, start: float, length: float) -> None:
-        if not (0 <= start and 0 < length and start + length <= 1 + _ROUNDING):
+        if not (0 <= start and 0 < length and start + length <= 1 + ROUNDING):
             raise FlowError(
                 f"a time slice must lie inside [0, 1], found start {start}, length {length}"
             )
@@ -76,19 +76,28 @@ class NetSequence(Velocity):
 
     v(t, z) = n · w_j(n t − j, z) for t in [j/n, (j+1)/n): each network sees its own time from 0 to
     1, and the block's map is that of n blocks of one network each, T_{n−1} ∘ … ∘ T_0, under one
-    objective. The field jumps at t = j/n; its value there is that of the later network.
+    objective. With one clock v(t, z) = w_j(t, z) instead: n copies of a network are its field, and
+    may part from there. The field jumps at t = j/n; its value there is that of the later network.
 
     Args:
         nets: the networks at hand, in order.
         count: n; None takes the number of networks.
         first: j of the first network at hand; a slice of a block needs only some of them.
+        one_clock: whether all networks see the block's time.
     """
 
-    def __init__(self, nets: Sequence[Velocity], count: int | None = None, first: int = 0) -> None:
+    def __init__(
+        self,
+        nets: Sequence[Velocity],
+        count: int | None = None,
+        first: int = 0,
+        one_clock: bool = False,
+    ) -> None:
         super().__init__(nets[0].shape, nets[0].classes)
         self.nets = nn.ModuleList(nets)
         self.count = count or len(nets)
         self.first = first
+        self.one_clock = one_clock
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """See :class:`Velocity`."""
@@ -100,7 +109,8 @@ class NetSequence(Velocity):
         for j in range(self.first, last + 1):
             rows = (index == j).nonzero()[:, 0]
             chosen = given(None if labels is None else labels[rows])
-            v = v.index_copy(0, rows, self._part(j)(t[rows], z[rows], *chosen))
+            part = self._part(j)(t[rows], z[rows], *chosen)
+            v = v.index_copy(0, rows, part.to(v.dtype))  # under autocast it is of another
         return v
 
     def directional(
@@ -118,15 +128,15 @@ class NetSequence(Velocity):
 
     def within(self, start: float, length: float) -> NetSequence:
         """The same field with only the networks that [start, start + length] needs."""
-        low = math.floor(start * self.count + _ROUNDING)
-        high = math.ceil((start + length) * self.count - _ROUNDING)
+        low = math.floor(start * self.count + ROUNDING)
+        high = math.ceil((start + length) * self.count - ROUNDING)
         nets = list(self.nets)[low - self.first : high - self.first]
-        return NetSequence(nets, self.count, low)  # type: ignore[arg-type]
+        return NetSequence(nets, self.count, low, self.one_clock)  # type: ignore[arg-type]
 
     def _part(self, j: int) -> Velocity:
         net = self.nets[j - self.first]
         assert isinstance(net, Velocity)
-        return Stretch(net, -j, self.count)
+        return net if self.one_clock else Stretch(net, -j, self.count)
 
 
 def time_slice(velocity: Velocity, start: float, length: float) -> Velocity:

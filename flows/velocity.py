@@ -56,4 +56,6 @@ def make_velocity(
 
 def _build(config: VelocityConfig, shape: tuple[int, ...]) -> Velocity:
     nets = [KINDS[config.kind](config, shape) for _ in range(config.nets)]
-    return nets[0] if len(nets) == 1 else NetSequence(nets)
+    if len(nets) == 1:
+        return nets[0]
+    return NetSequence(nets, one_clock=config.clock == "block")

@@ -24,6 +24,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 
+CLOCKS = ("own", "block")
+
 
 @dataclass(frozen=True)
 class VelocityConfig:
@@ -42,6 +44,8 @@ class VelocityConfig:
         patch: p x p positions of the grid that the unet folds into channels, and out again; what
             it calls a grid is then the folded one.
         nets: networks a block: each covers an equal part of the block's time, one after the other.
+        clock: the time that several networks see: ``own``, from 0 to 1 in each, as if it were a
+            block; or ``block``, the block's, so that n copies of one network are its field.
         classes: classes that the network is told apart by a label; 0 for a network without.
         class_dropout: lfm, fm: probability that a sample in training goes without its class, in
             [0, 1), which guidance needs; jko never drops a class, for the step of all data
@@ -58,6 +62,7 @@ class VelocityConfig:
     heads: int = 4
     patch: int = 1
     nets: int = 1
+    clock: str = "own"
     classes: int = 0
     class_dropout: float = field(default=0.1, compare=False)  # not of the network: of its training
     zero_init: bool = True
@@ -73,6 +78,11 @@ class VelocityConfig:
         if self.activation != "default" and self.activation not in ACTIVATIONS:
             known = ", ".join(["default", *ACTIVATIONS])
             raise FlowError(f"unknown activation {self.activation!r}; choose one of {known}")
+        if self.clock not in CLOCKS:
+            known = ", ".join(CLOCKS)
+            raise FlowError(f"unknown velocity.clock {self.clock!r}; choose one of {known}")
+        if self.nets == 1:  # whose part of the block's time is the whole
+            object.__setattr__(self, "clock", "own")
         if self.time_features < 2 or self.time_features % 2:
             raise FlowError(
                 f"velocity.time_features must be even and at least 2, not {self.time_features}"

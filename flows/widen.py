@@ -1,4 +1,4 @@
-"""Networks with more features or other classes, starting as the same field as one that is there.
+"""Wider networks, with other classes, or several in place of one, that start as the same field.
 
 Every hidden feature is copied r times and the weights that read it are shared out among the
 copies, so that v(t, z) stays what it was. The shares are uneven, drawn at random: equal ones
@@ -9,7 +9,9 @@ Reference: the function-preserving widening of Net2Net (Chen, Goodfellow, Shlens
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,9 @@ WIDENED = ("resmlp", "conv", "unet")
 
 #: standard deviation of a copy's share, in units of the even one, 1 / r
 _SPREAD = 0.5
+
+#: what the name of a weight of one network has more when there are several
+_NUMBER = re.compile(r"nets\.\d+\.")
 
 
 def widening(narrow: VelocityConfig, wide: VelocityConfig) -> int | None:
@@ -44,13 +49,18 @@ def widening(narrow: VelocityConfig, wide: VelocityConfig) -> int | None:
     return wide.width // narrow.width if divides and grouped and wide.kind in WIDENED else None
 
 
+def multiplying(one: VelocityConfig, several: VelocityConfig) -> bool:
+    """Whether a network is to become several that can start as copies of it, on one clock."""
+    return one.nets == 1 and several.nets > 1 and several.clock == "block"
+
+
 def grown(block: Block, before: BlockSpec, after: BlockSpec, generator: torch.Generator) -> Block:
     """A block as another specification has it: wider, or with other classes, or as it is.
 
     Args:
         block: built from ``before``.
         before: its specification.
-        after: what it becomes; only width and classes of the velocity may differ.
+        after: what it becomes; only width, classes and networks of the velocity may differ.
         generator: of the shares (:func:`widened`).
 
     Returns:
@@ -58,6 +68,13 @@ def grown(block: Block, before: BlockSpec, after: BlockSpec, generator: torch.Ge
     """
     if before.velocity == after.velocity:
         return block
+    if multiplying(before.velocity, after.velocity):
+        velocity = replace(after.velocity, nets=1)
+        one = grown(block, before, replace(after, velocity=velocity), generator).state_dict()
+        several = build_block(after, block.velocity.shape, generator)
+        names = several.state_dict()
+        several.load_state_dict({name: one[_NUMBER.sub("", name)] for name in names})
+        return several
     wide = build_block(after, block.velocity.shape, generator)
     state: Mapping[str, Tensor] = block.state_dict()
     if before.velocity.classes != after.velocity.classes:

@@ -131,10 +131,6 @@ def _check_objective(config: Config) -> None:
     for name, (value, known) in choices.items():
         if value not in known:
             raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
-    if train.precision == "bf16" and config.velocity.nets > 1:
-        raise UserError(
-            "train.precision=bf16 is for blocks of one network (velocity.nets=1); leave it at fp32"
-        )
     if train.snapshot_every and train.objective != "fm":
         raise UserError(
             "train.snapshot_every keeps flows of one block in the making (objective fm), and "

@@ -3,9 +3,10 @@
 Block k starts from block k of the other run, and the free block from its free block; where the
 other run has none, as without it. So blocks of (local) flow matching, which are cheap, can be
 polished by maximum likelihood. A network with classes may start from one with others, or without:
-all of its classes then start as what stands for no class; and one r times as wide from a narrow
-one, as the same field. Which weights they were is written into
-flow.json, and when a training is resumed they must be the same.
+all of its classes then start as what stands for no class; one r times as wide from a narrow one,
+as the same field; and several in one block (`velocity.nets`, `velocity.clock=block`) as copies of
+one. Which weights they were is written into flow.json, and when a training is resumed they must be
+the same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from flows.spec import BlockSpec
 from flows.velocity import VelocityConfig
-from flows.widen import widening
+from flows.widen import multiplying, widening
 from pipeline.errors import UserError
 from pipeline.passes import Row, step_of
 from pipeline.runs import read_config, read_manifest
@@ -88,8 +89,12 @@ def _differences(theirs: VelocityConfig, ours: VelocityConfig) -> list[str]:
         indifferent.append("classes")
     if widening(theirs, ours):
         indifferent.append("width")
+    if multiplying(theirs, ours):
+        indifferent += ["nets", "clock"]
     twice = dataclasses.replace(theirs, width=2 * theirs.width)
     advice = {"width": "; a multiple of it would do"} if widening(theirs, twice) else {}
+    if multiplying(theirs, dataclasses.replace(ours, clock="block")):
+        advice["nets"] = "; with velocity.clock=block it would do"
     return [
         f"velocity.{name} ({a}, not {b}{advice.get(name, '')})"
         for (name, a), b in pairs

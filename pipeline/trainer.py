@@ -17,7 +17,7 @@ from flows.block import Block
 from flows.flow import Flow
 from flows.schedule import stopping_ratio
 from flows.spec import BlockSpec, build_block
-from flows.widen import grown, widening
+from flows.widen import grown, multiplying, widening
 from pipeline import commit
 from pipeline.agreement import first_says, together
 from pipeline.blocks import BlockTrainer, measure
@@ -173,6 +173,8 @@ class Trainer:
             alike = dataclasses.replace(
                 before.velocity, classes=velocity.classes, width=velocity.width
             )
+            if multiplying(before.velocity, velocity):
+                alike = dataclasses.replace(alike, nets=velocity.nets, clock=velocity.clock)
             if alike == velocity and widening(before.velocity, velocity):
                 spec = dataclasses.replace(spec, start=before.start, length=before.length)
                 block = grown(block, before, spec, drawn)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from flows.divergence import Exact
 from flows.errors import FlowError
 from flows.flow import BlockSpec, Flow
 from flows.guide import Guided, guided
+from flows.pieces import NetSequence
 from flows.velocity import VelocityConfig, make_velocity
 from tests.flows.problems import Affine
 
@@ -74,14 +77,36 @@ def test_every_block_is_guided_by_its_own():
     assert {p.data_ptr() for p in ours.parameters()} < {p.data_ptr() for p in led.parameters()}
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [(2, 1), (1, 2), (2, 3), (3, 3)])
+def test_the_field_jumps_where_either_does(ours, theirs):
+    """From one jump to the next it is a chain of guided blocks of one network each."""
+    nets = [linear(seed) for seed in range(ours)]
+    guides = [linear(10 + seed) for seed in range(theirs)]
+    field = Guided(sequence(nets), sequence(guides), 1.7)
+    times = sorted({k / ours for k in range(ours + 1)} | {k / theirs for k in range(theirs + 1)})
+    assert [piece.start for piece in field.pieces()] == pytest.approx(times[:-1])
+    z = draw()
+    moved, step, log_det = Block(field, FINE).transport(z, divergence=Exact()), z, 0.0
+    for start, end in itertools.pairwise(times):
+        middle = (start + end) / 2
+        a, b = parts(nets[int(middle * ours)]), parts(guides[int(middle * theirs)])
+        matrix, offset = (torch.lerp(y, x, 1.7) * (end - start) for x, y in zip(a, b, strict=True))
+        exact = Affine(matrix, offset)
+        step, log_det = exact.exact(step), log_det + exact.exact_log_det(step)
+    torch.testing.assert_close(moved.z, step, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(moved.log_det, log_det, rtol=1e-6, atol=1e-7)
+
+
+def sequence(nets):
+    return nets[0] if len(nets) == 1 else NetSequence(nets, one_clock=True)
+
+
 def test_mistakes():
     with pytest.raises(FlowError, match="has the blocks of its flow, 2, not 1"):
         guided(flow(2, 1), flow(1, 2), 2.0)
     for weight in (-1.0, float("inf"), float("nan")):
         with pytest.raises(FlowError, match="finite and not negative"):
             guided(flow(1, 1), flow(1, 2), weight)
-    with pytest.raises(FlowError, match="one network a block"):
-        guided(flow(1, 1), flow(1, 2, nets=2), 2.0)
     other = Flow((2,), [BlockSpec(VelocityConfig(kind="linear"))]).double()
     with pytest.raises(FlowError, match=r"the samples of its flow, \(3,\), not \(2,\)"):
         guided(flow(1, 1), other, 2.0)

@@ -38,6 +38,18 @@ def test_the_network_is_evaluated_in_bfloat16_and_returned_in_its_samples_precis
     assert next(net.parameters()).dtype == torch.float32
 
 
+def test_several_networks_may_be_trained_in_bfloat16():
+    """Under autocast every network's part comes back in float32, in its own rows."""
+    both, z, t = unet(nets=2, clock="block"), draw(4), torch.tensor([0.7, 0.1, 0.3, 0.9])
+    exact = both(t, z)
+    with torch.autocast("cpu", torch.bfloat16):
+        v = both(t, z)
+    v.square().sum().backward()
+    assert v.dtype == torch.float32
+    assert 0 < (v - exact).norm() / exact.norm() < 8 * EPS
+    assert all(p.grad is not None for p in both.parameters())
+
+
 def test_guidance_is_reckoned_in_float32():
     """Else the difference of two fields that are nearly the same would be lost."""
     a, b, z, t = unet(1), unet(2), draw(), torch.tensor(0.6)

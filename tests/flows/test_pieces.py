@@ -144,6 +144,39 @@ def test_individual_times_agree_with_the_shared_time():
     torch.testing.assert_close(alone[5:], 3 * parts[2](times[5], z[5:]))
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_copies_on_one_clock_are_the_field_of_one(count):
+    one = Coupled((3,), 0)
+    solver = SolverConfig("rk4", 4 * count)
+    copies = [copy.deepcopy(one) for _ in range(count)]
+    whole, z = Block(NetSequence(copies, one_clock=True), solver), points(one)
+    for reverse in (False, True):
+        found = whole.transport(z, reverse, Exact(), solver=solver)
+        expected = Block(one).transport(z, reverse, Exact(), solver=solver)
+        torch.testing.assert_close(found.z, expected.z, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.log_det, expected.log_det, rtol=1e-12, atol=1e-12)
+
+
+def test_on_one_clock_each_network_sees_the_time_of_the_block():
+    field = NetSequence(nets(2), one_clock=True)
+    z = points(field, batch=4)
+    times = torch.tensor([0.1, 0.4, 0.5, 1.0], dtype=z.dtype)
+    expected = [field.nets[int(t >= 0.5)](t, z[k : k + 1]) for k, t in enumerate(times)]
+    torch.testing.assert_close(field(times, z), torch.cat(expected))
+    assert [(p.start, p.end) for p in field.pieces()] == [(0.0, 0.5), (0.5, 1.0)]
+    assert [p.field for p in field.pieces()] == list(field.nets)
+
+
+def test_a_batch_may_leave_a_network_without_a_sample():
+    """Its gradient is zero, not missing: on many processes all must take the same step."""
+    config = VelocityConfig("unet", width=8, depth=1, heads=2, nets=2, zero_init=False)
+    field = make_velocity(config, (2, 8, 8), torch.Generator().manual_seed(0))
+    z = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    field(torch.tensor([0.1, 0.2, 0.4]), z).square().sum().backward()
+    sums = [sum(float(p.grad.abs().sum()) for p in net.parameters()) for net in field.nets]
+    assert sums[0] > 0 and sums[1] == 0
+
+
 def test_directional_derivatives():
     field = NetSequence(nets(2))
     z, t = points(field), torch.tensor(0.7, dtype=torch.float64)
@@ -154,8 +187,8 @@ def test_directional_derivatives():
     torch.testing.assert_close(moved, torch.einsum("bij,nbj->nbi", jacobian, tangents))
 
 
-def flow_of(count: int, steps: int, blocks: int = 1) -> Flow:
-    spec = BlockSpec(replace(MLP, nets=count), SolverConfig("rk4", steps), h=0.5)
+def flow_of(count: int, steps: int, blocks: int = 1, clock: str = "own") -> Flow:
+    spec = BlockSpec(replace(MLP, nets=count, clock=clock), SolverConfig("rk4", steps), h=0.5)
     flow = Flow((2,), [spec] * blocks, torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -167,9 +200,10 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+@pytest.mark.parametrize("clock", ["own", "block"])
 @pytest.mark.parametrize(("count", "c"), [(2, 2), (2, 4), (3, 2), (2, 3), (4, 2)])
-def test_refined_flow_is_the_parent_map_and_holds_no_idle_network(count, c):
-    flow = flow_of(count, 12, blocks=2)
+def test_refined_flow_is_the_parent_map_and_holds_no_idle_network(count, c, clock):
+    flow = flow_of(count, 12, blocks=2, clock=clock)
     refined = flow.refine_blocks(c)
     z = torch.randn(20, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.testing.assert_close(refined.encode(z, FINE), flow.encode(z, FINE), rtol=1e-8, atol=1e-8)
@@ -224,6 +258,7 @@ def test_networks_start_apart_and_as_the_identity(kind):
 def test_flows_saved_before_there_were_several_networks_still_load():
     spec = BlockSpec(MLP, SolverConfig("rk4", 4), h=0.5)
     plain = spec.to_dict()
+    assert "clock" not in plain["velocity"]  # which one network has no use for
     del plain["velocity"]["nets"]
     assert BlockSpec.from_dict(plain) == spec
     names = set(Flow((2,), [spec]).refine_blocks(2).state_dict())
@@ -242,3 +277,7 @@ def test_slices_of_slices_are_slices():
 def test_less_than_one_network_is_refused():
     with pytest.raises(FlowError, match="nets must be at least 1, not 0"):
         VelocityConfig(nets=0)
+    with pytest.raises(FlowError, match=r"clock 'common'; choose one of own, block"):
+        VelocityConfig(clock="common")
+    assert VelocityConfig(clock="block") == VelocityConfig()
+    assert VelocityConfig(nets=2, clock="block") != VelocityConfig(nets=2)

@@ -10,7 +10,7 @@ import torch
 from flows.block import Block
 from flows.spec import BlockSpec, build_block
 from flows.velocity import VelocityConfig
-from flows.widen import grown, widening
+from flows.widen import grown, multiplying, widening
 
 GRIDS = {
     "unet": ((3, 8, 8), VelocityConfig("unet", 16, 2, heads=4, time_features=8, classes=5)),
@@ -78,6 +78,33 @@ def test_wider_and_told_other_classes_at_once() -> None:
     for label in range(4):
         found = wide.velocity(t, z, torch.full((4,), label))
         torch.testing.assert_close(found, none, rtol=1e-4, atol=1e-4 * float(none.abs().max()))
+
+
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize("part", [(0.0, 1.0), (0.5, 0.5)])
+def test_several_networks_start_as_copies_of_one(width: int, part: tuple[float, float]) -> None:
+    shape, config = GRIDS["unet"]
+    spec, whole = trained(config, shape)
+    spec = dataclasses.replace(spec, start=part[0], length=part[1])
+    block = build_block(spec, shape)
+    weights = zip(block.state_dict(), whole.state_dict().values(), strict=True)
+    block.load_state_dict(dict(weights))
+    several = dataclasses.replace(config, nets=2, clock="block", width=width)
+    after = dataclasses.replace(spec, velocity=several)
+    made = grown(block, spec, after, seeded())
+    assert set(made.state_dict()) == set(build_block(after, shape).state_dict())
+    z, t, labels = torch.randn(6, *shape), torch.linspace(0, 0.99, 6), torch.arange(6)
+    ours, theirs = made.velocity(t, z, labels), block.velocity(t, z, labels)
+    near = 1e-4 * float(theirs.detach().abs().max())
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=near)
+
+
+def test_what_can_become_several() -> None:
+    one = VelocityConfig("unet", 16)
+    assert multiplying(one, dataclasses.replace(one, nets=3, clock="block"))
+    assert not multiplying(one, dataclasses.replace(one, nets=3))  # which see other times
+    two = dataclasses.replace(one, nets=2, clock="block")
+    assert not multiplying(one, one) and not multiplying(two, dataclasses.replace(two, nets=4))
 
 
 def test_what_can_be_widened() -> None:

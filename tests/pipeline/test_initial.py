@@ -134,6 +134,24 @@ def test_a_wider_network_starts_as_the_narrow_one(tmp_path: Path) -> None:
         run(tmp_path / "no", *times, *net, "velocity.width=16", start)
 
 
+def test_several_networks_start_as_copies_of_one(tmp_path: Path) -> None:
+    times = ("train.objective=lfm", "schedule.gamma=[0.1,0.3]", "push.steps=4")
+    net = ("velocity.kind=resmlp", "velocity.depth=2", "velocity.time_features=8")
+    run(tmp_path / "one", *times, *net, "velocity.width=6")
+    start = f"train.init_from={tmp_path / 'one'}"
+    two = (*net, "velocity.width=6", "velocity.nets=2")
+    run(tmp_path / "two", *times, *two, "velocity.clock=block", *STILL, start)
+    one, several = (open_run(str(tmp_path / name)).flow for name in ("one", "two"))
+    z = torch.randn(20, 2, generator=torch.Generator().manual_seed(1))
+    assert float((one.encode(z) - z).norm()) > 0.1
+    torch.testing.assert_close(several.encode(z), one.encode(z), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"nets \(1, not 2; with velocity.clock=block it would do"):
+        run(tmp_path / "no", *times, *two, start)
+    back = (*net, "velocity.width=6", f"train.init_from={tmp_path / 'two'}")
+    with pytest.raises(UserError, match=r"differs in velocity.nets \(2, not 1\)"):
+        run(tmp_path / "back", *times, *back)
+
+
 def test_from_the_command_line(
     trained: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
