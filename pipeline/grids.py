@@ -8,9 +8,10 @@ adaptive one, the same field is then worth less.
 from __future__ import annotations
 
 from flows.block import FIXED_METHODS, SolverConfig
-from pipeline.blocks import BlockTrainer, measure
+from pipeline.blocks import BlockTrainer
 from pipeline.errors import JkoflowError
 from pipeline.journal import Journal
+from pipeline.measuring import measure
 from pipeline.store import StoreReader
 from pipeline.terminal import say
 

@@ -18,12 +18,13 @@ from flows.condition import Condition
 from flows.errors import SolveError
 from flows.spec import BlockSpec, build_block
 from pipeline import commit
-from pipeline.blocks import BlockTrainer, measure
+from pipeline.blocks import BlockTrainer
 from pipeline.config import Config
 from pipeline.config_files import to_dict
 from pipeline.errors import JkoflowError, UserError
 from pipeline.journal import Journal
 from pipeline.latents import Progress
+from pipeline.measuring import measure
 from pipeline.passes import Pass, Row, step_of
 from pipeline.plans import INDIFFERENT
 from pipeline.runs import Run

@@ -20,7 +20,7 @@ from flows.spec import BlockSpec, build_block
 from flows.widen import grown, multiplying, widening
 from pipeline import commit
 from pipeline.agreement import first_says, together
-from pipeline.blocks import BlockTrainer, measure
+from pipeline.blocks import BlockTrainer
 from pipeline.classes import counts_of
 from pipeline.config import Config
 from pipeline.errors import UserError
@@ -28,6 +28,7 @@ from pipeline.grids import check_grid
 from pipeline.initial import INITIAL, initial_row, open_initial
 from pipeline.journal import Journal
 from pipeline.latents import Progress
+from pipeline.measuring import measure
 from pipeline.passes import Pass, Row, readable, summarise
 from pipeline.runs import block_file, compose, load_block, passes_of
 from pipeline.seeds import generator
