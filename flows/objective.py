@@ -31,6 +31,7 @@ class JkoLoss:
         squared_movement: E ‖T(z) − z‖², without the weight (detached).
         squared_norm: E ‖T(z)‖² (detached); with it :func:`flows.schedule.stopping_ratio`.
         nfe: evaluations of the right-hand side.
+        samples: that the means are over.
     """
 
     total: Tensor
@@ -40,6 +41,7 @@ class JkoLoss:
     squared_movement: Tensor
     squared_norm: Tensor
     nfe: int
+    samples: int
 
     def per_dim(self, dim: int) -> dict[str, float]:
         """The terms divided by D, as floats, for logs."""
@@ -106,6 +108,7 @@ def jko_loss(
         squared_movement.detach(),
         squared_norm.detach(),
         moved.nfe,
+        batch,
     )
 
 
@@ -114,10 +117,12 @@ class LfmLoss:
     """The local-flow-matching regression, summed over dimensions, mean over samples.
 
     Attributes:
-        total: E ‖v(t, I_t) − İ_t‖², 0-d.
+        total: E ‖v(t, I_t) − İ_t‖², 0-d; 0 over no samples.
+        samples: that the mean is over.
     """
 
     total: Tensor
+    samples: int
 
     def per_dim(self, dim: int) -> dict[str, float]:
         """The loss divided by D, as a float, for logs."""
@@ -223,4 +228,4 @@ def matching_loss(
     """
     position, slope = interpolate(z, target, t, interpolant)
     residual = velocity(t, position, *given(labels)) - slope
-    return LfmLoss(residual.square().sum() / z.shape[0])
+    return LfmLoss(residual.square().sum() / max(1, z.shape[0]), z.shape[0])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -84,3 +85,20 @@ def average(
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
     return loss
+
+
+def total(accelerator: Accelerator, numbers: Tensor) -> Tensor:
+    """The sum over processes of numbers that each has; on all of them."""
+    return accelerator.reduce(numbers, "sum") if accelerator.num_processes > 1 else numbers
+
+
+def owner_says(accelerator: Accelerator, tensor: Tensor, owner: int) -> None:
+    """Set a tensor to what it is on one of the processes; all processes call it."""
+    if accelerator.num_processes > 1:
+        tensor.data.copy_(broadcast(tensor.data.clone(), from_process=owner))
+
+
+def all_told(accelerator: Accelerator, known: list[Any]) -> list[Any]:
+    """The lists of all processes, one after the other, on all of them."""
+    told: list[Any] = gather_object(known) if accelerator.num_processes > 1 else known
+    return told

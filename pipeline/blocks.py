@@ -22,12 +22,13 @@ from flows.ema import Ema
 from flows.errors import SolveError
 from flows.objective import JkoLoss, LfmLoss, jko_loss
 from flows.spec import BlockSpec
-from pipeline.agreement import average, raise_together
+from pipeline.agreement import raise_together
 from pipeline.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.config import TrainConfig
 from pipeline.errors import JkoflowError
 from pipeline.matching import batch_loss, pair_loss
 from pipeline.seeds import Batches, generator
+from pipeline.share import Share
 from pipeline.store import StoreReader
 
 
@@ -73,7 +74,10 @@ class BlockTrainer:
         self.index = int(stage.manifest["identity"]["stage"])
         block.train().requires_grad_(True).to(accelerator.device)
         self.parameters = list(block.parameters())
-        self.optimizer = make_optimizer(recipe.optimizer, block, recipe.lr)
+        self.share = Share(block, accelerator, spec.objective)
+        kind, networks = recipe.optimizer, self.share.networks
+        self.optimizers = [make_optimizer(kind, network, recipe.lr) for network in networks]
+        self.share.freeze_others()
         self.average = Ema(block, recipe.ema) if recipe.ema > 0 else None
         self.divergence = make_divergence(
             recipe.divergence,
@@ -96,45 +100,60 @@ class BlockTrainer:
                 this process or another.
         """
         began = time.perf_counter()
-        set_learning_rate(self.optimizer, self._learning_rate())
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        share = len(range(rank, self.recipe.batch_size, ranks))
         loss, failure = self._loss_or_failure(rank, ranks)
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizers = [self.optimizers[j] for j in self.share.mine]
+        for optimizer in optimizers:
+            set_learning_rate(optimizer, self._learning_rate())
+            optimizer.zero_grad(set_to_none=True)
         if loss is not None:
             failure = self._backward(loss)
             loss = loss if failure is None else None
-        norm, total = self._finish_gradients(share * ranks / self.recipe.batch_size, loss)
+        norm, total = self._finish_gradients(loss)
         if loss is None or not math.isfinite(norm) or not math.isfinite(total):
             # both numbers are those of the whole batch, so that all processes are here
             raise_together(self.accelerator, failure)
             raise self._failure(f"the loss is {total}, its gradient's norm {norm}")
-        self.optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if self.average is not None:
             self.average.update(self.block)
         self.done += 1
         self.seconds += time.perf_counter() - began
         nfe = loss.nfe if isinstance(loss, JkoLoss) else 1
-        return Step(loss.per_dim(self.block.velocity.dim) | {"grad_norm": norm}, nfe)
+        dim = self.block.velocity.dim
+        terms = loss.per_dim(dim)
+        if self.share.apart:  # else one network's would stand for all
+            terms["total"] = total / dim
+        return Step(terms | {"grad_norm": norm}, nfe)
 
     def finish(self) -> Block:
-        """The trained block with its averaged weights, frozen."""
+        """The trained block with its averaged weights, frozen; all processes call it."""
+        self._gather()
         if self.average is not None:
             self.average.copy_to(self.block)
         return self.block.eval().requires_grad_(False)
 
     def weights(self) -> dict[str, Tensor]:
-        """What the block would be if it were finished now: its averaged weights."""
+        """What the block would be if it were finished now: its averaged weights.
+
+        All processes call it.
+        """
+        self._gather()
         averages = self.average.average if self.average is not None else {}
         return {**self.block.state_dict(), **averages}
 
     def save(self, path: Path) -> None:
-        """Commit a checkpoint."""
+        """Commit a checkpoint; all processes call it, and the first writes."""
+        self._gather()
+        optimizers = self.share.states([optimizer.state_dict() for optimizer in self.optimizers])
+        if not self.accelerator.is_main_process:
+            return
         state: dict[str, Any] = {
             "step": self.done,
             "seconds": self.seconds,
             "block": self.block.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": optimizers,
             "average": self.average.state_dict() if self.average else None,
         }
         save_checkpoint(path, state)
@@ -144,7 +163,8 @@ class BlockTrainer:
         state = load_checkpoint(path)
         self.done, self.seconds = state["step"], state["seconds"]
         self.block.load_state_dict(state["block"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, known in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(known)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
 
@@ -170,7 +190,7 @@ class BlockTrainer:
         if self.spec.objective != "jko":
             half = self.recipe.precision == "bf16"
             with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=half):
-                return self._regression(rank, ranks)
+                return self._regression()
         rows = self.batches.indices(self.done, rank, ranks)
         z, labels = self.stage.take("z", rows), self.labels(rows)
         probe = self._probe(z, rank, ranks)
@@ -180,16 +200,15 @@ class BlockTrainer:
         except SolveError as error:
             raise self._failure(str(error)) from error
 
-    def _regression(self, rank: int, ranks: int) -> LfmLoss:
+    def _regression(self) -> LfmLoss:
         drawn = generator(self.recipe.seed, "matching", self.index, self.done, *self.salt)
         whole = self.batches.indices(self.done)
         field, gamma = self.block.velocity, self.spec.gamma
         if self.spec.objective == "distill":
-            return pair_loss(field, self.stage, whole, drawn, rank, ranks)
+            return pair_loss(field, self.stage, whole, drawn, self.share.rows)
         dropout = self.spec.velocity.class_dropout
-        return batch_loss(
-            field, self.stage, whole, gamma, self.recipe, drawn, rank, ranks, dropout
-        )
+        rows = self.share.rows
+        return batch_loss(field, self.stage, whole, gamma, self.recipe, drawn, rows, dropout)
 
     def labels(self, rows: Tensor) -> Tensor | None:
         """The classes of some samples, for a block with classes."""
@@ -211,22 +230,24 @@ class BlockTrainer:
         scale = recipe.lr_final + (1.0 - recipe.lr_final) * cosine
         return recipe.lr * scale * min(1.0, (self.done + 1) / max(1, recipe.warmup))
 
-    def _finish_gradients(
-        self, share: float, loss: JkoLoss | LfmLoss | None
-    ) -> tuple[float, float]:
-        """Average over processes, clip; returns the norm before clipping, and the mean loss.
+    def _finish_gradients(self, loss: JkoLoss | LfmLoss | None) -> tuple[float, float]:
+        """Those of the whole batch; returns their norm before clipping, and the mean loss.
 
         Args:
-            share: of the batch on this process, 1 when all have the same; weighted with it, the
-                averages are loss and gradient of the mean over the whole batch.
             loss: on this process; None, which failed, makes the mean NaN everywhere.
         """
-        total = torch.full((1,), math.nan, device=self.accelerator.device)
+        total, weight = torch.full((1,), math.nan, device=self.accelerator.device), 1.0
         if loss is not None:
             total = loss.total.detach().reshape(1)
-        total = average(self.accelerator, self.parameters, share, total)
+            weight = loss.samples * self.accelerator.num_processes / self.recipe.batch_size
         limit = self.recipe.grad_clip if self.recipe.grad_clip > 0 else math.inf
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit)), float(total)
+        return self.share.finish_gradients(weight, total, limit)
+
+    def _gather(self) -> None:
+        """What other processes have trained comes here."""
+        self.share.gather(dict(self.block.named_parameters()))
+        if self.average is not None:
+            self.share.gather(self.average.average)
 
     def _failure(self, reason: str) -> JkoflowError:
         advice = "lower train.lr"

@@ -17,6 +17,7 @@ from flows.coupling import optimal_pairing
 from flows.objective import LfmLoss, matching_loss, ou_target
 from flows.velocity_base import Velocity
 from pipeline.config import TrainConfig
+from pipeline.share import Rows, every
 from pipeline.store import StoreReader
 
 
@@ -27,8 +28,7 @@ def batch_loss(
     gamma: float | None,
     recipe: TrainConfig,
     drawn: torch.Generator,
-    rank: int = 0,
-    ranks: int = 1,
+    rows: Rows = every,
     dropout: float = 0.0,
 ) -> LfmLoss:
     """The regression on this process's share of a batch.
@@ -40,8 +40,7 @@ def batch_loss(
         gamma: Ornstein–Uhlenbeck time of the block; None aims at pure noise.
         recipe: the train section: interpolant, coupling and times.
         drawn: source of noise and times, the same on all processes.
-        rank: of this process.
-        ranks: processes.
+        rows: which of the samples are this process's.
         dropout: probability that a sample goes without its class, for a field with classes.
     """
     device = next(velocity.parameters()).device
@@ -49,20 +48,21 @@ def batch_loss(
     t = stratified_times(len(indices), drawn)
     if recipe.times == "logit-normal":
         t = logit_normal(t)
+    mine = rows(t)
     labels = stage.take("labels", indices) if velocity.classes else None
     told = labels
     if labels is not None:
         dropped = torch.rand(len(indices), generator=drawn) < dropout
-        told = labels.masked_fill(dropped, velocity.classes)[rank::ranks].to(device)
+        told = labels.masked_fill(dropped, velocity.classes)[mine].to(device)
     if recipe.coupling == "ot":  # of the whole batch, on every process: it is one pairing
         z = stage.take("z", indices)
         target = ou_target(z, gamma, noise)
         target = target[optimal_pairing(z, target, labels)]
-        z, target = z[rank::ranks], target[rank::ranks]
+        z, target = z[mine], target[mine]
     else:
-        z = stage.take("z", indices[rank::ranks])
-        target = ou_target(z, gamma, noise[rank::ranks])
-    z, target, t = (x.to(device) for x in (z, target, t[rank::ranks]))
+        z = stage.take("z", indices[mine])
+        target = ou_target(z, gamma, noise[mine])
+    z, target, t = (x.to(device) for x in (z, target, t[mine]))
     return matching_loss(velocity, z, target, t, recipe.interpolant, told)
 
 
@@ -71,8 +71,7 @@ def pair_loss(
     stage: StoreReader,
     indices: Tensor,
     drawn: torch.Generator,
-    rank: int = 0,
-    ranks: int = 1,
+    rows: Rows = every,
 ) -> LfmLoss:
     """The regression on the straight ways from samples to where other blocks carry them.
 
@@ -87,16 +86,17 @@ def pair_loss(
             these in the field `labels`.
         indices: of the whole batch (B,).
         drawn: source of the times, the same on all processes.
-        rank: of this process.
-        ranks: processes.
+        rows: which of the samples are this process's.
 
     Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024), distillation; Liu,
     Gong, Liu, "Flow straight and fast" (2023).
     """
     device = next(velocity.parameters()).device
-    t, rows = stratified_times(len(indices), drawn)[rank::ranks], indices[rank::ranks]
-    z, end, t = (x.to(device) for x in (stage.take("z", rows), stage.take("end", rows), t))
-    labels = stage.take("labels", rows).to(device) if velocity.classes else None
+    t = stratified_times(len(indices), drawn)
+    mine = rows(t)
+    t, chosen = t[mine], indices[mine]
+    z, end, t = (x.to(device) for x in (stage.take("z", chosen), stage.take("end", chosen), t))
+    labels = stage.take("labels", chosen).to(device) if velocity.classes else None
     return matching_loss(velocity, z, end, t, labels=labels)
 
 

@@ -20,7 +20,7 @@ _LIST = "snapshots.json"
 
 
 def keep(folder: Path, trainer: BlockTrainer, number: int) -> None:
-    """Commit the averaged weights of a block in training; the first process does.
+    """Commit the averaged weights of a block in training; all processes call it, the first writes.
 
     A training that was killed and resumed comes by here again, with the same weights.
 
@@ -29,11 +29,11 @@ def keep(folder: Path, trainer: BlockTrainer, number: int) -> None:
         trainer: of the block.
         number: the pass.
     """
+    weights, place = trainer.weights(), _place(number)
     if not trainer.accelerator.is_main_process:
         return
-    place = _place(number)
     name = f"{place}/step-{trainer.done:08d}.safetensors"
-    sha256 = commit.write_tensors(folder / name, trainer.weights())
+    sha256 = commit.write_tensors(folder / name, weights)
     row = {
         "file": name, "sha256": sha256, "step": trainer.done,
         "seen": trainer.done * trainer.recipe.batch_size, "seconds": round(trainer.seconds, 3),

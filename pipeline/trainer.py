@@ -249,21 +249,18 @@ class Trainer:
             out_of_time = recipe.max_minutes > 0 and first_says(
                 self.accelerator, time.monotonic() > self.deadline
             )
-            if out_of_time or time.monotonic() - saved > recipe.checkpoint_seconds:
-                self._checkpoint(trainer, path)
+            due = out_of_time or time.monotonic() - saved > recipe.checkpoint_seconds
+            if first_says(self.accelerator, due):
+                trainer.save(path)
                 saved = time.monotonic()
             if out_of_time:
                 return False
-        self._checkpoint(trainer, path)
+        trainer.save(path)
         return True
 
     def _checkpoint_file(self, index: int) -> Path:
         prefix = f"pass-{self.number:02d}-" if self.number else ""
         return self.folder / "checkpoints" / f"{prefix}block-{index:02d}.safetensors"
-
-    def _checkpoint(self, trainer: BlockTrainer, path: Path) -> None:
-        if self.accelerator.is_main_process:
-            trainer.save(path)
 
     def _record(self, trainer: BlockTrainer, file: Row, found: Row, journal: Journal) -> None:
         """Enter the finished block into flow.json; from here on it counts.

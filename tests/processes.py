@@ -158,6 +158,19 @@ def clock(accelerator: Accelerator, folder: Path, ahead: int) -> Any:
     return [done.trained, done.complete]
 
 
+#: two networks, which two processes train apart; clipped, so that the norm of all counts
+APART = ("train.objective=fm", "velocity.kind=mlp", "velocity.hidden=[8]", "velocity.nets=2",
+         "velocity.clock=block", "push.steps=4", "train.iterations=12", "train.snapshot_every=5",
+         "train.grad_clip=0.5", "train.lr=0.01", "train.ema=0.9", "train.log_every=4")  # fmt: skip
+
+
+def apart(accelerator: Accelerator, folder: Path, halt: bool) -> Any:
+    """Whether a training of two networks ends, and the weights of this process then."""
+    config = tiny(*APART, *(("train.max_minutes=1e-9",) if halt else ()))
+    source = GaussianSource(count=64)
+    return train(config, folder / "run", accelerator, quiet, True, source).complete
+
+
 JOBS: dict[str, Callable[[Accelerator, Path], Any]] = {
     "codebook": codebook,
     "autoencoder": autoencoder,
@@ -166,6 +179,8 @@ JOBS: dict[str, Callable[[Accelerator, Path], Any]] = {
     "images": images,
     "first clock": partial(clock, ahead=0),
     "second clock": partial(clock, ahead=1),
+    "apart": partial(apart, halt=False),
+    "apart, halted": partial(apart, halt=True),
     "unsolvable": partial(block, objective="jko", size=float("1e38")),
     "infinite": partial(block, objective="lfm", size=1e30),
     "ordinary": partial(block, objective="lfm", size=1.0),

@@ -11,10 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from flows.block import SolverConfig
+from flows.spec import BlockSpec, build_block
+from pipeline.seeds import generator
+from pipeline.training import train
+from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
 from tests.pipeline.tiny import ROOT, World, make_world, run_child
-from tests.processes import run_job
+from tests.processes import APART, run_job
 
 
 def launch(world: World, *arguments: str | Path) -> str:
@@ -103,6 +109,36 @@ def test_what_one_process_fails_at_all_raise(
 def test_all_stop_by_the_clock_of_the_first(tmp_path: Path, job: str, outcome: list[Any]) -> None:
     """None is left in a step that another does not take."""
     assert run_job(job, tmp_path) == [outcome, outcome]
+
+
+def test_networks_trained_apart_are_those_of_one_process(tmp_path: Path) -> None:
+    """With checkpoints, which any number of processes may go on from."""
+    source = GaussianSource(count=64)
+    for name in ("alone", "stopped"):  # the second goes on where two processes stopped
+        (tmp_path / name).mkdir()
+        if name == "stopped":
+            assert run_job("apart, halted", tmp_path / name) == [False, False]
+        done = train(tiny(*APART), tmp_path / name / "run", Accelerator(), quiet, True, source)
+        assert done.complete
+    (tmp_path / "pair").mkdir()
+    assert run_job("apart", tmp_path / "pair") == [True, True]
+    files = ("blocks/block-00.safetensors", "snapshots/step-00000005.safetensors")
+    for file in files:
+        expected = load_file(tmp_path / "alone" / "run" / file)
+        spec = BlockSpec(tiny(*APART).velocity, SolverConfig("rk4", 4))
+        first = build_block(spec, (2,), generator(0, "weights", 0)).state_dict()
+        assert max(float((expected[key] - first[key]).abs().max()) for key in first) > 0.02
+        for name in ("stopped", "pair"):
+            found = load_file(tmp_path / name / "run" / file)
+            for key in expected:
+                torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5)
+    logs = [(tmp_path / name / "run" / "log.jsonl").read_text() for name in ("alone", "pair")]
+    ours, theirs = ([json.loads(line) for line in log.splitlines()] for log in logs)
+    steps = [[row for row in log if "event" not in row] for log in (ours, theirs)]
+    assert len(steps[0]) > 1
+    for mine, other in zip(*steps, strict=True):
+        assert mine["total"] == pytest.approx(other["total"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
 def test_an_ordinary_step_raises_nowhere(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from flows.block import SolverConfig
 from flows.spec import BlockSpec, build_block
+from flows.velocity import VelocityConfig
 from pipeline.blocks import BlockTrainer
 from pipeline.config import TrainConfig
 from pipeline.errors import UserError
@@ -47,6 +49,39 @@ def test_the_gradient_is_that_of_the_whole_batch(
     for part in parts:
         trained(part)
     torch.testing.assert_close(mean_of(parts), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e9])
+@pytest.mark.parametrize("times", ["uniform", "logit-normal"])
+@pytest.mark.parametrize(("batch", "ranks"), [(12, 2), (7, 4), (4, 4)])
+def test_networks_that_divide_among_processes_are_trained_apart(
+    tmp_path: Path, batch: int, ranks: int, times: str, clip: float
+) -> None:
+    """Each gets the gradient of the whole batch in its own networks, and trains no others."""
+    stage = GaussianSource(count=60).first_stage(tmp_path, tiny(), Accelerator())
+    net = VelocityConfig("mlp", hidden=(8,), nets=4, zero_init=False)
+    spec = BlockSpec(net, SolverConfig("rk4", 4), objective="lfm")
+    recipe = TrainConfig(batch_size=batch, grad_clip=clip, ema=0.0, times=times)
+
+    def trained(accelerator: Accelerator | Rank) -> BlockTrainer:
+        block = build_block(spec, (2,), generator(0, "weights", 0))
+        made = BlockTrainer(block, spec, stage, recipe, accelerator)  # type: ignore[arg-type]
+        made.step()
+        return made
+
+    alone = trained(Accelerator())
+    before = build_block(spec, (2,), generator(0, "weights", 0)).state_dict()
+    for rank in range(ranks):
+        made = trained(Rank(rank, ranks))
+        each = 4 // ranks
+        for (name, mine), theirs in zip(
+            made.block.named_parameters(), alone.parameters, strict=True
+        ):
+            if int(name.split(".")[2]) // each == rank:
+                assert mine.grad is not None and theirs.grad is not None
+                torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+            else:
+                assert mine.grad is None and torch.equal(mine, before[name])
 
 
 @pytest.mark.parametrize("objective", ["jko", "lfm"])
