@@ -25,7 +25,7 @@ from flows.spec import BlockSpec
 from pipeline.agreement import raise_together
 from pipeline.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.config import TrainConfig
-from pipeline.errors import JkoflowError
+from pipeline.errors import JkoflowError, UserError
 from pipeline.matching import batch_loss, pair_loss
 from pipeline.seeds import Batches, generator
 from pipeline.share import Share
@@ -161,6 +161,11 @@ class BlockTrainer:
     def load(self, path: Path) -> None:
         """Continue from a checkpoint."""
         state = load_checkpoint(path)
+        if "optimizers" not in state:
+            raise UserError(
+                f"the checkpoint {path} is of an earlier version, whose optimisers were kept "
+                "otherwise; delete it, and the block starts again"
+            )
         self.done, self.seconds = state["step"], state["seconds"]
         self.block.load_state_dict(state["block"])
         for optimizer, known in zip(self.optimizers, state["optimizers"], strict=True):

@@ -20,6 +20,7 @@ from flows.objective import jko_loss
 from flows.schedule import step_sizes
 from flows.spec import BlockSpec, build_block
 from pipeline.blocks import BlockTrainer
+from pipeline.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.config import TrainConfig
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runs import load_blocks, read_manifest
@@ -191,6 +192,16 @@ def test_the_average_is_what_is_kept(stage: StoreReader) -> None:
     last = copy.deepcopy(plain.block.state_dict())
     for name, tensor in plain.finish().state_dict().items():
         assert torch.equal(tensor, last[name])
+
+
+def test_a_checkpoint_of_an_earlier_version_is_told(stage: StoreReader, tmp_path: Path) -> None:
+    made, path = trainer(stage), tmp_path / "checkpoint"
+    made.save(path)
+    state = load_checkpoint(path)
+    state["optimizer"] = state.pop("optimizers")[0]
+    save_checkpoint(path, state)
+    with pytest.raises(UserError, match="checkpoint is of an earlier version.*; delete it"):
+        trainer(stage).load(path)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
