@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from autoencoders.weights import locate, shipped
 from flows.condition import Condition
 from flows.flow import Flow
 from pipeline import commit
 from pipeline.card import card
+from pipeline.compact import DTYPES, compact
 from pipeline.config import GenerateConfig
 from pipeline.config_files import resolved_yaml
 from pipeline.errors import UserError
@@ -30,7 +30,6 @@ from pipeline.runs import Run, block_file, compose, load_blocks, passes_of
 from pipeline.seeds import generator
 from pipeline.shipped import is_shipped
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 AUTOENCODER = "autoencoder.safetensors"
 GUIDE = "guide"
 _GRID = "samples/grid.png"
@@ -60,8 +59,7 @@ def export(
     Args:
         run: a finished run, all its blocks in use.
         out: an empty or absent folder.
-        dtype: of the stored weights: float16, bfloat16 or float32. A tensor that would overflow
-            is stored as it is.
+        dtype: of the stored weights, one of `compact.DTYPES`.
         autoencoder: weights of another one with the same encoder, which decodes from now on;
             numbers and pictures of the old one stay behind.
 
@@ -122,7 +120,7 @@ def _write(
     rows = []
     for index, (row, block) in enumerate(zip(run.manifest["blocks"], run.flow, strict=True)):
         name = block_file(index)
-        tensors = {key: _cast(value, DTYPES[dtype]) for key, value in block.state_dict().items()}
+        tensors = compact(block.state_dict(), DTYPES[dtype])
         rows.append({**row, "file": name, "sha256": commit.write_tensors(out / name, tensors)})
     manifest = _manifest(run, rows, dtype, out)
     generate = run.config.generate
@@ -233,11 +231,6 @@ def _about_guide(guide: Run) -> dict[str, Any]:
     rows = guide.manifest["blocks"]
     sums = {key: sum(row[key] for row in rows) for key in ("parameters", "seconds")}
     return {"name": guide.config.name, "run": guide.fingerprint, **sums}
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    rounded = tensor.detach().cpu().to(dtype)
-    return rounded if bool(rounded.isfinite().all()) else tensor.detach().cpu()
 
 
 def _manifest(run: Run, rows: list[dict[str, Any]], dtype: str, out: Path) -> dict[str, Any]:

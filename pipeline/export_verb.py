@@ -22,7 +22,8 @@ def export(
         Path, typer.Option("--out", help="An empty or absent folder; its name is the run's.")
     ],
     dtype: Annotated[
-        str, typer.Option(help="Of the stored weights: float16, bfloat16 or float32.")
+        str,
+        typer.Option(help="Of the stored weights: float16, bfloat16, float32, or int8 (a byte)."),
     ] = "float16",
     guide: GuideOption = None,
     guidance: GuidanceOption = None,

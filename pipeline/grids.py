@@ -11,6 +11,7 @@ from flows.block import FIXED_METHODS, SolverConfig
 from pipeline.blocks import BlockTrainer
 from pipeline.errors import JkoflowError
 from pipeline.journal import Journal
+from pipeline.latents import Progress
 from pipeline.measuring import measure
 from pipeline.store import StoreReader
 from pipeline.terminal import say
@@ -23,7 +24,12 @@ HOPELESS = 1.0
 
 
 def check_grid(
-    trainer: BlockTrainer, stage: StoreReader, push: SolverConfig, pushed: float, journal: Journal
+    trainer: BlockTrainer,
+    stage: StoreReader,
+    push: SolverConfig,
+    pushed: float,
+    journal: Journal,
+    progress: Progress,
 ) -> bool:
     """Compare a finished block's objective on its training grid with that of the push solver.
 
@@ -36,6 +42,7 @@ def check_grid(
         push: the solver that pushes.
         pushed: the objective with it, nats per sample, as `measure` gives it.
         journal: the run's log.
+        progress: wraps loops.
 
     Returns:
         Whether there was anything to warn of.
@@ -47,7 +54,7 @@ def check_grid(
     if trainer.spec.objective != "jko" or grid.adaptive or grid == push:
         return False
     dim = trainer.block.velocity.dim
-    trained, pushed = measure(trainer, stage, grid).terms["total"] / dim, pushed / dim
+    trained, pushed = measure(trainer, stage, grid, progress).terms["total"] / dim, pushed / dim
     if abs(trained - pushed) <= TOLERANCE:
         return False
     row = {"block": index, "step": trainer.done, "event": "grids differ"}

@@ -14,6 +14,7 @@ from flows.errors import SolveError
 from flows.pieces import aligned
 from pipeline.blocks import BlockTrainer
 from pipeline.errors import JkoflowError
+from pipeline.latents import Progress
 from pipeline.seeds import Batches, generator
 from pipeline.store import StoreReader
 
@@ -22,8 +23,10 @@ _MEASURED = 4096
 #: evaluations of the velocity, over all samples, that measuring may take after a regression, where
 #: a push solver of many steps would take longer than the training; JKO's blocks get all samples
 _AFFORDED = 16 * _MEASURED
+#: likewise, times the parameters that an evaluation reads: a minute or two of one core
+_AFFORDED_READS = 2**35
 #: fewest samples all the same
-_AT_LEAST = 512
+_AT_LEAST = 256
 #: largest D whose divergence is measured exactly
 _EXACT_UP_TO = 16
 
@@ -42,17 +45,21 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(trainer: BlockTrainer, stage: StoreReader, push: SolverConfig) -> Measured:
+def measure(
+    trainer: BlockTrainer, stage: StoreReader, push: SolverConfig, progress: Progress
+) -> Measured:
     """The terms of a finished block's objective, and its movement, on a fixed set of samples.
 
     The same samples are followed through all blocks and passes, on the grid that pushes, with an
     unbiased divergence; so the terms of all blocks add up to an estimate of the flow's NLL. Under
-    objectives that integrate nothing there are fewer samples where the grid is fine.
+    objectives that integrate nothing there are fewer samples where the grid is fine or the network
+    large.
 
     Args:
         trainer: of the block, finished.
         stage: the samples before the block.
         push: the solver; a fixed grid stands in for an adaptive one.
+        progress: wraps the loop over batches.
     """
     block, recipe, device = trainer.block, trainer.recipe, trainer.accelerator.device
     divergence = make_divergence("exact" if block.velocity.dim <= _EXACT_UP_TO else "hutchinson")
@@ -61,11 +68,14 @@ def measure(trainer: BlockTrainer, stage: StoreReader, push: SolverConfig) -> Me
     count = min(len(stage), _MEASURED)
     if trainer.spec.objective != "jko":
         each = FIXED_METHODS[solver.method] * solver.steps
-        count = min(count, max(_AT_LEAST, _AFFORDED // each))
+        weights = sum(p.numel() for p in block.parameters()) // trainer.spec.velocity.nets
+        afforded = min(_AFFORDED, _AFFORDED_READS // weights)
+        count = min(count, max(_AT_LEAST, afforded // each))
     chosen = Batches(len(stage), count, recipe.seed, "measure").indices(0)
     drawn = generator(recipe.seed, "measure", trainer.index, *trainer.salt)
     norm, log_det, moved = 0.0, 0.0, 0.0
-    for rows in chosen.split(recipe.batch_size):
+    batches = chosen.split(recipe.batch_size)
+    for rows in progress(batches, len(batches), f"measure block {trainer.index}"):
         z = stage.take("z", rows)
         eps = divergence.draw_probe(z, drawn)
         z = z.to(device)

@@ -181,7 +181,7 @@ class Distiller(Trainer):
             return False
         file = self._commit_block(trainer)
         found = errors(trainer.block, pairs, self.config.push, self.config.train.seed)
-        terms = measure(trainer, pairs, _SOLVED).terms
+        terms = measure(trainer, pairs, _SOLVED, self.progress).terms
         self._record(trainer, file, {**found, "terms": terms}, journal)
         return True
 

@@ -36,6 +36,7 @@ from flows.flow import FORMAT as FLOW_FORMAT
 from flows.flow import Flow
 from flows.spec import BlockSpec, build_block
 from pipeline import commit
+from pipeline.compact import restored
 from pipeline.config import Config
 from pipeline.config_files import from_resolved, resolved_yaml
 from pipeline.datasets import DATASETS
@@ -185,7 +186,7 @@ def load_block(folder: Path, row: Row, shape: Sequence[int]) -> tuple[BlockSpec,
         raise UserError(
             f"the run at {folder} lacks {row['file']}; bring the file back, or train the run again"
         )
-    tensors = commit.read_tensors(path, row["sha256"])
+    tensors = restored(commit.read_tensors(path, row["sha256"]))
     spec = BlockSpec.from_dict(row["spec"])
     block = build_block(spec, tuple(shape))
     try:

@@ -204,7 +204,7 @@ class Trainer:
         if not self._optimise(trainer, journal):
             return None
         file = self._commit_block(trainer)
-        measured, following = measure(trainer, stage, self.config.push), stage
+        measured, following = measure(trainer, stage, self.config.push, self.progress), stage
         found: Row = measured.moved
         if self.current.step(index) is not None:  # no block trains on what a free one leaves
             name = stage_file(index + 1, self.number)
@@ -213,7 +213,7 @@ class Trainer:
         with together(self.accelerator):
             if self.accelerator.is_main_process:
                 total = measured.terms["total"]
-                check_grid(trainer, stage, self.config.push, total, journal)
+                check_grid(trainer, stage, self.config.push, total, journal, self.progress)
         self._record(trainer, file, {**found, "terms": measured.terms}, journal)
         return following
 

@@ -61,6 +61,10 @@ def test_an_export_gives_the_same_pictures(run: Path, tmp_path: Path) -> None:
     assert files(half.folder) == kept
     sizes = [(folder / blocks[0]).stat().st_size for folder in (half.folder, run)]
     assert sizes[0] < 0.6 * sizes[1]
+    eight = export(open_run(run), tmp_path / "eight", "int8")
+    assert half.change < eight.change < 0.05
+    assert (pixels(eight.folder).int() - expected.int()).float().abs().mean() < 1
+    assert eight.bytes < half.bytes
 
 
 def test_an_export_knows_where_it_came_from(run: Path, tmp_path: Path) -> None:
@@ -78,7 +82,7 @@ def test_an_export_knows_where_it_came_from(run: Path, tmp_path: Path) -> None:
         autoencoder=replace(before.autoencoder, weights=str(out / inside)),
     )
     assert str(tmp_path) not in (out / "config.yaml").read_text()
-    # an export can be exported: float16 stays float16
+    # an export can be exported: what was rounded once is rounded to itself
     again = export(open_run(out), tmp_path / "again")
     assert again.change == 0
     assert [row["sha256"] for row in read_manifest(again.folder)["blocks"]] == [
@@ -213,7 +217,7 @@ def test_what_cannot_be_exported(
 ) -> None:
     for words, named in (
         (("--out", tmp_path), "not empty"),
-        (("--out", tmp_path / "out", "--dtype", "int8"), "unknown --dtype 'int8'"),
+        (("--out", tmp_path / "out", "--dtype", "int4"), "unknown --dtype 'int4'"),
     ):
         code, _, error = say(capsys, "export", "--run", run, *words)
         assert code == 2 and error.startswith("error: ") and named in error
