@@ -1,4 +1,4 @@
-"""Classes: what a conditional flow is given, and the field that it then follows.
+"""Classes and images: what a conditional flow is given, and the field that it then follows.
 
 A network with classes sees v(t, z, y). Solvers and divergence estimators know v(t, z) alone, so
 for one pass through a block the labels are bound to the field. Under guidance w the field is
@@ -6,7 +6,8 @@ for one pass through a block the labels are bound to the field. Under guidance w
     v(t, z, null) + w (v(t, z, y) − v(t, z, null)),
 
 where null is the label that stands for no class: w = 1 is the plain conditional field, w > 1
-extrapolates.
+extrapolates. A network that is told an image beside every sample (`flows.beside`) gets it here,
+too.
 
 Reference: Ho, Salimans, "Classifier-free diffusion guidance" (2022); Zheng et al., "Guided flows
 for generative modeling and decision making" (2023) for velocity fields.
@@ -26,18 +27,23 @@ from flows.velocity_base import Piece, Velocity
 
 @dataclass(frozen=True)
 class Condition:
-    """The class of every sample, and how strongly it is followed.
+    """The class of every sample, how strongly it is followed, and the image beside it.
 
     Attributes:
-        labels: int64 (n,), from 0; the number of classes itself is the null label.
+        labels: int64 (n,), from 0; the number of classes itself is the null label. None for a flow
+            without classes.
         guidance: w, finite and not negative; 1 is the conditional field.
+        beside: (n, K, H, W), images for a flow that is told one beside every sample; or None.
     """
 
-    labels: Tensor
+    labels: Tensor | None = None
     guidance: float = 1.0
+    beside: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a weight out of range."""
+        """Refuses a weight out of range, and nothing at all."""
+        if self.labels is None and self.beside is None:
+            raise FlowError("a condition needs labels, images beside the samples, or both")
         if not 0 <= self.guidance < math.inf:
             raise FlowError(
                 f"guidance must be finite and not negative, found {self.guidance}; 1 is the "
@@ -46,18 +52,27 @@ class Condition:
 
     def rows(self, start: int, stop: int) -> Condition:
         """The condition of the samples [start, stop)."""
-        return replace(self, labels=self.labels[start:stop])
+        labels, beside = (
+            None if each is None else each[start:stop] for each in (self.labels, self.beside)
+        )
+        return replace(self, labels=labels, beside=beside)
 
 
 def check_labels(condition: Condition | None, z: Tensor) -> None:
-    """Refuses another number of labels than of samples: to be asked before either is cut.
+    """Refuses another number of labels, or images, than of samples: to be asked before any is cut.
 
     Raises:
         FlowError: they differ, or the labels are not int64.
     """
     if condition is None:
         return
+    if condition.beside is not None and len(condition.beside) != len(z):
+        raise FlowError(
+            f"expected one image beside every sample, {len(z)}, found {len(condition.beside)}"
+        )
     labels = condition.labels
+    if labels is None:
+        return
     if labels.dtype != torch.int64 or labels.shape != z.shape[:1]:
         raise FlowError(
             f"expected one int64 label a sample, ({len(z)},), found {labels.dtype} "
@@ -71,18 +86,21 @@ def rows_of(condition: Condition | None, start: int, stop: int) -> Condition | N
 
 
 def bind(velocity: Velocity, condition: Condition | None, z: Tensor) -> Velocity:
-    """The field v(t, z) that samples follow: the velocity with their labels filled in.
+    """The field v(t, z) that samples follow: the velocity with their labels and images filled in.
 
     Args:
         velocity: with or without classes.
-        condition: of the samples; None for a velocity without classes.
+        condition: of the samples; None for a velocity without classes, and told no image.
         z: the samples (B, *shape).
 
     Raises:
         FlowError: labels for a velocity without classes, none for one with them, another number
             of labels than of samples, or a label out of range.
     """
-    if condition is None:
+    if condition is not None and condition.beside is not None:
+        check_labels(condition, z)
+        velocity = velocity.told(condition.beside.to(z.device))
+    if condition is None or (condition.labels is None and condition.beside is not None):
         if velocity.classes:
             raise FlowError(
                 f"the flow was trained with {velocity.classes} classes; give the class of every "
@@ -90,6 +108,7 @@ def bind(velocity: Velocity, condition: Condition | None, z: Tensor) -> Velocity
             )
         return velocity
     labels = condition.labels
+    assert labels is not None
     if not velocity.classes:
         raise FlowError("the flow was trained without classes and takes no labels")
     check_labels(condition, z)
@@ -106,12 +125,12 @@ class Conditioned(Velocity):
 
     def __init__(self, inner: Velocity, condition: Condition) -> None:
         super().__init__(inner.shape)
-        self.inner = inner
-        self.condition = condition
+        assert condition.labels is not None
+        self.inner, self.condition, self._labels = inner, condition, condition.labels
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """See :class:`Velocity`; z may hold the B samples several times, one after another."""
-        known = self.condition.labels
+        known = self._labels
         labels = known.repeat(len(z) // len(known))
         w = self.condition.guidance
         if w == 1:
@@ -125,7 +144,7 @@ class Conditioned(Velocity):
         self, t: Tensor, z: Tensor, tangents: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Velocity`; a guided field is linear in its two parts, and so is this."""
-        known, w = self.condition.labels, self.condition.guidance
+        known, w = self._labels, self.condition.guidance
         v, moved = self.inner.directional(t, z, tangents, known)
         if w == 1:
             return v, moved

@@ -26,6 +26,10 @@ class HalfPrecision(Velocity):
         with torch.autocast(z.device.type, torch.bfloat16):
             return self.inner(t, z, *given(labels)).to(z.dtype)
 
+    def told(self, beside: Tensor) -> Velocity:
+        """See :class:`Velocity`; the inner field told so, in bfloat16."""
+        return HalfPrecision(self.inner.told(beside))
+
     def pieces(self) -> tuple[Piece, ...]:
         """See :class:`Velocity`; those of the inner field."""
         inner = self.inner.pieces()

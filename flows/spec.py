@@ -76,6 +76,8 @@ class BlockSpec:
         velocity["hidden"] = list(self.velocity.hidden)
         if not self.velocity.classes:  # a flow without classes is described as it always was
             del velocity["classes"], velocity["class_dropout"]
+        if not self.velocity.beside:
+            del velocity["beside"]
         if self.velocity.nets == 1:  # nor has one network any other clock than the block's
             del velocity["clock"]
         return plain

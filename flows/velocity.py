@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from flows.beside import Beside
 from flows.convnet import ConvVelocity, UNetVelocity
 from flows.errors import FlowError
 from flows.mlp import LinearVelocity, MlpVelocity, ResidualMlpVelocity
@@ -55,6 +56,9 @@ def make_velocity(
 
 
 def _build(config: VelocityConfig, shape: tuple[int, ...]) -> Velocity:
+    if config.beside and len(shape) == 3:
+        joined = (shape[0] + config.beside, *shape[1:])
+        return Beside(KINDS[config.kind](config, joined), config.beside)
     nets = [KINDS[config.kind](config, shape) for _ in range(config.nets)]
     if len(nets) == 1:
         return nets[0]

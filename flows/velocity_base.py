@@ -46,6 +46,8 @@ class VelocityConfig:
         nets: networks a block: each covers an equal part of the block's time, one after the other.
         clock: the time that several networks see: ``own``, from 0 to 1 in each, as if it were a
             block; or ``block``, the block's, so that n copies of one network are its field.
+        beside: conv, unet: channels K of an image (K, H, W) that the network is told beside every
+            sample; 0 for none.
         classes: classes that the network is told apart by a label; 0 for a network without.
         class_dropout: lfm, fm: probability that a sample in training goes without its class, in
             [0, 1), which guidance needs; jko never drops a class, for the step of all data
@@ -63,6 +65,7 @@ class VelocityConfig:
     patch: int = 1
     nets: int = 1
     clock: str = "own"
+    beside: int = 0
     classes: int = 0
     class_dropout: float = field(default=0.1, compare=False)  # not of the network: of its training
     zero_init: bool = True
@@ -87,7 +90,12 @@ class VelocityConfig:
             raise FlowError(
                 f"velocity.time_features must be even and at least 2, not {self.time_features}"
             )
-        for name in ("heads", "classes"):
+        if self.beside and (self.nets > 1 or self.kind not in ("conv", "unet")):
+            raise FlowError(
+                f"velocity.beside = {self.beside} needs one network for grids, conv or unet, not "
+                f"{self.nets} of kind {self.kind}"
+            )
+        for name in ("heads", "classes", "beside"):
             value = getattr(self, name)
             if value < 0:
                 raise FlowError(f"velocity.{name} must not be negative, found {value}")
@@ -145,6 +153,17 @@ class Velocity(nn.Module, ABC):
         Returns:
             v(t, z), (B, *shape).
         """
+
+    def told(self, beside: Tensor) -> Velocity:
+        """The field of samples that have an image beside them; see :mod:`flows.beside`.
+
+        Args:
+            beside: (B, K, H, W).
+
+        Raises:
+            FlowError: this field takes none, or one of another shape.
+        """
+        raise FlowError("this velocity is told no image beside its samples (velocity.beside = 0)")
 
     def pieces(self) -> tuple[Piece, ...]:
         """The intervals between the times at which the field jumps; one if it never does.

@@ -16,7 +16,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoders.optimisers import make_optimizer, set_learning_rate
+from flows.beside import Beside
 from flows.block import Block
+from flows.condition import Condition
 from flows.divergence import make_divergence
 from flows.ema import Ema
 from flows.errors import SolveError
@@ -26,7 +28,7 @@ from pipeline.agreement import raise_together
 from pipeline.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.config import TrainConfig
 from pipeline.errors import JkoflowError, UserError
-from pipeline.matching import batch_loss, pair_loss
+from pipeline.matching import BESIDE, batch_loss, pair_loss
 from pipeline.seeds import Batches, generator
 from pipeline.share import Share
 from pipeline.store import StoreReader
@@ -218,6 +220,13 @@ class BlockTrainer:
     def labels(self, rows: Tensor) -> Tensor | None:
         """The classes of some samples, for a block with classes."""
         return self.stage.take("labels", rows) if self.block.velocity.classes else None
+
+    def condition(self, rows: Tensor) -> Condition | None:
+        """What some samples are told, for a block that is told anything: classes, images."""
+        told = isinstance(self.block.velocity, Beside)
+        beside = self.stage.take(BESIDE, rows).float() if told else None
+        labels = self.labels(rows)
+        return None if labels is None and beside is None else Condition(labels, beside=beside)
 
     def _probe(self, z: Tensor, rank: int, ranks: int) -> Tensor | None:
         """This rank's rows of the probe drawn for the whole batch."""

@@ -41,6 +41,7 @@ def card(
         ("training", f"{seconds:.0f} s of optimiser steps, on {_TO_WRITE}"),
         ("sampling", _sampling(config)),
         *_guide(manifest, config),
+        *_refiner(manifest),
         ("weights", f"{dtype}; rounding moves generated latents by {change:.1e} (RMS, std 1)"),
         ("licence", f"of the weights: {_TO_WRITE}; of the data: {_TO_WRITE}"),
     ]
@@ -101,6 +102,15 @@ def _guide(manifest: dict[str, Any], config: Config) -> list[tuple[str, str]]:
     guide, w = manifest["guide"], config.generate.guidance
     told = f"{guide['name']}, {guide['parameters']:,} parameters, {guide['seconds']:.0f} s"
     return [("guide", f"{told}; guidance {w:g}")]
+
+
+def _refiner(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    if "refiner" not in manifest:
+        return []
+    told = manifest["refiner"]
+    return [
+        ("refiner", f"{told['name']}, {told['parameters']:,} parameters, {told['seconds']:.0f} s")
+    ]
 
 
 def _sampling(config: Config) -> str:

@@ -72,6 +72,8 @@ def check(config: Config) -> None:
         raise UserError(f"schedule.lr needs one positive rate a block, not {rates}")
     if not 0 <= latents.noise < math.inf:
         raise UserError(f"latents.noise must not be negative, not {latents.noise}")
+    if not 0 <= latents.disturb < math.inf:
+        raise UserError(f"latents.disturb must not be negative, not {latents.disturb}")
     if not 0 <= train.ema < 1:
         raise UserError(f"train.ema must lie in [0, 1), not {train.ema}")
     if not 0 < schedule.eta <= 1:
@@ -135,6 +137,11 @@ def _check_objective(config: Config) -> None:
         raise UserError(
             "train.snapshot_every keeps flows of one block in the making (objective fm), and "
             f"under {train.objective} there are several; leave it at 0"
+        )
+    if config.velocity.beside and (train.objective != "fm" or config.velocity.classes):
+        raise UserError(
+            "a refiner (velocity.beside) is trained by flow matching and without classes: "
+            "train.objective=fm and velocity.classes=0"
         )
     if train.objective == "jko":
         if train.precision != "fp32":

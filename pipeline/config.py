@@ -77,6 +77,9 @@ class LatentsConfig:
         noise: standard deviation of Gaussian noise added to the latents of a deterministic
             encoder, in units of the standardised latents; likelihoods include it.
         draws: posterior samples (or noisy copies) of every latent that the flow trains on.
+        disturb: of a refiner (velocity.beside): largest standard deviation of noise on the
+            standardised latents that it learns to refine; every image draws its own, uniformly
+            from 0 up, for those that a flow draws are a little off, too.
         seed: of the draws.
     """
 
@@ -85,6 +88,7 @@ class LatentsConfig:
     mirror: bool = False
     noise: float = 0.0
     draws: int = 1
+    disturb: float = 0.0
     seed: int = 0
 
 
@@ -220,6 +224,8 @@ class GenerateConfig:
             velocity is g: w of g + w (v - g), of any run.
         guide: a run on the same latents, smaller or trained for less long, or RUN@STEP, as
             train.snapshot_every kept it; null for none.
+        refiner: a run with velocity.beside on the same autoencoder, which draws what the decoder
+            leaves out of every image; null for none.
         precision: fp32, or bf16 for networks evaluated in half precision under autocast, which is
             faster where the processor has it; solver and guidance stay in fp32.
     """
@@ -234,6 +240,7 @@ class GenerateConfig:
     labels: list[int] | None = None
     guidance: float | None = None
     guide: str | None = None
+    refiner: str | None = None
     precision: str = "fp32"
 
 

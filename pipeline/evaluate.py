@@ -24,6 +24,7 @@ from pipeline.features import SHARD, FeatureMaker, chosen, enough, extractor, fi
 from pipeline.generate import plain_solvers, sample_images, solvers_of
 from pipeline.guidance import way_of
 from pipeline.passes import readable
+from pipeline.refiner import Refiner
 from pipeline.resources import peak_memory
 from pipeline.runs import Run
 from pipeline.seeds import generator
@@ -74,7 +75,7 @@ class Evaluator(FeatureMaker):
         if len(run.flow) < len(run.manifest["blocks"]):
             metrics["fid"]["first_blocks"] = len(run.flow)
         if settings.floor:
-            metrics["rfid"] = self.floor(run, settings, reference) | label
+            metrics["rfid"] = self.floor(run, settings, reference, way.refiner) | label
         metrics |= self._quality(run.config.data, features, settings.kid)
         if settings.nll:
             metrics |= self._likelihood(run, settings)
@@ -95,17 +96,22 @@ class Evaluator(FeatureMaker):
         return images, features
 
     def floor(
-        self, run: Run, settings: EvaluateConfig, reference: GaussianStats
+        self,
+        run: Run,
+        settings: EvaluateConfig,
+        reference: GaussianStats,
+        refiner: Refiner | None = None,
     ) -> dict[str, Any]:
-        """FID of decoded latents of real images: what a perfect flow would score.
+        """FID of decoded (and refined) latents of real images: what a perfect flow would score.
 
         The latents are posterior samples (or carry the known noise), as those that the flow
         trains on; the images are n of the test split (see `chosen`), or of the training split
         where the test split is smaller than n.
         """
         images, latents = quality.held_out(run.config.data, settings.n), run.config.latents
+        scale = run.standardisation
         value = self.reconstruction_fid(
-            run.autoencoder(), images, settings.n, reference, latents.noise, run.standardisation
+            run.autoencoder(), images, settings.n, reference, latents.noise, scale, refiner
         )
         return {"value": value, "n": settings.n, "split": images.split}
 
@@ -242,11 +248,13 @@ def inputs_of(run: Run, settings: EvaluateConfig, sampling: GenerateConfig) -> s
     sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
     generate = dataclasses.asdict(sampling)
     # where they say nothing the key is what it was before they came
-    for later in ("labels", "guidance", "block_steps", "guide", "precision"):
+    for later in ("labels", "guidance", "block_steps", "guide", "refiner", "precision"):
         if generate[later] == getattr(GenerateConfig(), later):
             del generate[later]
     if sampling.guide is not None:
         generate["guide"] = way_of(run, sampling).describe()["guide"]  # whatever its place
+    if sampling.refiner is not None:
+        generate["refiner"] = way_of(run, sampling).describe()["refiner"]
     parts = {
         "run": run.fingerprint,
         "evaluate": dataclasses.asdict(settings),

@@ -1,7 +1,7 @@
 """A finished run → a small folder that generates the same images: what is shipped of a run.
 
 Kept are flow.json with the pass that is used, config.yaml, the blocks in a compact type, an
-autoencoder of one's own, metrics.json, the grid of images, the guide, and a card. Stages,
+autoencoder of one's own, metrics.json, the grid of images, guide and refiner, and a card. Stages,
 checkpoints, logs and other samples stay behind. The folder is a run directory like any other.
 """
 
@@ -26,12 +26,15 @@ from pipeline.errors import UserError
 from pipeline.generate import plain_solvers, shows, solvers_of
 from pipeline.guidance import way_of
 from pipeline.redecoding import with_decoder
+from pipeline.refiner import is_refiner
 from pipeline.runs import Run, block_file, compose, load_blocks, passes_of
 from pipeline.seeds import generator
 from pipeline.shipped import is_shipped
 
 AUTOENCODER = "autoencoder.safetensors"
 GUIDE = "guide"
+REFINER = "refiner"
+HELPERS = (GUIDE, REFINER)
 _GRID = "samples/grid.png"
 _COMPARED = 64
 
@@ -64,8 +67,8 @@ def export(
             numbers and pictures of the old one stay behind.
 
     Raises:
-        UserError: unknown type, a folder with files, a metrics.json of other blocks, a guide or
-            an autoencoder that does not fit, or an autoencoder that is not at hand.
+        UserError: unknown type, a folder with files, a metrics.json of other blocks, a guide, a
+            refiner or an autoencoder that does not fit, or an autoencoder that is not at hand.
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -73,9 +76,15 @@ def export(
         commit.sweep(out)  # what a killed process left
     if out.exists() and not (out.is_dir() and _unfinished(out)):
         raise UserError(f"{out} is there and not empty; choose another place with --out")
-    guide = way_of(run, run.config.generate).guide
+    way = way_of(run, run.config.generate)
+    guide = way.guide
     _usable(run, guide)
     if autoencoder is not None:
+        if way.refiner is not None:
+            raise UserError(
+                f"the refiner of the run at {run.folder} is of what its own autoencoder decodes; "
+                "leave --autoencoder out, or the refiner by --refiner none"
+            )
         before, run = run, with_decoder(run, autoencoder)
         same = run.fingerprint == before.fingerprint  # by another name
         metrics = _metrics(before) if same else None
@@ -86,12 +95,22 @@ def export(
                 run, config=dataclasses.replace(run.config, generate=generate)
             )
         return _write(run, out, dtype, metrics, guide, picture=same)
-    return _write(run, out, dtype, _metrics(run), guide)
+    refiner = None if way.refiner is None else way.refiner.run
+    return _write(run, out, dtype, _metrics(run), guide, refiner)
 
 
 def _unfinished(out: Path) -> bool:
     """Whether a folder holds nothing, or no more than an export that was killed."""
-    written = {"blocks", "samples", GUIDE, AUTOENCODER, "config.yaml", "metrics.json", "CARD.md"}
+    written = {
+        "blocks",
+        "samples",
+        GUIDE,
+        REFINER,
+        AUTOENCODER,
+        "config.yaml",
+        "metrics.json",
+        "CARD.md",
+    }
     return {path.name for path in out.iterdir()} <= written
 
 
@@ -114,6 +133,7 @@ def _write(
     dtype: str,
     metrics: dict[str, Any] | None = None,
     guide: Run | None = None,
+    refiner: Run | None = None,
     shown: bool = True,
     picture: bool = True,
 ) -> Exported:
@@ -125,9 +145,13 @@ def _write(
     manifest = _manifest(run, rows, dtype, out)
     generate = run.config.generate
     if guide is not None:
-        name = _guide(guide, str(generate.guide), out, dtype)
+        name = _helper(guide, str(generate.guide), out / GUIDE, dtype)
         generate = dataclasses.replace(generate, guide=name)
-        manifest["guide"] = _about_guide(guide)
+        manifest["guide"] = _about_helper(guide)
+    if refiner is not None:
+        name = _helper(refiner, str(generate.refiner), out / REFINER, dtype)
+        generate = dataclasses.replace(generate, refiner=name)
+        manifest["refiner"] = _about_helper(refiner)
     change = _change(run.flow, load_blocks(out, manifest), run)
     config = dataclasses.replace(
         run.config,
@@ -185,6 +209,8 @@ def _drawn_alike(run: Run, fid: dict[str, Any], path: Path) -> None:
     theirs, ours = (_way(about) for about in (fid, told))
     if way.guide is not None and fid.get("guide", {}).get("run") in _names(way.guide):
         theirs = {**theirs, "guide": ours["guide"]}
+    if way.refiner is not None and fid.get("refiner", {}).get("run") in _names(way.refiner.run):
+        theirs = {**theirs, "refiner": ours["refiner"]}
     for key in ours:
         if fid and theirs[key] != ours[key]:
             raise UserError(
@@ -195,19 +221,20 @@ def _drawn_alike(run: Run, fid: dict[str, Any], path: Path) -> None:
 
 def _way(about: dict[str, Any]) -> dict[str, Any]:
     """What decides how samples are drawn, of what is told beside a number."""
-    guide, weight = about.get("guide"), about.get("guidance")
+    guide, weight, refiner = about.get("guide"), about.get("guidance"), about.get("refiner")
     return {
         "guidance": 1.0 if weight is None else weight,
         "guide": guide and f"{guide['name']} ({guide['run']})",
+        "refiner": refiner and f"{refiner['name']} ({refiner['run']})",
         "classes": about.get("classes"),
         "solvers": about.get("solvers"),
         "sampled_in": about.get("sampled_in", "fp32"),
     }
 
 
-def _names(guide: Run) -> set[str]:
-    """Fingerprints of a guide, and of what it was exported from."""
-    return {guide.fingerprint, guide.manifest.get("exported", {}).get("from", guide.fingerprint)}
+def _names(other: Run) -> set[str]:
+    """Fingerprints of a guide or a refiner, and of what it was exported from."""
+    return {other.fingerprint, other.manifest.get("exported", {}).get("from", other.fingerprint)}
 
 
 def _named(reference: str) -> str:
@@ -215,27 +242,27 @@ def _named(reference: str) -> str:
     return Path(reference).name if Path(reference).is_absolute() else reference
 
 
-def _guide(guide: Run, name: str, out: Path, dtype: str) -> str:
-    """Name of the guide in the exported configuration: a shipped one's own, or its folder."""
+def _helper(other: Run, name: str, out: Path, dtype: str) -> str:
+    """Name of a guide or refiner in the exported configuration: a shipped one's, or its folder."""
     if is_shipped(name):
         return name
     # it has no guide of its own; its numbers and pictures (a snapshot's run has others) are not
     # what it is for, and the run's card has it
-    config = dataclasses.replace(guide.config, generate=GenerateConfig())
-    _write(dataclasses.replace(guide, config=config), out / GUIDE, dtype, shown=False)
-    return GUIDE
+    config = dataclasses.replace(other.config, generate=GenerateConfig())
+    _write(dataclasses.replace(other, config=config), out, dtype, shown=False)
+    return out.name
 
 
-def _about_guide(guide: Run) -> dict[str, Any]:
-    """What flow.json and the card say of a guide."""
-    rows = guide.manifest["blocks"]
+def _about_helper(other: Run) -> dict[str, Any]:
+    """What flow.json and the card say of a guide or a refiner."""
+    rows = other.manifest["blocks"]
     sums = {key: sum(row[key] for row in rows) for key in ("parameters", "seconds")}
-    return {"name": guide.config.name, "run": guide.fingerprint, **sums}
+    return {"name": other.config.name, "run": other.fingerprint, **sums}
 
 
 def _manifest(run: Run, rows: list[dict[str, Any]], dtype: str, out: Path) -> dict[str, Any]:
     """flow.json with one pass only, the one in use, and no paths of this machine."""
-    made = ("format", "shape", "passes", "pass", "complete", "flow", "blocks", "guide")
+    made = ("format", "shape", "passes", "pass", "complete", "flow", "blocks", *HELPERS)
     about = {key: value for key, value in run.manifest.items() if key not in made}
     if "init_from" in about:
         about["init_from"] = {**about["init_from"], "run": about["init_from"]["name"]}
@@ -258,6 +285,8 @@ def _change(before: Flow, after: Flow, run: Run) -> float:
     noise = torch.randn((_COMPARED, *before.shape), generator=generator(0, "export"))
     labels = torch.arange(_COMPARED) % max(1, before.classes)
     of = Condition(labels) if before.classes else None
+    if is_refiner(run):
+        of = Condition(beside=noise.clamp(-1, 1))
     solvers = solvers_of(run, run.config.generate)
     made = [flow.cpu().decode(noise, solvers, condition=of) for flow in (before, after)]
     return float((made[0] - made[1]).square().mean().sqrt())

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.options import GuidanceOption, GuideOption, MethodOption, StepsOption
+from pipeline.options import GuidanceOption, GuideOption, MethodOption, RefinerOption, StepsOption
 
 
 def register(app: typer.Typer) -> None:
@@ -26,6 +26,7 @@ def export(
         typer.Option(help="Of the stored weights: float16, bfloat16, float32, or int8 (a byte)."),
     ] = "float16",
     guide: GuideOption = None,
+    refiner: RefinerOption = None,
     guidance: GuidanceOption = None,
     steps: StepsOption = None,
     method: MethodOption = None,
@@ -37,10 +38,10 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write what is shipped of a run: blocks, flow.json, config.yaml, numbers, guide and a card.
+    """Write what is shipped of a run: blocks, numbers, guide, refiner, settings and a card.
 
-    With --guide, --guidance, --steps or --method, the exported run samples so unless told
-    otherwise.
+    With --guide, --guidance, --refiner, --steps or --method, the exported run samples so unless
+    told otherwise.
     """
     from pipeline import export as exporting
     from pipeline import runs
@@ -49,7 +50,7 @@ def export(
     from pipeline.terminal import say
 
     opened = runs.open_run(run, images=True)
-    generate = with_guidance(opened.config.generate, guidance, guide)
+    generate = with_guidance(opened.config.generate, guidance, guide, refiner)
     generate = with_solver(generate, steps, method)
     opened = replace(opened, config=replace(opened.config, generate=generate))
     done = exporting.export(opened, out, dtype, autoencoder)

@@ -27,6 +27,7 @@ from pipeline.agreement import together
 from pipeline.datasets import ImageSet
 from pipeline.errors import UserError
 from pipeline.latents import Progress, Standardisation
+from pipeline.refiner import Refiner
 from pipeline.seeds import generator
 from pipeline.store import StoreReader, StoreWriter, key_of, open_store
 
@@ -59,6 +60,7 @@ class FeatureMaker:
         reference: GaussianStats,
         noise: float = 0.0,
         standardisation: Standardisation | None = None,
+        refiner: Refiner | None = None,
     ) -> float:
         """rFID(n) of an autoencoder on n images of a set (see `chosen`).
 
@@ -76,6 +78,8 @@ class FeatureMaker:
         }
         if noise > 0 and standardisation is not None:
             identity |= {"noise": noise, "standardisation": standardisation.to_dict()}
+        if refiner is not None:
+            identity["refiner"] = refiner.describe()
         folder = assets.data_root() / "features" / f"floor-{key_of(identity)}"
         autoencoder.to(self.accelerator.device)  # type: ignore[attr-defined]
 
@@ -87,7 +91,8 @@ class FeatureMaker:
             if noise > 0 and standardisation is not None and moments.log_var is None:
                 spread = standardisation.undo(torch.ones_like(z)) - standardisation.undo(z * 0)
                 z = z + noise * spread * torch.randn(z.shape, generator=drawn).to(z.device)
-            return to_uint8(autoencoder.decode(z))
+            decoded = autoencoder.decode(z)
+            return to_uint8(decoded if refiner is None else refiner.refine(decoded, drawn))
 
         features = self.features(folder, identity, n, make, "reconstructed")
         return fid_of(features, reference)

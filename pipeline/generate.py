@@ -134,18 +134,20 @@ def within(run: Run, settings: GenerateConfig, nfe: int) -> GenerateConfig:
             f"--nfe needs a fixed-step solver, but generate.method is {solver.method}; choose "
             "--method rk4, midpoint or euler"
         )
-    twice = way_of(run, settings).evaluations  # guidance evaluates a network twice
+    way = way_of(run, settings)
+    twice = way.evaluations  # guidance evaluates a network twice
+    refined = 0 if way.refiner is None else way.refiner.nfe()
     per_step = FIXED_METHODS[solver.method] * len(run.flow) * twice
     pieces = [block.velocity.pieces() for block in run.flow]
-    for steps in range(nfe // per_step, 0, -1):
+    for steps in range((nfe - refined) // per_step, 0, -1):
         if all(fits(each, steps) for each in pieces):  # with several networks a block, not any S
             return dataclasses.replace(settings, steps=steps, block_steps=None)
     nets = max(spec.velocity.nets for spec in run.flow.specs)
     place = f"{len(run.flow)} blocks" + (f" of {nets} networks" if nets > 1 else "")
-    place += " with guidance" * (twice > 1)
+    place += " with guidance" * (twice > 1) + " and a refiner" * (refined > 0)
     raise UserError(
         f"--nfe {nfe} is below one {solver.method} step in each of {place} "
-        f"({per_step * nets}); ask for more, or choose --method euler"
+        f"({per_step * nets + refined}); ask for more, or choose --method euler"
     )
 
 
@@ -229,16 +231,20 @@ def _sample(
     noise = torch.randn((count, *way.flow.shape), generator=drawn).to(accelerator.device)
     z = way.run.standardisation.undo(way.flow.decode(noise, solvers, condition=condition))
     autoencoder.to(accelerator.device)  # type: ignore[attr-defined]
-    return to_uint8(autoencoder.decode(z)).cpu()
+    decoded = autoencoder.decode(z)
+    if way.refiner is not None:
+        decoded = way.refiner.refine(decoded, drawn)
+    return to_uint8(decoded).cpu()
 
 
 def sample_nfe(way: Way, solvers: list[SolverConfig]) -> int:
-    """Evaluations of a network per sample, summed over blocks (measured on 16 samples)."""
+    """Evaluations of a network per sample, of all blocks and the refiner (on 16 samples)."""
     noise = torch.randn((16, *way.flow.shape), generator=generator(0, "nfe"))
     device = next(way.flow.parameters()).device
     of = None if way.choice is None else way.choice.condition(0, 16, "nfe")
     moved = way.flow.transport(noise.to(device), reverse=True, solver=solvers, condition=of)
-    return int(moved.nfe) * way.evaluations
+    refined = 0 if way.refiner is None else way.refiner.nfe()
+    return int(moved.nfe) * way.evaluations + refined
 
 
 def batches(images: StoreReader, size: int = 500) -> Iterator[Tensor]:
@@ -284,7 +290,7 @@ def shows(path: Path, run: Run) -> bool:
     if note is None:
         return path.is_file()
     identity = json.loads(note)
-    guide = way_of(run, run.config.generate).describe().get("guide")
+    described = way_of(run, run.config.generate).describe()
     drawn = {run.fingerprint, run.manifest.get("exported", {}).get("from")}
     settings = run.config.generate
     alike = identity.get("solver") == dataclasses.asdict(solver_of(run, settings))
@@ -293,7 +299,8 @@ def shows(path: Path, run: Run) -> bool:
     labels = identity.get("classes", {}).get("labels")
     if labels and len(set(labels)) < run.flow.classes:
         alike = alike and labels == settings.labels
-    return alike and identity.get("run") in drawn and identity.get("guide") == guide
+    alike = alike and all(identity.get(key) == described.get(key) for key in ("guide", "refiner"))
+    return alike and identity.get("run") in drawn
 
 
 def write_npz(images: StoreReader, path: Path) -> None:

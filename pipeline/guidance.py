@@ -1,4 +1,4 @@
-"""What samples of a run follow: its flow, the classes, and the guide, if there is one.
+"""What samples of a run follow: its flow, the classes, and guide and refiner, if there are any.
 
 Without a guide, guidance is that by the class (`pipeline.classes`). A guide is a second run on the
 same latents, smaller or trained for less long (`flows.guide`); it guides runs without classes
@@ -22,6 +22,7 @@ from pipeline.classes import Choice, choice_of
 from pipeline.config import GenerateConfig
 from pipeline.errors import JkoflowError, UserError
 from pipeline.passes import step_of
+from pipeline.refiner import Refiner, is_refiner, open_refiner
 from pipeline.runs import Run, open_run
 from pipeline.snapshots import open_snapshot
 
@@ -36,6 +37,7 @@ class Way:
         guide: the run that guides, with as many blocks in use; None if none does.
         weight: w of the guidance by `guide`.
         precision: of the networks, fp32 or bf16.
+        refiner: of the decoded images; None for images as they are decoded.
     """
 
     run: Run
@@ -43,6 +45,7 @@ class Way:
     guide: Run | None = None
     weight: float = 1.0
     precision: str = "fp32"
+    refiner: Refiner | None = None
 
     @cached_property
     def flow(self) -> Flow:
@@ -70,11 +73,15 @@ class Way:
             told["precision"] = self.precision
         if self.guide is not None:
             told["guide"] = {"run": self.guide.fingerprint, "guidance": self.weight}
+        if self.refiner is not None:
+            told["refiner"] = self.refiner.describe()
         return told
 
     def about(self) -> dict[str, Any]:
         """What people are told of it beside a number; JSON-ready."""
-        half = {} if self.precision == "fp32" else {"sampled_in": self.precision}
+        half: dict[str, Any] = {} if self.precision == "fp32" else {"sampled_in": self.precision}
+        if self.refiner is not None:
+            half["refiner"] = self.refiner.about()
         if self.guide is not None:
             who = {"name": self.guide.config.name, "run": self.guide.fingerprint}
             told: dict[str, Any] = {"guidance": self.weight, "guide": who, **half}
@@ -90,16 +97,23 @@ def way_of(run: Run, settings: GenerateConfig) -> Way:
     """What the samples of a run follow under some settings.
 
     Raises:
-        UserError: classes or guidance that the run does not know, no weight for a guide, or a
-            guide that does not fit.
+        UserError: classes or guidance that the run does not know, no weight for a guide, a guide
+            or a refiner that does not fit, or a run that is a refiner itself.
     """
+    if is_refiner(run):
+        raise UserError(
+            f"the run at {run.folder} is a refiner, which draws what is missing from images that "
+            "are there; give it to a run on the same autoencoder by --refiner"
+        )
     if settings.precision not in PRECISIONS:
         raise UserError(
             f"unknown generate.precision {settings.precision!r}; choose one of "
             f"{', '.join(PRECISIONS)}"
         )
+    refiner = settings.refiner and open_refiner(run, settings.refiner, settings.precision)
     if settings.guide is None:
-        return Way(run, choice_of(run, settings), precision=settings.precision)
+        choice = choice_of(run, settings)
+        return Way(run, choice, precision=settings.precision, refiner=refiner or None)
     if settings.guidance is None:
         raise UserError("a guide needs its weight; add --guidance 2, say")
     choice = choice_of(run, dataclasses.replace(settings, guidance=None))
@@ -112,22 +126,28 @@ def way_of(run: Run, settings: GenerateConfig) -> Way:
         ) from error
     _fits(run, guide, settings.guide)
     guide = dataclasses.replace(guide, flow=guide.flow[: len(run.flow)])
-    way = Way(run, choice, guide, settings.guidance, settings.precision)
+    way = Way(run, choice, guide, settings.guidance, settings.precision, refiner or None)
     _ = way.flow  # refuses a weight out of range
     return way
 
 
 def with_guidance(
-    settings: GenerateConfig, guidance: float | None = None, guide: str | None = None
+    settings: GenerateConfig,
+    guidance: float | None = None,
+    guide: str | None = None,
+    refiner: str | None = None,
 ) -> GenerateConfig:
-    """The settings with what `--guidance` and `--guide` say; None leaves either as it is.
+    """The settings with what `--guidance`, `--guide` and `--refiner` say; None leaves all alone.
 
     Args:
         settings: of the run.
         guidance: w.
         guide: a run, which needs a weight of its own, or `none`, which takes the
             configuration's guide, and its weight, away.
+        refiner: a run with `velocity.beside`, or `none`, which takes the configuration's away.
     """
+    if refiner is not None:
+        settings = dataclasses.replace(settings, refiner=None if refiner == "none" else refiner)
     if guide == "none" and settings.guide is not None:
         settings = dataclasses.replace(settings, guide=None, guidance=None)
     elif guide not in (None, "none"):

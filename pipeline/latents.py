@@ -219,7 +219,7 @@ def _write_shards(
     model.to(accelerator.device)
     parts: list[Shard] = []
     for index, start, stop in progress(jobs, len(jobs), "encode"):
-        x, labels = _images(images, start, stop)
+        x, labels = image_rows(images, start, stop)
         moments = autoencoder.encode(to_float(x).to(accelerator.device))
         parts.append(_to_shard(moments, labels))
         if stop == writer.bounds(index)[1]:
@@ -227,7 +227,7 @@ def _write_shards(
             parts = []
 
 
-def _images(images: ImageSet, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def image_rows(images: ImageSet, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Images and labels of rows [start, stop) of a cache; rows from n on are mirror images."""
     n, rows, labels = len(images), [], []
     for low, high, mirrored in ((start, min(stop, n), False), (max(start, n), stop, True)):

@@ -13,12 +13,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flows.beside import Beside
 from flows.coupling import optimal_pairing
 from flows.objective import LfmLoss, matching_loss, ou_target
 from flows.velocity_base import Velocity
 from pipeline.config import TrainConfig
 from pipeline.share import Rows, every
 from pipeline.store import StoreReader
+
+#: field of a stage: the image beside every sample, for networks that are told one
+BESIDE = "beside"
 
 
 def batch_loss(
@@ -55,14 +59,16 @@ def batch_loss(
         dropped = torch.rand(len(indices), generator=drawn) < dropout
         told = labels.masked_fill(dropped, velocity.classes)[mine].to(device)
     if recipe.coupling == "ot":  # of the whole batch, on every process: it is one pairing
-        z = stage.take("z", indices)
+        z = stage.take("z", indices).float()
         target = ou_target(z, gamma, noise)
         target = target[optimal_pairing(z, target, labels)]
         z, target = z[mine], target[mine]
     else:
-        z = stage.take("z", indices[mine])
+        z = stage.take("z", indices[mine]).float()
         target = ou_target(z, gamma, noise[mine])
     z, target, t = (x.to(device) for x in (z, target, t[mine]))
+    if isinstance(velocity, Beside):
+        velocity = velocity.told(stage.take(BESIDE, indices[mine]).float().to(device))
     return matching_loss(velocity, z, target, t, recipe.interpolant, told)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from flows.block import FIXED_METHODS, SolverConfig
-from flows.condition import Condition
 from flows.divergence import make_divergence
 from flows.errors import SolveError
 from flows.pieces import aligned
@@ -76,12 +75,11 @@ def measure(
     norm, log_det, moved = 0.0, 0.0, 0.0
     batches = chosen.split(recipe.batch_size)
     for rows in progress(batches, len(batches), f"measure block {trainer.index}"):
-        z = stage.take("z", rows)
+        z = stage.take("z", rows).float()
         eps = divergence.draw_probe(z, drawn)
         z = z.to(device)
         eps = None if eps is None else eps.to(device)
-        labels = trainer.labels(rows)
-        of = None if labels is None else Condition(labels)
+        of = trainer.condition(rows)
         try:
             end = block.transport(z, False, divergence, eps, solver, of)
         except SolveError as error:

@@ -36,6 +36,15 @@ GuideOption = Annotated[
         "RUN was at a step that train.snapshot_every kept. none takes the configuration's away.",
     ),
 ]
+RefinerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--refiner",
+        help="A second run on the same autoencoder, trained with velocity.beside (configurations "
+        "such as cifar10-refiner), which draws what the decoder leaves out of every image. none "
+        "takes the configuration's away.",
+    ),
+]
 BlocksOption = Annotated[
     int | None, typer.Option("--blocks", help="Use only the first so many blocks.")
 ]

@@ -100,11 +100,14 @@ def read_config(folder: Path) -> Config:
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not readable YAML; the run is damaged") from error
     weights = _at_hand(path.parent, config.autoencoder.weights)
-    guide = _at_hand(path.parent, config.generate.guide, "config.yaml")
+    guide, refiner = (
+        _at_hand(path.parent, name, "config.yaml")
+        for name in (config.generate.guide, config.generate.refiner)
+    )
     return dataclasses.replace(
         config,
         autoencoder=dataclasses.replace(config.autoencoder, weights=weights),
-        generate=dataclasses.replace(config.generate, guide=guide),
+        generate=dataclasses.replace(config.generate, guide=guide, refiner=refiner),
     )
 
 

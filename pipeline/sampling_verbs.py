@@ -14,6 +14,7 @@ from pipeline.options import (
     GuideOption,
     MethodOption,
     NfeOption,
+    RefinerOption,
     RunOption,
     SetOption,
     StepsOption,
@@ -46,6 +47,7 @@ def generate(
     ] = None,
     guidance: GuidanceOption = None,
     guide: GuideOption = None,
+    refiner: RefinerOption = None,
     blocks: BlocksOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where the grid (PNG) goes.")] = None,
     images: Annotated[
@@ -66,7 +68,7 @@ def generate(
     settings = override(opened.config, overrides, ("generate",)).generate
     labels = parse_classes(opened, classes)
     settings = replace(settings, n=n, seed=seed, labels=labels)
-    settings = with_guidance(settings, guidance, guide)
+    settings = with_guidance(settings, guidance, guide, refiner)
     settings = sampling.with_solver(settings, steps, method)
     several = len(settings.labels or [])
     if n is None and several > 1:
@@ -127,6 +129,7 @@ def evaluate(
     ] = False,
     guidance: GuidanceOption = None,
     guide: GuideOption = None,
+    refiner: RefinerOption = None,
     blocks: BlocksOption = None,
     overrides: SetOption = None,
 ) -> None:
@@ -143,7 +146,7 @@ def evaluate(
     config = override(opened.config, overrides, ("generate", "evaluate", "data.path"))
     opened = replace(opened, config=config)  # its images may lie elsewhere on this machine
     settings = replace(config.evaluate, n=n, seed=seed, reference=reference, kid=kid)
-    solved = with_guidance(config.generate, guidance, guide)
+    solved = with_guidance(config.generate, guidance, guide, refiner)
     solved = sampling.with_solver(solved, steps, method)
     if nfe is not None:
         _one_budget(steps)

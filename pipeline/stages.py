@@ -28,7 +28,7 @@ from pipeline.config import Config
 from pipeline.errors import JkoflowError, UserError
 from pipeline.latents import Progress, load_parts, open_cache
 from pipeline.seeds import generator
-from pipeline.store import StoreReader, StoreWriter, open_store
+from pipeline.store import Shard, StoreReader, StoreWriter, open_store
 
 CHUNK = 2000
 
@@ -248,7 +248,7 @@ def ensure_stage(
     identity: dict[str, Any],
     count: int,
     shard_size: int,
-    make: Callable[[StoreWriter, int], torch.Tensor],
+    make: Callable[[StoreWriter, int], torch.Tensor | Shard],
     accelerator: Accelerator,
     before: StoreReader | None = None,
     folder: Path | None = None,
@@ -261,7 +261,7 @@ def ensure_stage(
         identity: with `stage`, the number of the stage, and all that decides its samples.
         count: samples.
         shard_size: samples a shard.
-        make: (writer, shard) → the samples of that shard.
+        make: (writer, shard) → the samples of that shard, or with them (`z`) what is beside them.
         accelerator: processes; rank r writes shards r, r + P, ….
         before: the stage it was pushed from.
         folder: where it lies, if not where the first pass has it.
@@ -279,11 +279,12 @@ def ensure_stage(
     writer = StoreWriter(folder, identity, count, shard_size)
     with together(accelerator):
         for index in writer.missing(accelerator.process_index, accelerator.num_processes):
-            z = make(writer, index)
+            made = make(writer, index)
+            fields = made if isinstance(made, dict) else {"z": made}
             if before is None:
-                _require_finite(z, writer.bounds(index)[0])
+                _require_finite(fields["z"], writer.bounds(index)[0])
             classes = {} if labels is None else {"labels": labels(*writer.bounds(index))}
-            writer.write(index, {"z": z, **classes})
+            writer.write(index, {**fields, **classes})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         writer.finish(lambda reader: _movement(before, reader))

@@ -25,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.journal import Journal
 from pipeline.latents import Progress
 from pipeline.plans import INDIFFERENT, next_pass
+from pipeline.residuals import ResidualSource
 from pipeline.resources import keep_freed_memory
 from pipeline.runs import (
     ENVIRONMENT,
@@ -103,7 +104,7 @@ def train(
     check(config)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    source = source or LatentSource(config)
+    source = source or (ResidualSource if config.velocity.beside else LatentSource)(config)
     check_shape(config, source.shape)
     if config.velocity.classes:
         check_labels(source.labels, config.velocity.classes)
