@@ -23,6 +23,7 @@ from pipeline.matching import BESIDE
 from pipeline.seeds import generator
 from pipeline.stages import LatentSource, ensure_stage
 from pipeline.store import Shard, StoreReader, StoreWriter
+from pipeline.terminal import bar
 
 #: images that the residuals' mean and deviation are measured on
 _MEASURED = 1000
@@ -81,14 +82,16 @@ class ResidualSource(LatentSource):
         def make(writer: StoreWriter, index: int) -> Shard:
             first, last = writer.bounds(index)
             drawn = generator(latents.seed, "residuals", index)
-            parts = []
+            spans, parts = [], []
             while first < last:
                 row = first % len(cache)
                 stop = min(row + min(_AT_ONCE, last - first), len(cache))
+                spans.append((row, stop))
+                first += stop - row
+            for row, stop in bar(spans, len(spans), f"decode shard {index}"):
                 x, decoded = self.pairs(row, stop, drawn)
                 z = self.standardisation.apply(x - decoded)
                 parts.append((z.half(), decoded.half()))
-                first += stop - row
             z, decoded = (torch.cat(part) for part in zip(*parts, strict=True))
             return {"z": z, BESIDE: decoded}
 

@@ -91,9 +91,7 @@ def test_pictures_are_refined(run: Path, refiner: Path) -> None:
     opened, fine = open_run(run), open_run(refiner)
     plain, found = images(opened), images(opened, refiner=str(refiner))
     expected = []
-    for k, n in enumerate(
-        (4, 4, 2)
-    ):  # the noise of the flow, then the other
+    for k, n in enumerate((4, 4, 2)):  # the noise of the flow, then the other
         drawn = generator(0, "sample", k)
         z = opened.flow.decode(torch.randn(n, 2, 3, 3, generator=drawn), opened.config.push)
         with torch.inference_mode():
