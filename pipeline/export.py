@@ -140,7 +140,7 @@ def _write(
     rows = []
     for index, (row, block) in enumerate(zip(run.manifest["blocks"], run.flow, strict=True)):
         name = block_file(index)
-        tensors = compact(block.state_dict(), DTYPES[dtype])
+        tensors = compact(block.state_dict(), dtype)
         rows.append({**row, "file": name, "sha256": commit.write_tensors(out / name, tensors)})
     manifest = _manifest(run, rows, dtype, out)
     generate = run.config.generate

@@ -23,7 +23,7 @@ def export(
     ],
     dtype: Annotated[
         str,
-        typer.Option(help="Of the stored weights: float16, bfloat16, float32, or int8 (a byte)."),
+        typer.Option(help="Of the stored weights: float16, bfloat16, float32, int10."),
     ] = "float16",
     guide: GuideOption = None,
     refiner: RefinerOption = None,
