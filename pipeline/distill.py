@@ -29,6 +29,7 @@ from pipeline.experiment2d import PointSource
 from pipeline.journal import Journal
 from pipeline.latents import Progress, Standardisation
 from pipeline.merging import Distiller
+from pipeline.refiner import require_latents
 from pipeline.runs import Run, read_config, read_manifest
 from pipeline.stages import LatentSource, Source
 from pipeline.training import Outcome, enter
@@ -67,8 +68,9 @@ def student_config(
         max_minutes: stop cleanly after so long; 0 runs to the end.
 
     Raises:
-        UserError: values out of range, or another section.
+        UserError: values out of range, another section, or a refiner.
     """
+    require_latents(teacher)
     if settings.pairs < 1 or settings.steps < 1:
         raise UserError(
             f"--pairs and --steps must be at least 1, not {settings.pairs} and {settings.steps}"

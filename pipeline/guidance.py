@@ -22,7 +22,7 @@ from pipeline.classes import Choice, choice_of
 from pipeline.config import GenerateConfig
 from pipeline.errors import JkoflowError, UserError
 from pipeline.passes import step_of
-from pipeline.refiner import Refiner, is_refiner, open_refiner
+from pipeline.refiner import Refiner, open_refiner, require_latents
 from pipeline.runs import Run, open_run
 from pipeline.snapshots import open_snapshot
 
@@ -100,11 +100,7 @@ def way_of(run: Run, settings: GenerateConfig) -> Way:
         UserError: classes or guidance that the run does not know, no weight for a guide, a guide
             or a refiner that does not fit, or a run that is a refiner itself.
     """
-    if is_refiner(run):
-        raise UserError(
-            f"the run at {run.folder} is a refiner, which draws what is missing from images that "
-            "are there; give it to a run on the same autoencoder by --refiner"
-        )
+    require_latents(run)
     if settings.precision not in PRECISIONS:
         raise UserError(
             f"unknown generate.precision {settings.precision!r}; choose one of "

@@ -29,6 +29,7 @@ from pipeline.datasets import ImageSet, load_images
 from pipeline.errors import UserError
 from pipeline.latents import Progress
 from pipeline.quality import test_images
+from pipeline.refiner import require_latents
 from pipeline.runs import Run
 from pipeline.seeds import generator
 
@@ -74,11 +75,12 @@ def rank(
         What likelihood.json holds: the summary, and all images from typical to odd.
 
     Raises:
-        UserError: n or columns below 1, more images than there are, both a split and a folder, or
-            images without a class for a class-conditional run.
+        UserError: n or columns below 1, more images than there are, both a split and a folder,
+            images without a class for a class-conditional run, or a refiner.
         FlowError: an unknown estimator, or fewer than one probe.
         SolveError: the flow cannot be followed.
     """
+    require_latents(run)
     if settings.n < 1 or settings.columns < 1:
         raise UserError(
             f"-n and --columns must be at least 1, not {settings.n} and {settings.columns}"

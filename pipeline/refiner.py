@@ -87,6 +87,19 @@ def is_refiner(run: Run) -> bool:
     return any(spec.velocity.beside for spec in run.flow.specs)
 
 
+def require_latents(run: Run) -> None:
+    """Refuse a refiner where a flow of latents is asked for.
+
+    Raises:
+        UserError: the run is one.
+    """
+    if is_refiner(run):
+        raise UserError(
+            f"the run at {run.folder} is a refiner, which draws what is missing from images that "
+            "are there; give it to a run on the same autoencoder by --refiner"
+        )
+
+
 def open_refiner(run: Run, name: str, precision: str) -> Refiner:
     """The refiner of a run's images.
 

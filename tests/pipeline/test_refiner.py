@@ -15,11 +15,12 @@ from torch import Tensor
 
 from autoencoders.base import to_float, to_uint8
 from flows.condition import Condition
+from flows.objective import LfmLoss
 from pipeline.datasets import load_images
 from pipeline.evaluate import inputs_of
 from pipeline.generate import sample_images
 from pipeline.guidance import way_of, with_guidance
-from pipeline.matching import BESIDE
+from pipeline.matching import BESIDE, batch_loss
 from pipeline.refiner import Refiner, is_refiner
 from pipeline.residuals import ResidualSource
 from pipeline.runs import Run, open_run, read_manifest
@@ -85,6 +86,22 @@ def test_it_learns_what_the_decoder_leaves_out(trained: World, refiner: Path) ->
     manifest = read_manifest(refiner)
     assert manifest["latents"]["disturb"] == 0.2
     assert manifest["flow"]["blocks"][0]["velocity"]["beside"] == 1
+
+
+def test_processes_share_a_batch(refiner: Path) -> None:
+    """Each sees the images beside its own samples: together they have the loss of the whole."""
+    opened = open_run(refiner)
+    stage = open_store(refiner / "stages" / "stage-00", "stage")
+    chosen = torch.tensor([3, 70, 12, 41, 5, 33])
+
+    def loss(start: int, step: int) -> LfmLoss:
+        drawn, recipe = generator("noise"), opened.config.train
+        rows = lambda t: torch.arange(start, len(t), step)  # noqa: E731
+        return batch_loss(opened.flow[0].velocity, stage, chosen, None, recipe, drawn, rows)
+
+    whole, parts = loss(0, 1), [loss(0, 2), loss(1, 2)]
+    assert [part.samples for part in parts] == [3, 3]
+    torch.testing.assert_close(sum(part.total for part in parts) / 2, whole.total)
 
 
 def test_pictures_are_refined(run: Path, refiner: Path) -> None:
@@ -187,8 +204,8 @@ def test_mistakes(
 
     assert "is no refiner" in refused("generate", "-r", run, "--refiner", run)
     assert "no run at" in refused("generate", "-r", run, "--refiner", tmp_path / "nothing")
-    for verb in ("generate", "evaluate"):
-        assert "is a refiner, which draws what is missing" in refused(verb, "-r", refiner)
+    for words in (("generate",), ("evaluate",), ("likelihood",), ("distill", "--out", run / "d")):
+        assert "is a refiner, which draws what is missing" in refused(*words, "-r", refiner)
     manifest = read_manifest(refiner)
     manifest["autoencoder"]["fingerprint"] = "f" * 64
     (refiner / "flow.json").write_text(json.dumps(manifest))

@@ -310,5 +310,7 @@ def test_everything_shipped_opens(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for name, folder in shipped.zoo().items():
         opened = open_run(Path(f"zoo:{name}"))
         assert opened.autoencoder().latent_shape == opened.flow.shape
+        way = way_of(opened, opened.config.generate)  # its guide and refiner fit
+        assert (way.refiner is not None) == (folder / "refiner").is_dir()
         assert sum((folder / file).stat().st_size for file in files(folder)) < 25e6
         assert "to be written" not in (folder / "CARD.md").read_text()
