@@ -76,7 +76,7 @@ class Block(nn.Module):
             divergence: estimator of ∇·v; None skips the log-det.
             eps: probe of a random estimator, ``divergence.draw_probe(z, generator)``.
             solver: overrides the block's own.
-            condition: the classes of the samples, for a velocity with classes.
+            condition: classes of the samples, images beside them, for a velocity told of either.
 
         Returns:
             the samples at the other end and, with a divergence, log |det| of the map travelled:

@@ -41,7 +41,9 @@ class Condition:
     beside: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a weight out of range, and nothing at all."""
+        """Refuses a weight out of range, or of nothing, and nothing at all."""
+        if self.labels is None and self.guidance != 1:
+            raise FlowError(f"guidance {self.guidance} needs labels to be followed more strongly")
         if self.labels is None and self.beside is None:
             raise FlowError("a condition needs labels, images beside the samples, or both")
         if not 0 <= self.guidance < math.inf:
@@ -95,7 +97,8 @@ def bind(velocity: Velocity, condition: Condition | None, z: Tensor) -> Velocity
 
     Raises:
         FlowError: labels for a velocity without classes, none for one with them, another number
-            of labels than of samples, or a label out of range.
+            of labels or images than of samples, a label out of range, or images for a velocity
+            that is told none.
     """
     if condition is not None and condition.beside is not None:
         check_labels(condition, z)

@@ -247,7 +247,7 @@ class Flow(nn.Module):
             reverse: noise to data.
             solver: for this call, in place of each block's own; a sequence has one a block.
             chunk: samples together in memory; adaptive solvers choose their steps for a chunk.
-            condition: the classes of the samples (n,), for a flow with classes.
+            condition: what the n samples are told, for a flow with classes, or with images beside.
 
         Raises:
             FlowError: z has another shape, or there are not as many solvers as blocks.

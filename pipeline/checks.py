@@ -138,10 +138,17 @@ def _check_objective(config: Config) -> None:
             "train.snapshot_every keeps flows of one block in the making (objective fm), and "
             f"under {train.objective} there are several; leave it at 0"
         )
-    if config.velocity.beside and (train.objective != "fm" or config.velocity.classes):
+    plain = train.objective == "fm" and train.coupling == "independent"
+    if config.velocity.beside and (config.velocity.classes or not plain):
         raise UserError(
-            "a refiner (velocity.beside) is trained by flow matching and without classes: "
-            "train.objective=fm and velocity.classes=0"
+            "a refiner (velocity.beside) is trained by flow matching, without classes and without "
+            "pairing across images: train.objective=fm, train.coupling=independent and "
+            "velocity.classes=0"
+        )
+    if config.latents.disturb and not config.velocity.beside:
+        raise UserError(
+            f"latents.disturb={config.latents.disturb} is for refiners (velocity.beside) alone; "
+            "leave it at 0"
         )
     if train.objective == "jko":
         if train.precision != "fp32":

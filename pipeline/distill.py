@@ -92,7 +92,7 @@ def student_config(
         old, name=f"{old.name}-distilled", push=push, train=train, schedule=schedule,
         velocity=velocity, generate=dataclasses.replace(
             old.generate, method=None, steps=None, block_steps=None, guidance=None,
-            guide=None,
+            guide=None, refiner=None,
         ),
     )  # fmt: skip
     config = overridden(config, overrides, SECTIONS)

@@ -225,7 +225,7 @@ def _way(about: dict[str, Any]) -> dict[str, Any]:
     return {
         "guidance": 1.0 if weight is None else weight,
         "guide": guide and f"{guide['name']} ({guide['run']})",
-        "refiner": refiner and f"{refiner['name']} ({refiner['run']})",
+        "refiner": f"{refiner['name']} ({refiner['run']})" if refiner else "none",
         "classes": about.get("classes"),
         "solvers": about.get("solvers"),
         "sampled_in": about.get("sampled_in", "fp32"),
@@ -268,14 +268,16 @@ def _manifest(run: Run, rows: list[dict[str, Any]], dtype: str, out: Path) -> di
         about["init_from"] = {**about["init_from"], "run": about["init_from"]["name"]}
     if "teacher" in about:
         about["teacher"] = {**about["teacher"], "run": about["teacher"]["name"]}
-    wanted = about["autoencoder"]
-    if wanted.get("name") == "pretrained" and wanted["weights"] not in shipped():
-        data = locate(str(run.autoencoder_weights())).read_bytes()
-        commit.write_bytes(out / AUTOENCODER, data)
-        about["autoencoder"] = {**wanted, "weights": AUTOENCODER}
     about["exported"] = {"from": run.fingerprint, "dtype": dtype}
     used = passes_of(run.manifest)[run.manifest["pass"]]
     alone = dataclasses.replace(used, base=None, kept=0, blocks=rows)
+    wanted = about["autoencoder"]
+    if wanted.get("name") == "pretrained" and wanted["weights"] not in shipped():
+        about["autoencoder"] = {**wanted, "weights": AUTOENCODER}
+        if is_refiner(run):  # which decodes nothing itself: it lies in the run that is refined
+            return compose(about, run.manifest["shape"], [alone])
+        data = locate(str(run.autoencoder_weights())).read_bytes()
+        commit.write_bytes(out / AUTOENCODER, data)
     return compose(about, run.manifest["shape"], [alone])
 
 

@@ -79,7 +79,8 @@ class FeatureMaker:
         if noise > 0 and standardisation is not None:
             identity |= {"noise": noise, "standardisation": standardisation.to_dict()}
         if refiner is not None:
-            identity["refiner"] = refiner.describe()
+            half = {} if refiner.precision == "fp32" else {"precision": refiner.precision}
+            identity["refiner"] = refiner.describe() | half
         folder = assets.data_root() / "features" / f"floor-{key_of(identity)}"
         autoencoder.to(self.accelerator.device)  # type: ignore[attr-defined]
 

@@ -158,7 +158,7 @@ def sample_images(
 
     Args:
         run: an open run.
-        settings: n, seed, batch size, solver, classes, guidance and guide.
+        settings: n, seed, batch size, solver, classes, guidance, guide and refiner.
         accelerator: device and processes; rank r makes shards r, r + P, ….
         progress: wraps the loop over batches.
 
@@ -167,7 +167,7 @@ def sample_images(
 
     Raises:
         UserError: n or batch size below 1, more images than the disk holds, classes that the
-            run does not know, or a guide that does not fit.
+            run does not know, or a guide or a refiner that does not fit.
         SolveError: the flow cannot be followed.
     """
     if settings.n < 1 or settings.batch_size < 1:
@@ -280,7 +280,7 @@ def write_grid(
 
 
 def shows(path: Path, run: Run) -> bool:
-    """Whether a grid was drawn as a run draws now: the same blocks, solver, and guide if any.
+    """Whether a grid was drawn as a run draws now: the same blocks, solver, guide and refiner.
 
     Of a run with classes it shows all of them, or those that the run draws now.
 

@@ -106,10 +106,12 @@ def way_of(run: Run, settings: GenerateConfig) -> Way:
             f"unknown generate.precision {settings.precision!r}; choose one of "
             f"{', '.join(PRECISIONS)}"
         )
-    refiner = settings.refiner and open_refiner(run, settings.refiner, settings.precision)
+    refiner = None
+    if settings.refiner is not None:
+        refiner = open_refiner(run, settings.refiner, settings.precision)
     if settings.guide is None:
         choice = choice_of(run, settings)
-        return Way(run, choice, precision=settings.precision, refiner=refiner or None)
+        return Way(run, choice, precision=settings.precision, refiner=refiner)
     if settings.guidance is None:
         raise UserError("a guide needs its weight; add --guidance 2, say")
     choice = choice_of(run, dataclasses.replace(settings, guidance=None))
@@ -122,7 +124,7 @@ def way_of(run: Run, settings: GenerateConfig) -> Way:
         ) from error
     _fits(run, guide, settings.guide)
     guide = dataclasses.replace(guide, flow=guide.flow[: len(run.flow)])
-    way = Way(run, choice, guide, settings.guidance, settings.precision, refiner or None)
+    way = Way(run, choice, guide, settings.guidance, settings.precision, refiner)
     _ = way.flow  # refuses a weight out of range
     return way
 

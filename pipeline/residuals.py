@@ -25,8 +25,8 @@ from pipeline.stages import LatentSource, ensure_stage
 from pipeline.store import Shard, StoreReader, StoreWriter
 from pipeline.terminal import bar
 
-#: images that the residuals' mean and deviation are measured on
-_MEASURED = 1000
+#: images that the residuals' mean and deviation are measured on, at each of so many places
+_MEASURED, _PLACES = 50, 20
 _AT_ONCE = 250
 
 
@@ -54,8 +54,14 @@ class ResidualSource(LatentSource):
 
     @cached_property
     def standardisation(self) -> Standardisation:
-        """Of the residuals, by channel, to three digits: of the first images of the cache."""
-        x, decoded = self.pairs(0, min(_MEASURED, len(self.cache)), generator("residuals"))
+        """Of the residuals, by channel, to three digits: of images from all over the cache."""
+        drawn, parts = generator("residuals"), []
+        for index in range(_PLACES):
+            start = index * len(self.cache) // _PLACES
+            stop = min(start + _MEASURED, (index + 1) * len(self.cache) // _PLACES)
+            if start < stop:
+                parts.append(self.pairs(start, stop, drawn))
+        x, decoded = (torch.cat(part) for part in zip(*parts, strict=True))
         off = (x - decoded).double().transpose(0, 1).flatten(1)
         mean, std = (
             torch.tensor([float(f"{value:.3g}") for value in values.tolist()])

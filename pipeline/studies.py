@@ -28,13 +28,13 @@ class Study:
     Args:
         run: an open run.
         settings: n, seed and reference.
-        sampling: solver, classes, guidance and guide.
+        sampling: solver, classes, guidance, guide and refiner.
         evaluator: holds the network.
 
     Attributes:
         sampling: with n and seed of `settings`.
-        about: n, seed, reference, extractor, run, blocks if not all, classes, guidance, guide, for
-            the study's file.
+        about: n, seed, reference, extractor, run, blocks if not all, classes, guidance, guide,
+            refiner and precision, for the study's file.
 
     Raises:
         UserError: n below 2.
@@ -50,10 +50,9 @@ class Study:
             "n": settings.n, "seed": settings.seed, "reference": settings.reference,
             "extractor": EXTRACTOR, "run": run.fingerprint, "labels": sampling.labels,
             "batch_size": sampling.batch_size, "guidance": sampling.guidance,
-            "guide": way_of(run, sampling).about().get("guide"),
         }  # fmt: skip
-        if sampling.precision != "fp32":
-            self.about["sampled_in"] = sampling.precision
+        told = way_of(run, sampling).about()  # None, too, is something that rows may differ in
+        self.about |= {key: told.get(key) for key in ("guide", "refiner", "sampled_in")}
         if len(run.flow) < len(run.manifest["blocks"]):
             self.about["first_blocks"] = len(run.flow)
         self._reference = evaluator.reference(settings.reference)

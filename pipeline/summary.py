@@ -37,7 +37,7 @@ def headline(metrics: dict[str, Any]) -> str:
 def guidance_of(told: Mapping[str, Any]) -> str:
     """Guidance, guide, refiner and half precision of what was generated, as the end of a line."""
     half = f", refined by {told['refiner']['name']}" if told.get("refiner") else ""
-    half += f", in {told['sampled_in']}" if "sampled_in" in told else ""
+    half += f", in {told['sampled_in']}" if told.get("sampled_in") else ""
     if told.get("guidance") is None:
         return half
     guide = f" by {told['guide']['name']}" if told.get("guide") else ""

@@ -111,6 +111,8 @@ def test_mistakes():
         net.told(draw(4, 3))
     with pytest.raises(FlowError, match="expected one image beside every sample, 4, found 3"):
         Block(net, MIDPOINT)(z, Condition(beside=c[:3]))
+    with pytest.raises(FlowError, match="guidance 2.0 needs labels"):
+        Condition(beside=c, guidance=2.0)
     with pytest.raises(FlowError, match="needs labels, images"):
         Condition()
     with pytest.raises(FlowError, match=r"velocity\.beside = 2 needs one network for grids"):

@@ -151,6 +151,16 @@ def test_the_verbs_know_the_refiner(
     assert plain["fid"]["value"] != metrics["fid"]["value"]
     assert plain["rfid"]["value"] != metrics["rfid"]["value"]  # the floor is refined, too
     assert plain["nll_per_dim"] == pytest.approx(metrics["nll_per_dim"])
+    half = (*words, "--refiner", refiner, "--set", "generate.precision=bf16")
+    assert say(capsys, *half)[0] == 0  # whose floor is of a refiner in half precision
+    halved = json.loads((run / "metrics.json").read_text())
+    assert halved["rfid"]["value"] != metrics["rfid"]["value"]
+    # a study of refined images takes no rows from another, nor lends it any
+    for more in (("--refiner", refiner), (), ("--refiner", refiner)):
+        assert say(capsys, *words, "--nfe-study", "30", *more)[0] == 0
+        study = json.loads((run / "nfe.json").read_text())
+        assert [row["nfe"] for row in study["rows"]] == [30 if more else 24]
+        assert bool(study["refiner"]) == bool(more)
 
 
 def test_an_export_has_its_refiner_inside(
@@ -168,10 +178,15 @@ def test_an_export_has_its_refiner_inside(
     after = open_run(moved)
     assert after.config.generate.refiner == str(moved / "refiner")
     assert (images(after).int() - before.int()).abs().max() <= 1
-    assert inputs_of(after, after.config.evaluate, after.config.generate)
+    plain = dataclasses.replace(after.config.generate, refiner=None)
+    keys = [
+        inputs_of(after, after.config.evaluate, each) for each in (plain, after.config.generate)
+    ]
+    assert keys[0] != keys[1]
     inside = {path.name for path in (moved / "refiner").rglob("*") if path.is_file()}
     blocks = {"block-00.safetensors"}
-    assert inside == {*blocks, "flow.json", "config.yaml", "autoencoder.safetensors"}
+    assert inside == {*blocks, "flow.json", "config.yaml"}  # the autoencoder lies beside it
+    assert str(tmp_path) not in (moved / "refiner" / "config.yaml").read_text()
     (row,) = [
         line for line in (moved / "CARD.md").read_text().splitlines() if "| refiner |" in line
     ]
@@ -214,11 +229,13 @@ def test_mistakes(
     for name, change, said in (
         ("two", {"velocity": {"kind": "conv", "beside": 2}}, "has images of 1 channels"),
         ("jko", {"train": {"objective": "jko"}}, "is trained by flow matching"),
+        ("pairs", {"train": {"objective": "fm", "coupling": "ot"}}, "without pairing across"),
+        ("plain", {"velocity": {"kind": "conv"}}, "latents.disturb=0.2 is for refiners"),
         ("noise", {"latents": {"disturb": -1.0}}, "latents.disturb must not be negative"),
         ("kind", {"velocity": {"kind": "resmlp", "beside": 1}}, "needs one network for grids"),
     ):
         sections = {**SECTIONS, **change}
-        if name != "jko":
+        if name not in ("jko", "pairs"):
             sections["train"] = SECTIONS["train"]
         config = trained.config(name, **sections)
         assert said in refused("train", "-c", config, "-r", tmp_path / name)
