@@ -71,29 +71,14 @@ class ResidualSource(LatentSource):
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
         """Residuals of `latents.draws` draws of each image's latents, in float16."""
-        cache, latents = self.cache, config.latents
-        identity: dict[str, Any] = {
-            "kind": "stage",
-            "stage": 0,
-            "latents": cache.key,
-            "draws": latents.draws,
-            "noise": latents.noise,
-            "disturb": latents.disturb,
-            "seed": latents.seed,
-            "shape": list(self.shape),
-            "residuals": self.standardisation.to_dict(),
-        }
+        latents = config.latents
+        residuals = self.standardisation.to_dict()
+        identity = self.identity(latents) | {"disturb": latents.disturb, "residuals": residuals}
         self.autoencoder.to(accelerator.device)  # type: ignore[attr-defined]
 
         def make(writer: StoreWriter, index: int) -> Shard:
-            first, last = writer.bounds(index)
             drawn = generator(latents.seed, "residuals", index)
-            spans, parts = [], []
-            while first < last:
-                row = first % len(cache)
-                stop = min(row + min(_AT_ONCE, last - first), len(cache))
-                spans.append((row, stop))
-                first += stop - row
+            spans, parts = self.rows(*writer.bounds(index), _AT_ONCE), []
             for row, stop in bar(spans, len(spans), f"decode shard {index}"):
                 x, decoded = self.pairs(row, stop, drawn)
                 z = self.standardisation.apply(x - decoded)
@@ -101,7 +86,7 @@ class ResidualSource(LatentSource):
             z, decoded = (torch.cat(part) for part in zip(*parts, strict=True))
             return {"z": z, BESIDE: decoded}
 
-        count = len(cache) * latents.draws
+        count = len(self.cache) * latents.draws
         return ensure_stage(run, identity, count, latents.shard_size, make, accelerator)
 
     def manifest(self) -> dict[str, Any]:

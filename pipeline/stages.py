@@ -24,7 +24,7 @@ from flows.block import Block, SolverConfig
 from flows.condition import Condition
 from flows.errors import SolveError
 from pipeline.agreement import together
-from pipeline.config import Config
+from pipeline.config import Config, LatentsConfig
 from pipeline.errors import JkoflowError, UserError
 from pipeline.latents import Progress, load_parts, open_cache
 from pipeline.seeds import generator
@@ -88,26 +88,12 @@ class LatentSource:
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
         """Draws of the latents, `latents.draws` of each."""
         cache, latents = self.cache, config.latents
-        identity: dict[str, Any] = {
-            "kind": "stage",
-            "stage": 0,
-            "latents": cache.key,
-            "draws": latents.draws,
-            "noise": latents.noise,
-            "seed": latents.seed,
-            "shape": list(cache.shape),
-        }
+        identity = self.identity(latents)
 
         def make(writer: StoreWriter, index: int) -> torch.Tensor:
-            first, last = writer.bounds(index)
             drawn = generator(latents.seed, "draw", index)
-            parts = []
-            while first < last:
-                row = first % len(cache)
-                stop = min(row + last - first, len(cache))
-                parts.append(cache.draw(row, stop, latents.noise, drawn))
-                first += stop - row
-            return torch.cat(parts)
+            rows = self.rows(*writer.bounds(index))
+            return torch.cat([cache.draw(*each, latents.noise, drawn) for each in rows])
 
         known = self.labels if config.velocity.classes else None
         count, size = len(cache) * latents.draws, latents.shard_size
@@ -118,6 +104,34 @@ class LatentSource:
             return known[torch.arange(first, last) % len(known)]
 
         return ensure_stage(run, identity, count, size, make, accelerator, labels=labels)
+
+    def identity(self, latents: LatentsConfig) -> dict[str, Any]:
+        """What decides the samples of stage 0."""
+        return {
+            "kind": "stage",
+            "stage": 0,
+            "latents": self.cache.key,
+            "draws": latents.draws,
+            "noise": latents.noise,
+            "seed": latents.seed,
+            "shape": list(self.shape),
+        }
+
+    def rows(self, first: int, last: int, most: int | None = None) -> list[tuple[int, int]]:
+        """Rows of the cache that samples [first, last) are draws of, as (start, stop) in order.
+
+        Args:
+            first: sample; those from the size of the cache on are further draws.
+            last: one past the last.
+            most: rows together; None for as many as there are.
+        """
+        spans = []
+        while first < last:
+            row = first % len(self.cache)
+            stop = min(row + min(most or last, last - first), len(self.cache))
+            spans.append((row, stop))
+            first += stop - row
+        return spans
 
     def manifest(self) -> dict[str, Any]:
         """Standardisation, autoencoder and data."""
