@@ -52,6 +52,12 @@ def trained(trained_world: World, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 @pytest.fixture
+def run(trained: World, tmp_path: Path) -> Path:
+    """The finished run, to be changed at will."""
+    return Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
+
+
+@pytest.fixture
 def folder(trained: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished run, with a data root that begins with no features."""
     home = tmp_path / "home"

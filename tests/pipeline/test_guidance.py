@@ -6,11 +6,9 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoders.base import to_uint8
@@ -20,11 +18,10 @@ from pipeline.distill import Distillation, student_config
 from pipeline.errors import UserError
 from pipeline.evaluate import inputs_of
 from pipeline.export import export
-from pipeline.generate import sample_images
 from pipeline.guidance import way_of, with_guidance
 from pipeline.runs import Run, open_run, read_config, read_manifest
 from pipeline.seeds import generator
-from tests.pipeline.gaussian_source import quiet
+from tests.pipeline.drawing import images
 from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import World, run_child, say, write_autoencoder
 
@@ -41,18 +38,8 @@ def guide_home(trained_world: World) -> Path:
 
 
 @pytest.fixture
-def run(trained: World, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
-
-
-@pytest.fixture
 def guide(guide_home: Path, run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(guide_home, tmp_path / "weak"))
-
-
-def images(run: Run, **changes: Any) -> Tensor:
-    settings = dataclasses.replace(run.config.generate, **changes)
-    return sample_images(run, settings, Accelerator(cpu=True), quiet).field("images")
 
 
 def by_hand(run: Run, guide: Run, w: float) -> Tensor:

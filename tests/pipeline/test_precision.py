@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from accelerate import Accelerator
-from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.evaluate import inputs_of
 from pipeline.export import export
-from pipeline.generate import sample_images, shows
+from pipeline.generate import shows
 from pipeline.guidance import way_of
-from pipeline.runs import Run, open_run
-from tests.pipeline.gaussian_source import quiet
+from pipeline.runs import open_run
+from tests.pipeline.drawing import images
 from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import World, say
 
 HALF = ("--set", "generate.precision=bf16")
-
-
-@pytest.fixture
-def run(trained: World, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
-
-
-def images(run: Run, **changes: Any) -> Tensor:
-    settings = dataclasses.replace(run.config.generate, **changes)
-    return sample_images(run, settings, Accelerator(cpu=True), quiet).field("images")
 
 
 def test_the_pictures_are_nearly_the_same_and_kept_apart(run: Path) -> None:

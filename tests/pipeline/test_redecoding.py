@@ -20,11 +20,6 @@ from tests.pipeline.test_shipped import pixels
 from tests.pipeline.tiny import World, say
 
 
-@pytest.fixture
-def run(trained: World, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
-
-
 def changed(run: Path, out: Path, part: str) -> str:
     """The weights of a run's autoencoder, one part of which is changed."""
     model = weights.load(Path(str(open_run(run).autoencoder_weights())))

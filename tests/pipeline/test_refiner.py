@@ -10,23 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from torch import Tensor
 
 from autoencoders.base import to_float, to_uint8
 from flows.condition import Condition
 from flows.objective import LfmLoss
 from pipeline.datasets import load_images
 from pipeline.evaluate import inputs_of
-from pipeline.generate import sample_images
 from pipeline.guidance import way_of, with_guidance
 from pipeline.matching import BESIDE, batch_loss
 from pipeline.refiner import Refiner, is_refiner
 from pipeline.residuals import ResidualSource
-from pipeline.runs import Run, open_run, read_manifest
+from pipeline.runs import open_run, read_manifest
 from pipeline.seeds import generator
 from pipeline.store import open_store
-from tests.pipeline.gaussian_source import quiet
+from tests.pipeline.drawing import images
 from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import World, run_child, say, write_autoencoder
 
@@ -49,18 +46,8 @@ def refiner_home(trained_world: World) -> Path:
 
 
 @pytest.fixture
-def run(trained: World, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
-
-
-@pytest.fixture
 def refiner(refiner_home: Path, run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(refiner_home, tmp_path / "fine"))
-
-
-def images(run: Run, **changes: Any) -> Tensor:
-    settings = dataclasses.replace(run.config.generate, **changes)
-    return sample_images(run, settings, Accelerator(cpu=True), quiet).field("images")
 
 
 def test_it_learns_what_the_decoder_leaves_out(trained: World, refiner: Path) -> None:

@@ -17,7 +17,7 @@ from pipeline.runs import open_run, read_manifest
 from pipeline.summary import plot_movement
 from pipeline.training import train
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
-from tests.pipeline.tiny import World, say
+from tests.pipeline.tiny import say
 
 
 class Page(HTMLParser):
@@ -48,11 +48,6 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
         if self.tags and self.tags[-1] == "pre":
             self.pre += data
-
-
-@pytest.fixture
-def run(trained: World, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
 
 
 def report(run: Path, capsys: pytest.CaptureFixture[str]) -> Page:

@@ -24,12 +24,6 @@ from tests.pipeline.tiny import World, say, write_autoencoder
 
 
 @pytest.fixture
-def run(trained: World, tmp_path: Path) -> Path:
-    """A finished run, to be changed at will."""
-    return Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
-
-
-@pytest.fixture
 def zoo(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A shipped run by the name of `tiny`, and an empty data root."""
     export(open_run(run), tmp_path / "zoo" / "tiny")
