@@ -15,7 +15,7 @@ from autoencoders.base import Autoencoder, to_float, to_uint8
 from autoencoders.taming import TamingAutoencoder
 from autoencoders.training import AutoencoderTrainer
 from eval.inception import EXTRACTOR
-from eval.pictures import before_after
+from eval.plots import before_after
 from eval.reconstruction import Reconstruction
 from pipeline import commit
 from pipeline.checkpoints import load_checkpoint, save_checkpoint

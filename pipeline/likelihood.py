@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoders.base import to_float
-from eval.pictures import before_after
+from eval.plots import before_after
 from flows.block import SolverConfig
 from flows.divergence import make_divergence
 from flows.results import LogProb

@@ -9,7 +9,7 @@ from typing import Any
 
 from eval.gaussian import GaussianStats
 from eval.inception import EXTRACTOR
-from eval.pictures import curves
+from eval.plots import curves
 from pipeline import commit
 from pipeline.config import EvaluateConfig, GenerateConfig
 from pipeline.evaluate import Evaluator, require_two

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.pictures import movement_bars
+from eval.plots import movement_bars
 from pipeline import commit
 from pipeline.passes import Pass, labels, step_of
 

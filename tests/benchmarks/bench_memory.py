@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from eval.pictures import curves
+from eval.plots import curves
 from flows.block import SolverConfig
 from flows.divergence import FiniteDifference
 from flows.flow import BlockSpec, Flow

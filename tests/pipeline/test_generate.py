@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -302,3 +303,8 @@ def test_more_images_than_the_disk_holds_are_refused(
     assert code == 2 and last.startswith(f"error: {10**14} images need about ")
     assert "GB are free at" in last
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_grid_waits_for_no_matplotlib() -> None:
+    code = "import sys, pipeline.generate; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

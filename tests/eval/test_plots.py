@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import eval.plots as plots
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Collects the figures that are saved."""
+    saved = []
+    save = plots._save
+
+    def keep(figure, file, **options):
+        saved.append(figure)
+        save(figure, file, **options)
+
+    monkeypatch.setattr(plots, "_save", keep)
+    return saved
+
+
+def greys(n):
+    return np.arange(6 * n, dtype=np.uint8).reshape(n, 1, 3, 2)
+
+
+def test_before_after_stand_under_their_titles(tmp_path, figures):
+    plots.before_after(tmp_path / "b.png", greys(4), greys(4), titles=("real", "decoded"))
+    assert [a.get_title() for a in figures[0].axes] == ["real", "decoded"]
+    assert Image.open(tmp_path / "b.png").format == "PNG"
+    with pytest.raises(ValueError, match="two sets of one shape"):
+        plots.before_after(tmp_path / "b.png", greys(4), greys(3))
+
+
+def test_movement_bars_draw_the_numbers(tmp_path, figures):
+    movements = [[3.0, 2.0, 1.0], [2.0, 1.5]]
+    plots.movement_bars(tmp_path / "m.png", movements, ["iter 1", "r-iter 1"])
+    (axes,) = figures[0].axes
+    bars = [[(round(b.get_x() + b.get_width() / 2), b.get_height()) for b in c]
+            for c in axes.containers]  # fmt: skip
+    assert bars == [[(1, 3.0), (2, 2.0), (3, 1.0)], [(1, 2.0), (2, 1.5)]]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["iter 1", "r-iter 1"]
+    assert Image.open(tmp_path / "m.png").format == "PNG"
+
+
+def test_curves_draw_the_numbers(figures):
+    stream = io.BytesIO()
+    plots.curves(stream, {"a": ([1, 2], [3.0, 4.0])}, x_label="k", y_label="FID",
+                    log_y=True, marks={"floor": 2.0})  # fmt: skip
+    (axes,) = figures[0].axes
+    assert axes.lines[0].get_xydata().tolist() == [[1, 3], [2, 4]]
+    assert list(axes.lines[1].get_ydata()) == [2.0, 2.0]
+    assert (axes.get_xlabel(), axes.get_yscale()) == ("k", "log")
+    assert stream.getvalue().startswith(b"\x89PNG")
+
+
+def test_global_state_is_left_alone():
+    # `rcParams.copy` does not resolve the automatic backend, as `dict` would.
+    code = (
+        "import sys, io, matplotlib; before = matplotlib.rcParams.copy()\n"
+        "from eval import plots\n"
+        "plots.movement_bars(io.BytesIO(), [[1.0]])\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+        "assert repr(matplotlib.rcParams.copy()) == repr(before)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_bad_input_is_named():
+    sink = io.BytesIO()
+    with pytest.raises(ValueError, match="2 passes of movements but 1 labels"):
+        plots.movement_bars(sink, [[1.0], [2.0]], ["a"])
+    with pytest.raises(ValueError, match="at least one block"):
+        plots.movement_bars(sink, [[]])
+    with pytest.raises(ValueError, match="line 'a'"):
+        plots.curves(sink, {"a": ([1, 2], [1.0])}, x_label="", y_label="")
