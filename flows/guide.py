@@ -14,6 +14,7 @@ Reference: Karras et al., "Guiding a diffusion model with a bad version of itsel
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from flows.block import Block
 from flows.errors import FlowError
 from flows.flow import Flow
-from flows.pieces import ROUNDING
+from flows.pieces import ROUNDING, aligned
 from flows.velocity_base import Piece, Velocity, given
 
 
@@ -83,6 +84,9 @@ def guided(flow: Flow, guide: Flow, weight: float) -> Flow:
         raise FlowError(f"a guide has the blocks of its flow, {len(flow)}, not {len(guide)}")
     led = Flow(flow.shape)
     for spec, block, other in zip(flow.specs, flow, guide, strict=True):
-        led.blocks.append(Block(Guided(block.velocity, other.velocity, weight), block.solver))
+        velocity, solver = Guided(block.velocity, other.velocity, weight), block.solver
+        if not solver.adaptive:  # the guide may have more networks, with jumps of their own
+            solver = replace(solver, steps=aligned(velocity.pieces(), solver.steps))
+        led.blocks.append(Block(velocity, solver))
         led.specs.append(spec)
     return led

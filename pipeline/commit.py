@@ -203,6 +203,12 @@ def sweep(folder: Path) -> int:
     return removed
 
 
+def sweep_tree(folder: Path) -> int:
+    """As :func:`sweep`, in a folder and all below it."""
+    below = [path for path in Path(folder).rglob("*") if path.is_dir()]
+    return sum(sweep(each) for each in (Path(folder), *below))
+
+
 def _abandoned(temporary: Path) -> bool:
     """Whether nobody is writing this temporary file any more."""
     _, host, pid, _ = temporary.name.rsplit("-", 3) if temporary.name.count("-") >= 4 else [""] * 4

@@ -106,6 +106,11 @@ def student_config(
             f"a distilled run has its teacher's velocity.classes, {old.velocity.classes}, and a "
             "velocity.class_dropout of 0; leave both out"
         )
+    if given.beside != old.velocity.beside:
+        raise UserError(
+            f"a distilled run has its teacher's velocity.beside, {old.velocity.beside}; leave it "
+            "out"
+        )
     check(config)  # as flow matching, which integrates nothing while it trains either
     recipe = dataclasses.replace(config.train, objective="distill")
     return dataclasses.replace(config, train=recipe)

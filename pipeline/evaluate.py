@@ -56,8 +56,8 @@ class Evaluator(FeatureMaker):
             UserError: an n below 2, or larger than the split that the floor needs.
         """
         require_two(settings.n)
+        way = way_of(run, sampling)  # refuses what cannot be drawn before any data are asked for
         _check(run, settings)
-        way = way_of(run, sampling)
         sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
         reference = self.reference(settings.reference)
         images, features = self.generated(run, sampling)

@@ -8,6 +8,7 @@ checkpoints, logs and other samples stay behind. The folder is a run directory l
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from pipeline.generate import plain_solvers, shows, solvers_of
 from pipeline.guidance import way_of
 from pipeline.redecoding import with_decoder
 from pipeline.refiner import is_refiner
-from pipeline.runs import Run, block_file, compose, load_blocks, passes_of
+from pipeline.runs import Run, block_file, compose, load_blocks, origins_of, passes_of
 from pipeline.seeds import generator
 from pipeline.shipped import is_shipped
 
@@ -36,6 +37,12 @@ GUIDE = "guide"
 REFINER = "refiner"
 HELPERS = (GUIDE, REFINER)
 _GRID = "samples/grid.png"
+_INSIDE = r"blocks/block-\d+\.safetensors|autoencoder\.safetensors|config\.yaml"
+#: what an export writes before its flow.json
+_WRITTEN = re.compile(
+    rf"{_INSIDE}|metrics\.json|CARD\.md|samples/grid\.png"
+    rf"|({GUIDE}|{REFINER})/({_INSIDE}|flow\.json)"
+)
 _COMPARED = 64
 
 
@@ -73,7 +80,7 @@ def export(
     if dtype not in DTYPES:
         raise UserError(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if out.is_dir():
-        commit.sweep(out)  # what a killed process left
+        commit.sweep_tree(out)  # what a killed process left
     if out.exists() and not (out.is_dir() and _unfinished(out)):
         raise UserError(f"{out} is there and not empty; choose another place with --out")
     way = way_of(run, run.config.generate)
@@ -101,17 +108,17 @@ def export(
 
 def _unfinished(out: Path) -> bool:
     """Whether a folder holds nothing, or no more than an export that was killed."""
-    written = {
-        "blocks",
-        "samples",
-        GUIDE,
-        REFINER,
-        AUTOENCODER,
-        "config.yaml",
-        "metrics.json",
-        "CARD.md",
-    }
-    return {path.name for path in out.iterdir()} <= written
+    return all(_WRITTEN.fullmatch(name) for name in _files(out))
+
+
+def _files(out: Path) -> list[str]:
+    return [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()]
+
+
+def _clear(out: Path) -> None:
+    """Remove what an export that was killed had written: another one may write less."""
+    for name in _files(out) if out.is_dir() else ():
+        (out / name).unlink()
 
 
 def _usable(run: Run, guide: Run | None) -> None:
@@ -138,6 +145,7 @@ def _write(
     picture: bool = True,
 ) -> Exported:
     rows = []
+    _clear(out)
     for index, (row, block) in enumerate(zip(run.manifest["blocks"], run.flow, strict=True)):
         name = block_file(index)
         tensors = compact(block.state_dict(), dtype)
@@ -185,8 +193,7 @@ def _metrics(run: Run) -> dict[str, Any] | None:
         return None
     metrics: dict[str, Any] = commit.read_json(path, "metrics")
     # an exported run carries the numbers of its weights before they were rounded
-    before = run.manifest.get("exported", {}).get("from")
-    if metrics.get("run") not in (run.fingerprint, before):
+    if metrics.get("run") not in run.origins:
         raise UserError(
             f"{path} was measured on other blocks than the run has now; evaluate it again, or "
             "delete the file"
@@ -207,9 +214,10 @@ def _drawn_alike(run: Run, fid: dict[str, Any], path: Path) -> None:
     if "solvers" not in fid:  # measured before they were noted
         del told["solvers"]
     theirs, ours = (_way(about) for about in (fid, told))
-    if way.guide is not None and fid.get("guide", {}).get("run") in _names(way.guide):
+    if way.guide is not None and fid.get("guide", {}).get("run") in way.guide.origins:
         theirs = {**theirs, "guide": ours["guide"]}
-    if way.refiner is not None and fid.get("refiner", {}).get("run") in _names(way.refiner.run):
+    refined = fid.get("refiner", {}).get("run")
+    if way.refiner is not None and refined in way.refiner.run.origins:
         theirs = {**theirs, "refiner": ours["refiner"]}
     for key in ours:
         if fid and theirs[key] != ours[key]:
@@ -222,19 +230,16 @@ def _drawn_alike(run: Run, fid: dict[str, Any], path: Path) -> None:
 def _way(about: dict[str, Any]) -> dict[str, Any]:
     """What decides how samples are drawn, of what is told beside a number."""
     guide, weight, refiner = about.get("guide"), about.get("guidance"), about.get("refiner")
+    grid = ("method", "steps", "rtol", "atol")
     return {
         "guidance": 1.0 if weight is None else weight,
         "guide": guide and f"{guide['name']} ({guide['run']})",
         "refiner": f"{refiner['name']} ({refiner['run']})" if refiner else "none",
+        "refiner's solver": refiner and {key: refiner[key] for key in grid if key in refiner},
         "classes": about.get("classes"),
         "solvers": about.get("solvers"),
         "sampled_in": about.get("sampled_in", "fp32"),
     }
-
-
-def _names(other: Run) -> set[str]:
-    """Fingerprints of a guide or a refiner, and of what it was exported from."""
-    return {other.fingerprint, other.manifest.get("exported", {}).get("from", other.fingerprint)}
 
 
 def _named(reference: str) -> str:
@@ -268,7 +273,9 @@ def _manifest(run: Run, rows: list[dict[str, Any]], dtype: str, out: Path) -> di
         about["init_from"] = {**about["init_from"], "run": about["init_from"]["name"]}
     if "teacher" in about:
         about["teacher"] = {**about["teacher"], "run": about["teacher"]["name"]}
-    about["exported"] = {"from": run.fingerprint, "dtype": dtype}
+    decoder = about["autoencoder"]["fingerprint"][:12]
+    before = sorted(name for name in origins_of(run.manifest) if name.endswith(decoder))
+    about["exported"] = {"from": run.fingerprint, "before": before, "dtype": dtype}
     used = passes_of(run.manifest)[run.manifest["pass"]]
     alone = dataclasses.replace(used, base=None, kept=0, blocks=rows)
     wanted = about["autoencoder"]

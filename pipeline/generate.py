@@ -26,7 +26,7 @@ from autoencoders.base import Autoencoder, to_uint8
 from eval.pictures import grid, note_of, save_png
 from flows.block import FIXED_METHODS, SolverConfig
 from flows.condition import Condition
-from flows.pieces import fits
+from flows.pieces import aligned, fits
 from pipeline import commit
 from pipeline.agreement import together
 from pipeline.config import GenerateConfig
@@ -138,16 +138,16 @@ def within(run: Run, settings: GenerateConfig, nfe: int) -> GenerateConfig:
     twice = way.evaluations  # guidance evaluates a network twice
     refined = 0 if way.refiner is None else way.refiner.nfe()
     per_step = FIXED_METHODS[solver.method] * len(run.flow) * twice
-    pieces = [block.velocity.pieces() for block in run.flow]
+    pieces = [block.velocity.pieces() for block in way.flow]
     for steps in range((nfe - refined) // per_step, 0, -1):
         if all(fits(each, steps) for each in pieces):  # with several networks a block, not any S
             return dataclasses.replace(settings, steps=steps, block_steps=None)
-    nets = max(spec.velocity.nets for spec in run.flow.specs)
-    place = f"{len(run.flow)} blocks" + (f" of {nets} networks" if nets > 1 else "")
+    least = max(aligned(each, 1) for each in pieces)
+    place = f"{len(run.flow)} blocks" + (f" of {least} networks" if least > 1 else "")
     place += " with guidance" * (twice > 1) + " and a refiner" * (refined > 0)
     raise UserError(
         f"--nfe {nfe} is below one {solver.method} step in each of {place} "
-        f"({per_step * nets + refined}); ask for more, or choose --method euler"
+        f"({per_step * least + refined}); ask for more, or choose --method euler"
     )
 
 
@@ -290,8 +290,7 @@ def shows(path: Path, run: Run) -> bool:
     if note is None:
         return path.is_file()
     identity = json.loads(note)
-    described = way_of(run, run.config.generate).describe()
-    drawn = {run.fingerprint, run.manifest.get("exported", {}).get("from")}
+    way = way_of(run, run.config.generate)
     settings = run.config.generate
     alike = identity.get("solver") == dataclasses.asdict(solver_of(run, settings))
     alike = alike and identity.get("block_steps") == settings.block_steps
@@ -299,8 +298,12 @@ def shows(path: Path, run: Run) -> bool:
     labels = identity.get("classes", {}).get("labels")
     if labels and len(set(labels)) < run.flow.classes:
         alike = alike and labels == settings.labels
-    alike = alike and all(identity.get(key) == described.get(key) for key in ("guide", "refiner"))
-    return alike and identity.get("run") in drawn
+    for key, other in (("guide", way.guide), ("refiner", way.refiner and way.refiner.run)):
+        theirs, ours = identity.get(key), way.describe().get(key)
+        if theirs and other and theirs["run"] in other.origins:
+            theirs = {**theirs, "run": other.fingerprint}  # the same, before it was rounded
+        alike = alike and theirs == ours
+    return alike and identity.get("run") in run.origins
 
 
 def write_npz(images: StoreReader, path: Path) -> None:

@@ -32,14 +32,14 @@ LEAST = 4
 def test_images(data: DataConfig) -> ImageSet:
     """The test split, or the training split of a folder that is not split."""
     if data.name == "folder" and data.path and not splits_of(Path(data.path).expanduser()):
-        return load_images(data)
+        return load_images(data.of_split(data.split))
     return load_images(data.of_split(data.test_split))
 
 
 def held_out(data: DataConfig, n: int) -> ImageSet:
     """The test split, or the training split where that has fewer than n images."""
     test = test_images(data)
-    return test if len(test) >= n else load_images(data)
+    return test if len(test) >= n else load_images(data.of_split(data.split))
 
 
 def at_hand(data: DataConfig, extractor: dict[str, str]) -> tuple[ImageSet, StoreReader] | None:
@@ -55,7 +55,7 @@ def at_hand(data: DataConfig, extractor: dict[str, str]) -> tuple[ImageSet, Stor
     stored = _manifests()
     for split in dict.fromkeys((data.test_split, data.split)) if stored else ():
         try:
-            images = load_images(data if split == data.split else data.of_split(split))
+            images = load_images(data.of_split(split))
         except (JkoflowError, OSError):  # nothing else may need the images
             continue
         wanted = {"kind": "real", "data": images.fingerprint, **extractor}

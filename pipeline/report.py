@@ -18,7 +18,14 @@ from eval.pictures import note_of
 from pipeline import commit
 from pipeline.config_files import resolved_yaml
 from pipeline.passes import Row, step_of
-from pipeline.runs import ENVIRONMENT, fingerprint_of, read_config, read_manifest, resuming
+from pipeline.runs import (
+    ENVIRONMENT,
+    fingerprint_of,
+    origins_of,
+    read_config,
+    read_manifest,
+    resuming,
+)
 from pipeline.summary import numbers
 
 REPORT = "report.html"
@@ -67,9 +74,8 @@ def write_report(folder: Path) -> Path:
     elif metrics:
         parts.insert(0, _section("Metrics", _table((), _measured(metrics))))
     else:
-        parts.insert(
-            0, _section("Metrics", "<p>Not measured; run <code>jkoflow evaluate</code>.</p>")
-        )
+        refines = any(row["spec"]["velocity"].get("beside") for row in rows)
+        parts.insert(0, _section("Metrics", _REFINES if refines else _UNMEASURED))
     parts += [
         _section(path.stem, _origin(path, manifest) + _picture(path))
         for path in _pictures(folder / "samples")
@@ -89,6 +95,11 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT
 
 
+_UNMEASURED = "<p>Not measured; run <code>jkoflow evaluate</code>.</p>"
+_REFINES = (
+    "<p>A refiner has no numbers of its own; give it to a run on the same autoencoder: "
+    "<code>jkoflow evaluate --refiner</code>.</p>"
+)
 _OTHERS = (
     "<p>Measured on other blocks than the run has now, or on a part of them; run "
     "<code>jkoflow evaluate</code>.</p>"
@@ -98,7 +109,7 @@ _OTHERS = (
 def _of_these(metrics: dict[str, Any], manifest: dict[str, Any]) -> bool:
     """Whether numbers are of all blocks of a run; those of points do not tell."""
     told = metrics.get("run")
-    if told is None or told == manifest.get("exported", {}).get("from"):
+    if told is None or told in origins_of(manifest):
         return True
     return bool(told == fingerprint_of(manifest["blocks"], manifest))
 

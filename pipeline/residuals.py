@@ -54,20 +54,22 @@ class ResidualSource(LatentSource):
 
     @cached_property
     def standardisation(self) -> Standardisation:
-        """Of the residuals, by channel, to three digits: of images from all over the cache."""
+        """Of the residuals, by channel, to three digits of the deviation.
+
+        Measured on images from all over the cache; no more digits, which another processor might
+        find otherwise.
+        """
         drawn, parts = generator("residuals"), []
-        for index in range(_PLACES):
+        for index in bar(range(_PLACES), _PLACES, "measure residuals"):
             start = index * len(self.cache) // _PLACES
             stop = min(start + _MEASURED, (index + 1) * len(self.cache) // _PLACES)
             if start < stop:
                 parts.append(self.pairs(start, stop, drawn))
         x, decoded = (torch.cat(part) for part in zip(*parts, strict=True))
         off = (x - decoded).double().transpose(0, 1).flatten(1)
-        mean, std = (
-            torch.tensor([float(f"{value:.3g}") for value in values.tolist()])
-            for values in (off.mean(1), off.std(1).clamp(min=1e-3))
-        )
-        return Standardisation(mean, std)
+        mean, std = off.mean(1), off.std(1).clamp(min=1e-3)
+        unit = 10.0 ** (torch.floor(torch.log10(std)) - 2)
+        return Standardisation(*((unit * (of / unit).round()).float() for of in (mean, std)))
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
         """Residuals of `latents.draws` draws of each image's latents, in float16."""

@@ -219,6 +219,12 @@ def fingerprint_of(blocks: Sequence[Row], manifest: dict[str, Any]) -> str:
     return "-".join([*shas, manifest["autoencoder"]["fingerprint"][:12]])
 
 
+def origins_of(manifest: dict[str, Any]) -> set[str]:
+    """Fingerprints of what a run was exported from, the first of them trained; none for others."""
+    exported = manifest.get("exported", {})
+    return {*exported.get("before", []), *([exported["from"]] if exported else [])}
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run, ready to generate.
@@ -241,6 +247,11 @@ class Run:
     def fingerprint(self) -> str:
         """What the generated images depend on besides the seed: blocks and autoencoder."""
         return fingerprint_of(self.manifest["blocks"][: len(self.flow)], self.manifest)
+
+    @property
+    def origins(self) -> set[str]:
+        """Its fingerprint, and those of the same blocks before they were rounded."""
+        return {self.fingerprint, *origins_of(self.manifest)}
 
     def autoencoder_weights(self) -> str | None:
         """Name or path of its autoencoder's weights; those of an exported run lie inside it."""

@@ -69,7 +69,7 @@ class Trainer:
         self.passes = passes_of(manifest) if manifest else []
         self.deadline = time.monotonic() + 60 * config.train.max_minutes
         self.trained = 0
-        made = ("format", "shape", "passes", "pass", "complete", "flow", "blocks")
+        made = ("format", "shape", "passes", "pass", "complete", "flow", "blocks", "exported")
         self.about = {k: v for k, v in (manifest or {}).items() if k not in made}
         if manifest is None:
             self.about = {"name": config.name, **source.manifest()}

@@ -150,8 +150,7 @@ def enter(
         raise UserError(f"{folder} is not empty and holds no run; choose another place with --run")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        for part in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-            commit.sweep(part)  # what a killed process left
+        commit.sweep_tree(folder)  # what a killed process left
         if write:
             start_run(folder, config)
         elif not (folder / ENVIRONMENT).is_file():  # killed before it was written

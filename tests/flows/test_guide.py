@@ -97,6 +97,16 @@ def test_the_field_jumps_where_either_does(ours, theirs):
     torch.testing.assert_close(moved.log_det, log_det, rtol=1e-6, atol=1e-7)
 
 
+def test_the_grid_meets_the_jumps_of_the_guide():
+    """Also where it is not that of the flow: three sub-intervals do not meet two networks."""
+    ours, theirs, z = flow(1, 1), flow(1, 2, nets=2), draw()
+    odd = Flow((3,))
+    odd.blocks.append(Block(ours[0].velocity, SolverConfig("rk4", 3)))
+    odd.specs.append(BlockSpec(ours.specs[0].velocity, SolverConfig("rk4", 3)))
+    four = Block(Guided(ours[0].velocity, theirs[0].velocity, 1.5), SolverConfig("rk4", 4))
+    torch.testing.assert_close(guided(odd, theirs, 1.5).encode(z), four(z).detach())
+
+
 def sequence(nets):
     return nets[0] if len(nets) == 1 else NetSequence(nets, one_clock=True)
 

@@ -143,6 +143,28 @@ def test_an_export_has_its_guide_inside(
     assert student.generate.guide is None and student.generate.guidance is None
 
 
+def test_numbers_and_pictures_come_along_through_every_export(
+    run: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = open_run(run)
+    way = way_of(opened, with_guidance(opened.config.generate, 2.0, str(guide)))
+    fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3, **way.about()}
+    metrics = {"fid": fid, "nfe": 48, "run": opened.fingerprint, "blocks": []}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    led = ("--guide", guide, "--guidance", "2")
+    assert say(capsys, "generate", "-r", run, "-n", "4", *led)[0] == 0
+    drawn = (run / "samples" / "grid.png").read_bytes()
+    for before, after in ((run, "a"), (tmp_path / "a", "b"), (tmp_path / "b", "c")):
+        words = ("export", "-r", before, "--out", tmp_path / after)
+        assert say(capsys, *words, *(led if before == run else ()))[0] == 0
+    last = tmp_path / "c"
+    assert json.loads((last / "metrics.json").read_text())["fid"] == fid
+    assert (last / "samples" / "grid.png").read_bytes() == drawn
+    assert say(capsys, "report", "-r", last)[0] == 0
+    assert "by other blocks" not in (last / "report.html").read_text().lower()
+    assert "7.12" in (last / "report.html").read_text()
+
+
 def test_a_guide_of_more_blocks_is_not_exported(
     run: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

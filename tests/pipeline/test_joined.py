@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pipeline import quality
 from pipeline.config import DataConfig
 from pipeline.datasets import load_images
 from pipeline.errors import UserError
@@ -58,6 +59,8 @@ def test_what_measures_sees_the_first_set_alone():
     assert load_images(data.of_split("test")).fingerprint == (
         load_images(DataConfig(name="mnist", split="test")).fingerprint
     )
+    alone = load_images(DataConfig(name="mnist")).fingerprint
+    assert quality.held_out(data, 20_000).fingerprint == alone  # more than the test split has
 
 
 @pytest.mark.parametrize(

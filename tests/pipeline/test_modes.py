@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,17 @@ def test_a_budget_of_evaluations_is_spent_on_whole_networks(tmp_path: Path) -> N
     assert within(opened, settings, 16).steps == 4
     with pytest.raises(UserError, match=r"each of 1 blocks of 2 networks \(8\)"):
         within(opened, settings, 7)
+
+
+def test_a_budget_is_spent_on_the_networks_of_the_guide_too(tmp_path: Path) -> None:
+    run(tmp_path / "one", "schedule.free_block=false", "schedule.max_blocks=1")
+    run(tmp_path / "two", *TWO_NETS, "schedule.free_block=false")
+    opened, settings = open_run(tmp_path / "one"), tiny().generate
+    settings = replace(settings, guide=str(tmp_path / "two"), guidance=2.0)
+    assert within(opened, settings, 31).steps == 2  # three would not meet the guide's switch
+    assert within(opened, settings, 32).steps == 4
+    with pytest.raises(UserError, match=r"each of 1 blocks of 2 networks with guidance \(16\)"):
+        within(opened, settings, 15)
 
 
 def test_the_stopping_rule_ends_the_ordinary_pass(tmp_path: Path) -> None:

@@ -60,6 +60,9 @@ def test_it_learns_what_the_decoder_leaves_out(trained: World, refiner: Path) ->
     assert len(residual) == 80  # latents.draws = 2
     made = decoded.float() + opened.standardisation.undo(residual.float())
     torch.testing.assert_close(made, torch.cat([x, x]), rtol=0, atol=4e-3)
+    scale = opened.standardisation  # three digits of the deviation, and no more of the mean
+    digits = scale.mean / 10 ** (torch.floor(torch.log10(scale.std)) - 2)
+    torch.testing.assert_close(digits, digits.round(), rtol=0, atol=1e-3)
     assert abs(float(residual.float().mean())) < 0.2
     assert 0.8 < float(residual.float().std()) < 1.25
     assert not torch.equal(decoded[:40], decoded[40:])  # disturbed, each time anew
@@ -192,6 +195,25 @@ def test_an_export_has_its_refiner_inside(
     assert not (tmp_path / "lost").exists()
 
 
+def test_numbers_of_another_solver_of_the_refiner_are_not_exported(
+    run: Path, refiner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = open_run(run)
+    way = way_of(opened, with_guidance(opened.config.generate, refiner=str(refiner)))
+    fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3, **way.about()}
+    metrics = {"fid": fid, "nfe": 30, "run": opened.fingerprint, "blocks": []}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    words = ("export", "-r", run, "--refiner", refiner, "--out")
+    assert say(capsys, *words, tmp_path / "out")[0] == 0
+    text = (refiner / "config.yaml").read_text()
+    assert text.count("  method: midpoint\n  steps: 3\n") == 1
+    fewer = text.replace("  method: midpoint\n  steps: 3\n", "  method: midpoint\n  steps: 2\n")
+    (refiner / "config.yaml").write_text(fewer)
+    code, _, error = say(capsys, *words, tmp_path / "fewer")
+    assert code == 2 and "with refiner's solver {'method': 'midpoint', 'steps': 3}, but" in error
+    assert not (tmp_path / "fewer").exists()
+
+
 def test_its_evaluations_are_counted(refiner: Path) -> None:
     assert Refiner(open_run(refiner)).nfe() == 6
 
@@ -208,6 +230,12 @@ def test_mistakes(
     assert "no run at" in refused("generate", "-r", run, "--refiner", tmp_path / "nothing")
     for words in (("generate",), ("evaluate",), ("likelihood",), ("distill", "--out", run / "d")):
         assert "is a refiner, which draws what is missing" in refused(*words, "-r", refiner)
+    assert "is a refiner" in refused("evaluate", "-r", refiner, "-n", "1000000")  # first of all
+    words = ("distill", "-r", run, "--out", tmp_path / "few")
+    words += ("--set", "velocity.beside=1", "--set", "velocity.kind=conv")
+    assert "has its teacher's velocity.beside, 0" in refused(*words)
+    assert say(capsys, "report", "-r", refiner)[0] == 0
+    assert "a run on the same autoencoder" in (refiner / "report.html").read_text()
     manifest = read_manifest(refiner)
     manifest["autoencoder"]["fingerprint"] = "f" * 64
     (refiner / "flow.json").write_text(json.dumps(manifest))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +65,8 @@ def test_an_export_gives_the_same_pictures(run: Path, tmp_path: Path) -> None:
 def test_an_export_knows_where_it_came_from(run: Path, tmp_path: Path) -> None:
     out = export(open_run(run), tmp_path / "out").folder
     manifest = read_manifest(out)
-    assert manifest["exported"] == {"from": open_run(run).fingerprint, "dtype": "float16"}
+    first = open_run(run).fingerprint
+    assert manifest["exported"] == {"from": first, "before": [], "dtype": "float16"}
     assert [row["h"] for row in manifest["blocks"]] == [0.5, 0.75, None]
     before = read_config(run)
     assert before.data.path is not None  # of this machine, and of no use on another
@@ -78,6 +81,7 @@ def test_an_export_knows_where_it_came_from(run: Path, tmp_path: Path) -> None:
     # an export can be exported: what was rounded once is rounded to itself
     again = export(open_run(out), tmp_path / "again")
     assert again.change == 0
+    assert read_manifest(again.folder)["exported"]["before"] == [first]
     assert [row["sha256"] for row in read_manifest(again.folder)["blocks"]] == [
         row["sha256"] for row in manifest["blocks"]
     ]
@@ -178,6 +182,28 @@ def test_a_killed_export_is_made_again(run: Path, tmp_path: Path) -> None:
         export(open_run(run), out)
     (out / "flow.json").unlink()
     (out / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="not empty"):
+        export(open_run(run), out)
+
+
+def test_what_a_killed_export_left_is_not_shipped(run: Path, tmp_path: Path) -> None:
+    """Neither a guide that the next one does without, nor blocks, numbers, half of a file."""
+    out = export(open_run(run), tmp_path / "out").folder
+    before = files(out)
+    (out / "flow.json").unlink()
+    shutil.copytree(tmp_path / "out", out / "guide")
+    (out / "guide" / "CARD.md").unlink()
+    (out / "metrics.json").write_text("{}")
+    (out / "blocks" / "block-07.safetensors").write_bytes(b"of another run")
+    half = subprocess.Popen([sys.executable, "-c", ""])
+    half.wait()
+    host = commit._HOST
+    (out / "blocks" / f".tmp-block-00.safetensors-{host}-{half.pid}-0").write_bytes(b"ha")
+    export(open_run(run), out)
+    assert files(out) == before
+    (out / "flow.json").unlink()
+    (out / "samples").mkdir(exist_ok=True)
+    (out / "samples" / "mine.png").write_bytes(b"")  # no export writes that
     with pytest.raises(UserError, match="not empty"):
         export(open_run(run), out)
 
