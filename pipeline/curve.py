@@ -8,9 +8,9 @@ from typing import Any
 from pipeline.config import EvaluateConfig, GenerateConfig
 from pipeline.errors import UserError
 from pipeline.evaluate import Evaluator
-from pipeline.generate import solvers_of
 from pipeline.runs import Run
 from pipeline.snapshots import at_snapshot, snapshots_of
+from pipeline.solvers import solvers_of
 from pipeline.studies import Study, heading
 
 FILE = "curve.json"

@@ -15,9 +15,10 @@ from pipeline import assets, commit, latents, runs, training
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.evaluate import Evaluator, inputs_of
-from pipeline.generate import sample_images, write_grid
+from pipeline.generate import sample_images
 from pipeline.latents import Progress
 from pipeline.summary import headline, plot_movement, table
+from pipeline.writing import write_grid
 
 #: a step that takes less than this was found done
 _INSTANT = 2.0

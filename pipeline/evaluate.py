@@ -21,13 +21,14 @@ from pipeline.classes import condition_of
 from pipeline.config import DataConfig, EvaluateConfig, GenerateConfig
 from pipeline.errors import UserError
 from pipeline.features import SHARD, FeatureMaker, chosen, enough, extractor, fid_of
-from pipeline.generate import plain_solvers, sample_images, solvers_of
+from pipeline.generate import sample_images
 from pipeline.guidance import way_of
 from pipeline.passes import readable
 from pipeline.refiner import Refiner
 from pipeline.resources import peak_memory
 from pipeline.runs import Run
 from pipeline.seeds import generator
+from pipeline.solvers import plain_solvers, solvers_of
 from pipeline.store import StoreReader, key_of
 
 #: largest D whose likelihood has the exact divergence, D directional derivatives an evaluation

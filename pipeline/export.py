@@ -24,13 +24,15 @@ from pipeline.compact import DTYPES, compact
 from pipeline.config import GenerateConfig
 from pipeline.config_files import resolved_yaml
 from pipeline.errors import UserError
-from pipeline.generate import plain_solvers, shows, solvers_of
 from pipeline.guidance import way_of
+from pipeline.provenance import metrics_of, named
 from pipeline.redecoding import with_decoder
 from pipeline.refiner import is_refiner
 from pipeline.runs import Run, block_file, compose, load_blocks, origins_of, passes_of
 from pipeline.seeds import generator
 from pipeline.shipped import is_shipped
+from pipeline.solvers import solvers_of
+from pipeline.writing import shows
 
 AUTOENCODER = "autoencoder.safetensors"
 GUIDE = "guide"
@@ -94,7 +96,7 @@ def export(
             )
         before, run = run, with_decoder(run, autoencoder)
         same = run.fingerprint == before.fingerprint  # by another name
-        metrics = _metrics(before) if same else None
+        metrics = metrics_of(before) if same else None
         if guide is not None:  # inside, even if it is shipped: that one has the old decoder
             guide = with_decoder(guide, autoencoder)
             generate = dataclasses.replace(run.config.generate, guide=str(guide.folder))
@@ -103,7 +105,7 @@ def export(
             )
         return _write(run, out, dtype, metrics, guide, picture=same)
     refiner = None if way.refiner is None else way.refiner.run
-    return _write(run, out, dtype, _metrics(run), guide, refiner)
+    return _write(run, out, dtype, metrics_of(run), guide, refiner)
 
 
 def _unfinished(out: Path) -> bool:
@@ -170,7 +172,7 @@ def _write(
         ),
         generate=generate,
         evaluate=dataclasses.replace(
-            run.config.evaluate, reference=_named(run.config.evaluate.reference)
+            run.config.evaluate, reference=named(run.config.evaluate.reference)
         ),
     )
     commit.write_bytes(out / "config.yaml", resolved_yaml(config).encode())
@@ -185,66 +187,6 @@ def _write(
     commit.write_json(out / "flow.json", manifest)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return Exported(out, size, change)
-
-
-def _metrics(run: Run) -> dict[str, Any] | None:
-    path = run.folder / "metrics.json"
-    if not path.is_file():
-        return None
-    metrics: dict[str, Any] = commit.read_json(path, "metrics")
-    # an exported run carries the numbers of its weights before they were rounded
-    if metrics.get("run") not in run.origins:
-        raise UserError(
-            f"{path} was measured on other blocks than the run has now; evaluate it again, or "
-            "delete the file"
-        )
-    metrics["run"] = run.fingerprint  # of what is exported now
-    _drawn_alike(run, metrics.get("fid", {}), path)
-    for key in ("fid", "rfid"):
-        if "reference" in metrics.get(key, {}):
-            metrics[key]["reference"] = _named(metrics[key]["reference"])
-    return metrics
-
-
-def _drawn_alike(run: Run, fid: dict[str, Any], path: Path) -> None:
-    """Refuse an FID of images that were drawn otherwise than the exported run draws its own."""
-    way = way_of(run, run.config.generate)
-    told = {**way.about(), "solvers": plain_solvers(solvers_of(run, run.config.generate))}
-    told["classes"] = told.get("classes")
-    if "solvers" not in fid:  # measured before they were noted
-        del told["solvers"]
-    theirs, ours = (_way(about) for about in (fid, told))
-    if way.guide is not None and fid.get("guide", {}).get("run") in way.guide.origins:
-        theirs = {**theirs, "guide": ours["guide"]}
-    refined = fid.get("refiner", {}).get("run")
-    if way.refiner is not None and refined in way.refiner.run.origins:
-        theirs = {**theirs, "refiner": ours["refiner"]}
-    for key in ours:
-        if fid and theirs[key] != ours[key]:
-            raise UserError(
-                f"{path} was measured with {key} {theirs[key]}, but the exported run would sample "
-                f"with {key} {ours[key]}; evaluate it so, or delete the file"
-            )
-
-
-def _way(about: dict[str, Any]) -> dict[str, Any]:
-    """What decides how samples are drawn, of what is told beside a number."""
-    guide, weight, refiner = about.get("guide"), about.get("guidance"), about.get("refiner")
-    grid = ("method", "steps", "rtol", "atol")
-    return {
-        "guidance": 1.0 if weight is None else weight,
-        "guide": guide and f"{guide['name']} ({guide['run']})",
-        "refiner": f"{refiner['name']} ({refiner['run']})" if refiner else "none",
-        "refiner's solver": refiner and {key: refiner[key] for key in grid if key in refiner},
-        "classes": about.get("classes"),
-        "solvers": about.get("solvers"),
-        "sampled_in": about.get("sampled_in", "fp32"),
-    }
-
-
-def _named(reference: str) -> str:
-    """A reference by its name, not by its place on this machine."""
-    return Path(reference).name if Path(reference).is_absolute() else reference
 
 
 def _helper(other: Run, name: str, out: Path, dtype: str) -> str:

@@ -45,8 +45,8 @@ def export(
     """
     from pipeline import export as exporting
     from pipeline import runs
-    from pipeline.generate import with_solver
     from pipeline.guidance import with_guidance
+    from pipeline.solvers import with_solver
     from pipeline.terminal import say
 
     opened = runs.open_run(run, images=True)

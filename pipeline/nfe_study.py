@@ -8,8 +8,8 @@ from typing import Any
 from pipeline import commit
 from pipeline.config import EvaluateConfig, GenerateConfig
 from pipeline.evaluate import Evaluator
-from pipeline.generate import solver_of, whole_numbers, within
 from pipeline.runs import Run
+from pipeline.solvers import solver_of, whole_numbers, within
 from pipeline.studies import Study, heading
 
 FILE = "nfe.json"

@@ -60,7 +60,7 @@ def generate(
 ) -> None:
     """Generate images from a run; writes a grid, and on request all images."""
     from pipeline import generate as sampling
-    from pipeline import runs
+    from pipeline import runs, solvers, writing
     from pipeline.classes import parse_classes
     from pipeline.guidance import with_guidance
 
@@ -69,23 +69,23 @@ def generate(
     labels = parse_classes(opened, classes)
     settings = replace(settings, n=n, seed=seed, labels=labels)
     settings = with_guidance(settings, guidance, guide, refiner)
-    settings = sampling.with_solver(settings, steps, method)
+    settings = solvers.with_solver(settings, steps, method)
     several = len(settings.labels or [])
     if n is None and several > 1:
         settings = replace(settings, n=max(settings.n, several * settings.columns))
     if nfe is not None:
         _one_budget(steps)
-        settings = sampling.within(opened, settings, nfe)
+        settings = solvers.within(opened, settings, nfe)
     accelerator = accelerator_()
     made = sampling.sample_images(opened, settings, accelerator, bar)
     if not accelerator.is_main_process:
         return
     path = out or opened.folder / "samples" / "grid.png"
-    sampling.write_grid(made, path, settings.columns**2, settings.columns, several)
+    writing.write_grid(made, path, settings.columns**2, settings.columns, several)
     if images is not None:
-        sampling.write_folder(made, images)
+        writing.write_folder(made, images)
     if npz is not None:
-        sampling.write_npz(made, npz)
+        writing.write_npz(made, npz)
     say(f"{len(made)} images, {made.manifest['nfe']} network evaluations a sample")
     print(path)
 
@@ -136,9 +136,8 @@ def evaluate(
     """Measure a run: FID with its floor, likelihood, and what stands beside it (metrics.json)."""
     from pipeline import curve as curves
     from pipeline import evaluate as evaluation
-    from pipeline import generate as sampling
     from pipeline import nfe_study as studies
-    from pipeline import runs
+    from pipeline import runs, solvers
     from pipeline.guidance import with_guidance
     from pipeline.summary import headline
 
@@ -147,10 +146,10 @@ def evaluate(
     opened = replace(opened, config=config)  # its images may lie elsewhere on this machine
     settings = replace(config.evaluate, n=n, seed=seed, reference=reference, kid=kid)
     solved = with_guidance(config.generate, guidance, guide, refiner)
-    solved = sampling.with_solver(solved, steps, method)
+    solved = solvers.with_solver(solved, steps, method)
     if nfe is not None:
         _one_budget(steps)
-        solved = sampling.within(opened, solved, nfe)
+        solved = solvers.within(opened, solved, nfe)
     accelerator = accelerator_()
     evaluator = evaluation.Evaluator(accelerator, bar)
     if nfe_study is not None and curve:

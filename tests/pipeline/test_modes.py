@@ -15,8 +15,8 @@ from flows.errors import FlowError
 from pipeline import cli
 from pipeline.commit import sha256_file
 from pipeline.errors import UserError
-from pipeline.generate import within
 from pipeline.runs import open_run, passes_of, read_config, read_manifest, start_run
+from pipeline.solvers import within
 from pipeline.training import Outcome, train
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
 

@@ -11,9 +11,9 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.evaluate import inputs_of
 from pipeline.export import export
-from pipeline.generate import shows
 from pipeline.guidance import way_of
 from pipeline.runs import open_run
+from pipeline.writing import shows
 from tests.pipeline.drawing import images
 from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import World, say

@@ -17,9 +17,10 @@ from pipeline import cli, commit, shipped
 from pipeline.config_files import resolved_yaml
 from pipeline.errors import UserError
 from pipeline.export import export
-from pipeline.generate import sample_images, write_grid
+from pipeline.generate import sample_images
 from pipeline.guidance import way_of
 from pipeline.runs import open_run, read_config, read_manifest
+from pipeline.writing import write_grid
 from tests.pipeline.gaussian_source import quiet
 from tests.pipeline.test_generate import Rank
 from tests.pipeline.tiny import World, say, write_autoencoder

@@ -1,0 +1,122 @@
+"""What is made of generated images: a grid, an archive, a folder of pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from eval.pictures import grid, note_of, save_png
+from pipeline import commit
+from pipeline.errors import UserError
+from pipeline.guidance import way_of
+from pipeline.runs import Run
+from pipeline.solvers import solver_of
+from pipeline.store import StoreReader
+
+
+def batches(images: StoreReader, size: int = 500) -> Iterator[Tensor]:
+    """The images of a store in order, uint8 (≤ size, C, H, W) at a time."""
+    for start in range(0, len(images), size):
+        yield images.read("images", start, min(start + size, len(images)))
+
+
+def write_grid(
+    images: StoreReader, path: Path, count: int, columns: int, classes: int = 1
+) -> None:
+    """Write the first images of a store as one PNG grid.
+
+    Args:
+        images: the store.
+        path: of the picture.
+        count: images, at most.
+        columns: of the grid.
+        classes: that the images are of in turn; with several, each has a row of its own.
+    """
+    if columns < 1:
+        raise UserError(f"generate.columns must be at least 1, not {columns}")
+    rows = classes > 1 and len(images) >= classes
+    if rows:
+        columns = min(columns, len(images) // classes)
+        count = classes * columns
+    first = images.read("images", 0, min(count, len(images)))
+    if rows:
+        first = first.unflatten(0, (columns, classes)).transpose(0, 1).flatten(0, 1)
+    picture = grid(first, min(columns, len(first)), scale=2 if first.shape[-1] <= 64 else 1)
+    note = json.dumps(images.manifest["identity"], sort_keys=True)
+    commit.write_with(path, lambda file: save_png(picture, file, note))
+
+
+def shows(path: Path, run: Run) -> bool:
+    """Whether a grid was drawn as a run draws now: the same blocks, solver, guide and refiner.
+
+    Of a run with classes it shows all of them, or those that the run draws now.
+
+    A picture that says nothing of its origin is taken for one.
+    """
+    note = note_of(path)
+    if note is None:
+        return path.is_file()
+    identity = json.loads(note)
+    way = way_of(run, run.config.generate)
+    settings = run.config.generate
+    alike = identity.get("solver") == dataclasses.asdict(solver_of(run, settings))
+    alike = alike and identity.get("block_steps") == settings.block_steps
+    alike = alike and identity.get("precision", "fp32") == settings.precision
+    labels = identity.get("classes", {}).get("labels")
+    if labels and len(set(labels)) < run.flow.classes:
+        alike = alike and labels == settings.labels
+    for key, other in (("guide", way.guide), ("refiner", way.refiner and way.refiner.run)):
+        theirs, ours = identity.get(key), way.describe().get(key)
+        if theirs and other and theirs["run"] in other.origins:
+            theirs = {**theirs, "run": other.fingerprint}  # the same, before it was rounded
+        alike = alike and theirs == ours
+    return alike and identity.get("run") in run.origins
+
+
+def write_npz(images: StoreReader, path: Path) -> None:
+    """Write all images as `arr_0`, uint8 (N, H, W, C), the layout that FID tools read.
+
+    A batch at a time goes into the archive.
+    """
+    count, channels, height, width = (len(images), *images.read("images", 0, 1).shape[1:])
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, channels)}
+
+    def write(file: IO[bytes]) -> None:
+        with (
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as member,
+        ):
+            np.lib.format.write_array_header_1_0(member, header)
+            for batch in batches(images):
+                member.write(batch.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+
+    commit.write_with(path, write)
+
+
+def write_folder(images: StoreReader, folder: Path) -> None:
+    """Write every image as its own PNG, `000000.png` and on.
+
+    Raises:
+        UserError: the folder holds other files already.
+    """
+    names = {f"{index:06d}.png" for index in range(len(images))}
+    if folder.is_dir():
+        commit.sweep(folder)  # what a killed process left
+        if any(path.name not in names for path in folder.iterdir()):
+            raise UserError(f"{folder} holds other files; choose an empty folder for the images")
+    index = 0
+    for batch in batches(images):
+        for image in batch.permute(0, 2, 3, 1).numpy():
+            picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+            path = folder / f"{index:06d}.png"
+            commit.write_with(path, partial(picture.save, format="PNG"))
+            index += 1
