@@ -7,7 +7,9 @@ autoencoder, and does not depend on the number of processes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from pipeline.classes import condition_of
 from pipeline.config import DataConfig, EvaluateConfig, GenerateConfig
 from pipeline.errors import UserError
 from pipeline.features import SHARD, FeatureMaker, chosen, enough, extractor, fid_of
-from pipeline.generate import sample_images
+from pipeline.generate import begun, sample_images
 from pipeline.guidance import way_of
 from pipeline.passes import readable
 from pipeline.refiner import Refiner
@@ -29,7 +31,7 @@ from pipeline.resources import peak_memory
 from pipeline.runs import Run
 from pipeline.seeds import generator
 from pipeline.solvers import plain_solvers, solvers_of
-from pipeline.store import StoreReader, key_of
+from pipeline.store import StoreReader, key_of, open_store
 
 #: largest D whose likelihood has the exact divergence, D directional derivatives an evaluation
 EXACT_UP_TO = 128
@@ -89,10 +91,11 @@ class Evaluator(FeatureMaker):
     def generated(self, run: Run, sampling: GenerateConfig) -> tuple[StoreReader, StoreReader]:
         """Generated images of a run and their features, made where they are not there yet."""
         images = sample_images(run, sampling, self.accelerator, self.progress)
-        folder = run.folder / "samples" / f"features-{images.manifest['key']}"
-        identity = {"kind": "features", "images": images.manifest["key"], **extractor()}
+        place = run.folder / "samples"
+        folder, identity = _features_of(place, images)
+        made, count = _begun(place, images), len(images)
         features = self.features(
-            folder, identity, len(images), lambda a, b, _: images.read("images", a, b), "generated"
+            folder, identity, count, lambda a, b, _: images.read("images", a, b), "generated", made
         )
         return images, features
 
@@ -211,6 +214,22 @@ def require_two(n: int) -> None:
     """Refuse an n that no FID can be had of."""
     if n < 2:
         raise UserError(f"FID needs at least 2 images, not {n}; take 2000 or more")
+
+
+def _features_of(place: Path, images: StoreReader) -> tuple[Path, dict[str, Any]]:
+    """Folder and identity of the features of generated images."""
+    key = images.manifest["key"]
+    return place / f"features-{key}", {"kind": "features", "images": key, **extractor()}
+
+
+def _begun(place: Path, images: StoreReader) -> list[tuple[StoreReader, int]]:
+    """Features of images that begin with the same, and how many are the same."""
+    found = []
+    for other, same in begun(place, images.manifest["identity"]):
+        with contextlib.suppress(UserError):  # none, or damaged
+            folder, identity = _features_of(place, other)
+            found.append((open_store(folder, "features", identity), same))
+    return found
 
 
 def _check(run: Run, settings: EvaluateConfig) -> None:

@@ -7,7 +7,7 @@ autoencoder, and does not depend on the number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +129,19 @@ class FeatureMaker:
         count: int,
         make: Callable[[int, int, int], Tensor],
         what: str,
+        begun: Sequence[tuple[StoreReader, int]] = (),
     ) -> StoreReader:
-        """Features of images that `make(first, last, shard)` gives; resumes by shard."""
+        """Features of images that `make(first, last, shard)` gives; resumes by shard.
+
+        Those of stores in `begun` that are the same, so many from the first on, are not made anew.
+        """
         if (folder / "manifest.json").is_file():
             return open_store(folder, "features", identity)
         writer = StoreWriter(folder, identity, count, SHARD)
+        if self.accelerator.is_main_process:
+            for other, same in begun:
+                writer.adopt(other, same)
+        self.accelerator.wait_for_everyone()
         ranks = self.accelerator.num_processes
         missing = writer.missing(self.accelerator.process_index, ranks)
         network = self._network()

@@ -2,13 +2,14 @@
 
 Images lie in a store inside the run, addressed by everything that decides them (blocks,
 autoencoder, solver, n, seed), so that they are made once, resume when interrupted, and are the
-same on any number of processes.
+same on any number of processes. More images begin with those that are there already.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from pipeline.resources import require_room
 from pipeline.runs import Run
 from pipeline.seeds import generator
 from pipeline.solvers import solver_of, solvers_of
-from pipeline.store import StoreReader, StoreWriter, key_of, open_store
+from pipeline.store import StoreReader, StoreWriter, akin, key_of, open_store
 
 _KEEP_SMALLER_THAN = 500
 
@@ -76,6 +77,10 @@ def sample_images(
     # a shard is two batches or so: an interruption loses little, and shards stay few
     size = settings.batch_size * max(1, _KEEP_SMALLER_THAN // settings.batch_size)
     writer = StoreWriter(folder, identity, settings.n, size)
+    if accelerator.is_main_process:
+        for other, same in begun(folder.parent, identity):
+            writer.adopt(other, same)
+    accelerator.wait_for_everyone()
     autoencoder = run.autoencoder()
     way.flow.to(accelerator.device)
     missing = writer.missing(accelerator.process_index, accelerator.num_processes)
@@ -97,6 +102,20 @@ def sample_images(
         writer.finish(lambda _: {"nfe": nfe})
     accelerator.wait_for_everyone()
     return open_store(folder, "generated images", identity)
+
+
+def begun(folder: Path, identity: dict[str, Any]) -> list[tuple[StoreReader, int]]:
+    """Stores that begin with the same images, and how many of theirs are the same.
+
+    Args:
+        folder: where the images of a run lie.
+        identity: of the images that are asked for.
+    """
+    size = identity["batch_size"]  # noise comes by the batch
+    return [
+        (other, min(len(other), identity["n"]) // size * size)
+        for other in akin(folder, identity, "n")
+    ]
 
 
 @torch.inference_mode()

@@ -73,6 +73,23 @@ class StoreWriter:
         first = index * self.shard_size
         return first, min(first + self.shard_size, self.count)
 
+    def adopt(self, other: StoreReader, usable: int) -> None:
+        """Write the shards that another store of the same samples has; one process calls it.
+
+        Args:
+            other: a whole store that begins with the samples of this one, and may end sooner.
+            usable: how many of its samples, from the first on, are the same.
+        """
+        if not other.manifest["shards"]:
+            return
+        names = list(other.shard(0))
+        for index in range(self.shards):
+            first, last = self.bounds(index)
+            if last > min(usable, len(other)):
+                return
+            if not self._whole(index):
+                self.write(index, {name: other.read(name, first, last) for name in names})
+
     def missing(self, rank: int = 0, ranks: int = 1) -> list[int]:
         """Shards of this rank that are not whole yet; temporaries of the dead are removed."""
         if rank == 0 and self.folder.is_dir():
@@ -247,6 +264,21 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
                 "run the command that makes it again"
             ) from error
     return StoreReader(folder, manifest)
+
+
+def akin(folder: Path, identity: dict[str, Any], but: str) -> list[StoreReader]:
+    """Whole stores in a folder that differ from an identity in one key alone, the longest first.
+
+    One that is damaged is none of them: it is made again where it is asked for.
+    """
+    found = []
+    for path in sorted(Path(folder).glob(f"*/{MANIFEST}")):
+        with contextlib.suppress(UserError):
+            theirs = commit.read_json(path, "manifest").get("identity", {})
+            alike = {**theirs, but: identity.get(but)} == identity and but in theirs
+            if alike and theirs[but] != identity.get(but):
+                found.append(open_store(path.parent, "store"))
+    return sorted(found, key=len, reverse=True)
 
 
 def _differences(manifest: dict[str, Any], identity: dict[str, Any]) -> str:

@@ -249,6 +249,26 @@ def test_features_are_made_once(
     assert {key: again[key] for key in same} == {key: first[key] for key in same}
 
 
+def test_a_larger_evaluation_goes_on_from_a_smaller_one(
+    trained: World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = trained.root / "pictures" / "train"
+    run = open_run(folder)
+    fast = dataclasses.replace(
+        run.config.generate, batch_size=250, method="euler", steps=1, seed=0
+    )
+    evaluator, seen, look = Evaluator(Accelerator(), quiet), [], Glance.features
+    monkeypatch.setattr(Glance, "features", lambda net, x: seen.append(len(x)) or look(net, x))
+    evaluator.reference(str(reference))
+    for n, looked in ((550, [250, 250, 50]), (800, [250, 50])):
+        seen.clear()
+        _, features = evaluator.generated(run, dataclasses.replace(fast, n=n))
+        assert seen == looked
+    images, _ = evaluator.generated(run, dataclasses.replace(fast, n=800))
+    whole = torch.cat([look(Glance(), part) for part in images.field("images").split(250)])
+    assert torch.equal(features.field("features"), whole)
+
+
 def test_fewer_blocks_are_told(trained: World, folder: Path) -> None:
     run = open_run(folder, blocks=2)
     settings = dataclasses.replace(

@@ -17,6 +17,7 @@ from autoencoders.base import to_uint8
 from autoencoders.weights import load
 from flows.block import SolverConfig
 from pipeline import commit
+from pipeline.generate import _sample as sample
 from pipeline.generate import sample_images
 from pipeline.latents import Standardisation
 from pipeline.runs import Run, open_run
@@ -97,6 +98,30 @@ def test_what_is_there_is_used_again(folder: Path, monkeypatch: pytest.MonkeyPat
 def test_more_images_begin_with_the_same(folder: Path) -> None:
     run = open_run(folder)
     assert torch.equal(pixels(run, n=12, batch_size=4)[:8], pixels(run, n=8, batch_size=4))
+
+
+def test_more_images_go_on_from_those_that_are_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer ones, too; and a damaged store is not gone on from."""
+
+    def anew(name: str) -> Run:
+        bare = shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("images-*"))
+        return open_run(Path(bare))
+
+    expected = {n: pixels(anew(str(n)), n=n, batch_size=250) for n in (1700, 2200, 600)}
+    calls: list[int] = []
+    monkeypatch.setattr("pipeline.generate._sample", lambda *a: calls.append(a[2]) or sample(*a))
+    run = anew("grows")
+    for n, drawn in ((1700, 1700), (2200, 700), (600, 100)):  # of shards of 500, batches of 250
+        calls.clear()
+        assert torch.equal(pixels(run, n=n, batch_size=250), expected[n])
+        assert sum(calls) == drawn
+    for shard in (run.folder / "samples").glob("images-*/shard-00000.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    calls.clear()
+    images_of(run, n=550, batch_size=250)
+    assert sum(calls) == 550
 
 
 def test_seeds_and_solvers_give_other_images(folder: Path) -> None:
