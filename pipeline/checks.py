@@ -48,8 +48,6 @@ def check(config: Config) -> None:
         0,
         {
             "schedule.reparameterize": schedule.reparameterize,
-            "schedule.tolerance": schedule.tolerance,
-            "train.grad_clip": train.grad_clip,
             "train.warmup": train.warmup,
             "train.snapshot_every": train.snapshot_every,
             "train.max_minutes": train.max_minutes,
@@ -76,12 +74,23 @@ def check(config: Config) -> None:
         raise UserError(f"latents.disturb must not be negative, not {latents.disturb}")
     if not 0 <= train.ema < 1:
         raise UserError(f"train.ema must lie in [0, 1), not {train.ema}")
+    for name, value in (("schedule.tolerance", schedule.tolerance),
+                        ("train.grad_clip", train.grad_clip)):  # fmt: skip
+        if not 0 <= value < math.inf:
+            raise UserError(
+                f"{name} must be finite and at least 0 (which turns it off), not {value}"
+            )
     if not 0 < schedule.eta <= 1:
         raise UserError(f"schedule.eta must lie in (0, 1], not {schedule.eta}")
     _check_objective(config)
     if config.velocity.kind not in KINDS:
         raise UserError(
             f"unknown velocity {config.velocity.kind!r}; choose one of {', '.join(KINDS)}"
+        )
+    if train.jacobian_weight and train.divergence != "finite-difference":
+        raise UserError(
+            f"train.jacobian_weight={train.jacobian_weight} has no effect with train.divergence="
+            f"{train.divergence}; leave it out, or take train.divergence=finite-difference"
         )
     make_divergence(
         train.divergence,

@@ -198,9 +198,11 @@ def fid(
     from pipeline.fid import fid_between
 
     say(f"shipped references: {', '.join(available()) or 'none'}")
+    process = _accelerator()
     with Meter() as meter:
-        value = fid_between(a, b, _accelerator(), meter.of)
-    print(repr(value))
+        value = fid_between(a, b, process, meter.of)
+    if process.is_main_process:
+        print(repr(value))
 
 
 @app.command()
@@ -217,8 +219,10 @@ def reference(
     from pipeline.reference import make_reference
 
     settings = load(config, overrides)
-    make_reference(settings, out, test or [], _accelerator(), bar)
-    print(out)
+    process = _accelerator()
+    make_reference(settings, out, test or [], process, bar)
+    if process.is_main_process:
+        print(out)
 
 
 # verbs that live in modules of their own

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import platform
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -27,6 +28,9 @@ from safetensors.torch import load_file, save
 from pipeline.errors import JkoflowError, UserError
 
 TEMPORARY_PREFIX = ".tmp-"
+_OURS = re.compile(
+    re.escape(TEMPORARY_PREFIX) + r".+-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}"
+)
 _CHUNK = 1 << 20
 _ABANDONED_SECONDS = 24 * 3600
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
@@ -191,6 +195,8 @@ def verify_file(path: Path, sha256: str) -> None:
 def sweep(folder: Path) -> int:
     """Remove temporaries that a killed process left in `folder`; returns how many.
 
+    Only what has the form of this module's names is one.
+
     Temporaries of processes that still run are left alone, and so are those of other machines
     (a cluster's nodes share folders, not process numbers) until they are a day old.
     """
@@ -210,10 +216,12 @@ def sweep_tree(folder: Path) -> int:
 
 
 def _abandoned(temporary: Path) -> bool:
-    """Whether nobody is writing this temporary file any more."""
-    _, host, pid, _ = temporary.name.rsplit("-", 3) if temporary.name.count("-") >= 4 else [""] * 4
-    if host == _HOST and pid.isdigit():
-        return not _alive(int(pid))
+    """Whether this is a temporary of ours that nobody is writing any more."""
+    ours = _OURS.fullmatch(temporary.name)
+    if ours is None:
+        return False
+    if ours["host"] == _HOST:
+        return not _alive(int(ours["pid"]))
     return time.time() - temporary.stat().st_mtime > _ABANDONED_SECONDS
 
 

@@ -58,9 +58,7 @@ def run_demo(config: Config, folder: Path, accelerator: Accelerator, progress: P
     """
     if accelerator.num_processes > 1:
         raise UserError("the demo runs on one process; use the single verbs on several")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.yaml").is_file():
-        runs.start_run(folder, config)
+    training.enter(config, folder, accelerator, resume=True)
     clock = _Clock(folder)
     needed = ["inception"] + ([config.data.name] if config.data.name in assets.ASSETS else [])
     for name in needed:
@@ -92,7 +90,8 @@ def _metrics(
 ) -> dict[str, Any]:
     """The run's metrics.json if it answers this configuration, else a new evaluation."""
     path = run.folder / "metrics.json"
-    if config.evaluate.reference in available() and path.is_file():
+    name = config.evaluate.reference
+    if name in available() and not Path(name).exists() and path.is_file():
         found: dict[str, Any] = commit.read_json(path, "metrics")
         if found.get("inputs") == inputs_of(run, config.evaluate, config.generate):
             return found

@@ -17,7 +17,7 @@ import torch
 from autoencoders.base import Moments, to_float
 from eval.gaussian import GaussianStats
 from eval.inception import EXTRACTOR
-from eval.references import load_reference
+from eval.references import is_reference, load_reference
 from pipeline import commit, quality
 from pipeline.classes import condition_of
 from pipeline.config import DataConfig, EvaluateConfig, GenerateConfig
@@ -31,7 +31,7 @@ from pipeline.resources import peak_memory
 from pipeline.runs import Run
 from pipeline.seeds import generator
 from pipeline.solvers import plain_solvers, solvers_of
-from pipeline.store import StoreReader, key_of, open_store
+from pipeline.store import MANIFEST, StoreReader, key_of, open_store
 
 #: largest D whose likelihood has the exact divergence, D directional derivatives an evaluation
 EXACT_UP_TO = 128
@@ -93,7 +93,8 @@ class Evaluator(FeatureMaker):
         images = sample_images(run, sampling, self.accelerator, self.progress)
         place = run.folder / "samples"
         folder, identity = _features_of(place, images)
-        made, count = _begun(place, images), len(images)
+        made = [] if (folder / MANIFEST).is_file() else _begun(place, images)
+        count = len(images)
         features = self.features(
             folder, identity, count, lambda a, b, _: images.read("images", a, b), "generated", made
         )
@@ -145,10 +146,10 @@ class Evaluator(FeatureMaker):
         sigma = run.config.latents.noise
         if moments.log_var is None and sigma > 0:
             z = z + sigma * torch.randn(z.shape, generator=drawn)
-        device = next(run.flow.parameters()).device
+        flow, device = run.flow.to(self.accelerator.device), self.accelerator.device
         of = condition_of(run, images, order)
-        kind = "exact" if run.flow.dim <= EXACT_UP_TO else "hutchinson"
-        result = run.flow.log_prob(
+        kind = "exact" if flow.dim <= EXACT_UP_TO else "hutchinson"
+        result = flow.log_prob(
             z.clone().to(device),
             divergence=kind,
             probes=PROBES,
@@ -204,6 +205,8 @@ def other_data(run: Run, reference: str) -> str | None:
 
 def _card(reference: str) -> dict[str, Any]:
     """What the statistics of a shipped reference, or of a file, say of themselves."""
+    if Path(reference).exists() and not is_reference(reference):  # images come first, see stats_of
+        return {}
     try:
         return load_reference(reference).card
     except ValueError:

@@ -30,6 +30,7 @@ from pipeline.latents import Progress, Standardisation
 from pipeline.refiner import Refiner
 from pipeline.seeds import generator
 from pipeline.store import StoreReader, StoreWriter, key_of, open_store
+from pipeline.terminal import say
 
 SHARD = 250
 _ORDER = "order of evaluation"
@@ -37,7 +38,8 @@ _ORDER = "order of evaluation"
 
 def load_inception(accelerator: Accelerator) -> FidInception:
     """The FID network, fetched when it is not at hand, on the accelerator's device."""
-    return FidInception.from_weights(assets.fetch("inception")).to(accelerator.device)
+    log = say if accelerator.is_main_process else str
+    return FidInception.from_weights(assets.fetch("inception", log=log)).to(accelerator.device)
 
 
 class FeatureMaker:
@@ -138,10 +140,10 @@ class FeatureMaker:
         if (folder / "manifest.json").is_file():
             return open_store(folder, "features", identity)
         writer = StoreWriter(folder, identity, count, SHARD)
-        if self.accelerator.is_main_process:
-            for other, same in begun:
-                writer.adopt(other, same)
-        self.accelerator.wait_for_everyone()
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                for other, same in begun:
+                    writer.adopt(other, same)
         ranks = self.accelerator.num_processes
         missing = writer.missing(self.accelerator.process_index, ranks)
         network = self._network()

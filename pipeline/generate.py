@@ -72,15 +72,16 @@ def sample_images(
     folder = run.folder / "samples" / f"images-{key_of(identity)}"
     if (folder / "manifest.json").is_file():
         return open_store(folder, "generated images", identity)
-    bytes_each = math.prod(run.manifest["autoencoder"]["image_shape"])
-    require_room(folder, settings.n * bytes_each, f"{settings.n} images")
+    size = settings.n * math.prod(run.manifest["autoencoder"]["image_shape"])
+    there = sum(path.stat().st_size for path in folder.glob("shard-*"))  # of an interrupted one
+    require_room(folder, size - there, f"{settings.n} images")
     # a shard is two batches or so: an interruption loses little, and shards stay few
     size = settings.batch_size * max(1, _KEEP_SMALLER_THAN // settings.batch_size)
     writer = StoreWriter(folder, identity, settings.n, size)
-    if accelerator.is_main_process:
-        for other, same in begun(folder.parent, identity):
-            writer.adopt(other, same)
-    accelerator.wait_for_everyone()
+    with together(accelerator):
+        if accelerator.is_main_process:
+            for other, same in begun(folder.parent, identity):
+                writer.adopt(other, same)
     autoencoder = run.autoencoder()
     way.flow.to(accelerator.device)
     missing = writer.missing(accelerator.process_index, accelerator.num_processes)
@@ -112,9 +113,11 @@ def begun(folder: Path, identity: dict[str, Any]) -> list[tuple[StoreReader, int
         identity: of the images that are asked for.
     """
     size = identity["batch_size"]  # noise comes by the batch
+    if identity["n"] < size:
+        return []
     return [
         (other, min(len(other), identity["n"]) // size * size)
-        for other in akin(folder, identity, "n")
+        for other in akin(folder, identity, "n", least=size)
     ]
 
 

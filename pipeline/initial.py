@@ -52,9 +52,10 @@ def open_initial(run: str, velocity: VelocityConfig, shape: tuple[int, ...]) -> 
             f"--init-from needs a run with latents of shape {shape}, but the run at {run} has "
             f"{tuple(manifest['shape'])}"
         )
-    differing = _differences(config.velocity, velocity)
     rows = manifest["blocks"]
     kinds = {BlockSpec.from_dict(row["spec"]).velocity for row in rows}  # keys may be missing
+    # not the configuration's, which may be that of blocks that are still to be trained again
+    differing = _differences(next(iter(kinds)), velocity)
     if len(kinds) > 1 or differing:
         raise UserError(
             "--init-from needs a run whose blocks all have this configuration's velocity, but the "

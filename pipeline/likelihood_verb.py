@@ -49,7 +49,10 @@ def likelihood(
     opened = runs.open_run(run, blocks, images=True)
     opened = replace(opened, config=override(opened.config, overrides, ("data.path",)))
     settings = ranking.LikelihoodSettings(n, split, folder, divergence, probes, columns)
-    result = ranking.rank(opened, settings, accelerator(), bar)
+    process = accelerator()
+    result = ranking.rank(opened, settings, process, bar)
+    if not process.is_main_process:
+        return
     say(ranking.headline(result))
     folder = opened.folder
     for path in (folder / "samples" / "likelihood.png", folder / "likelihood.json"):

@@ -83,7 +83,10 @@ def measure(
         try:
             end = block.transport(z, False, divergence, eps, solver, of)
         except SolveError as error:
-            raise JkoflowError(f"block {trainer.index} cannot be measured: {error}") from error
+            raise JkoflowError(
+                f"block {trainer.index} cannot be measured: {error}; train it again "
+                "(--from-block) with a lower train.lr"
+            ) from error
         assert end.log_det is not None
         norm += float(end.z.double().square().sum())
         log_det += float(end.log_det.double().sum())

@@ -20,6 +20,11 @@ Number = TypeVar("Number", int, float)
 INDIFFERENT = ("max_minutes", "checkpoint_seconds", "log_every")
 
 
+#: what is of a schedule's steps, and what of their number alone
+_COUNT = frozenset(f"schedule.{key}" for key in ("max_blocks", "tolerance", "free_block"))
+_SCHEDULE = _COUNT | {f"schedule.{key}" for key in ("h", "h0", "rho", "h_max", "gamma", "gamma1")}
+
+
 def next_pass(
     config: Config,
     passes: Sequence[Pass],
@@ -151,6 +156,7 @@ def _add(config: Config, passes: Sequence[Pass], count: int, altered: Sequence[s
     if last is None or not last.complete:
         raise UserError("blocks can be added to a finished run only; finish it with --resume")
     _same_objective(config, last)
+    _ignored(altered, _COUNT, "--add-blocks adds as many as it says, and a free one where one was")
     if config.train.objective == "fm":
         raise UserError("flow matching has one block; add blocks under train.objective=lfm or jko")
     rows = [(row, step_of(row)) for row in last.blocks]
@@ -185,6 +191,11 @@ def _add(config: Config, passes: Sequence[Pass], count: int, altered: Sequence[s
 def _retrain(config: Config, passes: Sequence[Pass], first: int, altered: Sequence[str]) -> Pass:
     """The last pass over again from a block on; what it started from stays the same."""
     there = len(passes[-1].blocks) if passes else 0
+    if not there and first == 0:
+        raise UserError(
+            "--from-block 0: no block is finished yet; begin anew, elsewhere by --run or after "
+            "deleting the folder"
+        )
     if not passes or not 0 <= first < there + (not passes[-1].complete):
         raise UserError(
             f"--from-block {first} names no block: the run has {there} finished blocks, counted "
@@ -210,7 +221,9 @@ def _retrain(config: Config, passes: Sequence[Pass], first: int, altered: Sequen
         parents = len(last.h) // last.parts
         rates = _for_children(_rates(config, parents + last.free), parents, last.parts)
         return dataclasses.replace(plan, iterations=spent, lr=rates)
-    if last.tolerance is not None:
+    if last.tolerance is None:
+        _ignored(altered, _SCHEDULE, "the blocks of this pass keep the steps they were added with")
+    else:
         planned = [step for row in kept if (step := step_of(row)) is not None]
         planned += steps(config)[first:]
         tolerance, free = config.schedule.tolerance, ends_free(config)
@@ -230,6 +243,13 @@ def _retrain(config: Config, passes: Sequence[Pass], first: int, altered: Sequen
         lr=_rates(config, count),
         base=len(passes) - 1,
     )
+
+
+def _ignored(altered: Sequence[str], names: frozenset[str], why: str) -> None:
+    """Refuse what would be written down and not used."""
+    for name in altered:
+        if name in names:
+            raise UserError(f"{name} has no effect here: {why}; leave it as it was")
 
 
 def _inherited(name: str) -> bool:

@@ -9,10 +9,11 @@ it has run.
 from __future__ import annotations
 
 import pickle
+import pickletools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 
@@ -144,6 +145,13 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
 
+def _require_small_memo(file: IO[bytes]) -> None:
+    """Refuse a pickle that numbers what it remembers beyond what it has: memory for nothing."""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
+            raise UnsafePickleError("it asks for memory that it does not need")
+
+
 def load_batch(path: Path) -> dict[str, Any]:
     """Read a pickled dictionary of arrays, numbers, texts and lists.
 
@@ -159,6 +167,8 @@ def load_batch(path: Path) -> dict[str, Any]:
     """
     try:
         with open(path, "rb") as file:
+            _require_small_memo(file)
+            file.seek(0)
             batch = _Unpickler(file, encoding="bytes").load()
     except UnsafePickleError:
         raise

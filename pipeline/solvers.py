@@ -72,6 +72,8 @@ def with_solver(
     if method is not None:
         settings = dataclasses.replace(settings, method=method)
     if steps is None:
+        if method is not None and method not in FIXED_METHODS:  # which has no use for steps
+            settings = dataclasses.replace(settings, block_steps=None)
         return settings
     counts = whole_numbers("--steps", steps)
     if len(counts) == 1:

@@ -206,7 +206,7 @@ def next_stage(
         except SolveError as error:
             raise JkoflowError(
                 f"{error}; the data cannot be pushed through this block: train it again "
-                "(--from-block) with a lower train.lr, or take more push.steps"
+                "(--from-block) with a lower train.lr, or elsewhere with more push.steps"
             ) from error
 
     size = config.latents.shard_size

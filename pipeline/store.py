@@ -188,6 +188,8 @@ class StoreReader:
 
     def take(self, name: str, indices: Tensor) -> Tensor:
         """Samples of a field at sorted or unsorted indices (m,), gathered from mapped shards."""
+        if not len(indices):  # of a process whose networks get no sample of a batch
+            return self._mapped(name, 0)[:0]
         shards = np.searchsorted(self.starts, indices.numpy(), side="right") - 1
         first = self._mapped(name, int(shards[0]))
         if (shards == shards[0]).all():
@@ -266,17 +268,25 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
     return StoreReader(folder, manifest)
 
 
-def akin(folder: Path, identity: dict[str, Any], but: str) -> list[StoreReader]:
+def akin(folder: Path, identity: dict[str, Any], but: str, least: int = 1) -> list[StoreReader]:
     """Whole stores in a folder that differ from an identity in one key alone, the longest first.
 
     One that is damaged is none of them: it is made again where it is asked for.
+
+    Args:
+        folder: where they lie, each in a folder of its own.
+        identity: of the store that is asked for.
+        but: the key.
+        least: samples that a store of use has.
     """
     found = []
     for path in sorted(Path(folder).glob(f"*/{MANIFEST}")):
-        with contextlib.suppress(UserError):
-            theirs = commit.read_json(path, "manifest").get("identity", {})
-            alike = {**theirs, but: identity.get(but)} == identity and but in theirs
-            if alike and theirs[but] != identity.get(but):
+        with contextlib.suppress(UserError, OSError, TypeError, AttributeError):  # damaged
+            manifest = commit.read_json(path, "manifest")
+            theirs = dict(manifest.get("identity"))
+            if theirs.get(but) == identity.get(but) or manifest.get("count") < least:
+                continue
+            if {**theirs, but: identity.get(but)} == identity:
                 found.append(open_store(path.parent, "store"))
     return sorted(found, key=len, reverse=True)
 

@@ -322,7 +322,8 @@ class Trainer:
         for checkpoint in (self.folder / "checkpoints").glob("*.safetensors"):
             checkpoint.unlink()
         used = {row["stage"] for row in self.current.blocks} | {stage_file(0)}
-        for manifest in list((self.folder / "stages").glob("**/manifest.json")):
-            if manifest.parent.relative_to(self.folder).as_posix() not in used:
-                manifest.unlink()  # first, so that a half-removed stage does not look whole
-                shutil.rmtree(manifest.parent)
+        for stage in list((self.folder / "stages").glob("**/stage-*")):
+            if stage.is_dir() and stage.relative_to(self.folder).as_posix() not in used:
+                # first, so that a half-removed stage does not look whole
+                (stage / "manifest.json").unlink(missing_ok=True)
+                shutil.rmtree(stage)

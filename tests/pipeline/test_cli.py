@@ -29,6 +29,16 @@ def assert_sentence(last: str, *words: str) -> None:
         assert word in last, last
 
 
+def test_the_demo_leaves_folders_of_others_alone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    code, _, last = say(capsys, "demo", "--run", tmp_path)
+    assert code == 2
+    assert_sentence(last, "is not empty and holds no run", "--run")
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str], verb: list[str]) -> None:
     code, out, _ = say(capsys, *verb, "--help")

@@ -17,7 +17,7 @@ from eval.distances import kid
 from eval.gaussian import GaussianStats
 from pipeline.config_files import load_config
 from pipeline.datasets import load_images
-from pipeline.evaluate import Evaluator
+from pipeline.evaluate import Evaluator, other_data
 from pipeline.features import chosen
 from pipeline.generate import sample_images
 from pipeline.latents import encode
@@ -267,6 +267,16 @@ def test_a_larger_evaluation_goes_on_from_a_smaller_one(
     images, _ = evaluator.generated(run, dataclasses.replace(fast, n=800))
     whole = torch.cat([look(Glance(), part) for part in images.field("images").split(250)])
     assert torch.equal(features.field("features"), whole)
+
+
+def test_a_folder_by_the_name_of_a_reference_is_the_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(folder)
+    assert "is of cifar10" in str(other_data(run, "cifar10-train"))
+    (tmp_path / "cifar10-train").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert other_data(run, "cifar10-train") is None  # whatever its images are
 
 
 def test_fewer_blocks_are_told(trained: World, folder: Path) -> None:

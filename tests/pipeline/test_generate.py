@@ -17,6 +17,7 @@ from autoencoders.base import to_uint8
 from autoencoders.weights import load
 from flows.block import SolverConfig
 from pipeline import commit
+from pipeline.errors import UserError
 from pipeline.generate import _sample as sample
 from pipeline.generate import sample_images
 from pipeline.latents import Standardisation
@@ -151,6 +152,9 @@ def test_every_block_has_its_own_steps(capsys: pytest.CaptureFixture[str], folde
             parts.append(to_uint8(model.decode(scale.undo(z))))
     found = torch.from_numpy(np.load(folder / "a.npz")["arr_0"])[..., 0]
     assert (found.int() - torch.cat(parts)[:, 0].int()).abs().max() <= 1
+    # an exported run may bring its steps along; an adaptive solver has no use for them
+    words = ("--set", "generate.block_steps=[1,2,4]", "--method", "dopri5")
+    assert say(capsys, "generate", "-r", folder, "-n", "6", *words)[0] == 0
     one = images_of(run, n=6, method="euler", steps=2)
     assert one.manifest["nfe"] == 6 and "block_steps" not in one.manifest["identity"]
 
@@ -210,7 +214,7 @@ def test_the_files_hold_the_images(
     # another n into the same folder does not fit
     ended = subprocess.Popen(["true"])
     ended.wait()
-    half = singles / f"{commit.TEMPORARY_PREFIX}000003.png-{commit._HOST}-{ended.pid}-0"
+    half = singles / f"{commit.TEMPORARY_PREFIX}000003.png-{commit._HOST}-{ended.pid}-0123abcd"
     half.write_bytes(b"half")
     assert say(capsys, *words)[0] == 0 and not half.exists()
     words[words.index("7")] = "5"
@@ -328,6 +332,19 @@ def test_more_images_than_the_disk_holds_are_refused(
     assert code == 2 and last.startswith(f"error: {10**14} images need about ")
     assert "GB are free at" in last
     assert sorted(folder.rglob("*")) == before
+
+
+def test_what_is_there_needs_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted generation goes on where the disk holds the rest alone."""
+    run = open_run(folder)
+    store = images_of(run, n=1700, batch_size=250)
+    (store.folder / "manifest.json").unlink()
+    (store.folder / "shard-00003.safetensors").unlink()  # 200 images of 144 bytes
+    free = shutil.disk_usage(folder)._replace(free=200 * 144 + 1)
+    monkeypatch.setattr("pipeline.resources.shutil.disk_usage", lambda _: free)
+    assert len(images_of(run, n=1700, batch_size=250)) == 1700
+    with pytest.raises(UserError, match="1701 images need about"):
+        images_of(run, n=1701, batch_size=250)
 
 
 def test_a_grid_waits_for_no_matplotlib() -> None:

@@ -99,6 +99,15 @@ def test_other_weights_before_the_first_block_is_finished(cheap: Path, tmp_path:
     assert all(map(torch.equal, weights(tmp_path / "run"), weights(tmp_path / "whole")))
 
 
+def test_a_run_is_what_its_finished_blocks_are(cheap: Path, tmp_path: Path) -> None:
+    """Not what its configuration wants of those that are still to be trained again."""
+    other = Path(shutil.copytree(cheap, tmp_path / "lfm"))
+    text = (other / "config.yaml").read_text()
+    assert text.count("  kind: linear\n") == 1
+    (other / "config.yaml").write_text(text.replace("  kind: linear\n", "  kind: mlp\n"))
+    assert run(tmp_path / "run", "train.iterations=3", f"train.init_from={other}").complete
+
+
 def _blocks(folder: Path) -> list[object]:
     there = (folder / "flow.json").is_file()
     return list(read_manifest(folder)["blocks"]) if there else []

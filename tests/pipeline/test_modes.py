@@ -265,6 +265,8 @@ def test_a_file_is_no_run(tmp_path: Path) -> None:
         ("velocity.kind=magic", "unknown velocity 'magic'"),
         ("train.lr=0", "train.lr must be positive"),
         ("train.ema=1", "train.ema must lie in"),
+        ("train.grad_clip=.inf", "train.grad_clip must be finite"),
+        ("schedule.tolerance=.inf", "schedule.tolerance must be finite"),
         ("solver.steps=0", "solver.steps must be at least 1"),
         ("schedule.substeps=[1,900]", "schedule.substeps = 900 of rk4 take 3600 evaluations"),
         ("push.steps=600", "push.steps = 600 of rk4 take 2400 evaluations"),
@@ -303,6 +305,22 @@ def test_requests_that_contradict_are_refused(again: Path, tmp_path: Path) -> No
         run(again, "push.steps=3", from_block=1)
     with pytest.raises(UserError, match="no block to train after the first 2"):
         run(again, "schedule.free_block=false", from_block=2)
+    # what added blocks would not use is not written down either
+    for key in ("max_blocks=7", "tolerance=0.5", "free_block=false"):
+        with pytest.raises(UserError, match=rf"schedule\.{key.split('=')[0]} has no effect here"):
+            run(again, f"schedule.{key}", add_blocks=1)
+    before = (again / "config.yaml").read_text()
+    run(again, add_blocks=1)
+    for key in ("h=[0.3,0.3,0.3]", "rho=1.5", "max_blocks=7"):
+        with pytest.raises(UserError, match=rf"schedule\.{key.split('=')[0]} has no effect here"):
+            run(again, f"schedule.{key}", from_block=2)
+    assert (again / "config.yaml").read_text() == before
+
+
+def test_before_any_block_is_finished_none_is_trained_again(tmp_path: Path) -> None:
+    run(tmp_path / "run", "train.max_minutes=1e-9")
+    with pytest.raises(UserError, match="no block is finished yet; begin anew"):
+        run(tmp_path / "run", from_block=0)
 
 
 def test_a_missing_block_is_one_sentence(again: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,6 +136,9 @@ def test_the_pass_before_is_used_until_a_later_one_is_complete(again: Path) -> N
         open_run(again, number=1)
     with pytest.raises(UserError, match="pass 2 does not exist"):
         open_run(again, number=2)
+    half = again / "stages" / "pass-00" / "stage-07"  # of a push that was killed
+    half.mkdir(parents=True)
+    (half / "shard-00000.safetensors").write_bytes(b"")
     assert run(again, "schedule.reparameterize=1").trained == 3
     assert open_run(again).manifest["pass"] == 1
     # nothing is kept but what is used

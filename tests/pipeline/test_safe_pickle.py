@@ -136,6 +136,7 @@ RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\n"
         b"",
         b"\x80\x04\x95",
         b"not a pickle at all",
+        b"Nr\xff\xff\xff\x7f.",  # a memo of two thousand million places
     ],
 )
 def test_hand_written_attacks_and_rubbish(tmp_path, attack):

@@ -199,7 +199,7 @@ def test_what_a_killed_export_left_is_not_shipped(run: Path, tmp_path: Path) -> 
     half = subprocess.Popen([sys.executable, "-c", ""])
     half.wait()
     host = commit._HOST
-    (out / "blocks" / f".tmp-block-00.safetensors-{host}-{half.pid}-0").write_bytes(b"ha")
+    (out / "blocks" / f".tmp-block-00.safetensors-{host}-{half.pid}-0123abcd").write_bytes(b"ha")
     export(open_run(run), out)
     assert files(out) == before
     (out / "flow.json").unlink()

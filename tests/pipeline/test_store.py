@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import commit
 from pipeline.errors import UserError
-from pipeline.store import StoreReader, StoreWriter, key_of, open_store, shard_name
+from pipeline.store import StoreReader, StoreWriter, akin, key_of, open_store, shard_name
 
 IDENTITY: dict[str, Any] = {"kind": "numbers", "seed": 3}
 COUNT, SHARD = 23, 5
@@ -60,6 +61,7 @@ def test_reads_what_was_written(folder: Path) -> None:
     chosen = torch.tensor([22, 0, 4, 5, 5, 19, 0])
     assert torch.equal(store.take("x", chosen), everything[chosen])
     assert torch.equal(store.take("n", torch.tensor([7, 6])), torch.tensor([7, 6]))
+    assert store.take("x", torch.empty(0, dtype=torch.long)).shape == (0, 2)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])
@@ -136,6 +138,27 @@ def test_a_damaged_manifest_is_refused(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=r"manifest|format 1"):
         open_store(folder, "numbers", IDENTITY)
+
+
+def test_stores_that_differ_in_one_thing(folder: Path, tmp_path: Path) -> None:
+    """The longest first; none that is damaged, too short, of other things, or the one itself."""
+    place = tmp_path / "place"
+    for seed, count in ((1, COUNT), (2, 2 * COUNT), (3, COUNT), (IDENTITY["seed"], COUNT)):
+        write(place / str(seed), {**IDENTITY, "seed": seed}, count=count)
+    write(place / "other", {**IDENTITY, "seed": 1, "kind": "letters"})
+    shutil.copytree(folder, place / "half")
+    (place / "half" / "manifest.json").unlink()
+    flip(place / "3" / shard_name(0))
+    for name, text in (("a", "[]"), ("b", '{"identity": null}'), ("c", "{")):
+        (place / name).mkdir()
+        (place / name / "manifest.json").write_text(text)
+    found = akin(place, IDENTITY, "seed")
+    assert [store.manifest["identity"]["seed"] for store in found] == [2, 1]
+    assert [len(store) for store in akin(place, IDENTITY, "seed", COUNT + 1)] == [2 * COUNT]
+    writer = StoreWriter(tmp_path / "new", IDENTITY, COUNT, SHARD + 1)
+    writer.adopt(found[1], COUNT - 1)  # shards are of another size here
+    assert writer.missing() == [writer.shards - 1]
+    assert torch.equal(commit.read_tensors(writer.folder / shard_name(0))["x"], rows(0, SHARD + 1))
 
 
 def test_a_manifest_with_a_missing_entry_is_refused(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import shutil
@@ -129,6 +130,18 @@ def test_identity_flow_on_the_gaussian_is_measured_right():
     widths = [metrics["mmd"][name]["bandwidth"] for name in ("0.1*median", "median")]
     assert widths[0] == pytest.approx(0.1 * widths[1])
     assert metrics["inversion_mse"] < 1e-10
+
+
+def test_a_point_rounded_across_the_edge_of_its_support_is_left_out():
+    flow = Flow((2,), [BlockSpec(VelocityConfig("mlp", hidden=(4,)))])
+    source = PointSource(tiny("gaussian", "points.test=200", "points.compare=50"))
+    whole = measure(flow, source, torch.device("cpu"))
+    known = source.points.log_density
+    density = lambda x: known(x).index_fill(0, torch.tensor([7]), -math.inf)  # noqa: E731
+    source.points = dataclasses.replace(source.points, log_density=density)
+    metrics = measure(flow, source, torch.device("cpu"))
+    for key in ("entropy_per_dim", "nll_gap_per_dim"):
+        assert metrics[key] == pytest.approx(whole[key], abs=0.05) and metrics[key] != whole[key]
 
 
 def test_points_of_different_uses_are_different_and_repeat():
