@@ -219,7 +219,10 @@ def _manifest(run: Run, rows: list[dict[str, Any]], dtype: str, out: Path) -> di
     before = sorted(name for name in origins_of(run.manifest) if name.endswith(decoder))
     about["exported"] = {"from": run.fingerprint, "before": before, "dtype": dtype}
     used = passes_of(run.manifest)[run.manifest["pass"]]
-    alone = dataclasses.replace(used, base=None, kept=0, blocks=rows)
+    recipe = dict(used.recipe)
+    if recipe.get("init_from") and not is_shipped(recipe["init_from"]):
+        recipe["init_from"] = about.get("init_from", {}).get("name")
+    alone = dataclasses.replace(used, base=None, kept=0, blocks=rows, recipe=recipe)
     wanted = about["autoencoder"]
     if wanted.get("name") == "pretrained" and wanted["weights"] not in shipped():
         about["autoencoder"] = {**wanted, "weights": AUTOENCODER}

@@ -307,6 +307,12 @@ def test_a_shipped_run_can_be_a_start(
     assert kept["run"] == "zoo:tiny"
     assert [row["sha256"] for row in kept["blocks"]] == [row["sha256"] for row in shipped_rows]
     shutil.rmtree(trained.home / "zoo")
+    # exported, a run has no path of this machine, wherever it came from
+    words = ("train", "-c", trained.config(), "-r", tmp_path / "more", "--init-from", zoo / "tiny")
+    assert say(capsys, *words, "--set", "train.iterations=1")[0] == 0
+    out = export(open_run(tmp_path / "more"), tmp_path / "shipped").folder
+    for path in (out / "flow.json", out / "config.yaml", out / "CARD.md"):
+        assert str(tmp_path) not in path.read_text()
 
 
 @pytest.mark.parametrize("verb", ["generate", "evaluate", "likelihood"])
