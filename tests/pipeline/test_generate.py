@@ -134,48 +134,6 @@ def test_seeds_and_solvers_give_other_images(folder: Path) -> None:
     assert images_of(run, method="euler", steps=3).manifest["nfe"] == 9
 
 
-def test_every_block_has_its_own_steps(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    run = open_run(folder)
-    code, _, last = say(
-        capsys, "generate", "-r", folder, "-n", "6", "--method", "euler", "--steps", "1,2,4",
-        "--npz", folder / "a.npz",
-    )  # fmt: skip
-    assert code == 0 and "7 network evaluations a sample" in last
-    scale, model = run.standardisation, run.autoencoder()
-    with torch.inference_mode():
-        parts = []
-        for batch, count in enumerate((4, 2)):
-            z = torch.randn((count, 2, 3, 3), generator=generator(0, "sample", batch))
-            for k in (2, 1, 0):
-                for step in range(2**k, 0, -1):  # Euler's steps back from t = 1, by hand
-                    z = z - run.flow[k].velocity(torch.tensor(step / 2**k), z) / 2**k
-            parts.append(to_uint8(model.decode(scale.undo(z))))
-    found = torch.from_numpy(np.load(folder / "a.npz")["arr_0"])[..., 0]
-    assert (found.int() - torch.cat(parts)[:, 0].int()).abs().max() <= 1
-    # an exported run may bring its steps along; an adaptive solver has no use for them
-    words = ("--set", "generate.block_steps=[1,2,4]", "--method", "dopri5")
-    assert say(capsys, "generate", "-r", folder, "-n", "6", *words)[0] == 0
-    one = images_of(run, n=6, method="euler", steps=2)
-    assert one.manifest["nfe"] == 6 and "block_steps" not in one.manifest["identity"]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--steps", "1,2"], "one number a block, 3 for this run, not 2"),
-        (["--steps", "0"], "--steps takes a whole number of at least 1"),
-        (["--steps", "1,,2"], "not '1,,2'"),
-        (["--steps", "1,2,4", "--method", "dopri5"], "need a fixed-step solver, not dopri5"),
-        (["--method", "rk5"], "unknown solver 'rk5'"),
-    ],
-)
-def test_steps_that_cannot_be(
-    capsys: pytest.CaptureFixture[str], folder: Path, words: list[str], said: str
-) -> None:
-    code, _, last = say(capsys, "generate", "-r", folder, *words)
-    assert code == 2 and last.startswith("error: ") and said in last, last
-
-
 @pytest.mark.parametrize(("budget", "used"), [(12, 12), (13, 12), (23, 12), (24, 24), (100, 96)])
 def test_a_budget_of_evaluations(
     capsys: pytest.CaptureFixture[str], folder: Path, budget: int, used: int

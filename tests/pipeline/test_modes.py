@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from pipeline import cli
 from pipeline.commit import sha256_file
 from pipeline.errors import UserError
 from pipeline.runs import open_run, passes_of, read_config, read_manifest, start_run
-from pipeline.solvers import within
 from pipeline.training import Outcome, train
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
 
@@ -172,27 +170,6 @@ def test_blocks_of_two_networks_train_refine_and_grow(tmp_path: Path) -> None:
     z = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
     flow, fine = open_run(folder).flow, SolverConfig("dopri5")
     torch.testing.assert_close(flow.decode(flow.encode(z, fine), fine), z, atol=1e-3, rtol=0)
-
-
-def test_a_budget_of_evaluations_is_spent_on_whole_networks(tmp_path: Path) -> None:
-    run(tmp_path / "run", *TWO_NETS, "schedule.free_block=false")
-    opened, settings = open_run(tmp_path / "run"), tiny().generate
-    assert within(opened, settings, 8).steps == 2
-    assert within(opened, settings, 15).steps == 2
-    assert within(opened, settings, 16).steps == 4
-    with pytest.raises(UserError, match=r"each of 1 blocks of 2 networks \(8\)"):
-        within(opened, settings, 7)
-
-
-def test_a_budget_is_spent_on_the_networks_of_the_guide_too(tmp_path: Path) -> None:
-    run(tmp_path / "one", "schedule.free_block=false", "schedule.max_blocks=1")
-    run(tmp_path / "two", *TWO_NETS, "schedule.free_block=false")
-    opened, settings = open_run(tmp_path / "one"), tiny().generate
-    settings = replace(settings, guide=str(tmp_path / "two"), guidance=2.0)
-    assert within(opened, settings, 31).steps == 2  # three would not meet the guide's switch
-    assert within(opened, settings, 32).steps == 4
-    with pytest.raises(UserError, match=r"each of 1 blocks of 2 networks with guidance \(16\)"):
-        within(opened, settings, 15)
 
 
 def test_the_stopping_rule_ends_the_ordinary_pass(tmp_path: Path) -> None:
