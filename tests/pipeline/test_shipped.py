@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline import cli, commit, shipped
 from pipeline.config_files import resolved_yaml
 from pipeline.errors import UserError
-from pipeline.export import export
+from pipeline.export import _WRITTEN, export
 from pipeline.generate import sample_images
 from pipeline.guidance import way_of
 from pipeline.runs import open_run, read_config, read_manifest
@@ -340,4 +340,6 @@ def test_everything_shipped_opens(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         way = way_of(opened, opened.config.generate)  # its guide and refiner fit
         assert (way.refiner is not None) == (folder / "refiner").is_dir()
         assert sum((folder / file).stat().st_size for file in files(folder)) < 25e6
+        strange = [f for f in files(folder) - {"flow.json"} if not _WRITTEN.fullmatch(f)]
+        assert not strange, "no export writes that, such as images drawn from the folder itself"
         assert "to be written" not in (folder / "CARD.md").read_text()
