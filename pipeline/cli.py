@@ -159,13 +159,13 @@ def train(
     elif run is None or not (resume or anew):
         raise UserError("give --config, or --run with --resume to continue a run")
     else:
-        later = tuple(f"schedule.{key}=" for key in training.LATER)
+        later = tuple(f"{name}=" for name in (*training.LATER, training.MOVED))
         if not anew and not all(given.startswith(later) for given in overrides or []):
             raise UserError(
                 "--set goes with --config; a resumed run keeps its configuration, but for "
                 + ", ".join(key.rstrip("=") for key in later)
             )
-        settings = override(runs.read_config(run), overrides, training.FREE)
+        settings = override(runs.read_config(run), overrides, (*training.FREE, training.MOVED))
     start = init_from
     if start is None and config is not None:  # a run on disk keeps the path as it was started
         start = settings.train.init_from

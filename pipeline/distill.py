@@ -155,6 +155,7 @@ def distill(
     there = resume and (folder / "flow.json").is_file()
     manifest = read_manifest(folder) if there else None
     merger = Distiller(teacher, pairs, config, folder, source, accelerator, progress, manifest)
+    merger.check_moved()
     enter(config, folder, accelerator, resume)
     with Journal(folder, accelerator.is_main_process) as journal:
         complete = merger.train(merger.plan(), journal)

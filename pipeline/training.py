@@ -46,7 +46,11 @@ DECISIVE = (
 #: keys of them that do not
 _INDIFFERENT = (*INDIFFERENT, "test_split", "test", "compare", "grid")
 #: keys that say what comes after the passes so far; a run goes on under new values of them
-LATER = ("reparameterize", "eta", "refine", "later_iterations")
+LATER = (
+    "schedule.reparameterize", "schedule.eta", "schedule.refine", "schedule.later_iterations",
+)  # fmt: skip
+#: the images may lie elsewhere by now; that they are the same is checked
+MOVED = "data.path"
 #: sections that may change when blocks are added, or trained again
 FREE = ("velocity", "solver", "schedule", "train")
 #: keys of them that may not: all blocks of a flow see the classes, or none does
@@ -85,7 +89,8 @@ def train(
 
     Args:
         config: the configuration; a run that is continued must have been started with it, but for
-            the passes it asks for, and what `add_blocks` and `from_block` may change.
+            the passes it asks for, where the images lie, and what `add_blocks` and `from_block`
+            may change.
         folder: the run directory.
         accelerator: device and processes.
         progress: wraps loops.
@@ -117,6 +122,7 @@ def train(
     if anew and (folder / "config.yaml").is_file():
         altered = list(differences(read_config(folder), config, FREE, _INDIFFERENT))
     upcoming = next_pass(config, trainer.passes, add_blocks, from_block, altered)
+    trainer.check_moved()
     enter(config, folder, accelerator, resume, anew)
     if upcoming is not None:
         with Journal(folder, accelerator.is_main_process) as journal:
@@ -165,11 +171,10 @@ def _continued(old: Config, new: Config, folder: Path, anew: bool) -> tuple[Conf
         UserError: values changed that the finished blocks were trained with.
     """
     changed = differences(old, new, DECISIVE, _INDIFFERENT)
-    later = [f"schedule.{key}" for key in LATER]
     refused = [
         name
         for name in changed
-        if name not in later
+        if name not in (*LATER, MOVED)
         and not (anew and name.partition(".")[0] in FREE and name not in _FIXED)
     ]
     if refused:
@@ -181,6 +186,7 @@ def _continued(old: Config, new: Config, folder: Path, anew: bool) -> tuple[Conf
     same = {key: getattr(old.train, key) for key in INDIFFERENT}
     kept = dataclasses.replace(
         old,
+        data=dataclasses.replace(old.data, path=new.data.path),
         velocity=new.velocity,
         solver=new.solver,
         schedule=new.schedule,

@@ -216,5 +216,8 @@ def test_the_chain_from_pictures(
     moved[moved.index(out)] = tmp_path / "moved"
     assert say(capsys, *moved)[0] == 0
     assert read_config(tmp_path / "moved").data.path == str(elsewhere)
+    again = [*words, "--method", "euler", "--steps", "3", "--resume"]
+    assert say(capsys, *again, "--set", f"data.path={elsewhere}")[0] == 0
+    assert read_config(out).data.path == str(elsewhere)
     code, _, last = say(capsys, "train", "-r", out, "--resume")
     assert code == 2 and "gone on with, by `jkoflow distill`" in last

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 from pipeline.commit import TEMPORARY_PREFIX
-from tests.pipeline.tiny import World, child, make_world, python, run_child
+from pipeline.runs import read_config
+from tests.pipeline.tiny import (
+    World,
+    child,
+    make_world,
+    python,
+    run_child,
+    say,
+    write_pictures,
+)
 
 #: entries of flow.json that tell when, not what
 CLOCKS = ("seconds", "time")
@@ -193,3 +202,28 @@ def test_a_resumed_run_sweeps_too(never_stopped: World, tmp_path: Path) -> None:
     assert list(run.rglob(f"{TEMPORARY_PREFIX}*"))
     run_child(*arguments, env=never_stopped.environment)
     assert not list(run.rglob(f"{TEMPORARY_PREFIX}*"))
+
+
+def test_a_run_goes_on_where_its_images_have_moved_to(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = world.config(**OFTEN), tmp_path / "run"
+    assert say(capsys, "encode", "-c", config)[0] == 0
+    assert say(capsys, "train", "-c", config, "-r", tmp_path / "whole")[0] == 0
+    assert say(capsys, "train", "-c", config, "-r", run, "--max-minutes", "0.0001")[0] == 0
+    moved = (world.root / "pictures").rename(tmp_path / "moved")
+    resume = ["train", "-r", run, "--resume", "--set"]
+    before = (run / "config.yaml").read_bytes()
+
+    other = tmp_path / "other"
+    write_pictures(other / "train", 40, seed=3)
+    assert say(capsys, "encode", "-c", config, "--set", f"data.path={other}")[0] == 0
+    code, _, last = say(capsys, *resume, f"data.path={other}")
+    assert code == 2 and f"what lies at {other} is not what the run at {run}" in last
+    assert (run / "config.yaml").read_bytes() == before
+
+    assert say(capsys, *resume, f"data.path={moved}")[0] == 0
+    assert read_config(run).data.path == str(moved)
+    found, expected = run_content(run), run_content(tmp_path / "whole")
+    assert found.pop("config.yaml") != expected.pop("config.yaml")
+    assert_same(found, expected)
