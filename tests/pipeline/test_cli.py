@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -200,6 +201,18 @@ class TestRunsThatAreThere:
         code, _, last = say(capsys, "train", "--run", run, "--resume", "--set", "train.lr=1")
         assert code == 2
         assert_sentence(last, "--set goes with --config")
+
+    def test_with_latents_of_another_standardisation(
+        self, capsys: pytest.CaptureFixture[str], trained: World, run: Path
+    ) -> None:
+        words = ["train", "--run", run, "--resume"]
+        assert say(capsys, *words)[0] == 0
+        manifest = json.loads((run / "flow.json").read_text())
+        manifest["standardisation"]["mean"][0] += 0.5
+        (run / "flow.json").write_text(json.dumps(manifest))
+        code, _, last = say(capsys, *words)
+        assert code == 2
+        assert_sentence(last, "are standardised otherwise than those", str(run), "--run")
 
     def test_something_else(
         self, capsys: pytest.CaptureFixture[str], trained: World, tmp_path: Path
