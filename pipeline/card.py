@@ -60,7 +60,11 @@ def card(
         "|---|---|---|---|---|---|",
     ]
     lines += [_row(index, row) for index, row in enumerate(rows)]
-    lines += ["", "The whole recipe is config.yaml.", ""]
+    start = manifest.get("init_from")
+    recipe = "The whole recipe is config.yaml."
+    if start is not None:
+        recipe = f"The recipe is config.yaml, after that of {start['name']}, whose blocks it took."
+    lines += ["", recipe, ""]
     return "\n".join(lines)
 
 
@@ -115,6 +119,16 @@ def _refiner(manifest: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _sampling(config: Config) -> str:
     push, generate = config.push, config.generate
+    if generate.block_methods is not None:
+        names = generate.block_methods
+        steps = generate.block_steps or [generate.steps or push.steps] * len(names)
+        each = [
+            dataclasses.replace(push, method=name, steps=count)
+            for name, count in zip(names, steps, strict=True)
+        ]
+        told = [f"{one.method} at {one.rtol:g}" if one.adaptive else
+                f"{one.method}, {one.steps} sub-intervals" for one in each]  # fmt: skip
+        return f"in the blocks: {'; '.join(told)}"
     solver = dataclasses.replace(push, method=generate.method or push.method)
     if solver.adaptive:
         return f"{solver.method} at {solver.rtol:g}"

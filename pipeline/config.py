@@ -216,7 +216,9 @@ class GenerateConfig:
         seed: of the noise.
         method: solver, null takes the one that pushes.
         steps: its sub-intervals a block (fixed-step solvers).
-        block_steps: the same for each block, data side first, in place of `steps`.
+        block_steps: the same for each block, data side first, in place of `steps`; that of a block
+            with an adaptive solver is not used.
+        block_methods: the solver of each block, data side first, in place of `method`.
         labels: of a class-conditional run: the classes of the images, in turn; null draws them as
             often as they stand in the training data.
         guidance: of a class-conditional run: w of v(null) + w (v(class) - v(null)), the field
@@ -237,6 +239,7 @@ class GenerateConfig:
     method: str | None = None
     steps: int | None = None
     block_steps: list[int] | None = None
+    block_methods: list[str] | None = None
     labels: list[int] | None = None
     guidance: float | None = None
     guide: str | None = None

@@ -91,8 +91,8 @@ def student_config(
     config = dataclasses.replace(
         old, name=f"{old.name}-distilled", push=push, train=train, schedule=schedule,
         velocity=velocity, generate=dataclasses.replace(
-            old.generate, method=None, steps=None, block_steps=None, guidance=None,
-            guide=None, refiner=None,
+            old.generate, method=None, steps=None, block_steps=None, block_methods=None,
+            guidance=None, guide=None, refiner=None,
         ),
     )  # fmt: skip
     config = overridden(config, overrides, SECTIONS)
@@ -156,7 +156,7 @@ def distill(
     manifest = read_manifest(folder) if there else None
     merger = Distiller(teacher, pairs, config, folder, source, accelerator, progress, manifest)
     merger.check_moved()
-    enter(config, folder, accelerator, resume)
+    enter(config, folder, accelerator, resume, option="--out")
     with Journal(folder, accelerator.is_main_process) as journal:
         complete = merger.train(merger.plan(), journal)
     if complete:

@@ -17,7 +17,14 @@ def distill(
     run: Annotated[
         Path, typer.Option("--run", "-r", help="The teacher: a finished run, or zoo:NAME.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="The new run directory.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="The new run directory; default NAME-distilled beside the teacher's folder NAME, "
+            "runs/NAME-distilled for zoo:NAME.",
+        ),
+    ] = None,
     pairs: Annotated[int, typer.Option("--pairs", help="Consecutive blocks merged into one.")] = 2,
     steps: Annotated[
         int, typer.Option("--steps", help="Solver steps a merged block, when images are drawn.")
@@ -46,7 +53,7 @@ def distill(
     from pipeline import runs
     from pipeline.terminal import accelerator, bar, say
 
-    teacher = runs.open_run(run)
+    teacher, out = runs.open_run(run), _folder(out, run)
     settings = merging.Distillation(pairs, steps, method)
     config = merging.student_config(teacher, settings, overrides or [], max_minutes)
     place = accelerator()
@@ -57,3 +64,20 @@ def distill(
         else:
             say(f"{outcome.blocks} merged blocks: stopped in time; continue with --resume")
         print(out)
+
+
+def _folder(out: Path | None, run: Path) -> Path:
+    """The new run directory: as asked for, or named after the teacher's and beside it."""
+    from pipeline.shipped import PREFIX, is_shipped, zoo
+
+    if out is not None:
+        return out
+    if is_shipped(run):
+        return Path("runs") / f"{str(run).removeprefix(PREFIX)}-distilled"
+    folder = run.expanduser()
+    whole = folder.resolve()
+    if whole in {path.resolve() for path in zoo().values()}:  # nothing is written into the package
+        return Path("runs") / f"{whole.name}-distilled"
+    if folder.name in ("", ".."):  # such as the current directory
+        folder = whole
+    return folder.with_name(f"{folder.name}-distilled")

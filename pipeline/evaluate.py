@@ -271,7 +271,9 @@ def inputs_of(run: Run, settings: EvaluateConfig, sampling: GenerateConfig) -> s
     sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
     generate = dataclasses.asdict(sampling)
     # where they say nothing the key is what it was before they came
-    for later in ("labels", "guidance", "block_steps", "guide", "refiner", "precision"):
+    for later in (
+        "labels", "guidance", "block_steps", "block_methods", "guide", "refiner", "precision",
+    ):  # fmt: skip
         if generate[later] == getattr(GenerateConfig(), later):
             del generate[later]
     if sampling.guide is not None:

@@ -7,7 +7,6 @@ same on any number of processes. More images begin with those that are there alr
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from pipeline.latents import Progress
 from pipeline.resources import require_room
 from pipeline.runs import Run
 from pipeline.seeds import generator
-from pipeline.solvers import solver_of, solvers_of
+from pipeline.solvers import described, solvers_of
 from pipeline.store import StoreReader, StoreWriter, akin, key_of, open_store
 
 _KEEP_SMALLER_THAN = 500
@@ -64,11 +63,9 @@ def sample_images(
         "seed": settings.seed,
         "n": settings.n,
         "batch_size": settings.batch_size,
-        "solver": dataclasses.asdict(solver_of(run, settings)),
+        **described(run, settings),
+        **way.describe(),
     }
-    if settings.block_steps is not None:
-        identity["block_steps"] = settings.block_steps
-    identity |= way.describe()
     folder = run.folder / "samples" / f"images-{key_of(identity)}"
     if (folder / "manifest.json").is_file():
         return open_store(folder, "generated images", identity)

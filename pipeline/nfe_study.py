@@ -9,7 +9,7 @@ from pipeline import commit
 from pipeline.config import EvaluateConfig, GenerateConfig
 from pipeline.evaluate import Evaluator
 from pipeline.runs import Run
-from pipeline.solvers import solver_of, whole_numbers, within
+from pipeline.solvers import method_of, solvers_of, whole_numbers, within
 from pipeline.studies import Study, heading
 
 FILE = "nfe.json"
@@ -44,7 +44,7 @@ def study(
     """
     sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
     plans = [within(run, sampling, nfe) for nfe in sorted(whole_numbers("--nfe-study", budgets))]
-    work, method = Study(run, settings, sampling, evaluator), solver_of(run, sampling).method
+    work, method = Study(run, settings, sampling, evaluator), method_of(solvers_of(run, plans[0]))
     rows = {(row["method"], row["steps"]): row for row in _before(run, work.about)}
     for plan in plans:
         told = {"method": method, "steps": plan.steps}
@@ -60,9 +60,10 @@ def study(
 
 def table(result: dict[str, Any]) -> str:
     """The rows as aligned text."""
-    lines = [heading(result), f"{'solver':>10}{'steps':>7}{'NFE':>6}{'FID':>9}"]
+    wide = max(10, *(len(row["method"]) for row in result["rows"]))
+    lines = [heading(result), f"{'solver':>{wide}}{'steps':>7}{'NFE':>6}{'FID':>9}"]
     for row in result["rows"]:
-        lines.append(f"{row['method']:>10}{row['steps']:>7}{row['nfe']:>6}{row['fid']:>9.2f}")
+        lines.append(f"{row['method']:>{wide}}{row['steps']:>7}{row['nfe']:>6}{row['fid']:>9.2f}")
     return "\n".join(lines)
 
 

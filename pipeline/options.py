@@ -56,7 +56,12 @@ StepsOption = Annotated[
     ),
 ]
 MethodOption = Annotated[
-    str | None, typer.Option("--method", help="Solver: euler, midpoint, rk4, dopri5, ….")
+    str | None,
+    typer.Option(
+        "--method",
+        help="Solver: euler, midpoint, rk4, dopri5, …; one, or one a block, data side first: "
+        "midpoint,euler,euler. An adaptive one such as dopri5 takes no steps.",
+    ),
 ]
 NfeOption = Annotated[
     int | None, typer.Option("--nfe", help="At most so many network evaluations a sample.")

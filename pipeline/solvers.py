@@ -14,7 +14,11 @@ from pipeline.runs import Run
 
 
 def solver_of(run: Run, settings: GenerateConfig) -> SolverConfig:
-    """The solver that samples: the run's `push`, with the overrides of `generate`."""
+    """The solver that samples: the run's `push`, with the overrides of `generate` for all blocks.
+
+    Raises:
+        FlowError: steps below 1, or an unknown method.
+    """
     solver = run.config.push
     if settings.method is not None:
         solver = dataclasses.replace(solver, method=settings.method)
@@ -26,24 +30,59 @@ def solver_of(run: Run, settings: GenerateConfig) -> SolverConfig:
 def solvers_of(run: Run, settings: GenerateConfig) -> list[SolverConfig]:
     """The solver of each block, data side first.
 
+    An adaptive solver beside fixed-step ones leaves the number of steps of its block unused.
+
     Raises:
-        UserError: `block_steps` has not one number a block, or the solver is adaptive.
+        UserError: `block_methods` has not one name a block, or `block_steps` not one number, or
+            all solvers are adaptive where steps are given for each.
         FlowError: steps below 1, or an unknown method.
     """
-    solver, counts = solver_of(run, settings), settings.block_steps
+    names, counts, blocks = settings.block_methods, settings.block_steps, len(run.flow)
+    if names is None:
+        solvers = [solver_of(run, settings)] * blocks
+    else:
+        if len(names) != blocks:
+            raise UserError(
+                f"methods for each block need one name a block, {blocks} for this run, not "
+                f"{len(names)}"
+            )
+        solvers = [solver_of(run, dataclasses.replace(settings, method=name)) for name in names]
     if counts is None:
-        return [solver] * len(run.flow)
-    if len(counts) != len(run.flow):
+        return solvers
+    if len(counts) != blocks:
         raise UserError(
-            f"steps for each block need one number a block, {len(run.flow)} for this run, not "
+            f"steps for each block need one number a block, {blocks} for this run, not "
             f"{len(counts)}"
         )
-    if solver.adaptive:
+    if all(each.adaptive for each in solvers):
         raise UserError(
-            f"steps for each block need a fixed-step solver, not {solver.method}; choose --method "
-            "rk4, midpoint or euler"
+            f"steps for each block need a fixed-step solver, not {method_of(solvers)}; choose "
+            "--method rk4, midpoint or euler"
         )
-    return [dataclasses.replace(solver, steps=count) for count in counts]
+    return [
+        each if each.adaptive else dataclasses.replace(each, steps=count)
+        for each, count in zip(solvers, counts, strict=True)
+    ]
+
+
+def method_of(solvers: list[SolverConfig]) -> str:
+    """The method of all blocks, or one a block, as `--method` takes it."""
+    names = [each.method for each in solvers]
+    return names[0] if len(set(names)) == 1 else ",".join(names)
+
+
+def described(run: Run, settings: GenerateConfig) -> dict[str, Any]:
+    """What the solvers decide of the images, as the images' identity has it; JSON-ready.
+
+    Raises:
+        UserError, FlowError: as `solvers_of`.
+    """
+    if settings.block_methods is not None:
+        return {"solvers": [dataclasses.asdict(each) for each in solvers_of(run, settings)]}
+    told: dict[str, Any] = {"solver": dataclasses.asdict(solver_of(run, settings))}
+    if settings.block_steps is not None:
+        told["block_steps"] = settings.block_steps
+    return told
 
 
 def plain_solvers(solvers: list[SolverConfig]) -> list[dict[str, Any]]:
@@ -64,16 +103,22 @@ def with_solver(
     Args:
         settings: of the run.
         steps: one number for all blocks, or one a block separated by commas.
-        method: a solver.
+        method: one solver for all blocks, or one a block separated by commas.
 
     Raises:
-        UserError: steps are not whole numbers.
+        UserError: steps are not whole numbers, or a solver's name is missing.
     """
     if method is not None:
-        settings = dataclasses.replace(settings, method=method)
+        names = [part.strip() for part in method.split(",")]
+        if not all(names):
+            raise UserError(
+                f"--method takes a solver, or several separated by commas, not {method!r}"
+            )
+        one, several = (names[0], None) if len(names) == 1 else (None, names)
+        settings = dataclasses.replace(settings, method=one, block_methods=several)
+        if steps is None and not any(name in FIXED_METHODS for name in names):
+            settings = dataclasses.replace(settings, block_steps=None)  # none has a use for them
     if steps is None:
-        if method is not None and method not in FIXED_METHODS:  # which has no use for steps
-            settings = dataclasses.replace(settings, block_steps=None)
         return settings
     counts = whole_numbers("--steps", steps)
     if len(counts) == 1:
@@ -100,18 +145,19 @@ def within(run: Run, settings: GenerateConfig, nfe: int) -> GenerateConfig:
     """The settings with as many sub-intervals a block as a budget of evaluations allows.
 
     Raises:
-        UserError: the budget does not reach one step a network, or the solver is adaptive.
+        UserError: the budget does not reach one step a network, or a solver is adaptive.
     """
-    solver = solver_of(run, settings)
-    if solver.adaptive:
+    solvers = solvers_of(run, dataclasses.replace(settings, block_steps=None))
+    method = method_of(solvers)
+    if any(each.adaptive for each in solvers):
         raise UserError(
-            f"--nfe needs a fixed-step solver, but generate.method is {solver.method}; choose "
-            "--method rk4, midpoint or euler"
+            f"--nfe needs a fixed-step solver, not {method}; choose --method rk4, midpoint or "
+            "euler"
         )
     way = way_of(run, settings)
     twice = way.evaluations  # guidance evaluates a network twice
     refined = 0 if way.refiner is None else way.refiner.nfe()
-    per_step = FIXED_METHODS[solver.method] * len(run.flow) * twice
+    per_step = sum(FIXED_METHODS[each.method] for each in solvers) * twice
     pieces = [block.velocity.pieces() for block in way.flow]
     for steps in range((nfe - refined) // per_step, 0, -1):
         if all(fits(each, steps) for each in pieces):  # with several networks a block, not any S
@@ -120,6 +166,6 @@ def within(run: Run, settings: GenerateConfig, nfe: int) -> GenerateConfig:
     place = f"{len(run.flow)} blocks" + (f" of {least} networks" if least > 1 else "")
     place += " with guidance" * (twice > 1) + " and a refiner" * (refined > 0)
     raise UserError(
-        f"--nfe {nfe} is below one {solver.method} step in each of {place} "
+        f"--nfe {nfe} is below one {method} step in each of {place} "
         f"({per_step * least + refined}); ask for more, or choose --method euler"
     )

@@ -113,7 +113,7 @@ class Trainer:
             except UserError as error:
                 raise UserError(
                     f"what lies at {path} is not what the run at {self.folder} was started with; "
-                    "give the data.path of the same images, or train elsewhere with --run"
+                    "give the data.path of the same images, or another folder for the run"
                 ) from error
 
     @property

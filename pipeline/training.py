@@ -136,24 +136,36 @@ def train(
 
 
 def enter(
-    config: Config, folder: Path, accelerator: Accelerator, resume: bool, anew: bool = False
+    config: Config,
+    folder: Path,
+    accelerator: Accelerator,
+    resume: bool,
+    anew: bool = False,
+    option: str = "--run",
 ) -> None:
-    """Start a run directory, or make sure that the one there may be continued."""
+    """Start a run directory, or make sure that the one there may be continued.
+
+    `option` is what names it on the command line.
+    """
     if folder.is_file():
-        raise UserError(f"{folder} is a file; a run is a folder, choose another place with --run")
+        raise UserError(
+            f"{folder} is a file; a run is a folder, choose another place with {option}"
+        )
     there = (folder / "config.yaml").is_file()
     if there and not resume:
         raise UserError(
             f"there is a run at {folder} already; continue it with --resume, or choose another "
-            "place with --run"
+            f"place with {option}"
         )
     write = not there
     if there:
-        config, write = _continued(read_config(folder), config, folder, anew)
+        config, write = _continued(read_config(folder), config, folder, anew, option)
     elif folder.is_dir() and any(
         not path.name.startswith(commit.TEMPORARY_PREFIX) for path in folder.iterdir()
     ):  # a temporary is all that a run killed in its very first commit leaves
-        raise UserError(f"{folder} is not empty and holds no run; choose another place with --run")
+        raise UserError(
+            f"{folder} is not empty and holds no run; choose another place with {option}"
+        )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         commit.sweep_tree(folder)  # what a killed process left
@@ -164,7 +176,9 @@ def enter(
     accelerator.wait_for_everyone()
 
 
-def _continued(old: Config, new: Config, folder: Path, anew: bool) -> tuple[Config, bool]:
+def _continued(
+    old: Config, new: Config, folder: Path, anew: bool, option: str
+) -> tuple[Config, bool]:
     """The configuration to be kept with a run that goes on, and whether it is a new one.
 
     Raises:
@@ -181,7 +195,7 @@ def _continued(old: Config, new: Config, folder: Path, anew: bool) -> tuple[Conf
         told = ", ".join(f"{key}={changed[key][0]} (now {changed[key][1]})" for key in refused)
         raise UserError(
             f"the run at {folder} was started with {told}; continue it as it was started, or "
-            "train elsewhere with --run"
+            f"train elsewhere with {option}"
         )
     same = {key: getattr(old.train, key) for key in INDIFFERENT}
     kept = dataclasses.replace(

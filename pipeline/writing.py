@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import zipfile
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from pipeline import commit
 from pipeline.errors import UserError
 from pipeline.guidance import way_of
 from pipeline.runs import Run
-from pipeline.solvers import solver_of
+from pipeline.solvers import described
 from pipeline.store import StoreReader
 
 
@@ -68,8 +67,8 @@ def shows(path: Path, run: Run) -> bool:
     identity = json.loads(note)
     way = way_of(run, run.config.generate)
     settings = run.config.generate
-    alike = identity.get("solver") == dataclasses.asdict(solver_of(run, settings))
-    alike = alike and identity.get("block_steps") == settings.block_steps
+    solved = described(run, settings)
+    alike = all(identity.get(k) == solved.get(k) for k in ("solver", "block_steps", "solvers"))
     alike = alike and identity.get("precision", "fp32") == settings.precision
     labels = identity.get("classes", {}).get("labels")
     if labels and len(set(labels)) < run.flow.classes:

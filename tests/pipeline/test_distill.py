@@ -14,10 +14,12 @@ from accelerate import Accelerator
 from flows.block import SolverConfig
 from pipeline.config_files import load_config
 from pipeline.distill import Distillation, distill, headline, student_config
+from pipeline.distill_verb import _folder
 from pipeline.errors import UserError
 from pipeline.experiment2d import PointSource
 from pipeline.merging import _about
 from pipeline.runs import Run, open_run, read_config, read_manifest
+from pipeline.shipped import zoo
 from pipeline.stages import stage_folder
 from pipeline.store import open_store
 from pipeline.training import Outcome, train
@@ -195,11 +197,11 @@ def test_mistakes_are_told(gaussian: Run, tmp_path: Path) -> None:
 
 
 def test_the_chain_from_pictures(
-    trained: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: World, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Distil, generate, export: as after a training."""
-    teacher, out = trained.root / "run", tmp_path / "student"
-    words = ["distill", "-r", teacher, "--out", out, "--set", "train.iterations=5"]
+    out = tmp_path / "run-distilled"  # beside the teacher's where nothing else is said
+    words = ["distill", "-r", run, "--set", "train.iterations=5"]
     code, found, last = say(capsys, *words, "--method", "euler", "--steps", "3")
     assert code == 0 and found.strip() == str(out)
     assert "3 blocks of tiny in 2" in last
@@ -211,10 +213,17 @@ def test_the_chain_from_pictures(
     assert shipped["teacher"]["run"] == "tiny" and str(tmp_path) not in json.dumps(shipped)
     code, _, last = say(capsys, *words)
     assert code == 2 and last.startswith("error: there is a run at")
+    assert last.endswith("choose another place with --out")
     elsewhere = shutil.copytree(trained.root / "pictures", tmp_path / "elsewhere")
-    moved = [*words, "--set", f"data.path={elsewhere}"]
-    moved[moved.index(out)] = tmp_path / "moved"
-    assert say(capsys, *moved)[0] == 0
+    for teacher, place in (
+        ("zoo:mnist", "runs/mnist-distilled"),
+        (zoo()["mnist"], "runs/mnist-distilled"),  # nothing is written into the package
+        ("elsewhere/mnist/", "elsewhere/mnist-distilled"),
+        (run / "blocks" / "..", tmp_path / "run-distilled"),
+    ):
+        assert _folder(None, Path(teacher)) == Path(place)
+    moved = ["--out", tmp_path / "moved", "--set", f"data.path={elsewhere}"]
+    assert say(capsys, *words, *moved)[0] == 0
     assert read_config(tmp_path / "moved").data.path == str(elsewhere)
     again = [*words, "--method", "euler", "--steps", "3", "--resume"]
     assert say(capsys, *again, "--set", f"data.path={elsewhere}")[0] == 0

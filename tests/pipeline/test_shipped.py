@@ -334,12 +334,16 @@ def test_an_autoencoder_that_is_not_at_hand_is_told(
 def test_everything_shipped_opens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What lies in the repository's own zoo: whole, small, with a card and its autoencoder."""
     monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path))
+    total = 0
     for name, folder in shipped.zoo().items():
         opened = open_run(Path(f"zoo:{name}"))
         assert opened.autoencoder().latent_shape == opened.flow.shape
         way = way_of(opened, opened.config.generate)  # its guide and refiner fit
         assert (way.refiner is not None) == (folder / "refiner").is_dir()
-        assert sum((folder / file).stat().st_size for file in files(folder)) < 25e6
+        size = sum((folder / file).stat().st_size for file in files(folder))
+        assert size < 25e6
+        total += size
         strange = [f for f in files(folder) - {"flow.json"} if not _WRITTEN.fullmatch(f)]
         assert not strange, "no export writes that, such as images drawn from the folder itself"
         assert "to be written" not in (folder / "CARD.md").read_text()
+    assert 10e6 < total < 90e6  # of the repository, whose clones all carry it
