@@ -155,7 +155,8 @@ def distill(
     there = resume and (folder / "flow.json").is_file()
     manifest = read_manifest(folder) if there else None
     merger = Distiller(teacher, pairs, config, folder, source, accelerator, progress, manifest)
-    merger.check_moved()
+    if resume:
+        merger.check_moved()
     enter(config, folder, accelerator, resume, option="--out")
     with Journal(folder, accelerator.is_main_process) as journal:
         complete = merger.train(merger.plan(), journal)

@@ -122,7 +122,8 @@ def train(
     if anew and (folder / "config.yaml").is_file():
         altered = list(differences(read_config(folder), config, FREE, _INDIFFERENT))
     upcoming = next_pass(config, trainer.passes, add_blocks, from_block, altered)
-    trainer.check_moved()
+    if resume:
+        trainer.check_moved()
     enter(config, folder, accelerator, resume, anew)
     if upcoming is not None:
         with Journal(folder, accelerator.is_main_process) as journal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from autoencoders.base import to_uint8
 from flows.block import SolverConfig
 from pipeline.errors import UserError
-from pipeline.runs import open_run, read_config
+from pipeline.runs import Run, open_run, read_config
 from pipeline.seeds import generator
 from pipeline.solvers import plain_solvers, solvers_of, with_solver, within
 from tests.pipeline.gaussian_source import tiny
@@ -22,6 +23,18 @@ from tests.pipeline.test_modes import run as train
 from tests.pipeline.tiny import say
 
 
+@torch.inference_mode()
+def by_hand(opened: Run, back: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Six grey images in batches of four, uint8 (6, H, W); `back` takes z through a block."""
+    parts = []
+    for batch, count in enumerate((4, 2)):
+        z = torch.randn((count, 2, 3, 3), generator=generator(0, "sample", batch))
+        for k in reversed(range(len(opened.flow))):
+            z = back(k, z)
+        parts.append(to_uint8(opened.autoencoder().decode(opened.standardisation.undo(z))))
+    return torch.cat(parts)[:, 0]
+
+
 def test_every_block_has_its_own_steps(capsys: pytest.CaptureFixture[str], run: Path) -> None:
     opened = open_run(run)
     code, _, last = say(
@@ -29,17 +42,14 @@ def test_every_block_has_its_own_steps(capsys: pytest.CaptureFixture[str], run: 
         "--npz", run / "a.npz",
     )  # fmt: skip
     assert code == 0 and "7 network evaluations a sample" in last
-    scale, model = opened.standardisation, opened.autoencoder()
-    with torch.inference_mode():
-        parts = []
-        for batch, count in enumerate((4, 2)):
-            z = torch.randn((count, 2, 3, 3), generator=generator(0, "sample", batch))
-            for k in (2, 1, 0):
-                for step in range(2**k, 0, -1):  # Euler's steps back from t = 1, by hand
-                    z = z - opened.flow[k].velocity(torch.tensor(step / 2**k), z) / 2**k
-            parts.append(to_uint8(model.decode(scale.undo(z))))
+
+    def back(k: int, z: torch.Tensor) -> torch.Tensor:
+        for step in range(2**k, 0, -1):  # Euler's steps back from t = 1
+            z = z - opened.flow[k].velocity(torch.tensor(step / 2**k), z) / 2**k
+        return z
+
     found = torch.from_numpy(np.load(run / "a.npz")["arr_0"])[..., 0]
-    assert (found.int() - torch.cat(parts)[:, 0].int()).abs().max() <= 1
+    assert (found.int() - by_hand(opened, back).int()).abs().max() <= 1
     # an exported run may bring its steps along; an adaptive solver has no use for them
     words = ("--set", "generate.block_steps=[1,2,4]", "--method", "dopri5")
     assert say(capsys, "generate", "-r", run, "-n", "6", *words)[0] == 0
@@ -55,16 +65,12 @@ def test_every_block_has_its_own_method(capsys: pytest.CaptureFixture[str], run:
         capsys, *words, "--method", "midpoint,euler", "--steps", "2,4", "--npz", run / "a.npz"
     )
     assert code == 0 and "8 network evaluations a sample" in last
-    scale, model = opened.standardisation, opened.autoencoder()
-    with torch.inference_mode():
-        parts = []
-        for batch, count in enumerate((4, 2)):
-            z = torch.randn((count, 2, 3, 3), generator=generator(0, "sample", batch))
-            for k in (1, 0):
-                z = opened.flow[k].transport(z, reverse=True, solver=solvers[k]).z
-            parts.append(to_uint8(model.decode(scale.undo(z))))
+
+    def back(k: int, z: torch.Tensor) -> torch.Tensor:
+        return opened.flow[k].transport(z, reverse=True, solver=solvers[k]).z
+
     found = torch.from_numpy(np.load(run / "a.npz")["arr_0"])[..., 0]
-    assert torch.equal(found, torch.cat(parts)[:, 0])
+    assert torch.equal(found, by_hand(opened, back))
     # what is told of them; steps are not for adaptive solvers
     settings = with_solver(opened.config.generate, "2,4", "midpoint,euler")
     grids = [{"method": "midpoint", "steps": 2}, {"method": "euler", "steps": 4}]
