@@ -19,10 +19,11 @@ $(STAMP): pyproject.toml
 demo: setup
 	$(BIN)/jkoflow demo
 
+# a file of tests stays in one process; a thread each, so that they leave each other their cores
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -76,6 +76,7 @@ def generate(
     if nfe is not None:
         _one_budget(steps)
         settings = solvers.within(opened, settings, nfe)
+    writing.require_outputs(opened, settings.n, images, npz)
     accelerator = accelerator_()
     made = sampling.sample_images(opened, settings, accelerator, bar)
     if not accelerator.is_main_process:

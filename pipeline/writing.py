@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Iterator
 from functools import partial
@@ -17,9 +18,13 @@ from eval.pictures import grid, note_of, save_png
 from pipeline import commit
 from pipeline.errors import UserError
 from pipeline.guidance import way_of
+from pipeline.resources import require_room
 from pipeline.runs import Run
 from pipeline.solvers import described
 from pipeline.store import StoreReader
+
+_NAME = "{:06d}.png"
+_DISK_BLOCK = 4096  # bytes that the smallest file takes on most disks
 
 
 def batches(images: StoreReader, size: int = 500) -> Iterator[Tensor]:
@@ -81,6 +86,26 @@ def shows(path: Path, run: Run) -> bool:
     return alike and identity.get("run") in run.origins
 
 
+def require_outputs(run: Run, n: int, folder: Path | None, npz: Path | None) -> None:
+    """Refuse what could not be written, before any image is made.
+
+    Args:
+        run: that the images will be of.
+        n: images.
+        folder: for :func:`write_folder`.
+        npz: for :func:`write_npz`.
+
+    Raises:
+        UserError: the folder holds other files, or a disk is too small.
+    """
+    size = math.prod(run.manifest["autoencoder"]["image_shape"])
+    if folder is not None:
+        there = _own_files(folder, n)
+        require_room(folder, (n - there) * max(size, _DISK_BLOCK), f"{n} pictures")
+    if npz is not None:
+        require_room(npz.parent, n * size, f"{n} images in one archive")
+
+
 def write_npz(images: StoreReader, path: Path) -> None:
     """Write all images as `arr_0`, uint8 (N, H, W, C), the layout that FID tools read.
 
@@ -107,15 +132,24 @@ def write_folder(images: StoreReader, folder: Path) -> None:
     Raises:
         UserError: the folder holds other files already.
     """
-    names = {f"{index:06d}.png" for index in range(len(images))}
-    if folder.is_dir():
-        commit.sweep(folder)  # what a killed process left
-        if any(path.name not in names for path in folder.iterdir()):
-            raise UserError(f"{folder} holds other files; choose an empty folder for the images")
+    _own_files(folder, len(images))
     index = 0
     for batch in batches(images):
         for image in batch.permute(0, 2, 3, 1).numpy():
             picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-            path = folder / f"{index:06d}.png"
+            path = folder / _NAME.format(index)
             commit.write_with(path, partial(picture.save, format="PNG"))
             index += 1
+
+
+def _own_files(folder: Path, n: int) -> int:
+    """How many of n pictures are there; refuses a folder that holds anything else."""
+    if not folder.is_dir():
+        return 0
+    commit.sweep(folder)  # what a killed process left
+    there = [path.name for path in folder.iterdir()]
+    for name in there:
+        stem = name.removesuffix(".png")
+        if not (stem.isdecimal() and int(stem) < n and name == _NAME.format(int(stem))):
+            raise UserError(f"{folder} holds other files; choose an empty folder for the images")
+    return len(there)

@@ -186,9 +186,11 @@ def test_a_folder_with_other_files_is_left_alone(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "holiday.png").write_bytes(b"sea")
     words = ["generate", "--run", folder, "-n", "2", "--images", tmp_path / "mine"]
+    before = sorted(folder.rglob("*"))
     code, _, last = say(capsys, *words)
     assert code == 2 and last.startswith("error: ") and "choose an empty folder" in last
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["holiday.png"]
+    assert sorted(folder.rglob("*")) == before  # nothing was made that could not be written
 
 
 # ----------------------------------------------------------------------- runs that are not whole
@@ -290,6 +292,31 @@ def test_more_images_than_the_disk_holds_are_refused(
     assert code == 2 and last.startswith(f"error: {10**14} images need about ")
     assert "GB are free at" in last
     assert sorted(folder.rglob("*")) == before
+
+
+def test_files_larger_than_their_disk_are_refused_before_an_image_is_made(
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What --npz and --images write may go to another disk than the run's."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "000000.png").write_bytes(b"an earlier one, which takes no more room")
+    small = shutil.disk_usage(folder)._replace(free=2 * 4096 - 1)
+    large = shutil.disk_usage(folder)
+    monkeypatch.setattr(
+        "pipeline.resources.shutil.disk_usage", lambda place: small if place == other else large
+    )
+    before = sorted(folder.rglob("*"))
+    words = ["generate", "--run", folder]
+    code, _, last = say(capsys, *words, "-n", "3", "--images", other)
+    assert code == 2 and last.startswith("error: 3 pictures need about "), last
+    code, _, last = say(capsys, *words, "-n", "60", "--npz", other / "a.npz")  # 144 bytes each
+    assert code == 2 and last.startswith("error: 60 images in one archive need about "), last
+    assert sorted(folder.rglob("*")) == before
+    assert say(capsys, *words, "-n", "2", "--images", other)[0] == 0
 
 
 def test_what_is_there_needs_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
