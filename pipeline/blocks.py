@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from flows.ema import Ema
 from flows.errors import SolveError
 from flows.objective import JkoLoss, LfmLoss, jko_loss
 from flows.spec import BlockSpec
-from pipeline.agreement import raise_together
+from pipeline.agreement import first_says, raise_together
 from pipeline.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.config import TrainConfig
 from pipeline.errors import JkoflowError, UserError
@@ -32,6 +32,7 @@ from pipeline.matching import BESIDE, batch_loss, pair_loss
 from pipeline.seeds import Batches, generator
 from pipeline.share import Share
 from pipeline.store import StoreReader
+from pipeline.substeps import EVERY, TOLERANCE, finer, grid_error, looked_at
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class BlockTrainer:
                 this process or another.
         """
         began = time.perf_counter()
+        if self.spec.objective == "jko" and self.recipe.max_substeps and self.done % EVERY == 0:
+            self._keep_resolved()
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         loss, failure = self._loss_or_failure(rank, ranks)
         optimizers = [self.optimizers[j] for j in self.share.mine]
@@ -154,6 +157,7 @@ class BlockTrainer:
         state: dict[str, Any] = {
             "step": self.done,
             "seconds": self.seconds,
+            "substeps": self.block.solver.steps,
             "block": self.block.state_dict(),
             "optimizers": optimizers,
             "average": self.average.state_dict() if self.average else None,
@@ -169,11 +173,31 @@ class BlockTrainer:
                 "otherwise; delete it, and the block starts again"
             )
         self.done, self.seconds = state["step"], state["seconds"]
+        self._set_substeps(state.get("substeps", self.block.solver.steps))
         self.block.load_state_dict(state["block"])
         for optimizer, known in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(known)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+
+    def _keep_resolved(self) -> None:
+        """Make the training grid finer where the field has outgrown it, as far as is allowed."""
+        rows = looked_at(self.batches.indices(self.done))
+        z = self.stage.take("z", rows)
+        drawn = generator(self.recipe.seed, "substeps", self.index, self.done, *self.salt)
+        eps = self.divergence.draw_probe(z, drawn)
+        device, labels = self.accelerator.device, self.labels(rows)
+        z, eps = z.to(device), None if eps is None else eps.to(device)
+        nets, most = self.spec.velocity.nets, self.recipe.max_substeps
+        while (steps := finer(self.block.solver.steps, nets, most)) > self.block.solver.steps:
+            error = grid_error(self.block, z, self.spec.h, self.divergence, eps, labels)
+            if not first_says(self.accelerator, error > TOLERANCE):
+                break
+            self._set_substeps(steps)
+
+    def _set_substeps(self, steps: int) -> None:
+        self.block.solver = replace(self.block.solver, steps=steps)
+        self.spec = replace(self.spec, solver=self.block.solver)
 
     def _loss_or_failure(
         self, rank: int, ranks: int
@@ -266,7 +290,7 @@ class BlockTrainer:
     def _failure(self, reason: str) -> JkoflowError:
         advice = "lower train.lr"
         if self.spec.objective == "jko":
-            advice += " or schedule.h0, or take more solver.steps"
+            advice += " or schedule.h0, or take more solver.steps (train.max_substeps)"
         return JkoflowError(
             f"block {self.index} failed at step {self.done}: {reason}; {advice}, then train again"
         )

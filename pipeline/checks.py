@@ -99,6 +99,7 @@ def check(config: Config) -> None:
         penalty=train.jacobian_weight,
     )
     _check_grids(config)
+    _check_max_substeps(config)
     steps(config)
 
 
@@ -121,6 +122,35 @@ def _check_grids(config: Config) -> None:
                 f"{name} must be a multiple of velocity.nets = {nets}, so that no sub-interval "
                 f"straddles the switch between two networks, not {odd[0]}"
             )
+
+
+def _check_max_substeps(config: Config) -> None:
+    """Grids can grow where there are grids, and as far as the solver may evaluate."""
+    most, solver = config.train.max_substeps, config.solver
+    if most < 0:
+        raise UserError(f"train.max_substeps must be at least 0 (which turns it off), not {most}")
+    if not most:
+        return
+    if config.train.objective != "jko" or solver.adaptive:
+        what = f"train.objective={config.train.objective}, which integrates nothing"
+        if solver.adaptive:
+            what = f"solver.method={solver.method}, which chooses its own steps"
+        raise UserError(f"train.max_substeps={most} has no effect with {what}; leave it at 0")
+    first = max(config.schedule.substeps or [solver.steps])
+    if most < first:
+        raise UserError(
+            f"train.max_substeps={most} is less than the {first} sub-intervals that a block "
+            "starts with (solver.steps, schedule.substeps); raise it, or leave it at 0"
+        )
+    if most % config.velocity.nets:
+        raise UserError(
+            f"train.max_substeps must be a multiple of velocity.nets = {config.velocity.nets}, "
+            f"not {most}"
+        )
+    try:
+        dataclasses.replace(solver, steps=most)
+    except FlowError as error:
+        raise UserError(str(error).replace("solver.steps", "train.max_substeps")) from error
 
 
 def _check_objective(config: Config) -> None:

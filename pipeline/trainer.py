@@ -259,7 +259,11 @@ class Trainer:
         kind = "free" if weight is None else f"{symbol}={weight:.3g}"
         place = f"pass {self.number} block {index}" if self.number else f"block {index}"
         for _ in self.progress(todo, len(todo), f"{place} ({kind})"):
+            substeps = trainer.block.solver.steps
             step = trainer.step()
+            if trainer.block.solver.steps != substeps:
+                finer = {"event": "finer grid", "substeps": trainer.block.solver.steps}
+                journal.write({"block": index, "step": trainer.done, **finer})
             journal.add(step.terms)
             if trainer.done % recipe.log_every == 0 or trainer.done == recipe.iterations:
                 seconds = round(trainer.seconds, 3)

@@ -85,6 +85,19 @@ def block(accelerator: Accelerator, folder: Path, objective: str, size: float) -
     return None
 
 
+def grids(accelerator: Accelerator, folder: Path) -> Any:
+    """The grid of a block after a step, where only the first process found it too coarse."""
+    stage = GaussianSource(count=8).first_stage(folder, tiny(), accelerator)
+    spec = BlockSpec(velocity=tiny().velocity, solver=SolverConfig("euler", 1))
+    made = build_block(spec, (2,), generator(0, "weights", 0))
+    recipe = TrainConfig(batch_size=8, max_substeps=4)
+    trainer = BlockTrainer(made, spec, stage, recipe, accelerator)
+    seen = 1.0 if accelerator.process_index == 0 else 0.0
+    with mock.patch("pipeline.blocks.grid_error", lambda *_: seen):
+        trainer.step()
+    return [made.solver.steps, trainer.spec.solver.steps]
+
+
 def autoencoder(accelerator: Accelerator, folder: Path) -> Any:
     """How a step of an autoencoder ends that gives NaN on the second process alone."""
     recipe = AutoencoderTraining(batch_size=8, adversarial_weight=0.0)
@@ -175,6 +188,7 @@ JOBS: dict[str, Callable[[Accelerator, Path], Any]] = {
     "codebook": codebook,
     "autoencoder": autoencoder,
     "stage": stage,
+    "grids": grids,
     "features": features,
     "images": images,
     "first clock": partial(clock, ahead=0),
