@@ -67,7 +67,8 @@ def check_grid(
         raise JkoflowError(
             f"{told}it has learnt the error of its grid and is not kept; train elsewhere with "
             "train.jacobian_weight (such as 0.05, with train.divergence=finite-difference), "
-            "train.max_substeps (such as 16), fewer iterations, or more solver.steps"
+            "train.warm_start=false, train.max_substeps (such as 16), fewer iterations, or more "
+            "solver.steps"
         )
     finer = push.adaptive or _evaluations(push) > _evaluations(grid)
     remedy = "raise solver.steps (or train.max_substeps)" if finer else "raise push.steps"
