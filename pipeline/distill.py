@@ -32,7 +32,7 @@ from pipeline.merging import Distiller
 from pipeline.refiner import require_latents
 from pipeline.runs import Run, read_config, read_manifest
 from pipeline.stages import LatentSource, Source
-from pipeline.training import Outcome, enter
+from pipeline.training import Outcome, check_moved, enter
 
 #: sections that `--set` may change
 SECTIONS = ("train", "velocity", "push", "generate", "evaluate", "data.path")
@@ -156,7 +156,7 @@ def distill(
     manifest = read_manifest(folder) if there else None
     merger = Distiller(teacher, pairs, config, folder, source, accelerator, progress, manifest)
     if resume:
-        merger.check_moved()
+        check_moved(config, folder, source, accelerator)
     enter(config, folder, accelerator, resume, option="--out")
     with Journal(folder, accelerator.is_main_process) as journal:
         complete = merger.train(merger.plan(), journal)

@@ -30,11 +30,11 @@ from pipeline.journal import Journal
 from pipeline.latents import Progress
 from pipeline.measuring import measure
 from pipeline.passes import Pass, Row, readable, summarise
-from pipeline.runs import block_file, compose, load_block, passes_of, read_config
+from pipeline.runs import block_file, compose, load_block, passes_of
 from pipeline.seeds import generator
 from pipeline.shipped import locate
 from pipeline.snapshots import keep
-from pipeline.stages import Source, next_stage, stage_file, stage_folder
+from pipeline.stages import Source, next_stage, stage_file
 from pipeline.store import StoreReader
 from pipeline.summary import plot_movement
 
@@ -95,26 +95,6 @@ class Trainer:
                 f"{self.folder} was trained on; encode with the images, limit and autoencoder of "
                 "that time, or train elsewhere with --run"
             )
-
-    def check_moved(self) -> None:
-        """Where the run was started on another data.path: refuse other samples than it has.
-
-        Raises:
-            UserError: they are others.
-        """
-        if not (self.folder / "config.yaml").is_file():
-            return
-        path = self.config.data.path
-        if path == read_config(self.folder).data.path:
-            return
-        if (stage_folder(self.folder, 0) / "manifest.json").is_file():
-            try:
-                self.source.first_stage(self.folder, self.config, self.accelerator)
-            except UserError as error:
-                raise UserError(
-                    f"what lies at {path} is not what the run at {self.folder} was started with; "
-                    "give the data.path of the same images, or another folder for the run"
-                ) from error
 
     @property
     def current(self) -> Pass:

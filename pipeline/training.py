@@ -34,7 +34,7 @@ from pipeline.runs import (
     start_run,
     write_environment,
 )
-from pipeline.stages import LatentSource, Source
+from pipeline.stages import LatentSource, Source, stage_folder
 from pipeline.trainer import Trainer
 
 __all__ = ["Outcome", "check", "steps", "train"]
@@ -123,7 +123,7 @@ def train(
         altered = list(differences(read_config(folder), config, FREE, _INDIFFERENT))
     upcoming = next_pass(config, trainer.passes, add_blocks, from_block, altered)
     if resume:
-        trainer.check_moved()
+        check_moved(config, folder, source, accelerator)
     enter(config, folder, accelerator, resume, anew)
     if upcoming is not None:
         with Journal(folder, accelerator.is_main_process) as journal:
@@ -134,6 +134,33 @@ def train(
     passes = trainer.passes
     done = len(passes[-1].blocks) if passes else 0
     return Outcome(done, upcoming is None, trainer.trained, len(passes))
+
+
+def check_moved(config: Config, folder: Path, source: Source, accelerator: Accelerator) -> None:
+    """Where a run was started on another data.path: refuse other samples than it has.
+
+    Args:
+        config: as it is now.
+        folder: the run directory.
+        source: the samples that lie there now.
+        accelerator: device and processes.
+
+    Raises:
+        UserError: they are others.
+    """
+    if not (folder / "config.yaml").is_file():
+        return
+    path = config.data.path
+    if path == read_config(folder).data.path:
+        return
+    if (stage_folder(folder, 0) / "manifest.json").is_file():
+        try:
+            source.first_stage(folder, config, accelerator)
+        except UserError as error:
+            raise UserError(
+                f"what lies at {path} is not what the run at {folder} was started with; give the "
+                "data.path of the same images, or another folder for the run"
+            ) from error
 
 
 def enter(
