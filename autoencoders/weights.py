@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ DESCRIPTION = "jkoflow.autoencoder"
 
 def shipped() -> dict[str, Path]:
     """Name → path of the shipped weights."""
-    folder = Path(str(resources.files("autoencoders.pretrained")))
+    folder = Path(__file__).parent / "pretrained"
     return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
 
 

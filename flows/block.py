@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from flows.condition import Condition, bind
-from flows.divergence import Divergence
 from flows.errors import FlowError
-from flows.solver import ADAPTIVE_METHODS, FIXED_METHODS, SolverConfig, Way, legs
-from flows.velocity_base import Velocity
+from flows.networks.base import Velocity
+from flows.networks.condition import Condition, bind
+from flows.solving.divergence import Divergence
+from flows.solving.solver import ADAPTIVE_METHODS, FIXED_METHODS, SolverConfig, Way, legs
 
 __all__ = ["ADAPTIVE_METHODS", "FIXED_METHODS", "Block", "SolverConfig", "Transport"]
 

@@ -5,27 +5,42 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from flows.block import Block, SolverConfig, Transport
-from flows.condition import Condition, check_labels, rows_of
-from flows.divergence import Divergence, make_divergence
 from flows.errors import FlowError, SolveError
-from flows.likelihood import log_prob
-from flows.pieces import TimeSlice, aligned, time_slice
-from flows.results import FlowTransport, LogProb
+from flows.networks.condition import Condition, check_labels, rows_of
+from flows.networks.piecewise import TimeSlice, aligned, time_slice
+from flows.solving.divergence import Divergence
 from flows.spec import BlockSpec, build_block
-
-__all__ = ["BlockSpec", "Condition", "Flow", "FlowTransport", "LogProb"]
 
 FORMAT = 1
 CHUNK = 4096
 #: one solver for all blocks, or one a block in the flow's order; None is each block's own
 Solvers = SolverConfig | Sequence[SolverConfig] | None
+
+
+@dataclass(frozen=True)
+class FlowTransport:
+    """Samples carried through all blocks.
+
+    Attributes:
+        z: (n, *shape), at the other end.
+        nfe: evaluations of v per sample, summed over blocks.
+        block_nfe: the same for each block, in the flow's order.
+        squared_movement: E ‖out − in‖² of each block, in the flow's order.
+        squared_norm: E ‖out‖² of each block, where the samples leave it.
+    """
+
+    z: Tensor
+    nfe: int
+    block_nfe: tuple[int, ...]
+    squared_movement: tuple[float, ...]
+    squared_norm: tuple[float, ...]
 
 
 class Flow(nn.Module):
@@ -290,23 +305,6 @@ class Flow(nn.Module):
         for index in self.order(reverse):
             z = self.through(index, z, reverse, solver, condition=condition).z
             yield z
-
-    def log_prob(
-        self,
-        z_0: Tensor,
-        divergence: str | Divergence = "exact",
-        probes: int = 1,
-        solver: SolverConfig | None = None,
-        generator: torch.Generator | None = None,
-        chunk: int = 1024,
-        condition: Condition | None = None,
-    ) -> LogProb:
-        """Log-likelihood of data samples; see :func:`flows.likelihood.log_prob`."""
-        if isinstance(divergence, str):
-            divergence = make_divergence(divergence, probes=probes)
-        result = log_prob(self, z_0, divergence, solver, generator, chunk, condition)
-        self.nfe = result.nfe
-        return result
 
     def order(self, reverse: bool) -> range:
         """Block indices in the direction travelled."""

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flows.block import SolverConfig
-from flows.condition import Condition, check_labels, rows_of
-from flows.divergence import Divergence
-from flows.results import LogProb
+from flows.flow import Flow
+from flows.networks.condition import Condition, check_labels, rows_of
+from flows.solving.divergence import Divergence, make_divergence
 
-if TYPE_CHECKING:
-    from flows.flow import Flow
+
+@dataclass(frozen=True)
+class LogProb:
+    """Log-likelihoods and how far to trust them.
+
+    Attributes:
+        value: log p(z_0) in nats, (n,).
+        standard_error: of each value over the probes, (n,); None if it cannot be known (exact
+            divergence: there is none; one probe: no spread).
+        inversion_error: ‖z_0 − T⁻¹(T(z_0))‖, (n,).
+        nfe: evaluations per sample of the likelihood solve (the inversion check not counted).
+        dim: D.
+    """
+
+    value: Tensor
+    standard_error: Tensor | None
+    inversion_error: Tensor
+    nfe: int
+    dim: int
+
+    @property
+    def nll_per_dim(self) -> float:
+        """Mean negative log-likelihood, nats per dimension."""
+        return -float(self.value.double().mean()) / self.dim
 
 
 def log_normal(z: Tensor) -> Tensor:
@@ -27,7 +49,8 @@ def log_normal(z: Tensor) -> Tensor:
 def log_prob(
     flow: Flow,
     z_0: Tensor,
-    divergence: Divergence,
+    divergence: str | Divergence = "exact",
+    probes: int = 1,
     solver: SolverConfig | None = None,
     generator: torch.Generator | None = None,
     chunk: int = 1024,
@@ -38,7 +61,8 @@ def log_prob(
     Args:
         flow: the blocks.
         z_0: (n, *shape).
-        divergence: estimator of ∇·v.
+        divergence: estimator of ∇·v, or its name.
+        probes: of an estimator given by name.
         solver: None is dopri5 at 1e-5: a likelihood is not read off the training grid, whose
             log-det is that of another, coarser map.
         generator: source of the probes, drawn anew for each block and chunk.
@@ -53,6 +77,8 @@ def log_prob(
         FlowError: z_0 has another shape.
         SolveError: with the index of the block that failed.
     """
+    if isinstance(divergence, str):
+        divergence = make_divergence(divergence, probes=probes)
     flow.check(z_0)
     check_labels(condition, z_0)
     solver = solver or SolverConfig(method="dopri5")

@@ -10,9 +10,9 @@ import torch
 
 from flows.block import Block, SolverConfig
 from flows.errors import FlowError
-from flows.objective import OBJECTIVES
-from flows.pieces import time_slice
-from flows.velocity import VelocityConfig, make_velocity
+from flows.networks.piecewise import time_slice
+from flows.networks.registry import VelocityConfig, make_velocity
+from flows.objectives.losses import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class BlockSpec:
         objective: ``jko`` | ``lfm`` | ``distill`` (regressed on what other blocks do together).
         gamma: Ornstein–Uhlenbeck time under ``lfm``; None aims at pure noise (flow matching).
             A distilled block has the sum of the steps, h or gamma, of the blocks it stands for.
-        start: where in its velocity's time this block begins; see :func:`flows.pieces.time_slice`.
+        start: where in its velocity's time this block begins; see
+        :func:`flows.networks.piecewise.time_slice`.
         length: how much of its velocity's time it covers.
     """
 

@@ -5,7 +5,7 @@ import os
 import sys
 from typing import NoReturn
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 
 
 def leave(code: int) -> NoReturn:

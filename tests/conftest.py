@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.assets import fetch
+from pipeline.assets.fetch import fetch
 
 
 @pytest.fixture(scope="session")

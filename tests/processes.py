@@ -21,19 +21,19 @@ import torch
 from accelerate import Accelerator
 
 from autoencoders.base import to_float
-from autoencoders.recipe import AutoencoderTraining
-from autoencoders.training import AutoencoderTrainer
 from flows.block import SolverConfig
 from flows.errors import SolveError
 from flows.flow import Flow
 from flows.spec import BlockSpec, build_block
-from pipeline.blocks import BlockTrainer
-from pipeline.config import GenerateConfig, TrainConfig
+from pipeline.autoencoder_training.trainer import AutoencoderTrainer
+from pipeline.config.autoencoder_recipe import AutoencoderTraining
+from pipeline.config.schema import GenerateConfig, TrainConfig
 from pipeline.errors import UserError
-from pipeline.features import SHARD, FeatureMaker
-from pipeline.generate import sample_images
-from pipeline.seeds import generator
-from pipeline.training import train
+from pipeline.evaluation.features import SHARD, FeatureMaker
+from pipeline.runtime.rng import generator
+from pipeline.sampling.generate import sample_images
+from pipeline.training.block_trainer import BlockTrainer
+from pipeline.training.train import train
 from tests.autoencoders.models import blobs, config
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
 
@@ -93,7 +93,7 @@ def grids(accelerator: Accelerator, folder: Path) -> Any:
     recipe = TrainConfig(batch_size=8, max_substeps=4)
     trainer = BlockTrainer(made, spec, stage, recipe, accelerator)
     seen = 1.0 if accelerator.process_index == 0 else 0.0
-    with mock.patch("pipeline.blocks.grid_error", lambda *_: seen):
+    with mock.patch("pipeline.training.block_trainer.grid_error", lambda *_: seen):
         trainer.step()
     return [made.solver.steps, trainer.spec.solver.steps]
 
@@ -154,7 +154,7 @@ def images(accelerator: Accelerator, folder: Path) -> Any:
 
     settings = GenerateConfig(n=1000, batch_size=500)  # two shards
     try:
-        with mock.patch("pipeline.generate._sample", sample):
+        with mock.patch("pipeline.sampling.generate._sample", sample):
             sample_images(run, settings, accelerator, quiet)
     except Exception as error:  # noqa: BLE001
         return _named(error)
@@ -166,7 +166,7 @@ def clock(accelerator: Accelerator, folder: Path, ahead: int) -> Any:
     now = iter([0.0]) if accelerator.process_index == ahead else repeat(0.0)
     clocks = SimpleNamespace(monotonic=lambda: next(now, 1e6))
     config = tiny("train.max_minutes=1", "train.iterations=6")
-    with mock.patch("pipeline.trainer.time", clocks):
+    with mock.patch("pipeline.training.pass_trainer.time", clocks):
         done = train(config, folder / "run", accelerator, quiet, False, GaussianSource(count=64))
     return [done.trained, done.complete]
 

@@ -1,4 +1,4 @@
-"""The direction of the arrows: pipeline → {flows, autoencoders, eval}, and no other."""
+"""The direction of imports: pipeline → {flows, autoencoders, eval}, and downwards in pipeline."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ ROOT = Path(__file__).parents[1]
 LEAVES = ("flows", "autoencoders", "eval")
 PACKAGES = (*LEAVES, "pipeline", "configs")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+#: layers of pipeline, bottom first; packages of one layer never import each other
+LAYERS = (
+    ("errors",),
+    ("runtime", "storage"),
+    ("config",),
+    ("assets", "optim"),
+    ("data",),
+    ("runs",),
+    ("sampling", "training"),
+    ("distillation", "evaluation", "toy2d"),
+    ("autoencoder_training", "publishing"),
+    ("cli",),
+    ("__main__",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+PIPELINE = [path for path in FILES if path.is_relative_to(ROOT / "pipeline")]
 #: packages of others that one file alone may know
 ALONE = {"taming": "autoencoders/taming.py", "diffusers": "autoencoders/diffusers.py"}
 
@@ -39,9 +55,75 @@ def forbidden(package: str, module: str) -> bool:
     return package != "pipeline" and top in PACKAGES and top not in (package, "configs")
 
 
+def package_of(module: str) -> str | None:
+    """The package of `pipeline` that a module belongs to."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "pipeline" and len(parts) > 1 else None
+
+
+def upwards(own: str, path: Path) -> set[str]:
+    """The packages of `pipeline` that a file imports although they do not lie below its own."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "pipeline":
+            names = [f"pipeline.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        others = {package_of(name) for name in names} - {None, own}
+        found |= {other for other in others if LEVEL[str(other)] >= LEVEL[own]}
+    return {str(other) for other in found}
+
+
+@pytest.mark.parametrize("path", PIPELINE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_in_pipeline_point_downwards(path: Path) -> None:
+    own = package_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if own in (None, "__init__", "zoo"):
+        return
+    assert not upwards(str(own), path)
+
+
+def test_an_upward_or_sideways_import_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "some.py"
+    path.write_text("from pipeline import sampling\nfrom pipeline.cli.main import app\n")
+    assert upwards("training", path) == {"sampling", "cli"}
+    path.write_text("def f():\n    import pipeline.runs.run\n")
+    assert upwards("training", path) == set() and upwards("data", path) == {"runs"}
+
+
+def test_every_package_has_a_layer() -> None:
+    names = {path.relative_to(ROOT / "pipeline").parts[0].removesuffix(".py") for path in PIPELINE}
+    assert names - {"__init__", "zoo"} == set(LEVEL)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_folders_are_small(package: str) -> None:
+    folders = {path.parent for path in FILES if path.is_relative_to(ROOT / package)}
+    assert {f.name: n for f in folders if (n := len(list(f.glob("[!_]*.py")))) > 12} == {}
+
+
+def test_no_circles() -> None:
+    """No module imports itself by way of others, lazy and TYPE_CHECKING imports included."""
+    name_of = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+    arrows: dict[str, set[str]] = {}
+    for name, path in name_of.items():
+        arrows[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                arrows[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                arrows[name] |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+        arrows[name] &= set(name_of)
+    while leaves := {name for name, others in arrows.items() if not others & set(arrows)}:
+        arrows = {name: others for name, others in arrows.items() if name not in leaves}
+    assert not arrows, f"circles among {sorted(arrows)}"
+
+
 def test_the_reader_sees_all_imports(tmp_path: Path) -> None:
-    text = "import flows.block as b\ndef f():\n    from pipeline.cli import main\n"
-    assert modules(text, tmp_path) == [("flows.block", False), ("pipeline.cli", True)]
+    text = "import flows.block as b\ndef f():\n    from pipeline.cli.main import main\n"
+    assert modules(text, tmp_path) == [("flows.block", False), ("pipeline.cli.main", True)]
     assert forbidden("eval", "flows.block") and forbidden("flows", "pipeline")
     assert not forbidden("pipeline", "flows") and not forbidden("flows", "flows.block")
 

@@ -1,7 +1,7 @@
 """Checkpoints in the layouts of taming-transformers and latent-diffusion, small and random.
 
 The networks are taming's, put together here as the official models do, so that what
-`autoencoders.official` reads can be compared with what the official code would compute.
+`autoencoders.conversion.official` reads can be compared with what the official code would compute.
 """
 
 from __future__ import annotations

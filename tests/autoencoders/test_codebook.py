@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from autoencoders.base import to_float
 from tests.autoencoders.models import blobs
-from tests.autoencoders.trainers import trainer
+from tests.pipeline.autoencoder_training.trainers import trainer
 from tests.processes import run_job
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from autoencoders import diffusers as ours
-from autoencoders import official
 from autoencoders.adapt import Adaptation
+from autoencoders.conversion import official
 from autoencoders.registry import build
 from tests.autoencoders.official_layout import (
     LAYOUTS,

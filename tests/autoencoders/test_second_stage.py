@@ -8,12 +8,12 @@ import torch
 from accelerate import Accelerator
 
 from autoencoders.base import to_float
-from autoencoders.recipe import AutoencoderTraining
 from autoencoders.taming import TamingAutoencoder
-from autoencoders.training import AutoencoderTrainer
 from autoencoders.weights import to_tensors
+from pipeline.autoencoder_training.trainer import AutoencoderTrainer
+from pipeline.config.autoencoder_recipe import AutoencoderTraining
 from tests.autoencoders.models import blobs, config
-from tests.autoencoders.trainers import run, trainer
+from tests.pipeline.autoencoder_training.trainers import run, trainer
 
 
 def finished_start(accelerator: Accelerator) -> TamingAutoencoder:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from autoencoders.base import to_float, to_uint8
-from autoencoders.finishing import sharpened
 from autoencoders.sharpen import calibrate, laplacian, sharpen
 from autoencoders.taming import TamingAutoencoder
+from pipeline.autoencoder_training.finishing import sharpened
 from tests.autoencoders.models import blobs, config
 
 

@@ -29,7 +29,7 @@ from tests.eval.conftest import pytorch_fid_network
 
 def digits(folder: Path, n: int) -> None:
     """Write n digits of MNIST's training split as PNG."""
-    from pipeline.assets import fetch
+    from pipeline.assets.fetch import fetch
 
     raw = (fetch("mnist") / "train-images-idx3-ubyte").read_bytes()
     for i, image in enumerate(np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)[:n]):
@@ -43,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     from pytorch_fid.fid_score import calculate_activation_statistics
 
-    from pipeline.assets import fetch
+    from pipeline.assets.fetch import fetch
 
     state = read_weights(fetch("inception"))
     theirs, ours = pytorch_fid_network(state), FidInception(state)

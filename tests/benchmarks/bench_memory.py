@@ -3,7 +3,8 @@
     python -m tests.benchmarks.bench_memory [--blocks 16] [--out memory.png]
 
 The setting of the released two-dimensional code: MLP 128-128-128, batch 2000, RK4 with S = 3,
-finite differences. Block-wise: a run grows by one block a time through `pipeline.training.train`,
+finite differences. Block-wise: a run grows by one block a time through
+`pipeline.training.train.train`,
 every block in a fresh process, which reads its stage from the disk. Jointly: one objective over
 K blocks, differentiated through all of them, in a fresh process for each K. Printed is the
 largest resident memory of the process, less what it held when the training began.
@@ -24,12 +25,12 @@ import torch
 
 from eval.plots import curves
 from flows.block import SolverConfig
-from flows.divergence import FiniteDifference
 from flows.flow import BlockSpec, Flow
-from flows.velocity import VelocityConfig
-from pipeline.config import Config, PointsConfig, ScheduleConfig, TrainConfig
-from pipeline.config_files import from_resolved, to_dict
-from pipeline.resources import keep_freed_memory, peak_memory
+from flows.networks.registry import VelocityConfig
+from flows.solving.divergence import FiniteDifference
+from pipeline.config.load import from_resolved, to_dict
+from pipeline.config.schema import Config, PointsConfig, ScheduleConfig, TrainConfig
+from pipeline.runtime.system import keep_freed_memory, peak_memory
 
 #: where the plot goes unless told otherwise; runs/ is not kept with the project
 OUT = Path("runs/bench/memory.png")
@@ -66,8 +67,8 @@ def train_one_more(folder: Path) -> dict[str, float]:
     """Train the next block of a run; returns memory and seconds."""
     from accelerate import Accelerator
 
-    from pipeline.experiment2d import PointSource
-    from pipeline.training import train
+    from pipeline.toy2d.point_source import PointSource
+    from pipeline.training.train import train
 
     config, there = settings(), (folder / "flow.json").is_file()
     accelerator, source = Accelerator(cpu=True), PointSource(settings())

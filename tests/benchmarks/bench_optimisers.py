@@ -20,12 +20,12 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
-from autoencoders.optimisers import make_optimizer, set_learning_rate
-from autoencoders.training import AutoencoderTrainer
-from flows.velocity import make_velocity
-from pipeline.config_files import load_config
-from pipeline.datasets import load_images
-from pipeline.seeds import Batches, generator
+from flows.networks.registry import make_velocity
+from pipeline.autoencoder_training.trainer import AutoencoderTrainer
+from pipeline.config.load import load_config
+from pipeline.data.datasets import load_images
+from pipeline.optim.optimisers import make_optimizer, set_learning_rate
+from pipeline.runtime.rng import Batches, generator
 
 AUTOENCODER = [("adam", 1.2e-3), ("adam", 4e-3), ("muon", 1.2e-3), ("muon", 4e-3), ("muon", 1e-2)]
 NETWORK = [("adam", 8e-4), ("adam", 4e-3), ("muon", 3e-3), ("muon", 6e-3), ("muon", 1e-2)]

@@ -38,11 +38,11 @@ from torch import Tensor, nn
 from torchdiffeq import odeint_adjoint
 
 from flows.block import Block, SolverConfig
-from flows.divergence import Divergence, FiniteDifference, Hutchinson
-from flows.mlp import MlpVelocity
-from flows.objective import jko_loss
-from flows.velocity import VelocityConfig, make_velocity
-from pipeline.resources import keep_freed_memory, peak_memory
+from flows.networks.mlp import MlpVelocity
+from flows.networks.registry import VelocityConfig, make_velocity
+from flows.objectives.losses import jko_loss
+from flows.solving.divergence import Divergence, FiniteDifference, Hutchinson
+from pipeline.runtime.system import keep_freed_memory, peak_memory
 
 H, STEPS, SIGMA0, LR = 0.25, 3, 0.02, 1e-3
 WARMUP = 3

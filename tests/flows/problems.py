@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.block import Block, SolverConfig
-from flows.velocity import Velocity
+from flows.networks.registry import Velocity
 
 Field = Callable[[Tensor, Tensor], Tensor]
 

@@ -12,9 +12,9 @@ import torch
 from torch.autograd.functional import jacobian
 
 from flows.block import FIXED_METHODS, Block, SolverConfig
-from flows.divergence import Exact, FiniteDifference, Hutchinson
 from flows.errors import FlowError, SolveError
-from flows.velocity import VelocityConfig, make_velocity
+from flows.networks.registry import VelocityConfig, make_velocity
+from flows.solving.divergence import Exact, FiniteDifference, Hutchinson
 from tests.flows.problems import (
     PROBLEMS,
     Coupled,
@@ -260,7 +260,7 @@ for name, formula in FIELDS.items():
 
 flow = Flow((2,), [BlockSpec(VelocityConfig("mlp", hidden=(4,)), SolverConfig(steps=8))] * 2)
 flow.blocks[1] = Block(Field(lambda t, z: torch.exp(9 * z)), SolverConfig(steps=8))
-for way in (flow.encode, lambda z: flow.log_prob(z, solver=SolverConfig("dopri5"))):
+for way in (flow.encode, lambda z: log_prob(flow, z, solver=SolverConfig("dopri5"))):
     try:
         way(torch.full((3, 2), 2.0))
     except SolveError as failure:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.asset_files import Content
-from pipeline.asset_table import Asset
-from pipeline.download import DamagedError
-from pipeline.raw_files import find
-from pipeline.sources import SourceError, UrlSource
+from pipeline.assets.archives import find
+from pipeline.assets.catalogue import Asset
+from pipeline.assets.download import DamagedError
+from pipeline.assets.mirrors import SourceError, UrlSource
+from pipeline.assets.readers import Content
 
 THING = np.random.default_rng(0).bytes(3_000_000)
 HALF = 1_400_000

@@ -8,8 +8,8 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.generate import sample_images
-from pipeline.runs import Run
+from pipeline.runs.run import Run
+from pipeline.sampling.generate import sample_images
 from tests.pipeline.gaussian_source import quiet
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from pipeline.config import Config
-from pipeline.config_files import load_config
-from pipeline.seeds import generator
-from pipeline.stages import ensure_stage
-from pipeline.store import StoreReader, StoreWriter
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
+from pipeline.runtime.rng import generator
+from pipeline.storage.shards import StoreReader, StoreWriter
+from pipeline.training.stages import ensure_stage
 
 #: the covariance of the paper's two-dimensional Gaussian, scaled down
 COVARIANCE = ((1.75, 1.25), (1.25, 1.75))

@@ -26,7 +26,7 @@ class Glance:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put it in the place of Inception; distances are then of 6 x 6 covariances."""
-    monkeypatch.setattr("pipeline.features.load_inception", lambda _: Glance())
+    monkeypatch.setattr("pipeline.evaluation.features.load_inception", lambda _: Glance())
     original = GaussianStats.__init__
     monkeypatch.setattr(GaussianStats, "__init__", lambda self, dim=DIM: original(self, dim))
     for place in ("eval.images.FEATURES", "eval.inception.FEATURES"):

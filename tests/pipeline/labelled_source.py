@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.config import Config
-from pipeline.seeds import generator
-from pipeline.stages import ensure_stage
-from pipeline.store import StoreReader, StoreWriter
+from pipeline.config.schema import Config
+from pipeline.runtime.rng import generator
+from pipeline.storage.shards import StoreReader, StoreWriter
+from pipeline.training.stages import ensure_stage
 
 #: centres of the clusters; the second holds three quarters of the samples
 CENTRES = torch.tensor([[-2.0, 0.5], [2.0, -0.5]])

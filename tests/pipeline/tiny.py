@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from autoencoders.taming import TamingAutoencoder, TamingConfig
 from autoencoders.weights import to_tensors
-from pipeline import cli, commit
+from pipeline.cli import main
+from pipeline.storage import atomic
 
 SIDE = 12
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def random_autoencoder(seed: int = 0, **changes: Any) -> TamingAutoencoder:
 
 def write_autoencoder(path: Path, seed: int = 0, **changes: Any) -> Path:
     """The same, stored as `jkoflow autoencoder train` stores it."""
-    commit.write_tensors(path, *to_tensors(random_autoencoder(seed, **changes)))
+    atomic.write_tensors(path, *to_tensors(random_autoencoder(seed, **changes)))
     return path
 
 
@@ -140,7 +141,7 @@ def make_world(root: Path, train: int = 40, test: int = 24) -> World:
 def say(capsys: Any, *arguments: str | Path) -> tuple[int, str, str]:
     """Run a command here; returns its exit code, stdout and the last line of stderr."""
     capsys.readouterr()
-    code = cli.main([str(word) for word in arguments])
+    code = main.main([str(word) for word in arguments])
     out, err = capsys.readouterr()
     lines = err.strip().splitlines()
     return code, out, lines[-1] if lines else ""
@@ -167,7 +168,10 @@ def python(*arguments: str | Path, env: Mapping[str, str], **options: Any) -> su
 _SERVER = multiprocessing.get_context("forkserver")
 # torch.optim imports dynamo when it is first used, which takes longer than a whole tiny training
 _SERVER.set_forkserver_preload(
-    ["tests.pipeline.tiny", "pipeline.training", "pipeline.generate", "torch._dynamo"]
+    [
+        "tests.pipeline.tiny", "pipeline.training.train", "pipeline.sampling.generate",
+        "torch._dynamo",
+    ]  # fmt: skip
 )
 
 
@@ -205,7 +209,7 @@ def _run(words: list[str], env: dict[str, str], die_at: int | None, after: bool)
     if die_at is not None:
         _die_at_commit(die_at, after)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        code = cli.main(words)
+        code = main.main(words)
     sys.exit(code)
 
 
@@ -221,4 +225,4 @@ def _die_at_commit(number: int, after: bool) -> None:
         if count == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    commit.os.replace = replace  # type: ignore[attr-defined]
+    atomic.os.replace = replace  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""Checkpoints of taming-transformers and latent-diffusion, read safely and converted."""

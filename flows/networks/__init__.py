@@ -1,0 +1,1 @@
+"""Velocity networks v(t, z), their conditions and their compositions."""

@@ -1,0 +1,1 @@
+"""Training objectives, step-size schedules and couplings."""

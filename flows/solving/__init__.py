@@ -1,0 +1,1 @@
+"""ODE solvers and divergence estimators."""

@@ -1,0 +1,1 @@
+"""MNIST, CIFAR-10 and the Inception weights: fetched and verified."""

@@ -1,0 +1,104 @@
+"""Finding an asset's raw files in whatever a source brought: a file, a folder or an archive."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from pipeline.assets.download import DamagedError
+
+_ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip", ".whl")
+_DEPTH = 3
+
+
+def find(raw: Path, names: Sequence[str], scratch: Path) -> dict[str, Path]:
+    """Find files by name, in folders to a depth of three and in the archives there.
+
+    Only the wanted files leave an archive, under their bare names: what else it holds, and
+    where it would like to be unpacked, does not matter.
+
+    Args:
+        raw: a file, an archive, or a folder of either.
+        names: bare names of the wanted files.
+        scratch: where to unpack.
+
+    Returns:
+        Those of `names` that were found, and where they lie now.
+
+    Raises:
+        DamagedError: an archive is damaged, and nothing was found elsewhere.
+    """
+    found: dict[str, Path] = {}
+    archives: list[Path] = []
+    for path in _walk(raw):
+        if path.name in names:
+            found.setdefault(path.name, path)
+        elif path.name.endswith(_ARCHIVES):
+            archives.append(path)
+    damage: DamagedError | None = None
+    for archive in archives:
+        missing = [name for name in names if name not in found]
+        try:
+            found |= _unpack(archive, missing, scratch) if missing else {}
+        except DamagedError as error:  # it may be of something else
+            damage = damage or error
+    if damage is not None and not found:
+        raise damage
+    return found
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file, decompressed when its name ends in `.gz`.
+
+    Raises:
+        DamagedError: the compressed file is damaged.
+    """
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DamagedError(f"{path.name} is damaged ({error})") from error
+
+
+def _walk(raw: Path) -> Iterator[Path]:
+    """The files under `raw`, sorted, no deeper than an extracted archive would be."""
+    if raw.is_file():
+        yield raw
+        return
+    for folder, subfolders, files in os.walk(raw):
+        depth = len(Path(folder).relative_to(raw).parts)
+        subfolders[:] = sorted(subfolders) if depth < _DEPTH else []
+        for name in sorted(files):
+            yield Path(folder) / name
+
+
+def _unpack(archive: Path, names: Sequence[str], scratch: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+
+    def take(member: str, source: IO[bytes]) -> None:
+        name = PurePosixPath(member).name
+        found[name] = scratch / f"unpacked-{name}"
+        with source, open(found[name], "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+
+    try:
+        if archive.suffix in (".zip", ".whl"):
+            with zipfile.ZipFile(archive) as zipped:
+                for entry in zipped.infolist():
+                    if PurePosixPath(entry.filename).name in names and not entry.is_dir():
+                        take(entry.filename, zipped.open(entry))
+        else:
+            with tarfile.open(archive) as tar:
+                for member in tar:
+                    stream = tar.extractfile(member) if member.isfile() else None
+                    if stream is not None and PurePosixPath(member.name).name in names:
+                        take(member.name, stream)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DamagedError(f"{archive.name} is damaged ({error})") from error
+    return found

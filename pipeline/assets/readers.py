@@ -1,0 +1,168 @@
+"""Reading the raw files of MNIST, CIFAR-10 and Inception into the form that is stored.
+
+Each reader takes whatever a source brought and returns the same `Content` for the same
+data: the files to store and one sha256 of what they mean, not of how they were packed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import save
+
+from eval.inception_weights import content_sha256, read_weights
+from pipeline.assets.archives import find, read_bytes
+from pipeline.assets.download import DamagedError
+from pipeline.storage.safe_pickle import UnsafePickleError, load_batch
+
+MNIST_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+CIFAR10_FILES = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy")
+INCEPTION_FILE = "inception-fid.safetensors"
+_CIFAR10_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6)) + ("test_batch",)
+_CIFAR10_NPM_LABELS = ("train_lables.json", "test_lables.json")  # spelled so in the package
+_INCEPTION_RAW = (INCEPTION_FILE, "pt_inception-2015-12-05-6726825d.pth", "default_1.pt")
+
+
+@dataclass(frozen=True)
+class Content:
+    """An asset as it is stored: how to write each file, and the sha256 of what they hold."""
+
+    sha256: str
+    files: Mapping[str, Callable[[IO[bytes]], object]]
+
+
+def read_mnist(raw: Path, scratch: Path) -> Content:
+    """MNIST from its four idx files, plain or gzipped; the hash is over the plain bytes.
+
+    sha256 over the lines `<sha256 of the file>  <name>` in the order of `MNIST_FILES`.
+
+    Raises:
+        DamagedError: a file is missing or damaged.
+    """
+    found = find(raw, [name + ending for name in MNIST_FILES for ending in ("", ".gz")], scratch)
+    data: dict[str, bytes] = {}
+    for name in MNIST_FILES:
+        path = found.get(name) or found.get(name + ".gz")
+        if path is None:
+            raise DamagedError(f"no {name} or {name}.gz in it")
+        data[name] = read_bytes(path)
+    lines = "".join(f"{hashlib.sha256(data[n]).hexdigest()}  {n}\n" for n in MNIST_FILES)
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    return Content(digest, {name: _writer(value) for name, value in data.items()})
+
+
+def _writer(data: bytes) -> Callable[[IO[bytes]], object]:
+    return lambda file: file.write(data)
+
+
+def read_cifar10(raw: Path, scratch: Path) -> Content:
+    """CIFAR-10 from the official Python batches or from the npm package's pictures.
+
+    Images (n, 3, 32, 32) uint8 and labels (n,) uint8 in the order of the official batches 1
+    to 5 and the test batch. sha256 over the raw bytes of the train images, train labels,
+    test images and test labels.
+
+    Raises:
+        DamagedError: a file is missing, damaged or of another layout.
+    """
+    pictures = [f"{name}.png" for name in _CIFAR10_BATCHES]
+    found = find(raw, [*_CIFAR10_BATCHES, *pictures, *_CIFAR10_NPM_LABELS], scratch)
+    if all(name in found for name in _CIFAR10_BATCHES):
+        batches = [_python_batch(found[name]) for name in _CIFAR10_BATCHES]
+    elif all(name in found for name in (*pictures, *_CIFAR10_NPM_LABELS)):
+        labels = [_json_labels(found[name]) for name in _CIFAR10_NPM_LABELS]
+        split = [*np.split(labels[0], 5), labels[1]] if len(labels[0]) % 5 == 0 else []
+        if [len(part) for part in split] != [10000] * 6:
+            raise DamagedError("expected 50000 and 10000 labels")
+        images = [_picture_batch(found[name]) for name in pictures]
+        batches = list(zip(images, split, strict=True))
+    else:
+        raise DamagedError("neither data_batch_1 … 5 and test_batch nor their .png in it")
+    arrays = [
+        np.concatenate([images for images, _ in batches[:5]]),
+        np.concatenate([labels for _, labels in batches[:5]]),
+        *batches[5],
+    ]
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.data)
+    files = {name: _saver(array) for name, array in zip(CIFAR10_FILES, arrays, strict=True)}
+    return Content(digest.hexdigest(), files)
+
+
+def _saver(array: np.ndarray) -> Callable[[IO[bytes]], object]:
+    return lambda file: np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
+
+
+def _python_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """One official batch: `data` (10000, 3072) channel-first and `labels`."""
+    try:
+        batch = load_batch(path)
+    except UnsafePickleError as error:
+        raise DamagedError(f"{path.name}: {error}") from error
+    images, labels = batch.get("data"), batch.get("labels")
+    shape = getattr(images, "shape", None)
+    if not isinstance(images, np.ndarray) or shape != (10000, 3072) or labels is None:
+        raise DamagedError(f"{path.name} is not a batch of 10000 CIFAR-10 images")
+    return images.astype(np.uint8, copy=False).reshape(-1, 3, 32, 32), _bytes_of(labels, path)
+
+
+def _picture_batch(path: Path) -> np.ndarray:
+    """One picture of the npm package: a row is an image, its 1024 pixels are RGB."""
+    try:
+        with Image.open(path) as picture:
+            rows = np.asarray(picture)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DamagedError(f"{path.name} is damaged ({error})") from error
+    if rows.shape != (10000, 1024, 3) or rows.dtype != np.uint8:
+        raise DamagedError(f"{path.name} is {rows.shape}, expected (10000, 1024, 3)")
+    return np.ascontiguousarray(rows.transpose(0, 2, 1)).reshape(-1, 3, 32, 32)
+
+
+def _json_labels(path: Path) -> np.ndarray:
+    try:
+        return _bytes_of(json.loads(path.read_text()), path)
+    except ValueError as error:
+        raise DamagedError(f"{path.name} is damaged ({error})") from error
+
+
+def _bytes_of(labels: object, path: Path) -> np.ndarray:
+    """Labels 0 … 9 as uint8."""
+    values = np.asarray(labels)
+    if values.ndim != 1 or values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 9:
+        raise DamagedError(f"{path.name} does not hold labels 0 to 9")
+    return values.astype(np.uint8)
+
+
+def read_inception(raw: Path, scratch: Path) -> Content:
+    """The Inception network for FID from any of its files, stored as safetensors.
+
+    The hash is over the 94 convolutions, see `eval.inception_weights.content_sha256`.
+
+    Raises:
+        DamagedError: no such file, or it is damaged, or holds another network.
+    """
+    own = [raw.name] if raw.is_file() and raw.suffix in (".pt", ".pth", ".safetensors") else []
+    found = find(raw, [*_INCEPTION_RAW, *own], scratch)
+    if not found:
+        raise DamagedError("no " + " or ".join(_INCEPTION_RAW) + " in it")
+    path = next(iter(found.values()))
+    try:
+        state = read_weights(path)
+        digest = content_sha256(state)
+    except (ValueError, FileNotFoundError) as error:
+        raise DamagedError(str(error)) from error
+    tensors = {name: state[name].contiguous() for name in sorted(state)}
+    return Content(digest, {INCEPTION_FILE: lambda file: file.write(save(tensors))})

@@ -1,0 +1,127 @@
+"""Measures the reconstructions of an autoencoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from autoencoders.base import Autoencoder, to_float, to_uint8
+from eval.inception import EXTRACTOR
+from eval.reconstruction import Reconstruction
+from pipeline.autoencoder_training.train import _SHOWN, WEIGHTS, _picture
+from pipeline.config.schema import Config
+from pipeline.data.datasets import ImageSet, load_images
+from pipeline.data.latent_cache import load_parts
+from pipeline.errors import UserError
+from pipeline.evaluation.features import FeatureMaker, chosen, fid_of, statistics_of
+from pipeline.runtime.console import Progress
+from pipeline.runtime.rng import generator
+from pipeline.storage import atomic
+
+
+def evaluate(
+    config: Config,
+    n: int,
+    folder: Path,
+    accelerator: Accelerator,
+    progress: Progress,
+    originals: bool = True,
+) -> Path:
+    """Measure an autoencoder on n images of the test split.
+
+    Writes autoencoder.json (rFID, PSNR, SSIM, codebook perplexity, statistics of the latents)
+    and a before/after picture. PSNR is null when every reconstruction is perfect, SSIM for
+    images smaller than its window of 11 x 11.
+
+    There are two rFIDs: against the reference (`rfid`: the floor of a flow's FID), and against the
+    very images that were reconstructed (`rfid_originals`: what papers on autoencoders report).
+
+    Args:
+        config: sections data, autoencoder and evaluate (for the reference).
+        n: images.
+        folder: where the results go.
+        accelerator: device and processes.
+        progress: wraps loops.
+        originals: whether to measure rfid_originals and, of the images themselves, `real_fid`;
+            their features are kept, for other autoencoders.
+
+    Returns:
+        The path of autoencoder.json.
+
+    Raises:
+        UserError: n below 2 or above the size of the split, or a folder in which another
+            autoencoder was trained.
+    """
+    if n < 2:
+        raise UserError(f"an evaluation needs at least 2 images, not {n}")
+    _not_another(config, folder)
+    _, autoencoder = load_parts(config)
+    test = load_images(config.data.of_split(config.data.test_split))
+    if n > len(test):
+        raise UserError(f"{test.name} ({test.split}) has {len(test)} images, fewer than {n}")
+    maker = FeatureMaker(accelerator, progress)
+    reference = maker.reference(config.evaluate.reference)
+    measured = _reconstruct(autoencoder, test, n, folder, accelerator, progress)
+    rfid = maker.reconstruction_fid(autoencoder, test, n, reference)
+    label = {"n": n, "split": test.split, "extractor": EXTRACTOR}
+    against = {"reference": config.evaluate.reference, **label}
+    result: dict[str, Any] = {"rfid": {"value": rfid, **against}}
+    if originals:
+        real = maker.real_features(test, n)
+        near = maker.reconstruction_fid(autoencoder, test, n, statistics_of(real))
+        result["rfid_originals"] = {"value": near, **label}
+        result["real_fid"] = {"value": fid_of(real, reference), **against}
+    result |= {
+        **measured,
+        "name": config.autoencoder.name,
+        "weights": config.autoencoder.weights,
+        "fingerprint": autoencoder.fingerprint,
+        "architecture": autoencoder.describe(),
+    }
+    path = folder / "autoencoder.json"
+    if accelerator.is_main_process:
+        atomic.write_json(path, result)
+    return path
+
+
+@torch.inference_mode()
+def _reconstruct(
+    autoencoder: Autoencoder,
+    images: ImageSet,
+    n: int,
+    folder: Path,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> dict[str, Any]:
+    """PSNR, SSIM, codebook use and latent statistics over n images; writes the picture."""
+    autoencoder.to(accelerator.device)  # type: ignore[attr-defined]
+    total, entries = Reconstruction(), int(getattr(autoencoder, "codebook_size", 0))
+    order, starts = chosen(images, n), range(0, n, 250)
+    for start in progress(starts, len(starts), "reconstruct"):
+        pixels = torch.from_numpy(images.take(order[start : start + 250]))
+        moments = autoencoder.encode(to_float(pixels).to(accelerator.device))
+        z = moments.sample(generator(0, "reconstruct", start))
+        again = to_uint8(autoencoder.decode(z)).cpu()
+        codes = None
+        if entries:
+            codes = autoencoder.codes(z).cpu()  # type: ignore[attr-defined]
+        total.add(pixels, again, z.cpu(), codes)
+        if start == 0 and accelerator.is_main_process:
+            _picture(folder, pixels[:_SHOWN], again[:_SHOWN])
+    return total.result(entries)
+
+
+def _not_another(config: Config, folder: Path) -> None:
+    """Refuse to write one autoencoder's numbers beside the weights of another."""
+    trained, weights_ = folder / WEIGHTS, config.autoencoder.weights
+    if not trained.is_file():
+        return
+    if weights_ is None or Path(weights_).expanduser().resolve() != trained.resolve():
+        raise UserError(
+            f"{folder} holds a trained autoencoder, but autoencoder.weights is {weights_}; "
+            f"measure the one there with --set autoencoder.weights={trained}, or choose another "
+            "place with --out"
+        )

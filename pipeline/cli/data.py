@@ -1,0 +1,36 @@
+"""`jkoflow fetch` and `jkoflow encode`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import ConfigOption, SetOption
+from pipeline.cli.session import load, make_accelerator
+from pipeline.runtime.console import bar, say
+
+
+def fetch(
+    assets: Annotated[list[str], typer.Argument(help="mnist, cifar10 or inception; several.")],
+    source: Annotated[
+        Path | None, typer.Option("--from", help="A file or folder that holds the asset.")
+    ] = None,
+) -> None:
+    """Fetch assets, verify them, and print where they lie."""
+    from pipeline.assets import fetch as store
+
+    for name in assets:
+        print(store.fetch(name, local=source, log=say))
+
+
+def encode(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Encode a data set into the latent cache; resumes where it was interrupted."""
+    from pipeline.data import latent_cache as latents
+
+    accelerator = make_accelerator()
+    cache = latents.encode(load(config, overrides), accelerator, bar)
+    if accelerator.is_main_process:
+        say(f"{len(cache)} latents of shape {tuple(cache.shape)}")
+        print(cache.reader.folder)

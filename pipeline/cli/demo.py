@@ -1,0 +1,104 @@
+"""`jkoflow demo`: the main job, start to finish; every step that is done is not done again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from eval.references import available
+from pipeline.assets.fetch import ASSETS, fetch
+from pipeline.config.schema import Config
+from pipeline.data.latent_cache import encode
+from pipeline.errors import UserError
+from pipeline.evaluation.evaluator import Evaluator, inputs_of
+from pipeline.evaluation.tables import headline, table
+from pipeline.runs.movement_plot import plot_movement
+from pipeline.runs.run import Run, open_run
+from pipeline.runtime.console import Progress
+from pipeline.sampling.generate import sample_images
+from pipeline.sampling.image_files import write_grid
+from pipeline.storage import atomic
+from pipeline.training.resume import enter
+from pipeline.training.train import train
+
+#: a step that takes less than this was found done
+_INSTANT = 2.0
+
+
+class _Clock:
+    """Times the steps; remembers, beside the run, what they took when they were really done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "seconds.json"
+        self.seconds: dict[str, float] = {}
+        if self.path.is_file():
+            self.seconds = atomic.read_json(self.path, "timings of the demo")
+        self.reused: set[str] = set()
+
+    def step(self, name: str, work: Callable[[], Any]) -> Any:  # noqa: ANN401
+        print(f"{name} …", flush=True)
+        began = time.perf_counter()
+        result = work()
+        spent = time.perf_counter() - began
+        if spent < _INSTANT and name in self.seconds:
+            self.reused.add(name)
+        else:
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            atomic.write_json(self.path, self.seconds)
+        return result
+
+
+def run_demo(config: Config, folder: Path, accelerator: Accelerator, progress: Progress) -> None:
+    """Fetch, encode, train, generate, evaluate; print the table and the paths.
+
+    Args:
+        config: the demo's configuration.
+        folder: the run directory; what is there is continued.
+        accelerator: device and processes.
+        progress: wraps loops.
+    """
+    if accelerator.num_processes > 1:
+        raise UserError("the demo runs on one process; use the single verbs on several")
+    enter(config, folder, accelerator, resume=True)
+    clock = _Clock(folder)
+    needed = ["inception"] + ([config.data.name] if config.data.name in ASSETS else [])
+    for name in needed:
+        clock.step(f"fetch {name}", partial(fetch, name))
+    cache = clock.step("encode", lambda: encode(config, accelerator, progress))
+    print(f"  {len(cache)} latents of shape {tuple(cache.shape)}")
+    outcome = clock.step(
+        "train", lambda: train(config, folder, accelerator, progress, resume=True)
+    )
+    print(f"  {outcome.blocks} blocks")
+    run = open_run(folder)
+    images = clock.step(
+        "generate", lambda: sample_images(run, config.generate, accelerator, progress)
+    )
+    grid = folder / "samples" / "grid.png"
+    write_grid(images, grid, config.generate.columns**2, config.generate.columns)
+    metrics = clock.step("evaluate", lambda: _metrics(run, config, accelerator, progress))
+    plot = folder / "samples" / "movement.png"
+    plot_movement(run.manifest, plot)
+    metrics["seconds"] = clock.seconds
+    atomic.write_json(folder / "metrics.json", metrics)
+    print(f"\n{table(metrics, clock.seconds, clock.reused)}\n\n{headline(metrics)}\n")
+    for path in (grid, plot, folder / "metrics.json", folder / "log.jsonl"):
+        print(path)
+
+
+def _metrics(
+    run: Run, config: Config, accelerator: Accelerator, progress: Progress
+) -> dict[str, Any]:
+    """The run's metrics.json if it answers this configuration, else a new evaluation."""
+    path = run.folder / "metrics.json"
+    name = config.evaluate.reference
+    if name in available() and not Path(name).exists() and path.is_file():
+        found: dict[str, Any] = atomic.read_json(path, "metrics")
+        if found.get("inputs") == inputs_of(run, config.evaluate, config.generate):
+            return found
+    return Evaluator(accelerator, progress).evaluate(run, config.evaluate, config.generate)

@@ -1,0 +1,194 @@
+"""`jkoflow evaluate`, `likelihood`, `fid` and `reference`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import (
+    BlocksOption,
+    ConfigOption,
+    GuidanceOption,
+    GuideOption,
+    MethodOption,
+    NfeOption,
+    RefinerOption,
+    RunOption,
+    SetOption,
+    StepsOption,
+)
+from pipeline.cli.sampling import _one_budget
+from pipeline.cli.session import load, make_accelerator, override, replace
+from pipeline.errors import UserError
+from pipeline.runtime.console import Meter, bar, say
+
+
+def likelihood(
+    run: Annotated[Path, typer.Option("--run", "-r", help="A run directory, or zoo:NAME.")],
+    split: Annotated[
+        str | None,
+        typer.Option(help="Split of the run's data set; default test, or all if there is none."),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Rank the images of this folder instead of a split.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", help="First so many images.")] = 200,
+    divergence: Annotated[
+        str, typer.Option(help="exact, hutchinson or finite-difference.")
+    ] = "exact",
+    probes: Annotated[
+        int, typer.Option(help="Probes of a random estimator; 2 or more give a standard error.")
+    ] = 1,
+    columns: Annotated[int, typer.Option(help="Images a row of the picture.")] = 10,
+    blocks: Annotated[
+        int | None, typer.Option("--blocks", help="Use only the first so many blocks.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="data.path=DIR, where the images lie on this machine."),
+    ] = None,
+) -> None:
+    """Rank images by likelihood: the most typical and the most odd (likelihood.json, a grid)."""
+    from pipeline.evaluation import likelihood as ranking
+    from pipeline.runs.run import open_run
+    from pipeline.runtime.console import bar, say
+
+    opened = open_run(run, blocks, images=True)
+    opened = replace(opened, config=override(opened.config, overrides, ("data.path",)))
+    settings = ranking.LikelihoodSettings(n, split, folder, divergence, probes, columns)
+    accelerator = make_accelerator()
+    result = ranking.rank(opened, settings, accelerator, bar)
+    if not accelerator.is_main_process:
+        return
+    say(ranking.headline(result))
+    folder = opened.folder
+    for path in (folder / "samples" / "likelihood.png", folder / "likelihood.json"):
+        print(path)
+
+
+def fid(
+    a: Annotated[str, typer.Argument(help="A folder, a .npz, or a reference (also your own).")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+) -> None:
+    """FID of two sets of images or statistics; the number alone on the last line of stdout."""
+    from eval.references import available
+    from pipeline.evaluation.fid import fid_between
+
+    say(f"shipped references: {', '.join(available()) or 'none'}")
+    accelerator = make_accelerator()
+    with Meter() as meter:
+        value = fid_between(a, b, accelerator, meter.of)
+    if accelerator.is_main_process:
+        print(repr(value))
+
+
+def reference(
+    config: ConfigOption,
+    out: Annotated[Path, typer.Argument(help="The .safetensors to write.")],
+    test: Annotated[
+        list[int] | None,
+        typer.Option("--test", help="Note the FID of so many real test images; several."),
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Make reference statistics of a split (data.split), as they are shipped; resumes."""
+    from pipeline.evaluation.reference import make_reference
+
+    settings = load(config, overrides)
+    accelerator = make_accelerator()
+    make_reference(settings, out, test or [], accelerator, bar)
+    if accelerator.is_main_process:
+        print(out)
+
+
+def evaluate(
+    run: RunOption,
+    n: Annotated[int | None, typer.Option("-n", help="Generated images.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise.")] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference", help="A shipped name, a folder, a .npz, or what `reference` wrote."
+        ),
+    ] = None,
+    kid: Annotated[
+        int | None,
+        typer.Option(
+            "--kid",
+            help="Real images for KID, precision and recall; by default those whose features an "
+            "earlier --kid, of any run on the same data, left behind.",
+        ),
+    ] = None,
+    steps: StepsOption = None,
+    method: MethodOption = None,
+    nfe: NfeOption = None,
+    nfe_study: Annotated[
+        str | None,
+        typer.Option(
+            "--nfe-study",
+            help="FID only, at each of these budgets of evaluations a sample, such as 8,16,32: "
+            "nfe.json and samples/nfe.png.",
+        ),
+    ] = None,
+    curve: Annotated[
+        bool,
+        typer.Option(
+            "--curve",
+            help="FID only, of the weights that train.snapshot_every kept, against samples seen: "
+            "curve.json and samples/curve.png.",
+        ),
+    ] = False,
+    guidance: GuidanceOption = None,
+    guide: GuideOption = None,
+    refiner: RefinerOption = None,
+    blocks: BlocksOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Measure a run: FID with its floor, likelihood, and what stands beside it (metrics.json)."""
+    from pipeline.evaluation import evaluator as evaluation
+    from pipeline.evaluation import nfe_sweep as studies
+    from pipeline.evaluation import training_curve as curves
+    from pipeline.evaluation.tables import headline
+    from pipeline.runs.run import open_run
+    from pipeline.sampling.sampling_plan import with_guidance
+    from pipeline.sampling.solvers import with_solver, within
+
+    opened = open_run(run, blocks, images=True)
+    config = override(opened.config, overrides, ("generate", "evaluate", "data.path"))
+    opened = replace(opened, config=config)  # its images may lie elsewhere on this machine
+    settings = replace(config.evaluate, n=n, seed=seed, reference=reference, kid=kid)
+    solved = with_guidance(config.generate, guidance, guide, refiner)
+    solved = with_solver(solved, steps, method)
+    if nfe is not None:
+        _one_budget(steps)
+        solved = within(opened, solved, nfe)
+    accelerator = make_accelerator()
+    evaluator = evaluation.Evaluator(accelerator, bar)
+    if nfe_study is not None and curve:
+        raise UserError("--nfe-study and --curve are two measurements; ask for one at a time")
+    if nfe_study is not None:
+        if steps is not None or nfe is not None:
+            raise UserError("--nfe-study chooses the steps; leave --steps and --nfe out")
+        result = studies.study(opened, nfe_study, settings, solved, evaluator)
+        if accelerator.is_main_process:
+            say(studies.table(result))
+            print(opened.folder / studies.FILE)
+        return
+    if curve:
+        result = curves.measure(opened, settings, solved, evaluator)
+        if accelerator.is_main_process:
+            say(curves.table(result))
+            print(opened.folder / curves.FILE)
+        return
+    warning = evaluation.other_data(opened, settings.reference)
+    if warning and accelerator.is_main_process:
+        say(warning)
+    metrics = evaluator.evaluate(opened, settings, solved)
+    if accelerator.is_main_process:
+        if "kid" not in metrics:
+            say("no features of real images are at hand for KID, precision and recall; --kid 2000 "
+                "makes them, once for all runs on this data")  # fmt: skip
+        say(headline(metrics))
+        print(opened.folder / "metrics.json")

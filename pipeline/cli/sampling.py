@@ -1,0 +1,92 @@
+"""`jkoflow generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import (
+    BlocksOption,
+    GuidanceOption,
+    GuideOption,
+    MethodOption,
+    NfeOption,
+    RefinerOption,
+    RunOption,
+    SetOption,
+    StepsOption,
+)
+from pipeline.cli.session import make_accelerator, override, replace
+from pipeline.errors import UserError
+from pipeline.runtime.console import bar, say
+
+
+def generate(
+    run: RunOption,
+    n: Annotated[int | None, typer.Option("-n", help="Images.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise.")] = None,
+    steps: StepsOption = None,
+    method: MethodOption = None,
+    nfe: NfeOption = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class",
+            help="Of a class-conditional run: images of this class only, a number or a "
+            "subfolder's name; several, or all: one row of the grid each. Default: as often as in "
+            "the training data.",
+        ),
+    ] = None,
+    guidance: GuidanceOption = None,
+    guide: GuideOption = None,
+    refiner: RefinerOption = None,
+    blocks: BlocksOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where the grid (PNG) goes.")] = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Also write every image as a PNG here.")
+    ] = None,
+    npz: Annotated[
+        Path | None, typer.Option("--npz", help="Also write all images as one .npz (arr_0).")
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Generate images from a run; writes a grid, and on request all images."""
+    from pipeline.runs.run import open_run
+    from pipeline.sampling import generate as sampling
+    from pipeline.sampling.class_labels import parse_classes
+    from pipeline.sampling.image_files import require_outputs, write_folder, write_grid, write_npz
+    from pipeline.sampling.sampling_plan import with_guidance
+    from pipeline.sampling.solvers import with_solver, within
+
+    opened = open_run(run, blocks, images=True)
+    settings = override(opened.config, overrides, ("generate",)).generate
+    labels = parse_classes(opened, classes)
+    settings = replace(settings, n=n, seed=seed, labels=labels)
+    settings = with_guidance(settings, guidance, guide, refiner)
+    settings = with_solver(settings, steps, method)
+    several = len(settings.labels or [])
+    if n is None and several > 1:
+        settings = replace(settings, n=max(settings.n, several * settings.columns))
+    if nfe is not None:
+        _one_budget(steps)
+        settings = within(opened, settings, nfe)
+    require_outputs(opened, settings.n, images, npz)
+    accelerator = make_accelerator()
+    made = sampling.sample_images(opened, settings, accelerator, bar)
+    if not accelerator.is_main_process:
+        return
+    path = out or opened.folder / "samples" / "grid.png"
+    write_grid(made, path, settings.columns**2, settings.columns, several)
+    if images is not None:
+        write_folder(made, images)
+    if npz is not None:
+        write_npz(made, npz)
+    say(f"{len(made)} images, {made.manifest['nfe']} network evaluations a sample")
+    print(path)
+
+
+def _one_budget(steps: str | None) -> None:
+    if steps is not None:
+        raise UserError("--steps and --nfe both choose the solver's steps; leave one of them out")

@@ -1,0 +1,80 @@
+"""`jkoflow toy2d`: the paper's two-dimensional experiments, from points to pictures.
+
+The command alone lives here, so that the command line starts without torch; what it does is in
+`pipeline.toy2d.experiment`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config
+
+FOLDER = "toy2d"
+
+
+def toy2d(
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config", "-c", help="checkerboard, two_moons, rose, …, or the path of a .yaml."
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", "-r", help="Run directory; default runs/toy2d-NAME.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what is there.")] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override: section.key=value; may be given several times."),
+    ] = None,
+) -> None:
+    """A two-dimensional experiment: trains, then draws and measures (samples/ of the run)."""
+    from pipeline.cli.session import make_accelerator
+    from pipeline.errors import UserError
+    from pipeline.runs.directory import read_config
+    from pipeline.runtime.console import bar, say
+    from pipeline.toy2d.experiment import headline, run_experiment
+
+    if config is not None:
+        settings = load(config, overrides or [])
+    elif run is None or not resume:
+        raise UserError("give --config, or --run with --resume to continue a run")
+    elif overrides:
+        raise UserError("--set goes with --config; a resumed run keeps its configuration")
+    else:
+        settings = read_config(run)
+    folder = run if run is not None else Path("runs") / f"{FOLDER}-{settings.name}"
+    accelerator = make_accelerator()
+    metrics = run_experiment(settings, folder, accelerator, bar, resume)
+    if metrics is None:
+        say("stopped in time; continue with --resume")
+    else:
+        say(headline(metrics))
+    print(folder / "samples")
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of an experiment: `checkerboard`, `toy2d/checkerboard`, or a path.
+
+    Raises:
+        UserError: unknown name, unreadable YAML, unknown key or wrong type.
+    """
+    from pipeline.config.load import available, load_config
+    from pipeline.errors import UserError
+
+    if Path(name).suffix in (".yaml", ".yml"):
+        return load_config(name, overrides)
+    short = name.removeprefix(f"{FOLDER}/")
+    known = [x.removeprefix(f"{FOLDER}/") for x in available() if x.startswith(f"{FOLDER}/")]
+    if short not in known:
+        raise UserError(
+            f"unknown two-dimensional experiment {name!r}; choose one of {', '.join(known)}, or "
+            "give the path of a .yaml file"
+        )
+    return load_config(f"{FOLDER}/{short}", overrides)

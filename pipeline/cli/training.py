@@ -1,0 +1,159 @@
+"""`jkoflow train` and `jkoflow distill`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import SetOption
+from pipeline.cli.session import load, make_accelerator, override, with_section
+from pipeline.errors import UserError
+from pipeline.runtime.console import bar, say
+
+
+def distill(
+    run: Annotated[
+        Path, typer.Option("--run", "-r", help="The teacher: a finished run, or zoo:NAME.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="The new run directory; default NAME-distilled beside the teacher's folder NAME, "
+            "runs/NAME-distilled for zoo:NAME.",
+        ),
+    ] = None,
+    pairs: Annotated[int, typer.Option("--pairs", help="Consecutive blocks merged into one.")] = 2,
+    steps: Annotated[
+        int, typer.Option("--steps", help="Solver steps a merged block, when images are drawn.")
+    ] = 1,
+    method: Annotated[
+        str, typer.Option("--method", help="Solver that draws them: euler, midpoint, rk4, ….")
+    ] = "rk4",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue what is there; repeat the other options.")
+    ] = False,
+    max_minutes: Annotated[
+        float, typer.Option("--max-minutes", help="Stop cleanly after so long.")
+    ] = 0.0,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Override: section.key=value, of train, velocity, push, generate, evaluate; by "
+            "default the teacher's network, 5000 iterations a merged block. data.path where "
+            "the images lie elsewhere on this machine.",
+        ),
+    ] = None,
+) -> None:
+    """Merge blocks into fewer that need few solver steps; the result is a run like any other."""
+    from pipeline.distillation import distill as merging
+    from pipeline.runs.manifest import read_manifest
+    from pipeline.runs.run import open_run
+    from pipeline.toy2d.point_source import PointSource
+
+    teacher, out = open_run(run), _folder(out, run)
+    settings = merging.Distillation(pairs, steps, method)
+    config = merging.student_config(teacher, settings, overrides or [], max_minutes)
+    accelerator = make_accelerator()
+    source = None if "autoencoder" in teacher.manifest else PointSource(config)
+    outcome = merging.distill(teacher, out, config, pairs, accelerator, bar, resume, source)
+    if accelerator.is_main_process:
+        if outcome.complete:
+            say(merging.headline(read_manifest(out)))
+        else:
+            say(f"{outcome.blocks} merged blocks: stopped in time; continue with --resume")
+        print(out)
+
+
+def _folder(out: Path | None, run: Path) -> Path:
+    """The new run directory: as asked for, or named after the teacher's and beside it."""
+    from pipeline.runs.zoo import PREFIX, is_shipped, zoo
+
+    if out is not None:
+        return out
+    if is_shipped(run):
+        return Path("runs") / f"{str(run).removeprefix(PREFIX)}-distilled"
+    folder = run.expanduser()
+    whole = folder.resolve()
+    if whole in {path.resolve() for path in zoo().values()}:  # nothing is written into the package
+        return Path("runs") / f"{whole.name}-distilled"
+    if folder.name in ("", ".."):  # such as the current directory
+        folder = whole
+    return folder.with_name(f"{folder.name}-distilled")
+
+
+def train(
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="A packaged name or a .yaml path.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", "-r", help="Run directory; default runs/NAME.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run, or train it further.")
+    ] = False,
+    max_minutes: Annotated[
+        float | None, typer.Option("--max-minutes", help="Stop cleanly after so long.")
+    ] = None,
+    reparameterize: Annotated[
+        int | None,
+        typer.Option(help="Train so many more times over, evening out the movements (in all)."),
+    ] = None,
+    refine: Annotated[
+        int | None, typer.Option(help="Then split every block into so many (in all); train on.")
+    ] = None,
+    add_blocks: Annotated[
+        int, typer.Option(help="Add so many blocks to a finished run, before its free block.")
+    ] = 0,
+    from_block: Annotated[
+        int | None, typer.Option(help="Train this block (from 0) and all after it again.")
+    ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(
+            "--init-from",
+            help="Start each block from the weights of this run's, such as jko from lfm blocks, "
+            "or a wider network from a narrow one.",
+        ),
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Train the flow block by block: latent cache to run directory."""
+    from pipeline.runs.directory import read_config
+    from pipeline.runs.zoo import is_shipped
+    from pipeline.training import train as training_train
+    from pipeline.training.resume import FREE, LATER, MOVED
+
+    anew = bool(add_blocks) or from_block is not None
+    if config is not None:
+        settings = load(config, overrides)
+    elif run is None or not (resume or anew):
+        raise UserError("give --config, or --run with --resume to continue a run")
+    else:
+        later = tuple(f"{name}=" for name in (*LATER, MOVED))
+        if not anew and not all(given.startswith(later) for given in overrides or []):
+            raise UserError(
+                "--set goes with --config; a resumed run keeps its configuration, but for "
+                + ", ".join(key.rstrip("=") for key in later)
+            )
+        settings = override(read_config(run), overrides, (*FREE, MOVED))
+    start = init_from
+    if start is None and config is not None:  # a run on disk keeps the path as it was started
+        start = settings.train.init_from
+    if start is not None and not is_shipped(start):
+        start = str(Path(start).expanduser().resolve())
+    settings = with_section(settings, "train", max_minutes=max_minutes, init_from=start)
+    settings = with_section(settings, "schedule", reparameterize=reparameterize, refine=refine)
+    folder = run if run is not None else Path("runs") / settings.name
+    accelerator = make_accelerator()
+    outcome = training_train.train(
+        settings, folder, accelerator, bar, resume, add_blocks=add_blocks, from_block=from_block
+    )
+    if accelerator.is_main_process:
+        state = "finished" if outcome.complete else "stopped in time; continue with --resume"
+        times = f" in pass {outcome.passes - 1}" if outcome.passes > 1 else ""
+        say(f"{outcome.blocks} blocks{times}, {outcome.trained} trained now: {state}")
+        print(folder)

@@ -1,0 +1,126 @@
+"""The data sets: MNIST, CIFAR-10, ImageNet-32 and folders of images, all as an `ImageSet`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.assets.fetch import content_sha256, fetch
+from pipeline.data.image_folder import load_folder
+from pipeline.data.image_set import ArrayPixels, ImageSet, fingerprint, join, limited
+from pipeline.data.imagenet32 import load_imagenet32
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import DataConfig
+
+__all__ = ["DATASETS", "ImageSet", "load_images"]
+
+SPLITS = ("train", "test")
+
+
+def _tell(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def load_images(data: DataConfig, *, log: Callable[[str], object] = _tell) -> ImageSet:
+    """Open a data set; MNIST and CIFAR-10 are fetched when they are not on this machine.
+
+    Args:
+        data: which sets, split, folder, size, mode and limit (see `pipeline.config.schema`). Size
+        and
+            mode shape the images of a folder; the other sets are what they are.
+        log: told in sentences what is fetched; by default on stderr.
+
+    Returns:
+        The images; pixels are read when they are asked for.
+
+    Raises:
+        UserError: an unknown name or split, a bad path, size, mode or limit, or sets of images
+            of different shapes.
+        JkoflowError: the data set could not be fetched.
+    """
+    parts = [_load_one(data, log)]
+    for further in data.also:
+        name, _, split = further.partition("/")
+        part = dataclasses.replace(data, name=name, split=split or data.split, also=[])
+        parts.append(_load_one(part, log))
+    return join(parts)
+
+
+def _load_one(data: DataConfig, log: Callable[[str], object]) -> ImageSet:
+    if data.name not in DATASETS:
+        raise UserError(f"unknown data set {data.name!r}; choose one of {', '.join(DATASETS)}")
+    split = "test" if data.name in ("imagenet32", "folder") and data.split == "val" else data.split
+    if split not in SPLITS:
+        choices = ", ".join(SPLITS)
+        raise UserError(f"{data.name} has no split {data.split!r}; choose one of {choices}")
+    if data.limit is not None and data.limit < 1:
+        raise UserError(f"data.limit is {data.limit}; expected 1 or more, or null for all images")
+    return DATASETS[data.name](data, split, log)
+
+
+def _mnist(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageSet:
+    """60 000 and 10 000 digits (1, 28, 28), mapped from the idx files."""
+    folder = fetch("mnist", log=log)
+    stem = "train" if split == "train" else "t10k"
+    # Idx: a big-endian header of 16 bytes before images and of 8 before labels, then the bytes.
+    labels = np.fromfile(folder / f"{stem}-labels-idx1-ubyte", np.uint8, offset=8)
+    shape = (len(labels), 1, 28, 28)
+    path = folder / f"{stem}-images-idx3-ubyte"
+    images = np.memmap(path, np.uint8, mode="r", offset=16, shape=shape)
+    return _of_asset("mnist", split, data.limit, images, labels)
+
+
+def _cifar10(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageSet:
+    """50 000 and 10 000 pictures (3, 32, 32) of ten classes."""
+    folder = fetch("cifar10", log=log)
+    images = np.load(folder / f"{split}_images.npy", mmap_mode="r")
+    return _of_asset("cifar10", split, data.limit, images, np.load(folder / f"{split}_labels.npy"))
+
+
+def _of_asset(
+    name: str, split: str, limit: int | None, images: np.ndarray, labels: np.ndarray
+) -> ImageSet:
+    count, extra = limited(len(images), limit)
+    content = {"name": name, "split": split, "content": content_sha256(name)}
+    _, channels, height, width = images.shape
+    return ImageSet(
+        name=name,
+        split=split,
+        shape=(channels, height, width),
+        fingerprint=fingerprint({**content, **extra}),
+        count=count,
+        pixels=ArrayPixels(images, labels),
+    )
+
+
+def _folder_of(data: DataConfig, what: str) -> Path:
+    if not data.path:
+        raise UserError(f"data.path is not set; give the folder of {what}")
+    path = Path(data.path).expanduser()
+    if not path.is_dir():
+        raise UserError(f"no folder {path} (data.path); give the folder of {what}")
+    return path
+
+
+def _imagenet32(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageSet:
+    path = _folder_of(data, "ImageNet-32's official files (train_data_batch_1.npz, …)")
+    return load_imagenet32(path, split, data.limit)
+
+
+def _folder(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageSet:
+    return load_folder(_folder_of(data, "images"), split, data.size, data.mode, data.limit)
+
+
+DATASETS: dict[str, Callable[[DataConfig, str, Callable[[str], object]], ImageSet]] = {
+    "mnist": _mnist,
+    "cifar10": _cifar10,
+    "imagenet32": _imagenet32,
+    "folder": _folder,
+}

@@ -1,0 +1,1 @@
+"""Distillation: fewer blocks, fewer solver steps."""

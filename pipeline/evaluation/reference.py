@@ -1,0 +1,85 @@
+"""Makes reference statistics of a split, the form in which they are shipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from eval.distances import frechet_distance
+from eval.gaussian import GaussianStats
+from eval.inception import EXTRACTOR
+from eval.references import reference_bytes
+from pipeline.config.schema import Config
+from pipeline.data.datasets import ImageSet, load_images
+from pipeline.errors import UserError
+from pipeline.evaluation.features import SHARD, FeatureMaker, chosen, enough, require_two
+from pipeline.runtime.console import Progress
+from pipeline.storage import atomic
+from pipeline.storage.shards import StoreReader
+
+
+def make_reference(
+    config: Config, out: Path, test: list[int], accelerator: Accelerator, progress: Progress
+) -> None:
+    """Write the statistics of `data.split`, with the FID of real test images on their card.
+
+    Args:
+        config: the data section.
+        out: a .safetensors file.
+        test: numbers n; the FID of n images of the test split goes on the card.
+        accelerator: device and processes.
+        progress: wraps loops.
+
+    Raises:
+        UserError: the file is not called .safetensors, or the test split is smaller than an n,
+            which is 2 or more.
+    """
+    if out.suffix != ".safetensors":
+        raise UserError(f"a reference is a .safetensors file, not {out.name}")
+    maker = FeatureMaker(accelerator, progress)
+    images = load_images(config.data)
+    held_out = load_images(config.data.of_split(config.data.test_split)) if test else images
+    for n in test:
+        require_two(n)
+        enough(held_out, n)
+    stats = _stats(maker.real_features(images, len(images)), len(images))
+    card = card_of(images)
+    if test:
+        features = maker.real_features(held_out, max(test))
+        card["test_split_fid"] = {
+            str(n): frechet_distance(_chosen_stats(features, held_out, n), stats)
+            for n in sorted(test)
+        }
+    if accelerator.is_main_process:
+        atomic.write_bytes(out, reference_bytes(stats, card))
+
+
+def card_of(images: ImageSet) -> dict[str, Any]:
+    """What identifies a reference: the data, and the network that made its features."""
+    return {
+        "dataset": images.name,
+        "split": images.split,
+        "n": len(images),
+        "extractor": EXTRACTOR,
+        "content_sha256": images.fingerprint,
+    }
+
+
+def _chosen_stats(features: StoreReader, images: ImageSet, n: int) -> GaussianStats:
+    """Of n images as `chosen` takes them, from stored features of as many or more."""
+    place = np.empty(len(images), dtype=np.int64)
+    place[chosen(images, len(features))] = np.arange(len(features))
+    stats = GaussianStats()
+    stats.update(features.take("features", torch.from_numpy(place[chosen(images, n)])))
+    return stats
+
+
+def _stats(features: StoreReader, n: int) -> GaussianStats:
+    stats = GaussianStats()
+    for start in range(0, n, SHARD):
+        stats.update(features.read("features", start, min(start + SHARD, n)))
+    return stats

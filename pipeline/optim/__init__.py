@@ -1,0 +1,1 @@
+"""Optimisers, the moving average and the learning-rate schedule of every training."""

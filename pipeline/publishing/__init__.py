@@ -1,0 +1,1 @@
+"""Exports, model cards and reports of a run."""

@@ -1,0 +1,190 @@
+"""Run directory → report.html: one page that needs no other file.
+
+It shows what lies in the run already, and measures nothing: the configuration, the blocks, the
+pictures of samples/ (embedded as data URIs), metrics.json, environment.json.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from eval.pictures import note_of
+from pipeline.config.load import resolved_yaml
+from pipeline.evaluation.tables import numbers
+from pipeline.runs.directory import ENVIRONMENT, read_config, resuming
+from pipeline.runs.manifest import fingerprint_of, origins_of, read_manifest
+from pipeline.runs.passes import Row, step_of
+from pipeline.storage import atomic
+
+REPORT = "report.html"
+#: terms of a block's objective, as flow.json and the report call them
+_TERMS = ("potential", "neg_log_det", "movement")
+#: pictures of a measurement, whose file of the same name lies in the run
+_MEASURED = ("nfe", "curve", "likelihood")
+#: shown first, where they are there; the other pictures follow by name
+_FIRST = ("grid.png", "movement.png")
+
+_PAGE = Template(
+    """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>$title</title><style>
+body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em }
+table { border-collapse: collapse } td, th { padding: .2em .8em; border-bottom: 1px solid #ccc }
+th { text-align: left } td { font-variant-numeric: tabular-nums }
+img { max-width: 100%; image-rendering: pixelated } pre { background: #f4f4f4; padding: 1em }
+</style></head><body>
+<h1>$title</h1>
+<p>$state</p>
+$body
+</body></html>
+"""
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.html into a run.
+
+    Args:
+        folder: the run directory, with at least one finished block.
+
+    Returns:
+        Its path.
+
+    Raises:
+        UserError: no run there, none of its blocks finished, or a damaged file.
+    """
+    config, manifest = read_config(folder), read_manifest(folder)
+    points = "autoencoder" not in manifest  # whose numbers lie beside their pictures
+    metrics = _read(folder / ("samples" if points else "") / "metrics.json", "metrics")
+    rows = manifest["blocks"]
+    parts = [_section("Blocks", _table(_HEAD, map(_block, range(len(rows)), rows)))]
+    if metrics and not _of_these(metrics, manifest):
+        parts.insert(0, _section("Metrics", _OTHERS))
+    elif metrics:
+        parts.insert(0, _section("Metrics", _table((), _measured(metrics))))
+    else:
+        refines = any(row["spec"]["velocity"].get("beside") for row in rows)
+        parts.insert(0, _section("Metrics", _REFINES if refines else _UNMEASURED))
+    parts += [
+        _section(path.stem, _origin(path, manifest) + _picture(path))
+        for path in _pictures(folder / "samples")
+    ]
+    parts.append(
+        _section("Environment", _table((), _flat(_read(folder / ENVIRONMENT, "environment"))))
+    )
+    parts.append(_section("Configuration", f"<pre>{escape(resolved_yaml(config))}</pre>"))
+    unfinished = f"unfinished; continue it with {resuming(config, folder)}"
+    state = "finished" if manifest["complete"] else unfinished
+    page = _PAGE.substitute(
+        title=escape(f"jkoflow: {config.name}"),
+        state=escape(f"{config.train.objective}, {len(rows)} blocks, {state}"),
+        body="\n".join(parts),
+    )
+    atomic.write_bytes(folder / REPORT, page.encode())
+    return folder / REPORT
+
+
+_UNMEASURED = "<p>Not measured; run <code>jkoflow evaluate</code>.</p>"
+_REFINES = (
+    "<p>A refiner has no numbers of its own; give it to a run on the same autoencoder: "
+    "<code>jkoflow evaluate --refiner</code>.</p>"
+)
+_OTHERS = (
+    "<p>Measured on other blocks than the run has now, or on a part of them; run "
+    "<code>jkoflow evaluate</code>.</p>"
+)
+
+
+def _of_these(metrics: dict[str, Any], manifest: dict[str, Any]) -> bool:
+    """Whether numbers are of all blocks of a run; those of points do not tell."""
+    told = metrics.get("run")
+    if told is None or told in origins_of(manifest):
+        return True
+    return bool(told == fingerprint_of(manifest["blocks"], manifest))
+
+
+_HEAD = ("block", "step", "movement (W2)", "Ter(k)", *(f"{name}, nats" for name in _TERMS),
+         "iterations", "parameters", "seconds")  # fmt: skip
+
+
+def _block(index: int, row: Row) -> list[str]:
+    step, terms = step_of(row), row.get("terms") or {}
+    symbol = "h" if row.get("gamma") is None else "γ"
+    return [
+        str(index),
+        "free" if step is None else f"{symbol} = {step:.4g}",
+        *("" if row[key] is None else f"{row[key]:.4f}" for key in ("movement", "ter")),
+        *(f"{terms[name]:.4f}" if name in terms else "" for name in _TERMS),
+        str(row["iterations"]),
+        f"{row['parameters']:,}",
+        f"{row['seconds']:.1f}",
+    ]
+
+
+def _measured(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values; those of an experiment without images as they lie in the file."""
+    if "fid" not in metrics:
+        return _flat({key: value for key, value in metrics.items() if key != "blocks"})
+    rows = [(name.strip(), value) for name, value in numbers(metrics)]
+    rows.append(("extractor", str(metrics["fid"].get("extractor", "unknown"))))
+    if metrics.get("peak_memory_bytes"):
+        rows.append(("peak memory", f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"))
+    seconds = metrics.get("seconds") or {"training": metrics.get("train_seconds", 0.0)}
+    return rows + [(f"seconds, {step}", f"{spent:.1f}") for step, spent in seconds.items()]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", str(value)))
+    return rows
+
+
+def _read(path: Path, what: str) -> dict[str, Any]:
+    return atomic.read_json(path, what) if path.is_file() else {}
+
+
+def _pictures(samples: Path) -> list[Path]:
+    first = [samples / name for name in _FIRST if (samples / name).is_file()]
+    return first + sorted(path for path in samples.glob("*.png") if path not in first)
+
+
+def _picture(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{escape(path.name)}" src="data:image/png;base64,{data}">'
+
+
+def _origin(path: Path, manifest: dict[str, Any]) -> str:
+    """A warning above a picture that other blocks drew."""
+    note, beside = note_of(path), path.parent.parent / f"{path.stem}.json"
+    if path.stem in _MEASURED and beside.is_file():
+        drawn_by = _read(beside, "measurement").get("run")
+    elif note is not None:
+        drawn_by = json.loads(note).get("run")
+    else:
+        return ""
+    if _of_these({"run": drawn_by}, manifest):
+        return ""
+    return "<p>Drawn by other blocks than the run has now, or by a part of them.</p>"
+
+
+def _section(title: str, body: str) -> str:
+    return f"<h2>{escape(title)}</h2>\n{body}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [_line("th", head)] if head else []
+    lines += [_line("td", row) for row in rows]
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def _line(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"

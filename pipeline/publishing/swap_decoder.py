@@ -1,0 +1,73 @@
+"""A run whose latents another autoencoder decodes: one with the same encoder.
+
+`autoencoder train` with `decoder_only` improves a decoder and leaves the latents as they are, so
+flows trained on them need no training of their own to profit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoencoders.base import Moments
+from autoencoders.weights import shipped
+from pipeline.errors import UserError
+from pipeline.runs.run import Run
+from pipeline.runtime.rng import generator
+
+_IMAGES = 8
+_TOLERANCE = 1e-3
+
+
+@torch.inference_mode()
+def with_decoder(run: Run, weights: str) -> Run:
+    """The same flow, with the decoder of another autoencoder.
+
+    Args:
+        run: an open run, whose own autoencoder is at hand.
+        weights: of the other autoencoder: a shipped name, a path, or what diffusers loads.
+
+    Returns:
+        A run that knows the other autoencoder as its own.
+
+    Raises:
+        UserError: the other one is not at hand, or gives other latents.
+    """
+    known = run.manifest["autoencoder"]
+    if weights not in shipped() and Path(weights).exists():
+        weights = str(Path(weights).resolve())  # a bare name could be that of a file in the run
+    try:
+        other = run.build_autoencoder(weights)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--autoencoder: {error}") from error
+    own = run.autoencoder()
+    shape = (_IMAGES, *known["image_shape"])
+    images = 2 * torch.rand(shape, generator=generator("redecoding")) - 1
+    if other.latent_shape != own.latent_shape or not _same(
+        own.encode(images), other.encode(images)
+    ):
+        raise UserError(
+            f"--autoencoder {weights} gives other latents than {known['weights']}, on which the "
+            f"run at {run.folder} was trained; take one with the same encoder (trained with "
+            "autoencoder_training.decoder_only), or encode and train again"
+        )
+    about: dict[str, Any] = {**known, "weights": weights, "fingerprint": other.fingerprint}
+    return dataclasses.replace(
+        run,
+        config=dataclasses.replace(
+            run.config, autoencoder=dataclasses.replace(run.config.autoencoder, weights=weights)
+        ),
+        manifest={**run.manifest, "autoencoder": about},
+    )
+
+
+def _same(a: Moments, b: Moments) -> bool:
+    if (a.log_var is None) != (b.log_var is None):
+        return False
+    pairs = [(a.mean, b.mean)]
+    if a.log_var is not None and b.log_var is not None:
+        pairs.append((a.log_var, b.log_var))
+    return all(torch.allclose(x, y, rtol=_TOLERANCE, atol=_TOLERANCE) for x, y in pairs)

@@ -1,0 +1,57 @@
+"""Shipped runs: `zoo:NAME` in place of a run directory.
+
+Package data may lie where nobody can write, so a shipped run is used by way of a copy under the
+data root, made when it is first asked for; pictures and numbers go there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.storage import atomic
+from pipeline.storage.paths import data_root
+from pipeline.storage.shards import key_of
+
+PREFIX = "zoo:"
+_MANIFEST = "flow.json"
+
+
+def zoo() -> dict[str, Path]:
+    """Name → folder of the shipped runs."""
+    root = Path(__file__).parents[1] / "zoo"
+    return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{_MANIFEST}"))}
+
+
+def is_shipped(run: Path | str) -> bool:
+    """Whether a run is given as `zoo:NAME`."""
+    return str(run).startswith(PREFIX)
+
+
+def locate(run: Path | str) -> Path:
+    """The directory of a run; of a shipped one, its working copy.
+
+    Args:
+        run: a run directory, or zoo:NAME.
+
+    Raises:
+        UserError: no shipped run has this name.
+        JkoflowError: the copy could not be written.
+    """
+    if not is_shipped(run):
+        return Path(run).expanduser()
+    name, known = str(run).removeprefix(PREFIX), zoo()
+    if name not in known:
+        raise UserError(
+            f"unknown shipped run {str(run)!r}; shipped are {', '.join(known) or 'none yet'}, or "
+            "give the path of a run directory"
+        )
+    source = known[name]
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    deciding = [path for path in files if path.name in (_MANIFEST, "config.yaml")]
+    parts = {str(path.relative_to(source)): atomic.sha256_file(path) for path in deciding}
+    copy = data_root() / "zoo" / f"{name}-{key_of(parts)[:12]}"
+    if not (copy / _MANIFEST).is_file():  # committed last: the copy is whole when it is there
+        for path in sorted(files, key=lambda path: path == source / _MANIFEST):
+            atomic.write_bytes(copy / path.relative_to(source), path.read_bytes())
+    return copy

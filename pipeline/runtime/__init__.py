@@ -1,0 +1,1 @@
+"""This process and its siblings: collectives, random generators, the terminal, resources."""

@@ -1,0 +1,1 @@
+"""Sampling: run directory to images."""

@@ -1,0 +1,126 @@
+"""What is made of generated images: a grid, an archive, a folder of pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from eval.pictures import grid, save_png
+from pipeline.errors import UserError
+from pipeline.runs.run import Run
+from pipeline.runtime.system import require_room
+from pipeline.storage import atomic
+from pipeline.storage.shards import StoreReader
+
+_NAME = "{:06d}.png"
+_DISK_BLOCK = 4096  # bytes that the smallest file takes on most disks
+
+
+def batches(images: StoreReader, size: int = 500) -> Iterator[Tensor]:
+    """The images of a store in order, uint8 (≤ size, C, H, W) at a time."""
+    for start in range(0, len(images), size):
+        yield images.read("images", start, min(start + size, len(images)))
+
+
+def write_grid(
+    images: StoreReader, path: Path, count: int, columns: int, classes: int = 1
+) -> None:
+    """Write the first images of a store as one PNG grid.
+
+    Args:
+        images: the store.
+        path: of the picture.
+        count: images, at most.
+        columns: of the grid.
+        classes: that the images are of in turn; with several, each has a row of its own.
+    """
+    if columns < 1:
+        raise UserError(f"generate.columns must be at least 1, not {columns}")
+    rows = classes > 1 and len(images) >= classes
+    if rows:
+        columns = min(columns, len(images) // classes)
+        count = classes * columns
+    first = images.read("images", 0, min(count, len(images)))
+    if rows:
+        first = first.unflatten(0, (columns, classes)).transpose(0, 1).flatten(0, 1)
+    picture = grid(first, min(columns, len(first)), scale=2 if first.shape[-1] <= 64 else 1)
+    note = json.dumps(images.manifest["identity"], sort_keys=True)
+    atomic.write_with(path, lambda file: save_png(picture, file, note))
+
+
+def require_outputs(run: Run, n: int, folder: Path | None, npz: Path | None) -> None:
+    """Refuse what could not be written, before any image is made.
+
+    Args:
+        run: that the images will be of.
+        n: images.
+        folder: for :func:`write_folder`.
+        npz: for :func:`write_npz`.
+
+    Raises:
+        UserError: the folder holds other files, or a disk is too small.
+    """
+    size = math.prod(run.manifest["autoencoder"]["image_shape"])
+    if folder is not None:
+        there = _own_files(folder, n)
+        require_room(folder, (n - there) * max(size, _DISK_BLOCK), f"{n} pictures")
+    if npz is not None:
+        require_room(npz.parent, n * size, f"{n} images in one archive")
+
+
+def write_npz(images: StoreReader, path: Path) -> None:
+    """Write all images as `arr_0`, uint8 (N, H, W, C), the layout that FID tools read.
+
+    A batch at a time goes into the archive.
+    """
+    count, channels, height, width = (len(images), *images.read("images", 0, 1).shape[1:])
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, channels)}
+
+    def write(file: IO[bytes]) -> None:
+        with (
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as member,
+        ):
+            np.lib.format.write_array_header_1_0(member, header)
+            for batch in batches(images):
+                member.write(batch.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+
+    atomic.write_with(path, write)
+
+
+def write_folder(images: StoreReader, folder: Path) -> None:
+    """Write every image as its own PNG, `000000.png` and on.
+
+    Raises:
+        UserError: the folder holds other files already.
+    """
+    _own_files(folder, len(images))
+    index = 0
+    for batch in batches(images):
+        for image in batch.permute(0, 2, 3, 1).numpy():
+            picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+            path = folder / _NAME.format(index)
+            atomic.write_with(path, partial(picture.save, format="PNG"))
+            index += 1
+
+
+def _own_files(folder: Path, n: int) -> int:
+    """How many of n pictures are there; refuses a folder that holds anything else."""
+    if not folder.is_dir():
+        return 0
+    atomic.sweep(folder)  # what a killed process left
+    there = [path.name for path in folder.iterdir()]
+    for name in there:
+        stem = name.removesuffix(".png")
+        if not (stem.isdecimal() and int(stem) < n and name == _NAME.format(int(stem))):
+            raise UserError(f"{folder} holds other files; choose an empty folder for the images")
+    return len(there)

@@ -1,0 +1,171 @@
+"""Which solver draws: the run's own, with what is asked for by hand, or within a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flows.block import FIXED_METHODS, SolverConfig
+from flows.networks.piecewise import aligned, fits
+from pipeline.config.schema import GenerateConfig
+from pipeline.errors import UserError
+from pipeline.runs.run import Run
+from pipeline.sampling.sampling_plan import way_of
+
+
+def solver_of(run: Run, settings: GenerateConfig) -> SolverConfig:
+    """The solver that samples: the run's `push`, with the overrides of `generate` for all blocks.
+
+    Raises:
+        FlowError: steps below 1, or an unknown method.
+    """
+    solver = run.config.push
+    if settings.method is not None:
+        solver = dataclasses.replace(solver, method=settings.method)
+    if settings.steps is not None:
+        solver = dataclasses.replace(solver, steps=settings.steps)
+    return solver
+
+
+def solvers_of(run: Run, settings: GenerateConfig) -> list[SolverConfig]:
+    """The solver of each block, data side first.
+
+    An adaptive solver beside fixed-step ones leaves the number of steps of its block unused.
+
+    Raises:
+        UserError: `block_methods` has not one name a block, or `block_steps` not one number, or
+            all solvers are adaptive where steps are given for each.
+        FlowError: steps below 1, or an unknown method.
+    """
+    names, counts, blocks = settings.block_methods, settings.block_steps, len(run.flow)
+    if names is None:
+        solvers = [solver_of(run, settings)] * blocks
+    else:
+        if len(names) != blocks:
+            raise UserError(
+                f"methods for each block need one name a block, {blocks} for this run, not "
+                f"{len(names)}"
+            )
+        solvers = [solver_of(run, dataclasses.replace(settings, method=name)) for name in names]
+    if counts is None:
+        return solvers
+    if len(counts) != blocks:
+        raise UserError(
+            f"steps for each block need one number a block, {blocks} for this run, not "
+            f"{len(counts)}"
+        )
+    if all(each.adaptive for each in solvers):
+        raise UserError(
+            f"steps for each block need a fixed-step solver, not {method_of(solvers)}; choose "
+            "--method rk4, midpoint or euler"
+        )
+    return [
+        each if each.adaptive else dataclasses.replace(each, steps=count)
+        for each, count in zip(solvers, counts, strict=True)
+    ]
+
+
+def method_of(solvers: list[SolverConfig]) -> str:
+    """The method of all blocks, or one a block, as `--method` takes it."""
+    names = [each.method for each in solvers]
+    return names[0] if len(set(names)) == 1 else ",".join(names)
+
+
+def described(run: Run, settings: GenerateConfig) -> dict[str, Any]:
+    """What the solvers decide of the images, as the images' identity has it; JSON-ready.
+
+    Raises:
+        UserError, FlowError: as `solvers_of`.
+    """
+    if settings.block_methods is not None:
+        return {"solvers": [dataclasses.asdict(each) for each in solvers_of(run, settings)]}
+    told: dict[str, Any] = {"solver": dataclasses.asdict(solver_of(run, settings))}
+    if settings.block_steps is not None:
+        told["block_steps"] = settings.block_steps
+    return told
+
+
+def plain_solvers(solvers: list[SolverConfig]) -> list[dict[str, Any]]:
+    """Method and steps, or tolerances, of each block's solver; one for all where they agree."""
+    rows = [
+        {"method": each.method}
+        | ({"rtol": each.rtol, "atol": each.atol} if each.adaptive else {"steps": each.steps})
+        for each in solvers
+    ]
+    return rows[:1] if all(row == rows[0] for row in rows) else rows
+
+
+def with_solver(
+    settings: GenerateConfig, steps: str | None = None, method: str | None = None
+) -> GenerateConfig:
+    """The settings with what `--steps` and `--method` say; None leaves either as it is.
+
+    Args:
+        settings: of the run.
+        steps: one number for all blocks, or one a block separated by commas.
+        method: one solver for all blocks, or one a block separated by commas.
+
+    Raises:
+        UserError: steps are not whole numbers, or a solver's name is missing.
+    """
+    if method is not None:
+        names = [part.strip() for part in method.split(",")]
+        if not all(names):
+            raise UserError(
+                f"--method takes a solver, or several separated by commas, not {method!r}"
+            )
+        one, several = (names[0], None) if len(names) == 1 else (None, names)
+        settings = dataclasses.replace(settings, method=one, block_methods=several)
+        if steps is None and not any(name in FIXED_METHODS for name in names):
+            settings = dataclasses.replace(settings, block_steps=None)  # none has a use for them
+    if steps is None:
+        return settings
+    counts = whole_numbers("--steps", steps)
+    if len(counts) == 1:
+        return dataclasses.replace(settings, steps=counts[0], block_steps=None)
+    return dataclasses.replace(settings, steps=None, block_steps=counts)
+
+
+def whole_numbers(name: str, text: str) -> list[int]:
+    """Numbers of at least 1 separated by commas.
+
+    Raises:
+        UserError: something else.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(
+            f"{name} takes a whole number of at least 1, or several separated by commas, not "
+            f"{text!r}"
+        )
+    return [int(part) for part in parts]
+
+
+def within(run: Run, settings: GenerateConfig, nfe: int) -> GenerateConfig:
+    """The settings with as many sub-intervals a block as a budget of evaluations allows.
+
+    Raises:
+        UserError: the budget does not reach one step a network, or a solver is adaptive.
+    """
+    solvers = solvers_of(run, dataclasses.replace(settings, block_steps=None))
+    method = method_of(solvers)
+    if any(each.adaptive for each in solvers):
+        raise UserError(
+            f"--nfe needs a fixed-step solver, not {method}; choose --method rk4, midpoint or "
+            "euler"
+        )
+    way = way_of(run, settings)
+    twice = way.evaluations  # guidance evaluates a network twice
+    refined = 0 if way.refiner is None else way.refiner.nfe()
+    per_step = sum(FIXED_METHODS[each.method] for each in solvers) * twice
+    pieces = [block.velocity.pieces() for block in way.flow]
+    for steps in range((nfe - refined) // per_step, 0, -1):
+        if all(fits(each, steps) for each in pieces):  # with several networks a block, not any S
+            return dataclasses.replace(settings, steps=steps, block_steps=None)
+    least = max(aligned(each, 1) for each in pieces)
+    place = f"{len(run.flow)} blocks" + (f" of {least} networks" if least > 1 else "")
+    place += " with guidance" * (twice > 1) + " and a refiner" * (refined > 0)
+    raise UserError(
+        f"--nfe {nfe} is below one {method} step in each of {place} "
+        f"({per_step * least + refined}); ask for more, or choose --method euler"
+    )

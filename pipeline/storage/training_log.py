@@ -1,0 +1,91 @@
+"""The course of a training: log.jsonl (always) and TensorBoard, written by the main process."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from pipeline.storage import atomic
+
+
+class Journal:
+    """Appends rows to a run's log; a resumed run first drops the rows it will write again.
+
+    Args:
+        folder: the run directory.
+        active: False on all processes but the main one: nothing is written.
+
+    Attributes:
+        number: the pass that rows belong to; set it before they are written.
+    """
+
+    def __init__(self, folder: Path, active: bool = True) -> None:
+        self.path = Path(folder) / "log.jsonl"
+        self.active, self.number = active, 0
+        self._sums: dict[str, float] = defaultdict(float)
+        self._count = 0
+        self._board = SummaryWriter(str(Path(folder) / "tensorboard")) if active else None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def rewind(self, block: int, step: int) -> None:
+        """Drop the rows of a block after a step, all that follow in its pass, and torn lines."""
+        if not self.active or not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            at = (row.get("pass", 0), row.get("block", -1), row.get("step", 0))
+            if at <= (self.number, block, step):
+                kept.append(line)
+        atomic.write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode())
+
+    def add(self, terms: dict[str, float]) -> None:
+        """Take one step's terms into the running mean of the next row."""
+        self._count += 1
+        for name, value in terms.items():
+            self._sums[name] += value
+
+    def mean(self) -> dict[str, float]:
+        """The running means since the last row."""
+        return {name: total / max(self._count, 1) for name, total in self._sums.items()}
+
+    def flush(self, block: int, step: int, total_step: int, **extra: float) -> None:
+        """Write the running means as one row, and start anew."""
+        row = {"block": block, "step": step, **self.mean(), **extra}
+        self.write(row)
+        prefix = f"pass-{self.number:02d}/" if self.number else ""
+        if self._board is not None:
+            for name, value in row.items():
+                if name not in ("block", "step"):
+                    self._board.add_scalar(f"{prefix}block-{block:02d}/{name}", value, step)
+                    if name == "total":
+                        self._board.add_scalar(f"{prefix}all/total", value, total_step)
+        self._sums.clear()
+        self._count = 0
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row with its pass and the time of day."""
+        if self.active:
+            with open(self.path, "a") as file:
+                stamped = {"pass": self.number, **row, "time": round(time.time(), 3)}
+                file.write(json.dumps(stamped) + "\n")

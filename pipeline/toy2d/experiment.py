@@ -1,0 +1,159 @@
+"""Two-dimensional experiments: points → trained flow → pictures and numbers.
+
+Everything lands in the run directory, beside what `train` writes: samples/metrics.json and the
+pictures of `pipeline.toy2d.figures`.
+
+Reference: JKO-iFlow, the two-dimensional experiments.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from eval.mmd import mmd
+from flows.block import SolverConfig
+from flows.flow import Flow
+from flows.likelihood import log_prob
+from pipeline.config.schema import Config
+from pipeline.errors import UserError
+from pipeline.runs.manifest import passes_of
+from pipeline.runs.passes import labels, readable
+from pipeline.runs.run import Run, open_run
+from pipeline.runtime.console import Progress
+from pipeline.runtime.rng import generator
+from pipeline.storage import atomic
+from pipeline.toy2d.figures import draw_all
+from pipeline.toy2d.point_source import PointSource
+from pipeline.training.train import train
+
+#: kernel widths of the MMD, as fractions of the median distance: detail, and the whole
+SCALES = {"0.1*median": 0.1, "median": 1.0}
+_ALPHA = 0.05
+#: what is kept of each block
+_ROW = ("objective", "h", "gamma", "movement", "ter", "iterations", "seconds")
+
+
+def run_experiment(
+    config: Config, folder: Path, accelerator: Accelerator, progress: Progress, resume: bool
+) -> dict[str, Any] | None:
+    """Train an experiment, then measure and draw it.
+
+    Args:
+        config: the experiment.
+        folder: the run directory.
+        accelerator: one process.
+        progress: wraps loops.
+        resume: continue what is there; a finished run is only measured and drawn again.
+
+    Returns:
+        What samples/metrics.json holds; None if `train.max_minutes` came first.
+
+    Raises:
+        UserError: bad configuration, several processes, or a run that is there already.
+        JkoflowError: a block failed.
+    """
+    if accelerator.num_processes > 1:
+        raise UserError("toy2d runs on one process; start it without accelerate launch")
+    source = PointSource(config)
+    outcome = train(config, folder, accelerator, progress, resume, source)
+    if not outcome.complete:
+        return None
+    run = open_run(folder)
+    flow = run.flow.to(accelerator.device)
+    began = time.perf_counter()
+    metrics = measure(flow, source, accelerator.device)
+    metrics |= {
+        "data": run.manifest["data"],
+        "passes": measure_passes(run, source, accelerator.device),
+        "blocks": [
+            readable({key: row.get(key) for key in _ROW}) for row in run.manifest["blocks"]
+        ],
+    }
+    draw_all(run, source, folder / "samples", accelerator.device, progress)
+    metrics["seconds"] = {
+        "train": _training_seconds(run.manifest),
+        "measure": round(time.perf_counter() - began, 1),
+    }
+    atomic.write_json(folder / "samples" / "metrics.json", metrics)
+    return metrics
+
+
+@torch.no_grad()
+def measure(flow: Flow, source: PointSource, device: torch.device) -> dict[str, Any]:
+    """Likelihood and inversion error of fresh points, and MMD of generated ones.
+
+    The likelihood has the exact divergence and dopri5; MMD² is the biased V-statistic of
+    `eval.mmd`, its threshold the bootstrap's at α = 0.05.
+    """
+    settings = source.settings
+    test = source.draw("test", 0, settings.test)
+    result = log_prob(flow, test.to(device), divergence="exact")
+    error = result.inversion_error.double()
+    solver = SolverConfig(method="dopri5")
+    sampled = generator(settings.seed, "sample", 0)
+    made = flow.sample(settings.compare, sampled, solver).cpu()
+    nfe = flow.nfe
+    fresh = source.draw("compare", 0, settings.compare)
+    metrics: dict[str, Any] = {
+        "nll_per_dim": result.nll_per_dim,
+        "nll": {"n": settings.test, "divergence": "exact", "solver": "dopri5", "nfe": result.nfe},
+        "inversion_mse": float(error.square().mean()) / result.dim,
+        "mmd": {"n": settings.compare, "alpha": _ALPHA},
+        "nfe": nfe,
+        "seed": settings.seed,
+    }
+    for name, scale in SCALES.items():
+        found = mmd(fresh, made, scale=scale, alpha=_ALPHA, seed=settings.seed)
+        metrics["mmd"][name] = {
+            "value": found.value,
+            "threshold": found.threshold,
+            "bandwidth": found.bandwidth,
+        }
+    if source.points.log_density is not None:
+        true = source.points.log_density(test).double().to(device)
+        inside = true.isfinite()  # float32 may round a point across the edge of its support
+        metrics["entropy_per_dim"] = -float(true[inside].mean()) / 2
+        # On the same points the noise of the sample cancels: this is KL(data ‖ model) / 2.
+        metrics["nll_gap_per_dim"] = float((true - result.value.double())[inside].mean()) / 2
+    return metrics
+
+
+def measure_passes(run: Run, source: PointSource, device: torch.device) -> list[dict[str, Any]]:
+    """NLL and movements of every complete pass on the same fresh points (none if only one)."""
+    passes = passes_of(run.manifest)
+    rows: list[dict[str, Any]] = []
+    for number, (name, each) in enumerate(zip(labels(passes), passes, strict=True)):
+        if each.complete and len(passes) > 1:
+            flow = open_run(run.folder, number=number).flow.to(device)
+            test = source.draw("test", 0, source.settings.test).to(device)
+            nll = log_prob(flow, test, divergence="exact").nll_per_dim
+            movement = [row["movement"] for row in each.blocks]
+            rows.append({"name": name, "nll_per_dim": nll, "h": each.steps, "movement": movement})
+    return rows
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """The numbers on one line."""
+    text = f"NLL {metrics['nll_per_dim']:.4f} nats per dimension (n={metrics['nll']['n']})"
+    if "entropy_per_dim" in metrics:
+        entropy, gap = metrics["entropy_per_dim"], metrics["nll_gap_per_dim"]
+        text += f", entropy {entropy:.4f}, gap {gap:.4f}"
+    for name in SCALES:
+        row = metrics["mmd"][name]
+        sign = "<" if row["value"] < row["threshold"] else "≥"
+        text += f"; MMD²({name}) {row['value']:.2e} {sign} τ {row['threshold']:.2e}"
+    blocks, seconds = len(metrics["blocks"]), metrics["seconds"]["train"]
+    text += f"; inversion MSE {metrics['inversion_mse']:.1e}; {blocks} blocks"
+    return f"{text}, {metrics['nfe']} evaluations a sample; trained in {seconds:.0f} s"
+
+
+def _training_seconds(manifest: dict[str, Any]) -> float:
+    """Optimiser time over all passes."""
+    passes = manifest.get("passes") or [manifest]
+    rows = [row for each in passes for row in each["blocks"][each.get("kept", 0) :]]
+    return round(sum(row["seconds"] for row in rows), 1)

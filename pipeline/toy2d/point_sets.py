@@ -1,0 +1,197 @@
+"""Two-dimensional data sets: seeded samplers, and their true density where it is known.
+
+Points are float32 (n, 2). Most of each set lies within [-4, 4]; `gaussian`, the setting of the
+released code, is the exception: its standard deviations are 3.5 and 1.4 along the diagonals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.toy2d import picture_densities
+
+#: draws n points with a generator
+Sampler = Callable[[int, torch.Generator], Tensor]
+#: log p of points (n, 2), nats, (n,)
+LogDensity = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class PointSet:
+    """A distribution in the plane.
+
+    Attributes:
+        name: its key in `POINTS`, or `picture`.
+        sample: (n, generator) → float32 (n, 2).
+        log_density: of the true distribution; None where it has no closed form.
+    """
+
+    name: str
+    sample: Sampler
+    log_density: LogDensity | None = None
+
+    def entropy(self, n: int, generator: torch.Generator) -> float | None:
+        """Monte-Carlo entropy −E log p in nats, from n fresh points; None where unknown."""
+        if self.log_density is None:
+            return None
+        return -float(self.log_density(self.sample(n, generator)).double().mean())
+
+
+def point_set(name: str, path: str | Path | None = None, invert: bool = False) -> PointSet:
+    """The point set of a name.
+
+    Args:
+        name: a key of `POINTS`, or `picture`.
+        path: of the image file (picture only).
+        invert: bright pixels carry the density (picture only).
+
+    Raises:
+        UserError: unknown name, a picture without a path, or an unreadable one.
+    """
+    if name == "picture":
+        if path is None:
+            raise UserError("data.name=picture needs data.path, an image file")
+        picture = picture_densities.Picture.from_file(Path(path).expanduser(), invert)
+        return PointSet(name, picture.sample, picture.log_density)
+    if name not in POINTS:
+        known = ", ".join([*POINTS, "picture"])
+        raise UserError(f"unknown point set {name!r}; choose one of {known}")
+    return PointSet(name, *POINTS[name])
+
+
+def two_moons(n: int, generator: torch.Generator) -> Tensor:
+    """Two interleaved half circles of radius 2, with noise 0.2."""
+    angle = math.pi * _uniform(n, generator)
+    lower = torch.randint(2, (n,), generator=generator).bool()
+    x = torch.where(lower, 1 - angle.cos(), angle.cos()) - 0.5
+    y = torch.where(lower, 0.5 - angle.sin(), angle.sin()) - 0.25
+    return 2 * torch.stack([x, y], dim=1) + 0.2 * _normal(n, generator)
+
+
+def checkerboard(n: int, generator: torch.Generator) -> Tensor:
+    """Evenly on the eight dark squares, of side 2, of a 4 × 4 board on [-4, 4]²."""
+    row = torch.randint(4, (n,), generator=generator)
+    column = 2 * torch.randint(2, (n,), generator=generator) + row % 2
+    inside = torch.rand((n, 2), generator=generator)
+    return 2 * (torch.stack([column, row], dim=1) + inside) - 4
+
+
+def checkerboard_log_density(points: Tensor) -> Tensor:
+    """The log of 1/32 on the dark squares, -inf elsewhere."""
+    square = ((points + 4) / 2).floor()
+    dark = (square.sum(dim=1) % 2 == 0) & (square >= 0).all(dim=1) & (square < 4).all(dim=1)
+    return torch.where(dark, -math.log(32), -math.inf).double()
+
+
+_RING, _SPREAD = 4 / math.sqrt(2), 0.5 / math.sqrt(2)
+
+
+def eight_gaussians(n: int, generator: torch.Generator) -> Tensor:
+    """Eight Gaussians of deviation 0.354 on a circle of radius 2.83."""
+    centre = _ring()[torch.randint(8, (n,), generator=generator)]
+    return centre + _SPREAD * _normal(n, generator)
+
+
+def eight_gaussians_log_density(points: Tensor) -> Tensor:
+    """The mixture's log-density, nats."""
+    squared = (points.double()[:, None] - _ring().double()).square().sum(dim=2)
+    log_each = -squared / (2 * _SPREAD**2) - math.log(2 * math.pi * _SPREAD**2) - math.log(8)
+    return log_each.logsumexp(dim=1)
+
+
+def swiss_roll(n: int, generator: torch.Generator) -> Tensor:
+    """The spiral r = t / 3.8 for t in [1.5π, 4.5π], with noise 0.15."""
+    t = 1.5 * math.pi * (1 + 2 * _uniform(n, generator))
+    roll = torch.stack([t * t.cos(), t * t.sin()], dim=1) / 3.8
+    return roll + 0.15 * _normal(n, generator)
+
+
+def circles(n: int, generator: torch.Generator) -> Tensor:
+    """Two circles of radius 3 and 1.5, with noise 0.2."""
+    angle = 2 * math.pi * _uniform(n, generator)
+    radius = 1.5 * (1 + torch.randint(2, (n,), generator=generator))
+    ring = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+    return ring + 0.2 * _normal(n, generator)
+
+
+def pinwheel(n: int, generator: torch.Generator) -> Tensor:
+    """Five arms: Gaussians stretched along the radius, bent by an angle that grows with it."""
+    arm = torch.randint(5, (n,), generator=generator)
+    local = _normal(n, generator) * torch.tensor([0.3, 0.1]) + torch.tensor([1.0, 0.0])
+    angle = 2 * math.pi * arm / 5 + 0.25 * local[:, 0].exp()
+    cos, sin = angle.cos(), angle.sin()
+    x = cos * local[:, 0] - sin * local[:, 1]
+    y = sin * local[:, 0] + cos * local[:, 1]
+    return 2 * torch.stack([x, y], dim=1)
+
+
+_COVARIANCE = ((7.0, 5.0), (5.0, 7.0))
+
+
+def gaussian(n: int, generator: torch.Generator) -> Tensor:
+    """N(0, [[7, 5], [5, 7]])."""
+    root = torch.linalg.cholesky(torch.tensor(_COVARIANCE))
+    return _normal(n, generator) @ root.T
+
+
+def gaussian_log_density(points: Tensor) -> Tensor:
+    """Its log-density, nats."""
+    covariance = torch.tensor(_COVARIANCE, dtype=torch.float64)
+    solved = torch.linalg.solve(covariance, points.double().T).T
+    squared = (points.double() * solved).sum(dim=1)
+    return -(squared + torch.logdet(2 * math.pi * covariance)) / 2
+
+
+def rose(n: int, generator: torch.Generator) -> Tensor:
+    """The picture density `densities.rose`."""
+    return picture_densities.rose().sample(n, generator)
+
+
+def rose_log_density(points: Tensor) -> Tensor:
+    """Its log-density, nats."""
+    return picture_densities.rose().log_density(points)
+
+
+def tree(n: int, generator: torch.Generator) -> Tensor:
+    """The picture density `densities.tree`."""
+    return picture_densities.tree().sample(n, generator)
+
+
+def tree_log_density(points: Tensor) -> Tensor:
+    """Its log-density, nats."""
+    return picture_densities.tree().log_density(points)
+
+
+#: sampler and, where it has a closed form, log-density; pictures are drawn when first used
+POINTS: dict[str, tuple[Sampler, LogDensity | None]] = {
+    "two_moons": (two_moons, None),
+    "checkerboard": (checkerboard, checkerboard_log_density),
+    "8gaussians": (eight_gaussians, eight_gaussians_log_density),
+    "swiss_roll": (swiss_roll, None),
+    "circles": (circles, None),
+    "pinwheel": (pinwheel, None),
+    "gaussian": (gaussian, gaussian_log_density),
+    "rose": (rose, rose_log_density),
+    "tree": (tree, tree_log_density),
+}
+
+
+def _uniform(n: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(n, generator=generator)
+
+
+def _normal(n: int, generator: torch.Generator) -> Tensor:
+    return torch.randn((n, 2), generator=generator)
+
+
+def _ring() -> Tensor:
+    """The centres of the eight Gaussians, (8, 2)."""
+    angle = torch.arange(8) * (math.pi / 4)
+    return _RING * torch.stack([angle.cos(), angle.sin()], dim=1)

@@ -1,0 +1,79 @@
+"""Training samples from a two-dimensional point set."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipeline.config.schema import Config
+from pipeline.errors import UserError
+from pipeline.runtime.rng import generator
+from pipeline.storage.shards import StoreReader, StoreWriter
+from pipeline.toy2d.point_sets import PointSet, point_set
+from pipeline.training.stages import ensure_stage
+
+
+class PointSource:
+    """Seeded points of a two-dimensional set, as a training's source.
+
+    Args:
+        config: sections data (name, path) and points.
+
+    Raises:
+        UserError: unknown set, unreadable picture, or counts out of range.
+    """
+
+    shape: tuple[int, ...] = (2,)
+    labels: Tensor | None = None
+
+    def __init__(self, config: Config) -> None:
+        settings = config.points
+        for name, least in (("train", 2), ("test", 2), ("compare", 2), ("grid", 2)):
+            if getattr(settings, name) < least:
+                raise UserError(
+                    f"points.{name} must be at least {least}, not {getattr(settings, name)}"
+                )
+        self.settings = settings
+        self.points: PointSet = point_set(config.data.name, config.data.path, settings.invert)
+        few = self.draw("fingerprint", 0, 64)
+        self.fingerprint = hashlib.sha256(few.numpy().tobytes()).hexdigest()
+
+    def draw(self, use: str, index: int, n: int) -> Tensor:
+        """The n points of a use (train, test, …) and an index; float32 (n, 2)."""
+        parts = (self.settings.seed, "points", self.points.name, use, index)
+        return self.points.sample(n, generator(*parts))
+
+    def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
+        """Stage 0: the training points."""
+        identity = {
+            "kind": "stage",
+            "stage": 0,
+            "points": self.points.name,
+            "fingerprint": self.fingerprint,
+            "seed": self.settings.seed,
+            "shape": list(self.shape),
+        }
+
+        def make(writer: StoreWriter, index: int) -> Tensor:
+            first, last = writer.bounds(index)
+            return self.draw("train", index, last - first)
+
+        size = config.latents.shard_size
+        return ensure_stage(run, identity, self.settings.train, size, make, accelerator)
+
+    def manifest(self) -> dict[str, Any]:
+        """The points are not standardised: their scale is part of the experiment."""
+        return {
+            "standardisation": {"mean": [0.0, 0.0], "std": [1.0, 1.0]},
+            "data": {
+                "name": self.points.name,
+                "split": "train",
+                "count": self.settings.train,
+                "seed": self.settings.seed,
+                "fingerprint": self.fingerprint,
+            },
+        }

@@ -1,0 +1,1 @@
+"""Training: latent cache to run directory."""

@@ -1,0 +1,212 @@
+"""Stage caches: the training latents pushed through the blocks that are finished.
+
+Stage 0 holds draws of the latents (posterior samples, or the latents with their known noise),
+`latents.draws` of each; stage k + 1 is stage k pushed through block k. With classes every sample
+carries its label from stage to stage, and is pushed as one of its class. A block therefore trains
+on a cached array, and its cost does not grow with the number of blocks before it.
+
+Reference: JKO-iFlow, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from flows.block import Block, SolverConfig
+from flows.errors import SolveError
+from flows.networks.condition import Condition
+from pipeline.config.schema import Config
+from pipeline.errors import JkoflowError, UserError
+from pipeline.runtime.console import Progress
+from pipeline.runtime.distributed import together
+from pipeline.storage.shards import Shard, StoreReader, StoreWriter, open_store
+
+CHUNK = 2000
+
+
+def stage_file(stage: int, number: int = 0) -> str:
+    """Folder of a stage inside a run directory; stage 0 is the same for all passes."""
+    name = f"stage-{stage:02d}"
+    return f"stages/pass-{number:02d}/{name}" if number and stage else f"stages/{name}"
+
+
+def stage_folder(run: Path, stage: int, number: int = 0) -> Path:
+    """Where a stage of a pass lies."""
+    return Path(run) / stage_file(stage, number)
+
+
+def next_stage(
+    run: Path,
+    config: Config,
+    before: StoreReader,
+    block: Block,
+    sha256: str,
+    accelerator: Accelerator,
+    progress: Progress,
+    folder: Path | None = None,
+) -> StoreReader:
+    """Push a stage through a finished block; its manifest records how far the samples moved.
+
+    Args:
+        run: the run directory.
+        config: its configuration; `push` integrates.
+        before: the stage that the block was trained on.
+        block: the finished block, frozen.
+        sha256: of the block's file, part of the identity.
+        accelerator: device and processes.
+        progress: wraps the loop over chunks.
+        folder: where the new stage goes; by default where the first pass has it.
+
+    Raises:
+        JkoflowError: the block cannot be followed.
+    """
+    stage = before.manifest["identity"]["stage"] + 1
+    identity = {
+        "kind": "stage",
+        "stage": stage,
+        "before": before.manifest["key"],
+        "block": sha256,
+        "push": dataclasses.asdict(config.push),
+        "shape": before.manifest["identity"]["shape"],
+    }
+
+    labels = partial(before.read, "labels") if block.velocity.classes else None
+
+    def make(writer: StoreWriter, index: int) -> torch.Tensor:
+        bounds, label = writer.bounds(index), f"push {stage}.{index}"
+        try:
+            place = (config.push, accelerator, progress)
+            return carry(before, bounds, {stage - 1: block}, *place, label)
+        except SolveError as error:
+            raise JkoflowError(
+                f"{error}; the data cannot be pushed through this block: train it again "
+                "(--from-block) with a lower train.lr, or elsewhere with more push.steps"
+            ) from error
+
+    size = config.latents.shard_size
+    return ensure_stage(
+        run, identity, len(before), size, make, accelerator, before, folder, labels
+    )
+
+
+@torch.inference_mode()
+def carry(
+    before: StoreReader,
+    bounds: tuple[int, int],
+    blocks: Mapping[int, Block],
+    solver: SolverConfig,
+    accelerator: Accelerator,
+    progress: Progress,
+    label: str,
+) -> torch.Tensor:
+    """Some samples of a stage through blocks, chunk by chunk, each sample with its class.
+
+    Args:
+        before: the stage.
+        bounds: first sample, and the one after the last.
+        blocks: by their number in the flow, in order.
+        solver: that integrates them.
+        accelerator: its device.
+        progress: wraps the loop over chunks.
+        label: of that loop.
+
+    Returns:
+        The samples at the end (last − first, *shape), on the CPU.
+
+    Raises:
+        SolveError: with the number of the block that cannot be followed.
+    """
+    parts, starts = [], range(*bounds, CHUNK)
+    classes = any(block.velocity.classes for block in blocks.values())
+    for start in progress(starts, len(starts), label):
+        stop = min(start + CHUNK, bounds[1])
+        z = before.read("z", start, stop).to(accelerator.device)
+        of = Condition(before.read("labels", start, stop)) if classes else None
+        for number, block in blocks.items():
+            try:
+                z = block.transport(z, solver=solver, condition=of).z
+            except SolveError as error:
+                raise error.in_block(number) from error
+        parts.append(z.cpu())
+    return torch.cat(parts)
+
+
+def ensure_stage(
+    run: Path,
+    identity: dict[str, Any],
+    count: int,
+    shard_size: int,
+    make: Callable[[StoreWriter, int], torch.Tensor | Shard],
+    accelerator: Accelerator,
+    before: StoreReader | None = None,
+    folder: Path | None = None,
+    labels: Callable[[int, int], torch.Tensor] | None = None,
+) -> StoreReader:
+    """Open a stage, or write its missing shards first.
+
+    Args:
+        run: the run directory.
+        identity: with `stage`, the number of the stage, and all that decides its samples.
+        count: samples.
+        shard_size: samples a shard.
+        make: (writer, shard) → the samples of that shard, or with them (`z`) what is beside them.
+        accelerator: processes; rank r writes shards r, r + P, ….
+        before: the stage it was pushed from.
+        folder: where it lies, if not where the first pass has it.
+        labels: (first, last) → the labels of these samples, int64; None for samples without.
+
+    Raises:
+        UserError: the samples of stage 0 hold NaN or infinity.
+    """
+    stage = identity["stage"]
+    if labels is not None:
+        identity = {**identity, "labels": True}
+    folder = folder or stage_folder(run, stage)
+    if (folder / "manifest.json").is_file():
+        return open_store(folder, f"stage {stage}", identity)
+    writer = StoreWriter(folder, identity, count, shard_size)
+    with together(accelerator):
+        for index in writer.missing(accelerator.process_index, accelerator.num_processes):
+            made = make(writer, index)
+            fields = made if isinstance(made, dict) else {"z": made}
+            if before is None:
+                _require_finite(fields["z"], writer.bounds(index)[0])
+            classes = {} if labels is None else {"labels": labels(*writer.bounds(index))}
+            writer.write(index, {**fields, **classes})
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        writer.finish(lambda reader: _movement(before, reader))
+    accelerator.wait_for_everyone()
+    return open_store(folder, f"stage {stage}", identity)
+
+
+def _require_finite(z: torch.Tensor, first: int) -> None:
+    bad = ~z.flatten(1).isfinite().all(dim=1)
+    if bool(bad.any()):
+        raise UserError(
+            f"{int(bad.sum())} of the training samples (stage 0) hold NaN or infinity, the first "
+            f"of them sample {first + int(bad.nonzero()[0])}; remove them from the data"
+        )
+
+
+def _movement(before: StoreReader | None, after: StoreReader) -> dict[str, float]:
+    """E‖z' − z‖² and E‖z'‖² over all samples, in float64, in shard order."""
+    moved, norm = 0.0, 0.0
+    for index in range(len(after.manifest["shards"])):
+        z = after.shard(index)["z"].double().flatten(1)
+        norm += float((z**2).sum())
+        if before is not None:
+            moved += float(((z - before.shard(index)["z"].double().flatten(1)) ** 2).sum())
+    result = {"squared_norm": norm / len(after)}
+    if before is not None:
+        result["squared_movement"] = moved / len(after)
+        result["movement"] = math.sqrt(moved / len(after))
+    return result

@@ -1,0 +1,113 @@
+"""Trains the flow block by block: latent cache → run directory.
+
+For every block: open its stage, train, commit the block, push the stage through it, commit
+flow.json. Each of these steps is skipped when its result is there, so that a killed training,
+run again with `--resume`, ends in the same bytes as one that was never stopped. Later passes
+(`pipeline.training.planner`) do the same over again; until one is complete, the pass before it is
+used.
+
+Reference: JKO-iFlow, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from pipeline.config.load import differences
+from pipeline.config.schema import Config
+from pipeline.config.validate import check, check_shape, steps
+from pipeline.runs.directory import read_config
+from pipeline.runs.manifest import read_manifest
+from pipeline.runtime.console import Progress
+from pipeline.runtime.system import keep_freed_memory
+from pipeline.storage.training_log import Journal
+from pipeline.training.pass_trainer import Trainer
+from pipeline.training.planner import next_pass
+from pipeline.training.resume import _INDIFFERENT, FREE, check_moved, enter
+from pipeline.training.sources import LatentSource, ResidualSource, Source, check_labels
+
+__all__ = ["Outcome", "check", "steps", "train"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended.
+
+    Attributes:
+        blocks: finished blocks of the last pass.
+        complete: whether all that was asked for is done (else it can be resumed).
+        trained: blocks that this call finished.
+        passes: passes of the run, an unfinished one included.
+    """
+
+    blocks: int
+    complete: bool
+    trained: int
+    passes: int = 1
+
+
+def train(
+    config: Config,
+    folder: Path,
+    accelerator: Accelerator,
+    progress: Progress,
+    resume: bool,
+    source: Source | None = None,
+    *,
+    add_blocks: int = 0,
+    from_block: int | None = None,
+) -> Outcome:
+    """Train a run to its end, or until `train.max_minutes`.
+
+    Args:
+        config: the configuration; a run that is continued must have been started with it, but for
+            the passes it asks for, where the images lie, and what `add_blocks` and `from_block`
+            may change.
+        folder: the run directory.
+        accelerator: device and processes.
+        progress: wraps loops.
+        resume: continue what is there; without it a run directory with a run is refused.
+        source: where the samples come from; None is the latent cache.
+        add_blocks: add so many blocks to a finished run (implies `resume`).
+        from_block: train this block and all after it again (implies `resume`).
+
+    Returns:
+        How it ended.
+
+    Raises:
+        UserError: bad configuration, or a run that is there without `resume`.
+        JkoflowError: a block failed.
+    """
+    check(config)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    source = source or (ResidualSource if config.velocity.beside else LatentSource)(config)
+    check_shape(config, source.shape)
+    if config.velocity.classes:
+        check_labels(source.labels, config.velocity.classes)
+    anew = bool(add_blocks) or from_block is not None
+    resume = resume or anew
+    there = resume and (folder / "flow.json").is_file()
+    manifest = read_manifest(folder) if there else None
+    trainer = Trainer(config, folder, source, accelerator, progress, manifest)
+    altered: list[str] = []
+    if anew and (folder / "config.yaml").is_file():
+        altered = list(differences(read_config(folder), config, FREE, _INDIFFERENT))
+    upcoming = next_pass(config, trainer.passes, add_blocks, from_block, altered)
+    if resume:
+        check_moved(config, folder, source, accelerator)
+    enter(config, folder, accelerator, resume, anew)
+    if upcoming is not None:
+        with Journal(folder, accelerator.is_main_process) as journal:
+            while upcoming is not None and trainer.train(upcoming, journal):
+                upcoming = next_pass(config, trainer.passes)
+    if upcoming is None:
+        trainer.tidy()
+    passes = trainer.passes
+    done = len(passes[-1].blocks) if passes else 0
+    return Outcome(done, upcoming is None, trainer.trained, len(passes))
+
+

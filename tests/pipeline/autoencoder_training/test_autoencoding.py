@@ -1,0 +1,244 @@
+"""`jkoflow autoencoder train | evaluate`, end to end on small pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from autoencoders.base import to_float, to_uint8
+from autoencoders.weights import load, to_tensors
+from eval.reconstruction import psnr
+from pipeline.autoencoder_training.train import WEIGHTS, train
+from pipeline.autoencoder_training.trainer import AutoencoderTrainer
+from pipeline.config.load import load_config
+from pipeline.data.datasets import load_images
+from pipeline.evaluation.features import chosen
+from pipeline.runtime.rng import generator
+from pipeline.storage import atomic
+from tests.pipeline.evaluation.test_evaluator import distance
+from tests.pipeline.gaussian_source import quiet
+from tests.pipeline.glance import stand_in
+from tests.pipeline.tiny import World, child, pictures, run_child, say, write_pictures
+
+RECIPE = {
+    "iterations": 6, "batch_size": 8, "warmup": 1, "adversarial_start": 3, "prune": 0.0,
+    "discriminator_width": 4, "discriminator_layers": 1, "lr": 2e-3,
+}  # fmt: skip
+SHAPE = {
+    "image_shape": [1, 12, 12], "patch": 4, "ch": 32, "ch_mult": [1], "z_channels": 2,
+    "embed_dim": 2,
+}  # fmt: skip
+
+
+def recipe_of(world: World, **changes: object) -> str:
+    return world.config(
+        "recipe",
+        architecture=SHAPE,
+        autoencoder_training={**RECIPE, **changes},
+        train={"checkpoint_seconds": 0.0},
+    )
+
+
+def test_train_then_evaluate(
+    capsys: pytest.CaptureFixture[str], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = world.root / "ae"
+    code, said, _ = say(capsys, "autoencoder", "train", "--config", recipe_of(world), "--out", out)
+    assert (code, said.strip()) == (0, str(out / WEIGHTS))
+    model = load(out / WEIGHTS)
+    assert model.config.ch == 32 and model.latent_shape == (2, 3, 3)
+    assert (out / "before_after.png").read_bytes().startswith(b"\x89PNG")
+    steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps[-1]["step"] == 6 and "discriminator" in steps[-1]
+    # a training that is there is not trained over
+    code, _, last = say(capsys, "autoencoder", "train", "--config", recipe_of(world), "--out", out)
+    assert code == 2 and "there is a training at" in last and "--resume" in last
+
+    stand_in(monkeypatch)
+    reference = world.root / "pictures" / "train"
+    use = ["--set", f"autoencoder.weights={out / WEIGHTS}", "--out", out]
+    use += ["--set", f"evaluate.reference={reference}", "-n", "20"]
+    words = ["autoencoder", "evaluate", "--config", recipe_of(world), *use]
+    code, said, last = say(capsys, *words)
+    assert code == 0, last
+    result = json.loads((out / "autoencoder.json").read_text())
+    assert said.strip() == str(out / "autoencoder.json")
+    order = chosen(load_images(load_config(recipe_of(world), ["data.split=test"]).data), 20)
+    images = torch.from_numpy(pictures(24, seed=2)[order, None])
+    with torch.inference_mode():
+        z = model.encode(to_float(images)).sample(generator(0, "reconstruct", 0))
+        again = to_uint8(model.decode(z))
+    assert result["psnr"] == pytest.approx(float(psnr(images, again).mean()), rel=1e-3)
+    assert result["n"] == 20 and result["rfid"]["n"] == 20 and result["rfid"]["value"] > 0
+    with torch.inference_mode():
+        drawn = model.encode(to_float(images)).sample(generator(0, "floor", 0))
+        decoded = to_uint8(model.decode(drawn)).numpy()
+    before, real = images.numpy(), pictures(40, seed=1)[:, None]
+    for key, pair in (
+        ("rfid", (decoded, real)), ("rfid_originals", (decoded, before)),
+        ("real_fid", (before, real)),
+    ):  # fmt: skip
+        assert result[key]["value"] == pytest.approx(distance(*pair), rel=1e-3), key
+    np.testing.assert_allclose(result["latents"]["mean"], z.mean((0, 2, 3)), atol=1e-4)
+    assert result["fingerprint"] == model.fingerprint
+    assert result["weights"] == str(out / WEIGHTS)
+    code, _, last = say(capsys, *words[:4], *use[2:])  # the configuration's own, written there
+    assert code == 2 and f"with --set autoencoder.weights={out / WEIGHTS}, or choose" in last
+    for n, named in (("1", "at least 2"), ("25", "24 images, fewer than 25")):
+        words[-1] = n
+        code, _, last = say(capsys, *words)
+        assert code == 2 and named in last
+
+
+def test_a_gumbel_autoencoder_is_refused_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str], world: World
+) -> None:
+    out, words = world.root / "gumbel", ["--set", "architecture.flavour=gumbel"]
+    code, _, last = say(
+        capsys, "autoencoder", "train", "--config", recipe_of(world), "--out", out, *words
+    )
+    assert code == 2 and "gumbel autoencoders are converted, not trained here" in last
+    assert not out.exists()
+
+
+def test_channels_are_measured_over_all_of_the_set(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set may be sorted by class: its first images are no fair sample of it."""
+    seen = []
+    monkeypatch.setattr("pipeline.autoencoder_training.train._PROBE", 10)
+    monkeypatch.setattr(
+        AutoencoderTrainer, "_pruned", lambda _, model, images: seen.append(images) or model
+    )
+    config = load_config(recipe_of(world))
+    train(config, world.root / "ae", Accelerator(cpu=True), quiet, resume=False)
+    images = load_images(config.data)
+    assert np.array_equal(seen[0].numpy(), images.take(chosen(images, 10)))
+    assert not np.array_equal(seen[0].numpy(), images.read(0, 10))
+
+
+@pytest.mark.parametrize("flavour", ["kl", "vq"])
+def test_stopped_and_resumed_ends_in_the_same_weights(
+    world: World, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, flavour: str
+) -> None:
+    words = [f"architecture.flavour={flavour}", "architecture.n_embed=16"]
+    config = load_config(recipe_of(world), words)
+    train(config, world.root / "whole", accelerator, quiet, resume=False)
+
+    class Stopped(Exception):
+        pass
+
+    def stops(items: object, total: int, label: str) -> object:
+        for count, item in enumerate(items):  # type: ignore[arg-type]
+            if count == 4:  # the fifth step of this call
+                raise Stopped
+            yield item
+
+    with pytest.raises(Stopped):
+        train(config, world.root / "again", accelerator, stops, resume=False)  # type: ignore[arg-type]
+    assert not (world.root / "again" / WEIGHTS).exists()
+    train(config, world.root / "again", accelerator, quiet, resume=True)
+    first, second = load(world.root / "whole" / WEIGHTS), load(world.root / "again" / WEIGHTS)
+    assert first.fingerprint == second.fingerprint
+
+
+def test_another_configuration_is_not_continued(
+    capsys: pytest.CaptureFixture[str], world: World
+) -> None:
+    config, out = recipe_of(world, iterations=1, adversarial_weight=0.0), world.root / "ae"
+    words = ["autoencoder", "train", "--config", config, "--out", out]
+    assert say(capsys, *words)[0] == 0
+    words.append("--resume")
+    assert say(capsys, *words)[0] == 0
+    indifferent = ("data.test_split=other", "train.checkpoint_seconds=9")
+    assert say(capsys, *words, "--set", indifferent[0], "--set", indifferent[1])[0] == 0
+    made = (out / WEIGHTS).read_bytes()
+    for changed, told in (
+        ("autoencoder_training.iterations=2", "autoencoder_training.iterations=1 (now 2)"),
+        ("architecture.ch=64", "architecture.ch=32 (now 64)"),
+        ("data.limit=20", "data.limit=None (now 20)"),
+    ):
+        code, _, last = say(capsys, *words, "--set", changed)
+        assert code == 2 and f"was started with {told}; continue it as it was started" in last
+    assert (out / WEIGHTS).read_bytes() == made
+
+
+def test_killed_before_its_environment_was_written(world: World) -> None:
+    config, out = recipe_of(world, iterations=1, adversarial_weight=0.0), world.root / "ae"
+    arguments = ["autoencoder", "train", "--config", config, "--out", out]
+    process = child(arguments, world.environment, die_at=2)  # the first is the index of files
+    process.start()
+    process.join()
+    assert [path.name for path in out.iterdir()] == ["config.yaml"]
+    run_child(*arguments, "--resume", env=world.environment)
+    assert json.loads((out / "environment.json").read_text())["versions"]["torch"]
+
+
+def test_pictures_of_another_shape(capsys: pytest.CaptureFixture[str], world: World) -> None:
+    out = world.root / "ae"
+    words = ["autoencoder", "train", "--config", recipe_of(world), "--out", out]
+    code, _, last = say(capsys, *words, "--set", "architecture.image_shape=[3,12,12]")
+    assert code == 2
+    assert "architecture.image_shape is (3, 12, 12), but folder has (1, 12, 12)" in last
+    assert not out.exists()
+
+
+def test_pictures_too_small_for_ssim(
+    capsys: pytest.CaptureFixture[str], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    reference = world.root / "pictures" / "train"
+    words = ["autoencoder", "evaluate", "--config", world.config(data={"size": 10})]
+    words += ["--set", "autoencoder.name=identity", "--set", "autoencoder.weights=null"]
+    words += ["--set", f"evaluate.reference={reference}", "--out", str(world.root / "ae")]
+    code, _, last = say(capsys, *words, "-n", "20")
+    assert code == 0, last
+    result = json.loads((world.root / "ae" / "autoencoder.json").read_text())
+    assert result["ssim"] is None and result["n"] == 20
+    assert result["rfid_originals"]["value"] == pytest.approx(0, abs=1e-6)
+    assert result["rfid"]["value"] == pytest.approx(result["real_fid"]["value"])
+    assert say(capsys, *words, "-n", "20", "--no-originals")[0] == 0
+    assert "real_fid" not in json.loads((world.root / "ae" / "autoencoder.json").read_text())
+
+
+def test_a_handful_of_pictures_is_enough(
+    capsys: pytest.CaptureFixture[str], world: World, tmp_path: Path
+) -> None:
+    few = write_pictures(tmp_path / "few", 3, seed=9)
+    out = world.root / "ae"
+    words = ["autoencoder", "train", "--config", recipe_of(world), "--out", out]
+    code, _, last = say(capsys, *words, "--set", f"data.path={few}")
+    assert code == 0, last
+    assert load(out / WEIGHTS).fingerprint
+
+
+def test_without_steps_the_mask_is_measured_anew(
+    capsys: pytest.CaptureFixture[str], world: World
+) -> None:
+    """For a decoder that is used on other images than it was trained on: its weights are kept."""
+    first, out = world.root / "first", world.root / "masked"
+    words = ("autoencoder", "train", "--config")
+    assert say(capsys, *words, recipe_of(world), "--out", first)[0] == 0
+    before, dull = load(first / WEIGHTS), world.root / "dull.safetensors"
+    for part in before.decoder.conv_out.parameters():
+        part.data.mul_(0.1)  # with less detail than any picture
+    atomic.write_tensors(dull, *to_tensors(before))
+    before = load(dull)
+    # channels that a training would leave out are kept, too
+    recipe = recipe_of(world, iterations=0, start=str(dull), sharpen=True, prune=1e6)
+    assert say(capsys, *words, recipe, "--out", out)[0] == 0
+    after = load(out / WEIGHTS)
+    assert before.config.sharpen == 0 < after.config.sharpen
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], tensor), name
+    no = world.root / "no"
+    for given in ({"sharpen": True}, {"start": str(dull)}):
+        recipe = recipe_of(world, iterations=0, **given)
+        code, _, error = say(capsys, *words, recipe, "--out", no)
+        assert code == 2 and "or iterations 0 with start and sharpen" in error
+    assert not no.exists()

@@ -1,0 +1,169 @@
+"""`jkoflow autoencoder convert`: from someone else's checkpoint to a latent cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+import typer.testing
+from safetensors import safe_open
+
+from autoencoders import weights
+from autoencoders.adapt import Adaptation
+from autoencoders.registry import build
+from pipeline.autoencoder_training.convert import convert
+from pipeline.cli.autoencoder import convert as convert_verb
+from pipeline.cli.autoencoder import parse_shape
+from pipeline.errors import UserError
+from tests.autoencoders.official_layout import (
+    Official,
+    state_of,
+    write_checkpoint,
+    write_yaml,
+)
+
+SHAPE = (3, 32, 32)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[Official, Path, Path]:
+    theirs = Official("ldm-vq-f4")
+    path = write_checkpoint(tmp_path / "model.ckpt", state_of(theirs, nested=True))
+    return theirs, path, write_yaml(tmp_path / "model.yaml", "ldm-vq-f4", nested=True)
+
+
+def command() -> typer.Typer:
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    app.command("convert")(convert_verb)
+    return app
+
+
+def run(*arguments: object) -> typer.testing.Result:
+    return typer.testing.CliRunner().invoke(command(), ["convert", *map(str, arguments)])
+
+
+@torch.no_grad()
+def test_the_command_writes_what_the_registry_builds(
+    made: tuple[Official, Path, Path], tmp_path: Path
+) -> None:
+    theirs, checkpoint, description = made
+    out = tmp_path / "clean" / "vq-f4.safetensors"
+    result = run(checkpoint, out, "--yaml", description, "--image-shape", "3,32,32")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == str(out)
+    ours = build("pretrained", str(out), SHAPE)
+    x = torch.rand(2, *SHAPE) * 2 - 1
+    h = theirs.prequant(x)
+    torch.testing.assert_close(ours.encode(x).mean, h, atol=1e-5, rtol=0)
+    expected = theirs.image(theirs.quantised(h))
+    torch.testing.assert_close(ours.decode(h), expected, atol=1e-5, rtol=0)
+
+
+def test_the_origin_is_recorded(made: tuple[Official, Path, Path], tmp_path: Path) -> None:
+    _, checkpoint, description = made
+    out = tmp_path / "x.safetensors"
+    done = convert(checkpoint, out, description, SHAPE)
+    assert done.sha256 == hashlib.sha256(out.read_bytes()).hexdigest()
+    with safe_open(out, "pt") as file:
+        notes = json.loads(file.metadata()[weights.DESCRIPTION])
+    assert notes["recipe"]["converted_from"] == {
+        "checkpoint": "model.ckpt",
+        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "yaml": "model.yaml",
+        "yaml_sha256": hashlib.sha256(description.read_bytes()).hexdigest(),
+        "weights": "last",
+    }
+    assert notes["architecture"]["resolution"] == 256
+
+
+def test_converting_twice_gives_the_same_bytes(
+    made: tuple[Official, Path, Path], tmp_path: Path
+) -> None:
+    _, checkpoint, description = made
+    both = [convert(checkpoint, tmp_path / f"{i}.safetensors", description) for i in range(2)]
+    assert both[0].sha256 == both[1].sha256
+    assert both[0].model.fingerprint == both[1].model.fingerprint
+
+
+def test_half_precision_halves_the_file(made: tuple[Official, Path, Path], tmp_path: Path) -> None:
+    _, checkpoint, description = made
+    full = convert(checkpoint, tmp_path / "full.safetensors", description, SHAPE)
+    half = convert(checkpoint, tmp_path / "half.safetensors", description, SHAPE, half=True)
+    sizes = [done.path.stat().st_size for done in (full, half)]
+    assert 0.45 < sizes[1] / sizes[0] < 0.6
+    for name, tensor in full.model.state_dict().items():
+        assert torch.equal(half.model.state_dict()[name], tensor.half().float())
+
+
+@torch.no_grad()
+def test_digits_go_through_a_converted_rgb_autoencoder(
+    made: tuple[Official, Path, Path], tmp_path: Path
+) -> None:
+    _, checkpoint, description = made
+    out = tmp_path / "x.safetensors"
+    convert(checkpoint, out, description, SHAPE)
+    with pytest.raises(ValueError, match=r"x.safetensors: the autoencoder takes .*\(1, 28, 28\)"):
+        build("pretrained", str(out), (1, 28, 28))
+    for adaptation, shape in (
+        (Adaptation("native"), (3, 7, 7)),
+        (Adaptation("resize"), (3, 8, 8)),
+        (Adaptation("resize", 64), (3, 16, 16)),
+    ):
+        ours = build("pretrained", str(out), (1, 28, 28), adaptation)
+        assert ours.latent_shape == shape
+        z = ours.encode(torch.zeros(2, 1, 28, 28)).mean
+        assert tuple(z.shape) == (2, *shape)
+        assert tuple(ours.decode(z).shape) == (2, 1, 28, 28)
+
+
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.system, (f"echo ran > {self.marker}",))
+
+
+def test_a_malicious_checkpoint_is_refused_and_nothing_is_written(
+    made: tuple[Official, Path, Path], tmp_path: Path
+) -> None:
+    theirs, checkpoint, description = made
+    marker = tmp_path / "marker"
+    torch.save({"state_dict": state_of(theirs), "callbacks": Payload(marker)}, checkpoint)
+    out = tmp_path / "x.safetensors"
+    result = run(checkpoint, out, "--yaml", description)
+    assert isinstance(result.exception, ValueError)
+    assert "system, which no checkpoint needs" in str(result.exception)
+    assert not marker.exists() and not out.exists()
+
+
+def test_bad_arguments(made: tuple[Official, Path, Path], tmp_path: Path) -> None:
+    _, checkpoint, description = made
+    with pytest.raises(UserError, match=r"must be named \*.safetensors"):
+        convert(checkpoint, tmp_path / "x.ckpt", description)
+    same = tmp_path / "same.safetensors"
+    same.write_bytes(checkpoint.read_bytes())
+    with pytest.raises(UserError, match="is the checkpoint itself"):
+        convert(same, same, description)
+    with pytest.raises(ValueError, match="canvas 30x30 cannot be divided"):
+        convert(checkpoint, tmp_path / "x.safetensors", description, (3, 30, 30))
+    with pytest.raises(ValueError, match="do not fit this architecture: shapes"):
+        convert(checkpoint, tmp_path / "x.safetensors", description, (1, 32, 32))
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize("text", ["3,32", "3,32,0", "3,32,-1", "3;32;32", "rgb", ""])
+def test_image_shapes_that_are_none(text: str) -> None:
+    with pytest.raises(UserError, match="--image-shape takes C,H,W"):
+        parse_shape(text)
+
+
+def test_image_shapes() -> None:
+    assert parse_shape(None) is None
+    assert parse_shape("3,32,48") == parse_shape("3x32x48") == (3, 32, 48)

@@ -1,0 +1,267 @@
+"""The trainer of autoencoders: it learns, resumes bit for bit, and does what the recipe says."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from autoencoders.base import to_float
+from pipeline.autoencoder_training.trainer import AutoencoderTrainer
+from pipeline.config.autoencoder_recipe import AutoencoderTraining
+from tests.autoencoders.models import blobs, config, model
+from tests.pipeline.autoencoder_training.trainers import run, trainer
+from tests.ranks import Rank, mean_of
+
+
+@pytest.mark.parametrize("flavour", ["kl", "vq"])
+def test_it_learns(accelerator: Accelerator, flavour: str) -> None:
+    made = trainer(accelerator, flavour, ema=0.8)
+    terms = run(made, 40)
+    first = sum(t["reconstruction"] for t in terms[:3]) / 3
+    last = sum(t["reconstruction"] for t in terms[-3:]) / 3
+    assert last < 0.6 * first
+    finished = made.finished(blobs(16))
+    x = to_float(blobs(16))
+    with torch.no_grad():
+        error = (finished.decode(finished.encode(x).mean) - x).abs().mean().item()
+    assert error < 0.6 * first
+    assert finished.fingerprint and not finished.training
+
+
+@pytest.mark.parametrize(
+    ("flavour", "optimizer"), [("kl", "adam"), ("vq", "adam"), ("kl", "muon")]
+)
+def test_resumed_equals_never_stopped(
+    accelerator: Accelerator, flavour: str, optimizer: str
+) -> None:
+    recipe: dict[str, Any] = {"adversarial_start": 2, "flip": True, "optimizer": optimizer}
+    whole = trainer(accelerator, flavour, **recipe)
+    run(whole, 6)
+    half = trainer(accelerator, flavour, **recipe)
+    run(half, 3)
+    state = copy.deepcopy(half.state())
+    resumed = trainer(accelerator, flavour, seed=99, **recipe)  # its own start is forgotten
+    resumed.load_state(state)
+    run(resumed, 3)
+    for name in ("model", "average", "discriminator"):
+        found, expected = getattr(resumed, name), getattr(whole, name)
+        for key, tensor in expected.state_dict().items():
+            assert torch.equal(found.state_dict()[key], tensor), f"{name} {key}"
+
+
+def test_the_discriminator_starts_when_told(accelerator: Accelerator) -> None:
+    made = trainer(accelerator, adversarial_start=2)
+    start = copy.deepcopy(made.discriminator.state_dict())
+    terms = run(made, 2)
+    assert all("discriminator" not in t and "fooling" not in t for t in terms)
+    for key, tensor in made.discriminator.state_dict().items():
+        assert torch.equal(tensor, start[key]), key
+    (third,) = run(made, 1)
+    assert {"discriminator", "fooling", "matching"} <= set(third)
+    changed = [
+        k for k, v in made.discriminator.state_dict().items() if not torch.equal(v, start[k])
+    ]
+    assert changed
+
+
+def test_without_its_weight_there_is_no_discriminator(accelerator: Accelerator) -> None:
+    made = trainer(accelerator, adversarial_start=0, adversarial_weight=0.0)
+    assert "discriminator" not in run(made, 1)[0]
+
+
+def test_the_first_discriminator_loss_is_the_hinge(accelerator: Accelerator) -> None:
+    """With logits near zero both hinges are near one; half their sum is one."""
+    made = trainer(accelerator, adversarial_start=0)
+    with torch.no_grad():
+        for parameter in made.discriminator.main[-1].parameters():
+            parameter.zero_()
+    assert run(made, 1)[0]["discriminator"] == pytest.approx(1.0)
+
+
+def test_dropout_follows_from_the_step(accelerator: Accelerator) -> None:
+    """A resumed training draws the masks that it would have drawn, whatever torch's state."""
+    outcomes = []
+    for seed, pause in ((1, False), (2, True)):
+        torch.manual_seed(seed)
+        made = AutoencoderTrainer(
+            config(dropout=0.5), AutoencoderTraining(iterations=4, batch_size=8), accelerator
+        )
+        run(made, 1)
+        if pause:
+            torch.rand(7)
+        before = torch.get_rng_state()
+        run(made, 1)
+        assert torch.equal(torch.get_rng_state(), before)
+        outcomes.append(torch.cat([p.detach().flatten() for p in made.model.parameters()]))
+    assert torch.equal(*outcomes)
+
+
+def test_a_frozen_encoder_drops_nothing(accelerator: Accelerator) -> None:
+    recipe = AutoencoderTraining(iterations=4, batch_size=8, start="a file", decoder_only=True)
+    made = AutoencoderTrainer(config(), recipe, accelerator, model(dropout=0.5).freeze())
+    run(made, 1)
+    x = to_float(blobs(8))
+    assert torch.equal(made.model.encode(x).mean, made.model.encode(x).mean)
+    assert made.model.decoder.training
+
+
+@pytest.mark.parametrize(("discriminator", "side", "layers"), [("r1", 9, 1), ("patchgan", 6, 3)])
+def test_images_that_no_discriminator_can_judge(
+    accelerator: Accelerator, discriminator: str, side: int, layers: int
+) -> None:
+    recipe = AutoencoderTraining(
+        iterations=10, adversarial_start=5, adversarial_weight=0.1, discriminator=discriminator,
+        discriminator_layers=layers,
+    )  # fmt: skip
+    shape = config(image_shape=(1, side, side), canvas=0)
+    with pytest.raises(ValueError, match=f"cannot judge images of {side}x{side}, for"):
+        AutoencoderTrainer(shape, recipe, accelerator)
+    AutoencoderTrainer(shape, replace(recipe, adversarial_start=10), accelerator)  # never asked
+
+
+def test_the_kl_term_is_the_closed_form(accelerator: Accelerator) -> None:
+    made = trainer(accelerator, kl_weight=1.0)
+    x = to_float(blobs(8))
+    with torch.no_grad():
+        moments = made.model.encode(x)
+    assert moments.log_var is not None
+    std = (0.5 * moments.log_var).exp()
+    exact = torch.distributions.kl_divergence(
+        torch.distributions.Normal(moments.mean, std), torch.distributions.Normal(0.0, 1.0)
+    )
+    terms = made.step(blobs(8), torch.Generator().manual_seed(0))
+    per_image = exact.sum().item() / 8
+    named = [value for name, value in terms.items() if "kl" in name]
+    assert any(
+        value == pytest.approx(per_image, rel=1e-4)
+        or value == pytest.approx(per_image / x[0].numel(), rel=1e-4)
+        for value in named
+    ), terms
+
+
+def test_channels_that_hold_only_noise_are_dropped(accelerator: Accelerator) -> None:
+    made = trainer(accelerator, prune=0.05)
+    with torch.no_grad():
+        weight, bias = made.average.quant_conv.weight, made.average.quant_conv.bias
+        weight[[1, 3]] = 0.0  # the posterior of channel 1 is N(0, 1) whatever the image
+        bias[[1, 3]] = 0.0
+        bias[2] = -4.0  # channel 0 is sharp
+    finished = made.finished(blobs(16))
+    assert finished.latent_shape == (1, 4, 4)
+    made.recipe = AutoencoderTraining(prune=0.0)
+    assert made.finished(blobs(16)).latent_shape == (2, 4, 4)
+
+
+def test_the_learning_rate_warms_up_and_decays(accelerator: Accelerator) -> None:
+    made = trainer(accelerator, iterations=10, warmup=4, lr=1.0, lr_final=0.1)
+    rates = []
+    for made.done in range(10):
+        made._set_lr()
+        rates.append(made.optimizer.param_groups[0]["lr"])
+    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 10)) for i in range(10)]
+    expected = [c * min(1.0, (i + 1) / 4) for i, c in enumerate(cosine)]
+    assert rates == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_told(accelerator: Accelerator) -> None:
+    made = trainer(accelerator)
+    made.model.decoder.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="loss is nan at step 0; lower lr"):
+        run(made, 1)
+
+
+def test_uneven_shares_give_the_gradient_of_the_whole_batch(accelerator: Accelerator) -> None:
+    """Three images over two processes; a VQ autoencoder, which draws no noise."""
+
+    def step(on: Any, images: torch.Tensor) -> AutoencoderTrainer:
+        made = trainer(on, "vq", batch_size=3, adversarial_weight=0.0)
+        made.done = 1  # the codebook has started
+        made.step(images, torch.Generator())
+        return made
+
+    images = blobs(3)
+    whole = step(accelerator, images).model.parameters()
+    expected = torch.cat([p.grad.flatten() for p in whole if p.grad is not None])
+    ranks = [Rank(0, 2), Rank(1, 2)]
+    for rank in ranks:
+        step(rank, images[rank.process_index :: 2])
+    torch.testing.assert_close(mean_of(ranks), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_bad_recipes_are_told() -> None:
+    for changes, named in (
+        ({"iterations": 0}, "at least 1"),
+        ({"precision": "fp8"}, "precision"),
+        ({"ema": 1.0}, "ema"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            AutoencoderTraining(**changes)
+
+
+def test_the_kl_weight_grows_from_zero(accelerator: Accelerator) -> None:
+    """With a warm-up as long as the training, a step's gradient has that step's share of it."""
+    made = trainer(accelerator, kl_weight=0.6, kl_warmup=3, lr=1e-12)
+    weights = []
+    for _ in range(5):
+        weights.append(made.kl_weight)
+        made.step(blobs(8), torch.Generator().manual_seed(0))
+    assert weights == pytest.approx([0.2, 0.4, 0.6, 0.6, 0.6])
+    assert trainer(accelerator, kl_weight=0.6).kl_weight == 0.6
+    with pytest.raises(ValueError, match="kl_warmup"):
+        AutoencoderTraining(kl_warmup=-1)
+
+
+def test_the_kl_weight_is_the_one_that_trains(accelerator: Accelerator) -> None:
+    """A KL term whose warm-up has hardly begun leaves the same weights as none."""
+    none, begun, full = (
+        trainer(accelerator, kl_weight=w, kl_warmup=n) for w, n in ((0, 0), (9, 10**12), (9, 0))
+    )
+    for made in (none, begun, full):
+        run(made, 2)
+    a, b, c = (made.model.decoder.conv_in.weight for made in (none, begun, full))
+    assert torch.allclose(a, b, atol=1e-7)
+    assert not torch.allclose(a, c, atol=1e-4)
+
+
+def test_an_output_beyond_the_grey_levels_is_pulled_back(accelerator: Accelerator) -> None:
+    """White images and an output far beyond white: nothing to reconstruct, only to pull back."""
+    white = torch.full_like(blobs(8), 255)
+    bias = []
+    for weight in (0.0, 0.01):
+        made = trainer(accelerator, kl_weight=0.0, overshoot_weight=weight, warmup=0)
+        with torch.no_grad():
+            made.model.decoder.conv_out.bias.fill_(50.0)
+        terms = made.step(white, torch.Generator().manual_seed(0))
+        assert terms["reconstruction"] == 0.0
+        assert terms["overshoot"] == pytest.approx(49.0**2, rel=0.2)
+        bias.append(made.model.decoder.conv_out.bias.max().item())
+    assert bias[0] == 50.0
+    assert bias[1] < 50.0
+
+
+def test_momentum_is_the_discriminators_unless_told(accelerator: Accelerator) -> None:
+    def weight(discriminator: str, momentum: float | None) -> torch.Tensor:
+        made = trainer(accelerator, discriminator=discriminator, momentum=momentum)
+        run(made, 3)
+        return made.model.decoder.conv_in.weight.detach().clone()
+
+    for discriminator, own in (("r1", 0.0), ("patchgan", 0.5)):
+        assert torch.equal(weight(discriminator, None), weight(discriminator, own))
+        assert not torch.equal(weight(discriminator, None), weight(discriminator, 0.9))
+
+
+def test_a_recipe_says_what_does_not_go_together() -> None:
+    with pytest.raises(ValueError, match="decoder_only needs start"):
+        AutoencoderTraining(decoder_only=True)
+    with pytest.raises(ValueError, match="patchgan, r1, not 'wgan'"):
+        AutoencoderTraining(discriminator="wgan")
+    with pytest.raises(ValueError, match="latent_noise must not be negative"):
+        AutoencoderTraining(latent_noise=-0.1)
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\), not 1"):
+        AutoencoderTraining(momentum=1)

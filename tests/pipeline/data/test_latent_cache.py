@@ -1,0 +1,258 @@
+"""The latent cache: what it holds, how it is scaled, what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from autoencoders.base import to_float
+from autoencoders.weights import load
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
+from pipeline.data.latent_cache import LatentCache, encode, open_cache
+from pipeline.data.standardisation import Standardisation
+from pipeline.errors import UserError
+from pipeline.runtime.rng import generator
+from pipeline.training.sources import LatentSource
+from tests.pipeline.tiny import World, pictures, write_autoencoder
+
+
+def quiet(items: Any, total: int, label: str) -> Any:
+    return items
+
+
+def read(world: World, **sections: Any) -> Config:
+    return load_config(world.config(**sections))
+
+
+def moments_of(world: World, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Straight from the autoencoder, all images at once, in float64."""
+    model = load(world.root / "autoencoder.safetensors")
+    with torch.inference_mode():
+        moments = model.encode(to_float(torch.from_numpy(images)[:, None]))
+    assert moments.log_var is not None
+    return moments.mean.double().numpy(), moments.log_var.double().numpy()
+
+
+def test_holds_the_moments_of_every_image(world: World, accelerator: Accelerator) -> None:
+    cache = encode(read(world), accelerator, quiet)
+    mean, log_var = moments_of(world, pictures(40, seed=1))
+    np.testing.assert_allclose(cache.reader.field("mean").numpy(), mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        cache.reader.field("log_var").numpy(), log_var, rtol=1e-4, atol=1e-5
+    )
+    assert (cache.reader.field("labels") == -1).all()  # a flat folder has no classes
+    assert cache.shape == (2, 3, 3) and cache.stochastic and len(cache) == 40
+
+
+def test_standardisation_is_numpys(world: World, accelerator: Accelerator) -> None:
+    """Of posterior samples: the variance of the means, and the mean of the variances."""
+    cache = encode(read(world), accelerator, quiet)
+    mean, log_var = moments_of(world, pictures(40, seed=1))
+    expected = np.sqrt(mean.var((0, 2, 3)) + np.exp(log_var).mean((0, 2, 3)))
+    assert (expected > 1.05 * mean.std((0, 2, 3))).all()  # the posterior counts
+    scale = cache.standardisation
+    np.testing.assert_allclose(scale.mean.numpy(), mean.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(scale.std.numpy(), expected, rtol=1e-4)
+
+
+def test_draws_are_standardised_samples(world: World, accelerator: Accelerator) -> None:
+    config = read(world, latents={"draws": 60})
+    encode(config, accelerator, quiet)
+    stage = LatentSource(config).first_stage(world.root / "run", config, accelerator)
+    z = stage.field("z").double()
+    assert len(z) == 60 * 40
+    np.testing.assert_allclose(z.mean((0, 2, 3)).numpy(), 0, atol=0.05)
+    np.testing.assert_allclose(z.std((0, 2, 3)).numpy(), 1, rtol=0.03)
+    # copy d of image i lies at d·n + i, around that image's standardised mean
+    cache = open_cache(config)
+    centre = cache.standardisation.apply(cache.reader.field("mean")).double()
+    spread = cache.reader.field("log_var").double().exp().sqrt()
+    spread = spread / cache.standardisation.std.double().view(1, 2, 1, 1)
+    score = (z.view(60, 40, 2, 3, 3) - centre) / spread
+    np.testing.assert_allclose(score.mean().item(), 0, atol=0.03)
+    np.testing.assert_allclose(score.std().item(), 1, rtol=0.02)
+    assert not torch.equal(z[:40], z[40:80])
+
+
+def test_a_shard_of_draws_depends_on_its_number_alone(
+    world: World, accelerator: Accelerator
+) -> None:
+    config = read(world)
+    cache = encode(config, accelerator, quiet)
+    stage = LatentSource(config).first_stage(world.root / "run", config, accelerator)
+    drawn = generator(0, "draw", 2)  # samples 32 … 47: images 32 … 39, then 0 … 7 again
+    expected = torch.cat([cache.draw(32, 40, 0.0, drawn), cache.draw(0, 8, 0.0, drawn)])
+    assert torch.equal(stage.read("z", 32, 48), expected)
+
+
+def test_mirror_images_are_a_second_set(world: World, accelerator: Accelerator) -> None:
+    cache = encode(read(world, latents={"mirror": True}), accelerator, quiet)
+    images = pictures(40, seed=1)
+    mean, _ = moments_of(world, np.concatenate([images, images[:, :, ::-1]]))
+    assert len(cache) == 80
+    found = cache.reader.field("mean").numpy()
+    np.testing.assert_allclose(found, mean, rtol=1e-4, atol=1e-5)
+    assert np.abs(found[:40] - found[40:]).max() > 0.01
+
+
+def test_known_noise_of_a_deterministic_encoder(world: World, accelerator: Accelerator) -> None:
+    config = read(
+        world,
+        autoencoder={"name": "identity", "weights": None},
+        latents={"noise": 0.1, "draws": 30},
+    )
+    cache = encode(config, accelerator, quiet)
+    assert not cache.stochastic
+    x = pictures(40, seed=1) / 127.5 - 1
+    scale = cache.standardisation
+    assert scale.mean.item() == pytest.approx(x.mean(), rel=1e-5)
+    assert scale.std.item() == pytest.approx(x.std(), rel=1e-5)
+    stage = LatentSource(config).first_stage(world.root / "run", config, accelerator)
+    clean = torch.from_numpy((x - x.mean()) / x.std())[:, None]
+    noise = stage.field("z").double().view(30, 40, 1, 12, 12) - clean
+    assert noise.std().item() == pytest.approx(0.1, rel=0.01)
+    assert noise.mean().item() == pytest.approx(0, abs=0.002)
+    # without noise there is nothing random
+    assert torch.equal(cache.draw(3, 9, 0.0, generator(0)), cache.draw(3, 9, 0.0, generator(1)))
+
+
+def test_decoding_undoes_standardisation(world: World, accelerator: Accelerator) -> None:
+    cache = encode(read(world), accelerator, quiet)
+    model = load(world.root / "autoencoder.safetensors")
+    latents = cache.reader.field("mean")
+    again = cache.standardisation.undo(cache.standardisation.apply(latents))
+    torch.testing.assert_close(again, latents, rtol=1e-5, atol=1e-6)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.decode(again), model.decode(latents), rtol=0, atol=1e-4)
+
+
+def test_standardisation_of_vectors_and_of_maps() -> None:
+    scale = Standardisation(torch.tensor([1.0, -2.0]), torch.tensor([2.0, 0.5]))
+    x = torch.tensor([[3.0, -1.0]])
+    assert torch.equal(scale.apply(x), torch.tensor([[1.0, 2.0]]))
+    assert torch.equal(scale.apply(x.view(1, 2, 1, 1)).flatten(), torch.tensor([1.0, 2.0]))
+    assert torch.equal(scale.undo(scale.apply(x)), x)
+    again = Standardisation.from_dict(json.loads(json.dumps(scale.to_dict())))
+    assert torch.equal(again.mean, scale.mean) and torch.equal(again.std, scale.std)
+
+
+def test_a_constant_channel_stays_finite(world: World, accelerator: Accelerator) -> None:
+    from PIL import Image
+
+    folder = world.root / "flat"
+    folder.mkdir()
+    for index in range(3):
+        Image.new("L", (12, 12), 7).save(folder / f"{index}.png")
+    config = read(
+        world, data={"path": str(folder)}, autoencoder={"name": "identity", "weights": None}
+    )
+    cache = encode(config, accelerator, quiet)
+    assert bool(torch.isfinite(cache.draw(0, 3, 0.0, generator(0))).all())
+
+
+# ------------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture
+def cached(world: World, accelerator: Accelerator) -> tuple[World, Path]:
+    encode(read(world), accelerator, quiet)
+    return world, world.caches()[0]
+
+
+def test_a_second_call_reads_what_is_there(
+    cached: tuple[World, Path], accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, folder = cached
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    monkeypatch.setattr("pipeline.storage.shards.StoreWriter.write", None)
+    again = encode(read(world), accelerator, quiet)
+    assert isinstance(again, LatentCache) and len(again) == 40
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_shard_is_refused(
+    cached: tuple[World, Path], accelerator: Accelerator, damage: str
+) -> None:
+    world, folder = cached
+    path = folder / "shard-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(data if damage == "flip" else data[:-4])
+    for use in (open_cache, lambda config: encode(config, accelerator, quiet)):
+        with pytest.raises(UserError, match=r"shard-00001\.safetensors of .* delete this folder"):
+            use(read(world))
+
+
+def test_an_unfinished_cache_is_not_trained_on(cached: tuple[World, Path]) -> None:
+    world, folder = cached
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="no finished latent cache of folder .*jkoflow encode"):
+        open_cache(read(world))
+
+
+def test_another_autoencoder_has_another_cache(
+    cached: tuple[World, Path], accelerator: Accelerator
+) -> None:
+    world, folder = cached
+    other = write_autoencoder(world.root / "other.safetensors", seed=1)
+    config = read(world, autoencoder={"weights": str(other)})
+    with pytest.raises(UserError, match="no finished latent cache"):
+        open_cache(config)
+    encode(config, accelerator, quiet)
+    (there,) = [path for path in world.caches() if path != folder]
+    # the first cache in the place of the second is seen through
+    shutil.rmtree(there)
+    shutil.copytree(folder, there)
+    with pytest.raises(UserError, match="made from other autoencoder"):
+        open_cache(config)
+
+
+def test_what_changes_the_latents_changes_the_key(
+    cached: tuple[World, Path], accelerator: Accelerator
+) -> None:
+    world, _ = cached
+    for sections in (
+        {"latents": {"mirror": True}},
+        {"latents": {"shard_size": 7}},
+        {"data": {"limit": 30}},
+        {"data": {"split": "test"}},
+    ):
+        before = len(world.caches())
+        encode(read(world, **sections), accelerator, quiet)
+        assert len(world.caches()) == before + 1, sections
+    same = dataclasses.replace(read(world), name="another", train=Config().train)
+    encode(same, accelerator, quiet)
+    assert len(world.caches()) == 5
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"latents": {"batch_size": 0}}, r"latents\.batch_size must be at least 1"),
+        ({"latents": {"shard_size": 0}}, r"shard size of at least 1"),
+        ({"data": {"size": 10}}, r"images of shape \(1, 12, 12\).*\(1, 10, 10\)"),
+        ({"data": {"mode": "RGB"}}, r"images of shape \(1, 12, 12\).*\(3, 12, 12\)"),
+        ({"autoencoder": {"weights": "nothing"}}, r"unknown autoencoder weights 'nothing'"),
+        ({"autoencoder": {"name": "nothing"}}, r"unknown autoencoder 'nothing'"),
+        ({"data": {"name": "nothing"}}, r"unknown data set 'nothing'"),
+    ],
+)
+def test_bad_settings_are_refused(
+    world: World, accelerator: Accelerator, sections: dict[str, Any], named: str
+) -> None:
+    with pytest.raises((UserError, ValueError), match=named):
+        encode(read(world, **sections), accelerator, quiet)
+    assert not (world.home / "latents").exists()

@@ -1,0 +1,79 @@
+"""Images of files that open only as a whole, unpacked for random batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+
+from pipeline.autoencoder_training.train import train
+from pipeline.config.load import load_config
+from pipeline.config.schema import DataConfig
+from pipeline.data import imagenet32
+from pipeline.data.datasets import load_images
+from pipeline.data.image_set import in_any_order
+from pipeline.errors import UserError
+from tests.pipeline.data.test_imagenet32 import make
+
+
+def no_bar(items, total, label):
+    return items
+
+
+@pytest.fixture(autouse=True)
+def own_root(tmp_path, monkeypatch):
+    monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path / "home"))
+
+
+def test_the_same_images_without_opening_files_again(tmp_path, monkeypatch):
+    images, labels = make(tmp_path / "files", "npz")
+    data = DataConfig(name="imagenet32", path=str(tmp_path / "files"))
+    packed = load_images(data)
+    unpacked = in_any_order(packed, Accelerator(cpu=True), no_bar)
+    opened = []
+    monkeypatch.setattr(imagenet32, "read_batch", lambda path: opened.append(path))
+    order = np.random.default_rng(0).integers(0, len(images), 50)
+    assert np.array_equal(unpacked.take(order), images[order])
+    again = in_any_order(load_images(data), Accelerator(cpu=True), no_bar)
+    assert np.array_equal(again.read(0, len(images)), images)
+    assert opened == []
+    assert again.fingerprint == packed.fingerprint
+    assert np.array_equal(unpacked.labels, labels)
+
+
+def test_a_training_opens_every_file_once(tmp_path, monkeypatch):
+    make(tmp_path / "files", "npz")
+    shape = ("image_shape=[3,32,32]", "patch=8", "ch=32", "ch_mult=[1]", "z_channels=2",
+             "embed_dim=2")  # fmt: skip
+    recipe = ("iterations=5", "batch_size=8", "warmup=1", "adversarial_weight=0")
+    settings = ["data.name=imagenet32", f"data.path={tmp_path / 'files'}",
+                "data.also=[imagenet32/test]"]  # fmt: skip
+    settings += [f"architecture.{word}" for word in shape]
+    settings += [f"autoencoder_training.{word}" for word in recipe]
+    opened, read = Counter(), imagenet32.read_batch
+
+    def counted(path):
+        opened[path.name] += 1
+        return read(path)
+
+    monkeypatch.setattr(imagenet32, "read_batch", counted)
+    config = load_config("smoke", settings)
+    train(config, tmp_path / "out", Accelerator(cpu=True), no_bar, False)
+    assert len(opened) == 11 and set(opened.values()) == {1}
+
+
+def test_a_set_that_is_quick_already_is_left_alone(tmp_path):
+    images = load_images(DataConfig(name="mnist", limit=5))
+    assert in_any_order(images, Accelerator(cpu=True), no_bar) is images
+    assert not (tmp_path / "home" / "pixels").exists()
+
+
+def test_a_damaged_file_leaves_nothing_behind(tmp_path):
+    make(tmp_path / "files", "npz")
+    images = load_images(DataConfig(name="imagenet32", path=str(tmp_path / "files")))
+    (tmp_path / "files" / "train_data_batch_7.npz").write_bytes(b"no archive")
+    with pytest.raises(UserError, match="train_data_batch_7"):
+        in_any_order(images, Accelerator(cpu=True), no_bar)
+    assert list((tmp_path / "home" / "pixels").iterdir()) == []

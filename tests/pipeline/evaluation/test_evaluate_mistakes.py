@@ -1,0 +1,79 @@
+"""What an evaluation refuses, and references that are of other images."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from eval.references import load_reference
+from pipeline.config.schema import DataConfig
+from pipeline.evaluation.evaluator import _about, other_data
+from pipeline.runs.run import open_run
+from tests.pipeline.glance import stand_in
+from tests.pipeline.tiny import World, say
+
+
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-n", "1"], "at least 2 images, not 1"),
+        (["-n", "41"], "needs n = 41 real images, but folder (train) has 40"),
+        (["-n", "4", "--steps", "2", "--nfe", "12"], "--steps and --nfe both choose"),
+        (["-n", "20", "--kid", "3"], "at least 4 images of either kind, not --kid 3 of 20"),
+        (["-n", "3", "--kid", "20"], "not --kid 20 of 3 generated"),
+        (["-n", "4", "--kid", "50"], "50 images were asked for, but folder (train) has 40"),
+        (
+            ["-n", "4", "--set", "evaluate.nll=25"],
+            "folder (test) has 24; take --set evaluate.nll=24",
+        ),
+        (["-n", "4", "--set", "evaluate.nll=-1"], "evaluate.nll must be at least 0, not -1"),
+        (["-n", "4", "--reference", "nowhere"], "nowhere"),
+        (["-n", "4", "--set", "train.lr=1"], "no effect here"),
+        (["-n", "4", "--nfe-study", "12", "--steps", "2"], "leave --steps and --nfe out"),
+        (["-n", "4", "--nfe-study", "12,x"], "--nfe-study takes a whole number"),
+        (["-n", "4", "--nfe-study", "11"], "--nfe 11 is below one rk4 step"),
+        (["-n", "1", "--nfe-study", "12"], "at least 2 images, not 1"),
+        (["-n", "4", "--blocks", "9"], "--blocks must lie between 1 and 3"),
+    ],
+)
+def test_mistakes_of_the_caller(
+    capsys: pytest.CaptureFixture[str], trained: World, folder: Path, words: list[str], said: str
+) -> None:
+    reference = ["--reference", str(trained.root / "pictures" / "train")]
+    code, _, last = say(capsys, "evaluate", "--run", folder, *reference, *words)
+    assert code == 2 and last.startswith("error: ") and said in last, last
+    assert not (folder / "metrics.json").exists()
+
+
+def test_a_reference_of_other_images_is_told(folder: Path) -> None:
+    """Nor does what its own test images score stand beside the run's numbers."""
+    run = open_run(folder)
+    assert load_reference("mnist-train").card["test_split_fid"]["2000"] > 0
+    settings = dataclasses.replace(run.config.evaluate, n=2000, reference="mnist-train")
+    assert _about(run, Pretended(), settings)["real_test_fid"] is None
+    digits = dataclasses.replace(run.config, data=DataConfig("mnist"))
+    named = {"name": "mnist", "fingerprint": run.manifest["data"]["fingerprint"]}
+    digits_run = dataclasses.replace(run, config=digits, manifest={**run.manifest, "data": named})
+    beside = _about(digits_run, Pretended(), settings)["real_test_fid"]
+    assert beside == pytest.approx(3.657, abs=1e-3)
+    assert other_data(digits_run, "mnist-train") is None
+    assert other_data(run, "a folder") is None
+    joined = {**run.manifest, "data": {**named, "name": "folder+mnist"}}
+    assert "images are folder+mnist" in str(
+        other_data(dataclasses.replace(run, manifest=joined), "mnist-train")
+    )
+    warning = other_data(run, "mnist-train")
+    assert warning is not None and "is of mnist, but the run's images are folder" in warning
+
+
+class Pretended:
+    """In the place of a store of images."""
+
+    manifest = {"nfe": 1}

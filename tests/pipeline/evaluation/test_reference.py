@@ -1,0 +1,66 @@
+"""Reference statistics made by the verb: those of numpy over the same features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from eval.distances import frechet_distance
+from eval.gaussian import GaussianStats
+from eval.references import read_reference
+from pipeline.cli.main import main
+from pipeline.config.load import load_config
+from pipeline.data.datasets import load_images
+from pipeline.errors import UserError
+from pipeline.evaluation.features import chosen
+from pipeline.evaluation.reference import make_reference
+from tests.pipeline.gaussian_source import quiet
+from tests.pipeline.glance import Glance, stand_in
+from tests.pipeline.tiny import World
+
+
+def test_statistics_and_card(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    config = load_config(str(world.config()))
+    images = load_images(config.data)
+    make_reference(config, tmp_path / "own.safetensors", [5], Accelerator(), quiet)
+    found = read_reference(tmp_path / "own.safetensors")
+    features = Glance().features(torch.from_numpy(images.read(0, len(images)))).double().numpy()
+    np.testing.assert_allclose(found.stats.mean, features.mean(0), atol=1e-9)
+    np.testing.assert_allclose(found.stats.cov, np.cov(features, rowvar=False), rtol=1e-5)
+    assert found.card["n"] == len(images)
+    assert found.card["content_sha256"] == images.fingerprint
+    held_out = load_images(config.data.__class__(**{**vars(config.data), "split": "test"}))
+    test = Glance().features(torch.from_numpy(held_out.take(chosen(held_out, 5))))
+    exact = frechet_distance(GaussianStats.from_features(test), found.stats)
+    assert found.card["test_split_fid"]["5"] == pytest.approx(exact, rel=1e-4)
+
+
+def test_the_fid_of_n_test_images_does_not_depend_on_the_other_numbers(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    config = load_config(str(world.config()))
+    found = []
+    for name, numbers in (("a", [5]), ("b", [5, 20]), ("c", [24, 5])):
+        out = tmp_path / f"{name}.safetensors"
+        make_reference(config, out, numbers, Accelerator(), quiet)
+        found.append(read_reference(out).card["test_split_fid"])
+    assert found[1]["5"] == pytest.approx(found[0]["5"], rel=1e-6)
+    assert found[2]["5"] == pytest.approx(found[0]["5"], rel=1e-6)
+    with pytest.raises(UserError, match="25 images were asked for"):
+        make_reference(config, tmp_path / "d.safetensors", [25], Accelerator(), quiet)
+    for few in (1, 0, -5):
+        with pytest.raises(UserError, match=f"at least 2 images, not {few}"):
+            make_reference(config, tmp_path / "d.safetensors", [5, few], Accelerator(), quiet)
+
+
+def test_another_suffix_is_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reference", "--config", str(world.config()), "own.npz"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: a reference is a .safetens")

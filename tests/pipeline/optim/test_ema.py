@@ -1,0 +1,83 @@
+"""The moving average against its closed form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from flows.errors import FlowError
+from pipeline.optim.ema import Ema
+
+
+def constant(value: float) -> nn.Linear:
+    layer = nn.Linear(2, 3)
+    nn.init.constant_(layer.weight, value)
+    nn.init.constant_(layer.bias, value)
+    return layer
+
+
+def test_average_of_a_constant_target():
+    """From 0 towards 1 without warm-up: 1 − dⁿ."""
+    layer = constant(0.0)
+    ema = Ema(layer, 0.9, warmup=False)
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 1.0)
+    for _ in range(7):
+        ema.update(layer)
+    torch.testing.assert_close(ema.average["weight"], torch.full((3, 2), 1 - 0.9**7))
+
+
+def test_warm_up_forgets_the_start():
+    layer = constant(0.0)
+    ema = Ema(layer, 0.999)
+    decays, remaining = [], 1.0
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 1.0)
+    for _ in range(20):
+        decays.append(ema.current_decay())
+        remaining *= decays[-1]
+        ema.update(layer)
+    assert decays[:2] == pytest.approx([1 / 10, 2 / 11])
+    assert ema.average["bias"][0].item() == pytest.approx(1 - remaining, rel=1e-5)
+    ema.updates = 10**6
+    assert ema.current_decay() == 0.999
+
+
+def test_swap_is_undone_even_after_an_error():
+    layer = constant(0.0)
+    ema = Ema(layer, 0.5, warmup=False)
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 1.0)
+    ema.update(layer)
+    with pytest.raises(KeyError), ema.swapped(layer):
+        assert layer.weight[0, 0].item() == 0.5
+        raise KeyError
+    assert layer.weight[0, 0].item() == 1.0
+    ema.copy_to(layer)
+    assert layer.weight[0, 0].item() == 0.5
+    assert layer.weight.requires_grad
+
+
+def test_state_goes_on_where_it_stopped():
+    layer, other = constant(0.0), constant(5.0)
+    ema = Ema(layer, 0.9)
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 1.0)
+    ema.update(layer)
+    resumed = Ema(other, 0.9)
+    resumed.load_state_dict({name: value.clone() for name, value in ema.state_dict().items()})
+    ema.update(layer)
+    resumed.update(layer)
+    assert resumed.updates == ema.updates == 2
+    assert torch.equal(resumed.average["weight"], ema.average["weight"])
+
+
+def test_bad_arguments():
+    with pytest.raises(FlowError, match=r"\[0, 1\)"):
+        Ema(constant(0.0), 1.0)
+    ema = Ema(constant(0.0))
+    with pytest.raises(FlowError, match="another module"):
+        ema.load_state_dict({"updates": torch.tensor(1)})
+    with pytest.raises(FlowError, match="other parameters"):
+        ema.update(nn.Linear(2, 3, bias=False))

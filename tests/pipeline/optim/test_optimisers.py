@@ -1,0 +1,106 @@
+"""Muon beside Adam: what either steps, against PyTorch's own and against what Muon promises."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.optim.optimisers import MuonAdam, make_optimizer, set_learning_rate
+
+BETAS = (0.9, 0.99)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8 * 16, 5),
+    )  # fmt: skip
+
+
+def steps(net: nn.Module, optimizer: torch.optim.Adam | MuonAdam, numbers: range) -> None:
+    for number in numbers:
+        x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(number))
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        optimizer.step()
+
+
+def test_weights_step_by_muon_and_the_rest_by_adam() -> None:
+    """Each group alone, by PyTorch's optimiser from the same gradients, moves alike."""
+    start = network()
+    net = copy.deepcopy(start)
+    steps(net, MuonAdam(net, 0.01, BETAS), range(1))
+    steps(start, torch.optim.SGD(start.parameters(), 0.0), range(1))  # the gradients alone
+    for name, parameter in start.named_parameters():
+        weight = name in ("0.weight", "4.weight")
+        alone = nn.Parameter(parameter.detach().flatten(1) if weight else parameter.detach())
+        assert parameter.grad is not None
+        alone.grad = parameter.grad.view_as(alone)
+        if weight:
+            adjusted = "match_rms_adamw"
+            torch.optim.Muon([alone], 0.01, weight_decay=0.0, adjust_lr_fn=adjusted).step()
+        else:
+            torch.optim.Adam([alone], 0.01, BETAS).step()
+        moved = net.get_parameter(name)
+        assert torch.equal(moved.flatten(), alone.flatten()), name
+
+
+def test_all_directions_of_a_step_are_alike() -> None:
+    """The step of a (5, 128) matrix has singular values near 0.2 · lr · √128."""
+    net = network()
+    before = copy.deepcopy(net)
+    steps(net, MuonAdam(net, 0.01, BETAS), range(1))
+    last, old = net[4], before[4]
+    assert isinstance(last, nn.Linear) and isinstance(old, nn.Linear)
+    values = torch.linalg.svdvals(last.weight - old.weight) / (0.2 * 0.01 * 128**0.5)
+    assert values.min() > 0.5 and values.max() < 1.4
+
+
+def test_a_resumed_training_equals_one_that_was_never_stopped() -> None:
+    whole, half = network(), network()
+    steps(whole, MuonAdam(whole, 0.01, BETAS), range(6))
+    first = MuonAdam(half, 0.01, BETAS)
+    steps(half, first, range(3))
+    resumed = network()
+    second = MuonAdam(resumed, 0.5, BETAS)
+    resumed.load_state_dict(half.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    steps(resumed, second, range(3, 6))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["adam", "muon"])
+def test_what_is_frozen_stays(kind: str) -> None:
+    net = network()
+    net[0].requires_grad_(False)
+    before = copy.deepcopy(net.state_dict())
+    steps(net, make_optimizer(kind, net, 0.01), range(2))
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]) == name.startswith("0."), name
+
+
+@pytest.mark.parametrize("kind", ["adam", "muon"])
+def test_the_learning_rate_is_that_of_all(kind: str) -> None:
+    net = network()
+    before = copy.deepcopy(net.state_dict())
+    optimizer = make_optimizer(kind, net, 0.01)
+    set_learning_rate(optimizer, 0.0)
+    steps(net, optimizer, range(2))
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_layout_that_hides_the_matrix_is_refused() -> None:
+    net = network().to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="contiguous"):
+        MuonAdam(net, 0.01, BETAS)
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of adam, muon, not 'sgd'"):
+        make_optimizer("sgd", network(), 0.01)

@@ -1,0 +1,102 @@
+"""A run whose latents a better decoder decodes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from autoencoders import weights
+from pipeline.errors import UserError
+from pipeline.publishing.export import export
+from pipeline.publishing.swap_decoder import with_decoder
+from pipeline.runs.directory import read_config
+from pipeline.runs.manifest import read_manifest
+from pipeline.runs.run import open_run
+from pipeline.storage import atomic
+from tests.pipeline.runs.test_zoo import pixels
+from tests.pipeline.tiny import World, say
+
+
+def changed(run: Path, out: Path, part: str) -> str:
+    """The weights of a run's autoencoder, one part of which is changed."""
+    model = weights.load(Path(str(open_run(run).autoencoder_weights())))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.startswith(part):
+                value.mul_(1.1)
+    tensors, metadata = weights.to_tensors(model, torch.float32)
+    atomic.write_tensors(out, tensors, metadata)
+    return str(out)
+
+
+def test_an_exported_run_has_the_new_decoder(run: Path, tmp_path: Path) -> None:
+    other = changed(run, tmp_path / "better.safetensors", "decoder")
+    (run / "metrics.json").write_text('{"run": "of the old decoder"}')
+    out = export(open_run(run), tmp_path / "out", "float32", other).folder
+    assert not (out / "metrics.json").exists()
+    Path(other).unlink()  # it lies inside
+    assert (
+        open_run(out).autoencoder().fingerprint == read_manifest(out)["autoencoder"]["fingerprint"]
+    )
+    assert read_manifest(out)["exported"]["from"] != open_run(run).fingerprint
+    assert read_config(out).autoencoder.weights == str(out / "autoencoder.safetensors")
+    assert read_manifest(out)["standardisation"] == read_manifest(run)["standardisation"]
+    assert not torch.equal(pixels(out), pixels(run))
+
+
+def test_the_same_autoencoder_by_another_name_keeps_the_numbers(run: Path, tmp_path: Path) -> None:
+    own = open_run(run)
+    fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3}
+    metrics = json.dumps({"run": own.fingerprint, "nfe": 24, "fid": fid})
+    (run / "metrics.json").write_text(metrics)
+    moved = shutil.copy(str(own.autoencoder_weights()), tmp_path / "moved.safetensors")
+    out = export(own, tmp_path / "out", "float32", str(moved)).folder
+    assert json.loads((out / "metrics.json").read_text()) == json.loads(metrics)
+
+
+def test_a_guide_gets_it_too(run: Path, trained: World, tmp_path: Path) -> None:
+    other = changed(run, tmp_path / "better.safetensors", "decoder")
+    led = open_run(run)  # by itself, which is no less a guide
+    generate = replace(led.config.generate, guide=str(trained.root / "run"), guidance=2.0)
+    led = replace(led, config=replace(led.config, generate=generate))
+    out = export(led, tmp_path / "out", "float32", other).folder
+    plain = export(open_run(run), tmp_path / "plain", "float32", other).folder
+    assert (out / "guide" / "flow.json").is_file()
+    assert (pixels(out).int() - pixels(plain).int()).abs().max() <= 1
+
+
+def test_another_encoder_is_refused(run: Path, tmp_path: Path) -> None:
+    other = changed(run, tmp_path / "other.safetensors", "encoder")
+    with pytest.raises(UserError, match=r"gives other latents than .*decoder_only"):
+        with_decoder(open_run(run), other)
+
+
+def test_a_bare_name_is_that_of_a_file_here(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the one by the same name in a run that was exported with its own."""
+    first = export(open_run(run), tmp_path / "first", "float32").folder
+    monkeypatch.chdir(tmp_path)
+    changed(run, Path("autoencoder.safetensors"), "decoder")
+    out = export(open_run(first), tmp_path / "out", "float32", "autoencoder.safetensors").folder
+    assert open_run(out).autoencoder().fingerprint != open_run(run).autoencoder().fingerprint
+    assert not torch.equal(pixels(out), pixels(run))
+
+
+def test_from_the_command_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = changed(run, tmp_path / "better.safetensors", "decoder")
+    words = ("export", "--run", run, "--autoencoder")
+    assert say(capsys, *words, other, "--out", tmp_path / "out")[0] == 0
+    assert "Not measured" in (tmp_path / "out" / "CARD.md").read_text()
+    code, _, error = say(capsys, *words, "mnist-kl-193", "--out", tmp_path / "none")
+    assert code == 2 and "error: --autoencoder: unknown autoencoder weights" in error
+    code, _, error = say(capsys, *words, "rgb32-kl", "--out", tmp_path / "none")
+    assert code == 2 and "takes images of shape (3, 32, 32)" in error
+    assert not (tmp_path / "none").exists()

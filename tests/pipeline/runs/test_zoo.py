@@ -1,0 +1,353 @@
+"""Exported runs, and shipped ones: the same pictures from a smaller folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.cli import main
+from pipeline.config.load import resolved_yaml
+from pipeline.errors import UserError
+from pipeline.publishing.export import _WRITTEN, export
+from pipeline.runs import zoo as shipped
+from pipeline.runs.directory import read_config
+from pipeline.runs.manifest import read_manifest
+from pipeline.runs.run import open_run
+from pipeline.sampling.generate import sample_images
+from pipeline.sampling.image_files import write_grid
+from pipeline.sampling.sampling_plan import way_of
+from pipeline.storage import atomic
+from tests.pipeline.gaussian_source import quiet
+from tests.pipeline.sampling.test_generate import Rank
+from tests.pipeline.tiny import World, say, write_autoencoder
+
+
+@pytest.fixture
+def zoo(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A shipped run by the name of `tiny`, and an empty data root."""
+    export(open_run(run), tmp_path / "zoo" / "tiny")
+    monkeypatch.setattr(shipped, "zoo", lambda: {"tiny": tmp_path / "zoo" / "tiny"})
+    monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path / "fresh"))
+    return tmp_path / "zoo"
+
+
+def pixels(folder: Path) -> torch.Tensor:
+    opened = open_run(folder)
+    settings = opened.config.generate
+    return sample_images(opened, settings, Rank(0, 1), quiet).field("images")  # type: ignore[arg-type]
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_export_gives_the_same_pictures(run: Path, tmp_path: Path) -> None:
+    half = export(open_run(run), tmp_path / "half")
+    whole = export(open_run(run), tmp_path / "whole", "float32")
+    expected = pixels(run)
+    assert torch.equal(pixels(whole.folder), expected)
+    assert (pixels(half.folder).int() - expected.int()).abs().max() <= 1  # a grey level of 256
+    assert whole.change == 0 and 0 < half.change < 1e-3
+    blocks = [f"blocks/block-{index:02d}.safetensors" for index in range(3)]
+    kept = {*blocks, "flow.json", "config.yaml", "CARD.md", "autoencoder.safetensors"}
+    shutil.rmtree(half.folder / "samples")
+    assert files(half.folder) == kept
+    sizes = [(folder / blocks[0]).stat().st_size for folder in (half.folder, run)]
+    assert sizes[0] < 0.6 * sizes[1]
+    ten = export(open_run(run), tmp_path / "ten", "int10")
+    assert half.change < ten.change < 0.01
+    assert (pixels(ten.folder).int() - expected.int()).float().abs().mean() < 1
+
+
+def test_an_export_knows_where_it_came_from(run: Path, tmp_path: Path) -> None:
+    out = export(open_run(run), tmp_path / "out").folder
+    manifest = read_manifest(out)
+    first = open_run(run).fingerprint
+    assert manifest["exported"] == {"from": first, "before": [], "dtype": "float16"}
+    assert [row["h"] for row in manifest["blocks"]] == [0.5, 0.75, None]
+    before = read_config(run)
+    assert before.data.path is not None  # of this machine, and of no use on another
+    inside = manifest["autoencoder"]["weights"]
+    assert inside == "autoencoder.safetensors"
+    assert read_config(out) == replace(
+        before,
+        data=replace(before.data, path=None),
+        autoencoder=replace(before.autoencoder, weights=str(out / inside)),
+    )
+    assert str(tmp_path) not in (out / "config.yaml").read_text()
+    # an export can be exported: what was rounded once is rounded to itself
+    again = export(open_run(out), tmp_path / "again")
+    assert again.change == 0
+    assert read_manifest(again.folder)["exported"]["before"] == [first]
+    assert [row["sha256"] for row in read_manifest(again.folder)["blocks"]] == [
+        row["sha256"] for row in manifest["blocks"]
+    ]
+
+
+def test_the_card_has_the_numbers(run: Path, tmp_path: Path) -> None:
+    bare = export(open_run(run), tmp_path / "bare").folder
+    assert "Not measured" in (bare / "CARD.md").read_text()
+    metrics = {
+        "fid": {"n": 40, "reference": "digits", "value": 7.125, "seed": 3},
+        "nfe": 24,
+        "run": open_run(run).fingerprint,
+    }
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    out = export(open_run(run), tmp_path / "measured").folder
+    text = (out / "CARD.md").read_text()
+    assert text.startswith("# measured\n")
+    for words in ("FID(n=40, digits) | 7.12", "seed 3", "NFE a sample | 24", "h = 0.75", "jko",
+                  "float16", "to be written", "before they were rounded"):  # fmt: skip
+        assert words in text
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    again = export(open_run(out), tmp_path / "measured again").folder
+    told_again = json.loads((again / "metrics.json").read_text())
+    assert told_again == metrics | {"run": open_run(out).fingerprint}
+    export(open_run(again), tmp_path / "a third time")
+    # a file of statistics is known by its name, on any machine
+    reference = str(tmp_path / "own.safetensors")
+    settings = read_config(run)
+    settings = replace(settings, evaluate=replace(settings.evaluate, reference=reference))
+    (run / "config.yaml").write_text(resolved_yaml(settings))
+    told = {"fid": metrics["fid"] | {"reference": reference}}
+    (run / "metrics.json").write_text(json.dumps(metrics | told))
+    out = export(open_run(run), tmp_path / "placed").folder
+    assert read_config(out).evaluate.reference == "own.safetensors"
+    for file in ("config.yaml", "metrics.json", "CARD.md"):
+        text = (out / file).read_text()
+        assert "own.safetensors" in text and str(tmp_path) not in text
+    (run / "metrics.json").write_text(json.dumps(metrics | {"run": "another"}))
+    with pytest.raises(UserError, match="measured on other blocks"):
+        export(open_run(run), tmp_path / "stale")
+    assert not (tmp_path / "stale").exists()
+
+
+def test_numbers_and_pictures_are_of_what_is_exported(run: Path, tmp_path: Path) -> None:
+    """Not of images that a guide was not there for, nor of other blocks."""
+    guide = Path(shutil.copytree(run, tmp_path / "guide"))
+    fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3}
+    opened = open_run(run)
+    guided = replace(opened.config.generate, guide=str(guide), guidance=3.0)
+    with_guide = replace(opened, config=replace(opened.config, generate=guided))
+    metrics = {"fid": fid, "nfe": 24, "run": opened.fingerprint, "blocks": []}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(UserError, match=r"guidance 1\.0, but .* sample with guidance 3\.0"):
+        export(with_guide, tmp_path / "guided")
+    assert not (tmp_path / "guided").exists()
+    fid |= way_of(with_guide, guided).about()
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    export(with_guide, tmp_path / "guided")
+    with pytest.raises(UserError, match=r"with guidance 3\.0, but .* with guidance 1\.0;"):
+        export(opened, tmp_path / "plain")
+    other = {**fid["guide"], "run": "another"}
+    for changed, said in (
+        ({"guide": other}, r"guide tiny \(another\), but .* guide tiny \("),
+        ({"classes": [3]}, r"classes \[3\], but .* classes None"),
+        ({"solvers": [{"method": "euler", "steps": 1}]}, "solvers .*euler.*, but .*rk4"),
+    ):
+        (run / "metrics.json").write_text(json.dumps({**metrics, "fid": fid | changed}))
+        with pytest.raises(UserError, match=said):
+            export(with_guide, tmp_path / "otherwise")
+    (run / "metrics.json").unlink()
+    grid = run / "samples" / "grid.png"
+    for blocks, shown in ((1, False), (None, True)):
+        drawn = open_run(run, blocks)
+        made = sample_images(drawn, drawn.config.generate, Rank(0, 1), quiet)  # type: ignore[arg-type]
+        write_grid(made, grid, 4, 2)
+        out = export(open_run(run), tmp_path / f"with {blocks}").folder
+        assert (out / "samples" / "grid.png").is_file() == shown
+        out = export(with_guide, tmp_path / f"guided with {blocks}").folder
+        assert not (out / "samples" / "grid.png").is_file()
+    coarse = replace(opened.config.generate, method="euler", steps=1)
+    write_grid(sample_images(opened, coarse, Rank(0, 1), quiet), grid, 4, 2)  # type: ignore[arg-type]
+    out = export(opened, tmp_path / "coarse").folder
+    assert not (out / "samples" / "grid.png").is_file()
+    as_drawn = replace(opened, config=replace(opened.config, generate=coarse))
+    out = export(as_drawn, tmp_path / "as drawn").folder
+    assert (out / "samples" / "grid.png").is_file()
+    assert "| sampling | euler, 1 sub-intervals a block |" in (out / "CARD.md").read_text()
+
+
+def test_a_killed_export_is_made_again(run: Path, tmp_path: Path) -> None:
+    out = export(open_run(run), tmp_path / "out").folder
+    before = {name: (out / name).read_bytes() for name in files(out)}
+    (out / "flow.json").unlink()  # written last
+    (out / "CARD.md").write_text("half")
+    export(open_run(run), out)
+    assert {name: (out / name).read_bytes() for name in files(out)} == before
+    with pytest.raises(UserError, match="not empty"):
+        export(open_run(run), out)
+    (out / "flow.json").unlink()
+    (out / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="not empty"):
+        export(open_run(run), out)
+
+
+def test_what_a_killed_export_left_is_not_shipped(run: Path, tmp_path: Path) -> None:
+    """Neither a guide that the next one does without, nor blocks, numbers, half of a file."""
+    out = export(open_run(run), tmp_path / "out").folder
+    before = files(out)
+    (out / "flow.json").unlink()
+    shutil.copytree(tmp_path / "out", out / "guide")
+    (out / "guide" / "CARD.md").unlink()
+    (out / "metrics.json").write_text("{}")
+    (out / "blocks" / "block-07.safetensors").write_bytes(b"of another run")
+    half = subprocess.Popen([sys.executable, "-c", ""])
+    half.wait()
+    host = atomic._HOST
+    (out / "blocks" / f".tmp-block-00.safetensors-{host}-{half.pid}-0123abcd").write_bytes(b"ha")
+    export(open_run(run), out)
+    assert files(out) == before
+    (out / "flow.json").unlink()
+    (out / "samples").mkdir(exist_ok=True)
+    (out / "samples" / "mine.png").write_bytes(b"")  # no export writes that
+    with pytest.raises(UserError, match="not empty"):
+        export(open_run(run), out)
+
+
+def test_the_pass_in_use_is_exported(run: Path, trained: World, tmp_path: Path) -> None:
+    words = ["train", "--run", run, "--resume", "--refine", "2", "--set",
+             "schedule.later_iterations=1"]  # fmt: skip
+    assert main.main([str(word) for word in words]) == 0
+    out = export(open_run(run), tmp_path / "out").folder
+    manifest = read_manifest(out)
+    assert len(manifest["passes"]) == 1 and len(manifest["blocks"]) == 5
+    assert [row["file"] for row in manifest["blocks"]] == [
+        f"blocks/block-{index:02d}.safetensors" for index in range(5)
+    ]
+    assert (pixels(out).int() - pixels(run).int()).abs().max() <= 1
+
+
+def test_the_solver_can_be_chosen(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--method", "euler", "--steps", "3"]
+    assert say(capsys, "export", "--run", run, "--out", tmp_path / "out", *words)[0] == 0
+    settings = read_config(tmp_path / "out").generate
+    assert (settings.method, settings.steps) == ("euler", 3)
+    assert "euler, 3 sub-intervals" in (tmp_path / "out" / "CARD.md").read_text()
+
+
+def test_what_cannot_be_exported(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, named in (
+        (("--out", tmp_path), "not empty"),
+        (("--out", tmp_path / "out", "--dtype", "int4"), "unknown --dtype 'int4'"),
+    ):
+        code, _, error = say(capsys, "export", "--run", run, *words)
+        assert code == 2 and error.startswith("error: ") and named in error
+    # what it could not be used without is missed before anything is written
+    manifest, own = read_manifest(run), tmp_path / "own.safetensors"
+    manifest["autoencoder"]["weights"] = str(own)
+    atomic.write_json(run / "flow.json", manifest)
+    for named in ("is not at hand", "was trained with another autoencoder"):
+        code, _, error = say(capsys, "export", "--run", run, "--out", tmp_path / "out")
+        assert code == 2 and error.startswith("error: ") and named in error
+        write_autoencoder(own, seed=7)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shipped_run_generates_on_a_fresh_machine(
+    zoo: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(zoo)
+    code, out, _ = say(capsys, "generate", "--run", "zoo:tiny", "-n", "9")
+    grid = Path(out.strip())
+    assert code == 0 and grid.is_relative_to(tmp_path / "fresh" / "zoo")
+    assert Image.open(grid).size[0] > 3 * 12
+    assert files(zoo) == before  # package data are left as they are
+    # the copy is used from now on
+    shutil.rmtree(zoo / "tiny" / "blocks")
+    assert say(capsys, "generate", "--run", "zoo:tiny", "-n", "4")[0] == 0
+    assert len(open_run(Path("zoo:tiny")).flow) == 3
+
+
+def test_a_copy_that_was_interrupted_is_finished(zoo: Path, tmp_path: Path) -> None:
+    copy = shipped.locate("zoo:tiny")
+    (copy / "flow.json").unlink()  # committed last
+    (copy / "blocks" / "block-01.safetensors").unlink()
+    assert shipped.locate(Path("zoo:tiny")) == copy
+    assert len(open_run(copy).flow) == 3
+
+
+def test_a_newer_version_of_a_shipped_run_is_another_copy(zoo: Path) -> None:
+    """Also when the blocks are the same, and only the way they are sampled is not."""
+    old = shipped.locate("zoo:tiny")
+    text = (zoo / "tiny" / "config.yaml").read_text()
+    (zoo / "tiny" / "config.yaml").write_text(text.replace("columns: 3", "columns: 2"))
+    new = shipped.locate("zoo:tiny")
+    assert new != old and open_run(new).config.generate.columns == 2
+
+
+def test_a_copy_is_whole_when_its_manifest_is_there(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the run itself, not of the guide inside."""
+    shutil.copytree(zoo / "tiny", zoo / "tiny" / "guide")
+    written: list[Path] = []
+    monkeypatch.setattr(shipped.commit, "write_bytes", lambda path, _: written.append(path))
+    copy = shipped.locate("zoo:tiny")
+    assert written[-1] == copy / "flow.json" and copy / "guide" / "flow.json" in written
+
+
+def test_a_shipped_run_can_be_a_start(
+    zoo: Path, trained: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("JKOFLOW_HOME", str(trained.home))
+    words = ("train", "-c", trained.config(), "-r", tmp_path / "new", "--init-from", "zoo:tiny")
+    assert say(capsys, *words, "--set", "train.iterations=1")[0] == 0
+    kept = read_manifest(tmp_path / "new")["init_from"]
+    shipped_rows = read_manifest(zoo / "tiny")["blocks"]
+    assert kept["run"] == "zoo:tiny"
+    assert [row["sha256"] for row in kept["blocks"]] == [row["sha256"] for row in shipped_rows]
+    shutil.rmtree(trained.home / "zoo")
+    # exported, a run has no path of this machine, wherever it came from
+    words = ("train", "-c", trained.config(), "-r", tmp_path / "more", "--init-from", zoo / "tiny")
+    assert say(capsys, *words, "--set", "train.iterations=1")[0] == 0
+    out = export(open_run(tmp_path / "more"), tmp_path / "shipped").folder
+    for path in (out / "flow.json", out / "config.yaml", out / "CARD.md"):
+        assert str(tmp_path) not in path.read_text()
+
+
+@pytest.mark.parametrize("verb", ["generate", "evaluate", "likelihood"])
+def test_an_unknown_name_is_told(zoo: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = say(capsys, verb, "--run", "zoo:nothing")
+    assert code == 2
+    assert error.startswith("error: unknown shipped run 'zoo:nothing'; shipped are tiny, or")
+
+
+def test_an_autoencoder_that_is_not_at_hand_is_told(
+    zoo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (zoo / "tiny" / "autoencoder.safetensors").unlink()
+    code, _, error = say(capsys, "generate", "--run", "zoo:tiny", "-n", "4")
+    assert code == 2 and error.count(". ") == 0
+    assert error.startswith("error: the autoencoder of the run at ") and "not at hand" in error
+
+
+def test_everything_shipped_opens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What lies in the repository's own zoo: whole, small, with a card and its autoencoder."""
+    monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path))
+    total = 0
+    for name, folder in shipped.zoo().items():
+        opened = open_run(Path(f"zoo:{name}"))
+        assert opened.autoencoder().latent_shape == opened.flow.shape
+        way = way_of(opened, opened.config.generate)  # its guide and refiner fit
+        assert (way.refiner is not None) == (folder / "refiner").is_dir()
+        size = sum((folder / file).stat().st_size for file in files(folder))
+        assert size < 25e6
+        total += size
+        strange = [f for f in files(folder) - {"flow.json"} if not _WRITTEN.fullmatch(f)]
+        assert not strange, "no export writes that, such as images drawn from the folder itself"
+        assert "to be written" not in (folder / "CARD.md").read_text()
+    assert 10e6 < total < 90e6  # of the repository, whose clones all carry it

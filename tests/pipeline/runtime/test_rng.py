@@ -1,0 +1,81 @@
+"""Everything random is a pure function of its parts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.runtime.rng import Batches, generator
+
+
+def draw(*parts: int | str) -> torch.Tensor:
+    return torch.randn(4, generator=generator(*parts))
+
+
+def test_the_same_in_every_process() -> None:
+    code = (
+        "import torch; from pipeline.seeds import generator; "
+        "print(torch.randint(10**9, (5,), generator=generator(3, 'order', 2)).tolist())"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    here = torch.randint(10**9, (5,), generator=generator(3, "order", 2)).tolist()
+    assert said.strip() == str(here)
+
+
+def test_other_parts_other_draws() -> None:
+    parts = [(0,), (1,), (0, 0), ("0",), (0, "a"), ("a", 0), (0, "a", 1), (12, 3), (1, 23)]
+    drawn = {tuple(draw(*p).tolist()) for p in parts}
+    assert len(drawn) == len(parts)
+
+
+def test_the_global_state_is_left_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    draw(1, "x")
+    Batches(10, 4, 0).indices(7)
+    assert torch.equal(torch.randn(3), expected)
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 3), (7, 7), (5, 12), (1, 4)])
+def test_every_epoch_is_a_permutation(count: int, size: int) -> None:
+    batches = Batches(count, size, 0, "block", 1)
+    steps = -(-3 * count // size)
+    drawn = torch.cat([batches.indices(step) for step in range(steps)])
+    epochs = [drawn[e * count : (e + 1) * count] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(count))
+    if count > 5:
+        assert not torch.equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_the_shares_of_all_ranks_are_the_batch(ranks: int) -> None:
+    whole = Batches(50, 10, 0)
+    for step in (0, 3, 4, 11):
+        shares = [Batches(50, 10, 0).indices(step, rank, ranks) for rank in range(ranks)]
+        together = torch.empty(10, dtype=torch.long)
+        for rank, share in enumerate(shares):
+            together[rank::ranks] = share
+        assert torch.equal(together, whole.indices(step))
+
+
+def test_any_step_can_be_drawn_first() -> None:
+    forwards = Batches(11, 4, 2)
+    in_order = [forwards.indices(step) for step in range(9)]
+    for step in (8, 0, 5, 2):
+        assert torch.equal(Batches(11, 4, 2).indices(step), in_order[step])
+        assert torch.equal(forwards.indices(step), in_order[step])
+
+
+def test_more_processes_than_samples() -> None:
+    batches = Batches(50, 2, 0)
+    assert [len(batches.indices(0, rank, 2)) for rank in range(2)] == [1, 1]
+    with pytest.raises(UserError, match="a batch of 2 leaves some of 3 processes without"):
+        batches.indices(0, 0, 3)

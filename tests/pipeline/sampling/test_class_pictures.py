@@ -1,0 +1,326 @@
+"""Class-conditional runs from pictures in folders to pictures: labels, numbers, mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from autoencoders.base import to_uint8
+from eval.inception import EXTRACTOR
+from flows.autoguidance import guided
+from flows.likelihood import log_prob
+from flows.networks.condition import Condition
+from pipeline.assets.fetch import content_sha256
+from pipeline.config.schema import DataConfig
+from pipeline.data.datasets import load_images
+from pipeline.evaluation.evaluator import inputs_of
+from pipeline.evaluation.kid_precision_recall import test_images
+from pipeline.evaluation.likelihood import latents_of
+from pipeline.runs.manifest import read_manifest
+from pipeline.runs.run import open_run
+from pipeline.runtime.rng import generator
+from pipeline.sampling.class_labels import Choice, condition_of, parse_classes
+from pipeline.sampling.generate import sample_images
+from pipeline.storage.shards import StoreReader, key_of, open_store
+from pipeline.training.stages import stage_folder
+from tests.pipeline import tiny as harness
+from tests.pipeline.gaussian_source import quiet
+from tests.pipeline.glance import stand_in
+from tests.pipeline.tiny import World, make_world, say
+
+
+def stage(folder: Path, index: int) -> StoreReader:
+    return open_store(stage_folder(folder, index), "stage")
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Pictures in folders of two classes, 10 and 30, and a finished flow-matching run."""
+    world = make_world(tmp_path_factory.mktemp("pictured"))
+    for split in ("train", "test"):
+        folder = world.root / "pictures" / split
+        for index, path in enumerate(sorted(folder.glob("*.png"))):
+            home = folder / ("a" if index % 4 == 0 else "b")
+            home.mkdir(exist_ok=True)
+            path.rename(home / path.name)
+    world.settings["velocity"]["classes"] = 2
+    world.settings["train"] |= {"objective": "fm", "iterations": 60, "lr": 0.02}
+    for words in (["encode"], ["train", "--run", world.root / "run"]):
+        harness.run_child(*words, "--config", world.config(), env=world.environment)
+    return world
+
+
+@pytest.fixture
+def folder(pictured: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("JKOFLOW_HOME", str(pictured.home))
+    return Path(shutil.copytree(pictured.root / "run", tmp_path / "run"))
+
+
+def test_labels_come_from_the_folders(folder: Path) -> None:
+    assert read_manifest(folder)["classes"] == {"counts": [10, 30]}
+    assert read_manifest(folder)["class_names"] == ["a", "b"]
+    labels = stage(folder, 0).field("labels")  # two draws of each
+    assert labels.tolist() == 2 * ([0] * 10 + [1] * 30)
+
+
+def expected(folder: Path, labels: list[int], guidance: float, batch: int) -> Tensor:
+    """Images by hand: noise carried back along the guided field, decoded."""
+    run = open_run(folder)
+    noise = [
+        torch.randn(
+            (min(batch, len(labels) - k), 2, 3, 3), generator=generator(0, "sample", index)
+        )
+        for index, k in enumerate(range(0, len(labels), batch))
+    ]
+    condition = Condition(torch.tensor(labels), guidance)
+    moved = run.flow[0].transport(torch.cat(noise), True, condition=condition).z
+    with torch.inference_mode():
+        return to_uint8(run.autoencoder().decode(run.standardisation.undo(moved)))
+
+
+def images(folder: Path, **changes: Any) -> StoreReader:
+    run = open_run(folder)
+    settings = dataclasses.replace(run.config.generate, **changes)
+    return sample_images(run, settings, Accelerator(cpu=True), quiet)
+
+
+@pytest.mark.parametrize("guidance", [None, 1.5])
+def test_an_image_is_of_the_class_asked_for(folder: Path, guidance: float | None) -> None:
+    found = images(folder, n=6, batch_size=4, labels=[1, 0], guidance=guidance)
+    by_hand = expected(folder, [1, 0] * 3, guidance or 1.0, 4)
+    assert (found.field("images").int() - by_hand.int()).abs().max() <= 1
+    assert found.manifest["nfe"] == (16 if guidance else 8)
+    other = images(folder, n=6, batch_size=4, labels=[0], guidance=guidance)
+    assert not torch.equal(found.field("images"), other.field("images"))
+
+
+def test_classes_are_drawn_as_often_as_in_the_data(folder: Path) -> None:
+    choice = Choice((), (10, 30))
+    labels = choice.condition(0, 4000, 0, "sample", 0).labels
+    assert labels.float().mean().item() == pytest.approx(0.75, abs=0.02)
+    assert torch.equal(labels, choice.condition(0, 4000, 0, "sample", 0).labels)
+    assert not torch.equal(labels, choice.condition(0, 4000, 0, "sample", 1).labels)
+    drawn = [choice.condition(k, 4, 0, "sample", k // 4).labels for k in (0, 4)]
+    by_hand = expected(folder, torch.cat(drawn).tolist(), 1.0, 4)
+    found = images(folder, n=8, batch_size=4).field("images")
+    assert (found.int() - by_hand.int()).abs().max() <= 1
+
+
+def test_a_grid_has_a_row_a_class(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("generate", "-r", folder, "--out", tmp_path / "g.png", "--npz", tmp_path / "g.npz")
+    assert say(capsys, *words, "--class", "all")[0] == 0
+    made = np.load(tmp_path / "g.npz")["arr_0"][..., 0]
+    assert len(made) == 10  # of which two rows of three are shown
+    picture = np.asarray(Image.open(tmp_path / "g.png").convert("L"))[::2, ::2]
+    for row in range(2):
+        for column in range(3):
+            top, left = 2 + row * 14, 2 + column * 14
+            cell = picture[top : top + 12, left : left + 12]
+            assert np.array_equal(cell, made[2 * column + row])
+
+
+def test_evaluate_likelihood_export(
+    folder: Path, pictured: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    stand_in(monkeypatch)
+    words = ("evaluate", "-r", folder, "--reference", pictured.root / "pictures" / "train" / "b")
+    code, _, said = say(capsys, *words, "--guidance", "1.5")
+    assert code == 0 and "seed 0, guidance 1.5" in said
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["fid"]["guidance"] == 1.5 and metrics["nll"]["given"] == "class"
+    assert metrics["nfe"] == 16
+    assert say(capsys, *words)[0] == 0
+    plain = json.loads((folder / "metrics.json").read_text())
+    assert plain["fid"]["guidance"] == 1 and plain["fid"]["value"] != metrics["fid"]["value"]
+    assert plain["inputs"] != metrics["inputs"]
+    # likelihood.json holds log p(z | y)
+    assert say(capsys, "likelihood", "-r", folder, "-n", "20")[0] == 0
+    rows = json.loads((folder / "likelihood.json").read_text())["ranking"]
+    run = open_run(folder)
+    test = load_images(dataclasses.replace(run.config.data, split="test"))
+    z = latents_of(run, test, 0, 20, Accelerator(cpu=True))
+    labels = torch.from_numpy(np.asarray(test.labels[:20]))  # type: ignore[index]
+    assert sorted(labels.tolist()) == [0] * 6 + [1] * 14
+    by_hand = log_prob(run.flow, z, condition=Condition(labels)).value
+    found = {row["index"]: row["log_prob"] for row in rows}
+    assert [found[k] for k in range(20)] == pytest.approx(by_hand.tolist(), abs=1e-2)
+    # an export generates the same
+    assert say(capsys, "export", "-r", folder, "--out", tmp_path / "out")[0] == 0
+    first, again = (
+        images(f, labels=[1]).field("images").int() for f in (folder, tmp_path / "out")
+    )
+    assert (first - again).abs().max() <= 1
+    assert "fm, linear interpolant" in (tmp_path / "out" / "CARD.md").read_text()
+    assert "2 classes (left out with 0.1)" in (tmp_path / "out" / "CARD.md").read_text()
+
+
+def test_classes_of_another_folder_are_matched_by_name(
+    folder: Path, pictured: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It numbers those that it has; the second class alone would be its first."""
+    test = pictured.root / "pictures" / "test"
+    shutil.copytree(test / "b", tmp_path / "some" / "b")
+    words = ("likelihood", "-r", folder, "--folder", tmp_path / "some", "-n", "14")
+    assert say(capsys, *words)[0] == 0
+    found = json.loads((folder / "likelihood.json").read_text())["ranking"]
+    assert {row["label"] for row in found} == {"b"}
+    run = open_run(folder)
+    some = load_images(DataConfig("folder", path=str(tmp_path / "some"), size=12, mode="L"))
+    assert some.labels is not None and set(some.labels.tolist()) == {0}
+    z = latents_of(run, some, 0, 14, Accelerator(cpu=True))
+    by_hand = log_prob(run.flow, z, condition=Condition(torch.ones(14).long())).value
+    ranked = {row["index"]: row["log_prob"] for row in found}
+    assert [ranked[k] for k in range(14)] == pytest.approx(by_hand.tolist(), abs=1e-2)
+    # so are those of its own test split, of which one may be missing
+    config = run.config
+    split = tmp_path / "split"
+    shutil.copytree(pictured.root / "pictures" / "train", split / "train")
+    shutil.copytree(test / "b", split / "test" / "b")
+    data = dataclasses.replace(config.data, path=str(split))
+    moved = dataclasses.replace(run, config=dataclasses.replace(config, data=data))
+    condition = condition_of(moved, test_images(data), np.arange(14))
+    assert condition is not None and condition.labels.tolist() == [1] * 14
+    # a name that the run does not know is told
+    (tmp_path / "some" / "b").rename(tmp_path / "some" / "c")
+    code, _, error = say(capsys, *words)
+    assert code == 2 and "knows no class 'c'; name the subfolders as" in error and "a, b" in error
+
+
+def test_a_class_has_the_name_of_its_folder(folder: Path) -> None:
+    run = open_run(folder)
+    assert parse_classes(run, ["b", "a", "1"]) == [1, 0, 1]
+    # numbers that are names are names
+    digits = dataclasses.replace(run, manifest={**run.manifest, "class_names": ["1", "0"]})
+    assert parse_classes(digits, ["1", "0", "all"]) == [0, 1, 0, 1]
+
+
+def test_a_budget_knows_that_guidance_costs_twice(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("generate", "-r", folder, "-n", "2", "--nfe", "16")
+    assert "16 network evaluations" in say(capsys, *words, "--guidance", "2")[2]
+    assert "16 network evaluations" in say(capsys, *words)[2]
+    code, _, said = say(capsys, *words[:-1], "7", "--guidance", "2")
+    assert code == 2 and "(8)" in said
+
+
+def test_a_guide_without_classes(
+    pictured: World, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It leads every class away from what all classes together would do."""
+    config = pictured.config("all", velocity={"classes": 0}, train={"iterations": 20})
+    assert say(capsys, "train", "-c", config, "-r", tmp_path / "all")[0] == 0
+    led = {"guide": str(tmp_path / "all"), "guidance": 2.0}
+    found = images(folder, n=8, batch_size=4, labels=[1, 0], **led).field("images")
+    run, of = open_run(folder), Condition(torch.tensor([1, 0, 1, 0]))
+    flow = guided(run.flow, open_run(tmp_path / "all").flow, 2.0)
+    noise = torch.randn(4, 2, 3, 3, generator=generator(0, "sample", 0))
+    with torch.inference_mode():
+        z = flow.decode(noise, run.config.push, condition=of)
+        expected = to_uint8(run.autoencoder().decode(run.standardisation.undo(z)))
+    assert (found[:4].int() - expected.int()).abs().max() <= 1
+    plain = images(folder, n=8, batch_size=4, labels=[1, 0]).field("images")
+    assert not torch.equal(plain, found)
+    # a guide with classes is asked for that of none, which it must have seen
+    config = pictured.config("never", velocity={"class_dropout": 0.0}, train={"iterations": 1})
+    assert say(capsys, "train", "-c", config, "-r", tmp_path / "never")[0] == 0
+    words = ("generate", "-r", folder, "--guidance", "2", "--guide", tmp_path / "never")
+    code, _, error = say(capsys, *words)
+    assert code == 2 and "never went without its class" in error
+
+
+def test_a_study_keeps_guidance_apart(
+    pictured: World,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stand_in(monkeypatch)
+    reference = pictured.root / "pictures" / "train" / "b"
+    words = ("evaluate", "-r", folder, "-n", "8", "--reference", reference, "--nfe-study")
+    studies = []
+    for more in (("16",), ("32", "--guidance", "2"), ("16",)):
+        assert say(capsys, *words, *more)[0] == 0
+        studies.append(json.loads((folder / "nfe.json").read_text()))
+    assert [study["guidance"] for study in studies] == [None, 2.0, None]
+    assert [[row["nfe"] for row in study["rows"]] for study in studies] == [[16], [32], [16]]
+    assert studies[0] == studies[2]
+    assert studies[0]["rows"][0]["fid"] != studies[1]["rows"][0]["fid"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--class", "2"), "--class must lie between 0 and 1 for the run at"),
+        (("--class", "-1"), "--class must lie between 0 and 1 for the run at"),
+        (("--class", "seven"), "--class takes the name or number of a class, or all, not 'seven'"),
+        (("--guidance", "-1"), "not negative, found -1.0"),
+        (("--guidance", "nan"), "found nan"),
+    ],
+)
+def test_mistakes(
+    folder: Path, words: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = say(capsys, "generate", "-r", folder, *words)
+    assert code == 2 and error.startswith("error: ") and named in error
+
+
+@pytest.mark.parametrize("words", [("--class", "1"), ("--class", "all"), ("--guidance", "1.5")])
+def test_a_run_without_classes_takes_none(
+    trained: World, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = say(capsys, "generate", "-r", trained.root / "run", *words)
+    assert code == 2 and error.startswith(f"error: {words[0]} needs a class-conditional run")
+
+
+def test_guidance_needs_a_run_that_left_the_class_out(
+    pictured: World, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jko = {"objective": "jko", "iterations": 1}
+    for name, sections in (
+        ("never", {"velocity": {"class_dropout": 0.0}}),
+        ("jko", {"train": jko, "schedule": {"max_blocks": 1, "free_block": False}}),
+    ):
+        config, run = pictured.config(name, **sections), tmp_path / name
+        assert say(capsys, "train", "-c", config, "-r", run)[0] == 0
+        code, _, error = say(capsys, "generate", "-r", run, "--guidance", "1.5")
+        assert code == 2 and "was trained with a class_dropout of 0" in error
+        assert say(capsys, "generate", "-r", run, "-n", "2", "--class", "1")[0] == 0
+
+
+def test_pictures_without_classes(
+    trained: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = trained.config("labelled", velocity={"classes": 2})
+    code, _, error = say(capsys, "train", "-c", config, "-r", tmp_path / "run")
+    assert code == 2 and "the data set has no labels" in error and "sort the images" in error
+
+
+def test_a_run_without_classes_is_described_as_before(trained: World) -> None:
+    """Nothing that names a thing of such a run mentions what came with the classes."""
+    run = open_run(trained.root / "run")
+    assert "classes" not in run.manifest
+    for row in run.manifest["blocks"]:
+        assert not any("class" in key for key in row["spec"]["velocity"])
+    assert "labels" not in stage(run.folder, 0).manifest["identity"]
+    settings = dataclasses.replace(run.config.evaluate, n=10, floor=False, nll=0)
+    generate = {"n": 10, "seed": settings.seed, "batch_size": run.config.generate.batch_size}
+    generate |= {"columns": run.config.generate.columns, "method": None, "steps": None}
+    parts = {"run": run.fingerprint, "evaluate": dataclasses.asdict(settings)}
+    parts |= {"generate": generate, "data": run.manifest["data"]}
+    network = {"extractor": EXTRACTOR, "weights": content_sha256("inception")[:16]}
+    assert inputs_of(run, settings, run.config.generate) == key_of({**parts, **network})

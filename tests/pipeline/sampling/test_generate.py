@@ -1,0 +1,339 @@
+"""Generation: the same images however they were made, and runs that must not be used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from autoencoders.base import to_uint8
+from autoencoders.weights import load
+from flows.block import SolverConfig
+from pipeline.data.standardisation import Standardisation
+from pipeline.errors import UserError
+from pipeline.runs.run import Run, open_run
+from pipeline.runtime.rng import generator
+from pipeline.sampling.generate import _sample as sample
+from pipeline.sampling.generate import sample_images
+from pipeline.storage import atomic
+from pipeline.storage.shards import StoreReader
+from tests.pipeline.gaussian_source import quiet
+from tests.pipeline.tiny import World, say, write_autoencoder
+
+
+@pytest.fixture
+def folder(trained: World, tmp_path: Path) -> Path:
+    """A finished run of three blocks, to be changed at will."""
+    return Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
+
+
+class Rank:
+    """One process of several, as far as generation looks at them."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.process_index, self.num_processes = rank, ranks
+        self.is_main_process = rank == 0
+        self.device = torch.device("cpu")
+
+    def wait_for_everyone(self) -> None:
+        """The ranks of a test run one after another."""
+
+
+def images_of(run: Run, ranks: int = 1, **changes: object) -> StoreReader:
+    from dataclasses import replace
+
+    settings = replace(run.config.generate, **changes)
+    for rank in reversed(range(ranks)):
+        if rank:
+            with pytest.raises(Exception, match="unfinished"):  # the main process is last
+                sample_images(run, settings, Rank(rank, ranks), quiet)  # type: ignore[arg-type]
+    return sample_images(run, settings, Rank(0, ranks), quiet)  # type: ignore[arg-type]
+
+
+def pixels(run: Run, ranks: int = 1, **changes: object) -> torch.Tensor:
+    return images_of(run, ranks, **changes).field("images")
+
+
+def test_an_image_is_noise_carried_back_and_decoded(trained: World, folder: Path) -> None:
+    run = open_run(folder)
+    found = pixels(run, n=6, batch_size=4)
+    flow_json = json.loads((folder / "flow.json").read_text())
+    scale = Standardisation.from_dict(flow_json["standardisation"])
+    model = load(trained.root / "autoencoder.safetensors")
+    expected = []
+    with torch.inference_mode():
+        for batch, count in enumerate((4, 2)):
+            z = torch.randn((count, 2, 3, 3), generator=generator(0, "sample", batch))
+            for block in reversed(list(run.flow)):
+                z = block.transport(z, reverse=True, solver=SolverConfig("rk4", steps=2)).z
+            expected.append(to_uint8(model.decode(scale.undo(z))))
+    difference = found.int() - torch.cat(expected).int()
+    assert difference.abs().max() <= 1  # rounding
+    assert found.float().std() > 1
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_processes(folder: Path, tmp_path: Path, ranks: int) -> None:
+    settings = {"n": 1100, "batch_size": 250}
+    expected = images_of(open_run(folder), **settings)
+    assert len(expected.manifest["shards"]) == 3
+    shutil.copytree(folder, tmp_path / "other", ignore=shutil.ignore_patterns("images-*"))
+    found = images_of(open_run(tmp_path / "other"), ranks, **settings)
+    assert found.manifest == expected.manifest
+    assert torch.equal(found.field("images"), expected.field("images"))
+
+
+def test_what_is_there_is_used_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = pixels(open_run(folder))
+    monkeypatch.setattr("pipeline.sampling.generate._sample", None)
+    assert torch.equal(pixels(open_run(folder)), first)
+
+
+def test_more_images_begin_with_the_same(folder: Path) -> None:
+    run = open_run(folder)
+    assert torch.equal(pixels(run, n=12, batch_size=4)[:8], pixels(run, n=8, batch_size=4))
+
+
+def test_more_images_go_on_from_those_that_are_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer ones, too; and a damaged store is not gone on from."""
+
+    def anew(name: str) -> Run:
+        bare = shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("images-*"))
+        return open_run(Path(bare))
+
+    expected = {n: pixels(anew(str(n)), n=n, batch_size=250) for n in (1700, 2200, 600)}
+    calls: list[int] = []
+    counting = lambda *a: calls.append(a[2]) or sample(*a)  # noqa: E731
+    monkeypatch.setattr("pipeline.sampling.generate._sample", counting)
+    run = anew("grows")
+    for n, drawn in ((1700, 1700), (2200, 700), (600, 100)):  # of shards of 500, batches of 250
+        calls.clear()
+        assert torch.equal(pixels(run, n=n, batch_size=250), expected[n])
+        assert sum(calls) == drawn
+    for shard in (run.folder / "samples").glob("images-*/shard-00000.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    calls.clear()
+    images_of(run, n=550, batch_size=250)
+    assert sum(calls) == 550
+
+
+def test_seeds_and_solvers_give_other_images(folder: Path) -> None:
+    run = open_run(folder)
+    first = pixels(run)
+    assert not torch.equal(first, pixels(run, seed=1))
+    changes = ({}, {"seed": 1}, {"steps": 1}, {"n": 9}, {"method": "euler"})
+    assert len({images_of(run, **change).folder for change in changes}) == 5
+    assert images_of(run, method="euler", steps=3).manifest["nfe"] == 9
+
+
+@pytest.mark.parametrize(("budget", "used"), [(12, 12), (13, 12), (23, 12), (24, 24), (100, 96)])
+def test_a_budget_of_evaluations(
+    capsys: pytest.CaptureFixture[str], folder: Path, budget: int, used: int
+) -> None:
+    """Three blocks of rk4: 12 evaluations a step."""
+    code, _, last = say(capsys, "generate", "--run", folder, "-n", "2", "--nfe", budget)
+    assert code == 0
+    assert f"{used} network evaluations a sample" in last
+
+
+def test_a_budget_that_does_not_reach(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    code, _, last = say(capsys, "generate", "--run", folder, "--nfe", "11")
+    assert code == 2 and "below one rk4 step in each of 3 blocks (12)" in last
+    words = ["generate", "--run", folder, "--nfe", "50", "--set", "generate.method=dopri5"]
+    code, _, last = say(capsys, *words)
+    assert code == 2 and "fixed-step solver" in last
+
+
+def test_the_files_hold_the_images(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    grid, npz, singles = tmp_path / "g.png", tmp_path / "all.npz", tmp_path / "singles"
+    words = ["generate", "--run", folder, "-n", "7", "--out", grid, "--npz", npz]
+    words += ["--images", singles]
+    assert say(capsys, *words)[0] == 0
+    expected = pixels(open_run(folder), n=7).permute(0, 2, 3, 1).numpy()
+    array = np.load(npz)["arr_0"]
+    assert array.dtype == np.uint8 and np.array_equal(array, expected)
+    names = sorted(path.name for path in singles.iterdir())
+    assert names == [f"{index:06d}.png" for index in range(7)]
+    for index, name in enumerate(names):
+        assert np.array_equal(np.asarray(Image.open(singles / name)), expected[index, :, :, 0])
+    picture = np.asarray(Image.open(grid).convert("L"))
+    assert picture.shape[0] >= 2 * 3 * 12 and picture.shape[1] >= 2 * 3 * 12  # 3 x 3, doubled
+    # the same command again writes the same, also where a killed one left half a file;
+    # another n into the same folder does not fit
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    half = singles / f"{atomic.TEMPORARY_PREFIX}000003.png-{atomic._HOST}-{ended.pid}-0123abcd"
+    half.write_bytes(b"half")
+    assert say(capsys, *words)[0] == 0 and not half.exists()
+    words[words.index("7")] = "5"
+    code, _, last = say(capsys, *words)
+    assert code == 2 and "holds other files" in last
+
+
+def test_a_folder_with_other_files_is_left_alone(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "holiday.png").write_bytes(b"sea")
+    words = ["generate", "--run", folder, "-n", "2", "--images", tmp_path / "mine"]
+    before = sorted(folder.rglob("*"))
+    code, _, last = say(capsys, *words)
+    assert code == 2 and last.startswith("error: ") and "choose an empty folder" in last
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["holiday.png"]
+    assert sorted(folder.rglob("*")) == before  # nothing was made that could not be written
+
+
+# ----------------------------------------------------------------------- runs that are not whole
+
+
+def refuse(
+    capsys: pytest.CaptureFixture[str], folder: Path, *words: str, also: tuple[str, ...] = ()
+) -> None:
+    for verb in ("generate", "evaluate"):
+        code, _, last = say(capsys, verb, "--run", folder, *also)
+        assert code == 2 and last.startswith("error: "), last
+        for word in words:
+            assert word in last, last
+
+
+def test_a_run_with_nothing_but_its_configuration(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    (folder / "flow.json").unlink()
+    refuse(capsys, folder, "no finished block yet", "--resume")
+
+
+def test_a_run_without_a_configuration(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    (folder / "config.yaml").unlink()
+    refuse(capsys, folder, "no run at", "config.yaml")
+
+
+def test_a_missing_block(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    (folder / "blocks" / "block-01.safetensors").unlink()
+    refuse(capsys, folder, "blocks/block-01.safetensors")
+
+
+def test_a_flipped_bit_in_a_block(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    path = folder / "blocks" / "block-01.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    refuse(capsys, folder, "block-01.safetensors is damaged")
+    assert say(capsys, "generate", "--run", folder, "--blocks", "1", "-n", "2")[0] == 0
+
+
+def test_a_block_of_another_run(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    first, second = (folder / "blocks" / f"block-{index:02d}.safetensors" for index in (0, 1))
+    shutil.copy(first, second)
+    refuse(capsys, folder, "block-01.safetensors is damaged")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}'])
+def test_a_damaged_manifest(capsys: pytest.CaptureFixture[str], folder: Path, text: str) -> None:
+    (folder / "flow.json").write_text(text)
+    refuse(capsys, folder, "flow.json")
+
+
+def test_a_damaged_configuration(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    (folder / "config.yaml").write_text("a: [")
+    refuse(capsys, folder, "config.yaml is not readable YAML")
+    (folder / "config.yaml").write_text("colour: red")
+    refuse(capsys, folder, "unknown key colour")
+
+
+def test_another_autoencoder_by_the_same_name(
+    capsys: pytest.CaptureFixture[str], trained: World, folder: Path, tmp_path: Path
+) -> None:
+    path = folder / "flow.json"
+    other = write_autoencoder(tmp_path / "other.safetensors", seed=5)
+    weights = str(trained.root / "autoencoder.safetensors")
+    path.write_text(path.read_text().replace(weights, str(other)))
+    code, _, last = say(capsys, "generate", "--run", folder, "-n", "2")
+    assert code == 2 and "trained with another autoencoder" in last
+    path.write_text(path.read_text().replace(str(other), str(tmp_path / "gone.safetensors")))
+    code, _, last = say(capsys, "generate", "--run", folder, "-n", "2")
+    assert code == 2 and "gone.safetensors" in last
+
+
+def test_an_unfinished_run_can_be_used_by_its_blocks(
+    capsys: pytest.CaptureFixture[str], trained: World, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = ["train", "--config", trained.config(), "--run", run]
+    while not (run / "flow.json").is_file():
+        say(capsys, *words, "--resume", "--max-minutes", "1e-9")
+    code, _, last = say(capsys, "generate", "--run", run, "-n", "2")
+    assert code == 2 and "stopped after 1 blocks" in last and "--blocks 1" in last
+    code, _, last = say(capsys, "generate", "--run", run, "-n", "2", "--blocks", "1")
+    assert code == 0 and "8 network evaluations a sample" in last
+    # the first block of the whole run is the same one
+    whole = pixels(open_run(Path(shutil.copytree(trained.root / "run", tmp_path / "w")), 1), n=2)
+    assert torch.equal(pixels(open_run(run, 1), n=2), whole)
+    for count in ("0", "2", "-1"):
+        code, _, last = say(capsys, "generate", "--run", run, "-n", "2", "--blocks", count)
+        assert code == 2 and "--blocks must lie between 1 and 1" in last
+
+
+def test_more_images_than_the_disk_holds_are_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    before = sorted(folder.rglob("*"))
+    code, _, last = say(capsys, "generate", "--run", folder, "-n", str(10**14))
+    assert code == 2 and last.startswith(f"error: {10**14} images need about ")
+    assert "GB are free at" in last
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_files_larger_than_their_disk_are_refused_before_an_image_is_made(
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What --npz and --images write may go to another disk than the run's."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "000000.png").write_bytes(b"an earlier one, which takes no more room")
+    small = shutil.disk_usage(folder)._replace(free=2 * 4096 - 1)
+    large = shutil.disk_usage(folder)
+    monkeypatch.setattr(
+        "pipeline.runtime.system.shutil.disk_usage",
+        lambda place: small if place == other else large,
+    )
+    before = sorted(folder.rglob("*"))
+    words = ["generate", "--run", folder]
+    code, _, last = say(capsys, *words, "-n", "3", "--images", other)
+    assert code == 2 and last.startswith("error: 3 pictures need about "), last
+    code, _, last = say(capsys, *words, "-n", "60", "--npz", other / "a.npz")  # 144 bytes each
+    assert code == 2 and last.startswith("error: 60 images in one archive need about "), last
+    assert sorted(folder.rglob("*")) == before
+    assert say(capsys, *words, "-n", "2", "--images", other)[0] == 0
+
+
+def test_what_is_there_needs_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted generation goes on where the disk holds the rest alone."""
+    run = open_run(folder)
+    store = images_of(run, n=1700, batch_size=250)
+    (store.folder / "manifest.json").unlink()
+    (store.folder / "shard-00003.safetensors").unlink()  # 200 images of 144 bytes
+    free = shutil.disk_usage(folder)._replace(free=200 * 144 + 1)
+    monkeypatch.setattr("pipeline.runtime.system.shutil.disk_usage", lambda _: free)
+    assert len(images_of(run, n=1700, batch_size=250)) == 1700
+    with pytest.raises(UserError, match="1701 images need about"):
+        images_of(run, n=1701, batch_size=250)
+
+
+def test_a_grid_waits_for_no_matplotlib() -> None:
+    code = "import sys, pipeline.generate; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,233 @@
+"""A guide: pictures by hand, what is kept of them, numbers, export, mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from autoencoders.base import to_uint8
+from flows.autoguidance import guided
+from pipeline.config.schema import GenerateConfig
+from pipeline.distillation.distill import Distillation, student_config
+from pipeline.errors import UserError
+from pipeline.evaluation.evaluator import inputs_of
+from pipeline.publishing.export import export
+from pipeline.runs.directory import read_config
+from pipeline.runs.manifest import read_manifest
+from pipeline.runs.run import Run, open_run
+from pipeline.runtime.rng import generator
+from pipeline.sampling.sampling_plan import way_of, with_guidance
+from tests.pipeline.drawing import images
+from tests.pipeline.glance import stand_in
+from tests.pipeline.tiny import World, run_child, say, write_autoencoder
+
+
+@pytest.fixture(scope="module")
+def guide_home(trained_world: World) -> Path:
+    """A smaller run on the latents of the trained one."""
+    folder = trained_world.root / "guide-run"
+    smaller = {"velocity": {"width": 8}, "train": {"iterations": 2}}
+    config = trained_world.config("weak", **smaller)
+    run_child("train", "-c", config, "--set", "name=weak", "-r", folder,
+              env=trained_world.environment)  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def guide(guide_home: Path, run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(guide_home, tmp_path / "weak"))
+
+
+def by_hand(run: Run, guide: Run, w: float) -> Tensor:
+    """Ten images, four at a time, as the configuration has it."""
+    count = {0: 4, 1: 4, 2: 2}
+    noise = [
+        torch.randn(n, 2, 3, 3, generator=generator(0, "sample", k)) for k, n in count.items()
+    ]
+    z = guided(run.flow, guide.flow, w).decode(torch.cat(noise), run.config.push)
+    with torch.inference_mode():
+        return to_uint8(run.autoencoder().decode(run.standardisation.undo(z)))
+
+
+def test_pictures_are_led_away_from_the_guide(run: Path, guide: Path) -> None:
+    opened, weak = open_run(run), open_run(guide)
+    plain = images(opened)
+    for w in (0.0, 1.0, 3.0):
+        found = images(opened, guide=str(guide), guidance=w)
+        assert (found.int() - by_hand(opened, weak, w).int()).abs().max() <= 1
+    assert not torch.equal(images(opened, guide=str(guide), guidance=3.0), plain)
+    assert torch.equal(images(opened, guide=str(guide), guidance=1.0), plain)
+
+
+def test_a_guide_of_other_weights_makes_other_pictures(run: Path, guide: Path) -> None:
+    """And they are not taken for the ones that are there."""
+    opened = open_run(run)
+    first = way_of(opened, with_guidance(opened.config.generate, 2.0, str(guide))).describe()
+    same = way_of(opened, with_guidance(opened.config.generate, 2.0, str(run))).describe()
+    assert first != same
+    moved = guide.rename(guide.with_name("elsewhere"))
+    settings = with_guidance(opened.config.generate, 2.0, str(moved))
+    assert way_of(opened, settings).describe() == first
+
+
+def test_the_verbs_know_the_guide(
+    trained: World, run: Path, guide: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    stand_in(monkeypatch)
+    led = ("--guide", guide, "--guidance", "2")
+    code, _, said = say(capsys, "generate", "-r", run, "-n", "4", *led)
+    assert code == 0 and "4 images, 48 network evaluations" in said
+    assert "24 network" in say(capsys, "generate", "-r", run, "-n", "4", "--nfe", "40", *led)[2]
+    reference = trained.root / "pictures" / "train"
+    words = ("evaluate", "-r", run, "--reference", reference, "-n", "8")
+    code, _, said = say(capsys, *words, *led)
+    assert code == 0 and "seed 0, guidance 2 by weak;" in said
+    metrics = json.loads((run / "metrics.json").read_text())
+    who = {"name": "weak", "run": open_run(guide).fingerprint}
+    assert metrics["fid"]["guide"] == who and metrics["nfe"] == 48
+    assert say(capsys, *words)[0] == 0
+    plain = json.loads((run / "metrics.json").read_text())
+    assert "guide" not in plain["fid"] and plain["inputs"] != metrics["inputs"]
+    assert plain["fid"]["value"] != metrics["fid"]["value"]
+    assert plain["nll_per_dim"] == pytest.approx(metrics["nll_per_dim"])  # the run's own density
+    assert say(capsys, *words, "--nfe-study", "96", *led)[0] == 0
+    study = json.loads((run / "nfe.json").read_text())
+    assert study["guide"] == who and study["rows"][0]["nfe"] == 96
+
+
+def test_an_export_has_its_guide_inside(
+    run: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = images(open_run(run), guide=str(guide), guidance=2.0)
+    (guide / "metrics.json").write_text('{"run": "before it was rounded"}')
+    assert say(capsys, "generate", "-r", guide)[0] == 0  # a grid of its own
+    words = ("export", "-r", run, "--out", tmp_path / "out", "--guide", guide)
+    assert "a guide needs its weight" in say(capsys, *words)[2]
+    assert not (tmp_path / "out").exists()
+    assert say(capsys, *words, "--guidance", "2")[0] == 0
+    shutil.rmtree(guide)
+    moved = (tmp_path / "out").rename(tmp_path / "there")
+    assert str(tmp_path) not in (moved / "config.yaml").read_text()
+    after = open_run(moved)
+    assert after.config.generate.guide == str(moved / "guide")
+    assert (images(after).int() - before.int()).abs().max() <= 1
+    assert inputs_of(after, after.config.evaluate, after.config.generate)
+    code, _, said = say(capsys, "generate", "-r", moved, "--guide", "none")
+    assert code == 0 and "24 network" in said
+    inside = {path.name for path in (moved / "guide").rglob("*") if path.is_file()}
+    blocks = {f"block-{index:02d}.safetensors" for index in range(3)}
+    assert inside == {*blocks, "flow.json", "config.yaml", "autoencoder.safetensors"}
+    card = (moved / "CARD.md").read_text()
+    (row,) = [line for line in card.splitlines() if line.startswith("| guide |")]
+    assert row.startswith("| guide | weak, ") and row.endswith("; guidance 2 |")
+    # exported again, with it and without
+    assert say(capsys, "export", "-r", moved, "--out", tmp_path / "again")[0] == 0
+    assert torch.equal(images(open_run(tmp_path / "again")), images(after))
+    words = ("export", "-r", moved, "--out", tmp_path / "bare", "--guide", "none")
+    assert say(capsys, *words)[0] == 0
+    assert not (tmp_path / "bare" / "guide").exists()
+    assert "guide" not in read_manifest(tmp_path / "bare")
+    # a guide that is lost is missed before anything is written
+    shutil.rmtree(moved / "guide")
+    for verb in (("generate",), ("export", "--out", tmp_path / "lost")):
+        code, _, error = say(capsys, *verb, "-r", moved)
+        assert code == 2 and "cannot be used" in error and "--guide none" in error
+    assert not (tmp_path / "lost").exists()
+    # a distilled run follows its teacher's plain field
+    student = student_config(after, Distillation())
+    assert student.generate.guide is None and student.generate.guidance is None
+
+
+def test_numbers_and_pictures_come_along_through_every_export(
+    run: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = open_run(run)
+    way = way_of(opened, with_guidance(opened.config.generate, 2.0, str(guide)))
+    fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3, **way.about()}
+    metrics = {"fid": fid, "nfe": 48, "run": opened.fingerprint, "blocks": []}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    led = ("--guide", guide, "--guidance", "2")
+    assert say(capsys, "generate", "-r", run, "-n", "4", *led)[0] == 0
+    drawn = (run / "samples" / "grid.png").read_bytes()
+    for before, after in ((run, "a"), (tmp_path / "a", "b"), (tmp_path / "b", "c")):
+        words = ("export", "-r", before, "--out", tmp_path / after)
+        assert say(capsys, *words, *(led if before == run else ()))[0] == 0
+    last = tmp_path / "c"
+    assert json.loads((last / "metrics.json").read_text())["fid"] == fid
+    assert (last / "samples" / "grid.png").read_bytes() == drawn
+    assert say(capsys, "report", "-r", last)[0] == 0
+    assert "by other blocks" not in (last / "report.html").read_text().lower()
+    assert "7.12" in (last / "report.html").read_text()
+
+
+def test_a_guide_of_more_blocks_is_not_exported(
+    run: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = open_run(run, blocks=2)
+    settings = with_guidance(few.config.generate, 2.0, str(guide))
+    few = dataclasses.replace(few, config=dataclasses.replace(few.config, generate=settings))
+    with pytest.raises(UserError, match="has 3 blocks and the run 2; an exported run needs"):
+        export(few, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_fewer_blocks_are_guided_by_as_many(run: Path, guide: Path) -> None:
+    settings = with_guidance(read_config(run).generate, 2.0, str(guide))
+    way = way_of(open_run(run, blocks=2), settings)
+    assert len(way.flow) == 2 and way.guide is not None
+    assert way.describe()["guide"] == {"run": way.guide.fingerprint, "guidance": 2.0}
+
+
+def test_what_the_options_change() -> None:
+    """A weight belongs to its guide, and `none` takes away only what is there."""
+    plain = GenerateConfig(guidance=2.5)
+    assert with_guidance(plain) == plain == with_guidance(plain, guide="none")
+    led = with_guidance(plain, guide="a")
+    assert led == GenerateConfig(guide="a")
+    assert with_guidance(led, 3.0) == GenerateConfig(guide="a", guidance=3.0)
+    assert with_guidance(GenerateConfig(guide="a", guidance=3.0), guide="none") == GenerateConfig()
+
+
+def test_weight_one_costs_nothing(run: Path, guide: Path) -> None:
+    opened = open_run(run)
+    way = way_of(opened, with_guidance(opened.config.generate, 1.0, str(guide)))
+    assert way.evaluations == 1 and way.flow is opened.flow
+
+
+def test_mistakes(
+    trained: World, run: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*words: str | Path) -> str:
+        code, _, error = say(capsys, "generate", "-r", run, *words)
+        assert code == 2 and error.startswith("error: ")
+        return error
+
+    assert "a guide needs its weight" in refused("--guide", guide)
+    assert "no run at" in refused("--guide", tmp_path / "nothing", "--guidance", "2")
+    points = shutil.copytree(guide, tmp_path / "points")  # a two-dimensional run has none
+    manifest = read_manifest(points)
+    del manifest["autoencoder"]
+    (points / "flow.json").write_text(json.dumps(manifest))
+    assert "was trained on other latents" in refused("--guide", points, "--guidance", "2")
+    assert "not negative" in refused("--guide", guide, "--guidance", "-1")
+    for name, change in (
+        ("steps", {"schedule": {"max_blocks": 1}}),
+        ("fm", {"train": {"objective": "fm", "iterations": 1}}),
+    ):
+        config = trained.config(name, **change)
+        assert say(capsys, "train", "-c", config, "-r", tmp_path / name)[0] == 0
+        words = ("--guide", tmp_path / name, "--guidance", "2")
+        assert "must have the objective, the interpolant and the steps" in refused(*words)
+    other = write_autoencoder(tmp_path / "other.safetensors", seed=3)
+    config = trained.config("other", autoencoder={"weights": str(other)}, train={"iterations": 1})
+    assert say(capsys, "encode", "-c", config)[0] == 0
+    assert say(capsys, "train", "-c", config, "-r", tmp_path / "foreign")[0] == 0
+    error = refused("--guide", tmp_path / "foreign", "--guidance", "2")
+    assert "was trained on other latents" in error

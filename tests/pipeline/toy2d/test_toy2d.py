@@ -1,0 +1,203 @@
+"""`jkoflow toy2d`: a tiny experiment start to finish, resumed, and its mistakes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import typer
+from accelerate import Accelerator
+from PIL import Image
+from typer.testing import CliRunner
+
+from flows.flow import BlockSpec, Flow
+from flows.networks.registry import VelocityConfig
+from pipeline.cli import toy2d
+from pipeline.config.load import available, from_resolved, to_dict
+from pipeline.errors import JkoflowError, UserError
+from pipeline.runs.run import open_run
+from pipeline.storage import atomic
+from pipeline.toy2d.experiment import measure, run_experiment
+from pipeline.toy2d.figures import grid_centres
+from pipeline.toy2d.point_sets import POINTS
+from pipeline.toy2d.point_source import PointSource
+
+TINY = [
+    "velocity.hidden=[8,8]",
+    "schedule.h=[0.5]",
+    "schedule.iterations=[3,2]",
+    "train.batch_size=64",
+    "points.train=256",
+    "points.test=64",
+    "points.compare=50",
+    "points.grid=8",
+]
+
+
+def tiny(name="gaussian", *more):
+    return toy2d.load(name, [*TINY, *more])
+
+
+def run(config, folder, resume=False):
+    accelerator = Accelerator(cpu=True)
+    return run_experiment(config, folder, accelerator, lambda items, *_: items, resume)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "run"
+    return folder, run(tiny(), folder)
+
+
+def test_every_point_set_has_its_configuration():
+    names = {name.removeprefix("toy2d/") for name in available() if name.startswith("toy2d/")}
+    assert names == set(POINTS)
+    for name in names:
+        config = toy2d.load(name)
+        assert config.data.name == name == config.name
+        assert config == toy2d.load(f"toy2d/{name}")
+        PointSource(config)
+
+
+def test_a_run_leaves_its_pictures_and_numbers(finished):
+    folder, metrics = finished
+    samples = folder / "samples"
+    for name in ("samples", "density", "trajectories", "movement"):
+        with Image.open(samples / f"{name}.png") as picture:
+            assert min(picture.size) > 100
+    with Image.open(samples / "trajectories.gif") as film:
+        # one block of four states, and the free block, which is not split: there and back
+        assert film.n_frames >= 2 * (4 + 1)
+    assert json.loads((samples / "metrics.json").read_text()) == metrics
+    assert math.isfinite(metrics["nll_per_dim"]) and metrics["inversion_mse"] < 1e-5
+    assert metrics["nll"]["n"] == 64 and metrics["mmd"]["n"] == 50 and metrics["nfe"] > 0
+    assert [row["h"] for row in metrics["blocks"]] == [0.5, None]
+    assert set(metrics["seconds"]) == {"train", "measure"}
+    assert not list(folder.rglob(f"{atomic.TEMPORARY_PREFIX}*"))
+
+
+def test_a_stopped_run_ends_where_an_unstopped_one_does(finished, tmp_path):
+    config = tiny("gaussian", "train.max_minutes=1e-9")
+    metrics, calls = None, 0
+    while metrics is None:
+        metrics = run(config, tmp_path / "run", resume=calls > 0)
+        calls += 1
+    assert calls > 2
+    whole = finished[1]
+    for key in ("nll_per_dim", "mmd", "inversion_mse", "nfe"):
+        assert metrics[key] == whole[key]
+
+
+def test_a_run_is_not_overwritten(finished):
+    with pytest.raises(UserError, match="--resume"):
+        run(tiny(), finished[0])
+
+
+def test_an_unfinished_run_is_finished_by_its_own_verb(tmp_path):
+    config = tiny("gaussian", "train.max_minutes=1e-9")
+    with contextlib.suppress(JkoflowError):
+        run(config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"`jkoflow toy2d --run .*run --resume`"):
+        open_run(tmp_path / "run")
+
+
+def test_a_run_goes_on_with_the_points_it_began_with(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    for key, value in (("train", 77), ("seed", 5), ("invert", "true")):
+        with pytest.raises(UserError, match=rf"started with points\.{key}="):
+            run(tiny("gaussian", f"points.{key}={value}"), folder, resume=True)
+    measured = run(tiny("gaussian", "points.test=50"), folder, resume=True)
+    assert measured["nll"]["n"] == 50
+
+
+def test_identity_flow_on_the_gaussian_is_measured_right():
+    """z = x: NLL is E[½‖x‖² + log 2π] / 2, the gap KL(N(0, Σ) ‖ N(0, I)) / 2; MMD sees it."""
+    flow = Flow((2,), [BlockSpec(VelocityConfig("mlp", hidden=(4,)))])
+    source = PointSource(tiny("gaussian", "points.test=4000", "points.compare=400"))
+    metrics = measure(flow, source, torch.device("cpu"))
+    x = source.draw("test", 0, 4000).double()
+    nll = (x.square().sum(dim=1) / 2 + math.log(2 * math.pi)).mean() / 2
+    assert metrics["nll_per_dim"] == pytest.approx(float(nll), rel=1e-5)
+    entropy = math.log(2 * math.pi * math.e) / 2 + math.log(24) / 4
+    assert metrics["entropy_per_dim"] == pytest.approx(entropy, abs=0.03)
+    assert metrics["nll_gap_per_dim"] == pytest.approx((14 - 2 - math.log(24)) / 4, rel=0.08)
+    for name in ("0.1*median", "median"):
+        row = metrics["mmd"][name]
+        assert row["value"] > 2 * row["threshold"]
+    widths = [metrics["mmd"][name]["bandwidth"] for name in ("0.1*median", "median")]
+    assert widths[0] == pytest.approx(0.1 * widths[1])
+    assert metrics["inversion_mse"] < 1e-10
+
+
+def test_a_point_rounded_across_the_edge_of_its_support_is_left_out():
+    flow = Flow((2,), [BlockSpec(VelocityConfig("mlp", hidden=(4,)))])
+    source = PointSource(tiny("gaussian", "points.test=200", "points.compare=50"))
+    whole = measure(flow, source, torch.device("cpu"))
+    known = source.points.log_density
+    density = lambda x: known(x).index_fill(0, torch.tensor([7]), -math.inf)  # noqa: E731
+    source.points = dataclasses.replace(source.points, log_density=density)
+    metrics = measure(flow, source, torch.device("cpu"))
+    for key in ("entropy_per_dim", "nll_gap_per_dim"):
+        assert metrics[key] == pytest.approx(whole[key], abs=0.05) and metrics[key] != whole[key]
+
+
+def test_points_of_different_uses_are_different_and_repeat():
+    source = PointSource(tiny())
+    first, again = source.draw("test", 0, 10), PointSource(tiny()).draw("test", 0, 10)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, source.draw("compare", 0, 10))
+    other = PointSource(tiny("gaussian", "points.seed=1"))
+    assert not torch.equal(first, other.draw("test", 0, 10))
+    assert other.fingerprint != source.fingerprint
+    assert source.manifest()["standardisation"] == {"mean": [0.0, 0.0], "std": [1.0, 1.0]}
+
+
+def test_grid_runs_along_x_first_and_from_below():
+    grid = grid_centres(3, (-3.0, 3.0))
+    assert grid[:4].tolist() == [[-2, -2], [0, -2], [2, -2], [-2, 0]]
+
+
+def test_command_line(tmp_path, monkeypatch):
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    toy2d.register(app)
+    monkeypatch.chdir(tmp_path)
+    sets = [word for value in TINY for word in ("--set", value)]
+    result = CliRunner().invoke(app, ["toy2d", "-c", "toy2d/gaussian", *sets])
+    assert result.exception is None, result.exception
+    assert result.stdout.strip().endswith("runs/toy2d-gaussian/samples")
+    assert "NLL" in result.stderr and "τ" in result.stderr and "entropy 2.2" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: toy2d.load("chess"), "unknown two-dimensional experiment 'chess'.*checkerboard"),
+        (lambda: toy2d.load("mnist"), "unknown two-dimensional"),
+        (lambda: toy2d.load("rose", ["points.n=3"]), "unknown key points.n"),
+        (lambda: PointSource(tiny("gaussian", "points.test=1")), "points.test must be at least 2"),
+        (lambda: PointSource(tiny("gaussian", "data.name=moon")), "unknown point set 'moon'"),
+        (lambda: PointSource(tiny("gaussian", "data.name=picture")), "needs data.path"),
+    ],
+)
+def test_mistakes_are_one_sentence(call, words):
+    with pytest.raises(UserError, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture_of_ones_own(tmp_path):
+    """A file given by path trains like any set, and another file is another experiment."""
+    path = tmp_path / "ink.png"
+    Image.linear_gradient("L").save(path)
+    values = to_dict(tiny("rose", "data.name=picture", f"data.path={path}"))
+    source = PointSource(from_resolved(values))
+    assert source.draw("test", 0, 2000)[:, 1].mean() > 1  # the dark half lies on top
+    before = source.fingerprint
+    Image.linear_gradient("L").rotate(180).save(path)
+    assert PointSource(from_resolved(values)).fingerprint != before

@@ -1,0 +1,97 @@
+"""A batch that does not divide by the number of processes still has one loss and gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from flows.block import SolverConfig
+from flows.networks.registry import VelocityConfig
+from flows.spec import BlockSpec, build_block
+from pipeline.config.schema import TrainConfig
+from pipeline.errors import UserError
+from pipeline.runtime.rng import generator
+from pipeline.training.block_trainer import BlockTrainer
+from tests.pipeline.gaussian_source import GaussianSource, tiny
+from tests.ranks import Rank, mean_of
+
+
+@pytest.mark.parametrize(("batch", "ranks"), [(7, 2), (10, 4), (8, 2)])
+@pytest.mark.parametrize(
+    ("objective", "changes"),
+    [
+        ("jko", {"divergence": "exact"}),
+        ("jko", {"divergence": "hutchinson"}),
+        ("lfm", {}),
+        ("lfm", {"coupling": "ot"}),
+    ],
+)
+def test_the_gradient_is_that_of_the_whole_batch(
+    tmp_path: Path, batch: int, ranks: int, objective: str, changes: dict[str, str]
+) -> None:
+    stage = GaussianSource(count=60).first_stage(tmp_path, tiny(), Accelerator())
+    h = 0.5 if objective == "jko" else None
+    spec = BlockSpec(velocity=tiny().velocity, h=h, objective=objective)
+    recipe = TrainConfig(batch_size=batch, grad_clip=0.0, ema=0.0, **changes)  # type: ignore[arg-type]
+
+    def trained(accelerator: Accelerator | Rank) -> tuple[BlockTrainer, float]:
+        block = build_block(spec, (2,), generator(0, "weights", 0))
+        made = BlockTrainer(block, spec, stage, recipe, accelerator)  # type: ignore[arg-type]
+        return made, made.step().terms["total"] * made.block.velocity.dim
+
+    alone, loss = trained(Accelerator())
+    gradients = [p.grad.flatten() for p in alone.parameters if p.grad is not None]
+    expected = torch.cat([*gradients, torch.tensor([loss])])
+    parts = [Rank(rank, ranks) for rank in range(ranks)]
+    for part in parts:
+        trained(part)
+    torch.testing.assert_close(mean_of(parts), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e9])
+@pytest.mark.parametrize("times", ["uniform", "logit-normal"])
+@pytest.mark.parametrize(("batch", "ranks"), [(12, 2), (7, 4), (4, 4)])
+def test_networks_that_divide_among_processes_are_trained_apart(
+    tmp_path: Path, batch: int, ranks: int, times: str, clip: float
+) -> None:
+    """Each gets the gradient of the whole batch in its own networks, and trains no others."""
+    stage = GaussianSource(count=60).first_stage(tmp_path, tiny(), Accelerator())
+    net = VelocityConfig("mlp", hidden=(8,), nets=4, zero_init=False)
+    spec = BlockSpec(net, SolverConfig("rk4", 4), objective="lfm")
+    recipe = TrainConfig(batch_size=batch, grad_clip=clip, ema=0.0, times=times)
+
+    def trained(accelerator: Accelerator | Rank) -> BlockTrainer:
+        block = build_block(spec, (2,), generator(0, "weights", 0))
+        made = BlockTrainer(block, spec, stage, recipe, accelerator)  # type: ignore[arg-type]
+        made.step()
+        return made
+
+    alone = trained(Accelerator())
+    before = build_block(spec, (2,), generator(0, "weights", 0)).state_dict()
+    for rank in range(ranks):
+        made = trained(Rank(rank, ranks))
+        each = 4 // ranks
+        for (name, mine), theirs in zip(
+            made.block.named_parameters(), alone.parameters, strict=True
+        ):
+            if int(name.split(".")[2]) // each == rank:
+                assert mine.grad is not None and theirs.grad is not None
+                torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+            else:
+                assert mine.grad is None and torch.equal(mine, before[name])
+
+
+@pytest.mark.parametrize("objective", ["jko", "lfm"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_process_without_a_sample_is_refused_on_all(
+    tmp_path: Path, objective: str, rank: int
+) -> None:
+    """Under every objective, on those with samples too, before anything is reduced."""
+    stage = GaussianSource(count=60).first_stage(tmp_path, tiny(), Accelerator())
+    spec = BlockSpec(velocity=tiny().velocity, h=None, objective=objective)
+    block, recipe = build_block(spec, (2,), generator(0, "weights", 0)), TrainConfig(batch_size=2)
+    with pytest.raises(UserError, match="a batch of 2 leaves some of 3 processes without"):
+        BlockTrainer(block, spec, stage, recipe, Rank(rank, 3))  # type: ignore[arg-type]

@@ -1,0 +1,339 @@
+"""Training against closed forms on Gaussian data, and every part of the recipe on its own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from flows.block import SolverConfig
+from flows.objectives.losses import jko_loss
+from flows.objectives.schedule import step_sizes
+from flows.spec import BlockSpec, build_block
+from pipeline.config.schema import TrainConfig
+from pipeline.errors import JkoflowError, UserError
+from pipeline.optim.ema import Ema
+from pipeline.runs.manifest import read_manifest
+from pipeline.runs.run import load_blocks
+from pipeline.runtime.rng import generator
+from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
+from pipeline.storage.shards import StoreReader, open_store
+from pipeline.training.block_trainer import BlockTrainer
+from pipeline.training.train import Outcome, train
+from tests.flows.closed_form import GaussianStep, jko_step, kl_to_standard
+from tests.pipeline.gaussian_source import COVARIANCE, GaussianSource, quiet, tiny
+
+BY_RULE = ("schedule.h=null", "schedule.h0=0.4", "schedule.rho=1.5", "schedule.h_max=5")
+
+
+def run(folder: Path, *overrides: str, source: GaussianSource | None = None) -> Outcome:
+    source = source or GaussianSource()
+    return train(tiny(*overrides), folder, Accelerator(), quiet, resume=True, source=source)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return list(read_manifest(folder)["blocks"])
+
+
+# --------------------------------------------------------------------- towards the closed form
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Blocks by the rule, up to the stopping ratio, then the free block."""
+    folder = tmp_path_factory.mktemp("long") / "run"
+    rule = ("schedule.max_blocks=8", "schedule.tolerance=0.02", "schedule.free_block=true")
+    outcome = run(folder, *BY_RULE, *rule)
+    assert outcome.complete
+    return folder
+
+
+def exact_steps(folder: Path) -> list[GaussianStep]:
+    """The closed form of every block, from the mean and covariance of the samples it is given."""
+    steps = []
+    for index, row in enumerate(rows_of(folder)):
+        z = open_store(folder / "stages" / f"stage-{index:02d}", "stage").field("z").double()
+        steps.append(jko_step(z.mean(0), z.T.cov(correction=0), row["h"]))
+    return steps
+
+
+def test_every_block_reaches_its_minimum(long: Path) -> None:
+    for row, exact in zip(rows_of(long), exact_steps(long), strict=True):
+        assert row["movement"] == pytest.approx(math.sqrt(exact.squared_movement), rel=0.1)
+        assert row["ter"] == pytest.approx(exact.stopping_ratio, rel=0.2)
+        # never below the minimum, which is over all maps
+        assert -1e-4 < row["terms"]["total"] - exact.objective < 1e-3
+
+
+def test_the_objective_falls_to_the_minimum(long: Path) -> None:
+    lines = [json.loads(line) for line in (long / "log.jsonl").read_text().splitlines()]
+    course = [row["total"] * 2 for row in lines if row.get("block") == 0 and "event" not in row]
+    minimum = exact_steps(long)[0].objective
+    assert [row["step"] for row in lines[: len(course)]] == [20, 40, 60]
+    assert course[0] > course[-1]
+    assert course[-1] == pytest.approx(minimum, abs=0.1)  # of 20 batches of 256
+
+
+def test_the_rule_stops_and_the_free_block_follows(long: Path) -> None:
+    rows = rows_of(long)
+    assert rows[-1]["h"] is None and all(row["h"] is not None for row in rows[:-1])
+    assert [row["h"] for row in rows[:-1]] == step_sizes(0.4, 1.5, 5.0, 8)[: len(rows) - 1]
+    assert len(rows) - 1 < 8  # the rule, not the limit
+    assert rows[-2]["ter"] < 0.02
+    assert all(row["ter"] >= 0.02 for row in rows[:-2])
+
+
+def test_the_free_block_ends_at_the_standard_normal(long: Path) -> None:
+    flow = load_blocks(long, read_manifest(long))
+    covariance = torch.tensor(COVARIANCE, dtype=torch.float64)
+    z = torch.linalg.cholesky(covariance).float() @ torch.randn(2, 20_000, generator=generator(7))
+    end = flow.encode(z.T).double()
+    before, after = (kl_to_standard(x.mean(0), x.T.cov()) for x in (z.T.double(), end))
+    assert before > 0.5 and after < 0.01
+
+
+def test_the_limit_stops_without_a_free_block(tmp_path: Path) -> None:
+    quick = ("train.iterations=2", "schedule.max_blocks=2", "schedule.tolerance=1e-9")
+    assert run(tmp_path / "a", *BY_RULE, *quick).blocks == 2
+    assert all(row["h"] is not None for row in rows_of(tmp_path / "a"))
+    assert run(tmp_path / "b", *BY_RULE, *quick, "schedule.free_block=true").blocks == 3
+    # a rule that is met at once leaves one block
+    at_once = (*BY_RULE, "train.iterations=2", "schedule.tolerance=0.9")
+    assert run(tmp_path / "c", *at_once).blocks == 1
+
+
+def test_a_stop_in_time_goes_on_to_the_same_flow(tmp_path: Path) -> None:
+    quick = ("train.iterations=6",)
+    run(tmp_path / "whole", *quick)
+    pieces = [run(tmp_path / "pieces", *quick, "train.max_minutes=1e-9") for _ in range(20)]
+    complete = [outcome.complete for outcome in pieces]
+    assert complete.count(False) >= 3 * 5 and complete[-1]  # a step or so a call
+    for index in range(3):
+        name = f"blocks/block-{index:02d}.safetensors"
+        whole, pieces = tmp_path / "whole" / name, tmp_path / "pieces" / name
+        assert whole.read_bytes() == pieces.read_bytes()
+
+
+# ------------------------------------------------------------------------ one block, its recipe
+
+RECIPE: dict[str, Any] = {
+    "iterations": 10, "batch_size": 64, "lr": 0.02, "warmup": 1, "ema": 0.0, "grad_clip": 0.0,
+    "divergence": "exact", "lr_final": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
+    folder = tmp_path_factory.mktemp("stage")
+    return GaussianSource().first_stage(folder, tiny(), Accelerator())
+
+
+def trainer(stage: StoreReader, **changes: Any) -> BlockTrainer:
+    spec = BlockSpec(velocity=tiny().velocity, h=0.5)
+    block = build_block(spec, (2,), generator(0, "weights", 0))
+    return BlockTrainer(block, spec, stage, TrainConfig(**RECIPE | changes), Accelerator())
+
+
+def test_steps_are_adams(stage: StoreReader) -> None:
+    """The same batches, loss and rates, put together by hand."""
+    made = trainer(stage)
+    block = copy.deepcopy(made.block)
+    optimizer = torch.optim.Adam(block.parameters(), RECIPE["lr"])
+    for step in range(4):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / 10))
+        optimizer.param_groups[0]["lr"] = 0.02 * (0.1 + 0.9 * cosine)
+        z = stage.field("z")[made.batches.indices(step)]
+        optimizer.zero_grad()
+        expected = jko_loss(block, z, 0.5, made.divergence).total
+        expected.backward()
+        optimizer.step()
+        found = made.step().terms["total"]
+        assert found == pytest.approx(expected.item() / 2, rel=1e-5)
+    for mine, theirs in zip(made.block.parameters(), block.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_learning_rate_warms_up_and_decays(stage: StoreReader) -> None:
+    made, rates = trainer(stage, warmup=4, lr=1.0), []
+    for made.done in range(10):
+        rates.append(made._learning_rate())
+    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 10)) for i in range(10)]
+    assert rates == pytest.approx([c * min(1, (i + 1) / 4) for i, c in enumerate(cosine)])
+
+
+def test_the_gradient_is_clipped(stage: StoreReader) -> None:
+    free, clipped = trainer(stage), trainer(stage, grad_clip=0.01)
+    norm = free.step().terms["grad_norm"]
+    assert norm > 0.1
+    assert clipped.step().terms["grad_norm"] == pytest.approx(norm, rel=1e-5)  # before clipping
+    gradient = torch.cat([p.grad.flatten() for p in clipped.parameters if p.grad is not None])
+    assert gradient.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_average_is_what_is_kept(stage: StoreReader) -> None:
+    made = trainer(stage, ema=0.7)
+    follower = Ema(copy.deepcopy(made.block), 0.7)
+    for _ in range(5):
+        made.step()
+        follower.update(made.block)
+    last = copy.deepcopy(made.block.state_dict())
+    kept = made.finish().state_dict()
+    for name, tensor in kept.items():
+        assert torch.equal(tensor, follower.state_dict()[f"average.{name}"])
+    assert any(not torch.equal(kept[name], last[name]) for name in kept)
+    plain = trainer(stage)
+    plain.step()
+    last = copy.deepcopy(plain.block.state_dict())
+    for name, tensor in plain.finish().state_dict().items():
+        assert torch.equal(tensor, last[name])
+
+
+def test_a_checkpoint_of_an_earlier_version_is_told(stage: StoreReader, tmp_path: Path) -> None:
+    made, path = trainer(stage), tmp_path / "checkpoint"
+    made.save(path)
+    state = load_checkpoint(path)
+    state["optimizer"] = state.pop("optimizers")[0]
+    save_checkpoint(path, state)
+    with pytest.raises(UserError, match="checkpoint is of an earlier version.*; delete it"):
+        trainer(stage).load(path)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_checkpoint_carries_everything(
+    stage: StoreReader, tmp_path: Path, optimizer: str
+) -> None:
+    changes = {"ema": 0.7, "divergence": "hutchinson", "probes": 2, "optimizer": optimizer}
+    whole, half = trainer(stage, **changes), trainer(stage, **changes)
+    for _ in range(3):
+        whole.step()
+        half.step()
+    half.save(tmp_path / "checkpoint")
+    resumed = trainer(stage, **changes)
+    resumed.load(tmp_path / "checkpoint")
+    assert resumed.done == 3
+    for _ in range(3):
+        assert whole.step() == resumed.step()
+    expected = whole.finish().state_dict()
+    for name, tensor in resumed.finish().state_dict().items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_the_estimators_agree(stage: StoreReader) -> None:
+    """Over a large batch Hutchinson's mean and the finite difference near the exact trace."""
+    changes = {"batch_size": 1500}
+    exact = trainer(stage, **changes)
+    for _ in range(3):
+        exact.step()
+    weights = exact.block.state_dict()
+    for name in ("hutchinson", "finite-difference"):
+        other = trainer(stage, divergence=name, **changes)
+        other.block.load_state_dict(weights)
+        found = other.step().terms["neg_log_det"]
+        reference = trainer(stage, **changes)
+        reference.block.load_state_dict(weights)
+        assert found == pytest.approx(reference.step().terms["neg_log_det"], rel=0.1)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_block_starts_where_the_one_before_ended(tmp_path: Path, warm: bool) -> None:
+    # a learning rate that moves nothing keeps the initial weights
+    still = ("train.lr=1e-12", "train.iterations=1", "velocity.zero_init=false")
+    run(tmp_path / "still", *still, "train.warm_start=false")
+    fresh = load_blocks(tmp_path / "still", read_manifest(tmp_path / "still"))
+    weights = [torch.cat([p.flatten() for p in block.parameters()]) for block in fresh]
+    assert not torch.allclose(weights[0], weights[1], atol=1e-3)  # each has its own start
+    run(tmp_path / "warm", *still, f"train.warm_start={str(warm).lower()}")
+    flow = load_blocks(tmp_path / "warm", read_manifest(tmp_path / "warm"))
+    found = [torch.cat([p.flatten() for p in block.parameters()]) for block in flow]
+    expected = weights[0] if warm else weights[1]
+    torch.testing.assert_close(found[1], expected, rtol=0, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------- failures
+
+
+def test_data_that_are_not_finite_name_block_and_step(tmp_path: Path) -> None:
+    one_epoch = ("train.batch_size=100", "train.iterations=30")
+    with pytest.raises(JkoflowError, match=r"block 0 failed at step \d+|stage 0"):
+        run(tmp_path / "run", *one_epoch, source=GaussianSource(bad=77))
+    assert not (tmp_path / "run" / "flow.json").exists()
+
+
+def test_a_step_that_diverges_names_block_and_step(tmp_path: Path) -> None:
+    with pytest.raises(JkoflowError, match=r"block 0 failed at step \d+: .*; lower train\.lr"):
+        run(tmp_path / "run", "train.lr=1e9", "train.iterations=50", "train.grad_clip=0")
+    assert not (tmp_path / "run" / "flow.json").exists()
+
+
+def test_a_way_back_that_cannot_be_solved_names_block_and_step(stage: StoreReader) -> None:
+    """With the adjoint method the gradient is a solve of its own, with its own allowance."""
+    made = trainer(stage)
+    made.block.solver = SolverConfig("dopri5", rtol=1e-7, atol=1e-7, adjoint=True)
+    with torch.no_grad():
+        for parameter in made.parameters:
+            parameter.add_(torch.ones_like(parameter))
+    forwards = made._loss(0, 1).nfe
+    made.block.solver = replace(made.block.solver, max_evaluations=forwards)
+    with pytest.raises(JkoflowError, match=r"block 0 failed at step 0: .*more than \d+ eval"):
+        made.step()
+    assert made.done == 0
+
+
+def test_nan_weights_name_block_and_step(stage: StoreReader) -> None:
+    made = trainer(stage)
+    made.step()
+    with torch.no_grad():
+        made.parameters[0].fill_(float("nan"))
+    with pytest.raises(JkoflowError, match="block 0 failed at step 1"):
+        made.step()
+    assert made.done == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("train.iterations=0", r"train\.iterations must be at least 1, not 0"),
+        ("train.batch_size=-1", r"train\.batch_size must be at least 1, not -1"),
+        ("train.lr=0", r"train\.lr must be positive"),
+        ("train.objective=gan", r"unknown objective 'gan'"),
+        ("train.optimizer=sgd", r"unknown optimizer 'sgd'; choose one of adam, muon"),
+        ("train.divergence=guess", r"guess"),
+        ("train.ema=1.0", r"EMA|ema"),
+        ("velocity.kind=rnn", r"unknown velocity 'rnn'"),
+        ("velocity.kind=conv", r"conv"),
+        ("latents.noise=-1", r"latents\.noise must not be negative"),
+        ("latents.draws=0", r"latents\.draws must be at least 1"),
+        ("schedule.h=[0.1,-1]", r"-1|schedule\.h"),
+    ],
+)
+def test_bad_settings_leave_nothing_behind(tmp_path: Path, override: str, named: str) -> None:
+    with pytest.raises((UserError, ValueError), match=named):
+        run(tmp_path / "run", override)
+    assert not (tmp_path / "run" / "config.yaml").exists(), "a run that cannot be trained"
+
+
+class Scaled(GaussianSource):
+    """Samples that say how they were standardised."""
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        self.std = std
+
+    def manifest(self) -> dict[str, Any]:
+        return {**super().manifest(), "standardisation": {"mean": [0.0], "std": [self.std]}}
+
+
+def test_latents_standardised_otherwise_are_refused(tmp_path: Path) -> None:
+    config = tiny("schedule.h=[0.3]", "train.iterations=4")
+    train(config, tmp_path / "run", Accelerator(), quiet, False, source=Scaled(1.5))
+    again = train(config, tmp_path / "run", Accelerator(), quiet, True, source=Scaled(1.5))
+    assert again.complete and again.trained == 0
+    with pytest.raises(UserError, match="standardised otherwise"):
+        train(config, tmp_path / "run", Accelerator(), quiet, True, source=Scaled(2.0))

@@ -1,0 +1,180 @@
+"""A JKO run that starts from blocks of local flow matching."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.runs.directory import read_config
+from pipeline.runs.manifest import read_manifest
+from pipeline.runs.run import load_blocks, open_run
+from pipeline.training.train import Outcome, train
+from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
+from tests.pipeline.tiny import World, say
+
+#: a learning rate that moves nothing keeps the initial weights
+STILL = ("train.lr=1e-12", "train.iterations=1")
+
+
+def run(folder: Path, *overrides: str, **request: int) -> Outcome:
+    config = tiny(*overrides)
+    return train(config, folder, Accelerator(), quiet, True, GaussianSource(), **request)
+
+
+@pytest.fixture(scope="module")
+def cheap(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks of local flow matching and a free one."""
+    folder = tmp_path_factory.mktemp("initial") / "lfm"
+    times = ("train.objective=lfm", "schedule.gamma=[0.1,0.3]", "schedule.free_block=true")
+    run(folder, *times)
+    return folder
+
+
+def weights(folder: Path) -> list[Tensor]:
+    flow = load_blocks(folder, read_manifest(folder))
+    return [torch.cat([p.flatten() for p in block.parameters()]) for block in flow]
+
+
+@pytest.mark.parametrize(
+    ("h", "free", "counterparts"),
+    [
+        ([0.1, 0.3], True, [0, 1, 2]),
+        ([0.1], True, [0, 2]),  # free from free
+        ([0.1, 0.2], False, [0, 1]),
+        ([0.1, 0.2, 0.3, 0.4], True, [0, 1, 2, 2, 2]),  # the fourth from the one before it
+    ],
+)
+def test_blocks_start_from_their_counterparts(
+    cheap: Path, tmp_path: Path, h: list[float], free: bool, counterparts: list[int]
+) -> None:
+    shape = (f"schedule.h={h}", f"schedule.free_block={str(free).lower()}")
+    run(tmp_path, *STILL, *shape, f"train.init_from={cheap}")
+    theirs, ours = weights(cheap), weights(tmp_path)
+    assert len(ours) == len(counterparts)
+    for mine, index in zip(ours, counterparts, strict=True):
+        torch.testing.assert_close(mine, theirs[index], rtol=0, atol=1e-9)
+    manifest = read_manifest(tmp_path)
+    assert {row["objective"] for row in manifest["blocks"]} == {"jko"}
+    kept, rows = manifest["init_from"], read_manifest(cheap)["blocks"]
+    assert (kept["run"], kept["name"], kept["objective"]) == (str(cheap), "gaussian", "lfm")
+    assert [row["sha256"] for row in kept["blocks"]] == [row["sha256"] for row in rows]
+
+
+def test_a_start_that_is_near_lowers_the_nll(cheap: Path, tmp_path: Path) -> None:
+    steps = ("schedule.h=[0.1,0.3]", "schedule.free_block=true", "train.iterations=5")
+    run(tmp_path / "from", *steps, f"train.init_from={cheap}", "train.lr=0.003")
+    run(tmp_path / "anew", *steps, "train.lr=0.003")
+    found = [read_manifest(tmp_path / name)["passes"][0]["summary"] for name in ("from", "anew")]
+    assert found[0]["nll"] < found[1]["nll"] - 0.05
+
+
+def test_a_resumed_training_needs_the_same_weights(cheap: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(cheap, tmp_path / "lfm"))
+    start = ("train.iterations=3", f"train.init_from={other}")
+    whole = tmp_path / "whole"
+    run(whole, *start)
+    while len(_blocks(tmp_path / "run")) < 1:
+        run(tmp_path / "run", *start, "train.max_minutes=1e-9")
+    (other / "blocks" / "block-01.safetensors").write_bytes(b"another")
+    with pytest.raises(UserError, match=r"block-01.safetensors is damaged"):
+        run(tmp_path / "run", *start)
+    shutil.copy(cheap / "blocks" / "block-01.safetensors", other / "blocks")
+    assert run(tmp_path / "run", *start).complete
+    assert all(map(torch.equal, weights(tmp_path / "run"), weights(whole)))
+
+
+def test_other_weights_before_the_first_block_is_finished(cheap: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(cheap, tmp_path / "lfm"))
+    start = ("train.iterations=3", f"train.init_from={other}")
+    run(tmp_path / "whole", *start)
+    run(tmp_path / "run", *start, "train.max_minutes=1e-9")
+    assert _blocks(tmp_path / "run") == []
+    times = ("train.objective=lfm", "schedule.gamma=[0.1,0.3]", "schedule.free_block=true")
+    assert run(other, *times, "train.iterations=5", from_block=1).complete
+    assert run(tmp_path / "run", *start).complete  # with those that it began with
+    assert all(map(torch.equal, weights(tmp_path / "run"), weights(tmp_path / "whole")))
+
+
+def test_a_run_is_what_its_finished_blocks_are(cheap: Path, tmp_path: Path) -> None:
+    """Not what its configuration wants of those that are still to be trained again."""
+    other = Path(shutil.copytree(cheap, tmp_path / "lfm"))
+    text = (other / "config.yaml").read_text()
+    assert text.count("  kind: linear\n") == 1
+    (other / "config.yaml").write_text(text.replace("  kind: linear\n", "  kind: mlp\n"))
+    assert run(tmp_path / "run", "train.iterations=3", f"train.init_from={other}").complete
+
+
+def _blocks(folder: Path) -> list[object]:
+    there = (folder / "flow.json").is_file()
+    return list(read_manifest(folder)["blocks"]) if there else []
+
+
+def test_what_cannot_be_a_start(cheap: Path, tmp_path: Path) -> None:
+    curved = ("velocity.kind=mlp", "velocity.hidden=[8]")
+    with pytest.raises(
+        UserError, match=r"differs in velocity.kind \(linear, not mlp\), velocity."
+    ):
+        run(tmp_path / "run", *curved, f"train.init_from={cheap}")
+    three = tuple(tuple(float(i == j) for j in range(3)) for i in range(3))
+    with pytest.raises(UserError, match=r"shape \(3,\), but the run at .* has \(2,\)"):
+        config = tiny(f"train.init_from={cheap}")
+        train(config, tmp_path / "run", Accelerator(), quiet, False, GaussianSource(three))
+    with pytest.raises(UserError, match="no run at"):
+        run(tmp_path / "run", f"train.init_from={tmp_path / 'nowhere'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wider_network_starts_as_the_narrow_one(tmp_path: Path) -> None:
+    times = ("train.objective=lfm", "schedule.gamma=[0.1,0.3]")
+    net = ("velocity.kind=resmlp", "velocity.depth=2", "velocity.time_features=8")
+    run(tmp_path / "narrow", *times, *net, "velocity.width=6")
+    start = f"train.init_from={tmp_path / 'narrow'}"
+    run(tmp_path / "wide", *times, *net, "velocity.width=18", *STILL, start)
+    narrow, wide = (open_run(str(tmp_path / name)).flow for name in ("narrow", "wide"))
+    z = torch.randn(20, 2, generator=torch.Generator().manual_seed(1))
+    assert len(wide) == len(narrow) > 1
+    assert float((narrow.encode(z) - z).norm()) > 0.1
+    torch.testing.assert_close(wide.encode(z), narrow.encode(z), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"width \(6, not 16; a multiple of it would do\)"):
+        run(tmp_path / "no", *times, *net, "velocity.width=16", start)
+
+
+def test_several_networks_start_as_copies_of_one(tmp_path: Path) -> None:
+    times = ("train.objective=lfm", "schedule.gamma=[0.1,0.3]", "push.steps=4")
+    net = ("velocity.kind=resmlp", "velocity.depth=2", "velocity.time_features=8")
+    run(tmp_path / "one", *times, *net, "velocity.width=6")
+    start = f"train.init_from={tmp_path / 'one'}"
+    two = (*net, "velocity.width=6", "velocity.nets=2")
+    run(tmp_path / "two", *times, *two, "velocity.clock=block", *STILL, start)
+    one, several = (open_run(str(tmp_path / name)).flow for name in ("one", "two"))
+    z = torch.randn(20, 2, generator=torch.Generator().manual_seed(1))
+    assert float((one.encode(z) - z).norm()) > 0.1
+    torch.testing.assert_close(several.encode(z), one.encode(z), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"nets \(1, not 2; with velocity.clock=block it would do"):
+        run(tmp_path / "no", *times, *two, start)
+    back = (*net, "velocity.width=6", f"train.init_from={tmp_path / 'two'}")
+    with pytest.raises(UserError, match=r"differs in velocity.nets \(2, not 1\)"):
+        run(tmp_path / "back", *times, *back)
+
+
+def test_from_the_command_line(
+    trained: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config, run = trained.config(), tmp_path / "polished"
+    monkeypatch.chdir(trained.root)  # a relative path is kept as an absolute one
+    words = ("train", "-c", config, "-r", run, "--set", "train.iterations=1")
+    assert say(capsys, *words, "--init-from", "run")[0] == 0
+    assert read_config(run).train.init_from == str(trained.root / "run")
+    assert len(open_run(run).flow) == 3
+    given = ("--set", "train.init_from=run", "--run", tmp_path / "again")
+    assert say(capsys, *words, *given)[0] == 0
+    assert read_config(tmp_path / "again").train.init_from == str(trained.root / "run")
+    code, _, error = say(capsys, *words, "--set", "velocity.width=8", "--init-from", "run",
+                         "--resume")  # fmt: skip
+    assert code == 2 and error.startswith("error: ")
