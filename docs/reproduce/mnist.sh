@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# zoo:mnist, JKO-iFlow in 48 dimensions: the settings of `make demo`, about six minutes of one core.
+set -euo pipefail
+
+jkoflow encode   --config mnist
+jkoflow train    --config mnist --run runs/mnist
+jkoflow evaluate --run runs/mnist -n 10000 --kid 2000
+jkoflow export   --run runs/mnist --out exported/mnist
+jkoflow evaluate --run runs/mnist -n 2000 --nfe-study 16,32
