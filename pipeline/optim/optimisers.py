@@ -3,7 +3,7 @@
 Muon orthogonalises the step of every matrix, so that all of its directions are learnt at one
 pace; a convolution's weight counts as a matrix of (outputs, inputs · places). It is PyTorch's, and
 so is the scale of its steps, under which Adam's learning rates are about right (a few times those
-of Adam's did best here, see autoencoders/README.md).
+of Adam's did best here, see docs/ablations.md).
 
 Reference: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025,
 arXiv:2502.16982, section 2.2 for the scale.
