@@ -45,7 +45,11 @@ from autoencoders.taming import (
 from pipeline.autoencoder_training.adversary import R1_EVERY, Adversary
 from pipeline.autoencoder_training.finishing import sharpened
 from pipeline.config.autoencoder_recipe import AutoencoderTraining
-from pipeline.optim.optimisers import MuonAdam, make_optimizer, set_learning_rate
+from pipeline.optim.ema import Ema
+from pipeline.optim.gradients import average_gradients
+from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
+from pipeline.optim.optimisers import MuonAdam, make_optimizer
+from pipeline.runtime.distributed import total
 
 
 class AutoencoderTrainer:
@@ -95,7 +99,7 @@ class AutoencoderTrainer:
         device = accelerator.device
         self.model.to(device)
         self.discriminator.to(device)
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.average = Ema(self.model, recipe.ema)
         # without momentum for r1, as its analysis has it
         betas = (0.5, 0.9) if recipe.discriminator == "patchgan" else (0.0, 0.99)
         first = betas[0] if recipe.momentum is None else recipe.momentum
@@ -150,7 +154,7 @@ class AutoencoderTrainer:
         Raises:
             FloatingPointError: the loss is not finite, here or on another process.
         """
-        self._set_lr()
+        self._set_learning_rates()
         x, noise = self._prepare(images, generator)
         started = self.done > 0 or self.recipe.start is not None
         if not started and self.model.quantize is not None:
@@ -164,17 +168,15 @@ class AutoencoderTrainer:
             self.model.encoder.eval()  # its latents are those that it gives in use
         with self._dropout(generator):
             loss, terms, fake = self._autoencoder_loss(x, noise, adversarial, generator)
-        total = loss.detach()
-        if self.accelerator.num_processes > 1:  # all of them stop, or none
-            total = self.accelerator.reduce(total, "sum")
-        if not torch.isfinite(total):
+        summed = total(self.accelerator, loss.detach())  # every rank raises, or none
+        if not torch.isfinite(summed):
             raise FloatingPointError(
-                f"the autoencoder's loss is {total.item()} at step {self.done}; lower lr, or use "
+                f"the autoencoder's loss is {summed.item()} at step {self.done}; lower lr, or use "
                 "precision fp32"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self._apply(self.model, self.optimizer, len(x))
+        self._apply(self.model, self.optimizer, loss, len(x))
         if adversarial:
             self.discriminator.requires_grad_(True)
             with self._autocast():
@@ -185,9 +187,9 @@ class AutoencoderTrainer:
                 penalty = self.discriminator.penalty(x)
                 (R1_EVERY * penalty).backward()
                 terms["penalty"] = R1_EVERY * penalty.item()  # so that means over steps are right
-            self._apply(self.discriminator, self.discriminator_optimizer, len(x))
+            self._apply(self.discriminator, self.discriminator_optimizer, d_loss, len(x))
             terms["discriminator"] = d_loss.item()
-        self._update_average()
+        self.average.update(self.model)
         self.done += 1
         return terms
 
@@ -198,7 +200,9 @@ class AutoencoderTrainer:
             images: uint8 (B, C, H, W), over which the use of the channels, and the strength of
                 the unsharp mask, are measured.
         """
-        model = self._pruned(copy.deepcopy(self.average).cpu().float().freeze(), images)
+        averaged = copy.deepcopy(self.model)
+        self.average.copy_to(averaged)
+        model = self._pruned(averaged.cpu().float().freeze(), images)
         return sharpened(model, images) if self.recipe.sharpen else model
 
     def _pruned(self, model: TamingAutoencoder, images: Tensor) -> TamingAutoencoder:
@@ -296,31 +300,26 @@ class AutoencoderTrainer:
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
         return x.to(self.accelerator.device), noise.to(self.accelerator.device)
 
-    def _set_lr(self) -> None:
+    def _set_learning_rates(self) -> None:
+        """Give both optimisers the learning rates of the present step."""
         recipe = self.recipe
-        progress = torch.tensor(self.done / recipe.iterations)
-        cosine = 0.5 * (1.0 + torch.cos(torch.pi * progress)).item()
-        scale = recipe.lr_final + (1.0 - recipe.lr_final) * cosine
-        scale *= min(1.0, (self.done + 1) / max(recipe.warmup, 1))
-        set_learning_rate(self.optimizer, recipe.lr * scale)
-        rate = recipe.lr * recipe.discriminator_lr * scale
-        set_learning_rate(self.discriminator_optimizer, rate)
+        lr = warmup_cosine(
+            self.done,
+            recipe.iterations,
+            peak=recipe.lr,
+            final=recipe.lr_final,
+            warmup=recipe.warmup,
+        )
+        set_learning_rate(self.optimizer, lr)
+        set_learning_rate(self.discriminator_optimizer, recipe.discriminator_lr * lr)
 
-    def _apply(self, module: nn.Module, optimizer: Adam | MuonAdam, count: int) -> None:
-        """Step with the mean over the whole batch, `count` images of which are here."""
-        ranks = self.accelerator.num_processes
-        if ranks > 1:
-            share = count * ranks / self.recipe.batch_size
-            for parameter in module.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(share * parameter.grad, "mean")
+    def _apply(
+        self, module: nn.Module, optimizer: Adam | MuonAdam, loss: Tensor, count: int
+    ) -> None:
+        """Step with the gradient of the whole batch, `count` images of which are on this rank."""
+        weight = count * self.accelerator.num_processes / self.recipe.batch_size
+        average_gradients(self.accelerator, module.parameters(), weight, loss.detach().reshape(1))
         optimizer.step()
-
-    @torch.no_grad()
-    def _update_average(self) -> None:
-        decay = min(self.recipe.ema, (1.0 + self.done) / (10.0 + self.done))
-        averaged, current = self.average.state_dict(), self.model.state_dict()
-        torch._foreach_lerp_(list(averaged.values()), list(current.values()), 1.0 - decay)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.recipe.precision == "bf16"
@@ -334,7 +333,7 @@ class AutoencoderTrainer:
             # of one process: a mean of entries that lie where the latents are need not lie there
             entries = self.model.quantize.embedding.weight.data
             entries.copy_(broadcast(entries, from_process=0))
-        self.average.load_state_dict(self.model.state_dict())
+        self.average.restart(self.model)
 
 
 def _saturated(x: Tensor, limits: tuple[float, float]) -> Tensor:

@@ -1,31 +1,33 @@
-"""An exponential moving average of a module's parameters."""
+"""The exponential moving average of a module's parameters."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from flows.errors import FlowError
-
 
 class Ema:
-    """Keeps θ̄ ← d θ̄ + (1 − d) θ beside a module; the averaged weights are what is used afterwards.
+    """Exponential moving average θ̄ ← d θ̄ + (1 − d) θ of a module's parameters θ.
 
-    The decay warms up, d_n = min(decay, (1 + n) / (10 + n)) at update n, so that the average
-    forgets the initial weights even in a short training.
+    The decay of update n is d_n = min(decay, (1 + n) / (10 + n)), so that the average forgets the
+    initial weights even in a short training.
 
     Args:
-        module: whose parameters to follow.
+        module: whose parameters are averaged; the average starts at their present values.
         decay: limit of d, in [0, 1).
-        warmup: whether the decay starts small.
+        warmup: whether d starts small; False uses `decay` from the first update on.
+
+    Attributes:
+        average: θ̄ by parameter name.
+        updates: n, updates so far.
+
+    Raises:
+        ValueError: the decay lies outside [0, 1).
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.999, warmup: bool = True) -> None:
         if not 0 <= decay < 1:
-            raise FlowError(f"the EMA decay must lie in [0, 1), found {decay}")
+            raise ValueError(f"the EMA decay is {decay}; expected a number in [0, 1)")
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
@@ -34,59 +36,60 @@ class Ema:
         }
 
     def current_decay(self) -> float:
-        """The decay that the next update uses."""
+        """Return the decay d_n of the next update."""
         if not self.warmup:
             return self.decay
         return min(self.decay, (1 + self.updates) / (10 + self.updates))
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Takes in the module's present parameters."""
+        """Move the average towards the module's present parameters."""
         weight = 1 - self.current_decay()
         averages, parameters = self._pairs(module)
         torch._foreach_lerp_(averages, parameters, weight)
         self.updates += 1
 
     @torch.no_grad()
+    def restart(self, module: nn.Module) -> None:
+        """Set the average to the module's present parameters; the count of updates stays."""
+        averages, parameters = self._pairs(module)
+        torch._foreach_copy_(averages, parameters)
+
+    @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        """Overwrites the module's parameters with the average, for good."""
+        """Overwrite the module's parameters with the average."""
         averages, parameters = self._pairs(module)
         torch._foreach_copy_(parameters, averages)
 
-    @contextmanager
-    def swapped(self, module: nn.Module) -> Iterator[None]:
-        """Within the context the module carries the average; afterwards its own weights again."""
-        own = {name: value.detach().clone() for name, value in module.named_parameters()}
-        self.copy_to(module)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in module.named_parameters():
-                    parameter.copy_(own[name])
-
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors only, fit for safetensors: the averages and the number of updates."""
+        """Return the averages and the count of updates as tensors, fit for safetensors."""
         state = {f"average.{name}": value for name, value in self.average.items()}
         return {**state, "updates": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state_dict` gave.
+        """Restore what :meth:`state_dict` returned.
 
         Raises:
-            FlowError: the names are those of another module.
+            ValueError: the parameter names are those of another module.
         """
         names = {f"average.{name}" for name in self.average} | {"updates"}
         if set(state) != names:
             odd = ", ".join(sorted(set(state) ^ names)[:3])
-            raise FlowError(f"the EMA state belongs to another module (see {odd})")
+            raise ValueError(
+                f"the EMA state belongs to another module; expected the same parameters, but "
+                f"these are in one of the two only: {odd}"
+            )
         for name, value in self.average.items():
             value.copy_(state[f"average.{name}"])
         self.updates = int(state["updates"])
 
     def _pairs(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """Averages and parameters in the same order."""
+        """Return the averages and the module's parameters in the same order."""
         parameters = dict(module.named_parameters())
         if parameters.keys() != self.average.keys():
-            raise FlowError("the EMA follows a module with other parameters")
+            odd = ", ".join(sorted(parameters.keys() ^ self.average.keys())[:3])
+            raise ValueError(
+                f"the module has other parameters than the one averaged so far (see {odd}); "
+                "expected the same module"
+            )
         return list(self.average.values()), [parameters[name].detach() for name in self.average]

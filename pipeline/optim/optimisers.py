@@ -73,12 +73,6 @@ class MuonAdam:
         self.adam.load_state_dict(state["adam"])
 
 
-def set_learning_rate(optimizer: torch.optim.Adam | MuonAdam, lr: float) -> None:
-    """Let the next steps have another learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 def make_optimizer(
     kind: str, module: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999)
 ) -> torch.optim.Adam | MuonAdam:

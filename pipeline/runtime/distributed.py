@@ -5,14 +5,14 @@ What one meets, all raise, and where one stops, all stop: none waits for one tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from flows.errors import SolveError
 from pipeline.errors import JkoflowError
@@ -63,28 +63,6 @@ def first_says(accelerator: Accelerator, decision: bool) -> bool:
         return decision
     flag = torch.tensor([int(decision)], device=accelerator.device)
     return bool(broadcast(flag).item())
-
-
-def average(
-    accelerator: Accelerator, parameters: Sequence[nn.Parameter], share: float, loss: Tensor
-) -> Tensor:
-    """Replace gradients by their mean over processes; returns the mean loss.
-
-    Args:
-        accelerator: the processes; with one alone nothing changes.
-        parameters: the same on all of them; one without a gradient counts as zero.
-        share: weight of this process, of mean 1.
-        loss: on this process (1,); one that is NaN makes the mean NaN on all.
-    """
-    if accelerator.num_processes == 1:
-        return loss
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([*(g.flatten() for g in gradients), loss])
-    flat = accelerator.reduce(share * flat, "mean")
-    *parts, loss = flat.split([*(g.numel() for g in gradients), 1])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
-    return loss
 
 
 def total(accelerator: Accelerator, numbers: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from flows.spec import BlockSpec
 from pipeline.config.schema import TrainConfig
 from pipeline.errors import JkoflowError, UserError
 from pipeline.optim.ema import Ema
-from pipeline.optim.optimisers import make_optimizer, set_learning_rate
+from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
+from pipeline.optim.optimisers import make_optimizer
 from pipeline.runtime.distributed import first_says, raise_together
 from pipeline.runtime.rng import Batches, generator
 from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
@@ -108,8 +109,15 @@ class BlockTrainer:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         loss, failure = self._loss_or_failure(rank, ranks)
         optimizers = [self.optimizers[j] for j in self.share.mine]
+        lr = warmup_cosine(
+            self.done,
+            self.recipe.iterations,
+            peak=self.recipe.lr,
+            final=self.recipe.lr_final,
+            warmup=self.recipe.warmup,
+        )
         for optimizer in optimizers:
-            set_learning_rate(optimizer, self._learning_rate())
+            set_learning_rate(optimizer, lr)
             optimizer.zero_grad(set_to_none=True)
         if loss is not None:
             failure = self._backward(loss)
@@ -260,13 +268,6 @@ class BlockTrainer:
         if eps is None:
             return None
         return eps[:, rank::ranks][:, : len(z)].to(self.accelerator.device)
-
-    def _learning_rate(self) -> float:
-        """Linear warm-up, then half a cosine down to lr_final · lr."""
-        recipe = self.recipe
-        cosine = 0.5 * (1.0 + math.cos(math.pi * self.done / recipe.iterations))
-        scale = recipe.lr_final + (1.0 - recipe.lr_final) * cosine
-        return recipe.lr * scale * min(1.0, (self.done + 1) / max(1, recipe.warmup))
 
     def _finish_gradients(self, loss: JkoLoss | LfmLoss | None) -> tuple[float, float]:
         """Those of the whole batch; returns their norm before clipping, and the mean loss.

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from flows.block import Block
 from flows.networks.piecewise import NetSequence
-from pipeline.runtime.distributed import all_told, average, owner_says, total
+from pipeline.optim.gradients import average_gradients
+from pipeline.runtime.distributed import all_told, owner_says, total
 
 #: from the times of a batch (B,) to the samples that a process takes of it, int64
 Rows = Callable[[Tensor], Tensor]
@@ -80,7 +81,7 @@ class Share:
             that norm before clipping, and the loss of the whole batch.
         """
         if not self.apart:
-            mean = average(self.accelerator, self.parameters, weight, loss)
+            mean = average_gradients(self.accelerator, self.parameters, weight, loss)
             return float(nn.utils.clip_grad_norm_(self.parameters, limit)), float(mean)
         gradients = [
             p.grad.mul_(weight / self.ranks) for p in self.parameters if p.grad is not None

@@ -24,7 +24,8 @@ from flows.networks.registry import make_velocity
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
 from pipeline.config.load import load_config
 from pipeline.data.datasets import load_images
-from pipeline.optim.optimisers import make_optimizer, set_learning_rate
+from pipeline.optim.learning_rate import set_learning_rate
+from pipeline.optim.optimisers import make_optimizer
 from pipeline.runtime.rng import Batches, generator
 
 AUTOENCODER = [("adam", 1.2e-3), ("adam", 4e-3), ("muon", 1.2e-3), ("muon", 4e-3), ("muon", 1e-2)]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.optim.optimisers import MuonAdam, make_optimizer, set_learning_rate
+from pipeline.optim.learning_rate import set_learning_rate
+from pipeline.optim.optimisers import MuonAdam, make_optimizer
 
 BETAS = (0.9, 0.99)
 

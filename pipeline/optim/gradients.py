@@ -1,0 +1,38 @@
+"""Gradients of a batch that several ranks share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+
+def average_gradients(
+    accelerator: Accelerator, parameters: Iterable[nn.Parameter], weight: float, loss: Tensor
+) -> Tensor:
+    """Replace the gradients on every rank by those of the mean loss of the whole batch.
+
+        g ← (1/R) Σ_r w_r g_r,   w_r = R · (samples on rank r) / (samples of the batch)
+
+    All ranks call it. A single rank changes nothing.
+
+    Args:
+        accelerator: device and ranks.
+        parameters: the same on every rank. One without a gradient counts as zero and stays so.
+        weight: w_r of this rank; its mean over ranks is 1.
+        loss: mean over the samples of this rank, (1,). A NaN on one rank makes it NaN on all.
+
+    Returns:
+        Mean loss of the whole batch, (1,).
+    """
+    if accelerator.num_processes == 1:
+        return loss
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss])
+    flat = accelerator.reduce(weight * flat, "mean")
+    *parts, loss = flat.split([*(gradient.numel() for gradient in gradients), 1])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return loss
