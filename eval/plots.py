@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from eval.pictures import Images, Target, grid
+from eval.pictures import Images, Target, image_grid
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 _LIGHT, _DARK = np.array([0.68, 0.80, 0.90]), np.array([0.03, 0.25, 0.47])
@@ -45,7 +45,7 @@ def before_after(
         raise ValueError(
             f"expected two sets of one shape, found {tuple(before.shape)}, {tuple(after.shape)}"
         )
-    pictures = [grid(images, columns, scale=2) for images in (before, after)]
+    pictures = [image_grid(images, columns, scale=2) for images in (before, after)]
     height, width = pictures[0].height / 100, pictures[0].width / 100
     figure = _figure(2 * width + 0.5, height + 0.5)
     for i, (picture, title) in enumerate(zip(pictures, titles, strict=True)):

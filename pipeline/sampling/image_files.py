@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from eval.pictures import grid, save_png
+from eval.pictures import image_grid, save_png
 from pipeline.errors import UserError
 from pipeline.runs.run import Run
 from pipeline.runtime.system import require_room
@@ -52,7 +52,8 @@ def write_grid(
     first = images.read("images", 0, min(count, len(images)))
     if rows:
         first = first.unflatten(0, (columns, classes)).transpose(0, 1).flatten(0, 1)
-    picture = grid(first, min(columns, len(first)), scale=2 if first.shape[-1] <= 64 else 1)
+    scale = 2 if first.shape[-1] <= 64 else 1
+    picture = image_grid(first, min(columns, len(first)), scale=scale)
     note = json.dumps(images.manifest["identity"], sort_keys=True)
     atomic.write_with(path, lambda file: save_png(picture, file, note))
 

@@ -18,7 +18,7 @@ def blocks(n, channels=1):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grid_puts_every_pixel_in_its_place(channels):
-    picture = pictures.grid(torch.from_numpy(blocks(5, channels)), 3, padding=1, scale=2)
+    picture = pictures.image_grid(torch.from_numpy(blocks(5, channels)), 3, padding=1, scale=2)
     assert picture.mode == ("L" if channels == 1 else "RGB")
     values = np.asarray(picture.convert("L"))[::2, ::2]
     expected = np.full((2 * 4 + 1, 3 * 3 + 1), 255)
@@ -26,23 +26,17 @@ def test_grid_puts_every_pixel_in_its_place(channels):
         row, column = divmod(i, 3)
         expected[4 * row + 1 : 4 * row + 4, 3 * column + 1 : 3 * column + 3] = i + 1
     assert np.array_equal(values, expected)
-    assert pictures.grid(blocks(9)).size == (3 * 4 + 2, 3 * 5 + 2)  # 3 columns by default
+    assert pictures.image_grid(blocks(9)).size == (3 * 4 + 2, 3 * 5 + 2)  # 3 columns by default
 
 
 def test_save_png_is_lossless(tmp_path):
-    picture = pictures.grid(blocks(4))
+    picture = pictures.image_grid(blocks(4))
     pictures.save_png(picture, tmp_path / "grid.png")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), np.asarray(picture))
 
 
-def test_side_by_side():
-    both = pictures.side_by_side([pictures.grid(blocks(1)), pictures.grid(blocks(1, 3))], gap=4)
-    assert both.mode == "RGB" and both.size == (6 + 4 + 6, 7)
-    assert both.getpixel((2, 2)) == both.getpixel((12, 2)) == (1, 1, 1)
-
-
 def test_animation_keeps_frames_and_times(tmp_path):
-    frames = [pictures.grid(blocks(i)[-1:], scale=8) for i in (10, 100, 200)]
+    frames = [pictures.image_grid(blocks(i)[-1:], scale=8) for i in (10, 100, 200)]
     pictures.animation(tmp_path / "a.gif", frames, seconds=0.1, hold=0.5)
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 3 and gif.info["loop"] == 0
@@ -53,14 +47,22 @@ def test_animation_keeps_frames_and_times(tmp_path):
     assert seen == [(10, 100), (100, 100), (200, 500)]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_single_image_has_its_padding(channels):
+    picture = pictures.image_grid(blocks(1, channels), padding=2)
+    assert picture.mode == ("L" if channels == 1 else "RGB")
+    expected = np.full((3 + 4, 2 + 4), 255)
+    expected[2:5, 2:4] = 1
+    assert np.array_equal(np.asarray(picture.convert("L")), expected)
+
+
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="expected uint8 images"):
-        pictures.grid(np.zeros((2, 1, 3, 3)))
-    with pytest.raises(ValueError, match="expected uint8 images"):
-        pictures.grid(blocks(0))
-    with pytest.raises(ValueError, match="1 or 3 channels, found 2"):
-        pictures.grid(blocks(2, 2))
-    with pytest.raises(ValueError, match="columns ≥ 1"):
-        pictures.grid(blocks(2), 0)
-    with pytest.raises(ValueError, match="two or more frames"):
-        pictures.animation(io.BytesIO(), [pictures.grid(blocks(1))])
+    for bad in (np.zeros((2, 1, 3, 3)), blocks(0), blocks(2)[0]):
+        with pytest.raises(ValueError, match=r"expected uint8 \(N, C, H, W\)"):
+            pictures.image_grid(bad)
+    with pytest.raises(ValueError, match="2 channels; expected 1 or 3"):
+        pictures.image_grid(blocks(2, 2))
+    with pytest.raises(ValueError, match="are 0, 2 and 1; expected at least 1, 0 and 1"):
+        pictures.image_grid(blocks(2), 0)
+    with pytest.raises(ValueError, match="1 frames of 1 sizes; expected two or more"):
+        pictures.animation(io.BytesIO(), [pictures.image_grid(blocks(1))])

@@ -19,7 +19,7 @@ from PIL import Image
 from autoencoders.adapt import Adaptation
 from autoencoders.base import to_float, to_uint8
 from autoencoders.registry import build
-from eval.pictures import grid
+from eval.pictures import image_grid
 from flows.block import SolverConfig
 from pipeline.runs.run import open_run
 from pipeline.runtime.rng import generator
@@ -99,7 +99,8 @@ def test_a_checkpoint_of_vq_f4_becomes_a_generator(
     images = to_uint8(theirs.image(theirs.quantised(h))).numpy()
     assert np.abs(four.astype(int) - images).max() <= 1  # rounding
     assert four.std((2, 3)).min() > 1 and four.std(0).mean() > 1  # within each, and among them
-    assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(grid(four, 4, scale=2)))
+    expected = image_grid(four, 4, scale=2)
+    assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(expected))
 
     few = ("-n", str(COUNT), "--set", "evaluate.nll=2", "--reference", "pictures")
     assert done("evaluate", "--run", "run", *few) == "run/metrics.json"
