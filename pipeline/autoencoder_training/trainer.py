@@ -49,7 +49,7 @@ from pipeline.optim.ema import Ema
 from pipeline.optim.gradients import average_gradients
 from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
 from pipeline.optim.optimisers import MuonAdam, make_optimizer
-from pipeline.runtime.distributed import total
+from pipeline.runtime.distributed import sum_over_ranks
 
 
 class AutoencoderTrainer:
@@ -168,7 +168,7 @@ class AutoencoderTrainer:
             self.model.encoder.eval()  # its latents are those that it gives in use
         with self._dropout(generator):
             loss, terms, fake = self._autoencoder_loss(x, noise, adversarial, generator)
-        summed = total(self.accelerator, loss.detach())  # every rank raises, or none
+        summed = sum_over_ranks(self.accelerator, loss.detach())  # every rank raises, or none
         if not torch.isfinite(summed):
             raise FloatingPointError(
                 f"the autoencoder's loss is {summed.item()} at step {self.done}; lower lr, or use "

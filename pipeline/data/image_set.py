@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from pipeline.errors import UserError
 from pipeline.runtime.console import Progress
-from pipeline.runtime.distributed import together
+from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.storage import atomic
 from pipeline.storage.paths import data_root
 
@@ -218,7 +218,7 @@ def in_any_order(images: ImageSet, accelerator: Accelerator, progress: Progress)
         for start in progress(starts, len(starts), "unpack images"):
             file.write(images.read(start, min(start + _ROWS, len(images))).tobytes())
 
-    with together(accelerator):
+    with errors_on_all_ranks(accelerator):
         if accelerator.is_main_process and not path.is_file():
             atomic.sweep(path.parent)
             atomic.write_with(path, fill)

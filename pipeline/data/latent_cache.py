@@ -24,9 +24,16 @@ from pipeline.data.datasets import ImageSet, load_images
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runtime.console import Progress
-from pipeline.runtime.distributed import together
+from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.storage.paths import data_root
-from pipeline.storage.shards import FORMAT, Shard, StoreReader, StoreWriter, key_of, open_store
+from pipeline.storage.shards import (
+    FORMAT,
+    Shard,
+    StoreReader,
+    StoreWriter,
+    content_key,
+    open_store,
+)
 
 
 class LatentCache:
@@ -94,7 +101,7 @@ def identity_of(config: Config, images: ImageSet, autoencoder: Autoencoder) -> d
 
 def folder_of(identity: dict[str, Any]) -> Path:
     """Where the cache of an identity lies."""
-    return data_root() / "latents" / f"{identity['dataset']}-{key_of(identity)}"
+    return data_root() / "latents" / f"{identity['dataset']}-{content_key(identity)}"
 
 
 def encode(config: Config, accelerator: Accelerator, progress: Progress) -> LatentCache:
@@ -120,7 +127,7 @@ def encode(config: Config, accelerator: Accelerator, progress: Progress) -> Late
         raise UserError(f"latents.batch_size must be at least 1, not {config.latents.batch_size}")
     total = len(images) * (2 if config.latents.mirror else 1)
     writer = StoreWriter(folder, identity, total, config.latents.shard_size)
-    with together(accelerator):
+    with errors_on_all_ranks(accelerator):
         _write_shards(
             writer, images, autoencoder, config.latents.batch_size, accelerator, progress
         )

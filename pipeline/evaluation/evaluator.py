@@ -41,7 +41,7 @@ from pipeline.sampling.refiner import Refiner
 from pipeline.sampling.sampling_plan import way_of
 from pipeline.sampling.solvers import plain_solvers, solvers_of
 from pipeline.storage import atomic
-from pipeline.storage.shards import MANIFEST, StoreReader, key_of, open_store
+from pipeline.storage.shards import MANIFEST, StoreReader, content_key, open_store
 
 #: largest D whose likelihood has the exact divergence, D directional derivatives an evaluation
 EXACT_UP_TO = 128
@@ -292,7 +292,7 @@ def inputs_of(run: Run, settings: EvaluateConfig, sampling: GenerateConfig) -> s
     }
     if settings.nll:
         parts["nll"] = "of images as chosen"  # it was of the first ones of the split
-    return key_of(parts)
+    return content_key(parts)
 
 
 def _about(run: Run, images: StoreReader, settings: EvaluateConfig) -> dict[str, Any]:

@@ -27,11 +27,11 @@ from pipeline.data.datasets import ImageSet
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runtime.console import Progress, say
-from pipeline.runtime.distributed import together
+from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.runtime.rng import generator
 from pipeline.sampling.refiner import Refiner
 from pipeline.storage.paths import data_root
-from pipeline.storage.shards import StoreReader, StoreWriter, key_of, open_store
+from pipeline.storage.shards import StoreReader, StoreWriter, content_key, open_store
 
 SHARD = 250
 _ORDER = "order of evaluation"
@@ -84,7 +84,7 @@ class FeatureMaker:
         if refiner is not None:
             half = {} if refiner.precision == "fp32" else {"precision": refiner.precision}
             identity["refiner"] = refiner.describe() | half
-        folder = data_root() / "features" / f"floor-{key_of(identity)}"
+        folder = data_root() / "features" / f"floor-{content_key(identity)}"
         autoencoder.to(self.accelerator.device)  # type: ignore[attr-defined]
 
         def make(first: int, last: int, index: int) -> Tensor:
@@ -111,7 +111,7 @@ class FeatureMaker:
             "order": _ORDER,
             **extractor(),
         }
-        folder = data_root() / "features" / f"real-{key_of(identity)}"
+        folder = data_root() / "features" / f"real-{content_key(identity)}"
         return self.features(
             folder, identity, n, lambda a, b, _: torch.from_numpy(images.take(order[a:b])), "real"
         )
@@ -141,14 +141,14 @@ class FeatureMaker:
         if (folder / "manifest.json").is_file():
             return open_store(folder, "features", identity)
         writer = StoreWriter(folder, identity, count, SHARD)
-        with together(self.accelerator):
+        with errors_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
                 for other, same in begun:
                     writer.adopt(other, same)
         ranks = self.accelerator.num_processes
         missing = writer.missing(self.accelerator.process_index, ranks)
         network = self._network()
-        with together(self.accelerator), torch.inference_mode():
+        with errors_on_all_ranks(self.accelerator), torch.inference_mode():
             for index in self.progress(missing, len(missing), f"features of {count} {what}"):
                 images = make(*writer.bounds(index), index)
                 writer.write(index, {"features": network.features(images)})

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.storage import atomic
 from pipeline.storage.paths import data_root
-from pipeline.storage.shards import key_of
+from pipeline.storage.shards import content_key
 
 PREFIX = "zoo:"
 _MANIFEST = "flow.json"
@@ -50,7 +50,7 @@ def locate(run: Path | str) -> Path:
     files = sorted(path for path in source.rglob("*") if path.is_file())
     deciding = [path for path in files if path.name in (_MANIFEST, "config.yaml")]
     parts = {str(path.relative_to(source)): atomic.sha256_file(path) for path in deciding}
-    copy = data_root() / "zoo" / f"{name}-{key_of(parts)[:12]}"
+    copy = data_root() / "zoo" / f"{name}-{content_key(parts)[:12]}"
     if not (copy / _MANIFEST).is_file():  # committed last: the copy is whole when it is there
         for path in sorted(files, key=lambda path: path == source / _MANIFEST):
             atomic.write_bytes(copy / path.relative_to(source), path.read_bytes())

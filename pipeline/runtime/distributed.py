@@ -1,6 +1,7 @@
-"""What several processes have in common: a batch's mean, a decision, what one failed at.
+"""Collectives: sums, broadcasts and errors that all ranks share.
 
-What one meets, all raise, and where one stops, all stop: none waits for one that is gone.
+An error on one rank is raised on every rank, and rank 0 takes every decision, so that no rank
+waits in a collective that another rank has left.
 """
 
 from __future__ import annotations
@@ -18,46 +19,47 @@ from flows.errors import SolveError
 from pipeline.errors import JkoflowError
 
 
-def raise_together(accelerator: Accelerator, error: JkoflowError | SolveError | None) -> None:
-    """Raise, on every process, the error that the first of them met; all processes call it.
+def raise_on_all_ranks(accelerator: Accelerator, error: JkoflowError | SolveError | None) -> None:
+    """Raise the error of the lowest failing rank on every rank (a collective).
 
     Args:
-        accelerator: the processes.
-        error: what this process met; None if nothing.
+        accelerator: the ranks.
+        error: the error of this rank; None if it has none.
 
     Raises:
-        JkoflowError: a process met it; likewise its subclasses, and SolveError.
+        JkoflowError: a rank failed with it or with a subclass.
+        SolveError: a rank failed with it.
     """
     if accelerator.num_processes > 1:
-        met = gather_object([error])
-        first = next((rank for rank, other in enumerate(met) if other is not None), None)
+        errors = gather_object([error])
+        first = next((rank for rank, other in enumerate(errors) if other is not None), None)
         if first is not None and first != accelerator.process_index:
-            error = met[first]
+            error = errors[first]
     if error is not None:
         raise error
 
 
 @contextmanager
-def together(accelerator: Accelerator) -> Iterator[None]:
-    """Work without collectives; what a process raises in it, all raise at its end.
+def errors_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
+    """Raise an error of the block on every rank; the block itself has no collectives.
 
     Raises:
-        JkoflowError: see `raise_together`.
+        JkoflowError: see `raise_on_all_ranks`.
     """
     failure: JkoflowError | SolveError | None = None
     try:
         yield
     except (JkoflowError, SolveError) as error:
         failure = error
-    raise_together(accelerator, failure)
+    raise_on_all_ranks(accelerator, failure)
 
 
-def first_says(accelerator: Accelerator, decision: bool) -> bool:
-    """What the first process decides, on all of them; all processes call it.
+def broadcast_decision(accelerator: Accelerator, decision: bool) -> bool:
+    """Return the decision of rank 0 on every rank (a collective).
 
     Args:
-        accelerator: the processes.
-        decision: of this one; clocks and disks differ, so others may decide otherwise.
+        accelerator: the ranks.
+        decision: that of this rank; clocks and disks differ between ranks.
     """
     if accelerator.num_processes == 1:
         return decision
@@ -65,18 +67,18 @@ def first_says(accelerator: Accelerator, decision: bool) -> bool:
     return bool(broadcast(flag).item())
 
 
-def total(accelerator: Accelerator, numbers: Tensor) -> Tensor:
-    """The sum over processes of numbers that each has; on all of them."""
-    return accelerator.reduce(numbers, "sum") if accelerator.num_processes > 1 else numbers
+def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """Return the sum over ranks of a tensor of any shape, on every rank (a collective)."""
+    return accelerator.reduce(values, "sum") if accelerator.num_processes > 1 else values
 
 
-def owner_says(accelerator: Accelerator, tensor: Tensor, owner: int) -> None:
-    """Set a tensor to what it is on one of the processes; all processes call it."""
+def broadcast_tensor(accelerator: Accelerator, tensor: Tensor, rank: int) -> None:
+    """Overwrite a tensor on every rank by its value on one rank (a collective)."""
     if accelerator.num_processes > 1:
-        tensor.data.copy_(broadcast(tensor.data.clone(), from_process=owner))
+        tensor.data.copy_(broadcast(tensor.data.clone(), from_process=rank))
 
 
-def all_told(accelerator: Accelerator, known: list[Any]) -> list[Any]:
-    """The lists of all processes, one after the other, on all of them."""
-    told: list[Any] = gather_object(known) if accelerator.num_processes > 1 else known
-    return told
+def gather_lists(accelerator: Accelerator, items: list[Any]) -> list[Any]:
+    """Return the concatenated lists of all ranks, in the order of ranks, on every rank."""
+    gathered: list[Any] = gather_object(items) if accelerator.num_processes > 1 else items
+    return gathered

@@ -22,12 +22,18 @@ from pipeline.config.schema import GenerateConfig
 from pipeline.errors import UserError
 from pipeline.runs.run import Run
 from pipeline.runtime.console import Progress
-from pipeline.runtime.distributed import together
+from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.runtime.rng import generator
 from pipeline.runtime.system import require_room
 from pipeline.sampling.sampling_plan import Way, way_of
 from pipeline.sampling.solvers import described, solvers_of
-from pipeline.storage.shards import StoreReader, StoreWriter, akin, key_of, open_store
+from pipeline.storage.shards import (
+    StoreReader,
+    StoreWriter,
+    content_key,
+    find_similar_stores,
+    open_store,
+)
 
 _KEEP_SMALLER_THAN = 500
 
@@ -66,7 +72,7 @@ def sample_images(
         **described(run, settings),
         **way.describe(),
     }
-    folder = run.folder / "samples" / f"images-{key_of(identity)}"
+    folder = run.folder / "samples" / f"images-{content_key(identity)}"
     if (folder / "manifest.json").is_file():
         return open_store(folder, "generated images", identity)
     size = settings.n * math.prod(run.manifest["autoencoder"]["image_shape"])
@@ -75,14 +81,14 @@ def sample_images(
     # a shard is two batches or so: an interruption loses little, and shards stay few
     size = settings.batch_size * max(1, _KEEP_SMALLER_THAN // settings.batch_size)
     writer = StoreWriter(folder, identity, settings.n, size)
-    with together(accelerator):
+    with errors_on_all_ranks(accelerator):
         if accelerator.is_main_process:
             for other, same in begun(folder.parent, identity):
                 writer.adopt(other, same)
     autoencoder = run.autoencoder()
     way.flow.to(accelerator.device)
     missing = writer.missing(accelerator.process_index, accelerator.num_processes)
-    with together(accelerator):
+    with errors_on_all_ranks(accelerator):
         for index in progress(missing, len(missing), f"generate ({size} a step)"):
             first, last = writer.bounds(index)
             parts = []
@@ -114,7 +120,7 @@ def begun(folder: Path, identity: dict[str, Any]) -> list[tuple[StoreReader, int
         return []
     return [
         (other, min(len(other), identity["n"]) // size * size)
-        for other in akin(folder, identity, "n", least=size)
+        for other in find_similar_stores(folder, identity, "n", min_count=size)
     ]
 
 

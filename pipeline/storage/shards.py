@@ -30,7 +30,7 @@ _OWNER = "jkoflow.shard"
 Shard = dict[str, Tensor]
 
 
-def key_of(identity: dict[str, Any]) -> str:
+def content_key(identity: dict[str, Any]) -> str:
     """The content address of a store: 16 hex digits over a JSON-ready identity."""
     text = json.dumps(identity, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -61,7 +61,7 @@ class StoreWriter:
             )
         self.folder, self.identity = Path(folder), identity
         self.count, self.shard_size = count, shard_size
-        self.key = key_of(identity)
+        self.key = content_key(identity)
 
     @property
     def shards(self) -> int:
@@ -242,7 +242,7 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
         raise UserError(
             f"the {what} at {folder} is not of format {FORMAT}; delete it and make it again"
         )
-    if identity is not None and manifest.get("key") != key_of(identity):
+    if identity is not None and manifest.get("key") != content_key(identity):
         raise UserError(
             f"the {what} at {folder} was made from {_differences(manifest, identity)}; delete it "
             "or point to another folder"
@@ -268,27 +268,29 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
     return StoreReader(folder, manifest)
 
 
-def akin(folder: Path, identity: dict[str, Any], but: str, least: int = 1) -> list[StoreReader]:
-    """Whole stores in a folder that differ from an identity in one key alone, the longest first.
+def find_similar_stores(
+    folder: Path, identity: dict[str, Any], varying: str, min_count: int = 1
+) -> list[StoreReader]:
+    """Return the whole stores whose identity differs in one key alone, the longest store first.
 
-    One that is damaged is none of them: it is made again where it is asked for.
+    A damaged store is left out.
 
     Args:
-        folder: where they lie, each in a folder of its own.
-        identity: of the store that is asked for.
-        but: the key.
-        least: samples that a store of use has.
+        folder: holds one folder for each store.
+        identity: identity of the wanted store.
+        varying: the key whose value must differ.
+        min_count: smallest number of samples.
     """
-    found = []
+    stores = []
     for path in sorted(Path(folder).glob(f"*/{MANIFEST}")):
         with contextlib.suppress(UserError, OSError, TypeError, AttributeError):  # damaged
             manifest = atomic.read_json(path, "manifest")
-            theirs = dict(manifest.get("identity"))
-            if theirs.get(but) == identity.get(but) or manifest.get("count") < least:
+            other = dict(manifest.get("identity"))
+            if other.get(varying) == identity.get(varying) or manifest.get("count") < min_count:
                 continue
-            if {**theirs, but: identity.get(but)} == identity:
-                found.append(open_store(path.parent, "store"))
-    return sorted(found, key=len, reverse=True)
+            if {**other, varying: identity.get(varying)} == identity:
+                stores.append(open_store(path.parent, "store"))
+    return sorted(stores, key=len, reverse=True)
 
 
 def _differences(manifest: dict[str, Any], identity: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from pipeline.errors import JkoflowError, UserError
 from pipeline.optim.ema import Ema
 from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
 from pipeline.optim.optimisers import make_optimizer
-from pipeline.runtime.distributed import first_says, raise_together
+from pipeline.runtime.distributed import broadcast_decision, raise_on_all_ranks
 from pipeline.runtime.rng import Batches, generator
 from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.storage.shards import StoreReader
@@ -125,7 +125,7 @@ class BlockTrainer:
         norm, total = self._finish_gradients(loss)
         if loss is None or not math.isfinite(norm) or not math.isfinite(total):
             # both numbers are those of the whole batch, so that all processes are here
-            raise_together(self.accelerator, failure)
+            raise_on_all_ranks(self.accelerator, failure)
             raise self._failure(f"the loss is {total}, its gradient's norm {norm}")
         for optimizer in optimizers:
             optimizer.step()
@@ -199,7 +199,7 @@ class BlockTrainer:
         nets, most = self.spec.velocity.nets, self.recipe.max_substeps
         while (steps := finer(self.block.solver.steps, nets, most)) > self.block.solver.steps:
             error = grid_error(self.block, z, self.spec.h, self.divergence, eps, labels)
-            if not first_says(self.accelerator, error > TOLERANCE):
+            if not broadcast_decision(self.accelerator, error > TOLERANCE):
                 break
             self._set_substeps(steps)
 

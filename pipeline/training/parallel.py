@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flows.block import Block
 from flows.networks.piecewise import NetSequence
 from pipeline.optim.gradients import average_gradients
-from pipeline.runtime.distributed import all_told, owner_says, total
+from pipeline.runtime.distributed import broadcast_tensor, gather_lists, sum_over_ranks
 
 #: from the times of a batch (B,) to the samples that a process takes of it, int64
 Rows = Callable[[Tensor], Tensor]
@@ -87,7 +87,8 @@ class Share:
             p.grad.mul_(weight / self.ranks) for p in self.parameters if p.grad is not None
         ]
         squared = sum((g.square().sum() for g in gradients), loss.new_zeros(()))
-        sums = total(self.accelerator, torch.stack([squared, weight / self.ranks * loss[0]]))
+        terms = torch.stack([squared, weight / self.ranks * loss[0]])
+        sums = sum_over_ranks(self.accelerator, terms)
         norm = float(sums[0].sqrt())
         for gradient in gradients:
             gradient.mul_(min(1.0, limit / (norm + 1e-6)))
@@ -105,7 +106,7 @@ class Share:
             for j in range(len(self.networks)):
                 names = sorted(name for name in tensors if name.startswith(f"velocity.nets.{j}."))
                 for name in names:
-                    owner_says(self.accelerator, tensors[name], j // each)
+                    broadcast_tensor(self.accelerator, tensors[name], j // each)
 
     def states(self, own: Sequence[Any]) -> list[Any]:
         """The states of all networks' optimisers, on all processes.
@@ -115,4 +116,4 @@ class Share:
         """
         if not self.apart:
             return list(own)
-        return all_told(self.accelerator, [own[j] for j in self.mine])
+        return gather_lists(self.accelerator, [own[j] for j in self.mine])

@@ -28,7 +28,7 @@ from pipeline.runs.run import load_block
 from pipeline.runs.snapshots import _LIST, _place, snapshots_of
 from pipeline.runs.zoo import locate
 from pipeline.runtime.console import Progress
-from pipeline.runtime.distributed import first_says, together
+from pipeline.runtime.distributed import broadcast_decision, errors_on_all_ranks
 from pipeline.runtime.rng import generator
 from pipeline.storage import atomic
 from pipeline.storage.shards import StoreReader
@@ -211,7 +211,7 @@ class Trainer:
             name = stage_file(index + 1, self.number)
             following = self._push(stage, trainer.block, file["sha256"], name)
             found = following.manifest
-        with together(self.accelerator):
+        with errors_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
                 total = measured.terms["total"]
                 check_grid(trainer, stage, self.config.push, total, journal, self.progress)
@@ -251,11 +251,11 @@ class Trainer:
                 journal.flush(index, trainer.done, before + trainer.done, seconds=seconds)
             if recipe.snapshot_every and trainer.done % recipe.snapshot_every == 0:
                 keep(self.folder, trainer, self.number)
-            out_of_time = recipe.max_minutes > 0 and first_says(
+            out_of_time = recipe.max_minutes > 0 and broadcast_decision(
                 self.accelerator, time.monotonic() > self.deadline
             )
             due = out_of_time or time.monotonic() - saved > recipe.checkpoint_seconds
-            if first_says(self.accelerator, due):
+            if broadcast_decision(self.accelerator, due):
                 trainer.save(path)
                 saved = time.monotonic()
             if out_of_time:

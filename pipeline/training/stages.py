@@ -26,7 +26,7 @@ from flows.networks.condition import Condition
 from pipeline.config.schema import Config
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runtime.console import Progress
-from pipeline.runtime.distributed import together
+from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.storage.shards import Shard, StoreReader, StoreWriter, open_store
 
 CHUNK = 2000
@@ -173,7 +173,7 @@ def ensure_stage(
     if (folder / "manifest.json").is_file():
         return open_store(folder, f"stage {stage}", identity)
     writer = StoreWriter(folder, identity, count, shard_size)
-    with together(accelerator):
+    with errors_on_all_ranks(accelerator):
         for index in writer.missing(accelerator.process_index, accelerator.num_processes):
             made = make(writer, index)
             fields = made if isinstance(made, dict) else {"z": made}

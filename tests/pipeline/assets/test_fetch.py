@@ -149,15 +149,15 @@ import sys
 sys.path.insert(0, {repository!r})
 from pathlib import Path
 from tests.pipeline.asset_server import thing
-from pipeline import assets
-from pipeline.sources import UrlSource
+from pipeline.assets.fetch import fetch_asset
+from pipeline.assets.mirrors import UrlSource
 print("ready", flush=True)
-assets.fetch_asset(thing(UrlSource({base!r}, ("thing.bin",))), Path({root!r}))
+fetch_asset(thing(UrlSource({base!r}, ("thing.bin",))), Path({root!r}))
 """
 
 
 def start_child(root: Path, base: str) -> subprocess.Popen[str]:
-    repository = str(Path(__file__).resolve().parents[2])
+    repository = str(Path(__file__).resolve().parents[3])
     code = CHILD.format(repository=repository, base=base, root=str(root))
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 

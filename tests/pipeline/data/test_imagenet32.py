@@ -20,7 +20,7 @@ from pipeline.storage import atomic
 from tests.pipeline.storage.test_safe_pickle import python2
 
 ROWS = [5, 3, 4, 1, 6, 2, 2, 2, 2, 7]
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 SHARED = Path(os.environ.get("JKOFLOW_SHARED", REPOSITORY.parent / "shared"))
 REAL = SHARED / "data" / "imagenet32_tiny200"
 
@@ -272,7 +272,7 @@ import sys
 from accelerate import Accelerator
 from pipeline.config_files import load_config
 from pipeline.latents import encode
-from pipeline.resources import peak_memory
+from pipeline.runtime.system import peak_memory
 
 for limit in (2400, 12000):
     words = ["data.name=imagenet32", f"data.path={sys.argv[1]}", f"data.limit={limit}",

@@ -18,7 +18,7 @@ def draw(*parts: int | str) -> torch.Tensor:
 
 def test_the_same_in_every_process() -> None:
     code = (
-        "import torch; from pipeline.seeds import generator; "
+        "import torch; from pipeline.runtime.rng import generator; "
         "print(torch.randint(10**9, (5,), generator=generator(3, 'order', 2)).tolist())"
     )
     said = subprocess.run(

@@ -10,7 +10,7 @@ import pytest
 
 _SCRIPT = """
 import torch
-from pipeline.resources import keep_freed_memory
+from pipeline.runtime.system import keep_freed_memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20

@@ -31,7 +31,7 @@ from pipeline.runs.run import open_run
 from pipeline.runtime.rng import generator
 from pipeline.sampling.class_labels import Choice, condition_of, parse_classes
 from pipeline.sampling.generate import sample_images
-from pipeline.storage.shards import StoreReader, key_of, open_store
+from pipeline.storage.shards import StoreReader, content_key, open_store
 from pipeline.training.stages import stage_folder
 from tests.pipeline import tiny as harness
 from tests.pipeline.gaussian_source import quiet
@@ -323,4 +323,4 @@ def test_a_run_without_classes_is_described_as_before(trained: World) -> None:
     parts = {"run": run.fingerprint, "evaluate": dataclasses.asdict(settings)}
     parts |= {"generate": generate, "data": run.manifest["data"]}
     network = {"extractor": EXTRACTOR, "weights": content_sha256("inception")[:16]}
-    assert inputs_of(run, settings, run.config.generate) == key_of({**parts, **network})
+    assert inputs_of(run, settings, run.config.generate) == content_key({**parts, **network})

@@ -13,7 +13,14 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.storage import atomic
-from pipeline.storage.shards import StoreReader, StoreWriter, akin, key_of, open_store, shard_name
+from pipeline.storage.shards import (
+    StoreReader,
+    StoreWriter,
+    content_key,
+    find_similar_stores,
+    open_store,
+    shard_name,
+)
 
 IDENTITY: dict[str, Any] = {"kind": "numbers", "seed": 3}
 COUNT, SHARD = 23, 5
@@ -152,9 +159,10 @@ def test_stores_that_differ_in_one_thing(folder: Path, tmp_path: Path) -> None:
     for name, text in (("a", "[]"), ("b", '{"identity": null}'), ("c", "{")):
         (place / name).mkdir()
         (place / name / "manifest.json").write_text(text)
-    found = akin(place, IDENTITY, "seed")
+    found = find_similar_stores(place, IDENTITY, "seed")
     assert [store.manifest["identity"]["seed"] for store in found] == [2, 1]
-    assert [len(store) for store in akin(place, IDENTITY, "seed", COUNT + 1)] == [2 * COUNT]
+    long = find_similar_stores(place, IDENTITY, "seed", COUNT + 1)
+    assert [len(store) for store in long] == [2 * COUNT]
     writer = StoreWriter(tmp_path / "new", IDENTITY, COUNT, SHARD + 1)
     writer.adopt(found[1], COUNT - 1)  # shards are of another size here
     assert writer.missing() == [writer.shards - 1]
@@ -193,7 +201,7 @@ def test_bad_sizes(tmp_path: Path) -> None:
 
 
 def test_the_key_is_of_the_content_not_of_the_order() -> None:
-    assert key_of({"a": 1, "b": [2.5, None]}) == key_of({"b": [2.5, None], "a": 1})
-    assert key_of({"a": 1}) != key_of({"a": 2})
+    assert content_key({"a": 1, "b": [2.5, None]}) == content_key({"b": [2.5, None], "a": 1})
+    assert content_key({"a": 1}) != content_key({"a": 2})
     with pytest.raises(ValueError):
-        key_of({"a": float("nan")})
+        content_key({"a": float("nan")})
