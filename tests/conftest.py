@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.assets.fetch import fetch
+from pipeline.assets.fetch import fetch_asset
 
 
 @pytest.fixture(scope="session")
 def inception_weights() -> Path:
     """The FID network's real weights; what needs them fails where they cannot be had."""
-    return fetch("inception")
+    return fetch_asset("inception")

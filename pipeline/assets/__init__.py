@@ -1,1 +1,1 @@
-"""MNIST, CIFAR-10 and the Inception weights: fetched and verified."""
+"""Downloads of MNIST, CIFAR-10 and the Inception weights, verified by their hashes."""

@@ -1,4 +1,4 @@
-"""Finding an asset's raw files in whatever a source brought: a file, a folder or an archive."""
+"""Finds the raw files of an asset in a file, a folder or an archive."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip", ".whl")
 _DEPTH = 3
 
 
-def find(raw: Path, names: Sequence[str], scratch: Path) -> dict[str, Path]:
+def find_files(raw: Path, names: Sequence[str], scratch: Path) -> dict[str, Path]:
     """Find files by name, in folders to a depth of three and in the archives there.
 
-    Only the wanted files leave an archive, under their bare names: what else it holds, and
-    where it would like to be unpacked, does not matter.
+    Only the wanted files are unpacked, under their bare names; other members and the folders
+    that an archive names are ignored.
 
     Args:
         raw: a file, an archive, or a folder of either.
         names: bare names of the wanted files.
-        scratch: where to unpack.
+        scratch: folder for the unpacked files.
 
     Returns:
-        Those of `names` that were found, and where they lie now.
+        The path of every file of `names` that was found.
 
     Raises:
-        DamagedError: an archive is damaged, and nothing was found elsewhere.
+        DamagedError: an archive is damaged, and no file was found elsewhere.
     """
     found: dict[str, Path] = {}
     archives: list[Path] = []
@@ -47,7 +47,7 @@ def find(raw: Path, names: Sequence[str], scratch: Path) -> dict[str, Path]:
         missing = [name for name in names if name not in found]
         try:
             found |= _unpack(archive, missing, scratch) if missing else {}
-        except DamagedError as error:  # it may be of something else
+        except DamagedError as error:  # the archive may belong to another asset
             damage = damage or error
     if damage is not None and not found:
         raise damage
@@ -55,7 +55,7 @@ def find(raw: Path, names: Sequence[str], scratch: Path) -> dict[str, Path]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file, decompressed when its name ends in `.gz`.
+    """Read a file; decompress it if its name ends in `.gz`.
 
     Raises:
         DamagedError: the compressed file is damaged.
@@ -67,7 +67,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _walk(raw: Path) -> Iterator[Path]:
-    """The files under `raw`, sorted, no deeper than an extracted archive would be."""
+    """Yield the files under `raw`, sorted, to a depth of `_DEPTH` folders."""
     if raw.is_file():
         yield raw
         return
@@ -79,26 +79,27 @@ def _walk(raw: Path) -> Iterator[Path]:
 
 
 def _unpack(archive: Path, names: Sequence[str], scratch: Path) -> dict[str, Path]:
+    """Unpack the wanted members of an archive; return their paths by bare name."""
     found: dict[str, Path] = {}
 
-    def take(member: str, source: IO[bytes]) -> None:
+    def copy(member: str, stream: IO[bytes]) -> None:
         name = PurePosixPath(member).name
         found[name] = scratch / f"unpacked-{name}"
-        with source, open(found[name], "wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
+        with stream, open(found[name], "wb") as target:
+            shutil.copyfileobj(stream, target, 1 << 20)
 
     try:
         if archive.suffix in (".zip", ".whl"):
             with zipfile.ZipFile(archive) as zipped:
                 for entry in zipped.infolist():
                     if PurePosixPath(entry.filename).name in names and not entry.is_dir():
-                        take(entry.filename, zipped.open(entry))
+                        copy(entry.filename, zipped.open(entry))
         else:
             with tarfile.open(archive) as tar:
                 for member in tar:
                     stream = tar.extractfile(member) if member.isfile() else None
                     if stream is not None and PurePosixPath(member.name).name in names:
-                        take(member.name, stream)
+                        copy(member.name, stream)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DamagedError(f"{archive.name} is damaged ({error})") from error
     return found

@@ -1,4 +1,4 @@
-"""Downloading over HTTP: resumed where it broke off, given up at once where all is blocked."""
+"""Downloads over HTTP; an interrupted download resumes, and a silent host times out soon."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from typing import IO
 from tqdm import tqdm
 
 ANSWER_SECONDS = 8.0
-"""How long a host may take to answer; one that is blocked must not hold up the next source."""
+"""Time limit for the first answer of a host, so that a blocked host delays nothing."""
 
 STALL_SECONDS = 30.0
 _ATTEMPTS = 3
 _CHUNK = 1 << 18
 
 
-class SourceError(Exception):
-    """This source did not deliver; the text says why, and the next one is tried."""
+class MirrorError(Exception):
+    """Failure of a mirror; its text is the reason, and the next mirror is tried."""
 
 
-class DamagedError(SourceError):
-    """The source delivered, but not the asset: a broken file, or another one."""
+class DamagedError(MirrorError):
+    """Failure of a mirror that delivered a broken file or another file."""
 
 
 class _Restart(ConnectionError):
-    """The part that an earlier try left does not fit; it is gone, ask again."""
+    """Mismatch of a partial file with the server's file; the partial file has been removed."""
 
 
 def download(url: str, target: Path, answer_seconds: float = ANSWER_SECONDS) -> None:
-    """Download `url` to `target`, going on from the part that an earlier try left.
+    """Download `url` to `target`; resume the partial file of an earlier attempt.
 
-    The part lies beside the target as `NAME.part`, with the server's validator in
-    `NAME.validator`: a file that changed in between is fetched from its beginning.
+    The partial file is `NAME.part` in the folder of the target, and the server's validator is
+    `NAME.validator`. A file that changed on the server is downloaded from its beginning.
 
     Raises:
-        SourceError: the host does not answer, refuses, or keeps breaking off.
-        OSError: the disk refused (full, read-only).
+        MirrorError: the host does not answer, refuses, or interrupts every attempt.
+        OSError: the disk is full or read-only.
     """
     if target.exists():
         return
@@ -52,10 +52,10 @@ def download(url: str, target: Path, answer_seconds: float = ANSWER_SECONDS) -> 
         try:
             _download_rest(url, part, answer_seconds)
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-            # A host that gave nothing at all is blocked or down: do not wait for it again.
-            hopeful = isinstance(error, _Restart) or _size(part) > before
-            if not hopeful or attempt + 1 == _ATTEMPTS:
-                raise SourceError(_reason(error)) from error
+            # A host that sent nothing is blocked or down: another attempt would only wait.
+            progressed = isinstance(error, _Restart) or _size(part) > before
+            if not progressed or attempt + 1 == _ATTEMPTS:
+                raise MirrorError(_reason(error)) from error
         else:
             os.replace(part, target)
             part.with_suffix(".validator").unlink(missing_ok=True)
@@ -63,18 +63,18 @@ def download(url: str, target: Path, answer_seconds: float = ANSWER_SECONDS) -> 
 
 
 def _download_rest(url: str, part: Path, answer_seconds: float) -> None:
-    """One request: append what is missing to `part`; raises unless the whole is there."""
+    """Append the missing bytes to `part` by one request; raise unless the file is complete."""
     validator = part.with_suffix(".validator")
     offset = _size(part) if validator.exists() else 0
     headers = {"User-Agent": "jkoflow", "Accept-Encoding": "identity"}
     if offset:
         headers |= {"Range": f"bytes={offset}-", "If-Range": validator.read_text()}
     try:
-        response = _answer(urllib.request.Request(url, headers=headers), answer_seconds)
+        response = _open_url(urllib.request.Request(url, headers=headers), answer_seconds)
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
-        part.unlink(missing_ok=True)  # longer than the file that the server has
+        part.unlink(missing_ok=True)  # it is longer than the file on the server
         raise _Restart("the part of an earlier download does not fit") from error
     with response:
         if response.status != 206:
@@ -82,7 +82,7 @@ def _download_rest(url: str, part: Path, answer_seconds: float) -> None:
         with open(part, "r+b" if offset else "wb") as file:
             file.truncate(offset)
             file.seek(offset)
-            _remember(validator, response)
+            _save_validator(validator, response)
             length = response.headers.get("Content-Length")
             total = offset + int(length) if length else None
             _copy(response, file, part.stem, offset, total)
@@ -90,8 +90,8 @@ def _download_rest(url: str, part: Path, answer_seconds: float) -> None:
             raise ConnectionError(f"broke off after {_size(part)} of {total} bytes")
 
 
-def _remember(validator: Path, response: HTTPResponse) -> None:
-    """Keep what tells this edition of the file from another; without it, never resume."""
+def _save_validator(validator: Path, response: HTTPResponse) -> None:
+    """Save the server's validator of this file; without a strong one, delete the old one."""
     text = response.headers.get("ETag") or response.headers.get("Last-Modified")
     if text and not text.startswith("W/"):
         validator.write_text(text)
@@ -102,14 +102,14 @@ def _remember(validator: Path, response: HTTPResponse) -> None:
 def _copy(
     response: HTTPResponse, file: IO[bytes], name: str, start: int, total: int | None
 ) -> None:
-    """Copy the answer's body, showing how far it is (silent where no terminal looks)."""
+    """Copy the body of the response with a progress bar (silent without a terminal)."""
     with tqdm(
         desc=name, initial=start, total=total, unit="B", unit_scale=True, disable=None, leave=False
     ) as bar:
         while True:
             try:
                 chunk = response.read(_CHUNK)
-            except OSError as error:  # the network's, not to be mistaken for the disk's
+            except OSError as error:  # an error of the network, not of the disk
                 raise ConnectionError(f"broke off ({_reason(error)})") from error
             if not chunk:
                 return
@@ -117,30 +117,30 @@ def _copy(
             bar.update(len(chunk))
 
 
-def _answer(request: urllib.request.Request, seconds: float) -> HTTPResponse:
-    """Open a URL, or give up after `seconds` whatever holds it up.
+def _open_url(request: urllib.request.Request, seconds: float) -> HTTPResponse:
+    """Open a URL; give up after `seconds` in total.
 
-    A socket's own timeout counts per address and does not cover the name look-up, so that a
-    blocked host with eight addresses takes eight times as long: the waiting is done here.
+    The timeout of a socket counts per address and does not cover the name look-up, so that a
+    blocked host with eight addresses takes eight times as long. A thread opens the URL instead.
     """
     answers: queue.Queue[HTTPResponse | Exception] = queue.Queue()
-    gone = threading.Event()
+    abandoned = threading.Event()
 
-    def ask() -> None:
+    def request_answer() -> None:
         try:
             answer = urllib.request.urlopen(request, timeout=STALL_SECONDS)
         except Exception as error:
             answers.put(error)
             return
         answers.put(answer)
-        if gone.is_set():
+        if abandoned.is_set():
             answer.close()
 
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=request_answer, daemon=True).start()
     try:
         answer = answers.get(timeout=seconds)
     except queue.Empty:
-        gone.set()
+        abandoned.set()
         raise TimeoutError(f"no answer within {seconds:g} s") from None
     if isinstance(answer, Exception):
         raise answer
@@ -148,11 +148,12 @@ def _answer(request: urllib.request.Request, seconds: float) -> HTTPResponse:
 
 
 def _size(path: Path) -> int:
+    """Return the size of a file in bytes; 0 if it is absent."""
     return path.stat().st_size if path.exists() else 0
 
 
 def _reason(error: BaseException) -> str:
-    """What a network error means, in a few words."""
+    """Describe a network error in a few words."""
     if isinstance(error, urllib.error.HTTPError):
         return f"HTTP {error.code} {error.reason}"
     inner = error.reason if isinstance(error, urllib.error.URLError) else error

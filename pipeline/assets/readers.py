@@ -1,7 +1,7 @@
-"""Reading the raw files of MNIST, CIFAR-10 and Inception into the form that is stored.
+"""Readers of the raw files of MNIST, CIFAR-10 and Inception.
 
-Each reader takes whatever a source brought and returns the same `Content` for the same
-data: the files to store and one sha256 of what they mean, not of how they were packed.
+Each reader accepts the raw files of any mirror and returns the same `Content` for the same
+data: the files to store and one sha256 of the data, independent of the packing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from eval.inception_weights import content_sha256, read_weights
-from pipeline.assets.archives import find, read_bytes
+from pipeline.assets.archives import find_files, read_bytes
 from pipeline.assets.download import DamagedError
 from pipeline.storage.safe_pickle import UnsafePickleError, load_batch
 
@@ -37,26 +37,28 @@ _INCEPTION_RAW = (INCEPTION_FILE, "pt_inception-2015-12-05-6726825d.pth", "defau
 
 @dataclass(frozen=True)
 class Content:
-    """An asset as it is stored: how to write each file, and the sha256 of what they hold."""
+    """Content of an asset: the sha256 of its data and a writer for each file."""
 
     sha256: str
     files: Mapping[str, Callable[[IO[bytes]], object]]
 
 
 def read_mnist(raw: Path, scratch: Path) -> Content:
-    """MNIST from its four idx files, plain or gzipped; the hash is over the plain bytes.
+    """Read MNIST from its four idx files, plain or gzipped.
 
-    sha256 over the lines `<sha256 of the file>  <name>` in the order of `MNIST_FILES`.
+    The hash is the sha256 of the lines `<sha256 of the plain file>  <name>` in the order of
+    `MNIST_FILES`.
 
     Raises:
         DamagedError: a file is missing or damaged.
     """
-    found = find(raw, [name + ending for name in MNIST_FILES for ending in ("", ".gz")], scratch)
+    wanted = [name + ending for name in MNIST_FILES for ending in ("", ".gz")]
+    found = find_files(raw, wanted, scratch)
     data: dict[str, bytes] = {}
     for name in MNIST_FILES:
         path = found.get(name) or found.get(name + ".gz")
         if path is None:
-            raise DamagedError(f"no {name} or {name}.gz in it")
+            raise DamagedError(f"{name} and {name}.gz are missing")
         data[name] = read_bytes(path)
     lines = "".join(f"{hashlib.sha256(data[n]).hexdigest()}  {n}\n" for n in MNIST_FILES)
     digest = hashlib.sha256(lines.encode()).hexdigest()
@@ -64,21 +66,22 @@ def read_mnist(raw: Path, scratch: Path) -> Content:
 
 
 def _writer(data: bytes) -> Callable[[IO[bytes]], object]:
+    """Return a function that writes bytes to a file."""
     return lambda file: file.write(data)
 
 
 def read_cifar10(raw: Path, scratch: Path) -> Content:
-    """CIFAR-10 from the official Python batches or from the npm package's pictures.
+    """Read CIFAR-10 from the official Python batches or from the pictures of the npm package.
 
-    Images (n, 3, 32, 32) uint8 and labels (n,) uint8 in the order of the official batches 1
-    to 5 and the test batch. sha256 over the raw bytes of the train images, train labels,
-    test images and test labels.
+    Images (n, 3, 32, 32) uint8 and labels (n,) uint8 are in the order of the official batches 1
+    to 5 and the test batch. The hash is the sha256 of the raw bytes of the train images, train
+    labels, test images and test labels.
 
     Raises:
         DamagedError: a file is missing, damaged or of another layout.
     """
     pictures = [f"{name}.png" for name in _CIFAR10_BATCHES]
-    found = find(raw, [*_CIFAR10_BATCHES, *pictures, *_CIFAR10_NPM_LABELS], scratch)
+    found = find_files(raw, [*_CIFAR10_BATCHES, *pictures, *_CIFAR10_NPM_LABELS], scratch)
     if all(name in found for name in _CIFAR10_BATCHES):
         batches = [_python_batch(found[name]) for name in _CIFAR10_BATCHES]
     elif all(name in found for name in (*pictures, *_CIFAR10_NPM_LABELS)):
@@ -89,7 +92,7 @@ def read_cifar10(raw: Path, scratch: Path) -> Content:
         images = [_picture_batch(found[name]) for name in pictures]
         batches = list(zip(images, split, strict=True))
     else:
-        raise DamagedError("neither data_batch_1 … 5 and test_batch nor their .png in it")
+        raise DamagedError("data_batch_1 … 5 and test_batch are missing, as are their .png")
     arrays = [
         np.concatenate([images for images, _ in batches[:5]]),
         np.concatenate([labels for _, labels in batches[:5]]),
@@ -103,11 +106,12 @@ def read_cifar10(raw: Path, scratch: Path) -> Content:
 
 
 def _saver(array: np.ndarray) -> Callable[[IO[bytes]], object]:
+    """Return a function that writes an array to a file in npy format 1.0."""
     return lambda file: np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
 
 
 def _python_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """One official batch: `data` (10000, 3072) channel-first and `labels`."""
+    """Read an official batch: images (10000, 3, 32, 32) and labels (10000,), uint8."""
     try:
         batch = load_batch(path)
     except UnsafePickleError as error:
@@ -116,30 +120,31 @@ def _python_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     shape = getattr(images, "shape", None)
     if not isinstance(images, np.ndarray) or shape != (10000, 3072) or labels is None:
         raise DamagedError(f"{path.name} is not a batch of 10000 CIFAR-10 images")
-    return images.astype(np.uint8, copy=False).reshape(-1, 3, 32, 32), _bytes_of(labels, path)
+    return images.astype(np.uint8, copy=False).reshape(-1, 3, 32, 32), _labels(labels, path)
 
 
 def _picture_batch(path: Path) -> np.ndarray:
-    """One picture of the npm package: a row is an image, its 1024 pixels are RGB."""
+    """Read a picture of the npm package, whose rows are images, as (10000, 3, 32, 32)."""
     try:
         with Image.open(path) as picture:
             rows = np.asarray(picture)
     except (OSError, SyntaxError, ValueError) as error:
         raise DamagedError(f"{path.name} is damaged ({error})") from error
     if rows.shape != (10000, 1024, 3) or rows.dtype != np.uint8:
-        raise DamagedError(f"{path.name} is {rows.shape}, expected (10000, 1024, 3)")
+        raise DamagedError(f"{path.name} has shape {rows.shape}; expected (10000, 1024, 3)")
     return np.ascontiguousarray(rows.transpose(0, 2, 1)).reshape(-1, 3, 32, 32)
 
 
 def _json_labels(path: Path) -> np.ndarray:
+    """Read labels from a JSON list."""
     try:
-        return _bytes_of(json.loads(path.read_text()), path)
+        return _labels(json.loads(path.read_text()), path)
     except ValueError as error:
         raise DamagedError(f"{path.name} is damaged ({error})") from error
 
 
-def _bytes_of(labels: object, path: Path) -> np.ndarray:
-    """Labels 0 … 9 as uint8."""
+def _labels(labels: object, path: Path) -> np.ndarray:
+    """Convert labels 0 … 9 to uint8 (n,)."""
     values = np.asarray(labels)
     if values.ndim != 1 or values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 9:
         raise DamagedError(f"{path.name} does not hold labels 0 to 9")
@@ -147,17 +152,17 @@ def _bytes_of(labels: object, path: Path) -> np.ndarray:
 
 
 def read_inception(raw: Path, scratch: Path) -> Content:
-    """The Inception network for FID from any of its files, stored as safetensors.
+    """Read the Inception network for FID from any of its files; it is stored as safetensors.
 
-    The hash is over the 94 convolutions, see `eval.inception_weights.content_sha256`.
+    The hash covers the 94 convolutions, see `eval.inception_weights.content_sha256`.
 
     Raises:
-        DamagedError: no such file, or it is damaged, or holds another network.
+        DamagedError: the file is missing, damaged or of another network.
     """
     own = [raw.name] if raw.is_file() and raw.suffix in (".pt", ".pth", ".safetensors") else []
-    found = find(raw, [*_INCEPTION_RAW, *own], scratch)
+    found = find_files(raw, [*_INCEPTION_RAW, *own], scratch)
     if not found:
-        raise DamagedError("no " + " or ".join(_INCEPTION_RAW) + " in it")
+        raise DamagedError(" and ".join(_INCEPTION_RAW) + " are missing")
     path = next(iter(found.values()))
     try:
         state = read_weights(path)

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from eval.references import available
-from pipeline.assets.fetch import ASSETS, fetch
+from pipeline.assets.fetch import ASSETS, fetch_asset
 from pipeline.config.schema import Config
 from pipeline.data.latent_cache import encode
 from pipeline.errors import UserError
@@ -68,7 +68,7 @@ def run_demo(config: Config, folder: Path, accelerator: Accelerator, progress: P
     clock = _Clock(folder)
     needed = ["inception"] + ([config.data.name] if config.data.name in ASSETS else [])
     for name in needed:
-        clock.step(f"fetch {name}", partial(fetch, name))
+        clock.step(f"fetch {name}", partial(fetch_asset, name))
     cache = clock.step("encode", lambda: encode(config, accelerator, progress))
     print(f"  {len(cache)} latents of shape {tuple(cache.shape)}")
     outcome = clock.step(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.assets.fetch import content_sha256, fetch
+from pipeline.assets.fetch import asset_sha256, fetch_asset
 from pipeline.data.image_folder import load_folder
 from pipeline.data.image_set import ArrayPixels, ImageSet, fingerprint, join, limited
 from pipeline.data.imagenet32 import load_imagenet32
@@ -67,7 +67,7 @@ def _load_one(data: DataConfig, log: Callable[[str], object]) -> ImageSet:
 
 def _mnist(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageSet:
     """60 000 and 10 000 digits (1, 28, 28), mapped from the idx files."""
-    folder = fetch("mnist", log=log)
+    folder = fetch_asset("mnist", log=log)
     stem = "train" if split == "train" else "t10k"
     # Idx: a big-endian header of 16 bytes before images and of 8 before labels, then the bytes.
     labels = np.fromfile(folder / f"{stem}-labels-idx1-ubyte", np.uint8, offset=8)
@@ -79,7 +79,7 @@ def _mnist(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageS
 
 def _cifar10(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageSet:
     """50 000 and 10 000 pictures (3, 32, 32) of ten classes."""
-    folder = fetch("cifar10", log=log)
+    folder = fetch_asset("cifar10", log=log)
     images = np.load(folder / f"{split}_images.npy", mmap_mode="r")
     return _of_asset("cifar10", split, data.limit, images, np.load(folder / f"{split}_labels.npy"))
 
@@ -88,7 +88,7 @@ def _of_asset(
     name: str, split: str, limit: int | None, images: np.ndarray, labels: np.ndarray
 ) -> ImageSet:
     count, extra = limited(len(images), limit)
-    content = {"name": name, "split": split, "content": content_sha256(name)}
+    content = {"name": name, "split": split, "content": asset_sha256(name)}
     _, channels, height, width = images.shape
     return ImageSet(
         name=name,

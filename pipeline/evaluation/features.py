@@ -22,7 +22,7 @@ from eval.distances import frechet_distance
 from eval.gaussian import GaussianStats
 from eval.images import stats_of
 from eval.inception import EXTRACTOR, FidInception
-from pipeline.assets.fetch import content_sha256, fetch
+from pipeline.assets.fetch import asset_sha256, fetch_asset
 from pipeline.data.datasets import ImageSet
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
@@ -40,7 +40,7 @@ _ORDER = "order of evaluation"
 def load_inception(accelerator: Accelerator) -> FidInception:
     """The FID network, fetched when it is not at hand, on the accelerator's device."""
     log = say if accelerator.is_main_process else str
-    return FidInception.from_weights(fetch("inception", log=log)).to(accelerator.device)
+    return FidInception.from_weights(fetch_asset("inception", log=log)).to(accelerator.device)
 
 
 class FeatureMaker:
@@ -174,7 +174,7 @@ def statistics_of(features: StoreReader) -> GaussianStats:
 
 def extractor() -> dict[str, str]:
     """What features depend on besides the images, for the keys of stores."""
-    return {"extractor": EXTRACTOR, "weights": content_sha256("inception")[:16]}
+    return {"extractor": EXTRACTOR, "weights": asset_sha256("inception")[:16]}
 
 
 def chosen(images: ImageSet, n: int) -> npt.NDArray[np.int64]:

@@ -29,9 +29,9 @@ from tests.eval.conftest import pytorch_fid_network
 
 def digits(folder: Path, n: int) -> None:
     """Write n digits of MNIST's training split as PNG."""
-    from pipeline.assets.fetch import fetch
+    from pipeline.assets.fetch import fetch_asset
 
-    raw = (fetch("mnist") / "train-images-idx3-ubyte").read_bytes()
+    raw = (fetch_asset("mnist") / "train-images-idx3-ubyte").read_bytes()
     for i, image in enumerate(np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)[:n]):
         Image.fromarray(image).save(folder / f"{i:05d}.png")
 
@@ -43,9 +43,9 @@ def main() -> None:
     args = parser.parse_args()
     from pytorch_fid.fid_score import calculate_activation_statistics
 
-    from pipeline.assets.fetch import fetch
+    from pipeline.assets.fetch import fetch_asset
 
-    state = read_weights(fetch("inception"))
+    state = read_weights(fetch_asset("inception"))
     theirs, ours = pytorch_fid_network(state), FidInception(state)
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 8)
     seconds: dict[str, list[float]] = {"pytorch-fid": [], "jkoflow": []}

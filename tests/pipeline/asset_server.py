@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.assets.archives import find
+from pipeline.assets.archives import find_files
 from pipeline.assets.catalogue import Asset
 from pipeline.assets.download import DamagedError
-from pipeline.assets.mirrors import SourceError, UrlSource
+from pipeline.assets.mirrors import MirrorError, UrlMirror
 from pipeline.assets.readers import Content
 
 THING = np.random.default_rng(0).bytes(3_000_000)
@@ -75,38 +75,38 @@ def serving() -> Iterator[http.server.ThreadingHTTPServer]:
 
 
 def read_thing(raw: Path, scratch: Path) -> Content:
-    found = find(raw, ["thing.bin"], scratch)
+    found = find_files(raw, ["thing.bin"], scratch)
     if not found:
-        raise DamagedError("no thing.bin in it")
+        raise DamagedError("thing.bin is missing")
     data = found["thing.bin"].read_bytes()
     return Content(hashlib.sha256(data).hexdigest(), {"stored.bin": lambda f: f.write(data)})
 
 
-def thing(*sources: object) -> Asset:
+def thing(*mirrors: object) -> Asset:
     return Asset(
         name="thing",
         title="the thing",
         sha256=hashlib.sha256(THING).hexdigest(),
         stored=("stored.bin",),
         by_hand="thing.bin",
-        sources=sources,
+        mirrors=mirrors,
         read=read_thing,
     )
 
 
-def url(server: http.server.ThreadingHTTPServer, **options: float) -> UrlSource:
-    return UrlSource(server.base, ("thing.bin",), **options)
+def url(server: http.server.ThreadingHTTPServer, **options: float) -> UrlMirror:
+    return UrlMirror(server.base, ("thing.bin",), **options)
 
 
 class Recorder:
-    """A source that must not be needed, or that fails for a given reason."""
+    """A mirror that must not be needed, or that fails for a given reason."""
 
     def __init__(self, label: str, reason: str = "") -> None:
         self.label, self.reason, self.calls = label, reason, 0
 
-    def obtain(self, partial: Path, scratch: Path) -> Path:
+    def download_files(self, partial: Path, scratch: Path) -> Path:
         self.calls += 1
-        raise SourceError(self.reason)
+        raise MirrorError(self.reason)
 
 
 def check_whole(root: Path) -> None:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.assets.fetch import fetch_asset
-from pipeline.assets.mirrors import UrlSource
+from pipeline.assets.fetch import install_asset
+from pipeline.assets.mirrors import UrlMirror
 from pipeline.errors import JkoflowError
 from tests.pipeline.asset_server import HALF, THING, Recorder, check_whole, thing, url
 
 
 def test_a_download_that_breaks_off_goes_on_where_it_broke(tmp_path, server):
     server.plan = ["break off"]
-    assert fetch_asset(thing(url(server)), tmp_path) == tmp_path / "assets" / "thing"
+    assert install_asset(thing(url(server)), tmp_path) == tmp_path / "assets" / "thing"
     assert server.asked == [None, f"bytes={HALF}-"]
     check_whole(tmp_path)
 
@@ -22,9 +22,9 @@ def test_a_download_that_breaks_off_goes_on_where_it_broke(tmp_path, server):
 def test_a_later_try_goes_on_where_the_earlier_gave_up(tmp_path, server):
     server.plan = ["break off", "404"]
     with pytest.raises(JkoflowError, match="HTTP 404"):
-        fetch_asset(thing(url(server)), tmp_path)
+        install_asset(thing(url(server)), tmp_path)
     assert not (tmp_path / "assets" / "thing" / "manifest.json").exists()
-    fetch_asset(thing(url(server)), tmp_path)
+    install_asset(thing(url(server)), tmp_path)
     assert server.asked[2:] == [f"bytes={HALF}-"]
     check_whole(tmp_path)
 
@@ -32,23 +32,23 @@ def test_a_later_try_goes_on_where_the_earlier_gave_up(tmp_path, server):
 def test_a_file_that_changed_since_is_fetched_from_its_beginning(tmp_path, server):
     server.data, server.etag, server.plan = THING[::-1], '"zero"', ["break off", "404"]
     with pytest.raises(JkoflowError):
-        fetch_asset(thing(url(server)), tmp_path)
+        install_asset(thing(url(server)), tmp_path)
     server.data, server.etag = THING, '"one"'
-    fetch_asset(thing(url(server)), tmp_path)
+    install_asset(thing(url(server)), tmp_path)
     assert len(server.asked) == 3
     check_whole(tmp_path)
 
 
 def test_without_a_validator_nothing_is_resumed(tmp_path, server):
     server.etag, server.plan = None, ["break off"]
-    fetch_asset(thing(url(server)), tmp_path)
+    install_asset(thing(url(server)), tmp_path)
     assert server.asked == [None, None]
     check_whole(tmp_path)
 
 
 def test_a_server_without_ranges(tmp_path, server):
     server.plan = ["break off", "no ranges"]
-    fetch_asset(thing(url(server)), tmp_path)
+    install_asset(thing(url(server)), tmp_path)
     assert server.asked == [None, f"bytes={HALF}-"]
     check_whole(tmp_path)
 
@@ -57,42 +57,42 @@ def test_a_server_without_ranges(tmp_path, server):
 def test_a_part_that_was_spoilt_meanwhile_costs_a_fresh_download(tmp_path, server, harm):
     server.plan = ["break off", "404"]
     with pytest.raises(JkoflowError):
-        fetch_asset(thing(url(server)), tmp_path)
+        install_asset(thing(url(server)), tmp_path)
     (part,) = tmp_path.glob("assets/thing/.partial/*/thing.bin.part")
     data = part.read_bytes()
     assert data == THING[:HALF]
     part.write_bytes(b"x" + data[1:] if harm == "flipped" else THING + b"more")
-    fetch_asset(thing(url(server)), tmp_path)
+    install_asset(thing(url(server)), tmp_path)
     assert server.asked[-1] is None
     check_whole(tmp_path)
 
 
-def test_a_host_that_never_answers_gives_way_to_the_next_source(tmp_path, server):
+def test_a_host_that_never_answers_gives_way_to_the_next_mirror(tmp_path, server):
     said: list[str] = []
-    blocked = UrlSource(server.base + "blocked/", ("thing.bin",), answer_seconds=0.2)
+    blocked = UrlMirror(server.base + "blocked/", ("thing.bin",), answer_seconds=0.2)
     server.plan = ["silent"]
-    fetch_asset(thing(blocked, url(server)), tmp_path, log=said.append)
+    install_asset(thing(blocked, url(server)), tmp_path, log=said.append)
     assert f"the thing: not from {blocked.label}: no answer within 0.2 s" in said
     assert f"the thing: fetched from {server.base}thing.bin, stored in" in said[-1]
     assert len(server.asked) == 2, "a blocked host is not asked twice"
     check_whole(tmp_path)
 
 
-def test_a_source_with_other_content_gives_way_to_the_next(tmp_path, server):
+def test_a_mirror_with_other_content_gives_way_to_the_next(tmp_path, server):
     (tmp_path / "impostor").mkdir()
     (tmp_path / "impostor" / "thing.bin").write_bytes(THING[:-1] + b"?")
 
     class Impostor(Recorder):
-        def obtain(self, partial: Path, scratch: Path) -> Path:
+        def download_files(self, partial: Path, scratch: Path) -> Path:
             return tmp_path / "impostor"
 
     said: list[str] = []
-    fetch_asset(thing(Impostor("impostor"), url(server)), tmp_path, log=said.append)
+    install_asset(thing(Impostor("impostor"), url(server)), tmp_path, log=said.append)
     assert "the thing: not from impostor: its content is not the thing" in said
     check_whole(tmp_path)
 
 
 def test_nothing_listens_there(tmp_path):
-    source = UrlSource("http://127.0.0.1:9/", ("thing.bin",))
+    mirror = UrlMirror("http://127.0.0.1:9/", ("thing.bin",))
     with pytest.raises(JkoflowError, match="Connection refused"):
-        fetch_asset(thing(source), tmp_path)
+        install_asset(thing(mirror), tmp_path)

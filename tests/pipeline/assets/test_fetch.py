@@ -14,28 +14,28 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.assets.fetch import fetch, fetch_asset
+from pipeline.assets.fetch import fetch_asset, install_asset
 from pipeline.errors import JkoflowError, UserError
 from pipeline.storage.paths import data_root
 from tests.pipeline.asset_server import HALF, THING, Recorder, check_whole, thing, url, wait_until
 
 
-def test_total_failure_names_every_source_and_what_to_do(tmp_path, server):
+def test_total_failure_names_every_mirror_and_what_to_do(tmp_path, server):
     server.plan = ["404"]
-    sources = (url(server), Recorder("npm package a@1", "npm is not on this machine"))
+    mirrors = (url(server), Recorder("npm package a@1", "npm is not installed"))
     with pytest.raises(JkoflowError) as caught:
-        fetch_asset(thing(*sources), tmp_path)
+        install_asset(thing(*mirrors), tmp_path)
     by_hand = tmp_path / "assets" / "thing" / "by-hand"
     assert str(caught.value) == (
-        f"could not get the thing from any source: {by_hand} (nothing there); "
-        f"{server.base}thing.bin (HTTP 404 Not Found); npm package a@1 (npm is not on this "
-        f"machine); put thing.bin into {by_hand} and try again"
+        f"the thing could not be fetched from any mirror: {by_hand} (nothing there); "
+        f"{server.base}thing.bin (HTTP 404 Not Found); npm package a@1 (npm is not "
+        f"installed); put thing.bin into {by_hand} and try again"
     )
     assert not isinstance(caught.value, UserError)  # nothing the caller did
     by_hand.mkdir()
     (by_hand / "thing.bin").write_bytes(THING)
-    fetch_asset(thing(*sources), tmp_path)
-    assert sources[1].calls == 1
+    install_asset(thing(*mirrors), tmp_path)
+    assert mirrors[1].calls == 1
     check_whole(tmp_path)
 
 
@@ -53,42 +53,42 @@ def test_a_local_path_in_any_form(tmp_path, form):
         )
         local = Path(archive).parent if form == "folder of tgz" else Path(archive)
     unused = Recorder("unused")
-    fetch_asset(thing(unused), tmp_path / "root", local=local)
+    install_asset(thing(unused), tmp_path / "root", local=local)
     assert unused.calls == 0
     check_whole(tmp_path / "root")
 
 
 def test_a_wrong_local_path_is_the_callers_mistake(tmp_path):
     unused = Recorder("unused")
-    with pytest.raises(UserError, match="no .*absent"):
-        fetch_asset(thing(unused), tmp_path, local=tmp_path / "absent")
+    with pytest.raises(UserError, match="absent does not exist"):
+        install_asset(thing(unused), tmp_path, local=tmp_path / "absent")
     (tmp_path / "thing.bin").write_bytes(b"something else")
     with pytest.raises(UserError, match=r"thing.bin is not the thing: .*content"):
-        fetch_asset(thing(unused), tmp_path, local=tmp_path / "thing.bin")
+        install_asset(thing(unused), tmp_path, local=tmp_path / "thing.bin")
     (tmp_path / "broken.tgz").write_bytes(gzip.compress(THING)[:1000])
     with pytest.raises(UserError, match="broken.tgz is damaged"):
-        fetch_asset(thing(unused), tmp_path, local=tmp_path / "broken.tgz")
+        install_asset(thing(unused), tmp_path, local=tmp_path / "broken.tgz")
     assert unused.calls == 0
 
 
 def test_unknown_asset():
-    with pytest.raises(UserError, match="'svhn'; choose one of mnist, cifar10, inception"):
-        fetch("svhn")
+    with pytest.raises(UserError, match="'svhn' is unknown; choose one of mnist, cifar10, inception"):
+        fetch_asset("svhn")
 
 
 # The cache
 
 
-def test_cached_it_needs_no_source_and_says_nothing(tmp_path, server):
-    fetch_asset(thing(url(server)), tmp_path)
+def test_cached_it_needs_no_mirror_and_says_nothing(tmp_path, server):
+    install_asset(thing(url(server)), tmp_path)
     never, said = Recorder("never"), []
-    fetch_asset(thing(never), tmp_path, log=said.append)
+    install_asset(thing(never), tmp_path, log=said.append)
     assert (never.calls, said) == (0, [])
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "missing", "manifest", "other edition"])
 def test_a_damaged_cache_is_found_and_fetched_again(tmp_path, server, harm):
-    fetch_asset(thing(url(server)), tmp_path)
+    install_asset(thing(url(server)), tmp_path)
     folder = tmp_path / "assets" / "thing"
     stored, manifest = folder / "stored.bin", folder / "manifest.json"
     if harm == "truncated":
@@ -105,8 +105,8 @@ def test_a_damaged_cache_is_found_and_fetched_again(tmp_path, server, harm):
         text = manifest.read_text().replace(hashlib.sha256(THING).hexdigest(), "0" * 64, 1)
         manifest.write_text(text)
     said: list[str] = []
-    fetch_asset(thing(url(server)), tmp_path, log=said.append)
-    assert "cannot be used, fetching it again" in said[0]
+    install_asset(thing(url(server)), tmp_path, log=said.append)
+    assert "cannot be used and are fetched again" in said[0]
     assert len(server.asked) == 2
     check_whole(tmp_path)
 
@@ -121,17 +121,17 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_asset(tmp_path, server, monke
         target = "pipeline.assets.download._copy" if when == "downloading" else "os.fsync"
         patched.setattr(target, refuse)
         with pytest.raises(JkoflowError, match="No space left on device.*free some space"):
-            fetch_asset(thing(url(server), never), tmp_path)
-    assert never.calls == 0, "another source would not help"
+            install_asset(thing(url(server), never), tmp_path)
+    assert never.calls == 0, "another mirror would not help"
     assert not (tmp_path / "assets" / "thing" / "manifest.json").exists()
-    fetch_asset(thing(url(server)), tmp_path)
+    install_asset(thing(url(server)), tmp_path)
     check_whole(tmp_path)
 
 
 def test_a_root_that_is_a_file(tmp_path):
     (tmp_path / "root").write_bytes(b"")
-    with pytest.raises(JkoflowError, match="set JKOFLOW_HOME to another place"):
-        fetch_asset(thing(Recorder("a")), tmp_path / "root")
+    with pytest.raises(JkoflowError, match="set JKOFLOW_HOME to another folder"):
+        install_asset(thing(Recorder("a")), tmp_path / "root")
 
 
 def test_the_data_root(monkeypatch, tmp_path):
@@ -149,10 +149,10 @@ import sys
 sys.path.insert(0, {repository!r})
 from pathlib import Path
 from tests.pipeline.asset_server import thing
-from pipeline.assets.fetch import fetch_asset
-from pipeline.assets.mirrors import UrlSource
+from pipeline.assets.fetch import install_asset
+from pipeline.assets.mirrors import UrlMirror
 print("ready", flush=True)
-fetch_asset(thing(UrlSource({base!r}, ("thing.bin",))), Path({root!r}))
+install_asset(thing(UrlMirror({base!r}, ("thing.bin",))), Path({root!r}))
 """
 
 
@@ -186,6 +186,6 @@ def test_killed_while_downloading_the_next_process_goes_on(tmp_path, server):
     child.communicate()
     (part,) = tmp_path.rglob("*.part")
     got = part.stat().st_size
-    fetch_asset(thing(url(server)), tmp_path)
+    install_asset(thing(url(server)), tmp_path)
     assert server.asked == [None, f"bytes={got}-"]
     check_whole(tmp_path)

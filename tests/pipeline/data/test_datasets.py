@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from torchvision import datasets as theirs
 
-from pipeline.assets.fetch import fetch
+from pipeline.assets.fetch import fetch_asset
 from pipeline.config.schema import DataConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ArrayPixels, ImageSet
@@ -48,7 +48,7 @@ def test_mnist_train_is_what_everybody_knows(mnist):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_mnist_is_what_torchvision_reads(tmp_path, split):
     (tmp_path / "MNIST").mkdir()
-    (tmp_path / "MNIST" / "raw").symlink_to(fetch("mnist"))
+    (tmp_path / "MNIST" / "raw").symlink_to(fetch_asset("mnist"))
     reference = theirs.MNIST(str(tmp_path), train=split == "train")
     ours = load_images(DataConfig(name="mnist", split=split))
     assert np.array_equal(ours.read(0, len(ours))[:, 0], reference.data.numpy())
@@ -133,7 +133,7 @@ def test_bad_settings_are_the_callers_mistake(settings: dict[str, Any], sentence
 
 def test_a_damaged_store_is_not_read(tmp_path, monkeypatch):
     """The digits come from what was verified, not from what lies there."""
-    stored = fetch("mnist")
+    stored = fetch_asset("mnist")
     by_hand = tmp_path / "assets" / "mnist" / "by-hand"
     by_hand.parent.mkdir(parents=True)
     by_hand.symlink_to(stored)

@@ -20,7 +20,7 @@ from eval.inception import EXTRACTOR
 from flows.autoguidance import guided
 from flows.likelihood import log_prob
 from flows.networks.condition import Condition
-from pipeline.assets.fetch import content_sha256
+from pipeline.assets.fetch import asset_sha256
 from pipeline.config.schema import DataConfig
 from pipeline.data.datasets import load_images
 from pipeline.evaluation.evaluator import inputs_of
@@ -322,5 +322,5 @@ def test_a_run_without_classes_is_described_as_before(trained: World) -> None:
     generate |= {"columns": run.config.generate.columns, "method": None, "steps": None}
     parts = {"run": run.fingerprint, "evaluate": dataclasses.asdict(settings)}
     parts |= {"generate": generate, "data": run.manifest["data"]}
-    network = {"extractor": EXTRACTOR, "weights": content_sha256("inception")[:16]}
+    network = {"extractor": EXTRACTOR, "weights": asset_sha256("inception")[:16]}
     assert inputs_of(run, settings, run.config.generate) == content_key({**parts, **network})
