@@ -1,1 +1,1 @@
-"""Joins flows, autoencoders and eval: configuration, data, caches, training, command line."""
+"""Training, sampling and evaluation of flows on the latents of an autoencoder."""

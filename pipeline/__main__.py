@@ -1,4 +1,8 @@
-"""`python -m pipeline`, and so `torchrun -m pipeline …` and `accelerate launch -m pipeline …`."""
+"""Entry point of `python -m pipeline`, `torchrun -m pipeline` and `accelerate launch -m pipeline`.
+
+Python puts the working directory first on its path here, so that a folder `pipeline/` in it
+hides this package. The script `jkoflow` has no such risk.
+"""
 
 import logging
 import os
@@ -9,10 +13,11 @@ from pipeline.cli.main import main
 
 
 def leave(code: int) -> NoReturn:
-    """End this process; one of several without taking the interpreter down.
+    """End this process with an exit code.
 
-    There PyTorch's own threads now and then abort a process ("terminate called without an active
-    exception") when all of our work is done and written, and the launcher calls that a failure.
+    One of several processes ends without the interpreter's shutdown. Threads of PyTorch sometimes
+    abort that shutdown ("terminate called without an active exception"), and the launcher then
+    reports a failure although all results are written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(code)

@@ -1,18 +1,18 @@
-"""The two kinds of failure that the command line reports."""
+"""Errors that the command line reports in one sentence."""
 
 from __future__ import annotations
 
 
 class JkoflowError(Exception):
-    """Something went wrong that the caller could not have prevented; exit code 1."""
+    """Failure that the caller could not have prevented; exit code 1."""
 
     exit_code = 1
 
 
 class UserError(JkoflowError):
-    """The caller's mistake (a config, a path, an argument); exit code 2.
+    """Mistake of the caller in a configuration, a path or an argument; exit code 2.
 
-    The message is one plain sentence: what was expected, what was found, what to do.
+    The message is one plain sentence: "X is Y; expected Z; do W".
     """
 
     exit_code = 2

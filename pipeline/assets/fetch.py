@@ -145,7 +145,7 @@ def _try_mirrors(asset: Asset, folder: Path, local: Path | None, log: Log) -> No
         mirrors = [LocalMirror(local)]
     for stale in folder.glob(".scratch-*"):
         shutil.rmtree(stale, ignore_errors=True)
-    atomic.sweep(folder)
+    atomic.remove_temporaries(folder)
     reasons = []
     for mirror in mirrors:
         # A folder `by-hand` that does not exist is mentioned only if all mirrors fail.

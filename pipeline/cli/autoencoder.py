@@ -36,10 +36,11 @@ def train(
     """Train a small VQ or KL autoencoder (sections architecture and autoencoder_training)."""
     from pipeline.autoencoder_training.train import train as train_autoencoder
     from pipeline.cli.session import load, make_accelerator
-    from pipeline.runtime.console import bar
+    from pipeline.runtime.console import progress_bar
 
     settings, accelerator = load(config, overrides), make_accelerator()
-    path = train_autoencoder(settings, _folder(out, settings.name), accelerator, bar, resume)
+    folder = _folder(out, settings.name)
+    path = train_autoencoder(settings, folder, accelerator, progress_bar, resume)
     if accelerator.is_main_process:
         print(path)
 
@@ -61,11 +62,11 @@ def evaluate(
     """Measure an autoencoder: rFID, PSNR, SSIM, codebook use, and a before/after picture."""
     from pipeline.autoencoder_training.evaluate import evaluate as evaluate_autoencoder
     from pipeline.cli.session import load, make_accelerator
-    from pipeline.runtime.console import bar
+    from pipeline.runtime.console import progress_bar
 
     settings, accelerator = load(config, overrides), make_accelerator()
     folder = _folder(out, settings.name)
-    path = evaluate_autoencoder(settings, n, folder, accelerator, bar, originals)
+    path = evaluate_autoencoder(settings, n, folder, accelerator, progress_bar, originals)
     if accelerator.is_main_process:
         print(path)
 

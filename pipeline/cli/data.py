@@ -9,7 +9,7 @@ import typer
 
 from pipeline.cli.options import ConfigOption, SetOption
 from pipeline.cli.session import load, make_accelerator
-from pipeline.runtime.console import bar, say
+from pipeline.runtime.console import progress_bar, say
 
 
 def fetch(
@@ -30,7 +30,7 @@ def encode(config: ConfigOption, overrides: SetOption = None) -> None:
     from pipeline.data import latent_cache as latents
 
     accelerator = make_accelerator()
-    cache = latents.encode(load(config, overrides), accelerator, bar)
+    cache = latents.encode(load(config, overrides), accelerator, progress_bar)
     if accelerator.is_main_process:
         say(f"{len(cache)} latents of shape {tuple(cache.shape)}")
         print(cache.reader.folder)

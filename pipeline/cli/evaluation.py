@@ -22,7 +22,7 @@ from pipeline.cli.options import (
 from pipeline.cli.sampling import _one_budget
 from pipeline.cli.session import load, make_accelerator, override, replace
 from pipeline.errors import UserError
-from pipeline.runtime.console import Meter, bar, say
+from pipeline.runtime.console import ImageCounter, progress_bar, say
 
 
 def likelihood(
@@ -53,13 +53,13 @@ def likelihood(
     """Rank images by likelihood: the most typical and the most odd (likelihood.json, a grid)."""
     from pipeline.evaluation import likelihood as ranking
     from pipeline.runs.run import open_run
-    from pipeline.runtime.console import bar, say
+    from pipeline.runtime.console import progress_bar, say
 
     opened = open_run(run, blocks, images=True)
     opened = replace(opened, config=override(opened.config, overrides, ("data.path",)))
     settings = ranking.LikelihoodSettings(n, split, folder, divergence, probes, columns)
     accelerator = make_accelerator()
-    result = ranking.rank(opened, settings, accelerator, bar)
+    result = ranking.rank(opened, settings, accelerator, progress_bar)
     if not accelerator.is_main_process:
         return
     say(ranking.headline(result))
@@ -78,8 +78,8 @@ def fid(
 
     say(f"shipped references: {', '.join(available()) or 'none'}")
     accelerator = make_accelerator()
-    with Meter() as meter:
-        value = fid_between(a, b, accelerator, meter.of)
+    with ImageCounter() as counter:
+        value = fid_between(a, b, accelerator, counter.callback)
     if accelerator.is_main_process:
         print(repr(value))
 
@@ -98,7 +98,7 @@ def reference(
 
     settings = load(config, overrides)
     accelerator = make_accelerator()
-    make_reference(settings, out, test or [], accelerator, bar)
+    make_reference(settings, out, test or [], accelerator, progress_bar)
     if accelerator.is_main_process:
         print(out)
 
@@ -165,7 +165,7 @@ def evaluate(
         _one_budget(steps)
         solved = within(opened, solved, nfe)
     accelerator = make_accelerator()
-    evaluator = evaluation.Evaluator(accelerator, bar)
+    evaluator = evaluation.Evaluator(accelerator, progress_bar)
     if nfe_study is not None and curve:
         raise UserError("--nfe-study and --curve are two measurements; ask for one at a time")
     if nfe_study is not None:

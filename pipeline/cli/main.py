@@ -13,7 +13,7 @@ import typer
 from pipeline.cli import autoencoder, data, evaluation, publishing, sampling, toy2d, training
 from pipeline.cli.options import ConfigOption, SetOption
 from pipeline.cli.session import INTERRUPTED, explain, fail, load, make_accelerator
-from pipeline.runtime.console import bar
+from pipeline.runtime.console import progress_bar
 
 app = typer.Typer(
     name="jkoflow",
@@ -63,7 +63,7 @@ def demo(
     """The main job on MNIST, start to finish: latents, flow, grid, FID. Repeats nothing."""
     from pipeline.cli.demo import run_demo
 
-    run_demo(load(config, overrides), run, make_accelerator(), bar)
+    run_demo(load(config, overrides), run, make_accelerator(), progress_bar)
 
 
 VERBS = (  # in the order of --help

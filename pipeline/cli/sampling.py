@@ -20,7 +20,7 @@ from pipeline.cli.options import (
 )
 from pipeline.cli.session import make_accelerator, override, replace
 from pipeline.errors import UserError
-from pipeline.runtime.console import bar, say
+from pipeline.runtime.console import progress_bar, say
 
 
 def generate(
@@ -74,7 +74,7 @@ def generate(
         settings = within(opened, settings, nfe)
     require_outputs(opened, settings.n, images, npz)
     accelerator = make_accelerator()
-    made = sampling.sample_images(opened, settings, accelerator, bar)
+    made = sampling.sample_images(opened, settings, accelerator, progress_bar)
     if not accelerator.is_main_process:
         return
     path = out or opened.folder / "samples" / "grid.png"

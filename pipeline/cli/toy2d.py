@@ -38,7 +38,7 @@ def toy2d(
     from pipeline.cli.session import make_accelerator
     from pipeline.errors import UserError
     from pipeline.runs.directory import read_config
-    from pipeline.runtime.console import bar, say
+    from pipeline.runtime.console import progress_bar, say
     from pipeline.toy2d.experiment import headline, run_experiment
 
     if config is not None:
@@ -51,7 +51,7 @@ def toy2d(
         settings = read_config(run)
     folder = run if run is not None else Path("runs") / f"{FOLDER}-{settings.name}"
     accelerator = make_accelerator()
-    metrics = run_experiment(settings, folder, accelerator, bar, resume)
+    metrics = run_experiment(settings, folder, accelerator, progress_bar, resume)
     if metrics is None:
         say("stopped in time; continue with --resume")
     else:

@@ -10,7 +10,7 @@ import typer
 from pipeline.cli.options import SetOption
 from pipeline.cli.session import load, make_accelerator, override, with_section
 from pipeline.errors import UserError
-from pipeline.runtime.console import bar, say
+from pipeline.runtime.console import progress_bar, say
 
 
 def distill(
@@ -59,7 +59,9 @@ def distill(
     config = merging.student_config(teacher, settings, overrides or [], max_minutes)
     accelerator = make_accelerator()
     source = None if "autoencoder" in teacher.manifest else PointSource(config)
-    outcome = merging.distill(teacher, out, config, pairs, accelerator, bar, resume, source)
+    outcome = merging.distill(
+        teacher, out, config, pairs, accelerator, progress_bar, resume, source
+    )
     if accelerator.is_main_process:
         if outcome.complete:
             say(merging.headline(read_manifest(out)))
@@ -150,7 +152,8 @@ def train(
     folder = run if run is not None else Path("runs") / settings.name
     accelerator = make_accelerator()
     outcome = training_train.train(
-        settings, folder, accelerator, bar, resume, add_blocks=add_blocks, from_block=from_block
+        settings, folder, accelerator, progress_bar, resume,
+        add_blocks=add_blocks, from_block=from_block,
     )
     if accelerator.is_main_process:
         state = "finished" if outcome.complete else "stopped in time; continue with --resume"

@@ -220,7 +220,7 @@ def in_any_order(images: ImageSet, accelerator: Accelerator, progress: Progress)
 
     with errors_on_all_ranks(accelerator):
         if accelerator.is_main_process and not path.is_file():
-            atomic.sweep(path.parent)
+            atomic.remove_temporaries(path.parent)
             atomic.write_with(path, fill)
     accelerator.wait_for_everyone()
     array = ArrayPixels(np.load(path, mmap_mode="r"), images.labels)

@@ -234,7 +234,7 @@ def _begun(place: Path, images: StoreReader) -> list[tuple[StoreReader, int]]:
     for other, same in begun(place, images.manifest["identity"]):
         with contextlib.suppress(UserError):  # none, or damaged
             folder, identity = _features_of(place, other)
-            found.append((open_store(folder, "features", identity), same))
+            found.append((open_store(folder, "feature store", identity), same))
     return found
 
 

@@ -139,7 +139,7 @@ class FeatureMaker:
         Those of stores in `begun` that are the same, so many from the first on, are not made anew.
         """
         if (folder / "manifest.json").is_file():
-            return open_store(folder, "features", identity)
+            return open_store(folder, "feature store", identity)
         writer = StoreWriter(folder, identity, count, SHARD)
         with errors_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
@@ -156,7 +156,7 @@ class FeatureMaker:
         if self.accelerator.is_main_process:
             writer.finish()
         self.accelerator.wait_for_everyone()
-        return open_store(folder, "features", identity)
+        return open_store(folder, "feature store", identity)
 
 
 def fid_of(features: StoreReader, reference: GaussianStats) -> float:

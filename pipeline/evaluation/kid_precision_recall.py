@@ -64,7 +64,7 @@ def at_hand(data: DataConfig, extractor: dict[str, str]) -> tuple[ImageSet, Stor
         for count, folder in sorted(found, reverse=True):
             if count >= LEAST:
                 try:
-                    return images, open_store(folder, "features")
+                    return images, open_store(folder, "feature store")
                 except UserError:  # damaged; they are not needed
                     continue
     return None

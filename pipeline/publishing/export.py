@@ -1,6 +1,6 @@
 """A finished run → a small folder that generates the same images: what is shipped of a run.
 
-Kept are flow.json with the pass that is used, config.yaml, the blocks in a compact type, an
+Kept are flow.json with the pass that is used, config.yaml, the blocks in a quantise type, an
 autoencoder of one's own, metrics.json, the grid of images, guide and refiner, and a card. Stages,
 checkpoints, logs and other samples stay behind. The folder is a run directory like any other.
 """
@@ -32,7 +32,7 @@ from pipeline.runtime.rng import generator
 from pipeline.sampling.sampling_plan import way_of
 from pipeline.sampling.solvers import solvers_of
 from pipeline.storage import atomic
-from pipeline.storage.compact_weights import DTYPES, compact
+from pipeline.storage.compact_weights import DTYPES, quantise
 
 AUTOENCODER = "autoencoder.safetensors"
 GUIDE = "guide"
@@ -71,7 +71,7 @@ def export(
     Args:
         run: a finished run, all its blocks in use.
         out: an empty or absent folder.
-        dtype: of the stored weights, one of `compact.DTYPES`.
+        dtype: of the stored weights, one of `quantise.DTYPES`.
         autoencoder: weights of another one with the same encoder, which decodes from now on;
             numbers and pictures of the old one stay behind.
 
@@ -82,7 +82,7 @@ def export(
     if dtype not in DTYPES:
         raise UserError(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if out.is_dir():
-        atomic.sweep_tree(out)  # what a killed process left
+        atomic.remove_temporaries_below(out)  # what a killed process left
     if out.exists() and not (out.is_dir() and _unfinished(out)):
         raise UserError(f"{out} is there and not empty; choose another place with --out")
     way = way_of(run, run.config.generate)
@@ -150,7 +150,7 @@ def _write(
     _clear(out)
     for index, (row, block) in enumerate(zip(run.manifest["blocks"], run.flow, strict=True)):
         name = block_file(index)
-        tensors = compact(block.state_dict(), dtype)
+        tensors = quantise(block.state_dict(), dtype)
         rows.append({**row, "file": name, "sha256": atomic.write_tensors(out / name, tensors)})
     manifest = _manifest(run, rows, dtype, out)
     generate = run.config.generate

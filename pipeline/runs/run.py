@@ -35,7 +35,7 @@ from pipeline.runs.manifest import fingerprint_of, origins_of, read_manifest, se
 from pipeline.runs.passes import Row
 from pipeline.runs.zoo import locate
 from pipeline.storage import atomic
-from pipeline.storage.compact_weights import restored
+from pipeline.storage.compact_weights import dequantise
 
 
 def load_block(folder: Path, row: Row, shape: Sequence[int]) -> tuple[BlockSpec, Block]:
@@ -49,7 +49,7 @@ def load_block(folder: Path, row: Row, shape: Sequence[int]) -> tuple[BlockSpec,
         raise UserError(
             f"the run at {folder} lacks {row['file']}; bring the file back, or train the run again"
         )
-    tensors = restored(atomic.read_tensors(path, row["sha256"]))
+    tensors = dequantise(atomic.read_tensors(path, row["sha256"]))
     spec = BlockSpec.from_dict(row["spec"])
     block = build_block(spec, tuple(shape))
     try:

@@ -1,1 +1,1 @@
-"""This process and its siblings: collectives, random generators, the terminal, resources."""
+"""Collectives, random generators, the terminal and system resources of a process."""

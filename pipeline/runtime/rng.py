@@ -1,7 +1,7 @@
-"""Everything random derives from (seed, stage, step): nothing from a saved generator's state.
+"""Random generators that are pure functions of (seed, stage, step).
 
-So a run that was killed and resumed, or that runs on another number of processes, draws the
-same batches, the same noise and the same probes as one that was never stopped.
+No generator state is saved. A resumed run, or a run on another number of processes, therefore
+samples the same batches, noise and probes as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from pipeline.errors import UserError
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator whose stream is a pure function of its parts."""
+    """Return a CPU generator that is a pure function of its parts."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 class Batches:
-    """Batches of sample indices: every epoch is a fresh permutation, all of it used.
+    """Batches of sample indices; every epoch is a new permutation of all samples.
 
     Args:
-        count: samples.
-        size: samples a batch.
-        parts: what the order derives from, such as a seed and a stage.
+        count: number of samples.
+        size: samples per batch.
+        parts: parts of the generator's key, such as a seed and a stage.
     """
 
     def __init__(self, count: int, size: int, *parts: int | str) -> None:
@@ -34,32 +34,34 @@ class Batches:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def indices(self, step: int, rank: int = 0, ranks: int = 1) -> Tensor:
-        """This rank's share of the batch of a step, int64 (size / ranks,), rounded up or down.
+        """Return the indices of this rank in the batch of a step, int64 (size / ranks,).
+
+        The length is rounded up or down, so that the ranks together have `size` indices.
 
         Raises:
-            UserError: there are more processes than samples in a batch.
+            UserError: there are more ranks than samples in a batch.
         """
-        self.require_a_sample_each(ranks)
-        position, wanted, chosen = step * self.size, self.size, []
-        while wanted:
+        self.require_samples_for_all(ranks)
+        position, remaining, chosen = step * self.size, self.size, []
+        while remaining:
             epoch, offset = divmod(position, self.count)
             if epoch != self._epoch:
                 self._epoch = epoch
-                drawn = generator(*self.parts, "order", epoch)
-                self._order = torch.randperm(self.count, generator=drawn)
-            part = self._order[offset : offset + wanted]
+                epoch_generator = generator(*self.parts, "order", epoch)
+                self._order = torch.randperm(self.count, generator=epoch_generator)
+            part = self._order[offset : offset + remaining]
             chosen.append(part)
-            position, wanted = position + len(part), wanted - len(part)
+            position, remaining = position + len(part), remaining - len(part)
         return torch.cat(chosen)[rank::ranks]
 
-    def require_a_sample_each(self, ranks: int) -> None:
-        """Refuse a batch that leaves a process without a sample, whose mean over none is NaN.
+    def require_samples_for_all(self, ranks: int) -> None:
+        """Check that every rank gets a sample of a batch; a mean over no sample is NaN.
 
         Raises:
-            UserError: there are more processes than samples in a batch.
+            UserError: there are more ranks than samples in a batch.
         """
         if ranks > self.size:
             raise UserError(
-                f"a batch of {self.size} leaves some of {ranks} processes without a sample; "
-                "raise batch_size, or launch fewer processes"
+                f"batch_size is {self.size}; expected at least the number of processes ({ranks}); "
+                "raise it, or launch fewer processes"
             )

@@ -24,7 +24,7 @@ from pipeline.runs.run import Run
 from pipeline.runtime.console import Progress
 from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.runtime.rng import generator
-from pipeline.runtime.system import require_room
+from pipeline.runtime.system import require_disk_space
 from pipeline.sampling.sampling_plan import Way, way_of
 from pipeline.sampling.solvers import described, solvers_of
 from pipeline.storage.shards import (
@@ -74,10 +74,10 @@ def sample_images(
     }
     folder = run.folder / "samples" / f"images-{content_key(identity)}"
     if (folder / "manifest.json").is_file():
-        return open_store(folder, "generated images", identity)
+        return open_store(folder, "image store", identity)
     size = settings.n * math.prod(run.manifest["autoencoder"]["image_shape"])
     there = sum(path.stat().st_size for path in folder.glob("shard-*"))  # of an interrupted one
-    require_room(folder, size - there, f"{settings.n} images")
+    require_disk_space(folder, size - there, f"{settings.n} images")
     # a shard is two batches or so: an interruption loses little, and shards stay few
     size = settings.batch_size * max(1, _KEEP_SMALLER_THAN // settings.batch_size)
     writer = StoreWriter(folder, identity, settings.n, size)
@@ -105,7 +105,7 @@ def sample_images(
         nfe = sample_nfe(way, solvers)
         writer.finish(lambda _: {"nfe": nfe})
     accelerator.wait_for_everyone()
-    return open_store(folder, "generated images", identity)
+    return open_store(folder, "image store", identity)
 
 
 def begun(folder: Path, identity: dict[str, Any]) -> list[tuple[StoreReader, int]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from eval.pictures import image_grid, save_png
 from pipeline.errors import UserError
 from pipeline.runs.run import Run
-from pipeline.runtime.system import require_room
+from pipeline.runtime.system import require_disk_space
 from pipeline.storage import atomic
 from pipeline.storage.shards import StoreReader
 
@@ -73,9 +73,9 @@ def require_outputs(run: Run, n: int, folder: Path | None, npz: Path | None) -> 
     size = math.prod(run.manifest["autoencoder"]["image_shape"])
     if folder is not None:
         there = _own_files(folder, n)
-        require_room(folder, (n - there) * max(size, _DISK_BLOCK), f"{n} pictures")
+        require_disk_space(folder, (n - there) * max(size, _DISK_BLOCK), f"{n} pictures")
     if npz is not None:
-        require_room(npz.parent, n * size, f"{n} images in one archive")
+        require_disk_space(npz.parent, n * size, f"{n} images in one archive")
 
 
 def write_npz(images: StoreReader, path: Path) -> None:
@@ -118,7 +118,7 @@ def _own_files(folder: Path, n: int) -> int:
     """How many of n pictures are there; refuses a folder that holds anything else."""
     if not folder.is_dir():
         return 0
-    atomic.sweep(folder)  # what a killed process left
+    atomic.remove_temporaries(folder)  # what a killed process left
     there = [path.name for path in folder.iterdir()]
     for name in there:
         stem = name.removesuffix(".png")

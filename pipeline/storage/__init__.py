@@ -1,1 +1,1 @@
-"""Bytes on disk: atomic writes, sharded arrays, checkpoints, training logs."""
+"""Atomic writes, sharded arrays, checkpoints and training logs."""

@@ -1,9 +1,9 @@
-"""One commit protocol for every file that is later trusted.
+"""Atomic writes of files, and reads that verify their sha256.
 
-A file is written under a unique temporary name in its own folder, flushed to the disk, and
-only then renamed to its final name: whoever finds the final name finds the whole file. The
-sha256 of what was written is returned, to be stored in a manifest and checked when read.
-Folders (runs, caches) are whole when their manifest is: the manifest is committed last.
+A file is written under a unique temporary name in its own folder, flushed to the disk and then
+renamed, so that a file under its final name is complete. Every write returns the sha256 of the
+content, which a manifest stores and a read checks. A folder (run, cache) is complete when its
+manifest exists: the manifest is written last.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 class _HashingFile(io.RawIOBase):
-    """A write-only binary stream that hashes what passes through it."""
+    """Write-only binary stream that hashes its content."""
 
     def __init__(self, inner: IO[bytes]) -> None:
         super().__init__()
@@ -45,25 +45,27 @@ class _HashingFile(io.RawIOBase):
         self.hash = hashlib.sha256()
 
     def writable(self) -> bool:
+        """Return True."""
         return True
 
     def write(self, data: Any) -> int:  # noqa: ANN401 - any object with the buffer protocol
+        """Write and hash bytes; return their number."""
         self.hash.update(data)
         return self.inner.write(data)
 
 
 def write_with(path: Path, fill: Callable[[IO[bytes]], object]) -> str:
-    """Commit a file whose content `fill` writes, front to back.
+    """Write a file atomically with the content that `fill` writes.
 
     Args:
-        path: the final name; its folder is created when missing.
-        fill: called once with a binary file open for (unseekable) writing.
+        path: the final name; its folder is created if it is missing.
+        fill: called once with a binary file, open for writing and not seekable.
 
     Returns:
         The sha256 of the content, in hex.
 
     Raises:
-        JkoflowError: the disk refused (full, read-only); nothing is left under `path`.
+        JkoflowError: the disk is full or read-only; no file is left under `path`.
     """
     path = Path(path)
     unique = f"{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -80,7 +82,7 @@ def write_with(path: Path, fill: Callable[[IO[bytes]], object]) -> str:
     except OSError as error:
         reason = error.strerror or str(error)
         raise JkoflowError(
-            f"could not write {path} ({reason}); free some space or choose another place"
+            f"{path} could not be written ({reason}); free some space or choose another folder"
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -89,7 +91,7 @@ def write_with(path: Path, fill: Callable[[IO[bytes]], object]) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; file systems that cannot sync a folder are let be."""
+    """Make a rename durable, on file systems that can sync a folder."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -99,15 +101,15 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> str:
-    """Commit `data` under `path`; returns its sha256 (see `write_with`)."""
+    """Write bytes atomically and return their sha256 (see `write_with`)."""
     return write_with(path, lambda file: file.write(data))
 
 
 def write_json(path: Path, value: object) -> str:
-    """Commit `value` as readable JSON with a final newline; returns its sha256.
+    """Write a value atomically as indented JSON and return the sha256 of the file.
 
     Raises:
-        ValueError: the value holds NaN or infinity, which JSON cannot say.
+        ValueError: the value holds NaN or infinity, which JSON cannot express.
     """
     return write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
@@ -115,25 +117,25 @@ def write_json(path: Path, value: object) -> str:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> str:
-    """Commit named tensors as one safetensors file; returns its sha256.
+    """Write tensors atomically as one safetensors file and return its sha256.
 
     Args:
         path: the final name.
-        tensors: by name.
-        metadata: one entry at most: safetensors writes several in random order, and the same
-            content must give the same bytes.
+        tensors: tensors of any shape by name.
+        metadata: at most one entry, because safetensors writes several in random order, and
+            equal content must give equal bytes.
 
     Raises:
         ValueError: more than one metadata entry.
     """
     if metadata and len(metadata) > 1:
-        raise ValueError(f"one metadata entry at most, not {len(metadata)}; join them as JSON")
+        raise ValueError(f"metadata has {len(metadata)} entries; expected at most 1; join them")
     clean = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     return write_bytes(path, save(clean, dict(metadata) if metadata else None))
 
 
 def read_json(path: Path, what: str) -> Any:  # noqa: ANN401 - JSON is untyped
-    """Read a JSON file, or say in one sentence why `what` cannot be read.
+    """Read a JSON file; `what` is its name in the message of an error.
 
     Raises:
         UserError: the file is absent or is not JSON.
@@ -141,18 +143,18 @@ def read_json(path: Path, what: str) -> Any:  # noqa: ANN401 - JSON is untyped
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError as error:
-        raise UserError(f"no {what} at {path}; check the path") from error
+        raise UserError(f"{what} {path} does not exist; check the path") from error
     except (ValueError, OSError) as error:
         raise UserError(
-            f"{what} at {path} is not readable JSON ({error}); it is damaged, make it again"
+            f"{what} {path} is not readable JSON ({error}); it is damaged; make it again"
         ) from error
 
 
 def read_tensors(path: Path, sha256: str | None = None) -> dict[str, torch.Tensor]:
-    """Read a safetensors file, checked against `sha256` when one is given.
+    """Read a safetensors file and verify its `sha256` if one is given.
 
     Raises:
-        UserError: absent, damaged, or other than what was committed.
+        UserError: the file is absent or damaged, or its hash differs.
     """
     path = Path(path)
     if not path.is_file():
@@ -163,12 +165,12 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, torch.Tenso
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(
-            f"{path} is not a whole safetensors file ({error}); delete it and make it again"
+            f"{path} is not a complete safetensors file ({error}); delete it and make it again"
         ) from error
 
 
 def sha256_file(path: Path) -> str:
-    """The sha256 of a file's content, in hex."""
+    """Return the sha256 of a file's content, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -177,7 +179,7 @@ def sha256_file(path: Path) -> str:
 
 
 def verify_file(path: Path, sha256: str) -> None:
-    """Check a file against the sha256 it was committed with.
+    """Verify the sha256 of a file.
 
     Raises:
         UserError: the file is missing, or its content differs.
@@ -192,13 +194,12 @@ def verify_file(path: Path, sha256: str) -> None:
         )
 
 
-def sweep(folder: Path) -> int:
-    """Remove temporaries that a killed process left in `folder`; returns how many.
+def remove_temporaries(folder: Path) -> int:
+    """Remove the temporary files of killed processes in a folder; return their number.
 
-    Only what has the form of this module's names is one.
-
-    Temporaries of processes that still run are left alone, and so are those of other machines
-    (a cluster's nodes share folders, not process numbers) until they are a day old.
+    Only names of this module's form count. Files of running processes are kept. Files of other
+    machines are kept until they are a day old, since the nodes of a cluster share folders but
+    not process numbers.
     """
     removed = 0
     for stale in Path(folder).glob(f"{TEMPORARY_PREFIX}*"):
@@ -209,14 +210,14 @@ def sweep(folder: Path) -> int:
     return removed
 
 
-def sweep_tree(folder: Path) -> int:
-    """As :func:`sweep`, in a folder and all below it."""
+def remove_temporaries_below(folder: Path) -> int:
+    """Remove the temporary files of killed processes in a folder and its subfolders."""
     below = [path for path in Path(folder).rglob("*") if path.is_dir()]
-    return sum(sweep(each) for each in (Path(folder), *below))
+    return sum(remove_temporaries(path) for path in (Path(folder), *below))
 
 
 def _abandoned(temporary: Path) -> bool:
-    """Whether this is a temporary of ours that nobody is writing any more."""
+    """Return whether this is a temporary file whose writer has ended."""
     ours = _OURS.fullmatch(temporary.name)
     if ours is None:
         return False
@@ -226,6 +227,7 @@ def _abandoned(temporary: Path) -> bool:
 
 
 def _alive(pid: int) -> bool:
+    """Return whether a process of this machine runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

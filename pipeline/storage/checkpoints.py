@@ -1,8 +1,8 @@
-"""Checkpoints of a training in progress: nested state as one safetensors file, atomically.
+"""Checkpoints of a training in progress: a nested state in one safetensors file.
 
-accelerate's own `save_state` writes several files without order or fsync; a checkpoint here is
-one file, committed whole or not at all. Nothing is pickled: tensors are stored by path, plain
-values as JSON in the metadata.
+`save_state` of accelerate writes several files without order or fsync; a checkpoint here is one
+file, written atomically. Nothing is pickled: tensors are stored by number, and all other values
+as JSON in the metadata.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _TENSOR = "__tensor__"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> str:
-    """Commit a nested state of dicts, lists, tensors, numbers, strings, booleans and None.
+    """Write a nested state of dicts, lists, tensors, numbers, strings, booleans and None.
 
-    Dict keys may be strings or integers (as in an optimiser's state).
+    Keys of a dict may be strings or integers (as in the state of an optimiser).
 
     Returns:
         The sha256 of the file.
@@ -38,29 +38,30 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> str:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that `save_checkpoint` committed.
+    """Read the state that `save_checkpoint` wrote.
 
     Raises:
-        UserError: the file is absent, damaged or no checkpoint.
+        UserError: the file is absent, damaged or not a checkpoint.
     """
     if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}")
+        raise UserError(f"checkpoint {path} does not exist; check the path")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         digest, _, plain = metadata[_STATE].partition("\n")
         if _digest(plain, tensors) != digest:
-            raise ValueError("its content is not what was written")
+            raise ValueError("its digest differs")
         state: dict[str, Any] = _restore(json.loads(plain), tensors)
         return state
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise UserError(
-            f"the checkpoint {path} is damaged ({error}); delete it, the block starts again"
+            f"checkpoint {path} is damaged ({error}); delete it, and the block starts again"
         ) from error
 
 
 def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401 - nested state
+    """Convert a nested state to JSON-ready values; move its tensors to `tensors`."""
     if isinstance(value, Tensor):
         name = f"{len(tensors):05d}"
         tensors[name] = value.detach().clone()
@@ -74,6 +75,7 @@ def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401 - n
 
 
 def _restore(plain: Any, tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401 - nested state
+    """Invert `_flatten`."""
     if isinstance(plain, dict) and _TENSOR in plain:
         return tensors[plain[_TENSOR]].clone()
     if isinstance(plain, dict):
@@ -84,6 +86,7 @@ def _restore(plain: Any, tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401 - n
 
 
 def _digest(plain: str, tensors: dict[str, Tensor]) -> str:
+    """Return the sha256 of the JSON text and the bytes of all tensors."""
     digest = hashlib.sha256(plain.encode())
     for name in sorted(tensors):
         array = tensors[name].detach().cpu().contiguous().flatten()

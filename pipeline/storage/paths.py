@@ -1,4 +1,4 @@
-"""Where jkoflow keeps its data."""
+"""The data root: the folder of assets and caches."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ import platformdirs
 
 
 def data_root() -> Path:
-    """Where assets and caches lie: `$JKOFLOW_HOME`, else the platform's cache folder."""
+    """Return the data root: `$JKOFLOW_HOME`, else the cache folder of the platform."""
     home = os.environ.get("JKOFLOW_HOME")
     return Path(home).expanduser().absolute() if home else platformdirs.user_cache_path("jkoflow")

@@ -1,9 +1,8 @@
-"""Reading the pickled batches of CIFAR-10 and ImageNet-32 without trusting them.
+"""Safe reader of the pickled batches of CIFAR-10 and ImageNet-32.
 
-A pickle is a program. Here it may name only what an array of numbers needs, and even that it
-does not get: every name is bound to a stand-in of this file, which gathers the parts and
-builds the array with `numpy.frombuffer`. Any other name ends the reading before anything of
-it has run.
+A pickle is a program. This reader resolves only the names that a numeric array needs, and it
+binds each to a stand-in of this file, which collects the parts and builds the array with
+`numpy.frombuffer`. Any other name raises an error before code of the pickle runs.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from typing import IO, Any, NoReturn
 
 import numpy as np
 
-_NUMBERS = re.compile("[biuf](1|2|4|8)")
-"""The dtypes of numbers; anything else that numpy would parse is refused unread."""
+_NUMERIC_CODE = re.compile("[biuf](1|2|4|8)")
+"""Codes of numeric dtypes; numpy never parses any other code."""
 
 
 class UnsafePickleError(ValueError):
-    """The pickle is damaged, or asks for more than arrays of numbers and plain containers."""
+    """Error of a pickle that is damaged or holds other objects than arrays and containers."""
 
 
-class _Sealed:
-    """A callable that the pickle may call and cannot change."""
+class _FrozenCallable:
+    """Callable that a pickle can call but not change."""
 
     __slots__ = ("_call",)
     _call: Callable[..., Any]
@@ -44,8 +43,8 @@ class _Sealed:
         raise UnsafePickleError("it tries to change a function")
 
 
-class _Type:
-    """Stands for a numpy dtype: a code such as "u1", completed by its byte order."""
+class _DtypeStandIn:
+    """Stand-in for a numpy dtype: a code such as "u1" and a byte order."""
 
     __slots__ = ("code", "order")
 
@@ -59,16 +58,20 @@ class _Type:
         self.order = order.decode("ascii") if isinstance(order, bytes) else str(order)
 
     def resolve(self) -> np.dtype:
-        """The dtype, when it is one of plain numbers."""
-        if not _NUMBERS.fullmatch(self.code):
-            raise UnsafePickleError(f"it holds an array of {self.code!r}, not of numbers")
+        """Return the dtype if it is numeric.
+
+        Raises:
+            UnsafePickleError: the dtype is not numeric.
+        """
+        if not _NUMERIC_CODE.fullmatch(self.code):
+            raise UnsafePickleError(f"it holds dtype {self.code!r}; expected a numeric dtype")
         if self.order not in ("=", "<", ">", "|"):
             raise UnsafePickleError(f"it holds an array of byte order {self.order!r}")
         return np.dtype(self.order + self.code)
 
 
-class _Array:
-    """Stands for an array until its state arrives."""
+class _ArrayStandIn:
+    """Stand-in for an array until its state is read."""
 
     __slots__ = ("value",)
 
@@ -81,7 +84,9 @@ class _Array:
 
 
 def _from_buffer(raw: object, dtype: object, shape: object, order: object) -> np.ndarray:
-    if not isinstance(dtype, _Type) or not isinstance(shape, tuple) or order not in ("C", "F"):
+    """Build an array from the parts of its pickled state."""
+    numeric = isinstance(dtype, _DtypeStandIn)
+    if not numeric or not isinstance(shape, tuple) or order not in ("C", "F"):
         raise UnsafePickleError("an array's state is not of numpy's form")
     if isinstance(raw, str):  # Python 2's bytes, read as latin-1
         raw = raw.encode("latin-1")
@@ -91,97 +96,100 @@ def _from_buffer(raw: object, dtype: object, shape: object, order: object) -> np
 
 
 def _scalar(dtype: object, raw: object) -> Any:  # noqa: ANN401
+    """Build a numpy scalar as a Python number."""
     return _from_buffer(raw, dtype, (1,), "C")[0].item()
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes under protocol 2."""
+    """Return the bytes that Python 3 writes as text under protocol 2."""
     if encoding not in ("latin1", "latin-1"):
         raise UnsafePickleError(f"it asks for the encoding {encoding!r}")
     return text.encode("latin-1")
 
 
 def _bytes(*arguments: object) -> bytes:
-    """`bytes()`: how Python 3 writes the empty bytes under protocol 2."""
+    """Return the empty bytes, which Python 3 writes as `bytes()` under protocol 2."""
     if arguments:
         raise UnsafePickleError("it calls bytes() with arguments")
     return b""
 
 
-_ARRAY_TYPE = object()  # numpy.ndarray, which is only handed on to _reconstruct
+_ARRAY_TYPE = object()  # stands for numpy.ndarray, an argument of _new_array
 
 
-def _reconstruct(kind: object, *_: object) -> _Array:
+def _new_array(kind: object, *_: object) -> _ArrayStandIn:
+    """Return an array without state."""
     if kind is not _ARRAY_TYPE:
         raise UnsafePickleError("it builds something other than an array")
-    return _Array()
+    return _ArrayStandIn()
 
 
 def _allowed() -> dict[tuple[str, str], object]:
+    """Return the stand-in of every name that a batch may use, by module and name."""
     names: dict[tuple[str, str], object] = {
         ("numpy", "ndarray"): _ARRAY_TYPE,
-        ("numpy", "dtype"): _Sealed(_Type),
-        ("_codecs", "encode"): _Sealed(_encode),
-        ("builtins", "bytes"): _Sealed(_bytes),
-        ("__builtin__", "bytes"): _Sealed(_bytes),
+        ("numpy", "dtype"): _FrozenCallable(_DtypeStandIn),
+        ("_codecs", "encode"): _FrozenCallable(_encode),
+        ("builtins", "bytes"): _FrozenCallable(_bytes),
+        ("__builtin__", "bytes"): _FrozenCallable(_bytes),
     }
     for core in ("numpy.core", "numpy._core"):  # before and after numpy 2
-        names[f"{core}.multiarray", "_reconstruct"] = _Sealed(_reconstruct)
-        names[f"{core}.multiarray", "scalar"] = _Sealed(_scalar)
-        names[f"{core}.numeric", "_frombuffer"] = _Sealed(_from_buffer)
+        names[f"{core}.multiarray", "_reconstruct"] = _FrozenCallable(_new_array)
+        names[f"{core}.multiarray", "scalar"] = _FrozenCallable(_scalar)
+        names[f"{core}.numeric", "_frombuffer"] = _FrozenCallable(_from_buffer)
     return names
 
 
 _ALLOWED = _allowed()
 
 
-class _Unpickler(pickle.Unpickler):
-    """An unpickler that knows the names of `_ALLOWED` and no other."""
+class _BatchUnpickler(pickle.Unpickler):
+    """Unpickler that resolves the names of `_ALLOWED` only."""
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
-        """The stand-in of a name, or the end."""
+        """Return the stand-in of a name; raise UnsafePickleError if it has none."""
         if (module, name) not in _ALLOWED:
             raise UnsafePickleError(f"it asks for {module}.{name}, which a batch does not need")
         return _ALLOWED[module, name]
 
 
 def _require_small_memo(file: IO[bytes]) -> None:
-    """Refuse a pickle that numbers what it remembers beyond what it has: memory for nothing."""
+    """Check that memo indices are not larger than the pickle, which would exhaust memory."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
-            raise UnsafePickleError("it asks for memory that it does not need")
+            raise UnsafePickleError("it asks for more memory than it needs")
 
 
 def load_batch(path: Path) -> dict[str, Any]:
-    """Read a pickled dictionary of arrays, numbers, texts and lists.
+    """Read a pickled dictionary of arrays, numbers, strings and lists.
 
     Args:
         path: a batch file written by Python 2 or 3, any protocol.
 
     Returns:
-        The dictionary, its keys as text and its arrays as read-only numpy arrays.
+        The dictionary with string keys and read-only numpy arrays.
 
     Raises:
-        UnsafePickleError: damaged, not a dictionary, or asking for anything else; the text says
-            what. Nothing that the pickle asked for has been run.
+        UnsafePickleError: the pickle is damaged, not a dictionary, or asks for another name. No
+            code of the pickle has run.
     """
     try:
         with open(path, "rb") as file:
             _require_small_memo(file)
             file.seek(0)
-            batch = _Unpickler(file, encoding="bytes").load()
+            batch = _BatchUnpickler(file, encoding="bytes").load()
     except UnsafePickleError:
         raise
     except (
         pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError,
         KeyError, LookupError, ImportError, MemoryError, OverflowError, RecursionError,
     ) as error:  # fmt: skip
-        raise UnsafePickleError(f"it is not a whole pickle ({error})") from error
+        raise UnsafePickleError(f"it is not a complete pickle ({error})") from error
     if not isinstance(batch, dict):
-        raise UnsafePickleError(f"expected a dictionary, found {type(batch).__name__}")
+        raise UnsafePickleError(f"it is a {type(batch).__name__}; expected a dictionary")
     return {
         key.decode("latin-1") if isinstance(key, bytes) else str(key): (
-            value.value if isinstance(value, _Array) else value
+            value.value if isinstance(value, _ArrayStandIn) else value
         )
         for key, value in batch.items()
     }

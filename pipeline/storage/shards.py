@@ -1,9 +1,9 @@
-"""Arrays of many samples on disk: safetensors shards and a manifest, resumable and verified.
+"""Stores: arrays of many samples as safetensors shards with a manifest.
 
-A store is written shard by shard, each through the commit protocol, each carrying the key of
-the store it belongs to; rank r of P writes shards r, r + P, …; the manifest, written last by
-one process, makes the store whole. An interrupted store resumes at its missing shards. What a
-shard holds depends on its index alone, so any number of processes writes the same bytes.
+Every shard is written atomically and carries the key of its store; rank r of P writes the
+shards r, r + P, …. One process writes the manifest last, which makes the store complete. An
+interrupted store resumes at its missing shards. The content of a shard depends on its index
+alone, so that any number of processes writes the same bytes.
 """
 
 from __future__ import annotations
@@ -31,24 +31,27 @@ Shard = dict[str, Tensor]
 
 
 def content_key(identity: dict[str, Any]) -> str:
-    """The content address of a store: 16 hex digits over a JSON-ready identity."""
+    """Return the key of a store: 16 hex digits of the sha256 of its JSON-ready identity."""
     text = json.dumps(identity, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def shard_name(index: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"shard-{index:05d}.safetensors"
 
 
 class StoreWriter:
-    """Writes the shards of a store that are still missing, then its manifest.
+    """Writer of a store: missing shards first, then the manifest.
 
     Args:
-        folder: where the store lies.
-        identity: JSON-ready description of what the store holds and what it was made from.
+        folder: folder of the store.
+        identity: JSON-ready description of the content and its inputs.
         count: number of samples.
-        shard_size: samples a shard, at most.
+        shard_size: largest number of samples in a shard.
+
+    Raises:
+        UserError: a number is less than 1.
     """
 
     def __init__(
@@ -56,8 +59,8 @@ class StoreWriter:
     ) -> None:
         if count < 1 or shard_size < 1:
             raise UserError(
-                f"a store needs at least one sample and a shard size of at least 1, not {count} "
-                f"and {shard_size}"
+                f"the store has {count} samples and shard size {shard_size}; expected at least 1; "
+                "change the number of samples or shard_size"
             )
         self.folder, self.identity = Path(folder), identity
         self.count, self.shard_size = count, shard_size
@@ -65,20 +68,20 @@ class StoreWriter:
 
     @property
     def shards(self) -> int:
-        """Number of shards in all."""
+        """Number of shards."""
         return math.ceil(self.count / self.shard_size)
 
     def bounds(self, index: int) -> tuple[int, int]:
-        """First and one-past-last sample of a shard."""
+        """Return the index of the first sample of a shard and the index after its last."""
         first = index * self.shard_size
         return first, min(first + self.shard_size, self.count)
 
     def adopt(self, other: StoreReader, usable: int) -> None:
-        """Write the shards that another store of the same samples has; one process calls it.
+        """Copy the shards that another store of the same samples has; one process calls it.
 
         Args:
-            other: a whole store that begins with the samples of this one, and may end sooner.
-            usable: how many of its samples, from the first on, are the same.
+            other: a complete store whose first samples are those of this store.
+            usable: number of leading samples that are equal.
         """
         if not other.manifest["shards"]:
             return
@@ -87,17 +90,17 @@ class StoreWriter:
             first, last = self.bounds(index)
             if last > min(usable, len(other)):
                 return
-            if not self._whole(index):
+            if not self._is_complete(index):
                 self.write(index, {name: other.read(name, first, last) for name in names})
 
     def missing(self, rank: int = 0, ranks: int = 1) -> list[int]:
-        """Shards of this rank that are not whole yet; temporaries of the dead are removed."""
+        """Return the missing shards of this rank; remove temporary files of killed processes."""
         if rank == 0 and self.folder.is_dir():
-            atomic.sweep(self.folder)
-        return [i for i in range(rank, self.shards, ranks) if not self._whole(i)]
+            atomic.remove_temporaries(self.folder)
+        return [i for i in range(rank, self.shards, ranks) if not self._is_complete(i)]
 
     def write(self, index: int, tensors: Shard) -> None:
-        """Commit one shard.
+        """Write one shard, tensors of shape (n, …).
 
         Raises:
             UserError: a tensor has another number of samples than the shard.
@@ -106,17 +109,17 @@ class StoreWriter:
         for name, tensor in tensors.items():
             if len(tensor) != last - first:
                 raise UserError(
-                    f"shard {index} takes {last - first} samples, but {name} has {len(tensor)}"
+                    f"{name} of shard {index} has {len(tensor)} samples; expected {last - first}"
                 )
         atomic.write_tensors(
             self.folder / shard_name(index), tensors, {_OWNER: self._owner(index)}
         )
 
     def finish(self, extra: Callable[[StoreReader], dict[str, Any]] | None = None) -> StoreReader:
-        """Commit the manifest, once every shard is there; one process calls it.
+        """Write the manifest after all shards; one process calls it.
 
         Args:
-            extra: computes further manifest entries (such as mean and std) from the samples.
+            extra: computes more entries of the manifest (such as mean and std) from the samples.
 
         Raises:
             UserError: a shard is missing.
@@ -124,7 +127,7 @@ class StoreWriter:
         rows = []
         for index in range(self.shards):
             path = self.folder / shard_name(index)
-            if not self._whole(index):
+            if not self._is_complete(index):
                 raise UserError(f"{path} is missing or damaged; run the same command again")
             first, last = self.bounds(index)
             rows.append(
@@ -144,10 +147,11 @@ class StoreWriter:
         return StoreReader(self.folder, manifest)
 
     def _owner(self, index: int) -> str:
-        """What a shard says of itself, so that a foreign one is not taken for ours."""
+        """Return the metadata of a shard, which tells it from shards of other stores."""
         return f"{self.key}/{index}"
 
-    def _whole(self, index: int) -> bool:
+    def _is_complete(self, index: int) -> bool:
+        """Return whether a shard exists, belongs to this store and has its number of samples."""
         path = self.folder / shard_name(index)
         if not path.is_file():
             return False
@@ -162,11 +166,11 @@ class StoreWriter:
 
 
 class StoreReader:
-    """A whole store, read by memory map.
+    """Reader of a complete store by memory maps.
 
     Args:
-        folder: where it lies.
-        manifest: its manifest; use `open_store` to read and verify one from the disk.
+        folder: folder of the store.
+        manifest: its manifest; `open_store` reads and verifies one from the disk.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -178,17 +182,17 @@ class StoreReader:
         return int(self.manifest["count"])
 
     def shard(self, index: int) -> Shard:
-        """The tensors of one shard (memory-mapped)."""
+        """Return the memory-mapped tensors of a shard, (n, …) by name."""
         return atomic.read_tensors(self.folder / self.manifest["shards"][index]["file"])
 
     def field(self, name: str) -> Tensor:
-        """One field over all samples (n, …), in memory."""
+        """Return one field of all samples (n, …), in memory."""
         parts = [self.shard(i)[name] for i in range(len(self.manifest["shards"]))]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def take(self, name: str, indices: Tensor) -> Tensor:
-        """Samples of a field at sorted or unsorted indices (m,), gathered from mapped shards."""
-        if not len(indices):  # of a process whose networks get no sample of a batch
+        """Return the samples (m, …) of a field at indices (m,) in any order."""
+        if not len(indices):  # a rank whose networks get no sample of a batch
             return self._mapped(name, 0)[:0]
         shards = np.searchsorted(self.starts, indices.numpy(), side="right") - 1
         first = self._mapped(name, int(shards[0]))
@@ -201,7 +205,7 @@ class StoreReader:
         return out
 
     def _mapped(self, name: str, index: int) -> Tensor:
-        """A field of a shard, kept mapped (not read) for the next call."""
+        """Return a field of a shard as a memory map, kept for the next call."""
         if (name, index) not in self._maps:
             path = self.folder / self.manifest["shards"][index]["file"]
             with safe_open(path, "pt") as file:
@@ -209,7 +213,7 @@ class StoreReader:
         return self._maps[name, index]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Samples [start, stop) of a field, touching only the shards they lie in."""
+        """Return the samples [start, stop) of a field; only their shards are read."""
         parts = []
         for index in range(len(self.starts) - 1):
             low, high = int(self.starts[index]), int(self.starts[index + 1])
@@ -220,50 +224,50 @@ class StoreReader:
 
 
 def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) -> StoreReader:
-    """Open a whole store; every shard is checked against its sha256.
+    """Open a complete store and verify the sha256 of every shard.
 
     Args:
-        folder: where it lies.
-        what: what to call it in an error.
-        identity: what it must hold; None takes what is there.
+        folder: folder of the store.
+        what: name of the store in messages.
+        identity: the expected identity; None accepts any.
 
     Raises:
-        UserError: absent, half-written, damaged, of another format or another identity.
+        UserError: the store is absent, incomplete, damaged, or of another format or identity.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"no {what} at {folder}; make it first")
+        raise UserError(f"{what} {folder} does not exist; make it first")
     if not (folder / MANIFEST).is_file():
         raise UserError(
-            f"the {what} at {folder} is unfinished; run the command that makes it again"
+            f"{what} {folder} is incomplete; run the command that makes it again"
         )
-    manifest = atomic.read_json(folder / MANIFEST, f"manifest of the {what}")
+    manifest = atomic.read_json(folder / MANIFEST, f"manifest of {what}")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(
-            f"the {what} at {folder} is not of format {FORMAT}; delete it and make it again"
+            f"{what} {folder} has another format; expected {FORMAT}; delete it and make it again"
         )
     if identity is not None and manifest.get("key") != content_key(identity):
         raise UserError(
-            f"the {what} at {folder} was made from {_differences(manifest, identity)}; delete it "
-            "or point to another folder"
+            f"{what} {folder} was made from {_differences(manifest, identity)}; delete it or "
+            "choose another folder"
         )
     try:
         rows = [(row["file"], row["count"], row["sha256"]) for row in manifest["shards"]]
-        whole = bool(rows) and manifest["count"] == sum(count for _, count, _ in rows)
+        complete = bool(rows) and manifest["count"] == sum(count for _, count, _ in rows)
     except (KeyError, TypeError):
-        whole = False
-    if not whole:
+        complete = False
+    if not complete:
         raise UserError(
-            f"the manifest of the {what} at {folder} is damaged; delete it and run the command "
-            "that makes it again"
+            f"manifest of {what} {folder} is damaged; delete it and run the command that makes it "
+            "again"
         )
     for name, _, sha256 in rows:
         try:
             atomic.verify_file(folder / name, sha256)
-        except UserError as error:  # deleting the one file would not have it made again
+        except UserError as error:  # a deleted shard alone would not be made again
             raise UserError(
-                f"{name} of the {what} at {folder} is missing or damaged; delete this folder and "
-                "run the command that makes it again"
+                f"{name} of {what} {folder} is missing or damaged; delete this folder and run the "
+                "command that makes it again"
             ) from error
     return StoreReader(folder, manifest)
 
@@ -294,6 +298,7 @@ def find_similar_stores(
 
 
 def _differences(manifest: dict[str, Any], identity: dict[str, Any]) -> str:
-    found = manifest.get("identity", {})
-    names = [k for k in sorted({*found, *identity}) if found.get(k) != identity.get(k)]
+    """Name the keys in which the identity of a manifest differs."""
+    stored = manifest.get("identity", {})
+    names = [k for k in sorted({*stored, *identity}) if stored.get(k) != identity.get(k)]
     return "other " + ", ".join(names) if names else "other contents"

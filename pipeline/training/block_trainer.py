@@ -92,7 +92,7 @@ class BlockTrainer:
         self.salt = (number,) if number else ()
         place = ("block", self.index, *self.salt)
         self.batches = Batches(len(stage), recipe.batch_size, recipe.seed, *place)
-        self.batches.require_a_sample_each(accelerator.num_processes)
+        self.batches.require_samples_for_all(accelerator.num_processes)
         self.done = 0
         self.seconds = 0.0
 

@@ -104,7 +104,7 @@ def enter(
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        atomic.sweep_tree(folder)  # what a killed process left
+        atomic.remove_temporaries_below(folder)  # what a killed process left
         if write:
             start_run(folder, config)
         elif not (folder / ENVIRONMENT).is_file():  # killed before it was written

@@ -21,7 +21,7 @@ from pipeline.config.schema import Config, LatentsConfig
 from pipeline.data.latent_cache import image_rows, load_parts, open_cache
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
-from pipeline.runtime.console import bar
+from pipeline.runtime.console import progress_bar
 from pipeline.runtime.rng import generator
 from pipeline.storage.shards import Shard, StoreReader, StoreWriter
 from pipeline.training.matching_loss import BESIDE
@@ -179,7 +179,7 @@ class ResidualSource(LatentSource):
         find otherwise.
         """
         drawn, parts = generator("residuals"), []
-        for index in bar(range(_PLACES), _PLACES, "measure residuals"):
+        for index in progress_bar(range(_PLACES), _PLACES, "measure residuals"):
             start = index * len(self.cache) // _PLACES
             stop = min(start + _MEASURED, (index + 1) * len(self.cache) // _PLACES)
             if start < stop:
@@ -200,7 +200,7 @@ class ResidualSource(LatentSource):
         def make(writer: StoreWriter, index: int) -> Shard:
             drawn = generator(latents.seed, "residuals", index)
             spans, parts = self.rows(*writer.bounds(index), _AT_ONCE), []
-            for row, stop in bar(spans, len(spans), f"decode shard {index}"):
+            for row, stop in progress_bar(spans, len(spans), f"decode shard {index}"):
                 x, decoded = self.pairs(row, stop, drawn)
                 z = self.standardisation.apply(x - decoded)
                 parts.append((z.half(), decoded.half()))

@@ -9,7 +9,7 @@ import torch
 
 from flows.networks.base import VelocityConfig
 from flows.networks.registry import make_velocity
-from pipeline.storage.compact_weights import DTYPES, compact, restored
+from pipeline.storage.compact_weights import DTYPES, dequantise, quantise
 
 ROWS = torch.tensor([[1.0], [1e-6], [3e4], [0.0]])
 
@@ -28,8 +28,8 @@ def weights() -> dict[str, torch.Tensor]:
 
 def test_ten_bits_are_within_half_a_step_of_their_neighbours() -> None:
     before = weights()
-    stored = compact(before, "int10")
-    after = restored(stored)
+    stored = quantise(before, "int10")
+    after = dequantise(stored)
     assert after.keys() == before.keys()
     for name in ("conv.weight", "linear.weight", "odd.weight"):
         assert stored[name].dtype == torch.int8 and after[name].dtype == torch.float32
@@ -50,15 +50,15 @@ def test_ten_bits_are_within_half_a_step_of_their_neighbours() -> None:
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_what_was_rounded_once_is_rounded_to_itself(name: str) -> None:
-    once = restored(compact(weights(), name))
-    again = restored(compact(once, name))
+    once = dequantise(quantise(weights(), name))
+    again = dequantise(quantise(once, name))
     assert all(torch.equal(once[key].float(), again[key].float()) for key in weights())
 
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_what_cannot_be_rounded_stays(name: str) -> None:
     tensors = {"large": torch.tensor([1e30, 1.0]), "bad": torch.tensor([[float("nan"), 1.0]])}
-    kept = restored(compact(tensors, name))
+    kept = dequantise(quantise(tensors, name))
     torch.testing.assert_close(kept["large"].float(), tensors["large"], rtol=1e-2, atol=0)
     torch.testing.assert_close(kept["bad"].float(), tensors["bad"], equal_nan=True)
 
@@ -70,7 +70,7 @@ def test_a_unet_of_ten_bits_is_nearly_the_same_field(nets: int) -> None:
     )
     drawn = torch.Generator().manual_seed(0)
     network, other = (make_velocity(config, (2, 8, 8), drawn) for _ in range(2))
-    other.load_state_dict(restored(compact(network.state_dict(), "int10")))
+    other.load_state_dict(dequantise(quantise(network.state_dict(), "int10")))
     z, labels = torch.randn((8, 2, 8, 8), generator=drawn), torch.arange(8) % 4
     with torch.inference_mode():
         for t in (0.2, 0.8):

@@ -59,7 +59,7 @@ def flip(path: Path, place: int = -1) -> None:
 
 
 def test_reads_what_was_written(folder: Path) -> None:
-    store = open_store(folder, "numbers", IDENTITY)
+    store = open_store(folder, "store", IDENTITY)
     everything = rows(0, COUNT)
     assert len(store) == COUNT
     assert torch.equal(store.field("x"), everything)
@@ -122,29 +122,29 @@ def test_a_damaged_shard_is_refused_by_name(folder: Path, tmp_path: Path, damage
     else:
         path.unlink()
     with pytest.raises(UserError, match=r"shard-00002\.safetensors of .* delete this folder"):
-        open_store(folder, "numbers", IDENTITY)
+        open_store(folder, "store", IDENTITY)
 
 
 def test_without_its_manifest_it_is_unfinished(folder: Path) -> None:
     (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match="the numbers at .* is unfinished"):
-        open_store(folder, "numbers")
-    with pytest.raises(UserError, match="no numbers at"):
-        open_store(folder / "nowhere", "numbers")
+    with pytest.raises(UserError, match="store .* is incomplete"):
+        open_store(folder, "store")
+    with pytest.raises(UserError, match="store .* does not exist"):
+        open_store(folder / "nowhere", "store")
 
 
 def test_another_identity_is_told_by_what_differs(folder: Path) -> None:
     with pytest.raises(UserError, match="made from other seed;"):
-        open_store(folder, "numbers", {**IDENTITY, "seed": 4})
+        open_store(folder, "store", {**IDENTITY, "seed": 4})
     with pytest.raises(UserError, match="made from other kind, more;"):
-        open_store(folder, "numbers", {**IDENTITY, "kind": "letters", "more": 1})
+        open_store(folder, "store", {**IDENTITY, "kind": "letters", "more": 1})
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}', '"\\ud800"'])
 def test_a_damaged_manifest_is_refused(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=r"manifest|format 1"):
-        open_store(folder, "numbers", IDENTITY)
+        open_store(folder, "store", IDENTITY)
 
 
 def test_stores_that_differ_in_one_thing(folder: Path, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_manifest_with_a_missing_entry_is_refused(folder: Path) -> None:
         del manifest[entry]
         path.write_text(json.dumps(manifest))
         with pytest.raises(UserError):
-            open_store(folder, "numbers", IDENTITY)
+            open_store(folder, "store", IDENTITY)
         path.write_text(whole)
 
 
@@ -187,15 +187,15 @@ def test_extra_entries_are_computed_from_the_samples(tmp_path: Path) -> None:
         writer.write(index, {"x": rows(*writer.bounds(index))})
     writer.finish(lambda reader: {"sum": float(reader.field("x").sum())})
     expected = float(np.sum(np.arange(COUNT) * 2 + 0.5))
-    assert open_store(tmp_path, "numbers").manifest["sum"] == expected
+    assert open_store(tmp_path, "store").manifest["sum"] == expected
 
 
 def test_bad_sizes(tmp_path: Path) -> None:
     for count, size in ((0, 5), (5, 0), (-1, 5)):
-        with pytest.raises(UserError, match="at least one sample"):
+        with pytest.raises(UserError, match="expected at least 1"):
             StoreWriter(tmp_path, IDENTITY, count, size)
     writer = StoreWriter(tmp_path, IDENTITY, 7, 5)
-    with pytest.raises(UserError, match="shard 1 takes 2 samples, but x has 5"):
+    with pytest.raises(UserError, match="x of shard 1 has 5 samples; expected 2"):
         writer.write(1, {"x": rows(0, 5)})
     assert not list(tmp_path.iterdir())
 
