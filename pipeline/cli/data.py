@@ -19,10 +19,10 @@ def fetch(
     ] = None,
 ) -> None:
     """Fetch assets, verify them, and print where they lie."""
-    from pipeline.assets import fetch as store
+    from pipeline.assets.fetch import fetch_asset
 
     for name in assets:
-        print(store.fetch(name, local=source, log=say))
+        print(fetch_asset(name, local=source, log=say))
 
 
 def encode(config: ConfigOption, overrides: SetOption = None) -> None:

@@ -85,8 +85,9 @@ class _ArrayStandIn:
 
 def _from_buffer(raw: object, dtype: object, shape: object, order: object) -> np.ndarray:
     """Build an array from the parts of its pickled state."""
-    numeric = isinstance(dtype, _DtypeStandIn)
-    if not numeric or not isinstance(shape, tuple) or order not in ("C", "F"):
+    if not isinstance(dtype, _DtypeStandIn):
+        raise UnsafePickleError("an array has a dtype that is not of numpy's form")
+    if not isinstance(shape, tuple) or order not in ("C", "F"):
         raise UnsafePickleError("an array's state is not of numpy's form")
     if isinstance(raw, str):  # Python 2's bytes, read as latin-1
         raw = raw.encode("latin-1")
