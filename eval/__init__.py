@@ -1,4 +1,5 @@
-"""Measuring and showing images: Inception features, distances, reference statistics, pictures.
+"""Evaluation of images: Inception features, distances, reference statistics, figures.
 
-Knows nothing of flows, autoencoders or the pipeline. Always imported as `from eval.… import …`.
+The package does not depend on flows, autoencoders or the pipeline. It shares its name with a
+built-in function, so it is always imported as `from eval.… import …`.
 """

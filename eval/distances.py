@@ -1,7 +1,7 @@
-"""Distances between two sets of images, by their Inception features.
+"""Distances between two sets of images, computed from their Inception features.
 
 `frechet_distance` compares Gaussians, `kid` kernel means, `precision_recall` manifolds. For
-small dimensions (two-dimensional flows) there is `mmd` with a bootstrap threshold.
+samples of a low-dimensional flow see `eval.mmd`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,6 @@ import torch
 from torch import Tensor
 
 from eval.gaussian import Array, Features, GaussianStats
-from eval.mmd import Mmd, mmd
-
-__all__ = [
-    "GaussianStats", "Kid", "Mmd", "PrecisionRecall",
-    "frechet_distance", "kid", "mmd", "precision_recall",
-]  # fmt: skip
 
 _CHUNK = 2048
 
@@ -29,11 +23,11 @@ def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
 
         d² = |μ_a - μ_b|² + tr S_a + tr S_b - 2 tr (S_a S_b)^½
 
-    S_a S_b has the eigenvalues of the symmetric L ᵀ S_b L, S_a = L Lᵀ, and the trace of the
-    root is the sum of their roots. L = V √Λ from the eigenvectors of S_a; rounding leaves
-    some eigenvalues slightly negative, they count as zero. A covariance of n rows has rank
-    n - 1 at most, so L keeps that many columns, and the side of lower rank is factored: no
-    roots of rounding noise are summed, no multiple of the identity is added.
+    S_a S_b has the eigenvalues of the symmetric matrix Lᵀ S_b L, where S_a = L Lᵀ. The trace of
+    the root is the sum of their square roots. L = V √Λ comes from the eigenvectors of S_a;
+    eigenvalues that rounding made negative count as zero. The covariance of n rows has rank n - 1
+    at most, so L keeps n - 1 columns, and the covariance of lower rank is factored. Thus no roots
+    of rounding errors are summed, and no multiple of the identity is added.
 
     Args:
         a: statistics of one set.
@@ -43,12 +37,14 @@ def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
         d², at least 0.
 
     Raises:
-        ValueError: different dimensions, or a set of fewer than 2 images.
+        ValueError: the dimensions differ, or a set has fewer than 2 images.
 
     Reference: Dowson, Landau 1982; Heusel et al. 2017.
     """
     if a.dim != b.dim:
-        raise ValueError(f"cannot compare features of {a.dim} and {b.dim} numbers")
+        raise ValueError(
+            f"the features have {a.dim} and {b.dim} dimensions; expected two sets of one dimension"
+        )
     cov_a, cov_b = a.cov, b.cov
     if _rank(b) < _rank(a):
         root = _tr_root(cov_b, cov_a, _rank(b))
@@ -65,7 +61,7 @@ def _rank(stats: GaussianStats) -> int:
 
 
 def _tr_root(first: Array, second: Array, rank: int) -> float:
-    """Compute tr (first · second)^½, the first of at most the given rank."""
+    """Compute tr (first · second)^½ of two covariances (d, d); `rank` bounds the first's."""
     dim = len(first)
     keep = None if rank == dim else (dim - rank, dim - 1)
     values, vectors = scipy.linalg.eigh(first, subset_by_index=keep, driver="evr")
@@ -77,7 +73,14 @@ def _tr_root(first: Array, second: Array, rank: int) -> float:
 
 @dataclass(frozen=True)
 class Kid:
-    """Kernel inception distance: `value` ± `standard_error`."""
+    """Kernel inception distance: `value` ± `standard_error`.
+
+    Attributes:
+        value: the unbiased squared MMD, averaged over subsets.
+        standard_error: its standard error.
+        subsets: subsets averaged.
+        subset_size: rows in each subset.
+    """
 
     value: float
     standard_error: float
@@ -94,9 +97,9 @@ def kid(
         KID = Σ_{i≠j} k(x_i, x_j) / m(m-1) + Σ_{i≠j} k(y_i, y_j) / m(m-1)
               - 2 Σ_{i,j} k(x_i, y_j) / m²
 
-    Each subset takes m rows of either set without replacement. The subsets overlap, so the
-    spread s of their values is not the error of their mean: the delete-(n-m) jackknife,
-    s √(m / (n - m)), n the smaller set, estimates what another n images would change.
+    Each subset takes m rows of each set without replacement. The subsets overlap, so the standard
+    deviation s of their values is not the error of their mean. The delete-(n-m) jackknife
+    s √(m / (n - m)), with n rows in the smaller set, estimates the error for other images.
 
     Args:
         x: features (n_x, d).
@@ -106,13 +109,15 @@ def kid(
         seed: of the choice of subsets.
 
     Raises:
-        ValueError: fewer than 4 rows, other shapes, or fewer than 2 subsets.
+        ValueError: a set has fewer than 4 rows, the shapes do not fit, or fewer than 2 subsets.
 
     Reference: Bińkowski et al. 2018; Shao, Wu 1989 (the jackknife).
     """
     x, y = _pair(x, y, least=4)
     if subsets < 2 or subset_size < 2:
-        raise ValueError(f"kid needs 2 subsets of 2 rows or more, found {subsets}, {subset_size}")
+        raise ValueError(
+            f"subsets is {subsets} and subset_size {subset_size}; expected at least 2 of each"
+        )
     n = min(len(x), len(y))
     m = min(subset_size, n // 2)
     generator = torch.Generator().manual_seed(seed)
@@ -134,7 +139,12 @@ def _cubic_sum(x: Tensor, y: Tensor, drop: bool = False) -> float:
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Shares in [0, 1]: of fakes among the reals, and of reals among the fakes."""
+    """Precision and recall, fractions in [0, 1].
+
+    Attributes:
+        precision: fraction of generated images inside the manifold of real ones.
+        recall: fraction of real images inside the manifold of generated ones.
+    """
 
     precision: float
     recall: float
@@ -143,24 +153,23 @@ class PrecisionRecall:
 def precision_recall(real: Features, fake: Features, *, k: int = 3) -> PrecisionRecall:
     """Estimate precision and recall by the k-nearest-neighbour manifolds.
 
-    The manifold of a set is the union of the balls around its points, each reaching to the
-    point's k-th nearest other point. Precision is the share of fakes inside the manifold of
-    the reals; recall the share of reals inside that of the fakes.
+    The manifold of a set is the union of balls around its points. The radius of a ball is the
+    distance to the k-th nearest other point.
 
     Args:
-        real: features (n, d).
-        fake: features (m, d).
+        real: features (n, d) of real images.
+        fake: features (m, d) of generated images.
         k: neighbours, ≥ 1.
 
     Raises:
-        ValueError: other shapes, or sets of k rows or fewer.
+        ValueError: the shapes do not fit, or a set has k rows or fewer.
 
     Reference: Kynkäänniemi et al. 2019.
     """
     if k < 1:
-        raise ValueError(f"precision and recall need k of 1 or more, found {k}")
+        raise ValueError(f"k is {k}; expected at least 1")
     real, fake = _pair(real, fake, least=k + 1)
-    # Distances by x² + y² - 2xy: small norms lose fewer digits.
+    # Distances are x² + y² - 2xy, which loses fewer digits for small norms.
     center = real.mean(0)
     real, fake = real - center, fake - center
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
@@ -175,7 +184,7 @@ def precision_recall(real: Features, fake: Features, *, k: int = 3) -> Precision
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    """Squared distance of each row to its k-th nearest other row."""
+    """Compute the squared distance (n,) of each row of x (n, d) to its k-th nearest other row."""
     radii = []
     for start in range(0, len(x), _CHUNK):
         squared = _squared(x[start : start + _CHUNK], x)
@@ -185,23 +194,24 @@ def _radii(x: Tensor, k: int) -> Tensor:
 
 
 def _squared(x: Tensor, y: Tensor) -> Tensor:
+    """Compute the squared distances (n, m) between rows of x (n, d) and of y (m, d)."""
     return torch.addmm((x * x).sum(1)[:, None] + (y * y).sum(1), x, y.T, alpha=-2).clamp_(min=0)
 
 
 def _pair(x: Features, y: Features, least: int) -> tuple[Tensor, Tensor]:
-    """Bring two sets to float tensors of one dimension, at least `least` rows each."""
+    """Convert two sets to CPU tensors of one dtype; check dimensions and the number of rows."""
     first, second = (
         t.detach().cpu() if isinstance(t, Tensor) else torch.from_numpy(np.ascontiguousarray(t))
         for t in (x, y)
     )
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
         raise ValueError(
-            "expected two sets of features (n, d) with one d, found "
-            f"{tuple(first.shape)} and {tuple(second.shape)}"
+            f"the features have the shapes {tuple(first.shape)} and {tuple(second.shape)}; "
+            "expected (n, d) and (m, d) with one d"
         )
     if min(len(first), len(second)) < least:
         raise ValueError(
-            f"expected at least {least} images in each set, found {len(first)}, {len(second)}"
+            f"the sets have {len(first)} and {len(second)} images; expected at least {least} each"
         )
     dtype = torch.promote_types(first.dtype, second.dtype)
     return first.to(dtype), second.to(dtype)

@@ -1,12 +1,12 @@
-"""A convolution with its batch norm folded in, on the CPU by oneDNN's own operators.
+"""Convolution with its batch norm folded in, which uses oneDNN's own operators on a CPU.
 
-torch keeps the operators private that reorder a convolution's weights once and apply the
-ReLU inside, so they are tried before they are trusted, and `F.conv2d` stands behind them.
+These operators reorder a convolution's weights once and apply the ReLU inside. They are private
+to torch, so they are tested before use; `F.conv2d` is the fallback.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,34 +14,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eval.inception_weights import LAYOUT
-
 CPU_MICRO_BATCH = 10
-"""Images per pass on a CPU: more fall out of the cache, fewer leave the cores idle."""
-
-_EPS = 1e-3
+"""Images per pass on a CPU: more do not fit the cache, fewer leave cores idle."""
 
 
 class FoldedConv(nn.Module):
-    """One or several convolutions on the same input, with their batch norms folded in.
+    """Convolutions of one input, merged into one, with their batch norms folded in.
 
-    y = relu(s·(w ∗ x) + β − s·μ), s = γ / √(σ² + 1e-3).
+        y = relu(s·(w ∗ x) + β − s·μ),   s = γ / √(σ² + ε)
+
+    Args:
+        convolutions: one or more `BasicConv2d` (a convolution `conv` without bias and its batch
+            norm `bn`), of one kernel size, stride and padding.
+        relu: whether the ReLU is applied.
     """
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, state: Mapping[str, Tensor], names: list[str], relu: bool = True) -> None:
+    def __init__(self, convolutions: Sequence[Any], relu: bool = True) -> None:
         super().__init__()
-        folded = [_fold(state, name) for name in names]
+        folded = [_fold(convolution) for convolution in convolutions]
         weight = torch.cat([w for w, _ in folded]).float()
         self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", torch.cat([b for _, b in folded]).float())
-        self.sizes = [LAYOUT[name].outputs for name in names]
-        self.stride = [LAYOUT[names[0]].stride] * 2
-        self.padding = list(LAYOUT[names[0]].padding)
+        self.sizes = [convolution.conv.out_channels for convolution in convolutions]
+        self.stride = list(convolutions[0].conv.stride)
+        self.padding = list(convolutions[0].conv.padding)
         self.relu = relu
-        self.packed: Any = None  # the weights in oneDNN's own order; made at first use
+        self.packed: Any = None  # the weights in oneDNN's order, from the first use on
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FoldedConv:
         self.packed = None
@@ -57,23 +58,24 @@ class FoldedConv(nn.Module):
         return F.relu_(y) if self.relu else y
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """Convolve, then return the outputs of the merged convolutions one by one."""
+        """Convolve x (B, C, H, W) and return the outputs of the merged convolutions one by one."""
         first, *rest = self(x).split(self.sizes, 1)
-        # Only outputs that feed another convolution gain from being contiguous; the first
-        # of a block goes straight to the concatenation, except in the reduction block.
+        # Only an input of another convolution gains from being contiguous. The first output of
+        # a block is concatenated at once, except in the reduction block.
         return [first, *(t.contiguous(memory_format=torch.channels_last) for t in rest)]
 
 
-def _fold(state: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-    """Weight and bias, in float64, of one convolution followed by its batch norm."""
-    weight = state[f"{name}.conv.weight"].double()
-    gamma, beta = (state[f"{name}.bn.{k}"].double() for k in ("weight", "bias"))
-    mean, var = (state[f"{name}.bn.running_{k}"].double() for k in ("mean", "var"))
-    scale = gamma / torch.sqrt(var + _EPS)
-    return weight * scale[:, None, None, None], beta - mean * scale
+def _fold(convolution: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - torchvision is untyped
+    """Compute weight and bias, in float64, of a convolution followed by its batch norm."""
+    norm = convolution.bn
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    scale = norm.weight.double() / torch.sqrt(variance + norm.eps)
+    weight = convolution.conv.weight.double() * scale[:, None, None, None]
+    return weight, norm.bias.double() - mean * scale
 
 
 def _pack(weight: Tensor, padding: list[int], stride: list[int], shape: list[int]) -> Tensor:
+    """Reorder a convolution's weights for oneDNN and inputs of a shape (B, C, H, W)."""
     shape = [CPU_MICRO_BATCH, *shape[1:]]
     return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, [1, 1], 1, shape)
 
@@ -81,35 +83,35 @@ def _pack(weight: Tensor, padding: list[int], stride: list[int], shape: list[int
 def _packed_conv(
     x: Tensor, packed: Tensor, bias: Tensor, padding: list[int], stride: list[int], relu: bool
 ) -> Tensor:
-    act = "relu" if relu else "none"
+    """Convolve x (B, C, H, W) with reordered weights."""
+    activation = "relu" if relu else "none"
     return torch.ops.mkldnn._convolution_pointwise(
-        x, packed, bias, padding, stride, [1, 1], 1, act, [], ""
+        x, packed, bias, padding, stride, [1, 1], 1, activation, [], ""
     )
 
 
 @lru_cache(maxsize=1)
 def prepacked_works() -> bool:
-    """Whether this build's private oneDNN operators exist and agree with `F.conv2d`.
+    """Test whether this build's private oneDNN operators exist and agree with `F.conv2d`.
 
-    They are not part of torch's promises, so they are tried once, on small convolutions of
-    the kinds the network has; where anything differs the portable path is taken.
+    The test runs small convolutions of the kinds that the network has.
     """
     generator = torch.Generator().manual_seed(0)
     for kernel, stride, relu in (((3, 3), 2, True), ((1, 7), 1, True), ((1, 1), 1, False)):
         x = torch.randn(3, 5, 9, 9, generator=generator)
         x = x.contiguous(memory_format=torch.channels_last)
-        w = torch.randn(6, 5, *kernel, generator=generator)
-        w = w.contiguous(memory_format=torch.channels_last)
-        b = torch.randn(6, generator=generator)
-        pad = [0, 0] if stride == 2 else [kernel[0] // 2, kernel[1] // 2]
+        weight = torch.randn(6, 5, *kernel, generator=generator)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        bias = torch.randn(6, generator=generator)
+        padding = [0, 0] if stride == 2 else [kernel[0] // 2, kernel[1] // 2]
         try:
             with torch.no_grad():
-                packed = _pack(w, pad, [stride] * 2, list(x.shape))
-                found = _packed_conv(x, packed, b, pad, [stride] * 2, relu)
-        except Exception:  # noqa: BLE001 - whatever a private operator raises, do without it
+                packed = _pack(weight, padding, [stride] * 2, list(x.shape))
+                y = _packed_conv(x, packed, bias, padding, [stride] * 2, relu)
+        except Exception:  # noqa: BLE001 - any failure of a private operator selects the fallback
             return False
-        expected = F.conv2d(x, w, b, stride, pad)
+        expected = F.conv2d(x, weight, bias, stride, padding)
         expected = F.relu(expected) if relu else expected
-        if found.shape != expected.shape or not torch.allclose(found, expected, atol=1e-4):
+        if y.shape != expected.shape or not torch.allclose(y, expected, atol=1e-4):
             return False
     return True

@@ -1,4 +1,4 @@
-"""The mean and covariance of features, accumulated in float64, and their files."""
+"""Mean and covariance of features, accumulated in float64, and their files."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ _BLOCK = 1024
 
 
 class GaussianStats:
-    r"""Streaming sample mean and covariance of rows in R^d.
+    """Streaming sample mean and covariance of features f_1 … f_n in R^d.
 
-    After rows f_1 … f_n: mean = Σ f_i / n, cov = Σ (f_i - mean)(f_i - mean)ᵀ / (n - 1), as
-    `numpy.cov` and pytorch-fid have it. Rows are gathered into blocks of fixed length, each
-    added by the update of two samples' moments
+        mean = Σ f_i / n,   cov = Σ (f_i - mean)(f_i - mean)ᵀ / (n - 1)
 
-        M_{ab} = M_a + M_b + δδᵀ · n_a n_b / (n_a + n_b),   δ = mean_b - mean_a,
+    These are the definitions of `numpy.cov` and pytorch-fid. Rows are collected into blocks of a
+    fixed length. Each block is added by the update of the scatter matrices M of two samples:
 
-    so the same rows in the same order give the same bits however they were split.
+        M_{ab} = M_a + M_b + δδᵀ · n_a n_b / (n_a + n_b),   δ = mean_b - mean_a
+
+    Therefore the same rows in the same order give the same bits, however they were batched.
 
     Args:
         dim: d, 2048 for Inception features.
@@ -34,7 +35,6 @@ class GaussianStats:
     """
 
     def __init__(self, dim: int = 2048) -> None:
-        """Start with no rows."""
         self.dim = dim
         self._n: int | None = 0
         self._mean: Array = np.zeros(dim)
@@ -43,75 +43,77 @@ class GaussianStats:
         self._count_waiting = 0
 
     @classmethod
-    def from_features(cls, features: Features) -> GaussianStats:
-        """Accumulate all rows of features (n, d)."""
-        stats = cls(features.shape[1])
-        stats.update(features)
-        return stats
-
-    @classmethod
     def from_moments(cls, mean: npt.ArrayLike, cov: npt.ArrayLike, n: int | None) -> GaussianStats:
-        """Wrap a known mean (d,) and covariance (d, d).
+        """Build the statistics from a known mean and covariance.
 
         Args:
-            mean: the mean.
-            cov: the covariance, with divisor n - 1.
-            n: how many rows it came from; None when unknown (then no rows can be added).
+            mean: (d,).
+            cov: (d, d), with divisor n - 1.
+            n: number of rows behind them; None if unknown (then no rows can be added).
 
         Raises:
-            ValueError: shapes that do not fit, numbers that are not finite, or n < 2.
+            ValueError: the shapes do not fit, a value is not finite, or n < 2.
         """
         mean, cov = np.array(mean, np.float64), np.array(cov, np.float64)
         if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
             raise ValueError(
-                f"expected a mean (d,) and a covariance (d, d), found {mean.shape}, {cov.shape}"
+                f"mean and covariance have the shapes {mean.shape} and {cov.shape}; expected (d,) "
+                "and (d, d)"
             )
         if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-            raise ValueError("the statistics hold NaN or infinity; compute them again")
+            raise ValueError(
+                "the statistics contain NaN or infinity; expected finite values; compute them "
+                "again"
+            )
         if n is not None and n < 2:
-            raise ValueError(f"a covariance needs at least 2 images, found n = {n}")
+            raise ValueError(f"n is {n}; expected at least 2 images for a covariance")
         stats = cls(len(mean))
         stats._n, stats._mean, stats._scatter = n, mean, cov * (1 if n is None else n - 1)
         return stats
 
     @property
     def n(self) -> int | None:
-        """How many rows were seen; None for a file that does not say."""
+        """Number of rows so far; None if a file did not state it."""
         return None if self._n is None else self._n + self._count_waiting
 
     @property
     def mean(self) -> Array:
-        """The mean (d,), float64."""
+        """Mean (d,), float64."""
         self._flush()
         return self._mean.copy()
 
     @property
     def cov(self) -> Array:
-        """The covariance (d, d), float64, divisor n - 1.
+        """Covariance (d, d), float64, with divisor n - 1.
 
         Raises:
-            ValueError: fewer than two rows were seen.
+            ValueError: there are fewer than two rows.
         """
         self._flush()
         if self._n is None:
             return self._scatter.copy()
         if self._n < 2:
-            raise ValueError(f"a covariance needs at least 2 images, found n = {self._n}")
+            raise ValueError(f"n is {self._n}; expected at least 2 images for a covariance")
         return self._scatter / (self._n - 1)
 
     def update(self, features: Features) -> None:
-        """Add rows (B, d), B ≥ 0.
+        """Add features (B, d), B ≥ 0.
 
         Raises:
-            ValueError: rows of another length or not finite, or n is unknown.
+            ValueError: the shape does not fit, a feature is not finite, or n is unknown.
         """
-        given = features.detach().cpu().numpy() if isinstance(features, Tensor) else features
-        rows = np.array(given, np.float64)
+        array = features.detach().cpu().numpy() if isinstance(features, Tensor) else features
+        rows = np.array(array, np.float64)
         if rows.ndim != 2 or rows.shape[1] != self.dim:
-            raise ValueError(f"expected features (B, {self.dim}), found {rows.shape}")
+            raise ValueError(f"the features have the shape {rows.shape}; expected (B, {self.dim})")
         if not np.isfinite(rows).all():
-            raise ValueError("the features hold NaN or infinity; look at the images")
-        self._known("add images to")
+            raise ValueError(
+                "the features contain NaN or infinity; expected finite values; check the images"
+            )
+        if self._n is None:
+            raise ValueError(
+                "the statistics are of an unknown number of images; expected a known n to add rows"
+            )
         while len(rows):
             take = _BLOCK - self._count_waiting
             self._waiting.append(rows[:take])
@@ -120,45 +122,20 @@ class GaussianStats:
             if self._count_waiting == _BLOCK:
                 self._flush()
 
-    def merge(self, other: GaussianStats) -> None:
-        """Add the rows that another accumulator has seen.
-
-        Raises:
-            ValueError: the lengths of rows differ, or an n is unknown.
-        """
-        if other.dim != self.dim:
-            raise ValueError(f"cannot merge features of {self.dim} and {other.dim} numbers")
-        self._known("merge")
-        theirs = other._known("merge")
-        self._flush()
-        other._flush()
-        self._combine(other._mean, other._scatter, theirs)
-
-    def _known(self, what: str) -> int:
-        if (n := self.n) is None:
-            raise ValueError(f"cannot {what} statistics of an unknown number of images")
-        return n
-
     def _flush(self) -> None:
-        """Fold the waiting rows in; further rows then start a new block."""
+        """Add the waiting rows as a block; further rows start a new one."""
         if not self._count_waiting or self._n is None:
             return
         rows = np.concatenate(self._waiting)
         mean = rows.mean(0)
         rows -= mean
-        self._combine(mean, rows.T @ rows, len(rows))
-        self._waiting, self._count_waiting = [], 0
-
-    def _combine(self, mean: Array, scatter: Array, n: int) -> None:
-        """Add another sample's moments to those of the rows already folded in."""
-        before = self._n or 0
-        if n == 0:
-            return
+        before, n = self._n, len(rows)
         delta = mean - self._mean
-        self._scatter += scatter
+        self._scatter += rows.T @ rows
         self._scatter += np.outer(delta * (before * n / (before + n)), delta)
         self._mean = self._mean + delta * (n / (before + n))
         self._n = before + n
+        self._waiting, self._count_waiting = [], 0
 
     def save(self, file: str | Path | IO[bytes]) -> None:
         """Write `mu`, `sigma` (pytorch-fid's own file) and `n` as .npz.
@@ -171,10 +148,10 @@ class GaussianStats:
 
     @classmethod
     def load(cls, file: str | Path | IO[bytes]) -> GaussianStats:
-        """Read statistics that `save`, or pytorch-fid's `--save-stats`, wrote.
+        """Read statistics from a file of `save` or of pytorch-fid's `--save-stats`.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: the file does not hold such statistics.
         """
         try:
@@ -186,6 +163,6 @@ class GaussianStats:
         except (KeyError, ValueError, EOFError, OSError, AttributeError, TypeError,
                 zipfile.BadZipFile) as error:  # fmt: skip
             raise ValueError(
-                f"{file} is not an .npz of statistics with `mu` and `sigma`"
+                f"{file} is not an .npz of statistics; expected the arrays `mu` and `sigma`"
             ) from error
         return cls.from_moments(mean, cov, n)

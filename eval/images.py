@@ -1,7 +1,7 @@
-"""Sets of images on disk, read as pytorch-fid reads them, fast enough for the network.
+"""Image sets on disk, with the same pixels as pytorch-fid reads, and their statistics.
 
-A set is a folder of pictures or an .npz with `arr_0`, uint8 (N, H, W, C). Both are streamed
-by threads that stay a few batches ahead.
+A set is a folder of image files or an .npz with `arr_0`, uint8 (N, H, W, C). Threads read both a
+few batches ahead of the network.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from PIL import Image
 from torch import Tensor
 
 from eval.gaussian import GaussianStats
-from eval.inception import FEATURES, FidInception
-from eval.references import available, is_reference, load_reference, read_reference
+from eval.inception import FEATURES, Inception
+from eval.references import is_reference, load_reference, read_reference, reference_names
 
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-"""pytorch-fid's, here in either case."""
+"""pytorch-fid's extensions, here in upper and lower case."""
 
 Batch = Tensor | list[Tensor]
-"""uint8 (B, C, H, W); a list of (C, H, W) where the images of a batch differ in size."""
+"""Images uint8 (B, C, H, W), or a list of (C, H, W) if their sizes differ."""
 
-Progress = Callable[[int], None]
-"""Called after each batch with the number of images in it."""
+BatchCallback = Callable[[int], None]
+"""Function that is called after each batch with its number of images."""
 
 Job = TypeVar("Job")
 
@@ -41,13 +41,13 @@ _AHEAD = 3
 
 
 class FolderImages:
-    """The pictures that lie in a folder (not below it), in the order of their names.
+    """Image files of a folder (without its subfolders), in the order of their names.
 
     Args:
-        folder: where they lie; any sizes and modes. Colour is read as RGB, without alpha.
+        folder: images of any size and mode. Colour is read as RGB, without alpha.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
         ValueError: it holds fewer than two images.
     """
 
@@ -58,7 +58,7 @@ class FolderImages:
         self.files = sorted(
             p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file()
         )
-        _enough(len(self.files), folder)
+        _require_two(len(self.files), folder)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -67,20 +67,20 @@ class FolderImages:
         """Yield the images in order, `size` at a time.
 
         Raises:
-            ValueError: an image cannot be read; the sentence names it.
+            ValueError: an image cannot be read; the message names it.
         """
         chunks = (self.files[i : i + size] for i in range(0, len(self.files), size))
         yield from _ahead(chunks, _read_pictures, min(4, os.cpu_count() or 1))
 
 
 class NpzImages:
-    """The images of an .npz with `arr_0`, uint8 (N, H, W, 1 or 3), never all in memory.
+    """Images of an .npz with `arr_0`, uint8 (N, H, W, 1 or 3), read batch by batch.
 
     Args:
         path: the file, compressed or not.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: it is not such a file, or holds fewer than two images.
     """
 
@@ -88,13 +88,16 @@ class NpzImages:
         self.path = Path(path)
         with _archive(self.path) as archive:
             if "arr_0.npy" not in archive.namelist():
-                raise ValueError(f"{self.path} holds no `arr_0`; expected an .npz of images")
+                raise ValueError(
+                    f"{self.path} has no array `arr_0`; expected an .npz of images, `arr_0` uint8 "
+                    "(N, H, W, 1 or 3)"
+                )
             with archive.open("arr_0.npy") as file:
                 self.shape = self._header(file)
-        _enough(self.shape[0], self.path)
+        _require_two(self.shape[0], self.path)
 
     def _header(self, file: IO[bytes]) -> tuple[int, ...]:
-        """Read past the header of `arr_0`, checking it."""
+        """Read and check the header of `arr_0`; return its shape (N, H, W, C)."""
         try:
             version = np.lib.format.read_magic(file)
             read = (
@@ -104,11 +107,14 @@ class NpzImages:
             )
             shape, fortran, dtype = read(file)
         except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise ValueError(f"{self.path} is damaged: `arr_0` is no array") from error
+            raise ValueError(
+                f"{self.path} is damaged: `arr_0` is no array; write it again"
+            ) from error
         if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran:
             raise ValueError(
-                f"{self.path}: expected `arr_0` uint8 (N, H, W, 1 or 3) in C order, found "
-                f"{dtype} {shape}{' in Fortran order' if fortran else ''}"
+                f"`arr_0` of {self.path} is {dtype} {shape}"
+                f"{' in Fortran order' if fortran else ''}; expected uint8 (N, H, W, 1 or 3) in "
+                "C order"
             )
         return tuple(shape)
 
@@ -126,18 +132,20 @@ class NpzImages:
             self._header(file)
 
             def read(rows: int) -> Tensor:
-                want = rows * height * width * channels
+                expected = rows * height * width * channels
                 try:
-                    raw = file.read(want)
+                    raw = file.read(expected)
                 except (EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
-                    raise ValueError(f"{self.path} is damaged; make it again") from error
-                if len(raw) != want:
-                    raise ValueError(f"{self.path} ends before its {count} images do")
+                    raise ValueError(f"{self.path} is damaged; write it again") from error
+                if len(raw) != expected:
+                    raise ValueError(
+                        f"{self.path} ends before the last of its {count} images; write it again"
+                    )
                 images = np.frombuffer(raw, np.uint8).reshape(rows, height, width, channels)
                 return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
             rows = (min(size, count - i) for i in range(0, count, size))
-            # One thread: a compressed stream can only be read front to back.
+            # A compressed stream can only be read front to back, so there is one thread.
             yield from _ahead(rows, read, 1)
 
 
@@ -145,35 +153,21 @@ def open_images(path: str | Path) -> FolderImages | NpzImages:
     """Open a set of images, a folder or an .npz.
 
     Raises:
-        FileNotFoundError: nothing lies there.
+        FileNotFoundError: the path does not exist.
         ValueError: it is no such set.
     """
     path = Path(path)
     if path.is_dir():
         return FolderImages(path)
     if path.suffix != ".npz" and path.is_file():
-        raise ValueError(f"{path} is neither a folder of images nor an .npz")
+        raise ValueError(f"{path} is another file; expected a folder of images or an .npz")
     return NpzImages(path)
 
 
-def compute_features(
-    images: FolderImages | NpzImages, network: FidInception, progress: Progress | None = None
-) -> Tensor:
-    """Return the features (N, 2048) of all images, float32 on the CPU, in order."""
-    out = torch.empty(len(images), FEATURES)
-    done = 0
-    for batch in images.batches():
-        out[done : done + len(batch)] = network.features(batch).cpu()
-        done += len(batch)
-        if progress:
-            progress(len(batch))
-    return out
-
-
 def compute_stats(
-    images: FolderImages | NpzImages, network: FidInception, progress: Progress | None = None
+    images: FolderImages | NpzImages, network: Inception, progress: BatchCallback | None = None
 ) -> GaussianStats:
-    """Accumulate the statistics of all images, a batch in memory at a time."""
+    """Compute mean and covariance of the features of all images, with one batch in memory."""
     stats = GaussianStats(FEATURES)
     for batch in images.batches():
         stats.update(network.features(batch))
@@ -183,77 +177,80 @@ def compute_stats(
 
 
 def stats_of(
-    where: str | Path, network: Callable[[], FidInception], progress: Progress | None = None
+    source: str | Path, network: Callable[[], Inception], progress: BatchCallback | None = None
 ) -> GaussianStats:
-    """Statistics of whatever `jkoflow fid` accepts.
+    """Load or compute the statistics of anything that `jkoflow fid` accepts.
 
     Args:
-        where: a folder of images, an .npz of images (`arr_0`) or of statistics (`mu`,
-            `sigma`), a .safetensors that `jkoflow reference` wrote, or, where no such path
-            exists, the name of a shipped reference.
-        network: makes the network; only called when there are images to look at.
+        source: a folder of images, an .npz of images (`arr_0`) or of statistics (`mu`, `sigma`),
+            a .safetensors of `jkoflow reference`, or the name of a shipped reference (a path of
+            that name has priority).
+        network: builds the network; it is only called if there are images.
         progress: called after each batch.
 
     Raises:
-        FileNotFoundError: neither a path nor a reference.
+        FileNotFoundError: the source is neither a path nor a shipped reference.
         ValueError: the set is empty, too small, damaged or of another kind.
     """
-    path = Path(where)
+    path = Path(source)
     if not path.exists():
-        if str(where) in available():
-            return load_reference(str(where)).stats
+        if str(source) in reference_names():
+            return load_reference(str(source)).stats
         raise FileNotFoundError(
-            f"'{where}' is neither a path nor a shipped reference "
-            f"({', '.join(available()) or 'none are shipped'})"
+            f"'{source}' is neither a path nor a shipped reference "
+            f"({', '.join(reference_names()) or 'none are shipped'})"
         )
     if is_reference(path):
-        return _of_pool3(path, read_reference(path).stats)
+        return _checked(path, read_reference(path).stats)
     if path.is_file() and path.suffix == ".npz":
         with _archive(path) as archive:
             names = set(archive.namelist())
         if {"mu.npy", "sigma.npy"} <= names:
-            return _of_pool3(path, GaussianStats.load(path))
+            return _checked(path, GaussianStats.load(path))
         if "arr_0.npy" not in names:
             raise ValueError(
-                f"{path} holds neither images (`arr_0`) nor statistics (`mu`, `sigma`)"
+                f"{path} has the arrays {sorted(n.removesuffix('.npy') for n in names)}; expected "
+                "images (`arr_0`) or statistics (`mu`, `sigma`)"
             )
     return compute_stats(open_images(path), network(), progress)
 
 
-def _of_pool3(path: Path, stats: GaussianStats) -> GaussianStats:
-    """Statistics that can be compared with."""
+def _checked(path: Path, stats: GaussianStats) -> GaussianStats:
+    """Return statistics after a check of their dimension."""
     if stats.dim != FEATURES:
         raise ValueError(
-            f"{path}: expected statistics of {FEATURES} features, found {stats.dim}; use pool3 "
-            "features"
+            f"the statistics in {path} have {stats.dim} dimensions; expected {FEATURES}; use "
+            "pool3 features"
         )
     return stats
 
 
 def _archive(path: Path) -> zipfile.ZipFile:
+    """Open an .npz."""
     if not path.is_file():
         raise FileNotFoundError(f"no .npz at {path}; check the path")
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"{path} is not an .npz, or is damaged; make it again") from error
+        raise ValueError(f"{path} is not an .npz, or is damaged; write it again") from error
     return archive
 
 
-def _enough(n: int, where: Path) -> None:
+def _require_two(n: int, path: Path) -> None:
+    """Raise ValueError unless there are two images or more."""
     if n < 2:
-        found = "none" if n == 0 else "one"
-        raise ValueError(f"{where}: a distance needs at least 2 images, found {found}")
+        raise ValueError(f"{path} holds {n} images; expected at least 2 for a distance")
 
 
 def _read_pictures(files: list[Path]) -> Batch:
+    """Read a batch of image files."""
     images = [_read_picture(file) for file in files]
     same = all(image.shape == images[0].shape for image in images)
     return torch.stack(images) if same else images
 
 
 def _read_picture(file: Path) -> Tensor:
-    """Read one picture as uint8 (C, H, W): grey stays one channel, all else becomes RGB."""
+    """Read an image file as uint8 (C, H, W); grey keeps one channel, all others become RGB."""
     try:
         with Image.open(file) as picture:
             pixels = np.array(picture if picture.mode == "L" else picture.convert("RGB"))
@@ -265,7 +262,7 @@ def _read_picture(file: Path) -> Tensor:
 
 
 def _ahead(jobs: Iterator[Job], read: Callable[[Job], Batch], threads: int) -> Iterator[Batch]:
-    """Yield read(job) in order, keeping some reads ahead of the consumer."""
+    """Yield read(job) in order, while threads read a few jobs ahead of the consumer."""
     pool = ThreadPoolExecutor(threads)
     waiting: deque[Future[Batch]] = deque()
     try:

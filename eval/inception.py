@@ -1,162 +1,54 @@
-"""The Inception features of FID, equal to pytorch-fid's and about twice as fast on a CPU.
+"""Inception features for FID: pytorch-fid's network, as it is or folded into a faster one.
 
-What makes it fast, each an identity up to rounding:
-- the batch norms, constant at evaluation, are folded into the convolutions (in float64);
-- 1x1 convolutions that share an input are one convolution;
-- the average pool of a pooling branch follows its 1x1 convolution (fewer channels to pool;
-  both are linear, and the pool's weights sum to one so the bias passes through);
-- channels-last memory, and on the CPU oneDNN's convolution with the ReLU inside and the
-  weights reordered once, in micro-batches that stay in the cache.
+The folded network is about twice as fast on a CPU. Each change is an identity up to rounding:
+- The batch norms, constant at evaluation, are folded into the convolutions (in float64).
+- 1x1 convolutions of one input are merged into one convolution.
+- The average pool of a pooling branch follows its 1x1 convolution, where there are fewer channels.
+  Both are linear, and the pool's weights sum to one, so that the bias passes through.
+- Memory is channels-last. On a CPU oneDNN's convolution includes the ReLU and reorders the
+  weights once, and micro-batches fit the cache.
 
-Reference: Heusel et al. 2017; the resize and the patched blocks are pytorch-fid's.
+Reference: Heusel et al. 2017; the resize and the network are pytorch-fid's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eval.folded_conv import CPU_MICRO_BATCH, FoldedConv
-from eval.inception_weights import LAYOUT, content_sha256, convert_torchscript, read_weights
-
-__all__ = ["EXTRACTOR", "FEATURES", "FidInception", "content_sha256", "convert_torchscript"]
+from eval.inception_weights import read_weights
+from eval.pytorch_fid import network_from
 
 FEATURES = 2048
 EXTRACTOR = "inception-2015-12-05/pool3"
-"""What is printed beside every number as `extractor`."""
+"""Name of the features, recorded next to every FID as `extractor`."""
 
 _SIDE = 299
 _GPU_MICRO_BATCH = 64
 
 
-class Mixed(nn.Module):
-    """One Inception block: parallel branches on one input, concatenated.
+class Inception(nn.Module):
+    """Feature extractor of FID: images to pool3 features.
 
-    Args:
-        state: the network's state dict.
-        name: such as `Mixed_5b`.
-        heads: 1x1 convolutions on the input, merged; each starts a branch.
-        branches: for each head the stages that follow; a stage of two names forks, and its
-            outputs are concatenated. No stage: the head's output is the branch's.
-        pool: `average` (TensorFlow's, which ignores the padding), `max` or `reduce`.
-        alone: a convolution on the input that is no head (the reduction block's 3x3).
+    A subclass is built from a state dict (see `eval.inception_weights`), and maps prepared images
+    (B, 3, 299, 299) in [-1, 1] to features (B, 2048).
     """
-
-    def __init__(
-        self,
-        state: Mapping[str, Tensor],
-        name: str,
-        heads: list[str],
-        branches: list[list[list[str]]],
-        pool: str,
-        alone: str | None = None,
-    ) -> None:
-        super().__init__()
-
-        def conv(*names: str, relu: bool = True) -> FoldedConv:
-            return FoldedConv(state, [f"{name}.{n}" for n in names], relu)
-
-        self.alone = conv(alone) if alone else None
-        self.heads = conv(*heads)
-        self.branches = nn.ModuleList(
-            nn.ModuleList(nn.ModuleList(conv(n) for n in stage) for stage in branch)
-            for branch in branches
-        )
-        self.pool = pool
-        # An average pool may follow its convolution, so the ReLU has to wait for it.
-        self.pooled = None if pool == "reduce" else conv("branch_pool", relu=pool == "max")
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs = [self.alone(x)] if self.alone is not None else []
-        starts = self.heads.split(x)
-        for start, branch in zip(starts, self.branches, strict=True):
-            y = [start]
-            for stage in branch.children():
-                y = [conv(y[0]) for conv in stage.children()]
-            outputs += y
-        return torch.cat([*outputs, self._pool(x)], 1)
-
-    def _pool(self, x: Tensor) -> Tensor:
-        if self.pooled is None:
-            return F.max_pool2d(x, 3, 2)
-        if self.pool == "max":
-            return self.pooled(F.max_pool2d(x, 3, 1, 1))
-        return F.relu_(F.avg_pool2d(self.pooled(x), 3, 1, 1, count_include_pad=False))
-
-
-def _mixed(state: Mapping[str, Tensor], name: str) -> Mixed:
-    """Wire the block `name` as the published graph does."""
-    kind = name[-2:]
-    if kind[0] == "5":
-        return Mixed(
-            state, name, ["branch1x1", "branch5x5_1", "branch3x3dbl_1"],
-            [[], [["branch5x5_2"]], [["branch3x3dbl_2"], ["branch3x3dbl_3"]]], "average",
-        )  # fmt: skip
-    if kind == "6a":
-        return Mixed(
-            state, name, ["branch3x3dbl_1"],
-            [[["branch3x3dbl_2"], ["branch3x3dbl_3"]]], "reduce", "branch3x3",
-        )  # fmt: skip
-    if kind[0] == "6":
-        return Mixed(
-            state, name, ["branch1x1", "branch7x7_1", "branch7x7dbl_1"],
-            [[], [["branch7x7_2"], ["branch7x7_3"]],
-             [[f"branch7x7dbl_{i}"] for i in (2, 3, 4, 5)]], "average",
-        )  # fmt: skip
-    if kind == "7a":
-        return Mixed(
-            state, name, ["branch3x3_1", "branch7x7x3_1"],
-            [[["branch3x3_2"]], [[f"branch7x7x3_{i}"] for i in (2, 3, 4)]], "reduce",
-        )  # fmt: skip
-    return Mixed(
-        state, name, ["branch1x1", "branch3x3_1", "branch3x3dbl_1"],
-        [[], [["branch3x3_2a", "branch3x3_2b"]],
-         [["branch3x3dbl_2"], ["branch3x3dbl_3a", "branch3x3dbl_3b"]]],
-        "max" if kind == "7c" else "average",
-    )  # fmt: skip
-
-
-class FidInception(nn.Module):
-    """Images to the 2048 numbers whose Gaussians FID compares.
-
-    Args:
-        state: the weights under torchvision's names (see `eval.inception_weights`).
-    """
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        super().__init__()
-
-        def conv(name: str) -> FoldedConv:
-            return FoldedConv(state, [name])
-
-        self.stem = nn.Sequential(
-            conv("Conv2d_1a_3x3"), conv("Conv2d_2a_3x3"), conv("Conv2d_2b_3x3"),
-            nn.MaxPool2d(3, 2),
-            conv("Conv2d_3b_1x1"), conv("Conv2d_4a_3x3"),
-            nn.MaxPool2d(3, 2),
-        )  # fmt: skip
-        names = list(dict.fromkeys(n.split(".")[0] for n in LAYOUT if n.startswith("Mixed")))
-        self.mixed = nn.Sequential(*(_mixed(state, name) for name in names))
-        self.eval()
 
     @classmethod
-    def from_weights(cls, path: str | Path) -> FidInception:
+    def from_weights(cls, path: str | Path) -> Self:
         """Build the network from pytorch-fid's `.pth`, the `.safetensors` or the TorchScript.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: the file is damaged or holds another network.
         """
         return cls(read_weights(path))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (B, 2048) of prepared images x (B, 3, 299, 299) in [-1, 1]."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        return self.mixed(self.stem(x)).mean((2, 3))
 
     @torch.no_grad()
     def features(self, images: Tensor | Sequence[Tensor]) -> Tensor:
@@ -170,14 +62,14 @@ class FidInception(nn.Module):
             float32 (B, 2048), on the network's device.
 
         Raises:
-            ValueError: another type or shape; the images must be on disk's 0…255 scale.
+            ValueError: the images have another dtype or shape.
         """
         parts = [images] if isinstance(images, Tensor) else [image[None] for image in images]
         for part in parts:
             _check(part)
         device = next(self.buffers()).device
         size = CPU_MICRO_BATCH if device.type == "cpu" else _GPU_MICRO_BATCH
-        out = torch.empty(len(images), FEATURES, device=device)
+        features = torch.empty(len(images), FEATURES, device=device)
         # TensorFloat-32, on by default for convolutions, moves features by 1e-3.
         with torch.backends.cudnn.flags(
             enabled=True, benchmark=False, deterministic=True, allow_tf32=False
@@ -185,20 +77,164 @@ class FidInception(nn.Module):
             for start in range(0, len(images), size):
                 rows = slice(start, start + size)
                 batch = [images[rows]] if isinstance(images, Tensor) else parts[rows]
-                out[rows] = self(torch.cat([_prepare(part.to(device)) for part in batch]))
-        return out
+                prepared = torch.cat([_prepare(part.to(device)) for part in batch])
+                features[rows] = self(prepared)
+        return features
+
+
+class PytorchFidInception(Inception):
+    """pytorch-fid's network as it is, for comparison with the folded one.
+
+    Args:
+        state: weights under torchvision's names (see `eval.inception_weights`).
+    """
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.network = network_from(state)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute features (B, 2048) of prepared images x (B, 3, 299, 299) in [-1, 1]."""
+        return self.network(x)
+
+
+class FidInception(Inception):
+    """pytorch-fid's network, folded: the same features up to rounding, in half the time.
+
+    Args:
+        state: weights under torchvision's names (see `eval.inception_weights`).
+    """
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        network = network_from(state)
+
+        def conv(name: str) -> FoldedConv:
+            return FoldedConv([getattr(network, name)])
+
+        self.stem = nn.Sequential(
+            conv("Conv2d_1a_3x3"), conv("Conv2d_2a_3x3"), conv("Conv2d_2b_3x3"),
+            nn.MaxPool2d(3, 2),
+            conv("Conv2d_3b_1x1"), conv("Conv2d_4a_3x3"),
+            nn.MaxPool2d(3, 2),
+        )  # fmt: skip
+        blocks = [block for name, block in network.named_children() if name.startswith("Mixed")]
+        self.mixed = nn.Sequential(*(FoldedBlock(block) for block in blocks))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute features (B, 2048) of prepared images x (B, 3, 299, 299) in [-1, 1]."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.mixed(self.stem(x)).mean((2, 3))
+
+
+class Wiring(NamedTuple):
+    """Order of the convolutions inside an Inception block.
+
+    Attributes:
+        heads: 1x1 convolutions of the input, which are merged; each starts a branch.
+        branches: for each head the stages that follow. A stage is one convolution, or two of the
+            same input whose outputs are concatenated. Without a stage the head's output is the
+            branch's.
+        pool: `average` (TensorFlow's, which ignores the padding), `max` or `reduce`.
+        alone: a convolution of the input that is no head (the reduction block's 3x3).
+    """
+
+    heads: list[str]
+    branches: list[list[list[str]]]
+    pool: str
+    alone: str | None = None
+
+
+_WIRING_E = Wiring(
+    ["branch1x1", "branch3x3_1", "branch3x3dbl_1"],
+    [[], [["branch3x3_2a", "branch3x3_2b"]],
+     [["branch3x3dbl_2"], ["branch3x3dbl_3a", "branch3x3dbl_3b"]]],
+    "average",
+)  # fmt: skip
+#: by the class of a block, which is pytorch-fid's or torchvision's
+_WIRING = {
+    "FIDInceptionA": Wiring(
+        ["branch1x1", "branch5x5_1", "branch3x3dbl_1"],
+        [[], [["branch5x5_2"]], [["branch3x3dbl_2"], ["branch3x3dbl_3"]]],
+        "average",
+    ),
+    "InceptionB": Wiring(
+        ["branch3x3dbl_1"], [[["branch3x3dbl_2"], ["branch3x3dbl_3"]]], "reduce", "branch3x3"
+    ),
+    "FIDInceptionC": Wiring(
+        ["branch1x1", "branch7x7_1", "branch7x7dbl_1"],
+        [[], [["branch7x7_2"], ["branch7x7_3"]], [[f"branch7x7dbl_{i}"] for i in (2, 3, 4, 5)]],
+        "average",
+    ),
+    "InceptionD": Wiring(
+        ["branch3x3_1", "branch7x7x3_1"],
+        [[["branch3x3_2"]], [[f"branch7x7x3_{i}"] for i in (2, 3, 4)]],
+        "reduce",
+    ),
+    "FIDInceptionE_1": _WIRING_E,
+    "FIDInceptionE_2": _WIRING_E._replace(pool="max"),
+}
+
+
+class FoldedBlock(nn.Module):
+    """Inception block: parallel branches of one input, concatenated.
+
+    Args:
+        block: pytorch-fid's or torchvision's block, with its weights.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        wiring = _WIRING[type(block).__name__]
+
+        def conv(*names: str, relu: bool = True) -> FoldedConv:
+            convolutions: list[Any] = [getattr(block, name) for name in names]
+            return FoldedConv(convolutions, relu)
+
+        self.alone = conv(wiring.alone) if wiring.alone else None
+        self.heads = conv(*wiring.heads)
+        self.branches = nn.ModuleList(
+            nn.ModuleList(nn.ModuleList(conv(name) for name in stage) for stage in branch)
+            for branch in wiring.branches
+        )
+        self.pool = wiring.pool
+        # An average pool follows its convolution, so the ReLU has to follow the pool.
+        relu = self.pool == "max"
+        self.pooled = None if self.pool == "reduce" else conv("branch_pool", relu=relu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map activations x (B, C, H, W), channels-last, to those of the next block."""
+        outputs = [self.alone(x)] if self.alone is not None else []
+        starts = self.heads.split(x)
+        for start, branch in zip(starts, self.branches, strict=True):
+            y = [start]
+            for stage in branch.children():
+                y = [conv(y[0]) for conv in stage.children()]
+            outputs += y
+        return torch.cat([*outputs, self._pool(x)], 1)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """Compute the pooling branch of activations x (B, C, H, W)."""
+        if self.pooled is None:
+            return F.max_pool2d(x, 3, 2)
+        if self.pool == "max":
+            return self.pooled(F.max_pool2d(x, 3, 1, 1))
+        return F.relu_(F.avg_pool2d(self.pooled(x), 3, 1, 1, count_include_pad=False))
 
 
 def _check(images: Tensor) -> None:
+    """Raise ValueError unless images are uint8 (B, 1 or 3, H, W)."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
-            "expected uint8 images (B, 1 or 3, H, W), found "
-            f"{images.dtype} {tuple(images.shape)}; scale to 0…255 and round first"
+            f"the images are {images.dtype} {tuple(images.shape)}; expected uint8 "
+            "(B, 1 or 3, H, W); scale them to 0…255 and round first"
         )
 
 
 def _prepare(images: Tensor) -> Tensor:
-    """Images uint8 (B, C, H, W) to [-1, 1], (B, 3, 299, 299), by pytorch-fid's resize."""
+    """Map uint8 images (B, C, H, W) to [-1, 1], (B, 3, 299, 299), by pytorch-fid's resize."""
     x = images.float() / 255
     x = F.interpolate(x, size=(_SIDE, _SIDE), mode="bilinear", align_corners=False)
     return (2 * x - 1).expand(-1, 3, -1, -1)

@@ -1,4 +1,4 @@
-"""Maximum mean discrepancy of two samples, with the threshold above which they differ."""
+"""Maximum mean discrepancy of two samples, with the threshold of a two-sample test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ _MEDIAN_ROWS = 2000
 
 @dataclass(frozen=True)
 class Mmd:
-    """Squared MMD; below `threshold` the samples pass for one distribution's."""
+    """Squared maximum mean discrepancy of two samples.
+
+    Attributes:
+        value: MMD².
+        threshold: above it the test rejects that both samples have one distribution.
+        bandwidth: σ of the kernel.
+    """
 
     value: float
     threshold: float
@@ -37,53 +43,55 @@ def mmd(
         k(x, y) = exp(-|x - y|² / 2σ²)
         MMD² = Σ k(x_i, x_j) / n² + Σ k(y_i, y_j) / m² - 2 Σ k(x_i, y_j) / nm
 
-    (a V-statistic: the diagonals are in the sums, so MMD² ≥ 0). σ is `bandwidth`, else
-    `scale` times the median distance within the pooled sample; 0.1 looks at detail, 1 at
-    the whole. The bootstrap threshold τ is the 1 - α quantile of MMD² between random
-    divisions of the pool into n and m points: two samples of one distribution exceed it
-    with probability α. (Drawing with replacement instead repeats points, which at small σ
-    inflates τ.) With weights w (1/n and -1/m) on the pool, each of these is wᵀKw.
+    This is a V-statistic: the sums include the diagonals, so MMD² ≥ 0. σ is `bandwidth`, or else
+    `scale` times the median distance within the pooled sample; 0.1 compares details, 1 the overall
+    shape. The bootstrap threshold τ is the 1 - α quantile of MMD² between random divisions of the
+    pool into n and m points. Two samples of one distribution exceed it with probability α.
+    (Resampling with replacement would repeat points, which increases τ at small σ.) With weights w
+    (1/n and -1/m) on the pool, each MMD² is wᵀKw.
 
     Args:
         x: first sample (n, D), n ≥ 2.
         y: second sample (m, D), m ≥ 2.
         scale: σ over the median distance, > 0.
-        bandwidth: σ itself, > 0; overrides `scale`.
-        alpha: level of the test, in (0, 1).
+        bandwidth: σ, > 0; overrides `scale`.
+        alpha: level α of the test, in (0, 1).
         resamples: random divisions, ≥ 1.
         seed: of the divisions.
 
     Raises:
-        ValueError: other shapes or ranges, or a pool of identical points.
+        ValueError: a shape or an argument is out of range, or all points are equal.
 
     Reference: Gretton et al. 2012, §2 and §5.
     """
     x, y = (torch.as_tensor(t).detach().cpu().double() for t in (x, y))
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
         raise ValueError(
-            "mmd expects two samples (n, D) with one D and n of 2 or more, found "
-            f"{tuple(x.shape)} and {tuple(y.shape)}"
+            f"the samples have the shapes {tuple(x.shape)} and {tuple(y.shape)}; expected (n, D) "
+            "and (m, D) with one D, n ≥ 2 and m ≥ 2"
         )
     if not (0 < alpha < 1 and resamples >= 1):
         raise ValueError(
-            f"mmd expects 0 < alpha < 1 and resamples ≥ 1, found {alpha}, {resamples}"
+            f"alpha is {alpha} and resamples {resamples}; expected 0 < alpha < 1 and at least 1"
         )
     pool = torch.cat([x, y])
     sigma = scale * median_distance(pool, seed) if bandwidth is None else bandwidth
     if not sigma > 0:
-        raise ValueError(f"mmd needs a bandwidth above 0, found {sigma}; are all points equal?")
+        raise ValueError(
+            f"the bandwidth is {sigma}; expected a positive number; are all points equal?"
+        )
     n, m = len(x), len(y)
     rng = np.random.default_rng(seed)
     observed = np.concatenate([np.full(n, 1 / n), np.full(m, -1 / m)])[:, None]
-    drawn = rng.permuted(np.broadcast_to(observed, (n + m, resamples)), axis=0)
-    weights = torch.from_numpy(np.concatenate([observed, drawn], axis=1))
+    divisions = rng.permuted(np.broadcast_to(observed, (n + m, resamples)), axis=0)
+    weights = torch.from_numpy(np.concatenate([observed, divisions], axis=1))
     values = _quadratic(pool, weights, sigma).numpy()
     threshold = float(np.quantile(values[1:], 1 - alpha))
     return Mmd(max(float(values[0]), 0.0), threshold, float(sigma))
 
 
 def median_distance(points: Tensor, seed: int = 0) -> float:
-    """Compute the median distance between different rows, of at most 2 000 rows."""
+    """Compute the median distance between rows of points (n, D), from at most 2 000 rows."""
     if len(points) > _MEDIAN_ROWS:
         generator = torch.Generator().manual_seed(seed)
         points = points[torch.randperm(len(points), generator=generator)[:_MEDIAN_ROWS]]

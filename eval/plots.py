@@ -1,4 +1,4 @@
-"""Plots, drawn without touching matplotlib's global state, whose import a grid need not wait for.
+"""Plots of images, movements and curves, drawn without matplotlib's global state.
 
 Every function that writes takes a path or a binary file open for writing.
 """
@@ -29,21 +29,22 @@ def before_after(
     columns: int | None = None,
     titles: tuple[str, str] = ("before", "after"),
 ) -> None:
-    """Write two grids of the same images side by side, each under its title.
+    """Write two image grids next to each other, each under its title.
 
     Args:
-        file: where the PNG goes.
+        file: destination of the PNG.
         before: uint8 (N, C, H, W), such as originals.
-        after: the same shape, such as reconstructions.
+        after: uint8, the same shape, such as reconstructions.
         columns: images a row.
         titles: printed above the grids.
 
     Raises:
-        ValueError: the shapes differ, or are no images.
+        ValueError: the shapes differ, or are not those of images.
     """
     if tuple(before.shape) != tuple(after.shape):
         raise ValueError(
-            f"expected two sets of one shape, found {tuple(before.shape)}, {tuple(after.shape)}"
+            f"the sets have the shapes {tuple(before.shape)} and {tuple(after.shape)}; expected "
+            "one shape"
         )
     pictures = [image_grid(images, columns, scale=2) for images in (before, after)]
     height, width = pictures[0].height / 100, pictures[0].width / 100
@@ -66,22 +67,25 @@ def movement_bars(
     *,
     title: str = "Movement of each block",
 ) -> None:
-    """Draw the W2 movement S_k of every block, one group of bars a block.
+    """Draw the W2 movement S_k of every block as bars, one group a block.
 
     Args:
-        file: where the PNG goes.
-        movements: one list per training pass (they may differ in length), each S_1 … S_K.
+        file: destination of the PNG.
+        movements: S_1 … S_K of each training pass; K may differ between passes.
         labels: names of the passes, such as `iter 1`; later passes are darker.
-        title: above the plot.
+        title: printed above the plot.
 
     Raises:
-        ValueError: no movement, or labels that do not match.
+        ValueError: a pass has no movement, or the labels do not match.
     """
     if not movements or not all(len(m) for m in movements):
-        raise ValueError("movement_bars needs the movement of at least one block in each pass")
+        raise ValueError(
+            f"the passes have {[len(m) for m in movements]} blocks; expected at least one pass, "
+            "and one block in each"
+        )
     labels = [f"iter {i + 1}" for i in range(len(movements))] if labels is None else labels
     if len(labels) != len(movements):
-        raise ValueError(f"{len(movements)} passes of movements but {len(labels)} labels")
+        raise ValueError(f"there are {len(labels)} labels; expected {len(movements)}, one a pass")
     passes, blocks = len(movements), max(len(m) for m in movements)
     figure = _figure(max(4.5, 1.2 + 0.3 * blocks * max(passes, 2)), 3.2)
     axes = _axes(figure, "block", r"movement $S_k$", title)
@@ -107,28 +111,31 @@ def curves(
     log_y: bool = False,
     marks: Mapping[str, float] | None = None,
 ) -> None:
-    """Draw named lines over one axis.
+    """Draw named lines in one plot.
 
     Args:
-        file: where the PNG goes.
-        lines: name to (x, y), each (n,); numbers that are not finite leave a gap.
-        x_label: under the axis.
-        y_label: beside the axis.
-        title: above the plot.
-        log_y: logarithmic y axis; all y above 0.
-        marks: named heights, drawn as dashed lines (a floor, a threshold).
+        file: destination of the PNG.
+        lines: name to (x, y), each (n,); values that are not finite leave a gap.
+        x_label: label of the x axis.
+        y_label: label of the y axis.
+        title: printed above the plot.
+        log_y: whether the y axis is logarithmic; then all y are positive.
+        marks: name to height of dashed lines (a floor, a threshold).
 
     Raises:
-        ValueError: no line, or an x and y of different lengths.
+        ValueError: there is no line, or the lengths of an x and y differ.
     """
     if not lines:
-        raise ValueError("curves needs at least one line")
+        raise ValueError("there are 0 lines; expected at least one")
     figure = _figure(5.4, 3.4)
     axes = _axes(figure, x_label, y_label, title)
     for i, (name, (x, y)) in enumerate(lines.items()):
         xs, ys = np.asarray(x, float), np.asarray(y, float)
         if xs.shape != ys.shape or xs.ndim != 1:
-            raise ValueError(f"line '{name}' has x {xs.shape} and y {ys.shape}; expected (n,)")
+            raise ValueError(
+                f"x and y of the line '{name}' have the shapes {xs.shape} and {ys.shape}; "
+                "expected (n,) for both"
+            )
         few = "o" if len(xs) <= 20 else None
         axes.plot(xs, ys, marker=few, markersize=4, lw=1.6, label=name, color=_COLOURS[i % 7])
     for name, height in (marks or {}).items():
@@ -143,13 +150,14 @@ def curves(
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Make a figure of the given inches with its own Agg canvas, outside of pyplot."""
+    """Create a figure, its size in inches, with its own Agg canvas, outside of pyplot."""
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _axes(figure: Figure, x_label: str, y_label: str, title: str) -> Axes:
+    """Add axes with labels, a title and horizontal lines to a figure."""
     axes = figure.add_subplot()
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(y_label, fontsize=9)
@@ -162,9 +170,11 @@ def _axes(figure: Figure, x_label: str, y_label: str, title: str) -> Axes:
 
 
 def _legend(axes: Axes) -> None:
+    """Add a legend to axes."""
     axes.legend(fontsize=8, frameon=False)
 
 
 def _save(figure: Figure, file: Target, tight: bool = True) -> None:
+    """Write a figure as PNG, cropped to its content if `tight`."""
     options: dict[str, Any] = {"bbox_inches": "tight"} if tight else {}
     figure.savefig(file, format="png", dpi=150, **options)

@@ -1,4 +1,4 @@
-"""How well an autoencoder reconstructs: PSNR, SSIM, codebook use, statistics of the latents."""
+"""Quality of reconstructions: PSNR, SSIM, codebook use and statistics of the latents."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ _WINDOW, _SIGMA = 11, 1.5
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair, 10 log10(255² / MSE), in dB.
+    """Compute the peak signal-to-noise ratio of each pair, 10 log₁₀(255² / MSE), in dB.
 
     Args:
         a: uint8 (B, C, H, W).
-        b: the same shape.
+        b: uint8, the same shape.
 
     Returns:
-        float64 (B,); infinite where a pair is equal.
+        float64 (B,); infinite for equal images.
     """
     mse = ((a.double() - b.double()) ** 2).flatten(1).mean(1)
     return 10.0 * torch.log10(255.0**2 / mse)
 
 
 def has_ssim(images: Tensor) -> bool:
-    """Whether images (B, C, H, W) are large enough for the window of `ssim`.
+    """Return whether images (B, C, H, W) are large enough for the window of `ssim`.
 
-    A smaller window would give another measure by the same name, so smaller images have none.
+    A smaller window would define another measure, so smaller images have no SSIM.
     """
     return min(images.shape[-2:]) >= _WINDOW
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of each pair, mean over pixels and channels.
+    """Compute the structural similarity of each pair, averaged over pixels and channels.
 
-    Gaussian window of 11 x 11 with σ = 1.5, K1 = 0.01, K2 = 0.03, without padding.
+    The Gaussian window is 11 x 11 with σ = 1.5; K1 = 0.01, K2 = 0.03; there is no padding.
 
     Args:
         a: uint8 (B, C, H, W), H and W at least 11.
-        b: the same shape.
+        b: uint8, the same shape.
 
     Returns:
         float64 (B,), in [-1, 1].
@@ -53,7 +53,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """
     if not has_ssim(a):
         raise ValueError(
-            f"SSIM needs images of at least {_WINDOW}x{_WINDOW}, not {a.shape[-2]}x{a.shape[-1]}"
+            f"the images are {a.shape[-2]}x{a.shape[-1]}; expected at least {_WINDOW}x{_WINDOW} "
+            "for SSIM"
         )
     x, y = a.double(), b.double()
     offsets = torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2
@@ -74,18 +75,21 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> float:
-    """Exp of the entropy of the codebook's use; the number of entries if all are used alike.
+    """Compute the perplexity exp(−Σ p log p) of a codebook, p the relative use of its entries.
 
     Args:
         counts: (n_embed,), how often each entry was chosen.
+
+    Returns:
+        A number between 1 and n_embed, which it reaches if all entries are used equally.
     """
-    share = counts.double() / counts.sum()
-    share = share[share > 0]
-    return math.exp(-float((share * share.log()).sum()))
+    p = counts.double() / counts.sum()
+    p = p[p > 0]
+    return math.exp(-float((p * p.log()).sum()))
 
 
 class Reconstruction:
-    """Accumulates over batches of images, their reconstructions and their latents."""
+    """Accumulator of reconstruction measures over batches."""
 
     def __init__(self) -> None:
         self.psnr: list[Tensor] = []
@@ -93,27 +97,30 @@ class Reconstruction:
         self.latents: list[Tensor] = []
         self.codes: list[Tensor] = []
 
-    def add(self, images: Tensor, again: Tensor, latents: Tensor, codes: Tensor | None) -> None:
-        """Take in one batch.
+    def add(
+        self, images: Tensor, reconstructions: Tensor, latents: Tensor, codes: Tensor | None
+    ) -> None:
+        """Add one batch.
 
         Args:
             images: uint8 (B, C, H, W).
-            again: their reconstructions, the same shape.
+            reconstructions: uint8, the same shape.
             latents: (B, C_z, H_z, W_z).
-            codes: chosen codebook entries, any shape; None without a codebook.
+            codes: indices of the codebook entries, any shape; None without a codebook.
         """
-        self.psnr.append(psnr(images, again))
+        self.psnr.append(psnr(images, reconstructions))
         if has_ssim(images):
-            self.ssim.append(ssim(images, again))
+            self.ssim.append(ssim(images, reconstructions))
         self.latents.append(latents.float())
         if codes is not None:
             self.codes.append(codes.flatten())
 
     def result(self, entries: int) -> dict[str, Any]:
-        """The means, JSON-ready; ssim is None for images smaller than its window.
+        """Average over all batches, as JSON values.
 
-        Images that come back exactly have an infinite PSNR: they are counted as `exact`, and
-        psnr is the mean of the others, None if there are none.
+        Exact reconstructions have an infinite PSNR. They are counted as `exact`, and `psnr` is
+        the mean of the others, or None without others. `ssim` is None for images smaller than its
+        window.
 
         Args:
             entries: size of the codebook.

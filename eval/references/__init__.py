@@ -1,8 +1,8 @@
-"""Shipped statistics of the reference splits, so that nobody computes them twice.
+"""Reference statistics for FID: the shipped ones and their file format.
 
-One safetensors file a reference: the mean in float64 and the upper triangle of the
-covariance in float32, 8 MB instead of 32, with a card in the metadata. The rounding moves
-FID by less than 1e-6 of its value (2e-8 of 9 between two sets of real MNIST digits).
+A reference is one safetensors file. It holds the mean in float64, the upper triangle of the
+covariance in float32 (8 MB instead of 32), and a card in the metadata. The rounding changes FID by
+less than 1e-6 of its value (by 2e-8 at an FID of 9 between two sets of real MNIST digits).
 """
 
 from __future__ import annotations
@@ -31,37 +31,40 @@ _FORMAT = 1
 class Reference:
     """Statistics of a split, and their card.
 
-    The card has `dataset`, `split`, `n`, `extractor` and `content_sha256` (of the images or
-    of the extractor's weights, as its maker says), and whatever else its maker noted.
+    Attributes:
+        stats: mean and covariance of the features.
+        card: `dataset`, `split`, `n`, `extractor`, `content_sha256` (of the images or of the
+            extractor's weights), and optional further entries.
     """
 
     stats: GaussianStats
     card: dict[str, Any]
 
 
-def available() -> list[str]:
-    """Return the names of the shipped references, sorted."""
+def reference_names() -> list[str]:
+    """List the names of the shipped references, sorted."""
     return sorted(p.name.removesuffix(_SUFFIX) for p in _FOLDER.glob(f"*{_SUFFIX}"))
 
 
 def load_reference(name: str) -> Reference:
-    """Load a shipped reference such as `mnist-train`, or one of one's own from its file.
+    """Load a reference by its name, such as `mnist-train`, or from a file.
 
     Raises:
-        ValueError: neither a shipped name (the sentence lists those there are) nor a file, or a
-            damaged file.
+        ValueError: it is neither a shipped name nor a reference file, or the file is damaged.
     """
-    names = available()
+    names = reference_names()
     if name not in names:
         if is_reference(name):
             return read_reference(name)
         known = ", ".join(names) or "none"
-        raise ValueError(f"no reference statistics named '{name}'; shipped are: {known}")
+        raise ValueError(
+            f"the reference '{name}' is neither a file nor shipped; expected one of: {known}"
+        )
     return read_reference(_FOLDER / f"{name}{_SUFFIX}")
 
 
 def is_reference(path: str | Path) -> bool:
-    """Whether a path is a file that holds, by its name, a reference."""
+    """Return whether a path is a file with the suffix of a reference."""
     return Path(path).suffix == _SUFFIX and Path(path).is_file()
 
 
@@ -69,8 +72,8 @@ def read_reference(path: str | Path) -> Reference:
     """Read a reference from its file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged or of another kind.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or of another kind.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no reference statistics at {path}; check the path")
@@ -87,32 +90,33 @@ def read_reference(path: str | Path) -> Reference:
         cov += np.triu(cov, 1).T
         return Reference(GaussianStats.from_moments(mean, cov, card["n"]), card)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a whole file of reference statistics") from error
+        raise ValueError(
+            f"{path} is not a complete file of reference statistics; write it again"
+        ) from error
 
 
 def reference_bytes(stats: GaussianStats, card: Mapping[str, Any]) -> bytes:
     """Encode a reference as the content of its file.
 
     Args:
-        stats: of the whole split.
-        card: `dataset`, `split`, `n`, `extractor`, `content_sha256`, and more if wanted.
+        stats: statistics of the whole split.
+        card: `dataset`, `split`, `n`, `extractor`, `content_sha256`, and optional further entries.
 
     Raises:
         ValueError: the card lacks an entry, or its n is not that of the statistics.
     """
     missing = [key for key in _CARD if key not in card]
     if missing:
-        raise ValueError(f"the card of a reference lacks {', '.join(missing)}")
+        raise ValueError(f"the card lacks {', '.join(missing)}; expected {', '.join(_CARD)}")
     if card["n"] != stats.n:
-        raise ValueError(f"the card says n = {card['n']}, the statistics n = {stats.n}")
+        raise ValueError(
+            f"n is {card['n']} in the card and {stats.n} in the statistics; expected the same"
+        )
     upper = stats.cov[np.triu_indices(stats.dim)].astype(np.float32)
     if not math.isfinite(float(np.abs(upper).max())):
-        raise ValueError("the covariance does not fit float32")
+        raise ValueError(
+            "the covariance exceeds float32; expected finite values; check the features"
+        )
     tensors = {"mean": torch.from_numpy(stats.mean), "cov_upper": torch.from_numpy(upper)}
-    # One key only: safetensors writes several in random order, and bytes should repeat.
+    # safetensors writes several metadata keys in random order; one key makes bytes repeatable.
     return save(tensors, {"card": json.dumps({**card, "format": _FORMAT})})
-
-
-def save_reference(path: str | Path, stats: GaussianStats, card: Mapping[str, Any]) -> None:
-    """Write a reference to `path` (see `reference_bytes`, for a committed write)."""
-    Path(path).write_bytes(reference_bytes(stats, card))

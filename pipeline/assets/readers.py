@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import save
 
-from eval.inception_weights import content_sha256, read_weights
+from eval.inception_weights import read_weights, weights_sha256
 from pipeline.assets.archives import find_files, read_bytes
 from pipeline.assets.download import DamagedError
 from pipeline.storage.safe_pickle import UnsafePickleError, load_batch
@@ -154,7 +154,7 @@ def _labels(labels: object, path: Path) -> np.ndarray:
 def read_inception(raw: Path, scratch: Path) -> Content:
     """Read the Inception network for FID from any of its files; it is stored as safetensors.
 
-    The hash covers the 94 convolutions, see `eval.inception_weights.content_sha256`.
+    The hash covers the 94 convolutions, see `eval.inception_weights.weights_sha256`.
 
     Raises:
         DamagedError: the file is missing, damaged or of another network.
@@ -166,7 +166,7 @@ def read_inception(raw: Path, scratch: Path) -> Content:
     path = next(iter(found.values()))
     try:
         state = read_weights(path)
-        digest = content_sha256(state)
+        digest = weights_sha256(state)
     except (ValueError, FileNotFoundError) as error:
         raise DamagedError(str(error)) from error
     tensors = {name: state[name].contiguous() for name in sorted(state)}

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from eval.references import available
+from eval.references import reference_names
 from pipeline.assets.fetch import ASSETS, fetch_asset
 from pipeline.config.schema import Config
 from pipeline.data.latent_cache import encode
@@ -97,7 +97,7 @@ def _metrics(
     """The run's metrics.json if it answers this configuration, else a new evaluation."""
     path = run.folder / "metrics.json"
     name = config.evaluate.reference
-    if name in available() and not Path(name).exists() and path.is_file():
+    if name in reference_names() and not Path(name).exists() and path.is_file():
         found: dict[str, Any] = atomic.read_json(path, "metrics")
         if found.get("inputs") == inputs_of(run, config.evaluate, config.generate):
             return found

@@ -73,10 +73,10 @@ def fid(
     b: Annotated[str, typer.Argument(help="Another.")],
 ) -> None:
     """FID of two sets of images or statistics; the number alone on the last line of stdout."""
-    from eval.references import available
+    from eval.references import reference_names
     from pipeline.evaluation.fid import fid_between
 
-    say(f"shipped references: {', '.join(available()) or 'none'}")
+    say(f"shipped references: {', '.join(reference_names()) or 'none'}")
     accelerator = make_accelerator()
     with ImageCounter() as counter:
         value = fid_between(a, b, accelerator, counter.callback)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from eval.inception import FidInception
-from eval.inception_weights import LAYOUT
+from eval.pytorch_fid import convolutions
 
 
 def pytorch_fid_network(state: dict[str, Tensor]) -> torch.nn.Module:
-    """pytorch-fid's own network, its download replaced by `state`."""
+    """Build pytorch-fid's own network, its download replaced by `state`."""
     import pytorch_fid.inception
 
     complete = {**state, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
@@ -33,13 +33,11 @@ def random_state() -> dict[str, Tensor]:
     """Weights of the right shapes that keep activations near one; no batch norm is trivial."""
     generator = torch.Generator().manual_seed(0)
     state = {}
-    for name, conv in LAYOUT.items():
-        fan_in = conv.inputs * math.prod(conv.kernel)
-        shape = (conv.outputs, conv.inputs, *conv.kernel)
-        n = conv.outputs
-        state[f"{name}.conv.weight"] = (
-            torch.randn(shape, generator=generator) * (2 / fan_in) ** 0.5
-        )
+    for name, convolution in convolutions().items():
+        shape = convolution.conv.weight.shape
+        n, fan_in = shape[0], math.prod(shape[1:])
+        weight = torch.randn(shape, generator=generator)
+        state[f"{name}.conv.weight"] = weight * (2 / fan_in) ** 0.5
         state[f"{name}.bn.weight"] = 0.9 + 0.2 * torch.rand(n, generator=generator)
         state[f"{name}.bn.bias"] = 0.1 * torch.randn(n, generator=generator)
         state[f"{name}.bn.running_mean"] = 0.1 * torch.randn(n, generator=generator)

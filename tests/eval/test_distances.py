@@ -6,7 +6,9 @@ import scipy.linalg
 import torch
 from pytorch_fid import fid_score
 
-from eval.distances import GaussianStats, frechet_distance, kid, precision_recall
+from eval.distances import frechet_distance, kid, precision_recall
+from eval.gaussian import GaussianStats
+from tests.eval.moments import stats_from
 
 
 def pytorch_fid_distance(a, b, monkeypatch):
@@ -47,8 +49,8 @@ def test_frechet_of_gaussians_that_do_not_commute():
 
 @pytest.mark.parametrize(("n", "m"), [(900, 700), (40, 700), (700, 40), (30, 50)])
 def test_frechet_equals_pytorch_fid(n, m, monkeypatch):
-    a = GaussianStats.from_features(spread(n, 100, 2))
-    b = GaussianStats.from_features(1.3 * spread(m, 100, 3, shift=0.1))
+    a = stats_from(spread(n, 100, 2))
+    b = stats_from(1.3 * spread(m, 100, 3, shift=0.1))
     expected = pytorch_fid_distance(a, b, monkeypatch)
     # sqrtm sums √noise over the null space, so it is the less exact of the two there.
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9 if n > 100 < m else 1e-5)
@@ -58,12 +60,12 @@ def test_frechet_equals_pytorch_fid(n, m, monkeypatch):
 
 def test_frechet_of_a_set_with_itself_is_zero():
     for n in (20, 300):
-        a = GaussianStats.from_features(spread(n, 64, 0))
+        a = stats_from(spread(n, 64, 0))
         assert 0 <= frechet_distance(a, a) < 1e-7
 
 
 def test_frechet_refuses_what_cannot_be_compared():
-    with pytest.raises(ValueError, match="features of 2 and 3"):
+    with pytest.raises(ValueError, match="have 2 and 3 dimensions"):
         frechet_distance(GaussianStats(2), GaussianStats(3))
     with pytest.raises(ValueError, match="at least 2 images"):
         frechet_distance(GaussianStats(2), GaussianStats(2))
@@ -126,13 +128,13 @@ def test_precision_and_recall_at_their_ends():
 
 def test_bad_sets_are_named():
     x = np.zeros((10, 3))
-    with pytest.raises(ValueError, match=r"found \(10, 3\) and \(10, 2\)"):
+    with pytest.raises(ValueError, match=r"shapes \(10, 3\) and \(10, 2\)"):
         kid(x, x[:, :2])
-    with pytest.raises(ValueError, match="at least 4 images"):
+    with pytest.raises(ValueError, match="10 and 3 images; expected at least 4"):
         kid(x, x[:3])
-    with pytest.raises(ValueError, match="2 subsets"):
+    with pytest.raises(ValueError, match="subsets is 1 and subset_size 1000; expected at least 2"):
         kid(x, x, subsets=1)
-    with pytest.raises(ValueError, match="at least 4 images"):
+    with pytest.raises(ValueError, match="10 and 3 images; expected at least 4"):
         precision_recall(x, x[:3])
-    with pytest.raises(ValueError, match="k of 1"):
+    with pytest.raises(ValueError, match="k is 0; expected at least 1"):
         precision_recall(x, x, k=0)

@@ -1,4 +1,4 @@
-"""The fast network against pytorch-fid's own."""
+"""The folded network against pytorch-fid's own."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import eval.folded_conv as folded_conv
-from eval.inception import FidInception
-from eval.inception_weights import content_sha256, read_weights
+from eval.inception import FidInception, PytorchFidInception
+from eval.inception_weights import read_weights, weights_sha256
 
 
 def images(n: int, channels: int = 3, side: int = 32, seed: int = 0) -> torch.Tensor:
@@ -18,8 +18,8 @@ def images(n: int, channels: int = 3, side: int = 32, seed: int = 0) -> torch.Te
     return (255 * fine).round().to(torch.uint8)
 
 
-def theirs(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Features as pytorch-fid computes them from `ToTensor` images."""
+def pytorch_fid_features(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Compute features as pytorch-fid does from `ToTensor` images."""
     with torch.no_grad():
         return network(x.float().div(255).expand(-1, 3, -1, -1))[0][:, :, 0, 0]
 
@@ -27,24 +27,32 @@ def theirs(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("channels", "side"), [(3, 32), (1, 28)])
 def test_equals_pytorch_fid(random_network, random_reference, channels, side):
     x = images(4, channels, side)
-    expected = theirs(random_reference, x)
+    expected = pytorch_fid_features(random_reference, x)
     assert expected.std(0).mean() > 1e-3  # the features tell the images apart
     torch.testing.assert_close(
         random_network.features(x), expected, atol=1e-5 * float(expected.abs().max()), rtol=0
     )
 
 
+@pytest.mark.parametrize(("channels", "side"), [(3, 32), (1, 28)])
+def test_the_unfolded_network_is_pytorch_fids(random_state, random_reference, channels, side):
+    x = images(2, channels, side)
+    expected = pytorch_fid_features(random_reference, x)
+    found = PytorchFidInception(random_state).features(x)
+    torch.testing.assert_close(found, expected, atol=1e-6 * float(expected.abs().max()), rtol=0)
+
+
 def test_equals_pytorch_fid_with_the_real_weights(inception_weights, build_reference):
     state = read_weights(inception_weights)
     x = images(8)
-    expected = theirs(build_reference(state), x)
+    expected = pytorch_fid_features(build_reference(state), x)
     found = FidInception(state).features(x)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
 def test_real_weights_have_the_known_content(inception_weights):
     expected = "d1f0728dae683a9eadc5adce2422bf295323a4954f47cc9e5ffc10390fc46f66"
-    assert content_sha256(read_weights(inception_weights)) == expected
+    assert weights_sha256(read_weights(inception_weights)) == expected
 
 
 def test_portable_path_agrees(random_network, monkeypatch):
@@ -90,5 +98,5 @@ def test_a_list_of_different_sizes_is_as_one_by_one(random_network):
      torch.zeros(2, 4, 8, 8, dtype=torch.uint8)],
 )  # fmt: skip
 def test_other_images_are_refused(random_network, bad):
-    with pytest.raises(ValueError, match="expected uint8 images"):
+    with pytest.raises(ValueError, match="expected uint8"):
         random_network.features(bad)

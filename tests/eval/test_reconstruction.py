@@ -108,7 +108,7 @@ def test_perfect_reconstructions_have_no_psnr() -> None:
 @pytest.mark.parametrize("shape", [(3, 1, 8, 8), (3, 3, 16, 10)])
 def test_images_smaller_than_the_window_have_no_ssim(shape: tuple[int, ...]) -> None:
     a, b, total = images(7, shape), images(8, shape), Reconstruction()
-    with pytest.raises(ValueError, match=f"at least 11x11, not {shape[2]}x{shape[3]}"):
+    with pytest.raises(ValueError, match=f"are {shape[2]}x{shape[3]}; expected at least 11x11"):
         ssim(a, b)
     total.add(a, b, torch.zeros(3, 1, 1, 1), None)
     found = total.result(entries=0)

@@ -3,15 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval.distances import GaussianStats, frechet_distance
+from eval.distances import frechet_distance
 from eval.images import stats_of
-from eval.references import (
-    available,
-    load_reference,
-    read_reference,
-    reference_bytes,
-    save_reference,
-)
+from eval.references import load_reference, read_reference, reference_bytes, reference_names
+from tests.eval.moments import stats_from
 
 CARD = {"dataset": "d", "split": "train", "n": 400, "extractor": "e", "content_sha256": "0" * 64}
 
@@ -19,11 +14,11 @@ CARD = {"dataset": "d", "split": "train", "n": 400, "extractor": "e", "content_s
 @pytest.fixture
 def stats():
     rng = np.random.default_rng(0)
-    return GaussianStats.from_features(rng.normal(size=(400, 150)) * np.logspace(0, -2, 150))
+    return stats_from(rng.normal(size=(400, 150)) * np.logspace(0, -2, 150))
 
 
 def test_survives_the_file(stats, tmp_path):
-    save_reference(tmp_path / "r.safetensors", stats, {**CARD, "note": "é"})
+    (tmp_path / "r.safetensors").write_bytes(reference_bytes(stats, {**CARD, "note": "é"}))
     found = read_reference(tmp_path / "r.safetensors")
     assert found.card == {**CARD, "note": "é"}
     assert found.stats.n == 400
@@ -35,10 +30,8 @@ def test_survives_the_file(stats, tmp_path):
 
 def test_rounding_does_not_move_fid(stats, tmp_path):
     rng = np.random.default_rng(1)
-    other = GaussianStats.from_features(
-        1.1 * rng.normal(size=(300, 150)) * np.logspace(0, -2, 150)
-    )
-    save_reference(tmp_path / "r.safetensors", stats, CARD)
+    other = stats_from(1.1 * rng.normal(size=(300, 150)) * np.logspace(0, -2, 150))
+    (tmp_path / "r.safetensors").write_bytes(reference_bytes(stats, CARD))
     rounded = read_reference(tmp_path / "r.safetensors").stats
     exact = frechet_distance(stats, other)
     assert abs(frechet_distance(rounded, other) - exact) < 1e-6 * exact
@@ -47,13 +40,13 @@ def test_rounding_does_not_move_fid(stats, tmp_path):
 
 def test_unknown_name_lists_the_known():
     with pytest.raises(
-        ValueError, match="no reference statistics named 'cifar11'; shipped are"
+        ValueError, match="'cifar11' is neither a file nor shipped; expected one of"
     ) as e:
         load_reference("cifar11")
-    assert all(name in str(e.value) for name in available())
+    assert all(name in str(e.value) for name in reference_names())
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", reference_names())
 def test_shipped_references_are_whole(name):
     reference = load_reference(name)
     assert reference.stats.n == reference.card["n"] > 2048
@@ -67,12 +60,12 @@ def test_shipped_references_are_whole(name):
 def test_bad_cards_and_files_are_refused(stats, tmp_path):
     with pytest.raises(ValueError, match="lacks split, content_sha256"):
         reference_bytes(stats, {k: CARD[k] for k in ("dataset", "n", "extractor")})
-    with pytest.raises(ValueError, match="n = 399, the statistics n = 400"):
+    with pytest.raises(ValueError, match="n is 399 in the card and 400 in the statistics"):
         reference_bytes(stats, {**CARD, "n": 399})
     whole = reference_bytes(stats, CARD)
     for name, content in (("cut", whole[:-10]), ("junk", b"junk"), ("empty", b"")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match="not a whole file"):
+        with pytest.raises(ValueError, match="not a complete file"):
             read_reference(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         read_reference(tmp_path / "absent")
@@ -80,16 +73,16 @@ def test_bad_cards_and_files_are_refused(stats, tmp_path):
 
 def test_a_file_of_ones_own_is_a_reference_too(tmp_path):
     rng = np.random.default_rng(0)
-    made = GaussianStats.from_features(rng.normal(size=(40, 2048)))
+    made = stats_from(rng.normal(size=(40, 2048)))
     path = tmp_path / "mine.safetensors"
-    save_reference(path, made, {**CARD, "n": 40})
+    path.write_bytes(reference_bytes(made, {**CARD, "n": 40}))
     assert np.array_equal(load_reference(str(path)).stats.mean, made.mean)
     assert np.array_equal(stats_of(path, no_network).mean, made.mean)
-    small = GaussianStats.from_features(rng.normal(size=(40, 8)))
-    save_reference(path, small, {**CARD, "n": 40})
-    with pytest.raises(ValueError, match="expected statistics of 2048 features, found 8"):
+    small = stats_from(rng.normal(size=(40, 8)))
+    path.write_bytes(reference_bytes(small, {**CARD, "n": 40}))
+    with pytest.raises(ValueError, match="have 8 dimensions; expected 2048"):
         stats_of(path, no_network)
-    with pytest.raises(ValueError, match="no reference statistics named"):
+    with pytest.raises(ValueError, match="neither a file nor shipped"):
         load_reference(str(tmp_path / "other.safetensors"))
 
 

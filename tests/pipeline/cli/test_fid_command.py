@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.inception_weights import LAYOUT, read_weights
+from eval.inception_weights import read_weights
+from eval.pytorch_fid import convolutions
 
 #: where pytorch-fid looks for its weights before it downloads them
 CACHED = "hub/checkpoints/pt_inception-2015-12-05-6726825d.pth"
@@ -21,7 +22,7 @@ def torch_home(tmp_path_factory, inception_weights):
     weights = read_weights(inception_weights)
     home = tmp_path_factory.mktemp("torch")
     state = {k: v for k, v in weights.items()}
-    for name in LAYOUT:
+    for name in convolutions():
         state.setdefault(f"{name}.bn.weight", torch.ones_like(weights[f"{name}.bn.bias"]))
         state[f"{name}.bn.num_batches_tracked"] = torch.tensor(0)
     state |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 
 from eval.distances import frechet_distance
-from eval.gaussian import GaussianStats
 from eval.references import read_reference
 from pipeline.cli.main import main
 from pipeline.config.load import load_config
@@ -18,6 +17,7 @@ from pipeline.data.datasets import load_images
 from pipeline.errors import UserError
 from pipeline.evaluation.features import chosen
 from pipeline.evaluation.reference import make_reference
+from tests.eval.moments import stats_from
 from tests.pipeline.gaussian_source import quiet
 from tests.pipeline.glance import Glance, stand_in
 from tests.pipeline.tiny import World
@@ -38,7 +38,7 @@ def test_statistics_and_card(
     assert found.card["content_sha256"] == images.fingerprint
     held_out = load_images(config.data.__class__(**{**vars(config.data), "split": "test"}))
     test = Glance().features(torch.from_numpy(held_out.take(chosen(held_out, 5))))
-    exact = frechet_distance(GaussianStats.from_features(test), found.stats)
+    exact = frechet_distance(stats_from(test), found.stats)
     assert found.card["test_split_fid"]["5"] == pytest.approx(exact, rel=1e-4)
 
 

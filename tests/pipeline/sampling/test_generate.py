@@ -335,5 +335,5 @@ def test_what_is_there_needs_no_room(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_grid_waits_for_no_matplotlib() -> None:
-    code = "import sys, pipeline.generate; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, pipeline.sampling.generate; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
