@@ -29,9 +29,10 @@ from pipeline.autoencoder_training.trainer import AutoencoderTrainer
 from pipeline.config.autoencoder_recipe import AutoencoderTraining
 from pipeline.config.schema import GenerateConfig, TrainConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.features import SHARD, FeatureMaker
+from pipeline.evaluation.features import SHARD, FeatureExtractor
 from pipeline.runtime.rng import generator
 from pipeline.sampling.generate import sample_images
+from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.train import train
 from tests.autoencoders.models import blobs, config
@@ -123,9 +124,9 @@ def stage(accelerator: Accelerator, folder: Path) -> Any:
 
 def features(accelerator: Accelerator, folder: Path) -> Any:
     """How the making of features ends when the images of one process's shard cannot be had."""
-    maker = FeatureMaker(accelerator, quiet)
+    extractor = FeatureExtractor(accelerator, quiet)
     network: Any = SimpleNamespace(features=lambda images: torch.zeros(len(images), 3))
-    maker._inception = network
+    extractor._inception = network
 
     def make(first: int, last: int, index: int) -> torch.Tensor:
         if index == 1:
@@ -133,7 +134,7 @@ def features(accelerator: Accelerator, folder: Path) -> Any:
         return torch.zeros(last - first, 1, 2, 2, dtype=torch.uint8)
 
     try:
-        maker.features(folder / "features", {"kind": "real"}, 2 * SHARD, make, "real")
+        extractor.features(folder / "features", {"kind": "real"}, 2 * SHARD, make, "real")
     except Exception as error:  # noqa: BLE001
         return _named(error)
     return None
@@ -144,7 +145,7 @@ def images(accelerator: Accelerator, folder: Path) -> Any:
     run: Any = SimpleNamespace(
         folder=folder, fingerprint="none", flow=Flow((2,)), autoencoder=lambda: None,
         config=SimpleNamespace(push=SolverConfig("rk4", 1)),
-        manifest={"autoencoder": {"image_shape": [1, 2, 2]}},
+        manifest={"autoencoder": {"image_shape": [1, 2, 2]}, "blocks": []},
     )  # fmt: skip
 
     def sample(*_: Any) -> torch.Tensor:
@@ -152,10 +153,10 @@ def images(accelerator: Accelerator, folder: Path) -> Any:
             raise SolveError("it is not finite", 0.5)
         return torch.zeros(500, 1, 2, 2, dtype=torch.uint8)
 
-    settings = GenerateConfig(n=1000, batch_size=500)  # two shards
+    plan = SamplingPlan(run, GenerateConfig(batch_size=500), ())
     try:
         with mock.patch("pipeline.sampling.generate._sample", sample):
-            sample_images(run, settings, accelerator, quiet)
+            sample_images(plan, 1000, 0, accelerator, quiet)  # two shards
     except Exception as error:  # noqa: BLE001
         return _named(error)
     return None

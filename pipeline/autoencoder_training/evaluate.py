@@ -16,7 +16,8 @@ from pipeline.config.schema import Config
 from pipeline.data.datasets import ImageSet, load_images
 from pipeline.data.latent_cache import load_parts
 from pipeline.errors import UserError
-from pipeline.evaluation.features import FeatureMaker, chosen, fid_of, statistics_of
+from pipeline.evaluation.features import FeatureExtractor, fid_of, statistics_of
+from pipeline.evaluation.real_images import subset_indices
 from pipeline.runtime.console import Progress
 from pipeline.runtime.rng import generator
 from pipeline.storage import atomic
@@ -62,7 +63,7 @@ def evaluate(
     test = load_images(config.data.of_split(config.data.test_split))
     if n > len(test):
         raise UserError(f"{test.name} ({test.split}) has {len(test)} images, fewer than {n}")
-    maker = FeatureMaker(accelerator, progress)
+    maker = FeatureExtractor(accelerator, progress)
     reference = maker.reference(config.evaluate.reference)
     measured = _reconstruct(autoencoder, test, n, folder, accelerator, progress)
     rfid = maker.reconstruction_fid(autoencoder, test, n, reference)
@@ -99,7 +100,7 @@ def _reconstruct(
     """PSNR, SSIM, codebook use and latent statistics over n images; writes the picture."""
     autoencoder.to(accelerator.device)  # type: ignore[attr-defined]
     total, entries = Reconstruction(), int(getattr(autoencoder, "codebook_size", 0))
-    order, starts = chosen(images, n), range(0, n, 250)
+    order, starts = subset_indices(images, n), range(0, n, 250)
     for start in progress(starts, len(starts), "reconstruct"):
         pixels = torch.from_numpy(images.take(order[start : start + 250]))
         moments = autoencoder.encode(to_float(pixels).to(accelerator.device))

@@ -19,7 +19,7 @@ from pipeline.config.schema import Config
 from pipeline.data.datasets import ImageSet, load_images
 from pipeline.data.image_set import in_any_order
 from pipeline.errors import JkoflowError, UserError
-from pipeline.evaluation.features import chosen
+from pipeline.evaluation.real_images import subset_indices
 from pipeline.runs.directory import ENVIRONMENT, read_config, start_run, write_environment
 from pipeline.runtime.console import Progress
 from pipeline.runtime.rng import Batches, generator
@@ -170,7 +170,7 @@ def _finish(
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
     }
-    probe = torch.from_numpy(images.take(chosen(images, min(len(images), _PROBE))))
+    probe = torch.from_numpy(images.take(subset_indices(images, min(len(images), _PROBE))))
     finished = trainer.finished(probe)
     tensors, metadata = weights.to_tensors(finished, recipe=recipe, exact=trainer.untrained)
     atomic.write_tensors(folder / WEIGHTS, tensors, metadata)

@@ -12,16 +12,17 @@ from accelerate import Accelerator
 
 from eval.references import reference_names
 from pipeline.assets.fetch import ASSETS, fetch_asset
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, EvaluateConfig
 from pipeline.data.latent_cache import encode
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluator, inputs_of
-from pipeline.evaluation.tables import headline, table
+from pipeline.evaluation.tables import metrics_line, metrics_table
 from pipeline.runs.movement_plot import plot_movement
-from pipeline.runs.run import Run, open_run
+from pipeline.runs.run import open_run
 from pipeline.runtime.console import Progress
 from pipeline.sampling.generate import sample_images
 from pipeline.sampling.image_files import write_grid
+from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage import atomic
 from pipeline.training.resume import enter
 from pipeline.training.train import train
@@ -76,29 +77,33 @@ def run_demo(config: Config, folder: Path, accelerator: Accelerator, progress: P
     )
     print(f"  {outcome.blocks} blocks")
     run = open_run(folder)
+    plan, settings = SamplingPlan.open(run, config.generate), config.generate
     images = clock.step(
-        "generate", lambda: sample_images(run, config.generate, accelerator, progress)
+        "generate",
+        lambda: sample_images(plan, settings.n, settings.seed, accelerator, progress),
     )
     grid = folder / "samples" / "grid.png"
-    write_grid(images, grid, config.generate.columns**2, config.generate.columns)
-    metrics = clock.step("evaluate", lambda: _metrics(run, config, accelerator, progress))
+    write_grid(images, grid, settings.columns**2, settings.columns)
+    metrics = clock.step(
+        "evaluate", lambda: _metrics(plan, config.evaluate, accelerator, progress)
+    )
     plot = folder / "samples" / "movement.png"
     plot_movement(run.manifest, plot)
     metrics["seconds"] = clock.seconds
     atomic.write_json(folder / "metrics.json", metrics)
-    print(f"\n{table(metrics, clock.seconds, clock.reused)}\n\n{headline(metrics)}\n")
+    print(f"\n{metrics_table(metrics, clock.seconds, clock.reused)}\n\n{metrics_line(metrics)}\n")
     for path in (grid, plot, folder / "metrics.json", folder / "log.jsonl"):
         print(path)
 
 
 def _metrics(
-    run: Run, config: Config, accelerator: Accelerator, progress: Progress
+    plan: SamplingPlan, settings: EvaluateConfig, accelerator: Accelerator, progress: Progress
 ) -> dict[str, Any]:
-    """The run's metrics.json if it answers this configuration, else a new evaluation."""
-    path = run.folder / "metrics.json"
-    name = config.evaluate.reference
+    """Read the run's metrics.json if it answers these settings, else evaluate the run."""
+    path, name = plan.run.folder / "metrics.json", settings.reference
     if name in reference_names() and not Path(name).exists() and path.is_file():
-        found: dict[str, Any] = atomic.read_json(path, "metrics")
-        if found.get("inputs") == inputs_of(run, config.evaluate, config.generate):
-            return found
-    return Evaluator(accelerator, progress).evaluate(run, config.evaluate, config.generate)
+        metrics: dict[str, Any] = atomic.read_json(path, "metrics")
+        expected = {"sampling": plan.identity(), "inputs": inputs_of(plan, settings)}
+        if all(metrics.get(key) == value for key, value in expected.items()):
+            return metrics
+    return Evaluator(accelerator, progress).evaluate(plan, settings)

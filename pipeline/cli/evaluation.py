@@ -19,7 +19,7 @@ from pipeline.cli.options import (
     SetOption,
     StepsOption,
 )
-from pipeline.cli.sampling import _one_budget
+from pipeline.cli.sampling import require_one_budget
 from pipeline.cli.session import load, make_accelerator, override, replace
 from pipeline.errors import UserError
 from pipeline.runtime.console import ImageCounter, progress_bar, say
@@ -51,20 +51,18 @@ def likelihood(
     ] = None,
 ) -> None:
     """Rank images by likelihood: the most typical and the most odd (likelihood.json, a grid)."""
-    from pipeline.evaluation import likelihood as ranking
+    from pipeline.evaluation.likelihood import LikelihoodSettings, likelihood_line, rank_images
     from pipeline.runs.run import open_run
-    from pipeline.runtime.console import progress_bar, say
 
     opened = open_run(run, blocks, images=True)
     opened = replace(opened, config=override(opened.config, overrides, ("data.path",)))
-    settings = ranking.LikelihoodSettings(n, split, folder, divergence, probes, columns)
+    settings = LikelihoodSettings(n, split, folder, divergence, probes, columns)
     accelerator = make_accelerator()
-    result = ranking.rank(opened, settings, accelerator, progress_bar)
+    result = rank_images(opened, settings, accelerator, progress_bar)
     if not accelerator.is_main_process:
         return
-    say(ranking.headline(result))
-    folder = opened.folder
-    for path in (folder / "samples" / "likelihood.png", folder / "likelihood.json"):
+    say(likelihood_line(result))
+    for path in (opened.folder / "samples/likelihood.png", opened.folder / "likelihood.json"):
         print(path)
 
 
@@ -147,48 +145,48 @@ def evaluate(
     overrides: SetOption = None,
 ) -> None:
     """Measure a run: FID with its floor, likelihood, and what stands beside it (metrics.json)."""
-    from pipeline.evaluation import evaluator as evaluation
-    from pipeline.evaluation import nfe_sweep as studies
-    from pipeline.evaluation import training_curve as curves
-    from pipeline.evaluation.tables import headline
+    from pipeline.evaluation import nfe_sweep, training_curve
+    from pipeline.evaluation.evaluator import Evaluator, warn_of_other_data
+    from pipeline.evaluation.tables import metrics_line
     from pipeline.runs.run import open_run
-    from pipeline.sampling.sampling_plan import with_guidance
-    from pipeline.sampling.solvers import with_solver, within
+    from pipeline.sampling.sampling_plan import SamplingPlan, with_guidance
+    from pipeline.sampling.solvers import with_solver
 
+    if nfe_study is not None and curve:
+        raise UserError("--nfe-study and --curve are two measurements; ask for one at a time")
+    if nfe_study is not None and (steps is not None or nfe is not None):
+        raise UserError("--nfe-study chooses the steps; leave --steps and --nfe out")
+    if nfe is not None:
+        require_one_budget(steps)
     opened = open_run(run, blocks, images=True)
     config = override(opened.config, overrides, ("generate", "evaluate", "data.path"))
     opened = replace(opened, config=config)  # its images may lie elsewhere on this machine
     settings = replace(config.evaluate, n=n, seed=seed, reference=reference, kid=kid)
-    solved = with_guidance(config.generate, guidance, guide, refiner)
-    solved = with_solver(solved, steps, method)
+    sampling = with_guidance(config.generate, guidance, guide, refiner)
+    plan = SamplingPlan.open(opened, with_solver(sampling, steps, method))
     if nfe is not None:
-        _one_budget(steps)
-        solved = within(opened, solved, nfe)
+        plan = plan.within(nfe)
     accelerator = make_accelerator()
-    evaluator = evaluation.Evaluator(accelerator, progress_bar)
-    if nfe_study is not None and curve:
-        raise UserError("--nfe-study and --curve are two measurements; ask for one at a time")
+    evaluator = Evaluator(accelerator, progress_bar)
     if nfe_study is not None:
-        if steps is not None or nfe is not None:
-            raise UserError("--nfe-study chooses the steps; leave --steps and --nfe out")
-        result = studies.study(opened, nfe_study, settings, solved, evaluator)
+        result = nfe_sweep.sweep_nfe(plan, nfe_study, settings, evaluator)
         if accelerator.is_main_process:
-            say(studies.table(result))
-            print(opened.folder / studies.FILE)
+            say(nfe_sweep.nfe_table(result))
+            print(opened.folder / nfe_sweep.FILE)
         return
     if curve:
-        result = curves.measure(opened, settings, solved, evaluator)
+        result = training_curve.measure_curve(plan, settings, evaluator)
         if accelerator.is_main_process:
-            say(curves.table(result))
-            print(opened.folder / curves.FILE)
+            say(training_curve.curve_table(result))
+            print(opened.folder / training_curve.FILE)
         return
-    warning = evaluation.other_data(opened, settings.reference)
+    warning = warn_of_other_data(opened, settings.reference)
     if warning and accelerator.is_main_process:
         say(warning)
-    metrics = evaluator.evaluate(opened, settings, solved)
+    metrics = evaluator.evaluate(plan, settings)
     if accelerator.is_main_process:
         if "kid" not in metrics:
-            say("no features of real images are at hand for KID, precision and recall; --kid 2000 "
-                "makes them, once for all runs on this data")  # fmt: skip
-        say(headline(metrics))
+            say("no stored features of real images for KID, precision and recall; --kid 2000 "
+                "extracts them, once for all runs on this data")  # fmt: skip
+        say(metrics_line(metrics))
         print(opened.folder / "metrics.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -44,22 +43,21 @@ def export(
     With --guide, --guidance, --refiner, --steps or --method, the exported run samples so unless
     told otherwise.
     """
-    from pipeline.publishing import export as exporting
+    from pipeline.publishing.export import export as export_run
     from pipeline.runs.run import open_run
     from pipeline.runtime.console import say
-    from pipeline.sampling.sampling_plan import with_guidance
+    from pipeline.sampling.sampling_plan import SamplingPlan, with_guidance
     from pipeline.sampling.solvers import with_solver
 
     opened = open_run(run, images=True)
-    generate = with_guidance(opened.config.generate, guidance, guide, refiner)
-    generate = with_solver(generate, steps, method)
-    opened = replace(opened, config=replace(opened.config, generate=generate))
-    done = exporting.export(opened, out, dtype, autoencoder)
+    settings = with_guidance(opened.config.generate, guidance, guide, refiner)
+    plan = SamplingPlan.open(opened, with_solver(settings, steps, method))
+    exported = export_run(plan, out, dtype, autoencoder)
     say(
-        f"{done.bytes / 1e6:.1f} MB; rounding to {dtype} moves generated latents by "
-        f"{done.change:.1e} (RMS)"
+        f"{exported.bytes / 1e6:.1f} MB; rounding to {dtype} moves generated latents by "
+        f"{exported.change:.1e} (RMS)"
     )
-    print(done.folder)
+    print(exported.folder)
 
 
 def report(

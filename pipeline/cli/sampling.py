@@ -54,11 +54,11 @@ def generate(
 ) -> None:
     """Generate images from a run; writes a grid, and on request all images."""
     from pipeline.runs.run import open_run
-    from pipeline.sampling import generate as sampling
     from pipeline.sampling.class_labels import parse_classes
+    from pipeline.sampling.generate import sample_images
     from pipeline.sampling.image_files import require_outputs, write_folder, write_grid, write_npz
-    from pipeline.sampling.sampling_plan import with_guidance
-    from pipeline.sampling.solvers import with_solver, within
+    from pipeline.sampling.sampling_plan import SamplingPlan, with_guidance
+    from pipeline.sampling.solvers import with_solver
 
     opened = open_run(run, blocks, images=True)
     settings = override(opened.config, overrides, ("generate",)).generate
@@ -70,23 +70,26 @@ def generate(
     if n is None and several > 1:
         settings = replace(settings, n=max(settings.n, several * settings.columns))
     if nfe is not None:
-        _one_budget(steps)
-        settings = within(opened, settings, nfe)
+        require_one_budget(steps)
+    plan = SamplingPlan.open(opened, settings)
+    if nfe is not None:
+        plan = plan.within(nfe)
     require_outputs(opened, settings.n, images, npz)
     accelerator = make_accelerator()
-    made = sampling.sample_images(opened, settings, accelerator, progress_bar)
+    store = sample_images(plan, settings.n, settings.seed, accelerator, progress_bar)
     if not accelerator.is_main_process:
         return
     path = out or opened.folder / "samples" / "grid.png"
-    write_grid(made, path, settings.columns**2, settings.columns, several)
+    write_grid(store, path, settings.columns**2, settings.columns, several)
     if images is not None:
-        write_folder(made, images)
+        write_folder(store, images)
     if npz is not None:
-        write_npz(made, npz)
-    say(f"{len(made)} images, {made.manifest['nfe']} network evaluations a sample")
+        write_npz(store, npz)
+    say(f"{len(store)} images, {store.manifest['nfe']} network evaluations a sample")
     print(path)
 
 
-def _one_budget(steps: str | None) -> None:
+def require_one_budget(steps: str | None) -> None:
+    """Refuse `--steps` together with `--nfe`."""
     if steps is not None:
         raise UserError("--steps and --nfe both choose the solver's steps; leave one of them out")

@@ -1,7 +1,7 @@
-"""Images → numbers: FID with its n, reference and reconstruction floor, and what stands beside it.
+"""Evaluation of a run: FID with its reconstruction floor, KID, precision, recall and NLL.
 
-Features lie in stores (generated ones in the run, those of reconstructions and real images
-under the data root), so that an evaluation resumes, is shared between runs with the same
+Features lie in stores: those of sampled images in the run, those of real and reconstructed images
+under the data root. An evaluation therefore resumes, shares features with runs on the same
 autoencoder, and does not depend on the number of processes.
 """
 
@@ -12,68 +12,56 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from autoencoders.base import Moments, to_float
 from eval.gaussian import GaussianStats
 from eval.inception import EXTRACTOR
 from eval.references import is_reference, load_reference
-from flows.likelihood import log_prob
-from pipeline.config.schema import DataConfig, EvaluateConfig, GenerateConfig
+from pipeline.config.schema import DataConfig, EvaluateConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.features import (
-    SHARD,
-    FeatureMaker,
-    chosen,
-    enough,
-    extractor,
-    fid_of,
-    require_two,
+from pipeline.evaluation.features import FeatureExtractor, extractor_identity, fid_of
+from pipeline.evaluation.kid_precision_recall import (
+    LEAST,
+    kid_precision_recall,
+    stored_real_features,
 )
-from pipeline.evaluation.kid_precision_recall import LEAST, at_hand, compare, held_out, test_images
+from pipeline.evaluation.likelihood import held_out_nll
+from pipeline.evaluation.real_images import (
+    at_least,
+    held_out_images,
+    require_fid_sample,
+    require_images,
+    subset_indices,
+)
 from pipeline.runs.passes import readable
 from pipeline.runs.run import Run
-from pipeline.runtime.rng import generator
 from pipeline.runtime.system import peak_memory
 from pipeline.sampling.class_labels import condition_of
-from pipeline.sampling.generate import begun, sample_images
-from pipeline.sampling.refiner import Refiner
-from pipeline.sampling.sampling_plan import way_of
-from pipeline.sampling.solvers import plain_solvers, solvers_of
+from pipeline.sampling.generate import sample_images, stores_to_reuse
+from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage import atomic
-from pipeline.storage.shards import MANIFEST, StoreReader, content_key, open_store
-
-#: largest D whose likelihood has the exact divergence, D directional derivatives an evaluation
-EXACT_UP_TO = 128
-#: probes a sample beyond it
-PROBES = 16
+from pipeline.storage.shards import MANIFEST, StoreReader, open_store
 
 
-class Evaluator(FeatureMaker):
-    """Evaluates runs (see :class:`FeatureMaker` for its arguments)."""
+class Evaluator(FeatureExtractor):
+    """Evaluator of runs; its arguments are those of :class:`FeatureExtractor`."""
 
-    def evaluate(
-        self, run: Run, settings: EvaluateConfig, sampling: GenerateConfig
-    ) -> dict[str, Any]:
-        """Measure a run; the result is committed as its metrics.json.
+    def evaluate(self, plan: SamplingPlan, settings: EvaluateConfig) -> dict[str, Any]:
+        """Measure a run and write the result to its metrics.json.
 
         Args:
-            run: an open run.
-            settings: what to measure.
-            sampling: solver, batch size, classes, guidance; n and seed come from `settings`.
+            plan: the run, and how it is sampled.
+            settings: what to measure, on how many images, with which seed.
 
         Returns:
-            The metrics, as in metrics.json.
+            The content of metrics.json.
 
         Raises:
-            UserError: an n below 2, or larger than the split that the floor needs.
+            UserError: n is below 2, or a data set has fewer images than the settings ask for.
         """
-        require_two(settings.n)
-        way = way_of(run, sampling)  # refuses what cannot be drawn before any data are asked for
-        _check(run, settings)
-        sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
+        require_fid_sample(settings.n)
+        run = plan.run
+        _check_settings(run, settings)
         reference = self.reference(settings.reference)
-        images, features = self.generated(run, sampling)
+        images, features = self.sample_features(plan, settings.n, settings.seed)
         label = {"reference": settings.reference, "extractor": EXTRACTOR}
         metrics: dict[str, Any] = {
             "fid": {
@@ -81,140 +69,127 @@ class Evaluator(FeatureMaker):
                 "n": settings.n,
                 "seed": settings.seed,
                 **label,
-            }
+            },
+            "sampling": plan.identity(),
         }
-        metrics["fid"] |= way.about()
-        metrics["fid"]["solvers"] = plain_solvers(solvers_of(run, sampling))
-        if len(run.flow) < len(run.manifest["blocks"]):
-            metrics["fid"]["first_blocks"] = len(run.flow)
         if settings.floor:
-            metrics["rfid"] = self.floor(run, settings, reference, way.refiner) | label
-        metrics |= self._quality(run.config.data, features, settings.kid)
+            metrics["rfid"] = self.floor(plan, settings.n, reference) | label
+        metrics |= self._kid_precision_recall(run.config.data, features, settings.kid)
         if settings.nll:
-            metrics |= self._likelihood(run, settings)
-        metrics |= _about(run, images, settings)
-        metrics["inputs"] = inputs_of(run, settings, sampling)
+            metrics |= held_out_nll(run, settings.nll, self.accelerator)
+        metrics |= {
+            "real_test_fid": _real_test_fid(run, settings),
+            "nfe": images.manifest["nfe"],
+            **_training_cost(run),
+            "peak_memory_bytes": peak_memory(),
+            "inputs": inputs_of(plan, settings),
+        }
         if self.accelerator.is_main_process:
             atomic.write_json(run.folder / "metrics.json", metrics)
         return metrics
 
-    def generated(self, run: Run, sampling: GenerateConfig) -> tuple[StoreReader, StoreReader]:
-        """Generated images of a run and their features, made where they are not there yet."""
-        images = sample_images(run, sampling, self.accelerator, self.progress)
-        place = run.folder / "samples"
-        folder, identity = _features_of(place, images)
-        made = [] if (folder / MANIFEST).is_file() else _begun(place, images)
-        count = len(images)
+    def sample_features(
+        self, plan: SamplingPlan, n: int, seed: int
+    ) -> tuple[StoreReader, StoreReader]:
+        """Sample n images and extract their features; stores that exist are opened."""
+        images = sample_images(plan, n, seed, self.accelerator, self.progress)
+        samples = plan.run.folder / "samples"
+        folder, identity = _store_of_features(samples, images)
+        begun = [] if (folder / MANIFEST).is_file() else _features_to_reuse(samples, images)
         features = self.features(
-            folder, identity, count, lambda a, b, _: images.read("images", a, b), "generated", made
+            folder, identity, n, lambda a, b, _: images.read("images", a, b), "samples", begun
         )
         return images, features
 
-    def floor(
-        self,
-        run: Run,
-        settings: EvaluateConfig,
-        reference: GaussianStats,
-        refiner: Refiner | None = None,
-    ) -> dict[str, Any]:
-        """FID of decoded (and refined) latents of real images: what a perfect flow would score.
+    def floor(self, plan: SamplingPlan, n: int, reference: GaussianStats) -> dict[str, Any]:
+        """Measure the FID of decoded (and refined) latents of real images.
 
-        The latents are posterior samples (or carry the known noise), as those that the flow
-        trains on; the images are n of the test split (see `chosen`), or of the training split
-        where the test split is smaller than n.
+        A perfect flow would reach this FID. The latents are posterior samples (or carry the
+        configured noise), as in training. The images are n of the test split, or of the training
+        split where the test split is smaller than n.
         """
-        images, latents = held_out(run.config.data, settings.n), run.config.latents
-        scale = run.standardisation
+        run = plan.run
+        images = at_least(run.config.data, n)
         value = self.reconstruction_fid(
-            run.autoencoder(), images, settings.n, reference, latents.noise, scale, refiner
+            run.autoencoder(),
+            images,
+            n,
+            reference,
+            run.config.latents.noise,
+            run.standardisation,
+            plan.refiner,
         )
-        return {"value": value, "n": settings.n, "split": images.split}
+        return {"value": value, "n": n, "split": images.split}
 
-    def _quality(self, data: DataConfig, generated: StoreReader, n: int) -> dict[str, Any]:
-        """KID, precision and recall against n real images, or for 0 those at hand, if any."""
+    def _kid_precision_recall(
+        self, data: DataConfig, sampled: StoreReader, n: int
+    ) -> dict[str, Any]:
+        """Compare with n real images; n = 0 takes stored features, if there are any."""
         if n:
-            images = held_out(data, n)
-            return compare(images, self.real_features(images, n), generated)
-        found = at_hand(data, extractor())
-        if found is None or len(generated) < LEAST:
+            images = at_least(data, n)
+            return kid_precision_recall(images, self.real_features(images, n), sampled)
+        stored = stored_real_features(data, extractor_identity())
+        if stored is None or len(sampled) < LEAST:
             return {}
-        return compare(*found, generated)
-
-    def _likelihood(self, run: Run, settings: EvaluateConfig) -> dict[str, Any]:
-        """NLL of latents of the test split, given the class; adaptive, exact or many probes."""
-        images = test_images(run.config.data)
-        order = chosen(images, settings.nll)
-        autoencoder = run.autoencoder()
-        drawn = generator(0, "nll")
-        with torch.inference_mode():
-            parts = [
-                autoencoder.encode(to_float(torch.from_numpy(images.take(order[a : a + SHARD]))))
-                for a in range(0, len(order), SHARD)
-            ]
-            moments = _joined(parts)
-            z = run.standardisation.apply(moments.sample(drawn))
-        sigma = run.config.latents.noise
-        if moments.log_var is None and sigma > 0:
-            z = z + sigma * torch.randn(z.shape, generator=drawn)
-        flow, device = run.flow.to(self.accelerator.device), self.accelerator.device
-        of = condition_of(run, images, order)
-        kind = "exact" if flow.dim <= EXACT_UP_TO else "hutchinson"
-        result = log_prob(flow, z.clone().to(device),
-            divergence=kind,
-            probes=PROBES,
-            generator=drawn,
-            chunk=SHARD,
-            condition=of,
-        )
-        spread = result.standard_error
-        noise = (
-            {}
-            if spread is None
-            else {
-                "probes": PROBES,
-                "standard_error": float(spread.double().square().sum().sqrt())
-                / len(z)
-                / result.dim,
-            }
-        )
-        error = result.inversion_error.double()
-        return {
-            "nll_per_dim": result.nll_per_dim,
-            "nll": {
-                "n": settings.nll,
-                "split": images.split,
-                "unit": "nats per latent dimension",
-                "divergence": kind,
-                **noise,
-                "solver": "dopri5",
-                "nfe": result.nfe,
-                "inversion_mse": float((error**2).mean()) / result.dim,
-                **({} if of is None else {"given": "class"}),
-            },
-        }
+        return kid_precision_recall(*stored, sampled)
 
 
-def _joined(parts: list[Moments]) -> Moments:
-    """The moments of several batches as those of one."""
-    log_var = [part.log_var for part in parts if part.log_var is not None]
-    mean = torch.cat([part.mean for part in parts])
-    return Moments(mean, torch.cat(log_var) if log_var else None)
+def inputs_of(plan: SamplingPlan, settings: EvaluateConfig) -> dict[str, Any]:
+    """Return what an evaluation depends on besides its sampling plan, as JSON values."""
+    return {
+        "evaluate": dataclasses.asdict(settings),
+        "batch_size": plan.settings.batch_size,
+        "data": plan.run.manifest["data"],
+        **extractor_identity(),
+    }
 
 
-def other_data(run: Run, reference: str) -> str | None:
-    """A warning where a reference is of another data set than the run; None where it is not."""
-    theirs, ours = _card(reference).get("dataset"), run.manifest["data"]["name"]
-    if theirs is None or theirs == ours:
+def warn_of_other_data(run: Run, reference: str) -> str | None:
+    """Return a warning if a reference is of another data set than the run; else None."""
+    reference_data, run_data = _card(reference).get("dataset"), run.manifest["data"]["name"]
+    if reference_data is None or reference_data == run_data:
         return None
     return (
-        f"warning: the reference {reference} is of {theirs}, but the run's images are {ours}; "
-        "--reference takes a folder of images, or what `jkoflow reference` makes of them"
+        f"warning: the reference {reference} is of {reference_data}, but the run's images are "
+        f"{run_data}; --reference takes a folder of images, or the file that `jkoflow reference` "
+        "makes of them"
     )
 
 
+def _check_settings(run: Run, settings: EvaluateConfig) -> None:
+    """Refuse settings that ask for more images than a data set has, before anything is sampled."""
+    data = run.config.data
+    if settings.floor:
+        images = at_least(data, settings.n)
+        if settings.n > len(images):
+            raise UserError(
+                f"the reconstruction floor needs n = {settings.n} real images, but {images.name} "
+                f"({images.split}) has {len(images)}; ask for fewer with -n, or leave it out with "
+                "--set evaluate.floor=false"
+            )
+    if settings.kid:
+        if min(settings.kid, settings.n) < LEAST:
+            raise UserError(
+                f"KID, precision and recall need at least {LEAST} images of either kind, "
+                f"not --kid {settings.kid} and -n {settings.n}"
+            )
+        require_images(at_least(data, settings.kid), settings.kid)
+    if settings.nll < 0:
+        raise UserError(f"evaluate.nll must be at least 0, not {settings.nll}; 0 leaves it out")
+    if settings.nll:
+        images = held_out_images(data)
+        if settings.nll > len(images):
+            raise UserError(
+                f"evaluate.nll asks for the likelihood of {settings.nll} images, but "
+                f"{images.name} ({images.split}) has {len(images)}; use --set "
+                f"evaluate.nll={len(images)}, or 0 to leave it out"
+            )
+        condition_of(run, images, subset_indices(images, settings.nll))
+
+
 def _card(reference: str) -> dict[str, Any]:
-    """What the statistics of a shipped reference, or of a file, say of themselves."""
-    if Path(reference).exists() and not is_reference(reference):  # images come first, see stats_of
+    """Read the card of a shipped reference or of a file of statistics; empty for images."""
+    if Path(reference).exists() and not is_reference(reference):  # as in eval.images.stats_of
         return {}
     try:
         return load_reference(reference).card
@@ -222,94 +197,39 @@ def _card(reference: str) -> dict[str, Any]:
         return {}
 
 
-def _features_of(place: Path, images: StoreReader) -> tuple[Path, dict[str, Any]]:
-    """Folder and identity of the features of generated images."""
-    key = images.manifest["key"]
-    return place / f"features-{key}", {"kind": "features", "images": key, **extractor()}
+def _real_test_fid(run: Run, settings: EvaluateConfig) -> float | None:
+    """Look up the FID of n real test images on the card of a reference of the run's data."""
+    card = _card(settings.reference)
+    same_content = card.get("content_sha256") == run.manifest["data"].get("fingerprint")
+    named_only = run.config.data.name in ("folder", "imagenet32")  # one name for many data sets
+    if (named_only and not same_content) or warn_of_other_data(run, settings.reference):
+        return None
+    value: float | None = card.get("test_split_fid", {}).get(str(settings.n))
+    return value
 
 
-def _begun(place: Path, images: StoreReader) -> list[tuple[StoreReader, int]]:
-    """Features of images that begin with the same, and how many are the same."""
-    found = []
-    for other, same in begun(place, images.manifest["identity"]):
-        with contextlib.suppress(UserError):  # none, or damaged
-            folder, identity = _features_of(place, other)
-            found.append((open_store(folder, "feature store", identity), same))
-    return found
-
-
-def _check(run: Run, settings: EvaluateConfig) -> None:
-    """Refuse what the data set cannot give, before hours are spent on images."""
-    data = run.config.data
-    if settings.floor:
-        held = held_out(data, settings.n)
-        if settings.n > len(held):
-            raise UserError(
-                f"the reconstruction floor needs n = {settings.n} real images, but {held.name} "
-                f"({held.split}) has {len(held)}; ask for fewer with -n, or leave it out with "
-                "--set evaluate.floor=false"
-            )
-    if settings.kid:
-        if min(settings.kid, settings.n) < LEAST:
-            raise UserError(
-                f"KID, precision and recall need at least {LEAST} images of either kind, "
-                f"not --kid {settings.kid} of {settings.n} generated ones"
-            )
-        enough(held_out(data, settings.kid), settings.kid)
-    if settings.nll < 0:
-        raise UserError(f"evaluate.nll must be at least 0, not {settings.nll}; 0 leaves it out")
-    if settings.nll:
-        test = test_images(data)
-        if settings.nll > len(test):
-            raise UserError(
-                f"evaluate.nll asks for the likelihood of {settings.nll} images, but {test.name} "
-                f"({test.split}) has {len(test)}; take --set evaluate.nll={len(test)}, or 0 to "
-                "leave it out"
-            )
-        condition_of(run, test, chosen(test, settings.nll))
-
-
-def inputs_of(run: Run, settings: EvaluateConfig, sampling: GenerateConfig) -> str:
-    """What an evaluation's numbers depend on, as a key: metrics of the same key are the same."""
-    sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
-    generate = dataclasses.asdict(sampling)
-    # where they say nothing the key is what it was before they came
-    for later in (
-        "labels", "guidance", "block_steps", "block_methods", "guide", "refiner", "precision",
-    ):  # fmt: skip
-        if generate[later] == getattr(GenerateConfig(), later):
-            del generate[later]
-    if sampling.guide is not None:
-        generate["guide"] = way_of(run, sampling).describe()["guide"]  # whatever its place
-    if sampling.refiner is not None:
-        generate["refiner"] = way_of(run, sampling).describe()["refiner"]
-    parts = {
-        "run": run.fingerprint,
-        "evaluate": dataclasses.asdict(settings),
-        "generate": generate,
-        "data": run.manifest["data"],
-        **extractor(),
-    }
-    if settings.nll:
-        parts["nll"] = "of images as chosen"  # it was of the first ones of the split
-    return content_key(parts)
-
-
-def _about(run: Run, images: StoreReader, settings: EvaluateConfig) -> dict[str, Any]:
-    """What the numbers belong to."""
+def _training_cost(run: Run) -> dict[str, Any]:
+    """Summarise the training of the blocks that are used."""
     keys = ("objective", "h", "gamma", "movement", "ter", "seconds", "iterations", "parameters")
     rows = run.manifest["blocks"][: len(run.flow)]
-    card = _card(settings.reference)
-    real = card.get("test_split_fid", {}).get(str(settings.n))
-    content, own = card.get("content_sha256"), run.manifest["data"].get("fingerprint")
-    unnamed = run.config.data.name in ("folder", "imagenet32") and content != own
-    if unnamed or other_data(run, settings.reference):  # others' do not stand beside these
-        real = None
     return {
-        "real_test_fid": real,
-        "nfe": images.manifest["nfe"],
         "blocks": [readable({key: row.get(key) for key in keys}) for row in rows],
         "train_seconds": sum(row["seconds"] for row in rows),
-        "peak_memory_bytes": peak_memory(),
-        "run": run.fingerprint,
     }
+
+
+def _store_of_features(samples: Path, images: StoreReader) -> tuple[Path, dict[str, Any]]:
+    """Return the folder and the identity of the features of sampled images."""
+    key = images.manifest["key"]
+    identity = {"kind": "features", "images": key, **extractor_identity()}
+    return samples / f"features-{key}", identity
+
+
+def _features_to_reuse(samples: Path, images: StoreReader) -> list[tuple[StoreReader, int]]:
+    """Find features of stores that begin with the same images, each with their number."""
+    stores = []
+    for other, same in stores_to_reuse(samples, images.manifest["identity"]):
+        with contextlib.suppress(UserError):  # absent or damaged features are extracted again
+            folder, identity = _store_of_features(samples, other)
+            stores.append((open_store(folder, "feature store", identity), same))
+    return stores

@@ -1,8 +1,8 @@
-"""KID, precision and recall of generated images, against real images of the same data set.
+"""KID, precision and recall of sampled images against real images of the same data set.
 
-Inception is slow on a CPU, so by default only features that are at hand are used: those that
-`evaluate --kid N` or `reference --test N` once made of the test split (or of the training split),
-under the data root. Where there are none, the numbers are left out.
+Inception is slow on a CPU, so by default only stored features of real images are used: features
+under the data root that `evaluate --kid N` or `reference --test N` extracted earlier, from the
+test split or the training split. Without any, these metrics are left out.
 """
 
 from __future__ import annotations
@@ -17,75 +17,65 @@ from torch import Tensor
 from eval.distances import kid, precision_recall
 from pipeline.config.schema import DataConfig
 from pipeline.data.datasets import ImageSet, load_images
-from pipeline.data.image_folder import splits_of
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runtime.rng import generator
 from pipeline.storage import atomic
 from pipeline.storage.paths import data_root
 from pipeline.storage.shards import MANIFEST, StoreReader, open_store
 
-#: most images of either set; 10 000 x 2 048 numbers are 80 MB, and the cost grows with the square
+#: the most images of either set; 10 000 x 2 048 floats take 80 MB, and the cost is quadratic
 MOST = 10_000
-#: fewest: a point has three nearest others
+#: the fewest images, because a manifold's radius is a distance to the third neighbour
 LEAST = 4
 
 
-def test_images(data: DataConfig) -> ImageSet:
-    """The test split, or the training split of a folder that is not split."""
-    if data.name == "folder" and data.path and not splits_of(Path(data.path).expanduser()):
-        return load_images(data.of_split(data.split))
-    return load_images(data.of_split(data.test_split))
-
-
-def held_out(data: DataConfig, n: int) -> ImageSet:
-    """The test split, or the training split where that has fewer than n images."""
-    test = test_images(data)
-    return test if len(test) >= n else load_images(data.of_split(data.split))
-
-
-def at_hand(data: DataConfig, extractor: dict[str, str]) -> tuple[ImageSet, StoreReader] | None:
-    """Real images whose features lie under the data root: of the test split, else of the training.
+def stored_real_features(
+    data: DataConfig, extractor: dict[str, str]
+) -> tuple[ImageSet, StoreReader] | None:
+    """Find stored features of real images, of the test split or else of the training split.
 
     Args:
         data: the data set of a run.
-        extractor: identity of the network that made the features.
+        extractor: the identity of the network that extracted the features.
 
     Returns:
-        The images and the largest whole store of their features; None if there is none.
+        The images and the largest complete store of their features; None if there is none.
     """
     stored = _manifests()
     for split in dict.fromkeys((data.test_split, data.split)) if stored else ():
         try:
             images = load_images(data.of_split(split))
-        except (JkoflowError, OSError):  # nothing else may need the images
+        except (JkoflowError, OSError):  # these metrics are optional
             continue
         wanted = {"kind": "real", "data": images.fingerprint, **extractor}
-        found = [(int(m["count"]), folder) for folder, m in stored if _is(m, wanted)]
-        for count, folder in sorted(found, reverse=True):
+        stores = [(int(m["count"]), folder) for folder, m in stored if _agrees(m, wanted)]
+        for count, folder in sorted(stores, reverse=True):
             if count >= LEAST:
                 try:
-                    return images, open_store(folder, "feature store")
-                except UserError:  # damaged; they are not needed
+                    return images, open_store(folder, "features")
+                except UserError:  # a damaged store is passed over
                     continue
     return None
 
 
-def compare(images: ImageSet, real: StoreReader, generated: StoreReader) -> dict[str, Any]:
-    """KID, precision and recall, on equally many images of either set.
+def kid_precision_recall(
+    images: ImageSet, real: StoreReader, sampled: StoreReader
+) -> dict[str, Any]:
+    """Compute KID, precision and recall, on equally many images of either set.
 
     Args:
         images: the real images.
         real: their features (n, 2048).
-        generated: features of generated images (m, 2048).
+        sampled: features of sampled images (m, 2048).
 
     Returns:
         The entries kid, precision and recall of metrics.json.
 
     Raises:
-        ValueError: fewer than 4 images in a set.
+        ValueError: a set has fewer than 4 images.
     """
-    count = min(len(real), len(generated), MOST)
-    a, b = _rows(real, count), _rows(generated, count)
+    count = min(len(real), len(sampled), MOST)
+    a, b = _rows(real, count), _rows(sampled, count)
     distance, manifold = kid(a, b), precision_recall(a, b)
     return {
         "kid": {
@@ -103,7 +93,7 @@ def compare(images: ImageSet, real: StoreReader, generated: StoreReader) -> dict
 
 
 def _rows(features: StoreReader, count: int) -> Tensor:
-    """A fixed random choice of rows: a whole split lies in its own order, which may mean much."""
+    """Choose rows at random, with a fixed seed: the order of a split may depend on the class."""
     if count == len(features):
         return features.field("features")
     order = torch.randperm(len(features), generator=generator(0, "rows"))
@@ -111,16 +101,16 @@ def _rows(features: StoreReader, count: int) -> Tensor:
 
 
 def _manifests() -> list[tuple[Path, dict[str, Any]]]:
-    """Folders and manifests of all features of real images; damaged ones are passed over."""
-    found = []
+    """List the stores of features of real images, with manifests; damaged ones are left out."""
+    stores = []
     for path in sorted((data_root() / "features").glob(f"real-*/{MANIFEST}")):
         with contextlib.suppress(JkoflowError):
             manifest = atomic.read_json(path, "manifest of the features")
             if isinstance(manifest, dict):
-                found.append((path.parent, manifest))
-    return found
+                stores.append((path.parent, manifest))
+    return stores
 
 
-def _is(manifest: dict[str, Any], wanted: dict[str, str]) -> bool:
+def _agrees(manifest: dict[str, Any], wanted: dict[str, str]) -> bool:
     identity = manifest.get("identity", {})
     return all(identity.get(key) == value for key, value in wanted.items())

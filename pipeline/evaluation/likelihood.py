@@ -1,54 +1,164 @@
-"""Ranks images by the likelihood of their latents: which are typical for a run, which odd.
+"""Likelihoods of images: the NLL that `evaluate` reports, and the ranking of `likelihood`.
 
-A likelihood is that of the standardised latents (posterior samples, or with the known noise, as
-the flow was trained on), given the class if the run is class-conditional, in nats; with the exact
-divergence, or with several probes and their standard error, by an adaptive solver, beside the
-inversion error ‖z_0 − T⁻¹(T(z_0))‖.
+A likelihood is the density of an image's standardised latent under the flow, in nats, given the
+class if the run is class-conditional. A latent is a posterior sample, or carries the configured
+noise, as in training. An adaptive solver integrates the exact divergence, or several random probes
+with a standard error. The inversion error ‖z_0 − T⁻¹(T(z_0))‖ measures the solver.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from autoencoders.base import to_float
+from autoencoders.base import Moments, to_float
 from eval.plots import before_after
 from flows.block import SolverConfig
 from flows.likelihood import LogProb, log_prob
-from flows.solving.divergence import make_divergence
+from flows.solving.divergence import Divergence, make_divergence
 from pipeline.config.schema import DataConfig
 from pipeline.data.datasets import ImageSet, load_images
 from pipeline.errors import UserError
-from pipeline.evaluation.kid_precision_recall import test_images
+from pipeline.evaluation.features import SHARD
+from pipeline.evaluation.real_images import held_out_images, subset_indices
 from pipeline.runs.run import Run, require_latents
 from pipeline.runtime.console import Progress
 from pipeline.runtime.rng import generator
 from pipeline.sampling.class_labels import condition_of
 from pipeline.storage import atomic
 
+#: the largest D whose divergence `evaluate` computes exactly, by D directional derivatives
+EXACT_UP_TO = 128
+#: random probes per sample for a larger D
+PROBES = 16
 _CHUNK = 50
 _ROWS = 2
 _SOLVER = SolverConfig(method="dopri5")
 
 
+def held_out_nll(run: Run, n: int, accelerator: Accelerator) -> dict[str, Any]:
+    """Measure the NLL of n images of the test split.
+
+    Args:
+        run: an open run.
+        n: the number of images.
+        accelerator: device.
+
+    Returns:
+        The entries nll_per_dim and nll of metrics.json.
+    """
+    images = held_out_images(run.config.data)
+    indices = subset_indices(images, n)
+    kind = "exact" if run.flow.dim <= EXACT_UP_TO else "hutchinson"
+    rng, divergence = generator(0, "nll"), make_divergence(kind, probes=PROBES)
+    result = log_prob_of_images(
+        run, images, indices, divergence, accelerator, (rng, rng), chunk=SHARD
+    )
+    summary = _summary([result])
+    random = {} if kind == "exact" else {
+        "probes": PROBES, "standard_error": summary["standard_error"]
+    }  # fmt: skip
+    return {
+        "nll_per_dim": summary["nll_per_dim"],
+        "nll": {
+            "n": n,
+            "split": images.split,
+            "unit": "nats per latent dimension",
+            "divergence": kind,
+            **random,
+            "solver": _SOLVER.method,
+            "nfe": summary["nfe"],
+            "inversion_mse": summary["inversion_mse"],
+            **({"given": "class"} if run.flow.classes else {}),
+        },
+    }
+
+
+def log_prob_of_images(
+    run: Run,
+    images: ImageSet,
+    indices: npt.NDArray[np.int64],
+    divergence: Divergence,
+    accelerator: Accelerator,
+    rngs: tuple[torch.Generator, torch.Generator],
+    chunk: int,
+) -> LogProb:
+    """Compute log p(z) of some images of a set, or log p(z | y) for a class-conditional run.
+
+    Args:
+        run: an open run.
+        images: the set.
+        indices: (n,), of the images.
+        divergence: the estimator of the divergence.
+        accelerator: device.
+        rngs: the sources of the latents' noise and of the probes.
+        chunk: samples that are integrated together.
+
+    Raises:
+        UserError: images have no class that the run knows, see `condition_of`.
+        SolveError: the solver fails.
+    """
+    condition = condition_of(run, images, indices)
+    z = latents_of(run, images, indices, accelerator, rngs[0]).to(accelerator.device)
+    flow = run.flow.to(accelerator.device)
+    return log_prob(flow, z, divergence, 1, _SOLVER, rngs[1], chunk, condition)
+
+
+@torch.inference_mode()
+def _encoded(
+    run: Run, images: ImageSet, indices: npt.NDArray[np.int64], accelerator: Accelerator
+) -> Moments:
+    autoencoder: Any = run.autoencoder()
+    autoencoder.to(accelerator.device)
+    parts = []
+    for start in range(0, len(indices), SHARD):
+        x = to_float(torch.from_numpy(images.take(indices[start : start + SHARD])))
+        parts.append(autoencoder.encode(x.to(accelerator.device)))
+    log_vars = [part.log_var for part in parts if part.log_var is not None]
+    mean = torch.cat([part.mean for part in parts])
+    return Moments(mean, torch.cat(log_vars) if log_vars else None)
+
+
+def latents_of(
+    run: Run,
+    images: ImageSet,
+    indices: npt.NDArray[np.int64],
+    accelerator: Accelerator,
+    rng: torch.Generator,
+) -> Tensor:
+    """Encode images to standardised latents, with the noise that the flow was trained on.
+
+    Returns:
+        float32 (n, *shape), on the CPU.
+    """
+    moments = _encoded(run, images, indices, accelerator)
+    z = run.standardisation.apply(moments.sample(rng).cpu())
+    noise = run.config.latents.noise
+    if moments.log_var is None and noise > 0:
+        z = z + noise * torch.randn(z.shape, generator=rng)
+    return z.clone()
+
+
 @dataclass(frozen=True)
 class LikelihoodSettings:
-    """What is ranked, and how.
+    """Settings of a ranking.
 
     Attributes:
-        n: first so many images.
-        split: of the run's data set; None takes its data.test_split, or all of a folder that is
-            not split.
+        n: the number of images, from the first of the set on.
+        split: a split of the run's data set; None takes its data.test_split, or all of a folder
+            that is not split.
         folder: a folder of images instead of a split; they are resized and cropped to fit.
         divergence: exact, hutchinson or finite-difference.
-        probes: of a random estimator; from 2 on there is a standard error.
-        columns: images a row of the picture.
+        probes: probes of a random estimator; 2 or more give a standard error.
+        columns: images per row of the picture.
     """
 
     n: int = 200
@@ -59,25 +169,25 @@ class LikelihoodSettings:
     columns: int = 10
 
 
-def rank(
+def rank_images(
     run: Run, settings: LikelihoodSettings, accelerator: Accelerator, progress: Progress
 ) -> dict[str, Any]:
-    """Rank images; commits likelihood.json and samples/likelihood.png in the run directory.
+    """Rank images by likelihood; writes likelihood.json and samples/likelihood.png into the run.
 
     Args:
         run: an open run.
-        settings: what is ranked, and how.
+        settings: which images, and the estimator.
         accelerator: device.
         progress: wraps the loop over chunks.
 
     Returns:
-        What likelihood.json holds: the summary, and all images from typical to odd.
+        The content of likelihood.json: the summary, and all images, the most likely first.
 
     Raises:
-        UserError: n or columns below 1, more images than there are, both a split and a folder,
-            images without a class for a class-conditional run, or a refiner.
+        UserError: n or columns is below 1, the set has fewer images, both a split and a folder
+            are given, images lack a class for a class-conditional run, or the run is a refiner.
         FlowError: an unknown estimator, or fewer than one probe.
-        SolveError: the flow cannot be followed.
+        SolveError: the solver fails.
     """
     require_latents(run)
     if settings.n < 1 or settings.columns < 1:
@@ -85,66 +195,56 @@ def rank(
             f"-n and --columns must be at least 1, not {settings.n} and {settings.columns}"
         )
     divergence = make_divergence(settings.divergence, probes=settings.probes)
-    images = _images(run.config.data, settings, run.manifest["autoencoder"]["image_shape"])
+    images = _load(run.config.data, settings, run.manifest["autoencoder"]["image_shape"])
     if settings.n > len(images):
         raise UserError(
             f"{settings.n} images were asked for, but {images.name} ({images.split}) has "
             f"{len(images)}; ask for fewer with -n"
         )
-    flow = run.flow.to(accelerator.device)
-    drawn = generator(0, "likelihood", "probes")
+    probes = generator(0, "likelihood", "probes")
     starts, parts = range(0, settings.n, _CHUNK), []
     for start in progress(starts, len(starts), f"likelihood of {settings.n} images"):
-        stop = min(start + _CHUNK, settings.n)
-        z = latents_of(run, images, start, stop, accelerator).to(accelerator.device)
-        of = condition_of(run, images, np.arange(start, stop))
-        parts.append(log_prob(flow, z, divergence, 1, _SOLVER, drawn, _CHUNK, of))
-    result = {"run": run.fingerprint, "blocks": len(run.flow)} | _collect(parts, images, settings)
+        indices = np.arange(start, min(start + _CHUNK, settings.n))
+        rngs = (generator(0, "likelihood", "latents", start), probes)
+        parts.append(
+            log_prob_of_images(run, images, indices, divergence, accelerator, rngs, _CHUNK)
+        )
+    result = {
+        "run": run.fingerprint,
+        "blocks": len(run.flow),
+        "n": settings.n,
+        "data": f"{images.name} {images.split}",
+        "unit": "nats, standardised latents",
+        **_summary(parts),
+        "divergence": settings.divergence,
+        "probes": 1 if settings.divergence == "exact" else settings.probes,
+        "solver": f"{_SOLVER.method} at {_SOLVER.rtol:g}",
+        "ranking": _ranking(parts, images),
+    }
     if accelerator.is_main_process:
         _draw(result, images, settings.columns, run.folder / "samples" / "likelihood.png")
         atomic.write_json(run.folder / "likelihood.json", result)
     return result
 
 
-@torch.inference_mode()
-def latents_of(
-    run: Run, images: ImageSet, start: int, stop: int, accelerator: Accelerator
-) -> Tensor:
-    """Standardised latents of images [start, stop), as the run's flow was trained on.
-
-    Returns:
-        float32 (stop − start, *shape).
-    """
-    autoencoder: Any = run.autoencoder()
-    autoencoder.to(accelerator.device)
-    x = to_float(torch.from_numpy(images.read(start, stop)))
-    moments = autoencoder.encode(x.to(accelerator.device))
-    drawn = generator(0, "likelihood", "latents", start)
-    z = run.standardisation.apply(moments.sample(drawn).cpu())
-    noise = run.config.latents.noise
-    if moments.log_var is None and noise > 0:
-        z = z + noise * torch.randn(z.shape, generator=drawn)
-    return z.clone()
-
-
-def headline(result: dict[str, Any]) -> str:
-    """The mean with all that is needed to trust it, on one line."""
+def likelihood_line(result: dict[str, Any]) -> str:
+    """Format the mean with its error, the solver and the data, on one line."""
     text = f"NLL(n={result['n']}, {result['data']}) = {result['nll_per_dim']:.4f} nats a dimension"
     if result["standard_error"] is not None:
-        text += f" ± {result['standard_error'] / result['dim']:.4f} (probes)"
+        text += f" ± {result['standard_error']:.4f} (probes)"
     return (
         f"{text}; {result['divergence']} divergence, {result['solver']}, "
         f"{result['nfe']} evaluations a sample, inversion MSE {result['inversion_mse']:.1e}"
     )
 
 
-def _images(data: DataConfig, settings: LikelihoodSettings, shape: list[int]) -> ImageSet:
+def _load(data: DataConfig, settings: LikelihoodSettings, shape: list[int]) -> ImageSet:
     if settings.split is not None and settings.folder is not None:
-        raise UserError("give either --split or --folder, not both")
+        raise UserError("both --split and --folder are given; leave one of them out")
     if settings.split is not None:
         return load_images(data.of_split(settings.split))
     if settings.folder is None:
-        return test_images(data)
+        return held_out_images(data)
     channels, height, _ = shape
     mode = "L" if channels == 1 else "RGB"
     return load_images(
@@ -152,54 +252,57 @@ def _images(data: DataConfig, settings: LikelihoodSettings, shape: list[int]) ->
     )
 
 
-def _collect(
-    parts: list[LogProb], images: ImageSet, settings: LikelihoodSettings
-) -> dict[str, Any]:
-    """All images from the most typical to the most odd, and their summary."""
-    value = torch.cat([part.value for part in parts]).double().cpu()
-    inversion = torch.cat([part.inversion_error for part in parts]).double().cpu()
+def _joined(parts: Sequence[LogProb]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Join log-likelihoods, inversion errors and standard errors of several chunks."""
+    values = torch.cat([part.value for part in parts]).double().cpu()
+    inversions = torch.cat([part.inversion_error for part in parts]).double().cpu()
     errors = [p.standard_error.double().cpu() for p in parts if p.standard_error is not None]
-    spread = torch.cat(errors) if errors else None
-    dim, n = parts[0].dim, len(value)
+    return values, inversions, torch.cat(errors) if errors else None
+
+
+def _summary(parts: Sequence[LogProb]) -> dict[str, Any]:
+    """Average over images; the standard error is that of nll_per_dim over the probes."""
+    values, inversions, errors = _joined(parts)
+    n, dim = len(values), parts[0].dim
+    spread = None if errors is None else float(errors.square().sum().sqrt()) / n / dim
+    return {
+        "dim": dim,
+        "nll_per_dim": -float(values.mean()) / dim,
+        "standard_error": spread,
+        "nfe": round(sum(part.nfe * len(part.value) for part in parts) / n),
+        "inversion_mse": float(inversions.square().mean()) / dim,
+    }
+
+
+def _ranking(parts: Sequence[LogProb], images: ImageSet) -> list[dict[str, Any]]:
+    """List all images, the most likely first."""
+    values, inversions, errors = _joined(parts)
     rows = []
-    for index in value.argsort(descending=True, stable=True).tolist():
+    for index in values.argsort(descending=True, stable=True).tolist():
         row = {
             "index": index,
-            "log_prob": float(value[index]),
-            "per_dim": float(value[index]) / dim,
-            "inversion_error": float(inversion[index]),
+            "log_prob": float(values[index]),
+            "per_dim": float(values[index]) / parts[0].dim,
+            "inversion_error": float(inversions[index]),
         }
         if images.labels is not None:
             label = int(images.labels[index])
             row["label"] = label if images.class_names is None else images.class_names[label]
-        if spread is not None:
-            row["standard_error"] = float(spread[index])
+        if errors is not None:
+            row["standard_error"] = float(errors[index])
         rows.append(row)
-    return {
-        "n": n,
-        "data": f"{images.name} {images.split}",
-        "unit": "nats, standardised latents",
-        "dim": dim,
-        "nll_per_dim": -float(value.mean()) / dim,
-        "standard_error": None if spread is None else float(spread.square().sum().sqrt()) / n,
-        "divergence": settings.divergence,
-        "probes": 1 if settings.divergence == "exact" else settings.probes,
-        "solver": f"{_SOLVER.method} at {_SOLVER.rtol:g}",
-        "nfe": round(sum(part.nfe * len(part.value) for part in parts) / n),
-        "inversion_mse": float(inversion.square().mean()) / dim,
-        "ranking": rows,
-    }
+    return rows
 
 
 def _draw(result: dict[str, Any], images: ImageSet, columns: int, path: Path) -> None:
-    """The most typical images on the left, the most odd ones (oddest first) on the right."""
+    """Draw the most likely images on the left, and the least likely ones on the right."""
     order = [row["index"] for row in result["ranking"]]
     count = min(_ROWS * columns, max(1, len(order) // 2))
-    chosen = [order[:count], order[::-1][:count]]
-    typical, odd = (
-        torch.cat([torch.from_numpy(images.read(i, i + 1)) for i in half]) for half in chosen
+    halves = [order[:count], order[::-1][:count]]
+    likely, unlikely = (
+        torch.cat([torch.from_numpy(images.read(i, i + 1)) for i in half]) for half in halves
     )
-    titles = ("most typical", "most odd")
+    titles = ("most likely", "least likely")
     atomic.write_with(
-        path, lambda file: before_after(file, typical, odd, columns=columns, titles=titles)
+        path, lambda file: before_after(file, likely, unlikely, columns=columns, titles=titles)
     )

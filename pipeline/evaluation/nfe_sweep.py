@@ -1,77 +1,71 @@
-"""FID against network evaluations a sample: one run, several budgets, a table and a plot."""
+"""NFE sweep: the FID of one run at several budgets of network evaluations per sample."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from pipeline.config.schema import EvaluateConfig, GenerateConfig
+from pipeline.config.schema import EvaluateConfig
 from pipeline.evaluation.evaluator import Evaluator
-from pipeline.evaluation.study import Study, heading
-from pipeline.runs.run import Run
-from pipeline.sampling.solvers import method_of, solvers_of, whole_numbers, within
+from pipeline.evaluation.study import Study, study_heading
+from pipeline.sampling.sampling_plan import SamplingPlan, differences
+from pipeline.sampling.solvers import method_of, whole_numbers
 from pipeline.storage import atomic
 
 FILE = "nfe.json"
 PICTURE = "samples/nfe.png"
 
 
-def study(
-    run: Run,
-    budgets: str,
-    settings: EvaluateConfig,
-    sampling: GenerateConfig,
-    evaluator: Evaluator,
+def sweep_nfe(
+    plan: SamplingPlan, budgets: str, settings: EvaluateConfig, evaluator: Evaluator
 ) -> dict[str, Any]:
-    """Measure FID at several budgets; commits nfe.json and samples/nfe.png in the run directory.
+    """Measure FID at several budgets; writes nfe.json and samples/nfe.png into the run.
 
-    An earlier study with another solver stays in the file and in the plot.
+    Rows of an earlier sweep with other solvers stay in the file and in the plot.
 
     Args:
-        run: an open run.
-        budgets: evaluations a sample, separated by commas.
+        plan: the run, and how it is sampled; its solvers have fixed grids.
+        budgets: network evaluations per sample, separated by commas.
         settings: n, seed and reference.
-        sampling: the solver, on a fixed grid.
-        evaluator: holds the network.
+        evaluator: extracts the features.
 
     Returns:
-        What nfe.json holds: n, seed, reference, classes, guidance, guide, and the rows, each
-        with method, steps, nfe, fid.
+        The content of nfe.json: the study's identity, and rows with method, steps, nfe and fid.
 
     Raises:
-        UserError: n below 2, budgets that are no numbers or below one step a block, or an
-            adaptive solver.
+        UserError: n is below 2, a budget is no whole number or too small for one step, or a solver
+            is adaptive.
     """
-    sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
-    plans = [within(run, sampling, nfe) for nfe in sorted(whole_numbers("--nfe-study", budgets))]
-    work, method = Study(run, settings, sampling, evaluator), method_of(solvers_of(run, plans[0]))
-    rows = {(row["method"], row["steps"]): row for row in _before(run, work.about)}
-    for plan in plans:
-        told = {"method": method, "steps": plan.steps}
-        rows[method, plan.steps] = {**told, **work.measure(run, plan)}
+    plans = [plan.within(nfe) for nfe in sorted(whole_numbers("--nfe-study", budgets))]
+    study, method = Study(plan, settings, evaluator), method_of(plan.solvers)
+    rows = {(row["method"], row["steps"]): row for row in _earlier_rows(study)}
+    for each in plans:
+        steps = each.solvers[0].steps
+        rows[method, steps] = {"method": method, "steps": steps, **study.measure(each)}
     ordered = sorted(rows.values(), key=lambda row: (row["method"], row["nfe"]))
     lines: dict[str, tuple[list[float], list[float]]] = {}
     for row in ordered:
         x, y = lines.setdefault(row["method"], ([], []))
         x.append(row["nfe"])
         y.append(row["fid"])
-    return work.finish((FILE, PICTURE), ordered, lines, "network evaluations a sample")
+    return study.write((FILE, PICTURE), ordered, lines, "network evaluations a sample")
 
 
-def table(result: dict[str, Any]) -> str:
-    """The rows as aligned text."""
+def nfe_table(result: dict[str, Any]) -> str:
+    """Format the rows as aligned text."""
     wide = max(10, *(len(row["method"]) for row in result["rows"]))
-    lines = [heading(result), f"{'solver':>{wide}}{'steps':>7}{'NFE':>6}{'FID':>9}"]
+    lines = [study_heading(result), f"{'solver':>{wide}}{'steps':>7}{'NFE':>6}{'FID':>9}"]
     for row in result["rows"]:
         lines.append(f"{row['method']:>{wide}}{row['steps']:>7}{row['nfe']:>6}{row['fid']:>9.2f}")
     return "\n".join(lines)
 
 
-def _before(run: Run, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier study of the same about: blocks, images, classes, guidance, …."""
-    path = run.folder / FILE
+def _earlier_rows(study: Study) -> list[dict[str, Any]]:
+    """Read the rows of an earlier sweep with the same identity."""
+    path = study.folder / FILE
     if not path.is_file():
         return []
-    found: dict[str, Any] = atomic.read_json(path, "study")
-    same = isinstance(found, dict) and all(found.get(key) == about[key] for key in about)
-    return found["rows"] if same else []
+    earlier: Any = atomic.read_json(path, "study")
+    if not isinstance(earlier, dict):
+        return []
+    rows: list[dict[str, Any]] = earlier.pop("rows", [])
+    return [] if differences(earlier, study.identity) else rows

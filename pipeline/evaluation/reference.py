@@ -16,7 +16,8 @@ from eval.references import reference_bytes
 from pipeline.config.schema import Config
 from pipeline.data.datasets import ImageSet, load_images
 from pipeline.errors import UserError
-from pipeline.evaluation.features import SHARD, FeatureMaker, chosen, enough, require_two
+from pipeline.evaluation.features import SHARD, FeatureExtractor
+from pipeline.evaluation.real_images import require_fid_sample, require_images, subset_indices
 from pipeline.runtime.console import Progress
 from pipeline.storage import atomic
 from pipeline.storage.shards import StoreReader
@@ -40,16 +41,16 @@ def make_reference(
     """
     if out.suffix != ".safetensors":
         raise UserError(f"a reference is a .safetensors file, not {out.name}")
-    maker = FeatureMaker(accelerator, progress)
+    extractor = FeatureExtractor(accelerator, progress)
     images = load_images(config.data)
     held_out = load_images(config.data.of_split(config.data.test_split)) if test else images
     for n in test:
-        require_two(n)
-        enough(held_out, n)
-    stats = _stats(maker.real_features(images, len(images)), len(images))
+        require_fid_sample(n)
+        require_images(held_out, n)
+    stats = _stats(extractor.real_features(images, len(images)), len(images))
     card = card_of(images)
     if test:
-        features = maker.real_features(held_out, max(test))
+        features = extractor.real_features(held_out, max(test))
         card["test_split_fid"] = {
             str(n): frechet_distance(_chosen_stats(features, held_out, n), stats)
             for n in sorted(test)
@@ -72,9 +73,9 @@ def card_of(images: ImageSet) -> dict[str, Any]:
 def _chosen_stats(features: StoreReader, images: ImageSet, n: int) -> GaussianStats:
     """Of n images as `chosen` takes them, from stored features of as many or more."""
     place = np.empty(len(images), dtype=np.int64)
-    place[chosen(images, len(features))] = np.arange(len(features))
+    place[subset_indices(images, len(features))] = np.arange(len(features))
     stats = GaussianStats()
-    stats.update(features.take("features", torch.from_numpy(place[chosen(images, n)])))
+    stats.update(features.take("features", torch.from_numpy(place[subset_indices(images, n)])))
     return stats
 
 

@@ -1,8 +1,7 @@
-"""What the studies of one run have in common: FID of several sets of images, a file and a plot."""
+"""Studies of a run: the FID of several sets of samples, with a file and a plot."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -10,82 +9,78 @@ from typing import Any
 from eval.gaussian import GaussianStats
 from eval.inception import EXTRACTOR
 from eval.plots import curves
-from pipeline.config.schema import EvaluateConfig, GenerateConfig
+from pipeline.config.schema import EvaluateConfig
 from pipeline.evaluation.evaluator import Evaluator
-from pipeline.evaluation.features import fid_of, require_two
-from pipeline.evaluation.tables import guidance_of
-from pipeline.runs.run import Run
-from pipeline.sampling.sampling_plan import way_of
+from pipeline.evaluation.features import fid_of
+from pipeline.evaluation.real_images import require_fid_sample
+from pipeline.evaluation.tables import sampling_text
+from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage import atomic
 
 
 class Study:
-    """Measures sets of images of a run that start from the same noise.
+    """Study of several sets of samples that start from the same noise.
 
-    Images and features are kept as those of an evaluation are, so that a study that was
-    interrupted, or is extended, makes only what is missing.
+    Images and features lie in the stores of an evaluation, so a study that is interrupted or
+    extended computes only what is missing.
 
     Args:
-        run: an open run.
+        plan: the run, and how it is sampled.
         settings: n, seed and reference.
-        sampling: solver, classes, guidance, guide and refiner.
-        evaluator: holds the network.
+        evaluator: extracts the features.
 
     Attributes:
-        sampling: with n and seed of `settings`.
-        about: n, seed, reference, extractor, run, blocks if not all, classes, guidance, guide,
-            refiner and precision, for the study's file.
+        identity: what all rows share, as JSON values; the solvers of `plan` are left out.
 
     Raises:
-        UserError: n below 2.
+        UserError: n is below 2.
     """
 
-    def __init__(
-        self, run: Run, settings: EvaluateConfig, sampling: GenerateConfig, evaluator: Evaluator
-    ) -> None:
-        require_two(settings.n)
-        self.run, self.evaluator = run, evaluator
-        self.sampling = dataclasses.replace(sampling, n=settings.n, seed=settings.seed)
-        self.about: dict[str, Any] = {
-            "n": settings.n, "seed": settings.seed, "reference": settings.reference,
-            "extractor": EXTRACTOR, "run": run.fingerprint, "labels": sampling.labels,
-            "batch_size": sampling.batch_size, "guidance": sampling.guidance,
-        }  # fmt: skip
-        told = way_of(run, sampling).about()  # None, too, is something that rows may differ in
-        self.about |= {key: told.get(key) for key in ("guide", "refiner", "sampled_in")}
-        if len(run.flow) < len(run.manifest["blocks"]):
-            self.about["first_blocks"] = len(run.flow)
+    def __init__(self, plan: SamplingPlan, settings: EvaluateConfig, evaluator: Evaluator) -> None:
+        require_fid_sample(settings.n)
+        self.folder, self.evaluator = plan.run.folder, evaluator
+        self._n, self._seed = settings.n, settings.seed
         self._reference = evaluator.reference(settings.reference)
-        self.about["reference_sha256"] = _digest(self._reference)
+        sampling = plan.identity()
+        del sampling["solvers"]
+        self.identity: dict[str, Any] = {
+            "n": settings.n,
+            "seed": settings.seed,
+            "reference": settings.reference,
+            "reference_sha256": _sha256(self._reference),
+            "extractor": EXTRACTOR,
+            "batch_size": plan.settings.batch_size,
+            "sampling": sampling,
+        }
 
-    def measure(self, run: Run, sampling: GenerateConfig) -> dict[str, Any]:
-        """Evaluations a sample (nfe) and FID of the images of a run, drawn in some way."""
-        images, features = self.evaluator.generated(run, sampling)
+    def measure(self, plan: SamplingPlan) -> dict[str, Any]:
+        """Measure network evaluations per sample (nfe) and FID of one plan."""
+        images, features = self.evaluator.sample_features(plan, self._n, self._seed)
         return {"nfe": images.manifest["nfe"], "fid": fid_of(features, self._reference)}
 
-    def finish(
+    def write(
         self,
         files: tuple[str, str],
         rows: list[dict[str, Any]],
         lines: Mapping[str, tuple[list[float], list[float]]],
         x_label: str,
-        **more: Any,  # noqa: ANN401 - entries of a JSON file
+        **entries: Any,  # noqa: ANN401 - entries of a JSON file
     ) -> dict[str, Any]:
-        """Commit the study's file and its plot in the run directory.
+        """Write the study's file and its plot into the run.
 
         Args:
-            files: names of both.
-            rows: what was measured.
-            lines: name to (x, FID).
-            x_label: what x is.
-            more: entries of the file.
+            files: the names of both.
+            rows: the measurements.
+            lines: name → (x, FID) of each line of the plot.
+            x_label: the label of the x axis.
+            entries: more entries of the file.
 
         Returns:
-            What the file holds.
+            The content of the file.
         """
-        result = {**self.about, **more, "rows": rows}
+        result = {**self.identity, **entries, "rows": rows}
         if self.evaluator.accelerator.is_main_process:
-            file, picture = (self.run.folder / name for name in files)
+            file, picture = (self.folder / name for name in files)
             atomic.write_json(file, result)
             atomic.write_with(
                 picture, lambda out: curves(out, lines, x_label=x_label, y_label="FID")
@@ -93,14 +88,12 @@ class Study:
         return result
 
 
-def _digest(stats: GaussianStats) -> str:
-    """Of mean and covariance: what lies under the reference's name may change."""
-    return hashlib.sha256(stats.mean.tobytes() + stats.cov.tobytes()).hexdigest()
-
-
-def heading(result: dict[str, Any]) -> str:
-    """What a study's FIDs belong to, on one line."""
+def study_heading(result: dict[str, Any]) -> str:
+    """Format n, reference, seed and sampling of a study, on one line."""
     text = f"FID(n={result['n']}, {result['reference']}), seed {result['seed']}"
-    if "first_blocks" in result:
-        text += f", first {result['first_blocks']} blocks only"
-    return text + guidance_of(result)
+    return text + sampling_text(result["sampling"])
+
+
+def _sha256(stats: GaussianStats) -> str:
+    """Hash mean and covariance, because the content behind a reference's name may change."""
+    return hashlib.sha256(stats.mean.tobytes() + stats.cov.tobytes()).hexdigest()

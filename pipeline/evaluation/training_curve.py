@@ -1,67 +1,69 @@
-"""FID against samples seen: a flow-matching run, measured at the weights it kept on its way."""
+"""Training curve: the FID of a flow-matching run at the weights that it kept during training."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from pipeline.config.schema import EvaluateConfig, GenerateConfig
+from pipeline.config.schema import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluator
-from pipeline.evaluation.study import Study, heading
-from pipeline.runs.run import Run
+from pipeline.evaluation.study import Study, study_heading
 from pipeline.runs.snapshots import at_snapshot, snapshots_of
-from pipeline.sampling.solvers import solvers_of
+from pipeline.sampling.sampling_plan import SamplingPlan
+from pipeline.sampling.solvers import solver_identity
 
 FILE = "curve.json"
 PICTURE = "samples/curve.png"
 
 
-def measure(
-    run: Run, settings: EvaluateConfig, sampling: GenerateConfig, evaluator: Evaluator
+def measure_curve(
+    plan: SamplingPlan, settings: EvaluateConfig, evaluator: Evaluator
 ) -> dict[str, Any]:
-    """Measure FID at every snapshot of a run; commits curve.json and samples/curve.png.
+    """Measure FID at every snapshot of a run; writes curve.json and samples/curve.png into it.
 
     Args:
-        run: an open run of flow matching.
+        plan: a flow-matching run, and how it is sampled.
         settings: n, seed and reference.
-        sampling: the solver.
-        evaluator: holds the network.
+        evaluator: extracts the features.
 
     Returns:
-        What curve.json holds: n, seed, reference, how samples were drawn, and the rows, each with
-        step, seen (samples), seconds (of training), nfe and fid.
+        The content of curve.json: the study's identity, the solver, and rows with step, seen
+        (training samples), seconds (of training), nfe and fid.
 
     Raises:
-        UserError: n below 2, or the run kept no snapshots or has several blocks.
+        UserError: n is below 2, or the run has no snapshots or several blocks.
     """
+    run = plan.run
     if len(run.manifest["blocks"]) != 1:
         raise UserError(
-            f"a curve is of flows of one block, and the run at {run.folder} has "
-            f"{len(run.manifest['blocks'])}"
+            f"a training curve needs a flow of one block, but the run at {run.folder} has "
+            f"{len(run.manifest['blocks'])}; train with train.objective=fm"
         )
-    listed = snapshots_of(run.folder, run.manifest["pass"])
-    if not listed:
+    snapshots = snapshots_of(run.folder, run.manifest["pass"])
+    if not snapshots:
         raise UserError(
-            f"the run at {run.folder} kept no weights on its way; train one with "
+            f"the run at {run.folder} kept no weights during training; train with "
             "--set train.objective=fm --set train.snapshot_every=1000"
         )
-    study = Study(run, settings, sampling, evaluator)
+    study = Study(plan, settings, evaluator)
     rows = []
-    for row in listed:
-        told = {key: row[key] for key in ("step", "seen", "seconds")}
-        rows.append({**told, **study.measure(at_snapshot(run, row), study.sampling)})
+    for snapshot in snapshots:
+        progress = {key: snapshot[key] for key in ("step", "seen", "seconds")}
+        then = dataclasses.replace(plan, run=at_snapshot(run, snapshot))
+        rows.append({**progress, **study.measure(then)})
     line = ([row["seen"] for row in rows], [row["fid"] for row in rows])
-    return study.finish(
+    return study.write(
         (FILE, PICTURE), rows, {f"n = {settings.n}": line}, "samples seen",
-        solver=dataclasses.asdict(solvers_of(run, study.sampling)[0]),
+        solver=solver_identity(plan.solvers[0]),
     )  # fmt: skip
 
 
-def table(result: dict[str, Any]) -> str:
-    """The rows as aligned text."""
-    lines = [heading(result), f"{'step':>10}{'samples seen':>14}{'seconds':>9}{'FID':>9}"]
+def curve_table(result: dict[str, Any]) -> str:
+    """Format the rows as aligned text."""
+    lines = [study_heading(result), f"{'step':>10}{'samples seen':>14}{'seconds':>9}{'FID':>9}"]
     for row in result["rows"]:
-        told = f"{row['step']:>10}{row['seen']:>14}{row['seconds']:>9.0f}{row['fid']:>9.2f}"
-        lines.append(told)
+        lines.append(
+            f"{row['step']:>10}{row['seen']:>14}{row['seconds']:>9.0f}{row['fid']:>9.2f}"
+        )
     return "\n".join(lines)

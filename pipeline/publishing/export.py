@@ -1,8 +1,9 @@
-"""A finished run → a small folder that generates the same images: what is shipped of a run.
+"""Export: a finished run → a small folder that generates the same images, ready to be shipped.
 
-Kept are flow.json with the pass that is used, config.yaml, the blocks in a quantise type, an
-autoencoder of one's own, metrics.json, the grid of images, guide and refiner, and a card. Stages,
-checkpoints, logs and other samples stay behind. The folder is a run directory like any other.
+An export holds flow.json with the pass in use, config.yaml, the blocks in a compact dtype, the
+autoencoder unless it ships with the package, metrics.json, the grid of images, guide and refiner,
+and a model card. It leaves out stages, checkpoints, logs and other samples. An export is a run
+directory itself.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from typing import Any
 import torch
 
 from autoencoders.weights import locate, shipped
+from flows.block import SolverConfig
 from flows.flow import Flow
 from flows.networks.condition import Condition
 from pipeline.config.load import resolved_yaml
-from pipeline.config.schema import GenerateConfig
+from pipeline.config.schema import Config, GenerateConfig
 from pipeline.errors import UserError
-from pipeline.publishing.model_card import card
-from pipeline.publishing.provenance import metrics_of, named, shows
+from pipeline.publishing.model_card import model_card
+from pipeline.publishing.provenance import metrics_of, reference_name, shows_samples_of
 from pipeline.publishing.swap_decoder import with_decoder
 from pipeline.runs.directory import block_file
 from pipeline.runs.manifest import compose, origins_of, passes_of
 from pipeline.runs.run import Run, is_refiner, load_blocks
 from pipeline.runs.zoo import is_shipped
 from pipeline.runtime.rng import generator
-from pipeline.sampling.sampling_plan import way_of
-from pipeline.sampling.solvers import solvers_of
+from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage import atomic
 from pipeline.storage.compact_weights import DTYPES, quantise
 
@@ -40,7 +41,7 @@ REFINER = "refiner"
 HELPERS = (GUIDE, REFINER)
 _GRID = "samples/grid.png"
 _INSIDE = r"blocks/block-\d+\.safetensors|autoencoder\.safetensors|config\.yaml"
-#: what an export writes before its flow.json
+#: the files that an export writes before its flow.json
 _WRITTEN = re.compile(
     rf"{_INSIDE}|metrics\.json|CARD\.md|samples/grid\.png"
     rf"|({GUIDE}|{REFINER})/({_INSIDE}|flow\.json)"
@@ -50,12 +51,12 @@ _COMPARED = 64
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export came to.
+    """Result of an export.
 
     Attributes:
-        folder: where it lies.
-        bytes: of all its files.
-        change: root mean square of what the rounding changes in generated (standardised) latents.
+        folder: the folder of the export.
+        bytes: the size of all its files.
+        change: root mean square change of generated (standardised) latents by the rounding.
     """
 
     folder: Path
@@ -64,52 +65,51 @@ class Exported:
 
 
 def export(
-    run: Run, out: Path, dtype: str = "float16", autoencoder: str | None = None
+    plan: SamplingPlan, out: Path, dtype: str = "float16", autoencoder: str | None = None
 ) -> Exported:
-    """Write what is shipped of a run.
+    """Write the files of a run that are shipped.
 
     Args:
-        run: a finished run, all its blocks in use.
+        plan: a finished run, with all its blocks, and how the export samples by default.
         out: an empty or absent folder.
-        dtype: of the stored weights, one of `quantise.DTYPES`.
-        autoencoder: weights of another one with the same encoder, which decodes from now on;
-            numbers and pictures of the old one stay behind.
+        dtype: the dtype of the stored weights, one of `compact_weights.DTYPES`.
+        autoencoder: weights of another autoencoder with the same encoder, whose decoder replaces
+            the run's; metrics and pictures of the run's own decoder are left out.
 
     Raises:
-        UserError: unknown type, a folder with files, a metrics.json of other blocks, a guide, a
-            refiner or an autoencoder that does not fit, or an autoencoder that is not at hand.
+        UserError: the dtype is unknown, the folder has files, metrics.json is of other blocks or
+            of another plan, or the guide or an autoencoder cannot be exported.
     """
     if dtype not in DTYPES:
-        raise UserError(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+        raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     if out.is_dir():
-        atomic.remove_temporaries_below(out)  # what a killed process left
+        atomic.remove_temporaries_below(out)  # temporary files of a killed process
     if out.exists() and not (out.is_dir() and _unfinished(out)):
-        raise UserError(f"{out} is there and not empty; choose another place with --out")
-    way = way_of(run, run.config.generate)
-    guide = way.guide
-    _usable(run, guide)
-    if autoencoder is not None:
-        if way.refiner is not None:
-            raise UserError(
-                f"the refiner of the run at {run.folder} is of what its own autoencoder decodes; "
-                "leave --autoencoder out, or the refiner by --refiner none"
-            )
-        before, run = run, with_decoder(run, autoencoder)
-        same = run.fingerprint == before.fingerprint  # by another name
-        metrics = metrics_of(before) if same else None
-        if guide is not None:  # inside, even if it is shipped: that one has the old decoder
-            guide = with_decoder(guide, autoencoder)
-            generate = dataclasses.replace(run.config.generate, guide=str(guide.folder))
-            run = dataclasses.replace(
-                run, config=dataclasses.replace(run.config, generate=generate)
-            )
-        return _write(run, out, dtype, metrics, guide, picture=same)
-    refiner = None if way.refiner is None else way.refiner.run
-    return _write(run, out, dtype, metrics_of(run), guide, refiner)
+        raise UserError(f"{out} exists and is not empty; choose another place with --out")
+    _require_exportable(plan)
+    if autoencoder is None:
+        return _write_export(plan, out, dtype, metrics_of(plan), picture=True)
+    if plan.refiner is not None:
+        raise UserError(
+            f"the refiner of the run at {plan.run.folder} refines images of the run's own "
+            "autoencoder; leave --autoencoder out, or the refiner by --refiner none"
+        )
+    swapped = _with_decoder(plan, autoencoder)
+    same = swapped.run.fingerprint == plan.run.fingerprint  # the same weights by another name
+    return _write_export(swapped, out, dtype, metrics_of(plan) if same else None, picture=same)
+
+
+def _with_decoder(plan: SamplingPlan, autoencoder: str) -> SamplingPlan:
+    """Swap the decoder of a plan's run and of its guide."""
+    run, guide, settings = with_decoder(plan.run, autoencoder), plan.guide, plan.settings
+    if guide is not None:  # a shipped guide names the old decoder, so the export holds a copy
+        guide = with_decoder(guide, autoencoder)
+        settings = dataclasses.replace(settings, guide=str(guide.folder))
+    return dataclasses.replace(plan, run=run, guide=guide, settings=settings)
 
 
 def _unfinished(out: Path) -> bool:
-    """Whether a folder holds nothing, or no more than an export that was killed."""
+    """Whether a folder is empty, or holds only files of a killed export."""
     return all(_WRITTEN.fullmatch(name) for name in _files(out))
 
 
@@ -118,97 +118,111 @@ def _files(out: Path) -> list[str]:
 
 
 def _clear(out: Path) -> None:
-    """Remove what an export that was killed had written: another one may write less."""
+    """Remove the files of a killed export, because another export may write fewer."""
     for name in _files(out) if out.is_dir() else ():
         (out / name).unlink()
 
 
-def _usable(run: Run, guide: Run | None) -> None:
-    """Refuse what no export could be used of, before anything is written."""
-    run.autoencoder()
+def _require_exportable(plan: SamplingPlan) -> None:
+    """Refuse a plan whose export could not be used, before anything is written."""
+    guide = plan.guide
+    plan.run.autoencoder()
     if guide is None:
         return
     guide.autoencoder()
     if len(guide.manifest["blocks"]) != len(guide.flow):
         raise UserError(
             f"the guide at {guide.folder} has {len(guide.manifest['blocks'])} blocks and the run "
-            f"{len(run.flow)}; an exported run needs a guide of as many as its own"
+            f"{len(plan.run.flow)}; an exported run needs a guide of as many blocks as its own"
         )
 
 
-def _write(
-    run: Run,
-    out: Path,
-    dtype: str,
-    metrics: dict[str, Any] | None = None,
-    guide: Run | None = None,
-    refiner: Run | None = None,
-    shown: bool = True,
-    picture: bool = True,
+def _write_export(
+    plan: SamplingPlan, out: Path, dtype: str, metrics: dict[str, Any] | None, picture: bool
 ) -> Exported:
-    rows = []
+    """Write an export; flow.json comes last and so marks a complete one."""
+    run, settings = plan.run, plan.settings
     _clear(out)
-    for index, (row, block) in enumerate(zip(run.manifest["blocks"], run.flow, strict=True)):
-        name = block_file(index)
-        tensors = quantise(block.state_dict(), dtype)
-        rows.append({**row, "file": name, "sha256": atomic.write_tensors(out / name, tensors)})
-    manifest = _manifest(run, rows, dtype, out)
-    generate = run.config.generate
-    if guide is not None:
-        name = _helper(guide, str(generate.guide), out / GUIDE, dtype)
-        generate = dataclasses.replace(generate, guide=name)
-        manifest["guide"] = _about_helper(guide)
-    if refiner is not None:
-        name = _helper(refiner, str(generate.refiner), out / REFINER, dtype)
-        generate = dataclasses.replace(generate, refiner=name)
-        manifest["refiner"] = _about_helper(refiner)
-    change = _change(run.flow, load_blocks(out, manifest), run)
-    config = dataclasses.replace(
-        run.config,
-        data=dataclasses.replace(run.config.data, path=None),  # where images lay on this machine
-        train=dataclasses.replace(run.config.train, init_from=None),
-        autoencoder=dataclasses.replace(
-            run.config.autoencoder, weights=manifest["autoencoder"]["weights"]
-        ),
-        generate=generate,
-        evaluate=dataclasses.replace(
-            run.config.evaluate, reference=named(run.config.evaluate.reference)
-        ),
-    )
+    manifest, change = _write_weights(run, list(plan.solvers), out, dtype)
+    if plan.guide is not None:
+        name = _write_helper(plan.guide, str(settings.guide), out / GUIDE, dtype)
+        settings = dataclasses.replace(settings, guide=name)
+        manifest["guide"] = _helper_entry(plan.guide)
+    if plan.refiner is not None:
+        name = _write_helper(plan.refiner.run, str(settings.refiner), out / REFINER, dtype)
+        settings = dataclasses.replace(settings, refiner=name)
+        manifest["refiner"] = _helper_entry(plan.refiner.run)
+    config = _portable_config(run, manifest, settings)
     atomic.write_bytes(out / "config.yaml", resolved_yaml(config).encode())
     if metrics is not None:
         atomic.write_json(out / "metrics.json", metrics)
     grid = run.folder / _GRID
-    if shown and picture and shows(grid, run):
+    if picture and shows_samples_of(grid, plan):
         atomic.write_bytes(out / _GRID, grid.read_bytes())
-    if shown:
-        text = card(out.name, config, manifest, metrics, dtype, change)
-        atomic.write_bytes(out / "CARD.md", text.encode())
+    text = model_card(out.name, config, manifest, plan.identity(), metrics, dtype, change)
+    atomic.write_bytes(out / "CARD.md", text.encode())
     atomic.write_json(out / "flow.json", manifest)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return Exported(out, size, change)
 
 
-def _helper(other: Run, name: str, out: Path, dtype: str) -> str:
-    """Name of a guide or refiner in the exported configuration: a shipped one's, or its folder."""
+def _write_helper(run: Run, name: str, out: Path, dtype: str) -> str:
+    """Write a guide or a refiner; returns its name in the export's configuration.
+
+    A shipped run keeps its name, and nothing is written. The export of the main run has the
+    figures and the card, so a helper has none, and no guide of its own.
+    """
     if is_shipped(name):
         return name
-    # it has no guide of its own; its numbers and pictures (a snapshot's run has others) are not
-    # what it is for, and the run's card has it
-    config = dataclasses.replace(other.config, generate=GenerateConfig())
-    _write(dataclasses.replace(other, config=config), out, dtype, shown=False)
+    manifest, _ = _write_weights(run, [run.config.push] * len(run.flow), out, dtype)
+    config = _portable_config(run, manifest, GenerateConfig())
+    atomic.write_bytes(out / "config.yaml", resolved_yaml(config).encode())
+    atomic.write_json(out / "flow.json", manifest)
     return out.name
 
 
-def _about_helper(other: Run) -> dict[str, Any]:
-    """What flow.json and the card say of a guide or a refiner."""
-    rows = other.manifest["blocks"]
+def _write_weights(
+    run: Run, solvers: list[SolverConfig], out: Path, dtype: str
+) -> tuple[dict[str, Any], float]:
+    """Write rounded blocks, and the autoencoder if it does not ship with the package.
+
+    Returns:
+        The content of flow.json, which is not written yet, and the change by the rounding.
+    """
+    rows = []
+    for index, (row, block) in enumerate(zip(run.manifest["blocks"], run.flow, strict=True)):
+        name = block_file(index)
+        tensors = quantise(block.state_dict(), dtype)
+        rows.append({**row, "file": name, "sha256": atomic.write_tensors(out / name, tensors)})
+    manifest = _manifest(run, rows, dtype, out)
+    return manifest, _change(run, load_blocks(out, manifest), solvers)
+
+
+def _portable_config(run: Run, manifest: dict[str, Any], settings: GenerateConfig) -> Config:
+    """Remove paths of this machine from a run's configuration."""
+    config = run.config
+    weights = manifest["autoencoder"]["weights"]
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, path=None),
+        train=dataclasses.replace(config.train, init_from=None),
+        autoencoder=dataclasses.replace(config.autoencoder, weights=weights),
+        generate=settings,
+        evaluate=dataclasses.replace(
+            config.evaluate, reference=reference_name(config.evaluate.reference)
+        ),
+    )
+
+
+def _helper_entry(run: Run) -> dict[str, Any]:
+    """Return the entry of flow.json that describes a guide or a refiner."""
+    rows = run.manifest["blocks"]
     sums = {key: sum(row[key] for row in rows) for key in ("parameters", "seconds")}
-    return {"name": other.config.name, "run": other.fingerprint, **sums}
+    return {"name": run.config.name, "run": run.fingerprint, **sums}
 
 
 def _manifest(run: Run, rows: list[dict[str, Any]], dtype: str, out: Path) -> dict[str, Any]:
-    """flow.json with one pass only, the one in use, and no paths of this machine."""
+    """Compose flow.json of the pass in use alone, without paths of this machine."""
     made = ("format", "shape", "passes", "pass", "complete", "flow", "blocks", *HELPERS)
     about = {key: value for key, value in run.manifest.items() if key not in made}
     if "init_from" in about:
@@ -226,7 +240,7 @@ def _manifest(run: Run, rows: list[dict[str, Any]], dtype: str, out: Path) -> di
     wanted = about["autoencoder"]
     if wanted.get("name") == "pretrained" and wanted["weights"] not in shipped():
         about["autoencoder"] = {**wanted, "weights": AUTOENCODER}
-        if is_refiner(run):  # which decodes nothing itself: it lies in the run that is refined
+        if is_refiner(run):  # its autoencoder lies in the run that it refines
             return compose(about, run.manifest["shape"], [alone])
         data = locate(str(run.autoencoder_weights())).read_bytes()
         atomic.write_bytes(out / AUTOENCODER, data)
@@ -234,13 +248,15 @@ def _manifest(run: Run, rows: list[dict[str, Any]], dtype: str, out: Path) -> di
 
 
 @torch.inference_mode()
-def _change(before: Flow, after: Flow, run: Run) -> float:
-    """Root mean square between what both flows make of the same noise."""
-    noise = torch.randn((_COMPARED, *before.shape), generator=generator(0, "export"))
-    labels = torch.arange(_COMPARED) % max(1, before.classes)
-    of = Condition(labels) if before.classes else None
+def _change(run: Run, rounded: Flow, solvers: list[SolverConfig]) -> float:
+    """Measure the root mean square change of latents that both flows make of the same noise."""
+    flow = run.flow
+    noise = torch.randn((_COMPARED, *flow.shape), generator=generator(0, "export"))
+    labels = torch.arange(_COMPARED) % max(1, flow.classes)
+    condition = Condition(labels) if flow.classes else None
     if is_refiner(run):
-        of = Condition(beside=noise.clamp(-1, 1))
-    solvers = solvers_of(run, run.config.generate)
-    made = [flow.cpu().decode(noise, solvers, condition=of) for flow in (before, after)]
-    return float((made[0] - made[1]).square().mean().sqrt())
+        condition = Condition(beside=noise.clamp(-1, 1))
+    before, after = (
+        each.cpu().decode(noise, solvers, condition=condition) for each in (flow, rounded)
+    )
+    return float((before - after).square().mean().sqrt())

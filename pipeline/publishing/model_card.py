@@ -1,34 +1,35 @@
-"""The card of a shipped run: data, recipe, compute and numbers, as far as files know them."""
+"""Model cards: data, recipe, compute and metrics of an exported run, as far as files hold them."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from pipeline.config.schema import Config
-from pipeline.evaluation.tables import numbers
+from pipeline.evaluation.tables import metric_rows
 from pipeline.runs.passes import step_of
 
 _TO_WRITE = "(to be written)"
 
 
-def card(
+def model_card(
     name: str,
     config: Config,
     manifest: dict[str, Any],
+    sampling: dict[str, Any],
     metrics: dict[str, Any] | None,
     dtype: str,
     change: float,
 ) -> str:
-    """The skeleton of CARD.md; what only people know is marked as to be written.
+    """Write the text of CARD.md, with marks where the author has to complete it.
 
     Args:
-        name: of the shipped run.
+        name: the name of the exported run.
         config: its configuration.
-        manifest: its flow.json.
-        metrics: its metrics.json; None if it was not evaluated.
-        dtype: that its weights are stored in.
-        change: what the rounding changes in generated latents, root mean square.
+        manifest: the content of its flow.json.
+        sampling: the identity of its sampling plan.
+        metrics: the content of its metrics.json; None if it was not evaluated.
+        dtype: the dtype of the stored weights.
+        change: root mean square change of generated latents by the rounding.
     """
     rows, autoencoder = manifest["blocks"], manifest["autoencoder"]
     seconds = sum(row["seconds"] for row in rows)
@@ -39,8 +40,8 @@ def card(
         ("objective", _objective(config, manifest)),
         ("blocks", f"{len(rows)}, {parameters:,} parameters in all"),
         ("training", f"{seconds:.0f} s of optimiser steps, on {_TO_WRITE}"),
-        ("sampling", _sampling(config)),
-        *_guide(manifest, config),
+        ("sampling", _solvers(sampling["solvers"])),
+        *_guide(manifest, sampling),
         *_refiner(manifest),
         ("weights", f"{dtype}; rounding moves generated latents by {change:.1e} (RMS, std 1)"),
         ("licence", f"of the weights: {_TO_WRITE}; of the data: {_TO_WRITE}"),
@@ -52,7 +53,7 @@ def card(
         lines.append("Not measured; `jkoflow evaluate` before `jkoflow export` puts them here.")
     else:
         lines += ["| | |", "|---|---|"]
-        lines += [f"| {key.strip()} | {value} |" for key, value in numbers(metrics)]
+        lines += [f"| {key.strip()} | {value} |" for key, value in metric_rows(metrics)]
         lines += ["", "Measured on the weights before they were rounded."] * (dtype != "float32")
     lines += ["", "## Blocks", ""]
     lines += [
@@ -73,9 +74,9 @@ def _data(manifest: dict[str, Any]) -> str:
     return f"{data.get('name', 'unknown')} ({data.get('split', 'unknown')})"
 
 
-def _autoencoder(about: dict[str, Any]) -> str:
-    what = about.get("weights") or about.get("name", "unknown")
-    return f"autoencoder {what} (fingerprint {about['fingerprint'][:12]})"
+def _autoencoder(entry: dict[str, Any]) -> str:
+    weights = entry.get("weights") or entry.get("name", "unknown")
+    return f"autoencoder {weights} (fingerprint {entry['fingerprint'][:12]})"
 
 
 def _objective(config: Config, manifest: dict[str, Any]) -> str:
@@ -85,10 +86,10 @@ def _objective(config: Config, manifest: dict[str, Any]) -> str:
             f", {train.interpolant} interpolant, {train.coupling} coupling, {train.times} times"
         )
     if "teacher" in manifest:
-        taught = manifest["teacher"]
+        teacher = manifest["teacher"]
         return (
-            f"distilled from {taught['name']} ({taught['objective']}, {len(taught['blocks'])} "
-            f"blocks, fingerprint {taught['fingerprint']})"
+            f"distilled from {teacher['name']} ({teacher['objective']}, "
+            f"{len(teacher['blocks'])} blocks, fingerprint {teacher['fingerprint']})"
         )
     velocity = config.velocity
     if velocity.classes:
@@ -100,42 +101,32 @@ def _objective(config: Config, manifest: dict[str, Any]) -> str:
     return text
 
 
-def _guide(manifest: dict[str, Any], config: Config) -> list[tuple[str, str]]:
+def _guide(manifest: dict[str, Any], sampling: dict[str, Any]) -> list[tuple[str, str]]:
     if "guide" not in manifest:
         return []
-    guide, w = manifest["guide"], config.generate.guidance
-    told = f"{guide['name']}, {guide['parameters']:,} parameters, {guide['seconds']:.0f} s"
-    return [("guide", f"{told}; guidance {w:g}")]
+    text = f"{_helper(manifest['guide'])}; guidance {sampling['guidance']:g}"
+    return [("guide", text)]
 
 
 def _refiner(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    if "refiner" not in manifest:
-        return []
-    told = manifest["refiner"]
-    return [
-        ("refiner", f"{told['name']}, {told['parameters']:,} parameters, {told['seconds']:.0f} s")
+    return [("refiner", _helper(manifest["refiner"]))] if "refiner" in manifest else []
+
+
+def _helper(entry: dict[str, Any]) -> str:
+    return f"{entry['name']}, {entry['parameters']:,} parameters, {entry['seconds']:.0f} s"
+
+
+def _solvers(solvers: list[dict[str, Any]]) -> str:
+    """Format the solvers of the blocks; one stands for all that are equal."""
+    texts = [
+        f"{each['method']}, {each['steps']} sub-intervals"
+        if "steps" in each
+        else f"{each['method']} at {each['rtol']:g}"
+        for each in solvers
     ]
-
-
-def _sampling(config: Config) -> str:
-    push, generate = config.push, config.generate
-    if generate.block_methods is not None:
-        names = generate.block_methods
-        steps = generate.block_steps or [generate.steps or push.steps] * len(names)
-        each = [
-            dataclasses.replace(push, method=name, steps=count)
-            for name, count in zip(names, steps, strict=True)
-        ]
-        told = [f"{one.method} at {one.rtol:g}" if one.adaptive else
-                f"{one.method}, {one.steps} sub-intervals" for one in each]  # fmt: skip
-        return f"in the blocks: {'; '.join(told)}"
-    solver = dataclasses.replace(push, method=generate.method or push.method)
-    if solver.adaptive:
-        return f"{solver.method} at {solver.rtol:g}"
-    if generate.block_steps is not None:
-        counts = ", ".join(map(str, generate.block_steps))
-        return f"{solver.method}, {counts} sub-intervals in the blocks"
-    return f"{solver.method}, {generate.steps or push.steps} sub-intervals a block"
+    if len(set(texts)) == 1:
+        return texts[0] + " a block" * ("steps" in solvers[0])
+    return f"in the blocks: {'; '.join(texts)}"
 
 
 def _row(index: int, row: dict[str, Any]) -> str:
@@ -146,5 +137,5 @@ def _row(index: int, row: dict[str, Any]) -> str:
         "" if row.get(key) is None else f"{row[key]:{style}}"
         for key, style in (("movement", ".3f"), ("ter", ".4f"))
     )
-    told = f"| {index} | {text} | {movement} | {ter} | {row['iterations']} |"
-    return f"{told} {row['seconds']:.0f} |"
+    cells = [str(index), text, movement, ter, str(row["iterations"]), f"{row['seconds']:.0f}"]
+    return f"| {' | '.join(cells)} |"

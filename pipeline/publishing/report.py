@@ -1,7 +1,7 @@
-"""Run directory → report.html: one page that needs no other file.
+"""Report of a run: report.html, one page that needs no other file.
 
-It shows what lies in the run already, and measures nothing: the configuration, the blocks, the
-pictures of samples/ (embedded as data URIs), metrics.json, environment.json.
+The report measures nothing. It shows the configuration, the blocks, the pictures of samples/
+(embedded as data URIs), metrics.json and environment.json.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 
 from eval.pictures import note_of
 from pipeline.config.load import resolved_yaml
-from pipeline.evaluation.tables import numbers
+from pipeline.evaluation.tables import metric_rows
 from pipeline.runs.directory import ENVIRONMENT, read_config, resuming
 from pipeline.runs.manifest import fingerprint_of, origins_of, read_manifest
 from pipeline.runs.passes import Row, step_of
 from pipeline.storage import atomic
 
 REPORT = "report.html"
-#: terms of a block's objective, as flow.json and the report call them
+#: the terms of a block's objective, by their names in flow.json
 _TERMS = ("potential", "neg_log_det", "movement")
-#: pictures of a measurement, whose file of the same name lies in the run
-_MEASURED = ("nfe", "curve", "likelihood")
-#: shown first, where they are there; the other pictures follow by name
+#: pictures of measurements; each has a JSON file of the same name in the run
+_MEASUREMENTS = ("nfe", "curve", "likelihood")
+#: the pictures that come first; the others follow by name
 _FIRST = ("grid.png", "movement.png")
 
 _PAGE = Template(
@@ -53,20 +53,20 @@ def write_report(folder: Path) -> Path:
         folder: the run directory, with at least one finished block.
 
     Returns:
-        Its path.
+        The path of the report.
 
     Raises:
-        UserError: no run there, none of its blocks finished, or a damaged file.
+        UserError: the folder holds no run, no block is finished, or a file is damaged.
     """
     config, manifest = read_config(folder), read_manifest(folder)
-    points = "autoencoder" not in manifest  # whose numbers lie beside their pictures
+    points = "autoencoder" not in manifest  # `jkoflow toy2d` writes metrics into samples/
     metrics = _read(folder / ("samples" if points else "") / "metrics.json", "metrics")
     rows = manifest["blocks"]
     parts = [_section("Blocks", _table(_HEAD, map(_block, range(len(rows)), rows)))]
-    if metrics and not _of_these(metrics, manifest):
-        parts.insert(0, _section("Metrics", _OTHERS))
+    if metrics and not _is_current(_run_of(metrics), manifest):
+        parts.insert(0, _section("Metrics", _OUTDATED))
     elif metrics:
-        parts.insert(0, _section("Metrics", _table((), _measured(metrics))))
+        parts.insert(0, _section("Metrics", _table((), _metrics(metrics))))
     else:
         refines = any(row["spec"]["velocity"].get("beside") for row in rows)
         parts.insert(0, _section("Metrics", _REFINES if refines else _UNMEASURED))
@@ -91,21 +91,26 @@ def write_report(folder: Path) -> Path:
 
 _UNMEASURED = "<p>Not measured; run <code>jkoflow evaluate</code>.</p>"
 _REFINES = (
-    "<p>A refiner has no numbers of its own; give it to a run on the same autoencoder: "
+    "<p>A refiner has no metrics of its own; give it to a run on the same autoencoder: "
     "<code>jkoflow evaluate --refiner</code>.</p>"
 )
-_OTHERS = (
-    "<p>Measured on other blocks than the run has now, or on a part of them; run "
+_OUTDATED = (
+    "<p>These metrics are of other blocks than the run has now, or of some of its blocks; run "
     "<code>jkoflow evaluate</code>.</p>"
 )
 
 
-def _of_these(metrics: dict[str, Any], manifest: dict[str, Any]) -> bool:
-    """Whether numbers are of all blocks of a run; those of points do not tell."""
-    told = metrics.get("run")
-    if told is None or told in origins_of(manifest):
+def _run_of(measured: dict[str, Any]) -> str | None:
+    """Return the fingerprint of the run that a file or a picture was made of, if it has one."""
+    fingerprint: str | None = measured.get("sampling", measured).get("run")
+    return fingerprint
+
+
+def _is_current(fingerprint: str | None, manifest: dict[str, Any]) -> bool:
+    """Whether a fingerprint is that of all blocks of a run; None, as of points, passes."""
+    if fingerprint is None or fingerprint in origins_of(manifest):
         return True
-    return bool(told == fingerprint_of(manifest["blocks"], manifest))
+    return fingerprint == fingerprint_of(manifest["blocks"], manifest)
 
 
 _HEAD = ("block", "step", "movement (W2)", "Ter(k)", *(f"{name}, nats" for name in _TERMS),
@@ -126,11 +131,11 @@ def _block(index: int, row: Row) -> list[str]:
     ]
 
 
-def _measured(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    """Names and values; those of an experiment without images as they lie in the file."""
+def _metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """List names and values; metrics without an FID are listed as they are in the file."""
     if "fid" not in metrics:
         return _flat({key: value for key, value in metrics.items() if key != "blocks"})
-    rows = [(name.strip(), value) for name, value in numbers(metrics)]
+    rows = [(name.strip(), value) for name, value in metric_rows(metrics)]
     rows.append(("extractor", str(metrics["fid"].get("extractor", "unknown"))))
     if metrics.get("peak_memory_bytes"):
         rows.append(("peak memory", f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"))
@@ -163,17 +168,17 @@ def _picture(path: Path) -> str:
 
 
 def _origin(path: Path, manifest: dict[str, Any]) -> str:
-    """A warning above a picture that other blocks drew."""
-    note, beside = note_of(path), path.parent.parent / f"{path.stem}.json"
-    if path.stem in _MEASURED and beside.is_file():
-        drawn_by = _read(beside, "measurement").get("run")
+    """Return a warning for a picture that shows samples of other blocks, else nothing."""
+    note, file = note_of(path), path.parent.parent / f"{path.stem}.json"
+    if path.stem in _MEASUREMENTS and file.is_file():
+        fingerprint = _run_of(_read(file, "measurement"))
     elif note is not None:
-        drawn_by = json.loads(note).get("run")
+        fingerprint = _run_of(json.loads(note))
     else:
         return ""
-    if _of_these({"run": drawn_by}, manifest):
+    if _is_current(fingerprint, manifest):
         return ""
-    return "<p>Drawn by other blocks than the run has now, or by a part of them.</p>"
+    return "<p>Sampled from other blocks than the run has now, or from some of its blocks.</p>"
 
 
 def _section(title: str, body: str) -> str:

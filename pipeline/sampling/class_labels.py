@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,59 +28,46 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The classes of generated samples.
+class ClassLabels:
+    """Classes of generated samples.
 
     Attributes:
-        labels: the classes in turn: sample i is of class labels[i mod len(labels)]; empty draws
-            them by the counts.
-        counts: training samples of each class.
-        guidance: w; 1 is the plain conditional flow.
+        in_turn: sample i is of class in_turn[i mod len(in_turn)]; an empty tuple chooses classes
+            at random, as often as in the training data.
+        counts: the number of training samples of each class.
     """
 
-    labels: tuple[int, ...]
+    in_turn: tuple[int, ...]
     counts: tuple[int, ...]
-    guidance: float = 1.0
 
-    @property
-    def evaluations(self) -> int:
-        """Evaluations of the network that one of the field takes."""
-        return 1 if self.guidance == 1 else 2
-
-    def describe(self) -> dict[str, Any]:
-        """What decides the generated samples, JSON-ready."""
-        drawn = {"counts": list(self.counts)}
-        chosen = {"labels": list(self.labels)} if self.labels else drawn
-        return {**chosen, "guidance": self.guidance}
-
-    def condition(self, first: int, count: int, *parts: int | str) -> Condition:
-        """The condition of the samples first … first + count − 1.
+    def of_samples(self, first: int, count: int, *seed: int | str) -> Tensor:
+        """Return the classes of the samples first … first + count − 1, int64 (count,).
 
         Args:
-            first: number of the first sample.
-            count: of samples.
-            parts: what drawn classes derive from, such as a seed and the number of a batch.
+            first: the number of the first sample.
+            count: the number of samples.
+            seed: parts from which randomly chosen classes derive, such as the number of a batch.
         """
-        if self.labels:
-            numbers = torch.arange(first, first + count) % len(self.labels)
-            labels = torch.tensor(self.labels)[numbers]
-        else:
-            weights = torch.tensor(self.counts, dtype=torch.float64)
-            drawn = generator(*parts, "classes")
-            labels = torch.multinomial(weights, count, replacement=True, generator=drawn)
-        return Condition(labels, self.guidance)
+        if self.in_turn:
+            numbers = torch.arange(first, first + count) % len(self.in_turn)
+            return torch.tensor(self.in_turn)[numbers]
+        weights = torch.tensor(self.counts, dtype=torch.float64)
+        rng = generator(*seed, "classes")
+        return torch.multinomial(weights, count, replacement=True, generator=rng)
 
 
-def choice_of(run: Run, settings: GenerateConfig) -> Choice | None:
-    """The classes that a run generates under some settings; None for a run without classes.
+def class_labels_of(run: Run, settings: GenerateConfig) -> ClassLabels | None:
+    """Return the classes that some settings ask for; None for a run without classes.
 
     Raises:
-        UserError: classes or guidance for a run that knows none, a class out of range, or
-            guidance by a run whose training never left the class out.
+        UserError: the run has no classes but settings ask for a class or for guidance, a class is
+            out of range, or guidance without a guide is asked of a run that was trained without
+            class dropout.
     """
-    classes, wanted = run.flow.classes, settings.labels
+    classes, labels = run.flow.classes, settings.labels
+    guidance = settings.guidance if settings.guide is None else None
     if not classes:
-        for option, value in (("--class", wanted), ("--guidance", settings.guidance)):
+        for option, value in (("--class", labels), ("--guidance", guidance)):
             if value is not None:
                 guide = " (or give a --guide)" if option == "--guidance" else ""
                 raise UserError(
@@ -88,24 +75,19 @@ def choice_of(run: Run, settings: GenerateConfig) -> Choice | None:
                     f"trained without classes; leave it out, or train with velocity.classes{guide}"
                 )
         return None
-    if wanted is not None and (not wanted or not all(0 <= label < classes for label in wanted)):
+    if labels is not None and (not labels or not all(0 <= label < classes for label in labels)):
         raise UserError(
             f"--class must lie between 0 and {classes - 1} for the run at {run.folder}, not "
-            f"{', '.join(map(str, wanted)) or 'empty'}"
+            f"{', '.join(map(str, labels)) or 'empty'}"
         )
-    guidance = 1.0 if settings.guidance is None else settings.guidance
-    dropped = min(spec.velocity.class_dropout for spec in run.flow.specs)
-    if guidance != 1 and not dropped:
+    dropout = min(spec.velocity.class_dropout for spec in run.flow.specs)
+    if guidance not in (None, 1) and not dropout:
         raise UserError(
-            f"--guidance {guidance:g} needs a run whose training left the class out at times, but "
-            f"the run at {run.folder} was trained with a class_dropout of 0 (as all jko and all "
-            "distilled runs are); leave it out, or train under fm or lfm with "
-            "velocity.class_dropout=0.1"
+            f"--guidance {guidance:g} needs a run that was trained with class dropout, but the "
+            f"run at {run.folder} was trained with class_dropout=0 (as all jko and all distilled "
+            "runs); leave it out, or train under fm or lfm with velocity.class_dropout=0.1"
         )
-    counts = tuple(run.manifest["classes"]["counts"])
-    choice = Choice(tuple(wanted or ()), counts, guidance)
-    choice.condition(0, 1, 0)  # refuses a guidance out of range
-    return choice
+    return ClassLabels(tuple(labels or ()), tuple(run.manifest["classes"]["counts"]))
 
 
 def names_of(run: Run) -> list[str]:

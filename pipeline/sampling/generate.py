@@ -1,8 +1,9 @@
-"""Run directory → images: noise through the blocks backwards, un-standardised, decoded.
+"""Sampling: noise goes through the blocks backwards, and the latents are decoded to images.
 
-Images lie in a store inside the run, addressed by everything that decides them (blocks,
-autoencoder, solver, n, seed), so that they are made once, resume when interrupted, and are the
-same on any number of processes. More images begin with those that are there already.
+Images lie in a store inside the run. The store's key derives from everything that decides the
+images (blocks, autoencoder, solvers, n, seed), so images are made once, an interrupted command
+resumes, and any number of processes makes the same images. A store reuses the images of shorter
+and longer stores.
 """
 
 from __future__ import annotations
@@ -16,18 +17,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoders.base import Autoencoder, to_uint8
-from flows.block import SolverConfig
 from flows.networks.condition import Condition
-from pipeline.config.schema import GenerateConfig
 from pipeline.errors import UserError
-from pipeline.runs.run import Run
 from pipeline.runtime.console import Progress
 from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.runtime.rng import generator
 from pipeline.runtime.system import require_disk_space
-from pipeline.sampling.sampling_plan import Way, way_of
-from pipeline.sampling.solvers import described, solvers_of
+from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage.shards import (
+    MANIFEST,
     StoreReader,
     StoreWriter,
     content_key,
@@ -39,83 +37,77 @@ _KEEP_SMALLER_THAN = 500
 
 
 def sample_images(
-    run: Run, settings: GenerateConfig, accelerator: Accelerator, progress: Progress
+    plan: SamplingPlan, n: int, seed: int, accelerator: Accelerator, progress: Progress
 ) -> StoreReader:
-    """Generate `settings.n` images, or open those generated before.
+    """Sample images, or open those that were sampled earlier.
 
     Args:
-        run: an open run.
-        settings: n, seed, batch size, solver, classes, guidance, guide and refiner.
+        plan: the run, and how it is sampled.
+        n: the number of images.
+        seed: the seed of the noise.
         accelerator: device and processes; rank r makes shards r, r + P, ….
-        progress: wraps the loop over batches.
+        progress: wraps the loop over shards.
 
     Returns:
         A store with the field `images`, uint8 (n, C, H, W); its manifest has `nfe`.
 
     Raises:
-        UserError: n or batch size below 1, more images than the disk holds, classes that the
-            run does not know, or a guide or a refiner that does not fit.
-        SolveError: the flow cannot be followed.
+        UserError: n or the batch size is below 1, or the disk is too small.
+        SolveError: a solver fails.
     """
-    if settings.n < 1 or settings.batch_size < 1:
-        raise UserError(
-            f"n and generate.batch_size must be at least 1, not {settings.n} and "
-            f"{settings.batch_size}"
-        )
-    solvers, way = solvers_of(run, settings), way_of(run, settings)
+    size = plan.settings.batch_size
+    if n < 1 or size < 1:
+        raise UserError(f"n and generate.batch_size must be at least 1, not {n} and {size}")
     identity: dict[str, Any] = {
         "kind": "samples",
-        "run": run.fingerprint,
-        "seed": settings.seed,
-        "n": settings.n,
-        "batch_size": settings.batch_size,
-        **described(run, settings),
-        **way.describe(),
+        "n": n,
+        "seed": seed,
+        "batch_size": size,
+        "sampling": plan.identity(),
     }
-    folder = run.folder / "samples" / f"images-{content_key(identity)}"
-    if (folder / "manifest.json").is_file():
+    folder = plan.run.folder / "samples" / f"images-{content_key(identity)}"
+    if (folder / MANIFEST).is_file():
         return open_store(folder, "image store", identity)
-    size = settings.n * math.prod(run.manifest["autoencoder"]["image_shape"])
-    there = sum(path.stat().st_size for path in folder.glob("shard-*"))  # of an interrupted one
-    require_disk_space(folder, size - there, f"{settings.n} images")
-    # a shard is two batches or so: an interruption loses little, and shards stay few
-    size = settings.batch_size * max(1, _KEEP_SMALLER_THAN // settings.batch_size)
-    writer = StoreWriter(folder, identity, settings.n, size)
+    total = n * math.prod(plan.run.manifest["autoencoder"]["image_shape"])
+    written = sum(path.stat().st_size for path in folder.glob("shard-*"))
+    require_disk_space(folder, total - written, f"{n} images")
+    # a shard has about two batches: an interruption loses little, and there are few files
+    per_shard = size * max(1, _KEEP_SMALLER_THAN // size)
+    writer = StoreWriter(folder, identity, n, per_shard)
     with errors_on_all_ranks(accelerator):
         if accelerator.is_main_process:
-            for other, same in begun(folder.parent, identity):
-                writer.adopt(other, same)
-    autoencoder = run.autoencoder()
-    way.flow.to(accelerator.device)
+            for other, count in stores_to_reuse(folder.parent, identity):
+                writer.adopt(other, count)
+    autoencoder = plan.run.autoencoder()
+    plan.flow.to(accelerator.device)
     missing = writer.missing(accelerator.process_index, accelerator.num_processes)
     with errors_on_all_ranks(accelerator):
-        for index in progress(missing, len(missing), f"generate ({size} a step)"):
+        for index in progress(missing, len(missing), f"generate ({per_shard} a step)"):
             first, last = writer.bounds(index)
             parts = []
-            for start in range(first, last, settings.batch_size):
-                count = min(settings.batch_size, last - start)
-                place = (settings.seed, "sample", start // settings.batch_size)
-                choice = way.choice
-                of = None if choice is None else choice.condition(start, count, *place)
-                drawn = generator(*place)
-                parts.append(_sample(way, autoencoder, count, drawn, solvers, accelerator, of))
+            for start in range(first, last, size):
+                count = min(size, last - start)
+                stream = (seed, "sample", start // size)
+                condition = plan.condition(start, count, *stream)
+                rng = generator(*stream)
+                parts.append(_sample(plan, autoencoder, count, rng, accelerator, condition))
             writer.write(index, {"images": torch.cat(parts)})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        nfe = sample_nfe(way, solvers)
+        nfe = plan.nfe
         writer.finish(lambda _: {"nfe": nfe})
     accelerator.wait_for_everyone()
     return open_store(folder, "image store", identity)
 
 
-def begun(folder: Path, identity: dict[str, Any]) -> list[tuple[StoreReader, int]]:
-    """Stores that begin with the same images, and how many of theirs are the same.
+def stores_to_reuse(folder: Path, identity: dict[str, Any]) -> list[tuple[StoreReader, int]]:
+    """Find stores that begin with the same images, each with the number of these images.
 
     Args:
-        folder: where the images of a run lie.
-        identity: of the images that are asked for.
+        folder: the folder that holds a run's stores.
+        identity: the identity of the store that is to be made.
     """
-    size = identity["batch_size"]  # noise comes by the batch
+    size = identity["batch_size"]  # noise is drawn batch by batch
     if identity["n"] < size:
         return []
     return [
@@ -126,28 +118,18 @@ def begun(folder: Path, identity: dict[str, Any]) -> list[tuple[StoreReader, int
 
 @torch.inference_mode()
 def _sample(
-    way: Way,
+    plan: SamplingPlan,
     autoencoder: Autoencoder,
     count: int,
-    drawn: torch.Generator,
-    solvers: list[SolverConfig],
+    rng: torch.Generator,
     accelerator: Accelerator,
     condition: Condition | None = None,
 ) -> Tensor:
-    noise = torch.randn((count, *way.flow.shape), generator=drawn).to(accelerator.device)
-    z = way.run.standardisation.undo(way.flow.decode(noise, solvers, condition=condition))
+    noise = torch.randn((count, *plan.flow.shape), generator=rng).to(accelerator.device)
+    standardised = plan.flow.decode(noise, list(plan.solvers), condition=condition)
+    latents = plan.run.standardisation.undo(standardised)
     autoencoder.to(accelerator.device)  # type: ignore[attr-defined]
-    decoded = autoencoder.decode(z)
-    if way.refiner is not None:
-        decoded = way.refiner.refine(decoded, drawn)
+    decoded = autoencoder.decode(latents)
+    if plan.refiner is not None:
+        decoded = plan.refiner.sample_detail(decoded, rng)
     return to_uint8(decoded).cpu()
-
-
-def sample_nfe(way: Way, solvers: list[SolverConfig]) -> int:
-    """Evaluations of a network per sample, of all blocks and the refiner (on 16 samples)."""
-    noise = torch.randn((16, *way.flow.shape), generator=generator(0, "nfe"))
-    device = next(way.flow.parameters()).device
-    of = None if way.choice is None else way.choice.condition(0, 16, "nfe")
-    moved = way.flow.transport(noise.to(device), reverse=True, solver=solvers, condition=of)
-    refined = 0 if way.refiner is None else way.refiner.nfe()
-    return int(moved.nfe) * way.evaluations + refined

@@ -1,9 +1,9 @@
-"""A refiner: a second flow, in pixels, that draws what a decoder leaves out of an image.
+"""Refiners: flows in pixel space that sample the detail that a decoder leaves out of an image.
 
-A decoder gives one image for latents that many share, smoother than any of them. A refiner is a
-run with `velocity.beside` (`pipeline.training.sources`): told the decoded image c, it carries
-noise to a
-residual r, and the image is c + r. It belongs to one autoencoder, and serves all flows on it.
+Decoding is many-to-one, so decoded images are smoother than real ones. A refiner is a run with
+`velocity.beside` (`pipeline.training.sources`): conditioned on the decoded image c, it carries
+noise to a residual r, and the refined image is c + r. It belongs to one autoencoder and serves all
+flows on that autoencoder.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from flows.mixed_precision import in_half
 from flows.networks.condition import Condition
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runs.run import Run, is_refiner, open_run
+from pipeline.sampling.solvers import solver_identity
 
 
 @dataclass(frozen=True)
 class Refiner:
-    """A refiner as images are drawn with it.
+    """Refiner of decoded images.
 
     Attributes:
-        run: of one block, told an image beside every sample.
-        precision: of its network, fp32 or bf16.
+        run: its run, of one block, conditioned on an image.
+        precision: the precision of its network, fp32 or bf16.
     """
 
     run: Run
@@ -38,79 +39,77 @@ class Refiner:
 
     @cached_property
     def flow(self) -> Flow:
-        """Its flow; shares its weights with the run's."""
+        """The flow that carries noise to residuals; it shares its weights with the run."""
         return in_half(self.run.flow) if self.precision == "bf16" else self.run.flow
 
     @property
     def solver(self) -> SolverConfig:
-        """That its run draws with: a setting of the refiner, not of the flow that it refines."""
+        """The solver, which the refiner's own configuration sets."""
         return self.run.config.push
 
-    def describe(self) -> dict[str, Any]:
-        """What decides the images besides what is refined, and noise; JSON-ready."""
-        solver = self.solver
-        grid = {"rtol": solver.rtol, "atol": solver.atol}
-        grid = grid if solver.adaptive else {"steps": solver.steps}
-        return {"run": self.run.fingerprint, "method": solver.method, **grid}
+    @cached_property
+    def nfe(self) -> int:
+        """Network evaluations per image (measured on 16 images of noise)."""
+        shape, rng = (16, *self.flow.shape), torch.Generator().manual_seed(0)
+        device = next(self.flow.parameters()).device
+        images = torch.randn(shape, generator=rng).clamp(-1.0, 1.0).to(device)
+        noise = torch.randn(shape, generator=rng).to(device)
+        with torch.inference_mode():
+            condition = Condition(beside=images)
+            return int(self.flow.transport(noise, True, self.solver, condition=condition).nfe)
 
-    def about(self) -> dict[str, Any]:
-        """What people are told of it beside a number; JSON-ready."""
-        return {"name": self.run.config.name, **self.describe()}
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the refinement, except noise and precision, as JSON values."""
+        run = self.run
+        return {"name": run.config.name, "run": run.fingerprint, **solver_identity(self.solver)}
 
     @torch.inference_mode()
-    def refine(self, decoded: Tensor, drawn: torch.Generator) -> Tensor:
-        """Images with what the decoder left out.
+    def sample_detail(self, decoded: Tensor, rng: torch.Generator) -> Tensor:
+        """Add the detail that the decoder left out of images.
 
         Args:
             decoded: (B, C, H, W), in [-1, 1].
-            drawn: source of the noise, on the CPU.
+            rng: the source of the noise, on the CPU.
 
         Returns:
             (B, C, H, W), in [-1, 1].
         """
         self.flow.to(decoded.device)
-        noise = torch.randn(decoded.shape, generator=drawn).to(decoded.device)
-        of = Condition(beside=decoded.half().float())  # as the training had them
-        residual = self.flow.decode(noise, self.solver, condition=of)
+        noise = torch.randn(decoded.shape, generator=rng).to(decoded.device)
+        condition = Condition(beside=decoded.half().float())  # as in training
+        residual = self.flow.decode(noise, self.solver, condition=condition)
         return (decoded + self.run.standardisation.undo(residual)).clamp(-1.0, 1.0)
-
-    @torch.inference_mode()
-    def nfe(self) -> int:
-        """Evaluations of its network an image (measured on 16, of noise)."""
-        shape, drawn = (16, *self.flow.shape), torch.Generator().manual_seed(0)
-        device = next(self.flow.parameters()).device
-        of = Condition(beside=torch.randn(shape, generator=drawn).clamp(-1.0, 1.0).to(device))
-        noise = torch.randn(shape, generator=drawn).to(device)
-        return int(self.flow.transport(noise, True, self.solver, condition=of).nfe)
 
 
 def open_refiner(run: Run, name: str, precision: str) -> Refiner:
-    """The refiner of a run's images.
+    """Open the refiner of a run's images.
 
     Args:
-        run: on latents.
-        name: of the refiner's run, or zoo:NAME.
-        precision: of its network.
+        run: a run on latents.
+        name: the directory of the refiner's run, or zoo:NAME.
+        precision: the precision of its network.
 
     Raises:
-        UserError: no run, no refiner, or one of another autoencoder.
+        UserError: the refiner cannot be opened, is no refiner, or belongs to another autoencoder.
     """
     try:
         other = open_run(Path(name))
     except JkoflowError as error:
         raise UserError(
             f"the refiner of the run at {run.folder} cannot be used ({error}); give another "
-            "--refiner, or do without by --refiner none"
+            "--refiner, or sample without one by --refiner none"
         ) from error
     if not is_refiner(other):
         raise UserError(
-            f"the run at {name} is no refiner: its network is told no image (velocity.beside=0); "
-            "train one by a configuration such as cifar10-refiner"
+            f"the run at {name} is no refiner: its network is not conditioned on an image "
+            "(velocity.beside=0); train one by a configuration such as cifar10-refiner"
         )
-    of, theirs = (each.manifest.get("autoencoder", {}).get("fingerprint") for each in (run, other))
-    if of != theirs:
+    autoencoders = [
+        each.manifest.get("autoencoder", {}).get("fingerprint") for each in (run, other)
+    ]
+    if autoencoders[0] != autoencoders[1]:
         raise UserError(
-            f"the refiner {name} was trained on what another autoencoder decodes than that of the "
-            f"run at {run.folder}; train one with the same autoencoder.weights"
+            f"refiner {name} was trained on images of another autoencoder than that of the run at "
+            f"{run.folder}; train one with the same autoencoder.weights"
         )
     return Refiner(other, precision)

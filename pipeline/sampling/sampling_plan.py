@@ -1,134 +1,203 @@
-"""What samples of a run follow: its flow, the classes, and guide and refiner, if there are any.
+"""How images of a run are sampled: flow, solvers, classes, guidance, refiner and precision.
 
-Without a guide, guidance is that by the class (`pipeline.sampling.class_labels`). A guide is a
-second run on the
-same latents, smaller or trained for less long (`flows.autoguidance`); it guides runs without
-classes
-too.
+A command opens one :class:`SamplingPlan` and passes it to everything that samples. The plan's
+`identity` is written next to what was sampled or measured, and :func:`differences` compares it.
+
+Guidance is classifier-free (`flows.networks.condition`) unless there is a guide: a second run on
+the same latents, smaller or trained for a shorter time (`flows.autoguidance`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flows.autoguidance import guided
+from flows.block import SolverConfig
 from flows.flow import Flow
 from flows.mixed_precision import in_half
+from flows.networks.condition import Condition
 from pipeline.config.schema import GenerateConfig
 from pipeline.config.validate import PRECISIONS
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runs.passes import step_of
 from pipeline.runs.run import Run, open_run, require_latents
 from pipeline.runs.snapshots import open_snapshot
-from pipeline.sampling.class_labels import Choice, choice_of
+from pipeline.runtime.rng import generator
+from pipeline.sampling.class_labels import ClassLabels, class_labels_of
 from pipeline.sampling.refiner import Refiner, open_refiner
+from pipeline.sampling.solvers import budget_steps, solver_identity, solvers_of
+
+#: the entry `classes` of an identity whose classes are as frequent as in the training data
+IN_DATA = "as in the data"
+_NFE_SAMPLES = 16
 
 
 @dataclass(frozen=True)
-class Way:
-    """How samples of a run come about.
+class SamplingPlan:
+    """Everything that decides the images of a run, except the noise.
 
     Attributes:
         run: the run.
-        choice: the classes; None for a run without.
-        guide: the run that guides, with as many blocks in use; None if none does.
-        weight: w of the guidance by `guide`.
-        precision: of the networks, fp32 or bf16.
-        refiner: of the decoded images; None for images as they are decoded.
+        settings: the section `generate` that the plan was opened with.
+        solvers: the solver of each block, data side first.
+        labels: the classes of the samples; None for a run without classes.
+        guidance: the weight w; 1 follows the run's own field.
+        guide: the weaker run of autoguidance, with the blocks that the run uses; or None.
+        refiner: refines decoded images; or None.
     """
 
     run: Run
-    choice: Choice | None
+    settings: GenerateConfig
+    solvers: tuple[SolverConfig, ...]
+    labels: ClassLabels | None = None
+    guidance: float = 1.0
     guide: Run | None = None
-    weight: float = 1.0
-    precision: str = "fp32"
     refiner: Refiner | None = None
+
+    @classmethod
+    def open(cls, run: Run, settings: GenerateConfig) -> SamplingPlan:
+        """Open the guide and the refiner that some settings name, and check all settings.
+
+        Raises:
+            UserError: the run is a refiner, or classes, guidance, a guide, a refiner, a precision
+                or solvers do not fit the run.
+            FlowError: an unknown solver, or a number of steps or a weight out of range.
+        """
+        require_latents(run)
+        if settings.precision not in PRECISIONS:
+            raise UserError(
+                f"generate.precision is {settings.precision!r}; expected one of "
+                f"{', '.join(PRECISIONS)}"
+            )
+        refiner = None
+        if settings.refiner is not None:
+            refiner = open_refiner(run, settings.refiner, settings.precision)
+        plan = cls(
+            run,
+            settings,
+            tuple(solvers_of(run, settings)),
+            class_labels_of(run, settings),
+            1.0 if settings.guidance is None else settings.guidance,
+            None if settings.guide is None else _open_guide(run, settings),
+            refiner,
+        )
+        _ = plan.flow, plan.condition(0, 1, 0)  # both refuse a weight that is out of range
+        return plan
+
+    @property
+    def precision(self) -> str:
+        """The precision of the networks, fp32 or bf16."""
+        return self.settings.precision
 
     @cached_property
     def flow(self) -> Flow:
-        """The flow that is followed; shares its weights with those of the runs."""
-        own = self._evaluated(self.run.flow)
-        if self.guide is None or self.weight == 1:
-            return own
-        return guided(own, self._evaluated(self.guide.flow), self.weight)
+        """The flow that samples follow; it shares its weights with the runs."""
+        flow = self._in_precision(self.run.flow)
+        if self.guide is None or self.guidance == 1:
+            return flow
+        return guided(flow, self._in_precision(self.guide.flow), self.guidance)
 
-    def _evaluated(self, flow: Flow) -> Flow:
-        """A flow in the precision asked for."""
+    def _in_precision(self, flow: Flow) -> Flow:
         return in_half(flow) if self.precision == "bf16" else flow
 
     @property
-    def evaluations(self) -> int:
-        """Evaluations of a network, the run's or the guide's, that one of the field takes."""
-        if self.guide is not None:
-            return 1 if self.weight == 1 else 2
-        return 1 if self.choice is None else self.choice.evaluations
+    def networks_per_evaluation(self) -> int:
+        """Network evaluations that one evaluation of the velocity field takes: 1 or 2."""
+        return 1 if self.guidance == 1 else 2
 
-    def describe(self) -> dict[str, Any]:
-        """What decides the samples besides blocks, solver and noise; JSON-ready."""
-        told: dict[str, Any] = {} if self.choice is None else {"classes": self.choice.describe()}
-        if self.precision != "fp32":
-            told["precision"] = self.precision
-        if self.guide is not None:
-            told["guide"] = {"run": self.guide.fingerprint, "guidance": self.weight}
-        if self.refiner is not None:
-            told["refiner"] = self.refiner.describe()
-        return told
+    @cached_property
+    def nfe(self) -> int:
+        """Network evaluations per sample, all blocks and the refiner (measured on 16 samples)."""
+        noise = torch.randn((_NFE_SAMPLES, *self.flow.shape), generator=generator(0, "nfe"))
+        device = next(self.flow.parameters()).device
+        condition = self.condition(0, _NFE_SAMPLES, "nfe")
+        with torch.inference_mode():
+            result = self.flow.transport(
+                noise.to(device), reverse=True, solver=list(self.solvers), condition=condition
+            )
+        refiner_nfe = 0 if self.refiner is None else self.refiner.nfe
+        return int(result.nfe) * self.networks_per_evaluation + refiner_nfe
 
-    def about(self) -> dict[str, Any]:
-        """What people are told of it beside a number; JSON-ready."""
-        half: dict[str, Any] = {} if self.precision == "fp32" else {"sampled_in": self.precision}
-        if self.refiner is not None:
-            half["refiner"] = self.refiner.about()
-        if self.guide is not None:
-            who = {"name": self.guide.config.name, "run": self.guide.fingerprint}
-            told: dict[str, Any] = {"guidance": self.weight, "guide": who, **half}
-        elif self.choice is not None:
-            told = {"guidance": self.choice.guidance, **half}
-        else:
-            return half
-        classes = {} if self.choice is None else {"classes": list(self.choice.labels) or None}
-        return told | classes
+    def condition(self, first: int, count: int, *seed: int | str) -> Condition | None:
+        """Return the condition of the samples first … first + count − 1.
 
+        Args:
+            first: the number of the first sample.
+            count: the number of samples.
+            seed: parts from which randomly chosen classes derive.
+        """
+        if self.labels is None:
+            return None
+        weight = self.guidance if self.guide is None else 1.0
+        return Condition(self.labels.of_samples(first, count, *seed), weight)
 
-def way_of(run: Run, settings: GenerateConfig) -> Way:
-    """What the samples of a run follow under some settings.
+    def identity(self) -> dict[str, Any]:
+        """Return everything that decides the images except the noise, as JSON values."""
+        used, available = len(self.run.flow), len(self.run.manifest["blocks"])
+        guide = self.guide
+        return {
+            "run": self.run.fingerprint,
+            "first_blocks": used if used < available else None,
+            "solvers": [solver_identity(solver) for solver in self.solvers],
+            "classes": None if self.labels is None else list(self.labels.in_turn) or IN_DATA,
+            "guidance": self.guidance,
+            "guide": guide and {"name": guide.config.name, "run": guide.fingerprint},
+            "refiner": self.refiner and self.refiner.identity(),
+            "precision": self.precision,
+        }
 
-    Raises:
-        UserError: classes or guidance that the run does not know, no weight for a guide, a guide
-            or a refiner that does not fit, or a run that is a refiner itself.
-    """
-    require_latents(run)
-    if settings.precision not in PRECISIONS:
-        raise UserError(
-            f"unknown generate.precision {settings.precision!r}; choose one of "
-            f"{', '.join(PRECISIONS)}"
+    def differences(self, identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Compare an identity that was written earlier with this plan's, see `differences`.
+
+        An export rounds weights and so changes fingerprints. The fingerprints of this plan's runs
+        before their export count as the present ones.
+        """
+        runs = [self.run, self.guide, self.refiner and self.refiner.run]
+        renamed = {old: run.fingerprint for run in runs if run for old in run.origins}
+
+        def current(entry: Any) -> Any:  # noqa: ANN401 - a JSON value
+            if isinstance(entry, dict):
+                return {key: current(value) for key, value in entry.items()}
+            return renamed.get(entry, entry) if isinstance(entry, str) else entry
+
+        return differences(current(dict(identity)), self.identity())
+
+    def within(self, nfe: int) -> SamplingPlan:
+        """Return the plan with as many solver steps a block as a budget allows.
+
+        Args:
+            nfe: the largest number of network evaluations per sample.
+
+        Raises:
+            UserError: the budget is too small for one step, or a solver is adaptive.
+        """
+        steps = budget_steps(
+            nfe,
+            self.solvers,
+            [block.velocity.pieces() for block in self.flow],
+            self.networks_per_evaluation,
+            0 if self.refiner is None else self.refiner.nfe,
         )
-    refiner = None
-    if settings.refiner is not None:
-        refiner = open_refiner(run, settings.refiner, settings.precision)
-    if settings.guide is None:
-        choice = choice_of(run, settings)
-        return Way(run, choice, precision=settings.precision, refiner=refiner)
-    if settings.guidance is None:
-        raise UserError("a guide needs its weight; add --guidance 2, say")
-    choice = choice_of(run, dataclasses.replace(settings, guidance=None))
-    try:
-        guide = _open(settings.guide)
-    except JkoflowError as error:
-        raise UserError(
-            f"the guide of the run at {run.folder} cannot be used ({error}); give another "
-            "--guide, or do without by --guide none"
-        ) from error
-    _fits(run, guide, settings.guide)
-    guide = dataclasses.replace(guide, flow=guide.flow[: len(run.flow)])
-    way = Way(run, choice, guide, settings.guidance, settings.precision, refiner)
-    _ = way.flow  # refuses a weight out of range
-    return way
+        solvers = tuple(dataclasses.replace(solver, steps=steps) for solver in self.solvers)
+        settings = dataclasses.replace(self.settings, steps=steps, block_steps=None)
+        return dataclasses.replace(self, settings=settings, solvers=solvers)
+
+
+def differences(
+    before: Mapping[str, Any], after: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Return the keys whose values differ, each with both values; an absent key counts as None."""
+    keys = dict.fromkeys([*before, *after])
+    pairs = {key: (before.get(key), after.get(key)) for key in keys}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 
 def with_guidance(
@@ -137,14 +206,14 @@ def with_guidance(
     guide: str | None = None,
     refiner: str | None = None,
 ) -> GenerateConfig:
-    """The settings with what `--guidance`, `--guide` and `--refiner` say; None leaves all alone.
+    """Apply `--guidance`, `--guide` and `--refiner` to settings; None leaves a setting unchanged.
 
     Args:
-        settings: of the run.
-        guidance: w.
-        guide: a run, which needs a weight of its own, or `none`, which takes the
-            configuration's guide, and its weight, away.
-        refiner: a run with `velocity.beside`, or `none`, which takes the configuration's away.
+        settings: the settings of the run.
+        guidance: the weight w.
+        guide: a run, which needs a weight of its own, or `none`, which removes the guide and its
+            weight.
+        refiner: a run with `velocity.beside`, or `none`, which removes the refiner.
     """
     if refiner is not None:
         settings = dataclasses.replace(settings, refiner=None if refiner == "none" else refiner)
@@ -157,44 +226,67 @@ def with_guidance(
     return settings
 
 
-def _open(name: str) -> Run:
-    """The run, or RUN@STEP, what it was after so many steps."""
+def _open_guide(run: Run, settings: GenerateConfig) -> Run:
+    """Open the guide, cut to the blocks that the run uses.
+
+    Raises:
+        UserError: the guide has no weight, cannot be opened, or does not fit the run.
+    """
+    name = str(settings.guide)
+    if settings.guidance is None:
+        raise UserError("a guide needs a weight; add --guidance, such as --guidance 2")
+    try:
+        guide = _open_run_or_snapshot(name)
+    except JkoflowError as error:
+        raise UserError(
+            f"the guide of the run at {run.folder} cannot be used ({error}); give another "
+            "--guide, or sample without one by --guide none"
+        ) from error
+    _require_fit(run, guide, name)
+    return dataclasses.replace(guide, flow=guide.flow[: len(run.flow)])
+
+
+def _open_run_or_snapshot(name: str) -> Run:
+    """Open RUN, or RUN@STEP, which has the weights that training kept at that step."""
     folder, sign, step = name.rpartition("@")
     if sign and step.isdecimal() and not Path(name).exists():
         return open_snapshot(Path(folder), int(step))
     return open_run(Path(name))
 
 
-def _fits(run: Run, guide: Run, name: str) -> None:
-    """Refuse a guide of other latents, of other steps, or that knows nothing without a class."""
-    of, theirs = (each.manifest.get("autoencoder", {}).get("fingerprint") for each in (run, guide))
-    if of != theirs or not run.standardisation.agrees(guide.standardisation):
+def _require_fit(run: Run, guide: Run, name: str) -> None:
+    """Refuse a guide of other latents or steps, or one that cannot be evaluated without labels."""
+    encoders = [
+        each.manifest.get("autoencoder", {}).get("fingerprint") for each in (run, guide)
+    ]
+    if encoders[0] != encoders[1] or not run.standardisation.agrees(guide.standardisation):
         raise UserError(
-            f"the guide {name} was trained on other latents than the run at {run.folder}; train "
-            "one on the same data and autoencoder"
+            f"guide {name} was trained on other latents than the run at {run.folder}; train one "
+            "on the same data and autoencoder"
         )
     if not _same_steps(run, guide):
         raise UserError(
-            f"the guide {name} must have the objective, the interpolant and the steps of the run "
-            f"at {run.folder}; train it with the same sections train and schedule (jko: with "
+            f"guide {name} must have the objective, the interpolant and the steps of the run at "
+            f"{run.folder}; train it with the same sections train and schedule (jko: with "
             "schedule.h as the run's and schedule.tolerance=0) and a smaller velocity.width"
         )
-    dropped = min(spec.velocity.class_dropout for spec in guide.flow.specs)
-    if guide.flow.classes and not dropped:
+    dropout = min(spec.velocity.class_dropout for spec in guide.flow.specs)
+    if guide.flow.classes and not dropout:
         raise UserError(
-            f"the guide {name} never went without its class in training (class_dropout 0, as all "
-            "jko and all distilled runs), and a guide is asked for that; train it with "
-            "velocity.classes=0, or under fm or lfm with velocity.class_dropout=0.1"
+            f"guide {name} was trained with class_dropout=0, but a guide is evaluated without "
+            "labels; retrain it with velocity.classes=0, or under fm or lfm with "
+            "velocity.class_dropout=0.1"
         )
 
 
 def _same_steps(run: Run, guide: Run) -> bool:
-    """Whether every block of a run, all or the first in use, has its like in the guide."""
+    """Whether the blocks of a run that are in use have the steps of the guide's blocks."""
     if run.config.train.interpolant != guide.config.train.interpolant:
         return False
-    ours, theirs = (each.manifest["blocks"][: len(run.flow)] for each in (run, guide))
-    return len(ours) == len(theirs) and all(
+    count = len(run.flow)
+    run_rows, guide_rows = (each.manifest["blocks"][:count] for each in (run, guide))
+    return len(run_rows) == len(guide_rows) and all(
         a.get("objective", "jko") == b.get("objective", "jko")
         and math.isclose(step_of(a) or 0.0, step_of(b) or 0.0, rel_tol=1e-6)
-        for a, b in zip(ours, theirs, strict=True)
+        for a, b in zip(run_rows, guide_rows, strict=True)
     )

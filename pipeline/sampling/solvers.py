@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from flows.block import FIXED_METHODS, SolverConfig
+from flows.networks.base import Piece
 from flows.networks.piecewise import aligned, fits
 from pipeline.config.schema import GenerateConfig
 from pipeline.errors import UserError
 from pipeline.runs.run import Run
-from pipeline.sampling.sampling_plan import way_of
 
 
 def solver_of(run: Run, settings: GenerateConfig) -> SolverConfig:
@@ -65,34 +66,17 @@ def solvers_of(run: Run, settings: GenerateConfig) -> list[SolverConfig]:
     ]
 
 
-def method_of(solvers: list[SolverConfig]) -> str:
+def method_of(solvers: Sequence[SolverConfig]) -> str:
     """The method of all blocks, or one a block, as `--method` takes it."""
     names = [each.method for each in solvers]
     return names[0] if len(set(names)) == 1 else ",".join(names)
 
 
-def described(run: Run, settings: GenerateConfig) -> dict[str, Any]:
-    """What the solvers decide of the images, as the images' identity has it; JSON-ready.
-
-    Raises:
-        UserError, FlowError: as `solvers_of`.
-    """
-    if settings.block_methods is not None:
-        return {"solvers": [dataclasses.asdict(each) for each in solvers_of(run, settings)]}
-    told: dict[str, Any] = {"solver": dataclasses.asdict(solver_of(run, settings))}
-    if settings.block_steps is not None:
-        told["block_steps"] = settings.block_steps
-    return told
-
-
-def plain_solvers(solvers: list[SolverConfig]) -> list[dict[str, Any]]:
-    """Method and steps, or tolerances, of each block's solver; one for all where they agree."""
-    rows = [
-        {"method": each.method}
-        | ({"rtol": each.rtol, "atol": each.atol} if each.adaptive else {"steps": each.steps})
-        for each in solvers
-    ]
-    return rows[:1] if all(row == rows[0] for row in rows) else rows
+def solver_identity(solver: SolverConfig) -> dict[str, Any]:
+    """Return the method with its steps or, of an adaptive one, its tolerances, as JSON values."""
+    if solver.adaptive:
+        return {"method": solver.method, "rtol": solver.rtol, "atol": solver.atol}
+    return {"method": solver.method, "steps": solver.steps}
 
 
 def with_solver(
@@ -141,31 +125,39 @@ def whole_numbers(name: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def within(run: Run, settings: GenerateConfig, nfe: int) -> GenerateConfig:
-    """The settings with as many sub-intervals a block as a budget of evaluations allows.
+def budget_steps(
+    nfe: int,
+    solvers: Sequence[SolverConfig],
+    pieces: Sequence[tuple[Piece, ...]],
+    networks: int,
+    refiner_nfe: int,
+) -> int:
+    """Return the largest number of solver steps a block that a budget of evaluations allows.
+
+    Args:
+        nfe: the largest number of network evaluations per sample.
+        solvers: the solver of each block, on fixed grids.
+        pieces: the pieces of each block's velocity field.
+        networks: network evaluations that one evaluation of the velocity field takes.
+        refiner_nfe: network evaluations of the refiner per sample.
 
     Raises:
-        UserError: the budget does not reach one step a network, or a solver is adaptive.
+        UserError: the budget is too small for one step, or a solver is adaptive.
     """
-    solvers = solvers_of(run, dataclasses.replace(settings, block_steps=None))
     method = method_of(solvers)
-    if any(each.adaptive for each in solvers):
+    if any(solver.adaptive for solver in solvers):
         raise UserError(
             f"--nfe needs a fixed-step solver, not {method}; choose --method rk4, midpoint or "
             "euler"
         )
-    way = way_of(run, settings)
-    twice = way.evaluations  # guidance evaluates a network twice
-    refined = 0 if way.refiner is None else way.refiner.nfe()
-    per_step = sum(FIXED_METHODS[each.method] for each in solvers) * twice
-    pieces = [block.velocity.pieces() for block in way.flow]
-    for steps in range((nfe - refined) // per_step, 0, -1):
-        if all(fits(each, steps) for each in pieces):  # with several networks a block, not any S
-            return dataclasses.replace(settings, steps=steps, block_steps=None)
+    per_step = sum(FIXED_METHODS[solver.method] for solver in solvers) * networks
+    for steps in range((nfe - refiner_nfe) // per_step, 0, -1):
+        if all(fits(each, steps) for each in pieces):  # no step may straddle a switch of networks
+            return steps
     least = max(aligned(each, 1) for each in pieces)
-    place = f"{len(run.flow)} blocks" + (f" of {least} networks" if least > 1 else "")
-    place += " with guidance" * (twice > 1) + " and a refiner" * (refined > 0)
+    place = f"{len(solvers)} blocks" + (f" of {least} networks" if least > 1 else "")
+    place += " with guidance" * (networks > 1) + " and a refiner" * (refiner_nfe > 0)
     raise UserError(
         f"--nfe {nfe} is below one {method} step in each of {place} "
-        f"({per_step * least + refined}); ask for more, or choose --method euler"
+        f"({per_step * least + refiner_nfe}); ask for more, or choose --method euler"
     )

@@ -1,4 +1,4 @@
-"""What a run draws, under settings of one's own."""
+"""Samples of a run, under changed settings."""
 
 from __future__ import annotations
 
@@ -10,10 +10,23 @@ from torch import Tensor
 
 from pipeline.runs.run import Run
 from pipeline.sampling.generate import sample_images
+from pipeline.sampling.sampling_plan import SamplingPlan
+from pipeline.storage.shards import StoreReader
 from tests.pipeline.gaussian_source import quiet
 
 
+def plan_of(run: Run, **changes: Any) -> SamplingPlan:
+    """Open the plan of a run, with changes of its section `generate`."""
+    return SamplingPlan.open(run, dataclasses.replace(run.config.generate, **changes))
+
+
+def store_of(run: Run, **changes: Any) -> StoreReader:
+    """Sample images of a run, with changes of its section `generate`."""
+    plan = plan_of(run, **changes)
+    settings = plan.settings
+    return sample_images(plan, settings.n, settings.seed, Accelerator(cpu=True), quiet)
+
+
 def images(run: Run, **changes: Any) -> Tensor:
-    """Images of a run, uint8 (n, C, H, W), with changes of its section `generate`."""
-    settings = dataclasses.replace(run.config.generate, **changes)
-    return sample_images(run, settings, Accelerator(cpu=True), quiet).field("images")
+    """Sample images of a run, uint8 (n, C, H, W), with changes of its section `generate`."""
+    return store_of(run, **changes).field("images")

@@ -17,7 +17,7 @@ from pipeline.autoencoder_training.train import WEIGHTS, train
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
 from pipeline.config.load import load_config
 from pipeline.data.datasets import load_images
-from pipeline.evaluation.features import chosen
+from pipeline.evaluation.real_images import subset_indices
 from pipeline.runtime.rng import generator
 from pipeline.storage import atomic
 from tests.pipeline.evaluation.test_evaluator import distance
@@ -68,7 +68,8 @@ def test_train_then_evaluate(
     assert code == 0, last
     result = json.loads((out / "autoencoder.json").read_text())
     assert said.strip() == str(out / "autoencoder.json")
-    order = chosen(load_images(load_config(recipe_of(world), ["data.split=test"]).data), 20)
+    data = load_config(recipe_of(world), ["data.split=test"]).data
+    order = subset_indices(load_images(data), 20)
     images = torch.from_numpy(pictures(24, seed=2)[order, None])
     with torch.inference_mode():
         z = model.encode(to_float(images)).sample(generator(0, "reconstruct", 0))
@@ -118,7 +119,7 @@ def test_channels_are_measured_over_all_of_the_set(
     config = load_config(recipe_of(world))
     train(config, world.root / "ae", Accelerator(cpu=True), quiet, resume=False)
     images = load_images(config.data)
-    assert np.array_equal(seen[0].numpy(), images.take(chosen(images, 10)))
+    assert np.array_equal(seen[0].numpy(), images.take(subset_indices(images, 10)))
     assert not np.array_equal(seen[0].numpy(), images.read(0, 10))
 
 

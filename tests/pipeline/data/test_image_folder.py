@@ -15,7 +15,7 @@ from pipeline.config.schema import DataConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_folder import prepare
 from pipeline.errors import UserError
-from pipeline.evaluation.kid_precision_recall import held_out, test_images
+from pipeline.evaluation.real_images import at_least, held_out_images
 from pipeline.storage import atomic
 
 
@@ -77,12 +77,12 @@ def test_splits_are_subfolders_or_there_is_only_train(tmp_path, monkeypatch):
         load_images(plain.of_split("test"))
     # an evaluation then measures on what there is, and says so
     whole = load_images(plain)
-    for images in (test_images(plain), held_out(plain, 1)):
+    for images in (held_out_images(plain), at_least(plain, 1)):
         assert (images.fingerprint, images.split) == (whole.fingerprint, "train")
     # a path from home is the same folder
     monkeypatch.setenv("HOME", str(tmp_path))
     home = replace(config(tmp_path), path="~/both")
-    assert test_images(home).split == "test"
+    assert held_out_images(home).split == "test"
     with pytest.raises(UserError, match=r"no split 'train'; put its images into .*train"):
         save(tmp_path / "half", ["test/1.png"])
         load_images(config(tmp_path / "half"))

@@ -9,7 +9,7 @@ import pytest
 
 from eval.references import load_reference
 from pipeline.config.schema import DataConfig
-from pipeline.evaluation.evaluator import _about, other_data
+from pipeline.evaluation.evaluator import _real_test_fid, warn_of_other_data
 from pipeline.runs.run import open_run
 from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import World, say
@@ -26,12 +26,12 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
         (["-n", "1"], "at least 2 images, not 1"),
         (["-n", "41"], "needs n = 41 real images, but folder (train) has 40"),
         (["-n", "4", "--steps", "2", "--nfe", "12"], "--steps and --nfe both choose"),
-        (["-n", "20", "--kid", "3"], "at least 4 images of either kind, not --kid 3 of 20"),
-        (["-n", "3", "--kid", "20"], "not --kid 20 of 3 generated"),
+        (["-n", "20", "--kid", "3"], "at least 4 images of either kind, not --kid 3 and -n 20"),
+        (["-n", "3", "--kid", "20"], "not --kid 20 and -n 3"),
         (["-n", "4", "--kid", "50"], "50 images were asked for, but folder (train) has 40"),
         (
             ["-n", "4", "--set", "evaluate.nll=25"],
-            "folder (test) has 24; take --set evaluate.nll=24",
+            "folder (test) has 24; use --set evaluate.nll=24",
         ),
         (["-n", "4", "--set", "evaluate.nll=-1"], "evaluate.nll must be at least 0, not -1"),
         (["-n", "4", "--reference", "nowhere"], "nowhere"),
@@ -57,23 +57,16 @@ def test_a_reference_of_other_images_is_told(folder: Path) -> None:
     run = open_run(folder)
     assert load_reference("mnist-train").card["test_split_fid"]["2000"] > 0
     settings = dataclasses.replace(run.config.evaluate, n=2000, reference="mnist-train")
-    assert _about(run, Pretended(), settings)["real_test_fid"] is None
+    assert _real_test_fid(run, settings) is None
     digits = dataclasses.replace(run.config, data=DataConfig("mnist"))
     named = {"name": "mnist", "fingerprint": run.manifest["data"]["fingerprint"]}
     digits_run = dataclasses.replace(run, config=digits, manifest={**run.manifest, "data": named})
-    beside = _about(digits_run, Pretended(), settings)["real_test_fid"]
-    assert beside == pytest.approx(3.657, abs=1e-3)
-    assert other_data(digits_run, "mnist-train") is None
-    assert other_data(run, "a folder") is None
+    assert _real_test_fid(digits_run, settings) == pytest.approx(3.657, abs=1e-3)
+    assert warn_of_other_data(digits_run, "mnist-train") is None
+    assert warn_of_other_data(run, "a folder") is None
     joined = {**run.manifest, "data": {**named, "name": "folder+mnist"}}
     assert "images are folder+mnist" in str(
-        other_data(dataclasses.replace(run, manifest=joined), "mnist-train")
+        warn_of_other_data(dataclasses.replace(run, manifest=joined), "mnist-train")
     )
-    warning = other_data(run, "mnist-train")
+    warning = warn_of_other_data(run, "mnist-train")
     assert warning is not None and "is of mnist, but the run's images are folder" in warning
-
-
-class Pretended:
-    """In the place of a store of images."""
-
-    manifest = {"nfe": 1}

@@ -18,13 +18,14 @@ from eval.gaussian import GaussianStats
 from pipeline.config.load import load_config
 from pipeline.data.datasets import load_images
 from pipeline.data.latent_cache import encode
-from pipeline.evaluation.evaluator import Evaluator, other_data
-from pipeline.evaluation.features import chosen
-from pipeline.evaluation.tables import headline
+from pipeline.evaluation.evaluator import Evaluator, warn_of_other_data
+from pipeline.evaluation.real_images import subset_indices
+from pipeline.evaluation.tables import metrics_line
 from pipeline.runs.run import open_run
 from pipeline.runtime.rng import generator
 from pipeline.sampling.generate import sample_images
 from pipeline.training.train import train
+from tests.pipeline.drawing import plan_of
 from tests.pipeline.gaussian_source import quiet
 from tests.pipeline.glance import Glance, stand_in
 from tests.pipeline.tiny import World, pictures, say
@@ -55,7 +56,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 def evaluate(folder: Path, reference: Path | str, **changes: Any) -> dict[str, Any]:
     run = open_run(folder)
     settings = dataclasses.replace(run.config.evaluate, reference=str(reference), **changes)
-    return Evaluator(Accelerator(), quiet).evaluate(run, settings, run.config.generate)
+    return Evaluator(Accelerator(), quiet).evaluate(plan_of(run), settings)
 
 
 def test_the_numbers_and_what_stands_beside_them(trained: World, folder: Path) -> None:
@@ -63,8 +64,7 @@ def test_the_numbers_and_what_stands_beside_them(trained: World, folder: Path) -
     metrics = evaluate(folder, reference, n=20, seed=3, kid=15)
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     run = open_run(folder)
-    settings = dataclasses.replace(run.config.generate, n=20, seed=3)
-    images = sample_images(run, settings, Accelerator(), quiet).field("images").numpy()
+    images = sample_images(plan_of(run), 20, 3, Accelerator(), quiet).field("images").numpy()
     real = pictures(40, seed=1)[:, None]
     assert metrics["fid"]["value"] == pytest.approx(distance(images, real), rel=1e-4)
     assert {k: metrics["fid"][k] for k in ("n", "seed", "reference")} == {
@@ -86,7 +86,7 @@ def test_the_likelihood_is_the_flows(trained: World, folder: Path) -> None:
     run = open_run(folder)
     from autoencoders.base import to_float
 
-    order = chosen(load_images(run.config.data.of_split("test")), 3)
+    order = subset_indices(load_images(run.config.data.of_split("test")), 3)
     x = to_float(torch.from_numpy(pictures(24, seed=2)[order, None]))
     with torch.inference_mode():
         moments = run.autoencoder().encode(x)
@@ -117,7 +117,7 @@ def test_many_dimensions_are_measured_by_probes(
     reference = trained.root / "pictures" / "train"
     exact = evaluate(folder, reference, n=4, nll=12, floor=False)
     assert exact["nll"]["divergence"] == "exact" and "probes" not in exact["nll"]
-    monkeypatch.setattr("pipeline.evaluation.evaluator.EXACT_UP_TO", 17)  # D is 18
+    monkeypatch.setattr("pipeline.evaluation.likelihood.EXACT_UP_TO", 17)  # D is 18
     probed = evaluate(folder, reference, n=4, nll=12, floor=False)
     assert (probed["nll"]["divergence"], probed["nll"]["probes"]) == ("hutchinson", 16)
     error = probed["nll"]["standard_error"]
@@ -141,8 +141,8 @@ def test_a_study_of_fid_against_evaluations(
     assert not (folder / "metrics.json").exists()
     run, real = open_run(folder), pictures(40, seed=1)[:, None]
     for row in study["rows"]:
-        settings = dataclasses.replace(run.config.generate, n=12, steps=row["steps"])
-        images = sample_images(run, settings, Accelerator(), quiet).field("images").numpy()
+        plan = plan_of(run, steps=row["steps"])
+        images = sample_images(plan, 12, 0, Accelerator(), quiet).field("images").numpy()
         assert row["fid"] == pytest.approx(distance(images, real), rel=1e-4)
     assert (folder / "samples" / "nfe.png").stat().st_size > 1000
     # another solver joins the table; another n starts a new one
@@ -189,9 +189,8 @@ def test_the_floor_of_the_identity_is_the_fid_of_the_real_images(
     run = open_run(world.root / "run")
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, data=other))
     evaluator = Evaluator(accelerator, quiet)
-    settings = dataclasses.replace(run.config.evaluate, n=40, reference=str(reference))
     stats = GaussianStats.from_moments(*statistics(real), 40)
-    assert evaluator.floor(run, settings, stats)["value"] == pytest.approx(0, abs=1e-6)
+    assert evaluator.floor(plan_of(run), 40, stats)["value"] == pytest.approx(0, abs=1e-6)
     assert "nll_per_dim" not in metrics
 
 
@@ -209,8 +208,7 @@ def test_real_features_at_hand_are_used_without_asking(
     metrics = evaluate(folder, reference, n=20, nll=0, floor=False)
     assert sum(seen) == 40  # the reference's own images, given as a folder
     run = open_run(folder)
-    settings = dataclasses.replace(run.config.generate, n=20)
-    images = sample_images(run, settings, Accelerator(), quiet).field("images")
+    images = sample_images(plan_of(run), 20, 0, Accelerator(), quiet).field("images")
     images = images[torch.randperm(20, generator=generator(0, "rows"))[:18].sort().values]
     order = torch.randperm(24, generator=generator(0, "order of evaluation"))[:18]
     real = look(Glance(), torch.from_numpy(pictures(24, seed=2)[order, None]))
@@ -226,7 +224,7 @@ def test_real_features_at_hand_are_used_without_asking(
     across = torch.cdist(fake.double(), real.double())
     inside = (across <= radius).any(dim=1).double().mean().item()
     assert metrics["precision"] == pytest.approx(inside)
-    said = headline(metrics)
+    said = metrics_line(metrics)
     assert f"precision {inside:.3f}" in said and "(folder test, n=18)" in said
 
 
@@ -254,17 +252,15 @@ def test_a_larger_evaluation_goes_on_from_a_smaller_one(
 ) -> None:
     reference = trained.root / "pictures" / "train"
     run = open_run(folder)
-    fast = dataclasses.replace(
-        run.config.generate, batch_size=250, method="euler", steps=1, seed=0
-    )
+    fast = plan_of(run, batch_size=250, method="euler", steps=1)
     evaluator, seen, look = Evaluator(Accelerator(), quiet), [], Glance.features
     monkeypatch.setattr(Glance, "features", lambda net, x: seen.append(len(x)) or look(net, x))
     evaluator.reference(str(reference))
     for n, looked in ((550, [250, 250, 50]), (800, [250, 50])):
         seen.clear()
-        _, features = evaluator.generated(run, dataclasses.replace(fast, n=n))
+        _, features = evaluator.sample_features(fast, n, 0)
         assert seen == looked
-    images, _ = evaluator.generated(run, dataclasses.replace(fast, n=800))
+    images, _ = evaluator.sample_features(fast, 800, 0)
     whole = torch.cat([look(Glance(), part) for part in images.field("images").split(250)])
     assert torch.equal(features.field("features"), whole)
 
@@ -273,10 +269,10 @@ def test_a_folder_by_the_name_of_a_reference_is_the_folder(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = open_run(folder)
-    assert "is of cifar10" in str(other_data(run, "cifar10-train"))
+    assert "is of cifar10" in str(warn_of_other_data(run, "cifar10-train"))
     (tmp_path / "cifar10-train").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert other_data(run, "cifar10-train") is None  # whatever its images are
+    assert warn_of_other_data(run, "cifar10-train") is None  # whatever its images are
 
 
 def test_fewer_blocks_are_told(trained: World, folder: Path) -> None:
@@ -284,9 +280,9 @@ def test_fewer_blocks_are_told(trained: World, folder: Path) -> None:
     settings = dataclasses.replace(
         run.config.evaluate, n=12, reference=str(trained.root / "pictures" / "train")
     )
-    metrics = Evaluator(Accelerator(), quiet).evaluate(run, settings, run.config.generate)
-    assert ", first 2 blocks only" in headline(metrics)
-    assert "blocks only" not in headline(evaluate(folder, settings.reference, n=12))
+    metrics = Evaluator(Accelerator(), quiet).evaluate(plan_of(run), settings)
+    assert ", first 2 blocks only" in metrics_line(metrics)
+    assert "blocks only" not in metrics_line(evaluate(folder, settings.reference, n=12))
 
 
 def test_the_headline_names_n_and_the_reference(
@@ -312,8 +308,7 @@ def test_with_the_real_network(
     np.savez(tmp_path / "real.npz", mu=real.mean(0).numpy(), sigma=real.T.cov().numpy())
     metrics = evaluate(folder, tmp_path / "real.npz", n=10, nll=0, floor=False)
     run = open_run(folder)
-    settings = dataclasses.replace(run.config.generate, n=10)
-    images = sample_images(run, settings, Accelerator(), quiet).field("images")
+    images = sample_images(plan_of(run), 10, 0, Accelerator(), quiet).field("images")
     made = network.features(images).double()
     a, b = ((x - x.mean(0)) / 3 for x in (made, real))  # divided by the root of n - 1
     distance = (made.mean(0) - real.mean(0)).square().sum() + a.square().sum() + b.square().sum()

@@ -15,7 +15,7 @@ from pipeline.cli.main import main
 from pipeline.config.load import load_config
 from pipeline.data.datasets import load_images
 from pipeline.errors import UserError
-from pipeline.evaluation.features import chosen
+from pipeline.evaluation.real_images import subset_indices
 from pipeline.evaluation.reference import make_reference
 from tests.eval.moments import stats_from
 from tests.pipeline.gaussian_source import quiet
@@ -37,7 +37,7 @@ def test_statistics_and_card(
     assert found.card["n"] == len(images)
     assert found.card["content_sha256"] == images.fingerprint
     held_out = load_images(config.data.__class__(**{**vars(config.data), "split": "test"}))
-    test = Glance().features(torch.from_numpy(held_out.take(chosen(held_out, 5))))
+    test = Glance().features(torch.from_numpy(held_out.take(subset_indices(held_out, 5))))
     exact = frechet_distance(stats_from(test), found.stats)
     assert found.card["test_split_fid"]["5"] == pytest.approx(exact, rel=1e-4)
 

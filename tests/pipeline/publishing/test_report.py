@@ -17,6 +17,7 @@ from pipeline.runs.manifest import read_manifest
 from pipeline.runs.movement_plot import plot_movement
 from pipeline.runs.run import open_run
 from pipeline.training.train import train
+from tests.pipeline.drawing import plan_of
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
 from tests.pipeline.tiny import say
 
@@ -66,6 +67,8 @@ def test_it_holds_what_the_run_holds(run: Path, capsys: pytest.CaptureFixture[st
     metrics = {
         "fid": {"n": 40, "reference": "<digits>", "value": 7.125, "seed": 3, "extractor": "x&y"},
         "rfid": {"n": 40, "split": "test", "value": 3.5},
+        "real_test_fid": None,
+        "sampling": plan_of(open_run(run)).identity(),
         "nfe": 24,
         "train_seconds": 12.5,
         "peak_memory_bytes": 3 * 2**29,
@@ -102,20 +105,21 @@ def test_a_run_that_was_not_measured(run: Path, capsys: pytest.CaptureFixture[st
 def test_numbers_of_other_blocks_are_not_shown(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    metrics = {"fid": {"n": 4, "reference": "r", "value": 7.0, "seed": 0}, "nfe": 24}
+    fid = {"n": 4, "reference": "r", "value": 7.0, "seed": 0}
+    metrics = {"fid": fid, "real_test_fid": None, "nfe": 24}
     for blocks, shown in ((None, True), (1, False)):
-        told = {**metrics, "run": open_run(run, blocks).fingerprint}
-        (run / "metrics.json").write_text(json.dumps(told))
+        sampling = plan_of(open_run(run, blocks)).identity()
+        (run / "metrics.json").write_text(json.dumps({**metrics, "sampling": sampling}))
         page = report(run, capsys)
         assert any("FID" in cell for row in page.rows for cell in row) == shown
-        assert ("Measured on other blocks" in (run / "report.html").read_text()) != shown
+        assert ("These metrics are of other blocks" in (run / "report.html").read_text()) != shown
 
 
 def test_a_grid_of_other_blocks_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, told in ((["--blocks", "1"], True), ([], False)):
         assert say(capsys, "generate", "--run", run, "-n", "2", *words)[0] == 0
         report(run, capsys)
-        assert ("Drawn by other blocks" in (run / "report.html").read_text()) == told
+        assert ("Sampled from other blocks" in (run / "report.html").read_text()) == told
 
 
 @pytest.mark.parametrize("name", ["nfe", "curve", "likelihood"])
@@ -126,10 +130,13 @@ def test_a_picture_of_numbers_of_other_blocks_is_told(
     picture.parent.mkdir(exist_ok=True)
     Image.new("L", (2, 2)).save(picture)
     for blocks, told in ((None, False), (1, True)):
-        drawn_by = {"run": open_run(run, blocks).fingerprint}
-        (run / f"{name}.json").write_text(json.dumps(drawn_by))
+        opened = open_run(run, blocks)
+        measured = {"run": opened.fingerprint}
+        if name != "likelihood":
+            measured = {"sampling": plan_of(opened).identity()}
+        (run / f"{name}.json").write_text(json.dumps(measured))
         report(run, capsys)
-        assert ("Drawn by other blocks" in (run / "report.html").read_text()) == told
+        assert ("Sampled from other blocks" in (run / "report.html").read_text()) == told
 
 
 def test_a_run_on_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from pipeline.runs.directory import read_config
 from pipeline.runs.manifest import read_manifest
 from pipeline.runs.run import open_run
 from pipeline.storage import atomic
+from tests.pipeline.drawing import plan_of
 from tests.pipeline.runs.test_zoo import pixels
 from tests.pipeline.tiny import World, say
 
@@ -37,7 +37,7 @@ def changed(run: Path, out: Path, part: str) -> str:
 def test_an_exported_run_has_the_new_decoder(run: Path, tmp_path: Path) -> None:
     other = changed(run, tmp_path / "better.safetensors", "decoder")
     (run / "metrics.json").write_text('{"run": "of the old decoder"}')
-    out = export(open_run(run), tmp_path / "out", "float32", other).folder
+    out = export(plan_of(open_run(run)), tmp_path / "out", "float32", other).folder
     assert not (out / "metrics.json").exists()
     Path(other).unlink()  # it lies inside
     assert (
@@ -52,20 +52,20 @@ def test_an_exported_run_has_the_new_decoder(run: Path, tmp_path: Path) -> None:
 def test_the_same_autoencoder_by_another_name_keeps_the_numbers(run: Path, tmp_path: Path) -> None:
     own = open_run(run)
     fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3}
-    metrics = json.dumps({"run": own.fingerprint, "nfe": 24, "fid": fid})
-    (run / "metrics.json").write_text(metrics)
+    sampling = plan_of(own).identity()
+    metrics = {"sampling": sampling, "nfe": 24, "fid": fid, "real_test_fid": None}
+    (run / "metrics.json").write_text(json.dumps(metrics))
     moved = shutil.copy(str(own.autoencoder_weights()), tmp_path / "moved.safetensors")
-    out = export(own, tmp_path / "out", "float32", str(moved)).folder
-    assert json.loads((out / "metrics.json").read_text()) == json.loads(metrics)
+    out = export(plan_of(own), tmp_path / "out", "float32", str(moved)).folder
+    assert json.loads((out / "metrics.json").read_text()) == metrics
 
 
 def test_a_guide_gets_it_too(run: Path, trained: World, tmp_path: Path) -> None:
     other = changed(run, tmp_path / "better.safetensors", "decoder")
     led = open_run(run)  # by itself, which is no less a guide
-    generate = replace(led.config.generate, guide=str(trained.root / "run"), guidance=2.0)
-    led = replace(led, config=replace(led.config, generate=generate))
-    out = export(led, tmp_path / "out", "float32", other).folder
-    plain = export(open_run(run), tmp_path / "plain", "float32", other).folder
+    plan = plan_of(led, guide=str(trained.root / "run"), guidance=2.0)
+    out = export(plan, tmp_path / "out", "float32", other).folder
+    plain = export(plan_of(open_run(run)), tmp_path / "plain", "float32", other).folder
     assert (out / "guide" / "flow.json").is_file()
     assert (pixels(out).int() - pixels(plain).int()).abs().max() <= 1
 
@@ -80,10 +80,11 @@ def test_a_bare_name_is_that_of_a_file_here(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not of the one by the same name in a run that was exported with its own."""
-    first = export(open_run(run), tmp_path / "first", "float32").folder
+    first = export(plan_of(open_run(run)), tmp_path / "first", "float32").folder
     monkeypatch.chdir(tmp_path)
     changed(run, Path("autoencoder.safetensors"), "decoder")
-    out = export(open_run(first), tmp_path / "out", "float32", "autoencoder.safetensors").folder
+    plan = plan_of(open_run(first))
+    out = export(plan, tmp_path / "out", "float32", "autoencoder.safetensors").folder
     assert open_run(out).autoencoder().fingerprint != open_run(run).autoencoder().fingerprint
     assert not torch.equal(pixels(out), pixels(run))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -19,8 +18,8 @@ from pipeline.runs.manifest import read_manifest
 from pipeline.runs.run import load_blocks, open_run
 from pipeline.runs.snapshots import open_snapshot, snapshots_of
 from pipeline.runtime.rng import generator
-from pipeline.sampling.generate import sample_images
 from pipeline.training.train import train
+from tests.pipeline.drawing import images
 from tests.pipeline.evaluation.test_evaluator import distance
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
 from tests.pipeline.glance import stand_in
@@ -102,9 +101,7 @@ def test_a_run_is_guided_by_what_it_was(
     then = open_snapshot(folder, 20)
     assert then.fingerprint != opened.fingerprint
     assert open_snapshot(folder, 40).fingerprint == opened.fingerprint
-    settings = dataclasses.replace(opened.config.generate, guide=f"{folder}@20", guidance=2.0)
-    place = Accelerator(cpu=True)
-    found = sample_images(opened, settings, place, quiet).field("images")
+    found = images(opened, guide=f"{folder}@20", guidance=2.0)
     noise = [torch.randn(n, 2, 3, 3, generator=generator(0, "sample", k))
              for k, n in enumerate((4, 4, 2))]  # fmt: skip
     led = guided(opened.flow, then.flow, 2.0)
@@ -112,15 +109,13 @@ def test_a_run_is_guided_by_what_it_was(
     with torch.inference_mode():
         by_hand = to_uint8(opened.autoencoder().decode(z))
     assert (found.int() - by_hand.int()).abs().max() <= 1
-    assert not torch.equal(found, sample_images(then, then.config.generate, place, quiet)
-                           .field("images"))  # fmt: skip
+    assert not torch.equal(found, images(then))
     words = ("export", "-r", folder, "--guide", f"{folder}@20", "--guidance", "2", "--out")
     assert say(capsys, *words, tmp_path / "out")[0] == 0
     assert "| guide | tiny@20, " in (tmp_path / "out" / "CARD.md").read_text()
     assert say(capsys, "report", "-r", tmp_path / "out" / "guide")[0] == 0
     shutil.rmtree(folder)
-    out = open_run(tmp_path / "out")
-    again = sample_images(out, out.config.generate, place, quiet).field("images")
+    again = images(open_run(tmp_path / "out"))
     assert (found.int() - again.int()).abs().max() <= 1
     code, _, error = say(capsys, "generate", "-r", tmp_path / "out", "--guide",
                          f"{tmp_path / 'out'}@7", "--guidance", "2")  # fmt: skip
@@ -165,19 +160,20 @@ def test_the_curve_of_fid_against_samples_seen(
     assert [(row["step"], row["seen"]) for row in curve["rows"]] == [(20, 160), (40, 320)]
     assert curve["rows"][0]["fid"] != curve["rows"][1]["fid"]
     opened = open_run(folder)
-    settings = dataclasses.replace(opened.config.generate, n=12)
-    images = sample_images(opened, settings, Accelerator(), quiet).field("images").numpy()
     real = pictures(40, seed=1)[:, None]
-    assert curve["rows"][1]["fid"] == pytest.approx(distance(images, real), rel=1e-4)
+    by_hand = distance(images(opened, n=12).numpy(), real)
+    assert curve["rows"][1]["fid"] == pytest.approx(by_hand, rel=1e-4)
     assert (folder / "samples" / "curve.png").stat().st_size > 1000
     assert not (folder / "metrics.json").exists()
-    solved = curve["solver"]["method"], curve["solver"]["steps"], curve["guidance"]
-    assert solved == (opened.config.push.method, opened.config.push.steps, None)
+    assert curve["solver"] == {
+        "method": opened.config.push.method, "steps": opened.config.push.steps
+    }  # fmt: skip
+    assert curve["sampling"]["guidance"] == 1
     code, _, last = say(capsys, *words, "--nfe-study", "12")
     assert code == 2 and "ask for one at a time" in last
     shutil.rmtree(folder / "snapshots")
     code, _, last = say(capsys, *words)
-    assert code == 2 and "kept no weights on its way" in last
+    assert code == 2 and "kept no weights during training" in last
     words[2] = trained.root / "run"
     code, _, last = say(capsys, *words)
     assert code == 2 and "flows of one block" in last and "has 3" in last

@@ -21,28 +21,23 @@ from pipeline.runs import zoo as shipped
 from pipeline.runs.directory import read_config
 from pipeline.runs.manifest import read_manifest
 from pipeline.runs.run import open_run
-from pipeline.sampling.generate import sample_images
 from pipeline.sampling.image_files import write_grid
-from pipeline.sampling.sampling_plan import way_of
 from pipeline.storage import atomic
-from tests.pipeline.gaussian_source import quiet
-from tests.pipeline.sampling.test_generate import Rank
+from tests.pipeline.drawing import images, plan_of, store_of
 from tests.pipeline.tiny import World, say, write_autoencoder
 
 
 @pytest.fixture
 def zoo(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A shipped run by the name of `tiny`, and an empty data root."""
-    export(open_run(run), tmp_path / "zoo" / "tiny")
+    export(plan_of(open_run(run)), tmp_path / "zoo" / "tiny")
     monkeypatch.setattr(shipped, "zoo", lambda: {"tiny": tmp_path / "zoo" / "tiny"})
     monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path / "fresh"))
     return tmp_path / "zoo"
 
 
 def pixels(folder: Path) -> torch.Tensor:
-    opened = open_run(folder)
-    settings = opened.config.generate
-    return sample_images(opened, settings, Rank(0, 1), quiet).field("images")  # type: ignore[arg-type]
+    return images(open_run(folder))
 
 
 def files(folder: Path) -> set[str]:
@@ -50,8 +45,8 @@ def files(folder: Path) -> set[str]:
 
 
 def test_an_export_gives_the_same_pictures(run: Path, tmp_path: Path) -> None:
-    half = export(open_run(run), tmp_path / "half")
-    whole = export(open_run(run), tmp_path / "whole", "float32")
+    half = export(plan_of(open_run(run)), tmp_path / "half")
+    whole = export(plan_of(open_run(run)), tmp_path / "whole", "float32")
     expected = pixels(run)
     assert torch.equal(pixels(whole.folder), expected)
     assert (pixels(half.folder).int() - expected.int()).abs().max() <= 1  # a grey level of 256
@@ -62,13 +57,13 @@ def test_an_export_gives_the_same_pictures(run: Path, tmp_path: Path) -> None:
     assert files(half.folder) == kept
     sizes = [(folder / blocks[0]).stat().st_size for folder in (half.folder, run)]
     assert sizes[0] < 0.6 * sizes[1]
-    ten = export(open_run(run), tmp_path / "ten", "int10")
+    ten = export(plan_of(open_run(run)), tmp_path / "ten", "int10")
     assert half.change < ten.change < 0.01
     assert (pixels(ten.folder).int() - expected.int()).float().abs().mean() < 1
 
 
 def test_an_export_knows_where_it_came_from(run: Path, tmp_path: Path) -> None:
-    out = export(open_run(run), tmp_path / "out").folder
+    out = export(plan_of(open_run(run)), tmp_path / "out").folder
     manifest = read_manifest(out)
     first = open_run(run).fingerprint
     assert manifest["exported"] == {"from": first, "before": [], "dtype": "float16"}
@@ -84,7 +79,7 @@ def test_an_export_knows_where_it_came_from(run: Path, tmp_path: Path) -> None:
     )
     assert str(tmp_path) not in (out / "config.yaml").read_text()
     # an export can be exported: what was rounded once is rounded to itself
-    again = export(open_run(out), tmp_path / "again")
+    again = export(plan_of(open_run(out)), tmp_path / "again")
     assert again.change == 0
     assert read_manifest(again.folder)["exported"]["before"] == [first]
     assert [row["sha256"] for row in read_manifest(again.folder)["blocks"]] == [
@@ -93,25 +88,27 @@ def test_an_export_knows_where_it_came_from(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_card_has_the_numbers(run: Path, tmp_path: Path) -> None:
-    bare = export(open_run(run), tmp_path / "bare").folder
+    bare = export(plan_of(open_run(run)), tmp_path / "bare").folder
     assert "Not measured" in (bare / "CARD.md").read_text()
     metrics = {
         "fid": {"n": 40, "reference": "digits", "value": 7.125, "seed": 3},
+        "real_test_fid": None,
         "nfe": 24,
-        "run": open_run(run).fingerprint,
+        "sampling": plan_of(open_run(run)).identity(),
     }
     (run / "metrics.json").write_text(json.dumps(metrics))
-    out = export(open_run(run), tmp_path / "measured").folder
+    out = export(plan_of(open_run(run)), tmp_path / "measured").folder
     text = (out / "CARD.md").read_text()
     assert text.startswith("# measured\n")
     for words in ("FID(n=40, digits) | 7.12", "seed 3", "NFE a sample | 24", "h = 0.75", "jko",
                   "float16", "to be written", "before they were rounded"):  # fmt: skip
         assert words in text
     assert json.loads((out / "metrics.json").read_text()) == metrics
-    again = export(open_run(out), tmp_path / "measured again").folder
-    told_again = json.loads((again / "metrics.json").read_text())
-    assert told_again == metrics | {"run": open_run(out).fingerprint}
-    export(open_run(again), tmp_path / "a third time")
+    again = export(plan_of(open_run(out)), tmp_path / "measured again").folder
+    exported = plan_of(open_run(out)).identity()
+    measured = json.loads((again / "metrics.json").read_text())
+    assert measured == metrics | {"sampling": exported}
+    export(plan_of(open_run(again)), tmp_path / "a third time")
     # a file of statistics is known by its name, on any machine
     reference = str(tmp_path / "own.safetensors")
     settings = read_config(run)
@@ -119,14 +116,15 @@ def test_the_card_has_the_numbers(run: Path, tmp_path: Path) -> None:
     (run / "config.yaml").write_text(resolved_yaml(settings))
     told = {"fid": metrics["fid"] | {"reference": reference}}
     (run / "metrics.json").write_text(json.dumps(metrics | told))
-    out = export(open_run(run), tmp_path / "placed").folder
+    out = export(plan_of(open_run(run)), tmp_path / "placed").folder
     assert read_config(out).evaluate.reference == "own.safetensors"
     for file in ("config.yaml", "metrics.json", "CARD.md"):
         text = (out / file).read_text()
         assert "own.safetensors" in text and str(tmp_path) not in text
-    (run / "metrics.json").write_text(json.dumps(metrics | {"run": "another"}))
+    other = {**metrics["sampling"], "run": "another"}
+    (run / "metrics.json").write_text(json.dumps(metrics | {"sampling": other}))
     with pytest.raises(UserError, match="measured on other blocks"):
-        export(open_run(run), tmp_path / "stale")
+        export(plan_of(open_run(run)), tmp_path / "stale")
     assert not (tmp_path / "stale").exists()
 
 
@@ -134,66 +132,62 @@ def test_numbers_and_pictures_are_of_what_is_exported(run: Path, tmp_path: Path)
     """Not of images that a guide was not there for, nor of other blocks."""
     guide = Path(shutil.copytree(run, tmp_path / "guide"))
     fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3}
-    opened = open_run(run)
-    guided = replace(opened.config.generate, guide=str(guide), guidance=3.0)
-    with_guide = replace(opened, config=replace(opened.config, generate=guided))
-    metrics = {"fid": fid, "nfe": 24, "run": opened.fingerprint, "blocks": []}
+    opened = plan_of(open_run(run))
+    with_guide = plan_of(opened.run, guide=str(guide), guidance=3.0)
+    metrics = {"fid": fid, "real_test_fid": None, "nfe": 24, "sampling": opened.identity()}
     (run / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(UserError, match=r"guidance 1\.0, but .* sample with guidance 3\.0"):
+    with pytest.raises(UserError, match=r"guidance 1\.0, but .* samples with guidance 3\.0"):
         export(with_guide, tmp_path / "guided")
     assert not (tmp_path / "guided").exists()
-    fid |= way_of(with_guide, guided).about()
-    (run / "metrics.json").write_text(json.dumps(metrics))
+    sampling = with_guide.identity()
+    (run / "metrics.json").write_text(json.dumps(metrics | {"sampling": sampling}))
     export(with_guide, tmp_path / "guided")
     with pytest.raises(UserError, match=r"with guidance 3\.0, but .* with guidance 1\.0;"):
         export(opened, tmp_path / "plain")
-    other = {**fid["guide"], "run": "another"}
+    other = {**sampling["guide"], "run": "another"}
     for changed, said in (
-        ({"guide": other}, r"guide tiny \(another\), but .* guide tiny \("),
+        ({"guide": other}, r"guide \{.*'another'\}, but .* guide \{'name': 'tiny'"),
         ({"classes": [3]}, r"classes \[3\], but .* classes None"),
         ({"solvers": [{"method": "euler", "steps": 1}]}, "solvers .*euler.*, but .*rk4"),
     ):
-        (run / "metrics.json").write_text(json.dumps({**metrics, "fid": fid | changed}))
+        (run / "metrics.json").write_text(json.dumps(metrics | {"sampling": sampling | changed}))
         with pytest.raises(UserError, match=said):
             export(with_guide, tmp_path / "otherwise")
     (run / "metrics.json").unlink()
     grid = run / "samples" / "grid.png"
     for blocks, shown in ((1, False), (None, True)):
-        drawn = open_run(run, blocks)
-        made = sample_images(drawn, drawn.config.generate, Rank(0, 1), quiet)  # type: ignore[arg-type]
-        write_grid(made, grid, 4, 2)
-        out = export(open_run(run), tmp_path / f"with {blocks}").folder
+        write_grid(store_of(open_run(run, blocks)), grid, 4, 2)
+        out = export(plan_of(open_run(run)), tmp_path / f"with {blocks}").folder
         assert (out / "samples" / "grid.png").is_file() == shown
         out = export(with_guide, tmp_path / f"guided with {blocks}").folder
         assert not (out / "samples" / "grid.png").is_file()
-    coarse = replace(opened.config.generate, method="euler", steps=1)
-    write_grid(sample_images(opened, coarse, Rank(0, 1), quiet), grid, 4, 2)  # type: ignore[arg-type]
+    coarse = {"method": "euler", "steps": 1}
+    write_grid(store_of(opened.run, **coarse), grid, 4, 2)
     out = export(opened, tmp_path / "coarse").folder
     assert not (out / "samples" / "grid.png").is_file()
-    as_drawn = replace(opened, config=replace(opened.config, generate=coarse))
-    out = export(as_drawn, tmp_path / "as drawn").folder
+    out = export(plan_of(opened.run, **coarse), tmp_path / "as drawn").folder
     assert (out / "samples" / "grid.png").is_file()
     assert "| sampling | euler, 1 sub-intervals a block |" in (out / "CARD.md").read_text()
 
 
 def test_a_killed_export_is_made_again(run: Path, tmp_path: Path) -> None:
-    out = export(open_run(run), tmp_path / "out").folder
+    out = export(plan_of(open_run(run)), tmp_path / "out").folder
     before = {name: (out / name).read_bytes() for name in files(out)}
     (out / "flow.json").unlink()  # written last
     (out / "CARD.md").write_text("half")
-    export(open_run(run), out)
+    export(plan_of(open_run(run)), out)
     assert {name: (out / name).read_bytes() for name in files(out)} == before
     with pytest.raises(UserError, match="not empty"):
-        export(open_run(run), out)
+        export(plan_of(open_run(run)), out)
     (out / "flow.json").unlink()
     (out / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="not empty"):
-        export(open_run(run), out)
+        export(plan_of(open_run(run)), out)
 
 
 def test_what_a_killed_export_left_is_not_shipped(run: Path, tmp_path: Path) -> None:
     """Neither a guide that the next one does without, nor blocks, numbers, half of a file."""
-    out = export(open_run(run), tmp_path / "out").folder
+    out = export(plan_of(open_run(run)), tmp_path / "out").folder
     before = files(out)
     (out / "flow.json").unlink()
     shutil.copytree(tmp_path / "out", out / "guide")
@@ -204,20 +198,20 @@ def test_what_a_killed_export_left_is_not_shipped(run: Path, tmp_path: Path) -> 
     half.wait()
     host = atomic._HOST
     (out / "blocks" / f".tmp-block-00.safetensors-{host}-{half.pid}-0123abcd").write_bytes(b"ha")
-    export(open_run(run), out)
+    export(plan_of(open_run(run)), out)
     assert files(out) == before
     (out / "flow.json").unlink()
     (out / "samples").mkdir(exist_ok=True)
     (out / "samples" / "mine.png").write_bytes(b"")  # no export writes that
     with pytest.raises(UserError, match="not empty"):
-        export(open_run(run), out)
+        export(plan_of(open_run(run)), out)
 
 
 def test_the_pass_in_use_is_exported(run: Path, trained: World, tmp_path: Path) -> None:
     words = ["train", "--run", run, "--resume", "--refine", "2", "--set",
              "schedule.later_iterations=1"]  # fmt: skip
     assert main.main([str(word) for word in words]) == 0
-    out = export(open_run(run), tmp_path / "out").folder
+    out = export(plan_of(open_run(run)), tmp_path / "out").folder
     manifest = read_manifest(out)
     assert len(manifest["passes"]) == 1 and len(manifest["blocks"]) == 5
     assert [row["file"] for row in manifest["blocks"]] == [
@@ -241,7 +235,7 @@ def test_what_cannot_be_exported(
 ) -> None:
     for words, named in (
         (("--out", tmp_path), "not empty"),
-        (("--out", tmp_path / "out", "--dtype", "int4"), "unknown --dtype 'int4'"),
+        (("--out", tmp_path / "out", "--dtype", "int4"), "--dtype is 'int4'; expected one of"),
     ):
         code, _, error = say(capsys, "export", "--run", run, *words)
         assert code == 2 and error.startswith("error: ") and named in error
@@ -294,7 +288,7 @@ def test_a_copy_is_whole_when_its_manifest_is_there(
     """That of the run itself, not of the guide inside."""
     shutil.copytree(zoo / "tiny", zoo / "tiny" / "guide")
     written: list[Path] = []
-    monkeypatch.setattr(shipped.commit, "write_bytes", lambda path, _: written.append(path))
+    monkeypatch.setattr(shipped.atomic, "write_bytes", lambda path, _: written.append(path))
     copy = shipped.locate("zoo:tiny")
     assert written[-1] == copy / "flow.json" and copy / "guide" / "flow.json" in written
 
@@ -314,7 +308,7 @@ def test_a_shipped_run_can_be_a_start(
     # exported, a run has no path of this machine, wherever it came from
     words = ("train", "-c", trained.config(), "-r", tmp_path / "more", "--init-from", zoo / "tiny")
     assert say(capsys, *words, "--set", "train.iterations=1")[0] == 0
-    out = export(open_run(tmp_path / "more"), tmp_path / "shipped").folder
+    out = export(plan_of(open_run(tmp_path / "more")), tmp_path / "shipped").folder
     for path in (out / "flow.json", out / "config.yaml", out / "CARD.md"):
         assert str(tmp_path) not in path.read_text()
 
@@ -342,8 +336,8 @@ def test_everything_shipped_opens(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for name, folder in shipped.zoo().items():
         opened = open_run(Path(f"zoo:{name}"))
         assert opened.autoencoder().latent_shape == opened.flow.shape
-        way = way_of(opened, opened.config.generate)  # its guide and refiner fit
-        assert (way.refiner is not None) == (folder / "refiner").is_dir()
+        plan = plan_of(opened)  # its guide and refiner fit
+        assert (plan.refiner is not None) == (folder / "refiner").is_dir()
         size = sum((folder / file).stat().st_size for file in files(folder))
         assert size < 25e6
         total += size

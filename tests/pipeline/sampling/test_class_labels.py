@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.runs.manifest import read_manifest
 from pipeline.runs.run import load_blocks, open_run
 from pipeline.runtime.rng import generator
-from pipeline.sampling.class_labels import choice_of
+from pipeline.sampling.class_labels import class_labels_of
 from pipeline.storage.shards import StoreReader, open_store
 from pipeline.training.stages import stage_folder
 from pipeline.training.train import Outcome, train
@@ -225,8 +225,8 @@ def test_a_distilled_run_keeps_the_classes_apart(learnt: Path, tmp_path: Path) -
         )
         assert (ours - exact).square().mean() < (theirs - exact).square().mean() / 5
         assert (nearest(ours) == label).float().mean() > 0.99
-    with pytest.raises(UserError, match="distilled runs are"):
-        choice_of(student, GenerateConfig(guidance=2.0))
+    with pytest.raises(UserError, match="all distilled runs"):
+        class_labels_of(student, GenerateConfig(guidance=2.0))
     for setting in ("velocity.classes=0", "velocity.classes=3", "velocity.class_dropout=0.1"):
         with pytest.raises(UserError, match="has its teacher's velocity.classes, 2, and"):
             student_config(teacher, Distillation(), (setting,))

@@ -16,27 +16,28 @@ from PIL import Image
 from torch import Tensor
 
 from autoencoders.base import to_uint8
-from eval.inception import EXTRACTOR
 from flows.autoguidance import guided
 from flows.likelihood import log_prob
 from flows.networks.condition import Condition
-from pipeline.assets.fetch import asset_sha256
 from pipeline.config.schema import DataConfig
 from pipeline.data.datasets import load_images
-from pipeline.evaluation.evaluator import inputs_of
-from pipeline.evaluation.kid_precision_recall import test_images
 from pipeline.evaluation.likelihood import latents_of
+from pipeline.evaluation.real_images import held_out_images
 from pipeline.runs.manifest import read_manifest
 from pipeline.runs.run import open_run
 from pipeline.runtime.rng import generator
-from pipeline.sampling.class_labels import Choice, condition_of, parse_classes
-from pipeline.sampling.generate import sample_images
-from pipeline.storage.shards import StoreReader, content_key, open_store
+from pipeline.sampling.class_labels import ClassLabels, condition_of, parse_classes
+from pipeline.storage.shards import StoreReader, open_store
 from pipeline.training.stages import stage_folder
 from tests.pipeline import tiny as harness
-from tests.pipeline.gaussian_source import quiet
+from tests.pipeline.drawing import plan_of, store_of
 from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import World, make_world, say
+
+
+def noise(first: int) -> torch.Generator:
+    """The noise of the latents of the images from `first` on, in a ranking."""
+    return generator(0, "likelihood", "latents", first)
 
 
 def stage(folder: Path, index: int) -> StoreReader:
@@ -89,9 +90,7 @@ def expected(folder: Path, labels: list[int], guidance: float, batch: int) -> Te
 
 
 def images(folder: Path, **changes: Any) -> StoreReader:
-    run = open_run(folder)
-    settings = dataclasses.replace(run.config.generate, **changes)
-    return sample_images(run, settings, Accelerator(cpu=True), quiet)
+    return store_of(open_run(folder), **changes)
 
 
 @pytest.mark.parametrize("guidance", [None, 1.5])
@@ -105,12 +104,12 @@ def test_an_image_is_of_the_class_asked_for(folder: Path, guidance: float | None
 
 
 def test_classes_are_drawn_as_often_as_in_the_data(folder: Path) -> None:
-    choice = Choice((), (10, 30))
-    labels = choice.condition(0, 4000, 0, "sample", 0).labels
+    classes = ClassLabels((), (10, 30))
+    labels = classes.of_samples(0, 4000, 0, "sample", 0)
     assert labels.float().mean().item() == pytest.approx(0.75, abs=0.02)
-    assert torch.equal(labels, choice.condition(0, 4000, 0, "sample", 0).labels)
-    assert not torch.equal(labels, choice.condition(0, 4000, 0, "sample", 1).labels)
-    drawn = [choice.condition(k, 4, 0, "sample", k // 4).labels for k in (0, 4)]
+    assert torch.equal(labels, classes.of_samples(0, 4000, 0, "sample", 0))
+    assert not torch.equal(labels, classes.of_samples(0, 4000, 0, "sample", 1))
+    drawn = [classes.of_samples(k, 4, 0, "sample", k // 4) for k in (0, 4)]
     by_hand = expected(folder, torch.cat(drawn).tolist(), 1.0, 4)
     found = images(folder, n=8, batch_size=4).field("images")
     assert (found.int() - by_hand.int()).abs().max() <= 1
@@ -140,18 +139,17 @@ def test_evaluate_likelihood_export(
     code, _, said = say(capsys, *words, "--guidance", "1.5")
     assert code == 0 and "seed 0, guidance 1.5" in said
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["fid"]["guidance"] == 1.5 and metrics["nll"]["given"] == "class"
+    assert metrics["sampling"]["guidance"] == 1.5 and metrics["nll"]["given"] == "class"
     assert metrics["nfe"] == 16
     assert say(capsys, *words)[0] == 0
     plain = json.loads((folder / "metrics.json").read_text())
-    assert plain["fid"]["guidance"] == 1 and plain["fid"]["value"] != metrics["fid"]["value"]
-    assert plain["inputs"] != metrics["inputs"]
+    assert plain["sampling"]["guidance"] == 1 and plain["fid"]["value"] != metrics["fid"]["value"]
     # likelihood.json holds log p(z | y)
     assert say(capsys, "likelihood", "-r", folder, "-n", "20")[0] == 0
     rows = json.loads((folder / "likelihood.json").read_text())["ranking"]
     run = open_run(folder)
     test = load_images(dataclasses.replace(run.config.data, split="test"))
-    z = latents_of(run, test, 0, 20, Accelerator(cpu=True))
+    z = latents_of(run, test, np.arange(20), Accelerator(cpu=True), noise(0))
     labels = torch.from_numpy(np.asarray(test.labels[:20]))  # type: ignore[index]
     assert sorted(labels.tolist()) == [0] * 6 + [1] * 14
     by_hand = log_prob(run.flow, z, condition=Condition(labels)).value
@@ -181,7 +179,7 @@ def test_classes_of_another_folder_are_matched_by_name(
     run = open_run(folder)
     some = load_images(DataConfig("folder", path=str(tmp_path / "some"), size=12, mode="L"))
     assert some.labels is not None and set(some.labels.tolist()) == {0}
-    z = latents_of(run, some, 0, 14, Accelerator(cpu=True))
+    z = latents_of(run, some, np.arange(14), Accelerator(cpu=True), noise(0))
     by_hand = log_prob(run.flow, z, condition=Condition(torch.ones(14).long())).value
     ranked = {row["index"]: row["log_prob"] for row in found}
     assert [ranked[k] for k in range(14)] == pytest.approx(by_hand.tolist(), abs=1e-2)
@@ -192,7 +190,7 @@ def test_classes_of_another_folder_are_matched_by_name(
     shutil.copytree(test / "b", split / "test" / "b")
     data = dataclasses.replace(config.data, path=str(split))
     moved = dataclasses.replace(run, config=dataclasses.replace(config, data=data))
-    condition = condition_of(moved, test_images(data), np.arange(14))
+    condition = condition_of(moved, held_out_images(data), np.arange(14))
     assert condition is not None and condition.labels.tolist() == [1] * 14
     # a name that the run does not know is told
     (tmp_path / "some" / "b").rename(tmp_path / "some" / "c")
@@ -240,7 +238,7 @@ def test_a_guide_without_classes(
     assert say(capsys, "train", "-c", config, "-r", tmp_path / "never")[0] == 0
     words = ("generate", "-r", folder, "--guidance", "2", "--guide", tmp_path / "never")
     code, _, error = say(capsys, *words)
-    assert code == 2 and "never went without its class" in error
+    assert code == 2 and "was trained with class_dropout=0, but a guide is" in error
 
 
 def test_a_study_keeps_guidance_apart(
@@ -256,7 +254,7 @@ def test_a_study_keeps_guidance_apart(
     for more in (("16",), ("32", "--guidance", "2"), ("16",)):
         assert say(capsys, *words, *more)[0] == 0
         studies.append(json.loads((folder / "nfe.json").read_text()))
-    assert [study["guidance"] for study in studies] == [None, 2.0, None]
+    assert [study["sampling"]["guidance"] for study in studies] == [1.0, 2.0, 1.0]
     assert [[row["nfe"] for row in study["rows"]] for study in studies] == [[16], [32], [16]]
     assert studies[0] == studies[2]
     assert studies[0]["rows"][0]["fid"] != studies[1]["rows"][0]["fid"]
@@ -298,7 +296,7 @@ def test_guidance_needs_a_run_that_left_the_class_out(
         config, run = pictured.config(name, **sections), tmp_path / name
         assert say(capsys, "train", "-c", config, "-r", run)[0] == 0
         code, _, error = say(capsys, "generate", "-r", run, "--guidance", "1.5")
-        assert code == 2 and "was trained with a class_dropout of 0" in error
+        assert code == 2 and "was trained with class_dropout=0" in error
         assert say(capsys, "generate", "-r", run, "-n", "2", "--class", "1")[0] == 0
 
 
@@ -310,17 +308,8 @@ def test_pictures_without_classes(
     assert code == 2 and "the data set has no labels" in error and "sort the images" in error
 
 
-def test_a_run_without_classes_is_described_as_before(trained: World) -> None:
-    """Nothing that names a thing of such a run mentions what came with the classes."""
+def test_a_run_without_classes_has_no_entry_for_them(trained: World) -> None:
     run = open_run(trained.root / "run")
     assert "classes" not in run.manifest
-    for row in run.manifest["blocks"]:
-        assert not any("class" in key for key in row["spec"]["velocity"])
     assert "labels" not in stage(run.folder, 0).manifest["identity"]
-    settings = dataclasses.replace(run.config.evaluate, n=10, floor=False, nll=0)
-    generate = {"n": 10, "seed": settings.seed, "batch_size": run.config.generate.batch_size}
-    generate |= {"columns": run.config.generate.columns, "method": None, "steps": None}
-    parts = {"run": run.fingerprint, "evaluate": dataclasses.asdict(settings)}
-    parts |= {"generate": generate, "data": run.manifest["data"]}
-    network = {"extractor": EXTRACTOR, "weights": asset_sha256("inception")[:16]}
-    assert inputs_of(run, settings, run.config.generate) == content_key({**parts, **network})
+    assert plan_of(run).identity()["classes"] is None

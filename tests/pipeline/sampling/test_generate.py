@@ -24,6 +24,7 @@ from pipeline.sampling.generate import _sample as sample
 from pipeline.sampling.generate import sample_images
 from pipeline.storage import atomic
 from pipeline.storage.shards import StoreReader
+from tests.pipeline.drawing import plan_of
 from tests.pipeline.gaussian_source import quiet
 from tests.pipeline.tiny import World, say, write_autoencoder
 
@@ -47,14 +48,13 @@ class Rank:
 
 
 def images_of(run: Run, ranks: int = 1, **changes: object) -> StoreReader:
-    from dataclasses import replace
-
-    settings = replace(run.config.generate, **changes)
+    plan = plan_of(run, **changes)
+    settings = plan.settings
     for rank in reversed(range(ranks)):
         if rank:
-            with pytest.raises(Exception, match="incomplete"):  # the main process is last
-                sample_images(run, settings, Rank(rank, ranks), quiet)  # type: ignore[arg-type]
-    return sample_images(run, settings, Rank(0, ranks), quiet)  # type: ignore[arg-type]
+            with pytest.raises(Exception, match="unfinished"):  # the main process is last
+                sample_images(plan, settings.n, settings.seed, Rank(rank, ranks), quiet)  # type: ignore[arg-type]
+    return sample_images(plan, settings.n, settings.seed, Rank(0, ranks), quiet)  # type: ignore[arg-type]
 
 
 def pixels(run: Run, ranks: int = 1, **changes: object) -> torch.Tensor:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluator import inputs_of
 from pipeline.publishing.export import export
-from pipeline.publishing.provenance import shows
+from pipeline.publishing.provenance import shows_samples_of
 from pipeline.runs.run import open_run
-from pipeline.sampling.sampling_plan import way_of
-from tests.pipeline.drawing import images
+from pipeline.sampling.sampling_plan import differences
+from tests.pipeline.drawing import images, plan_of
 from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import World, say
 
@@ -40,30 +38,28 @@ def test_numbers_and_grids_say_so(
     code, _, said = say(capsys, *words, *HALF)
     assert code == 0 and "seed 0, in bf16;" in said
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["fid"]["sampled_in"] == "bf16"
+    assert metrics["sampling"]["precision"] == "bf16"
     # what was measured so is not shipped with a run that draws otherwise
-    with pytest.raises(UserError, match="measured with sampled_in bf16, but the exported run"):
-        export(open_run(run), tmp_path / "out")
+    with pytest.raises(UserError, match="measured with precision bf16, but the exported run"):
+        export(plan_of(open_run(run)), tmp_path / "out")
     assert say(capsys, *words, "--nfe-study", "24", *HALF)[0] == 0
-    assert json.loads((run / "nfe.json").read_text())["sampled_in"] == "bf16"
+    assert json.loads((run / "nfe.json").read_text())["sampling"]["precision"] == "bf16"
     assert say(capsys, *words)[0] == 0
-    assert "sampled_in" not in json.loads((run / "metrics.json").read_text())["fid"]
+    assert json.loads((run / "metrics.json").read_text())["sampling"]["precision"] == "fp32"
     grid = run / "samples" / "grid.png"
     assert say(capsys, "generate", "-r", run, *HALF)[0] == 0
-    assert not shows(grid, open_run(run))
+    assert not shows_samples_of(grid, plan_of(open_run(run)))
     assert say(capsys, "generate", "-r", run)[0] == 0
-    assert shows(grid, open_run(run))
+    assert shows_samples_of(grid, plan_of(open_run(run)))
 
 
-def test_other_numbers_have_another_key(run: Path) -> None:
+def test_the_precision_alone_tells_the_plans_apart(run: Path) -> None:
     opened = open_run(run)
-    settings, plain = opened.config.evaluate, opened.config.generate
-    half = dataclasses.replace(plain, precision="bf16")
-    assert inputs_of(opened, settings, plain) != inputs_of(opened, settings, half)
-    assert "precision" not in way_of(opened, plain).describe()
+    plain, half = (plan_of(opened, precision=name).identity() for name in ("fp32", "bf16"))
+    assert differences(plain, half) == {"precision": ("fp32", "bf16")}
 
 
 def test_another_precision_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, error = say(capsys, "generate", "-r", run, "--set", "generate.precision=fp16")
     assert code == 2
-    assert error.strip() == "error: unknown generate.precision 'fp16'; choose one of fp32, bf16"
+    assert error.strip() == "error: generate.precision is 'fp16'; expected one of fp32, bf16"

@@ -15,16 +15,15 @@ from autoencoders.base import to_float, to_uint8
 from flows.networks.condition import Condition
 from flows.objectives.losses import LfmLoss
 from pipeline.data.datasets import load_images
-from pipeline.evaluation.evaluator import inputs_of
 from pipeline.runs.manifest import read_manifest
 from pipeline.runs.run import is_refiner, open_run
 from pipeline.runtime.rng import generator
 from pipeline.sampling.refiner import Refiner
-from pipeline.sampling.sampling_plan import way_of, with_guidance
+from pipeline.sampling.sampling_plan import SamplingPlan, differences, with_guidance
 from pipeline.storage.shards import open_store
 from pipeline.training.matching_loss import BESIDE, batch_loss
 from pipeline.training.sources import ResidualSource
-from tests.pipeline.drawing import images
+from tests.pipeline.drawing import images, plan_of
 from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import World, run_child, say, write_autoencoder
 
@@ -132,13 +131,13 @@ def test_the_verbs_know_the_refiner(
     assert code == 0 and "seed 0, refined by fine;" in said
     metrics = json.loads((run / "metrics.json").read_text())
     who = open_run(refiner).fingerprint
-    assert metrics["fid"]["refiner"] == {
+    assert metrics["sampling"]["refiner"] == {
         "name": "fine", "run": who, "method": "midpoint", "steps": 3
     }  # fmt: skip
     assert metrics["nfe"] == 30
     assert say(capsys, *words)[0] == 0
     plain = json.loads((run / "metrics.json").read_text())
-    assert "refiner" not in plain["fid"] and plain["inputs"] != metrics["inputs"]
+    assert set(differences(plain["sampling"], metrics["sampling"])) == {"refiner"}
     assert plain["fid"]["value"] != metrics["fid"]["value"]
     assert plain["rfid"]["value"] != metrics["rfid"]["value"]  # the floor is refined, too
     assert plain["nll_per_dim"] == pytest.approx(metrics["nll_per_dim"])
@@ -151,7 +150,7 @@ def test_the_verbs_know_the_refiner(
         assert say(capsys, *words, "--nfe-study", "30", *more)[0] == 0
         study = json.loads((run / "nfe.json").read_text())
         assert [row["nfe"] for row in study["rows"]] == [30 if more else 24]
-        assert bool(study["refiner"]) == bool(more)
+        assert bool(study["sampling"]["refiner"]) == bool(more)
 
 
 def test_an_export_has_its_refiner_inside(
@@ -169,11 +168,6 @@ def test_an_export_has_its_refiner_inside(
     after = open_run(moved)
     assert after.config.generate.refiner == str(moved / "refiner")
     assert (images(after).int() - before.int()).abs().max() <= 1
-    plain = dataclasses.replace(after.config.generate, refiner=None)
-    keys = [
-        inputs_of(after, after.config.evaluate, each) for each in (plain, after.config.generate)
-    ]
-    assert keys[0] != keys[1]
     inside = {path.name for path in (moved / "refiner").rglob("*") if path.is_file()}
     blocks = {"block-00.safetensors"}
     assert inside == {*blocks, "flow.json", "config.yaml"}  # the autoencoder lies beside it
@@ -200,9 +194,9 @@ def test_numbers_of_another_solver_of_the_refiner_are_not_exported(
     run: Path, refiner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opened = open_run(run)
-    way = way_of(opened, with_guidance(opened.config.generate, refiner=str(refiner)))
-    fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3, **way.about()}
-    metrics = {"fid": fid, "nfe": 30, "run": opened.fingerprint, "blocks": []}
+    plan = plan_of(opened, refiner=str(refiner))
+    fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3}
+    metrics = {"fid": fid, "real_test_fid": None, "nfe": 30, "sampling": plan.identity()}
     (run / "metrics.json").write_text(json.dumps(metrics))
     words = ("export", "-r", run, "--refiner", refiner, "--out")
     assert say(capsys, *words, tmp_path / "out")[0] == 0
@@ -211,12 +205,13 @@ def test_numbers_of_another_solver_of_the_refiner_are_not_exported(
     fewer = text.replace("  method: midpoint\n  steps: 3\n", "  method: midpoint\n  steps: 2\n")
     (refiner / "config.yaml").write_text(fewer)
     code, _, error = say(capsys, *words, tmp_path / "fewer")
-    assert code == 2 and "with refiner's solver {'method': 'midpoint', 'steps': 3}, but" in error
+    assert code == 2 and "measured with refiner {'name': 'fine'," in error
+    assert "'steps': 3}, but" in error
     assert not (tmp_path / "fewer").exists()
 
 
 def test_its_evaluations_are_counted(refiner: Path) -> None:
-    assert Refiner(open_run(refiner)).nfe() == 6
+    assert Refiner(open_run(refiner)).nfe == 6
 
 
 def test_mistakes(
@@ -241,7 +236,7 @@ def test_mistakes(
     manifest["autoencoder"]["fingerprint"] = "f" * 64
     (refiner / "flow.json").write_text(json.dumps(manifest))
     error = refused("generate", "-r", run, "--refiner", refiner)
-    assert "what another autoencoder decodes" in error
+    assert "trained on images of another autoencoder" in error
     for name, change, said in (
         ("two", {"velocity": {"kind": "conv", "beside": 2}}, "has images of 1 channels"),
         ("jko", {"train": {"objective": "jko"}}, "is trained by flow matching"),
@@ -261,7 +256,7 @@ def test_mistakes(
 def test_without_a_word_nothing_is_refined(run: Path, refiner: Path) -> None:
     opened = open_run(run)
     settings = with_guidance(opened.config.generate, refiner=str(refiner))
-    assert way_of(opened, settings).refiner is not None
+    assert SamplingPlan.open(opened, settings).refiner is not None
     assert with_guidance(settings, refiner="none") == opened.config.generate
     assert with_guidance(settings) == settings
-    assert "refiner" not in way_of(opened, opened.config.generate).describe()
+    assert plan_of(opened).identity()["refiner"] is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,14 +15,12 @@ from flows.autoguidance import guided
 from pipeline.config.schema import GenerateConfig
 from pipeline.distillation.distill import Distillation, student_config
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluator import inputs_of
 from pipeline.publishing.export import export
-from pipeline.runs.directory import read_config
 from pipeline.runs.manifest import read_manifest
 from pipeline.runs.run import Run, open_run
 from pipeline.runtime.rng import generator
-from pipeline.sampling.sampling_plan import way_of, with_guidance
-from tests.pipeline.drawing import images
+from pipeline.sampling.sampling_plan import differences, with_guidance
+from tests.pipeline.drawing import images, plan_of
 from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import World, run_child, say, write_autoencoder
 
@@ -68,12 +65,11 @@ def test_pictures_are_led_away_from_the_guide(run: Path, guide: Path) -> None:
 def test_a_guide_of_other_weights_makes_other_pictures(run: Path, guide: Path) -> None:
     """And they are not taken for the ones that are there."""
     opened = open_run(run)
-    first = way_of(opened, with_guidance(opened.config.generate, 2.0, str(guide))).describe()
-    same = way_of(opened, with_guidance(opened.config.generate, 2.0, str(run))).describe()
-    assert first != same
+    first = plan_of(opened, guidance=2.0, guide=str(guide)).identity()
+    other = plan_of(opened, guidance=2.0, guide=str(run)).identity()
+    assert set(differences(first, other)) == {"guide"}
     moved = guide.rename(guide.with_name("elsewhere"))
-    settings = with_guidance(opened.config.generate, 2.0, str(moved))
-    assert way_of(opened, settings).describe() == first
+    assert plan_of(opened, guidance=2.0, guide=str(moved)).identity() == first
 
 
 def test_the_verbs_know_the_guide(
@@ -91,15 +87,15 @@ def test_the_verbs_know_the_guide(
     assert code == 0 and "seed 0, guidance 2 by weak;" in said
     metrics = json.loads((run / "metrics.json").read_text())
     who = {"name": "weak", "run": open_run(guide).fingerprint}
-    assert metrics["fid"]["guide"] == who and metrics["nfe"] == 48
+    assert metrics["sampling"]["guide"] == who and metrics["nfe"] == 48
     assert say(capsys, *words)[0] == 0
     plain = json.loads((run / "metrics.json").read_text())
-    assert "guide" not in plain["fid"] and plain["inputs"] != metrics["inputs"]
+    assert set(differences(plain["sampling"], metrics["sampling"])) == {"guide", "guidance"}
     assert plain["fid"]["value"] != metrics["fid"]["value"]
     assert plain["nll_per_dim"] == pytest.approx(metrics["nll_per_dim"])  # the run's own density
     assert say(capsys, *words, "--nfe-study", "96", *led)[0] == 0
     study = json.loads((run / "nfe.json").read_text())
-    assert study["guide"] == who and study["rows"][0]["nfe"] == 96
+    assert study["sampling"]["guide"] == who and study["rows"][0]["nfe"] == 96
 
 
 def test_an_export_has_its_guide_inside(
@@ -109,7 +105,7 @@ def test_an_export_has_its_guide_inside(
     (guide / "metrics.json").write_text('{"run": "before it was rounded"}')
     assert say(capsys, "generate", "-r", guide)[0] == 0  # a grid of its own
     words = ("export", "-r", run, "--out", tmp_path / "out", "--guide", guide)
-    assert "a guide needs its weight" in say(capsys, *words)[2]
+    assert "a guide needs a weight" in say(capsys, *words)[2]
     assert not (tmp_path / "out").exists()
     assert say(capsys, *words, "--guidance", "2")[0] == 0
     shutil.rmtree(guide)
@@ -118,7 +114,6 @@ def test_an_export_has_its_guide_inside(
     after = open_run(moved)
     assert after.config.generate.guide == str(moved / "guide")
     assert (images(after).int() - before.int()).abs().max() <= 1
-    assert inputs_of(after, after.config.evaluate, after.config.generate)
     code, _, said = say(capsys, "generate", "-r", moved, "--guide", "none")
     assert code == 0 and "24 network" in said
     inside = {path.name for path in (moved / "guide").rglob("*") if path.is_file()}
@@ -149,9 +144,9 @@ def test_numbers_and_pictures_come_along_through_every_export(
     run: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opened = open_run(run)
-    way = way_of(opened, with_guidance(opened.config.generate, 2.0, str(guide)))
-    fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3, **way.about()}
-    metrics = {"fid": fid, "nfe": 48, "run": opened.fingerprint, "blocks": []}
+    plan = plan_of(opened, guidance=2.0, guide=str(guide))
+    fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3}
+    metrics = {"fid": fid, "real_test_fid": None, "nfe": 48, "sampling": plan.identity()}
     (run / "metrics.json").write_text(json.dumps(metrics))
     led = ("--guide", guide, "--guidance", "2")
     assert say(capsys, "generate", "-r", run, "-n", "4", *led)[0] == 0
@@ -170,19 +165,19 @@ def test_numbers_and_pictures_come_along_through_every_export(
 def test_a_guide_of_more_blocks_is_not_exported(
     run: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = open_run(run, blocks=2)
-    settings = with_guidance(few.config.generate, 2.0, str(guide))
-    few = dataclasses.replace(few, config=dataclasses.replace(few.config, generate=settings))
+    few = plan_of(open_run(run, blocks=2), guidance=2.0, guide=str(guide))
     with pytest.raises(UserError, match="has 3 blocks and the run 2; an exported run needs"):
         export(few, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_fewer_blocks_are_guided_by_as_many(run: Path, guide: Path) -> None:
-    settings = with_guidance(read_config(run).generate, 2.0, str(guide))
-    way = way_of(open_run(run, blocks=2), settings)
-    assert len(way.flow) == 2 and way.guide is not None
-    assert way.describe()["guide"] == {"run": way.guide.fingerprint, "guidance": 2.0}
+    plan = plan_of(open_run(run, blocks=2), guidance=2.0, guide=str(guide))
+    assert len(plan.flow) == 2 and plan.guide is not None
+    identity = plan.identity()
+    assert identity["guide"] == {"name": "weak", "run": plan.guide.fingerprint}
+    assert identity["guidance"] == 2 and identity["first_blocks"] == 2
+    assert len(identity["solvers"]) == 2
 
 
 def test_what_the_options_change() -> None:
@@ -197,8 +192,9 @@ def test_what_the_options_change() -> None:
 
 def test_weight_one_costs_nothing(run: Path, guide: Path) -> None:
     opened = open_run(run)
-    way = way_of(opened, with_guidance(opened.config.generate, 1.0, str(guide)))
-    assert way.evaluations == 1 and way.flow is opened.flow
+    plan = plan_of(opened, guidance=1.0, guide=str(guide))
+    assert plan.networks_per_evaluation == 1 and plan.flow is opened.flow
+    assert plan.nfe == 24
 
 
 def test_mistakes(
@@ -209,7 +205,7 @@ def test_mistakes(
         assert code == 2 and error.startswith("error: ")
         return error
 
-    assert "a guide needs its weight" in refused("--guide", guide)
+    assert "a guide needs a weight" in refused("--guide", guide)
     assert "no run at" in refused("--guide", tmp_path / "nothing", "--guidance", "2")
     points = shutil.copytree(guide, tmp_path / "points")  # a two-dimensional run has none
     manifest = read_manifest(points)

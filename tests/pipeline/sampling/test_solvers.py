@@ -12,16 +12,23 @@ import torch
 
 from autoencoders.base import to_uint8
 from flows.block import SolverConfig
+from pipeline.config.schema import GenerateConfig
 from pipeline.errors import UserError
 from pipeline.runs.directory import read_config
 from pipeline.runs.run import Run, open_run
 from pipeline.runtime.rng import generator
-from pipeline.sampling.solvers import plain_solvers, solvers_of, with_solver, within
+from pipeline.sampling.sampling_plan import SamplingPlan
+from pipeline.sampling.solvers import with_solver
 from tests.pipeline.gaussian_source import tiny
 from tests.pipeline.sampling.test_generate import images_of
 from tests.pipeline.tiny import say
 from tests.pipeline.training.test_modes import TWO_NETS
 from tests.pipeline.training.test_modes import run as train
+
+
+def steps_within(plan: SamplingPlan, nfe: int) -> set[int]:
+    """The steps of all blocks under a budget."""
+    return {solver.steps for solver in plan.within(nfe).solvers}
 
 
 @torch.inference_mode()
@@ -55,7 +62,9 @@ def test_every_block_has_its_own_steps(capsys: pytest.CaptureFixture[str], run: 
     words = ("--set", "generate.block_steps=[1,2,4]", "--method", "dopri5")
     assert say(capsys, "generate", "-r", run, "-n", "6", *words)[0] == 0
     one = images_of(opened, n=6, method="euler", steps=2)
-    assert one.manifest["nfe"] == 6 and "block_steps" not in one.manifest["identity"]
+    assert one.manifest["nfe"] == 6 and one.manifest["identity"]["sampling"]["solvers"] == [
+        {"method": "euler", "steps": 2}
+    ] * 3
 
 
 def test_every_block_has_its_own_method(capsys: pytest.CaptureFixture[str], run: Path) -> None:
@@ -75,17 +84,23 @@ def test_every_block_has_its_own_method(capsys: pytest.CaptureFixture[str], run:
     # what is told of them; steps are not for adaptive solvers
     settings = with_solver(opened.config.generate, "2,4", "midpoint,euler")
     grids = [{"method": "midpoint", "steps": 2}, {"method": "euler", "steps": 4}]
-    assert plain_solvers(solvers_of(opened, settings)) == grids
-    mixed = plain_solvers(solvers_of(opened, with_solver(settings, None, "dopri5, euler")))
+
+    def solvers_of(changed: GenerateConfig) -> list[dict[str, object]]:
+        found: list[dict[str, object]] = SamplingPlan.open(opened, changed).identity()["solvers"]
+        return found
+
+    assert solvers_of(settings) == grids
+    mixed = solvers_of(with_solver(settings, None, "dopri5, euler"))
     assert mixed == [{"method": "dopri5", "rtol": 1e-5, "atol": 1e-5}, grids[1]]
     # the last word counts, and a budget is shared by the steps of all blocks
     one = with_solver(with_solver(settings, None, "rk4,rk4"), "3", "euler")
-    assert plain_solvers(solvers_of(opened, one)) == [{"method": "euler", "steps": 3}]
-    assert (within(opened, settings, 8).steps, within(opened, settings, 9).steps) == (2, 3)
+    assert solvers_of(one) == [{"method": "euler", "steps": 3}] * 2
+    plan = SamplingPlan.open(opened, settings)
+    assert [steps_within(plan, nfe) for nfe in (8, 9)] == [{2}, {3}]
     with pytest.raises(
         UserError, match=r"below one midpoint,euler step in each of 2 blocks \(3\)"
     ):
-        within(opened, settings, 2)
+        plan.within(2)
 
 
 def test_the_methods_of_the_blocks_are_exported(
@@ -126,12 +141,10 @@ def test_what_cannot_be_solved_with(
 
 def test_a_budget_of_evaluations_is_spent_on_whole_networks(tmp_path: Path) -> None:
     train(tmp_path / "run", *TWO_NETS, "schedule.free_block=false")
-    opened, settings = open_run(tmp_path / "run"), tiny().generate
-    assert within(opened, settings, 8).steps == 2
-    assert within(opened, settings, 15).steps == 2
-    assert within(opened, settings, 16).steps == 4
+    plan = SamplingPlan.open(open_run(tmp_path / "run"), tiny().generate)
+    assert [steps_within(plan, nfe) for nfe in (8, 15, 16)] == [{2}, {2}, {4}]
     with pytest.raises(UserError, match=r"each of 1 blocks of 2 networks \(8\)"):
-        within(opened, settings, 7)
+        plan.within(7)
 
 
 def test_a_budget_is_spent_on_the_networks_of_the_guide_too(tmp_path: Path) -> None:
@@ -139,7 +152,8 @@ def test_a_budget_is_spent_on_the_networks_of_the_guide_too(tmp_path: Path) -> N
     train(tmp_path / "two", *TWO_NETS, "schedule.free_block=false")
     opened, settings = open_run(tmp_path / "one"), tiny().generate
     settings = replace(settings, guide=str(tmp_path / "two"), guidance=2.0)
-    assert within(opened, settings, 31).steps == 2  # three would not meet the guide's switch
-    assert within(opened, settings, 32).steps == 4
+    plan = SamplingPlan.open(opened, settings)
+    assert steps_within(plan, 31) == {2}  # three would not meet the guide's switch
+    assert steps_within(plan, 32) == {4}
     with pytest.raises(UserError, match=r"each of 1 blocks of 2 networks with guidance \(16\)"):
-        within(opened, settings, 15)
+        plan.within(15)

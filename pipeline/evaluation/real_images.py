@@ -1,0 +1,69 @@
+"""Real images that an evaluation uses: which split, and which images of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.config.schema import DataConfig
+from pipeline.data.datasets import ImageSet, load_images
+from pipeline.data.image_folder import splits_of
+from pipeline.errors import UserError
+from pipeline.runtime.rng import generator
+
+#: names the random order, in its seed and in the keys of stores
+ORDER = "order of evaluation"
+
+
+def held_out_images(data: DataConfig) -> ImageSet:
+    """Load the test split, or the training split of a folder that is not split."""
+    if data.name == "folder" and data.path and not splits_of(Path(data.path).expanduser()):
+        return load_images(data.of_split(data.split))
+    return load_images(data.of_split(data.test_split))
+
+
+def at_least(data: DataConfig, n: int) -> ImageSet:
+    """Load the test split, or the training split where the test split has fewer than n images."""
+    held_out = held_out_images(data)
+    return held_out if len(held_out) >= n else load_images(data.of_split(data.split))
+
+
+def subset_indices(images: ImageSet, n: int) -> npt.NDArray[np.int64]:
+    """Return n indices of a set: the start of one fixed random order of the whole set.
+
+    The first n images of a split are no fair sample: MNIST's test digits come from two groups of
+    writers, one after the other. A whole set keeps its own order.
+
+    Raises:
+        UserError: the set has fewer than n images.
+    """
+    require_images(images, n)
+    if n == len(images):
+        return np.arange(n)
+    return torch.randperm(len(images), generator=generator(0, ORDER))[:n].numpy()
+
+
+def require_images(images: ImageSet, n: int) -> None:
+    """Refuse an n that is larger than a set.
+
+    Raises:
+        UserError: the set has fewer than n images.
+    """
+    if n > len(images):
+        raise UserError(
+            f"{n} images were asked for, but {images.name} ({images.split}) has {len(images)}; "
+            "ask for fewer"
+        )
+
+
+def require_fid_sample(n: int) -> None:
+    """Refuse an n from which no covariance can be estimated.
+
+    Raises:
+        UserError: n is below 2.
+    """
+    if n < 2:
+        raise UserError(f"FID needs at least 2 images, not {n}; use 2000 or more")
