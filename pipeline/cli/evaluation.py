@@ -69,15 +69,22 @@ def likelihood(
 def fid(
     a: Annotated[str, typer.Argument(help="A folder, a .npz, or a reference (also your own).")],
     b: Annotated[str, typer.Argument(help="Another.")],
+    features: Annotated[
+        str,
+        typer.Option(
+            help="Implementation of the Inception network: jkoflow, or pytorch-fid for a "
+            "cross-check with the network and the resize of that package."
+        ),
+    ] = "jkoflow",
 ) -> None:
-    """FID of two sets of images or statistics; the number alone on the last line of stdout."""
+    """Compute the FID of two sets of images or statistics; stdout ends with the number alone."""
     from eval.references import reference_names
     from pipeline.evaluation.fid import fid_between
 
     say(f"shipped references: {', '.join(reference_names()) or 'none'}")
     accelerator = make_accelerator()
     with ImageCounter() as counter:
-        value = fid_between(a, b, accelerator, counter.callback)
+        value = fid_between(a, b, accelerator, counter.callback, features)
     if accelerator.is_main_process:
         print(repr(value))
 

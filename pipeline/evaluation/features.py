@@ -36,10 +36,14 @@ from pipeline.storage.shards import MANIFEST, StoreReader, StoreWriter, content_
 SHARD = 250
 
 
+def inception_weights(accelerator: Accelerator) -> Path:
+    """Return the file of the FID network's weights; fetch it if it is absent."""
+    return fetch_asset("inception", log=say if accelerator.is_main_process else str)
+
+
 def load_inception(accelerator: Accelerator) -> FidInception:
-    """Load the FID network on the accelerator's device; fetch its weights if they are absent."""
-    log = say if accelerator.is_main_process else str
-    return FidInception.from_weights(fetch_asset("inception", log=log)).to(accelerator.device)
+    """Load the FID network on the accelerator's device."""
+    return FidInception.from_weights(inception_weights(accelerator)).to(accelerator.device)
 
 
 class FeatureExtractor:

@@ -1,4 +1,4 @@
-"""`jkoflow fid`: the distance of two sets of images or statistics."""
+"""FID between two sets of images or of statistics."""
 
 from __future__ import annotations
 
@@ -8,27 +8,48 @@ from accelerate import Accelerator
 
 from eval.distances import frechet_distance
 from eval.images import stats_of
-from eval.inception import FidInception
-from pipeline.evaluation.features import load_inception
+from eval.inception import FidInception, Inception, PytorchFidInception
+from pipeline.errors import UserError
+from pipeline.evaluation.features import inception_weights
+
+#: name, as `jkoflow fid --features` takes it, → network
+NETWORKS: dict[str, type[Inception]] = {
+    "jkoflow": FidInception,
+    "pytorch-fid": PytorchFidInception,
+}
 
 
 def fid_between(
-    a: str, b: str, accelerator: Accelerator, progress: Callable[[str], Callable[[int], None]]
+    a: str,
+    b: str,
+    accelerator: Accelerator,
+    progress: Callable[[str], Callable[[int], None]],
+    features: str = "jkoflow",
 ) -> float:
-    """FID of two sets: folders, .npz of images or statistics, or shipped references.
+    """Compute the FID of two sets: folders, .npz of images or statistics, or shipped references.
 
     Args:
-        a: the first.
-        b: the second.
+        a: the first set.
+        b: the second set.
         accelerator: device.
-        progress: makes, from a set's name, what is told of every batch.
-    """
-    networks: list[FidInception] = []
+        progress: returns, for the name of a set, the function that is called with the size of
+            every batch.
+        features: the implementation of the Inception network, a key of :data:`NETWORKS`.
 
-    def network() -> FidInception:
+    Raises:
+        UserError: an unknown implementation.
+        FileNotFoundError: a set is neither a path nor a shipped reference.
+        ValueError: a set is empty, too small, damaged or of another kind.
+    """
+    if features not in NETWORKS:
+        raise UserError(f"--features is {features!r}; expected one of {', '.join(NETWORKS)}")
+    networks: list[Inception] = []
+
+    def network() -> Inception:
         if not networks:
-            networks.append(load_inception(accelerator))
+            kind = NETWORKS[features]
+            networks.append(kind.from_weights(inception_weights(accelerator)).to(accelerator.device))
         return networks[0]
 
-    first, second = (stats_of(where, network, progress(where)) for where in (a, b))
+    first, second = (stats_of(name, network, progress(name)) for name in (a, b))
     return frechet_distance(first, second)

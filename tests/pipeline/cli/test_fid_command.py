@@ -11,6 +11,7 @@ from PIL import Image
 
 from eval.inception_weights import read_weights
 from eval.pytorch_fid import convolutions
+from tests.pipeline.tiny import say
 
 #: where pytorch-fid looks for its weights before it downloads them
 CACHED = "hub/checkpoints/pt_inception-2015-12-05-6726825d.pth"
@@ -39,6 +40,24 @@ def pictures(folder, seed, mode, n=24):
         shape = (8, 8) if mode == "L" else (8, 8, 3)
         small = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode)
         small.resize((32, 32), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+
+
+def test_pytorch_fids_own_network_gives_the_same_number(tmp_path, inception_weights, capsys):
+    a, b = tmp_path / "a", tmp_path / "b"
+    pictures(a, 1, "RGB")
+    pictures(b, 2, "RGB")
+    values = []
+    for features in ("jkoflow", "pytorch-fid"):
+        code, out, _ = say(capsys, "fid", a, b, "--features", features)
+        assert code == 0
+        values.append(float(out))
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+    assert values[0] > 1 and values[0] != values[1]  # two networks, rounded differently
+
+
+def test_an_unknown_network_is_refused(tmp_path, capsys):
+    code, _, error = say(capsys, "fid", "mnist-train", "mnist-train", "--features", "clip")
+    assert code == 2 and "--features is 'clip'; expected one of jkoflow, pytorch-fid" in error
 
 
 @pytest.mark.slow
