@@ -113,7 +113,7 @@ class TamingConfig:
         return (self.embed_dim, rows // self.factor, columns // self.factor)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, enough to build it again (see `config_from`)."""
+        """Plain values, enough to build it again (see `config_from_description`)."""
         return {
             k: list(v) if isinstance(v, tuple) else v
             for k, v in asdict(self).items()
@@ -121,7 +121,7 @@ class TamingConfig:
         }
 
 
-def config_from(description: dict[str, Any]) -> TamingConfig:
+def config_from_description(description: dict[str, Any]) -> TamingConfig:
     """The architecture from what `describe` gave (lists become tuples again).
 
     Raises:

@@ -72,7 +72,7 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1.0) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def fingerprint_of(description: dict[str, Any], module: nn.Module) -> str:
+def module_fingerprint(description: dict[str, Any], module: nn.Module) -> str:
     """Hex sha256 over a description and every tensor of a module, by name, shape and bytes."""
     digest = hashlib.sha256(repr(sorted(description.items())).encode())
     for name, tensor in sorted(module.state_dict().items()):

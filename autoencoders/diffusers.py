@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoders.base import Moments, check_images, check_latents, fingerprint_of
+from autoencoders.base import Moments, check_images, check_latents, module_fingerprint
 from autoencoders.codebook import look_up, nearest_indices
 
 CLASSES = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
@@ -80,7 +80,7 @@ class DiffusersAutoencoder(nn.Module):
         channels = (config.get("vq_embed_dim") if vq else None) or config["latent_channels"]
         self.image_shape = (int(config["in_channels"]), *size)
         self.latent_shape = (int(channels), size[0] // factor, size[1] // factor)
-        self.fingerprint = fingerprint_of(self.describe(), self)
+        self.fingerprint = module_fingerprint(self.describe(), self)
 
     def reshaped(self, image_shape: tuple[int, int, int]) -> DiffusersAutoencoder:
         """The same weights for images of another size."""
@@ -156,7 +156,7 @@ class DiffusersAutoencoder(nn.Module):
         return self.model.quantize.embedding.weight
 
 
-def load(
+def load_diffusers(
     source: str,
     size: tuple[int, int] | None,
     scale: float | None = None,

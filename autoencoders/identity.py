@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from autoencoders.base import Moments, check_images, check_latents, fingerprint_of
+from autoencoders.base import Moments, check_images, check_latents, module_fingerprint
 
 
 class IdentityAutoencoder(nn.Module):
@@ -22,7 +22,7 @@ class IdentityAutoencoder(nn.Module):
         super().__init__()
         self.image_shape = image_shape
         self.latent_shape = image_shape
-        self.fingerprint = fingerprint_of(self.describe(), self)
+        self.fingerprint = module_fingerprint(self.describe(), self)
 
     def encode(self, x: Tensor) -> Moments:
         """The images, unchanged: z = x."""

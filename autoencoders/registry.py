@@ -14,13 +14,13 @@ from autoencoders.identity import IdentityAutoencoder
 def _pretrained(weights: str | None, image_shape: tuple[int, int, int], own: bool) -> Autoencoder:
     if weights is None:
         raise ValueError("autoencoder.weights must name shipped weights or a file; it is null")
-    return stored.load(stored.locate(weights))
+    return stored.load_weights(stored.locate_weights(weights))
 
 
 def _diffusers(weights: str | None, image_shape: tuple[int, int, int], own: bool) -> Autoencoder:
     if weights is None:
         raise ValueError("autoencoder.weights must name a folder or a hub id; it is null")
-    return diffusers.load(weights, None if own else image_shape[1:])
+    return diffusers.load_diffusers(weights, None if own else image_shape[1:])
 
 
 def _identity(weights: str | None, image_shape: tuple[int, int, int], own: bool) -> Autoencoder:
@@ -35,7 +35,7 @@ CONSTRUCTORS: dict[str, Callable[[str | None, tuple[int, int, int], bool], Autoe
 }
 
 
-def build(
+def build_autoencoder(
     name: str,
     weights: str | None,
     image_shape: tuple[int, int, int],

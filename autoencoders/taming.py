@@ -27,15 +27,10 @@ from taming.modules.vqvae.quantize import VectorQuantizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoders.architecture import FLAVOURS, TamingConfig, config_from
-from autoencoders.base import Moments, check_images, check_latents, fingerprint_of
+from autoencoders.architecture import TamingConfig
+from autoencoders.base import Moments, check_images, check_latents, module_fingerprint
 from autoencoders.codebook import GumbelQuantizer, look_up, nearest_indices
 from autoencoders.sharpen import sharpen
-
-__all__ = [
-    "FLAVOURS", "TamingAutoencoder", "TamingConfig", "config_from", "keep_channels",
-    "patch_discriminator", "start_codebook",
-]  # fmt: skip
 
 # a posterior narrower or wider than this is clamped, as in latent diffusion
 _LOG_VAR_RANGE = (-30.0, 20.0)
@@ -87,7 +82,7 @@ class TamingAutoencoder(nn.Module):
     def freeze(self) -> TamingAutoencoder:
         """Fix the weights (eval mode, no gradients) and compute the fingerprint."""
         self.eval().requires_grad_(False)
-        self.fingerprint = fingerprint_of(self.describe(), self)
+        self.fingerprint = module_fingerprint(self.describe(), self)
         return self
 
     def reshaped(self, image_shape: tuple[int, int, int]) -> TamingAutoencoder:

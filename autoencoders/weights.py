@@ -11,25 +11,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from autoencoders.taming import TamingAutoencoder, config_from
+from autoencoders.architecture import config_from_description
+from autoencoders.taming import TamingAutoencoder
 
 #: key of the metadata entry that holds the architecture and the recipe
 DESCRIPTION = "jkoflow.autoencoder"
 
 
-def shipped() -> dict[str, Path]:
+def shipped_weights() -> dict[str, Path]:
     """Name → path of the shipped weights."""
     folder = Path(__file__).parent / "pretrained"
     return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
 
 
-def locate(name_or_path: str) -> Path:
+def locate_weights(name_or_path: str) -> Path:
     """The file of shipped weights, or a file of one's own.
 
     Raises:
         ValueError: neither a shipped name nor a file.
     """
-    known = shipped()
+    known = shipped_weights()
     if name_or_path in known:
         return known[name_or_path]
     path = Path(name_or_path).expanduser()
@@ -69,7 +70,7 @@ def to_tensors(
     return tensors, {DESCRIPTION: json.dumps(notes)}
 
 
-def load(path: Path) -> TamingAutoencoder:
+def load_weights(path: Path) -> TamingAutoencoder:
     """Build the autoencoder that a file describes, with its weights, frozen.
 
     Raises:
@@ -92,18 +93,18 @@ def load(path: Path) -> TamingAutoencoder:
         description: dict[str, Any] = dict(json.loads(metadata[DESCRIPTION])["architecture"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the description in {path} is damaged; get the file again") from error
-    model = TamingAutoencoder(config_from(description))
-    fill(model, tensors, str(path))
+    model = TamingAutoencoder(config_from_description(description))
+    fill_weights(model, tensors, str(path))
     return model.freeze()
 
 
-def fill(model: TamingAutoencoder, tensors: dict[str, Tensor], source: str) -> None:
+def fill_weights(model: TamingAutoencoder, tensors: dict[str, Tensor], source: str) -> None:
     """Load tensors into a model; every key must fit.
 
     Raises:
         ValueError: names the keys that are missing, unexpected, or of another shape.
     """
-    check_fit(
+    require_fitting(
         {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         source,
@@ -111,7 +112,7 @@ def fill(model: TamingAutoencoder, tensors: dict[str, Tensor], source: str) -> N
     model.load_state_dict({k: v.float() for k, v in tensors.items()})
 
 
-def check_fit(
+def require_fitting(
     wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
     """Refuse tensors that are not exactly those of a model.

@@ -22,7 +22,7 @@ from autoencoders.conversion import unpickle
 from autoencoders.conversion.unpickle import (
     DamagedCheckpointError,
     Storage,
-    TensorNote,
+    TensorReference,
     UnsafeCheckpointError,
 )
 
@@ -82,7 +82,7 @@ class Checkpoint:
         """
         if self.form == "safetensors":
             return self._count(self._tensors.get_tensor(name))
-        note: TensorNote = self._notes[name]
+        note: TensorReference = self._notes[name]
         raw = self._numbers(note.storage)
         if len(raw) != note.storage.numel * note.storage.dtype.itemsize:
             raise DamagedCheckpointError(f"{self.path} cannot be used: {name} is not all there")
@@ -140,7 +140,7 @@ class Checkpoint:
             raise DamagedCheckpointError("it was written on a big-endian machine")
         self._entries = entries
         raw = self._entry(entries[pickles[0]], unpickle.MAX_PICKLE_BYTES)
-        return unpickle.load(io.BytesIO(raw))[0]
+        return unpickle.read_pickle(io.BytesIO(raw))[0]
 
     def _entry(self, entry: zipfile.ZipInfo, most: int) -> bytearray:
         """The bytes of an entry; stored entries only, so that a small file cannot unfold."""
@@ -155,16 +155,16 @@ class Checkpoint:
         self.form = "stream"
         file: IO[bytes] = self._file
         try:
-            marks = [unpickle.load(file)[0], unpickle.load(file)[0]]
+            marks = [unpickle.read_pickle(file)[0], unpickle.read_pickle(file)[0]]
         except DamagedCheckpointError:
             marks = []
         if marks != [_STREAM_MAGIC, _STREAM_PROTOCOL]:
             raise DamagedCheckpointError(
                 "it is neither a safetensors file nor a checkpoint that torch.save wrote"
             )
-        unpickle.load(file)  # sizes of C's types on the machine that wrote it
-        value, storages = unpickle.load(file)
-        order, _ = unpickle.load(file)
+        unpickle.read_pickle(file)  # sizes of C's types on the machine that wrote it
+        value, storages = unpickle.read_pickle(file)
+        order, _ = unpickle.read_pickle(file)
         self._places: dict[str, int] = {}
         position, end = file.tell(), self.path.stat().st_size
         for key in order if isinstance(order, list) else []:
@@ -187,14 +187,14 @@ class Checkpoint:
         return bytearray(self._file.read(min(size, self.path.stat().st_size)))
 
 
-def _notes(value: object) -> dict[str, TensorNote]:
+def _notes(value: object) -> dict[str, TensorReference]:
     """The tensors of a checkpoint's state dict, by name."""
     state = value
     if isinstance(value, dict):
         inner = [value[k] for k in _STATE_KEYS if isinstance(value.get(k), dict)]
         state = inner[0] if inner else value
     items = state.items() if isinstance(state, dict) else ()
-    found = {k: v for k, v in items if isinstance(k, str) and isinstance(v, TensorNote)}
+    found = {k: v for k, v in items if isinstance(k, str) and isinstance(v, TensorReference)}
     if not found:
         raise DamagedCheckpointError("it holds no dictionary of tensors")
     return found

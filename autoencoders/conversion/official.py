@@ -114,7 +114,7 @@ def config_of(
         raise ValueError(f"the yaml has a value of the wrong type: {error}") from error
 
 
-def load(
+def load_official(
     checkpoint: Path,
     description: Path,
     image_shape: tuple[int, int, int] | None = None,
@@ -139,7 +139,7 @@ def load(
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     with Checkpoint(checkpoint) as file:
         names = _first_stage(file.shapes, wanted, str(checkpoint), averaged)
-        weights.check_fit(
+        weights.require_fitting(
             wanted,
             {ours: file.shapes[theirs] for ours, theirs in names.items()},
             f"{checkpoint} (described by {description})",

@@ -44,14 +44,14 @@ class DamagedCheckpointError(ValueError):
     """The checkpoint is cut off, or not of a form that is known."""
 
 
-class _Sealed(type):
+class _FrozenClass(type):
     """Classes that a pickle may call but not change."""
 
     def __setattr__(cls, name: str, value: object) -> NoReturn:
         raise UnsafeCheckpointError(f"it tries to change {name} of a class")
 
 
-class Inert(metaclass=_Sealed):
+class Inert(metaclass=_FrozenClass):
     """Stands for an unknown class, its instances and whatever they return; does nothing."""
 
     __slots__ = ()
@@ -81,7 +81,7 @@ class Inert(metaclass=_Sealed):
         """Forget them."""
 
 
-class _Dict(dict, metaclass=_Sealed):
+class _Dict(dict, metaclass=_FrozenClass):
     """Stands for `collections.OrderedDict`; its attributes (`_metadata`) are dropped."""
 
     __slots__ = ()
@@ -104,7 +104,7 @@ class Storage:
     numel: int
 
 
-class TensorNote(metaclass=_Sealed):
+class TensorReference(metaclass=_FrozenClass):
     """Where a tensor lies: storage, offset, size and stride, checked against each other."""
 
     __slots__ = ("storage", "offset", "size", "stride")
@@ -141,7 +141,7 @@ class TensorNote(metaclass=_Sealed):
         """A tensor subclass's attributes; dropped."""
 
 
-class _Parameter(metaclass=_Sealed):
+class _Parameter(metaclass=_FrozenClass):
     """Stands for `torch._utils._rebuild_parameter`: gives its tensor back."""
 
     def __new__(cls, data: object, *_: object) -> Any:  # noqa: ANN401, D102
@@ -154,14 +154,14 @@ def _counts(value: object) -> bool:
 
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _Dict,
-    ("torch._utils", "_rebuild_tensor"): TensorNote,
-    ("torch._utils", "_rebuild_tensor_v2"): TensorNote,
+    ("torch._utils", "_rebuild_tensor"): TensorReference,
+    ("torch._utils", "_rebuild_tensor_v2"): TensorReference,
     ("torch._utils", "_rebuild_parameter"): _Parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _Parameter,
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _CheckpointUnpickler(pickle.Unpickler):
     """Binds every name to a stand-in, and notes storages instead of loading them."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -195,14 +195,14 @@ class _Unpickler(pickle.Unpickler):
         return self.storages.setdefault(key, Storage(key, dtype, numel))
 
 
-def load(file: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
+def read_pickle(file: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
     """Read one pickle from where a file stands, and leave it just behind.
 
     Args:
         file: seekable; at most 64 MiB of it are read.
 
     Returns:
-        (value, storages): plain values, with `TensorNote` for tensors and `Inert` for
+        (value, storages): plain values, with `TensorReference` for tensors and `Inert` for
         everything else; and every storage that is referred to, by key.
 
     Raises:
@@ -214,7 +214,7 @@ def load(file: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
     stop = file.tell()
     file.seek(start)
     try:
-        unpickler = _Unpickler(file)
+        unpickler = _CheckpointUnpickler(file)
         value = unpickler.load()
     except (UnsafeCheckpointError, DamagedCheckpointError):
         raise

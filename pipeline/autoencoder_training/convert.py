@@ -64,7 +64,7 @@ def convert(
         raise UserError(f"the output must be named *.safetensors, not {out.name}")
     if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
         raise UserError(f"{out} is the checkpoint itself; choose another name for the output")
-    model = official.load(checkpoint, description, image_shape, averaged)
+    model = official.load_official(checkpoint, description, image_shape, averaged)
     origin = atomic.sha256_file(checkpoint)
     notes = {
         "converted_from": {
@@ -78,7 +78,7 @@ def convert(
     dtype = torch.float16 if half else torch.float32
     tensors, metadata = weights.to_tensors(model, dtype, notes)
     digest = atomic.write_tensors(out, tensors, metadata)
-    again = weights.load(out)
+    again = weights.load_weights(out)
     if not half and again.fingerprint != model.fingerprint:
         raise JkoflowError(f"{out} does not read back as it was written; check the disk")
     return Converted(out, digest, origin, again)

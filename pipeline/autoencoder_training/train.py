@@ -116,7 +116,7 @@ def _start(named: str | None) -> TamingAutoencoder | None:
     if named is None:
         return None
     try:
-        return weights.load(weights.locate(named))
+        return weights.load_weights(weights.locate_weights(named))
     except ValueError as error:
         raise UserError(f"autoencoder_training.start: {error}") from error
 
@@ -174,7 +174,7 @@ def _finish(
     finished = trainer.finished(probe)
     tensors, metadata = weights.to_tensors(finished, recipe=recipe, exact=trainer.untrained)
     atomic.write_tensors(folder / WEIGHTS, tensors, metadata)
-    model = weights.load(folder / WEIGHTS)
+    model = weights.load_weights(folder / WEIGHTS)
     pixels = torch.from_numpy(images.read(0, min(len(images), _SHOWN)))
     with torch.inference_mode():
         again = to_uint8(model.decode(model.encode(to_float(pixels)).sample(generator(0, "card"))))

@@ -35,13 +35,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam
 
+from autoencoders.architecture import TamingConfig
 from autoencoders.base import to_float
-from autoencoders.taming import (
-    TamingAutoencoder,
-    TamingConfig,
-    keep_channels,
-    start_codebook,
-)
+from autoencoders.taming import TamingAutoencoder, keep_channels, start_codebook
 from pipeline.autoencoder_training.adversary import R1_EVERY, Adversary
 from pipeline.autoencoder_training.finishing import sharpened
 from pipeline.config.autoencoder_recipe import AutoencoderTraining

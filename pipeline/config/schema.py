@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from autoencoders.taming import TamingConfig
+from autoencoders.architecture import TamingConfig
 from flows.block import SolverConfig
 from flows.networks.registry import VelocityConfig
 from pipeline.config.autoencoder_recipe import AutoencoderTraining

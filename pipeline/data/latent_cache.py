@@ -18,7 +18,7 @@ from torch import Tensor
 
 from autoencoders.adapt import Adaptation
 from autoencoders.base import Autoencoder, Moments, to_float
-from autoencoders.registry import build
+from autoencoders.registry import build_autoencoder
 from pipeline.config.schema import Config
 from pipeline.data.datasets import ImageSet, load_images
 from pipeline.data.standardisation import Standardisation
@@ -160,7 +160,7 @@ def load_parts(config: Config) -> tuple[ImageSet, Autoencoder]:
     images = load_images(config.data)
     wanted = config.autoencoder
     adaptation = Adaptation(wanted.fit, wanted.size, wanted.latents)
-    return images, build(wanted.name, wanted.weights, images.shape, adaptation)
+    return images, build_autoencoder(wanted.name, wanted.weights, images.shape, adaptation)
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from autoencoders.weights import locate, shipped
+from autoencoders.weights import locate_weights, shipped_weights
 from flows.block import SolverConfig
 from flows.flow import Flow
 from flows.networks.condition import Condition
@@ -238,11 +238,11 @@ def _manifest(run: Run, rows: list[dict[str, Any]], dtype: str, out: Path) -> di
         recipe["init_from"] = about.get("init_from", {}).get("name")
     alone = dataclasses.replace(used, base=None, kept=0, blocks=rows, recipe=recipe)
     wanted = about["autoencoder"]
-    if wanted.get("name") == "pretrained" and wanted["weights"] not in shipped():
+    if wanted.get("name") == "pretrained" and wanted["weights"] not in shipped_weights():
         about["autoencoder"] = {**wanted, "weights": AUTOENCODER}
         if is_refiner(run):  # its autoencoder lies in the run that it refines
             return compose(about, run.manifest["shape"], [alone])
-        data = locate(str(run.autoencoder_weights())).read_bytes()
+        data = locate_weights(str(run.autoencoder_weights())).read_bytes()
         atomic.write_bytes(out / AUTOENCODER, data)
     return compose(about, run.manifest["shape"], [alone])
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from autoencoders.base import Moments
-from autoencoders.weights import shipped
+from autoencoders.weights import shipped_weights
 from pipeline.errors import UserError
 from pipeline.runs.run import Run
 from pipeline.runtime.rng import generator
@@ -37,7 +37,7 @@ def with_decoder(run: Run, weights: str) -> Run:
         UserError: the other one is not at hand, or gives other latents.
     """
     known = run.manifest["autoencoder"]
-    if weights not in shipped() and Path(weights).exists():
+    if weights not in shipped_weights() and Path(weights).exists():
         weights = str(Path(weights).resolve())  # a bare name could be that of a file in the run
     try:
         other = run.build_autoencoder(weights)

@@ -23,7 +23,7 @@ from typing import Any
 
 from autoencoders.adapt import Adaptation
 from autoencoders.base import Autoencoder
-from autoencoders.registry import build
+from autoencoders.registry import build_autoencoder
 from flows.block import Block
 from flows.flow import Flow
 from flows.spec import BlockSpec, build_block
@@ -113,7 +113,7 @@ class Run:
         """
         known = self.manifest["autoencoder"]
         shape, adaptation = tuple(known["image_shape"]), Adaptation(**known["adaptation"])
-        return build(known["name"], weights, shape, adaptation)
+        return build_autoencoder(known["name"], weights, shape, adaptation)
 
     def autoencoder(self) -> Autoencoder:
         """The autoencoder that the run's latents came from.

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoencoders.taming import TamingAutoencoder, TamingConfig
+from autoencoders.architecture import TamingConfig
+from autoencoders.taming import TamingAutoencoder
 
 
 def config(**changes: Any) -> TamingConfig:

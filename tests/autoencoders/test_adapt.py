@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from autoencoders import weights
 from autoencoders.adapt import Adaptation, AdaptedAutoencoder, adapt
-from autoencoders.architecture import TamingConfig, config_from
+from autoencoders.architecture import TamingConfig, config_from_description
 from autoencoders.base import Moments
 from autoencoders.codebook import look_up, nearest_indices
 from autoencoders.identity import IdentityAutoencoder
-from autoencoders.registry import build
+from autoencoders.registry import build_autoencoder
 from autoencoders.taming import TamingAutoencoder, start_codebook
 
 
@@ -84,7 +84,7 @@ def test_what_resizing_alone_loses() -> None:
     smooth = torch.linspace(-1, 1, 28).expand(2, 1, 28, 28)
     pixels = adapt(IdentityAutoencoder((3, 28, 28)), (1, 28, 28), Adaptation("native"))
     torch.testing.assert_close(pixels.decode(pixels.encode(smooth).mean), smooth)
-    larger = build("identity", None, (1, 28, 28), Adaptation("resize", 64))
+    larger = build_autoencoder("identity", None, (1, 28, 28), Adaptation("resize", 64))
     again = larger.decode(larger.encode(smooth).mean)
     assert larger.latent_shape == (1, 64, 64)
     # bilinear weights keep a ramp but for their rounding, and mix at the border
@@ -185,11 +185,11 @@ def test_stored_weights_keep_the_new_parts_of_an_architecture(tmp_path: Path) ->
     made = TamingAutoencoder(config).freeze()
     tensors, metadata = weights.to_tensors(made, torch.float32)
     (tmp_path / "x.safetensors").write_bytes(save(tensors, metadata))
-    again = weights.load(tmp_path / "x.safetensors")
+    again = weights.load_weights(tmp_path / "x.safetensors")
     assert again.config == config and again.fingerprint == made.fingerprint
     # at their defaults they are no part of a description: older fingerprints stand
     assert {"resolution", "attention"}.isdisjoint(TamingConfig().to_dict())
-    assert config_from(TamingConfig().to_dict()) == TamingConfig()
+    assert config_from_description(TamingConfig().to_dict()) == TamingConfig()
 
 
 def test_weights_beyond_half_precision_are_stored_in_full() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from autoencoders import diffusers as ours
 from autoencoders.adapt import Adaptation
 from autoencoders.conversion import official
-from autoencoders.registry import build
+from autoencoders.registry import build_autoencoder
 from tests.autoencoders.official_layout import (
     LAYOUTS,
     Official,
@@ -96,9 +96,9 @@ def write_twin(folder: Path, theirs: Official, layout: str, **config: Any) -> Pa
 def pair(tmp_path: Path, layout: str, **config: Any) -> tuple[Any, ours.DiffusersAutoencoder]:
     theirs = Official(layout)
     path = write_checkpoint(tmp_path / "model.ckpt", state_of(theirs))
-    a = official.load(path, write_yaml(tmp_path / "model.yaml", layout), SHAPE)
+    a = official.load_official(path, write_yaml(tmp_path / "model.yaml", layout), SHAPE)
     folder = write_twin(tmp_path / "twin", theirs, layout, **config)
-    return a, ours.load(str(folder), SHAPE[1:])
+    return a, ours.load_diffusers(str(folder), SHAPE[1:])
 
 
 def images(n: int = 2) -> Tensor:
@@ -168,7 +168,7 @@ def test_scale_and_shift_of_the_config_are_applied_and_undone(tmp_path: Path) ->
 @torch.no_grad()
 def test_the_caller_may_scale_a_vq_model(tmp_path: Path) -> None:
     a, b = pair(tmp_path, "ldm-vq-f4")
-    scaled = ours.load(str(tmp_path / "twin"), SHAPE[1:], scale=0.18215)
+    scaled = ours.load_diffusers(str(tmp_path / "twin"), SHAPE[1:], scale=0.18215)
     x = images()
     z = a.encode(x).mean
     close(scaled.encode(x).mean, z * 0.18215)
@@ -176,7 +176,7 @@ def test_the_caller_may_scale_a_vq_model(tmp_path: Path) -> None:
     close(scaled.quantise(z * 0.18215)[0], a.quantise(z)[0] * 0.18215)
     assert len({scaled.fingerprint, b.fingerprint, b.reshaped((3, 64, 32)).fingerprint}) == 3
     with pytest.raises(ValueError, match="scale must be positive"):
-        ours.load(str(tmp_path / "twin"), SHAPE[1:], scale=0.0)
+        ours.load_diffusers(str(tmp_path / "twin"), SHAPE[1:], scale=0.0)
 
 
 @needs_diffusers
@@ -191,7 +191,7 @@ def test_a_tiny_autoencoder(tmp_path: Path) -> None:
         num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1), scaling_factor=0.5,
     ).eval()  # fmt: skip
     theirs.save_pretrained(tmp_path)
-    b = build("diffusers", str(tmp_path), SHAPE)
+    b = build_autoencoder("diffusers", str(tmp_path), SHAPE)
     assert b.latent_shape == (4, 8, 8) and not b.stochastic
     x = images()
     z = b.encode(x).mean
@@ -205,29 +205,31 @@ def test_a_tiny_autoencoder(tmp_path: Path) -> None:
 def test_a_pipeline_folder_and_what_is_refused(tmp_path: Path) -> None:
     theirs = Official("ldm-kl-f4")
     write_twin(tmp_path / "pipeline" / "vae", theirs, "ldm-kl-f4")
-    assert ours.load(str(tmp_path / "pipeline"), (32, 32)).latent_shape == (3, 8, 8)
+    assert ours.load_diffusers(str(tmp_path / "pipeline"), (32, 32)).latent_shape == (3, 8, 8)
     with pytest.raises(ValueError, match="multiples of 4, not 30x30"):
-        ours.load(str(tmp_path / "pipeline"), (30, 30))
+        ours.load_diffusers(str(tmp_path / "pipeline"), (30, 30))
     (tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match="could not be loaded from its folder"):
-        ours.load(str(tmp_path / "pipeline"), (32, 32))
+        ours.load_diffusers(str(tmp_path / "pipeline"), (32, 32))
     (tmp_path / "pipeline" / "vae" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(ValueError, match="it is a UNet2DModel, but only AutoencoderKL"):
-        ours.load(str(tmp_path / "pipeline"), (32, 32))
+        ours.load_diffusers(str(tmp_path / "pipeline"), (32, 32))
 
 
 @needs_diffusers
 def test_resizing_without_a_size_takes_the_models_own(tmp_path: Path) -> None:
     theirs = Official("ldm-kl-f4")
     folder = write_twin(tmp_path / "vae", theirs, "ldm-kl-f4", sample_size=48)
-    made = build("diffusers", str(folder), (1, 28, 28), Adaptation(fit="resize"))
+    made = build_autoencoder("diffusers", str(folder), (1, 28, 28), Adaptation(fit="resize"))
     assert (made.image_shape, made.latent_shape) == ((1, 28, 28), (3, 12, 12))
     description = json.loads((folder / "config.json").read_text())
     del description["sample_size"]
     (folder / "config.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match=r"names no sample_size; .* \(autoencoder\.size\)"):
-        build("diffusers", str(folder), (1, 28, 28), Adaptation(fit="resize"))
-    sized = build("diffusers", str(folder), (1, 28, 28), Adaptation(fit="resize", size=32))
+        build_autoencoder("diffusers", str(folder), (1, 28, 28), Adaptation(fit="resize"))
+    sized = build_autoencoder(
+        "diffusers", str(folder), (1, 28, 28), Adaptation(fit="resize", size=32)
+    )
     assert sized.latent_shape == (3, 8, 8)
 
 
@@ -238,14 +240,14 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     torch.save({}, folder / "diffusion_pytorch_model.bin")
     weights.unlink()
     with pytest.raises(ValueError, match="could not be loaded from its folder"):
-        ours.load(str(folder), (32, 32))
+        ours.load_diffusers(str(folder), (32, 32))
 
 
 @needs_diffusers
 def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"hub id \(is there a network\?\)") as caught:
-        ours.load("nobody/no-such-autoencoder", (32, 32))
+        ours.load_diffusers("nobody/no-such-autoencoder", (32, 32))
     assert "\n" not in str(caught.value)
 
 
@@ -281,7 +283,7 @@ def busy_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @needs_diffusers
 def test_a_hub_that_cannot_be_had_is_asked_once(busy_hub: list[str]) -> None:
     with pytest.raises(ValueError, match=r"its hub id \(is there a network\?\): .*503"):
-        ours.load("nobody/no-such-autoencoder/vae", (32, 32))
+        ours.load_diffusers("nobody/no-such-autoencoder/vae", (32, 32))
     assert busy_hub == ["/nobody/no-such-autoencoder/resolve/main/vae/config.json"]
 
 
@@ -296,21 +298,21 @@ def test_what_the_hub_sent_before_needs_no_network(
     (stored / "refs").mkdir()
     (stored / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    found = ours.load("somebody/model/vae", (32, 32))
-    assert found.fingerprint == ours.load(str(folder), (32, 32)).fingerprint
+    found = ours.load_diffusers("somebody/model/vae", (32, 32))
+    assert found.fingerprint == ours.load_diffusers(str(folder), (32, 32)).fingerprint
     assert len(busy_hub) == 1
 
 
 def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ValueError, match=r"pip install 'jkoflow\[diffusers\]'"):
-        build("diffusers", "someone/something", SHAPE)
+        build_autoencoder("diffusers", "someone/something", SHAPE)
 
 
 def test_what_is_neither_a_folder_nor_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", sys)
     for source in ("nowhere", "./no/where", "/no/where"):
         with pytest.raises(ValueError, match="neither a folder nor a hub id"):
-            ours.load(source, (32, 32))
+            ours.load_diffusers(source, (32, 32))
     with pytest.raises(ValueError, match="a folder or a hub id; it is null"):
-        build("diffusers", None, SHAPE)
+        build_autoencoder("diffusers", None, SHAPE)

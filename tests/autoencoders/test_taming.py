@@ -12,10 +12,10 @@ import torch
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from torch.nn import functional as F
 
+from autoencoders.architecture import config_from_description
 from autoencoders.base import Moments
 from autoencoders.taming import (
     TamingAutoencoder,
-    config_from,
     keep_channels,
     patch_discriminator,
     start_codebook,
@@ -199,9 +199,9 @@ def test_impossible_architectures_are_told(changes: dict[str, Any], named: str) 
 
 def test_a_description_is_enough_to_build_it_again() -> None:
     made = model(flavour="vq", ch_mult=(1, 2))
-    assert config_from(made.describe()) == made.config
+    assert config_from_description(made.describe()) == made.config
     with pytest.raises(ValueError, match="colour"):
-        config_from({**made.describe(), "colour": 1})
+        config_from_description({**made.describe(), "colour": 1})
 
 
 def test_the_discriminator_is_the_patchgan() -> None:

@@ -9,10 +9,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from autoencoders.base import fingerprint_of, to_float, to_uint8
+from autoencoders.base import module_fingerprint, to_float, to_uint8
 from autoencoders.identity import IdentityAutoencoder
-from autoencoders.registry import build
-from autoencoders.weights import DESCRIPTION, fill, load, locate, shipped, to_tensors
+from autoencoders.registry import build_autoencoder
+from autoencoders.weights import (
+    DESCRIPTION,
+    fill_weights,
+    load_weights,
+    locate_weights,
+    shipped_weights,
+    to_tensors,
+)
 from tests.autoencoders.models import model, x_of
 
 
@@ -26,7 +33,7 @@ def stored(tmp_path: Path) -> Path:
 
 @torch.no_grad()
 def test_round_trip_up_to_half_precision(stored: Path) -> None:
-    original, loaded = model().freeze(), load(stored)
+    original, loaded = model().freeze(), load_weights(stored)
     for name, tensor in original.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.half().float()), name
     torch.testing.assert_close(
@@ -37,12 +44,12 @@ def test_round_trip_up_to_half_precision(stored: Path) -> None:
 
 
 def test_the_fingerprint_is_of_the_stored_weights(stored: Path, tmp_path: Path) -> None:
-    first = load(stored)
-    assert first.fingerprint == load(stored).fingerprint
+    first = load_weights(stored)
+    assert first.fingerprint == load_weights(stored).fingerprint
     assert first.fingerprint != model().freeze().fingerprint  # which are not rounded
     again = tmp_path / "again.safetensors"
     save_file(*to_tensors(first)[:1], again, to_tensors(first)[1])
-    assert load(again).fingerprint == first.fingerprint
+    assert load_weights(again).fingerprint == first.fingerprint
 
 
 def test_the_fingerprint_sees_every_weight_and_the_architecture() -> None:
@@ -72,7 +79,7 @@ def test_keys_that_do_not_fit_are_named() -> None:
     del tensors["quant_conv.bias"]
     tensors["post_quant_conv.weight"] = torch.zeros(3, 5, 1, 1)
     with pytest.raises(ValueError) as caught:
-        fill(made, tensors, "here")
+        fill_weights(made, tensors, "here")
     said = str(caught.value)
     assert "the weights in here do not fit" in said
     assert "missing: quant_conv.bias" in said
@@ -82,52 +89,55 @@ def test_keys_that_do_not_fit_are_named() -> None:
 
 def test_many_faults_are_counted() -> None:
     with pytest.raises(ValueError, match=r"missing: .* and \d+ more"):
-        fill(model(), {}, "here")
+        fill_weights(model(), {}, "here")
 
 
 def test_files_that_are_none(tmp_path: Path, stored: Path) -> None:
     path = tmp_path / "broken.safetensors"
     path.write_bytes(stored.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
-        load(path)
+        load_weights(path)
     path.write_text("hello")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
-        load(path)
+        load_weights(path)
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="holds no jkoflow autoencoder"):
-        load(path)
+        load_weights(path)
     for metadata in ("{", "{}", "[]", '{"architecture": 1}', '{"architecture": {"colour": 1}}'):
         save_file({"x": torch.zeros(1)}, path, {DESCRIPTION: metadata})
         with pytest.raises(ValueError):
-            load(path)
+            load_weights(path)
 
 
 def test_names_and_paths(stored: Path) -> None:
-    assert locate(str(stored)) == stored
-    for name, path in shipped().items():
-        assert locate(name) == path
+    assert locate_weights(str(stored)) == stored
+    for name, path in shipped_weights().items():
+        assert locate_weights(name) == path
     with pytest.raises(ValueError, match="unknown autoencoder weights 'nothing'; shipped are"):
-        locate("nothing")
+        locate_weights("nothing")
 
 
 def test_the_registry_checks_the_shape(stored: Path) -> None:
-    assert build("pretrained", str(stored), (1, 10, 10)).fingerprint == load(stored).fingerprint
+    assert (
+        build_autoencoder("pretrained", str(stored), (1, 10, 10)).fingerprint
+        == load_weights(stored).fingerprint
+    )
     with pytest.raises(ValueError, match=r"takes images of shape \(1, 10, 10\).*\(3, 32, 32\)"):
-        build("pretrained", str(stored), (3, 32, 32))
+        build_autoencoder("pretrained", str(stored), (3, 32, 32))
     with pytest.raises(ValueError, match="unknown autoencoder 'vae'; choose one of .*identity"):
-        build("vae", None, (1, 10, 10))
+        build_autoencoder("vae", None, (1, 10, 10))
     with pytest.raises(ValueError, match=r"autoencoder\.weights"):
-        build("pretrained", None, (1, 10, 10))
+        build_autoencoder("pretrained", None, (1, 10, 10))
 
 
 def test_identity() -> None:
-    made = build("identity", None, (1, 10, 10))
+    made = build_autoencoder("identity", None, (1, 10, 10))
     assert isinstance(made, IdentityAutoencoder)
     x = x_of(2)
     assert torch.equal(made.encode(x).mean, x) and made.encode(x).log_var is None
     assert torch.equal(made.decode(3 * x), (3 * x).clamp(-1, 1))
-    assert made.fingerprint == build("identity", None, (1, 10, 10)).fingerprint
-    assert made.fingerprint != build("identity", None, (1, 8, 8)).fingerprint
+    assert made.fingerprint == build_autoencoder("identity", None, (1, 10, 10)).fingerprint
+    assert made.fingerprint != build_autoencoder("identity", None, (1, 8, 8)).fingerprint
     with pytest.raises(ValueError, match="takes images of shape"):
         made.encode(x_of(2, shape=(1, 8, 8)))
 
@@ -143,4 +153,4 @@ def test_pixels_survive_the_round_trip() -> None:
 
 def test_the_fingerprint_does_not_depend_on_the_order_of_a_description() -> None:
     made = model()
-    assert fingerprint_of({"a": 1, "b": 2}, made) == fingerprint_of({"b": 2, "a": 1}, made)
+    assert module_fingerprint({"a": 1, "b": 2}, made) == module_fingerprint({"b": 2, "a": 1}, made)

@@ -21,7 +21,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from autoencoders.taming import TamingAutoencoder, TamingConfig
+from autoencoders.architecture import TamingConfig
+from autoencoders.taming import TamingAutoencoder
 
 MODELS = {
     "small, 32x32": TamingConfig(

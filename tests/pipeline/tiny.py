@@ -25,7 +25,8 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from autoencoders.taming import TamingAutoencoder, TamingConfig
+from autoencoders.architecture import TamingConfig
+from autoencoders.taming import TamingAutoencoder
 from autoencoders.weights import to_tensors
 from pipeline.cli import main
 from pipeline.storage import atomic

@@ -58,7 +58,7 @@ def test_every_official_layout_gives_the_official_latents_and_images(
     tmp_path: Path, layout: str
 ) -> None:
     theirs, path, description_path = make(tmp_path, layout)
-    ours = official.load(path, description_path, SHAPE)
+    ours = official.load_official(path, description_path, SHAPE)
     factor = 2 ** (len(LAYOUTS[layout][1]["ch_mult"]) - 1)
     assert ours.latent_shape == (LAYOUTS[layout][2], 32 // factor, 32 // factor)
     assert_same(ours, theirs, images())
@@ -66,7 +66,7 @@ def test_every_official_layout_gives_the_official_latents_and_images(
 
 def test_attention_sits_where_the_yaml_resolution_puts_it(tmp_path: Path) -> None:
     _, path, description_path = make(tmp_path, "vqgan-f16-1024")
-    ours = official.load(path, description_path, SHAPE)
+    ours = official.load_official(path, description_path, SHAPE)
     names = set(ours.state_dict())
     # 16 of 256 is the fifth level, whatever the size of the images
     assert "encoder.down.4.attn.0.q.weight" in names
@@ -76,14 +76,14 @@ def test_attention_sits_where_the_yaml_resolution_puts_it(tmp_path: Path) -> Non
 
 def test_images_need_not_be_square(tmp_path: Path) -> None:
     theirs, path, description_path = make(tmp_path, "ldm-kl-f8")
-    ours = official.load(path, description_path, (3, 16, 40))
+    ours = official.load_official(path, description_path, (3, 16, 40))
     assert ours.latent_shape == (4, 2, 5)
     assert_same(ours, theirs, images(1, (3, 16, 40)))
 
 
 def test_the_default_image_is_of_the_yaml_resolution(tmp_path: Path) -> None:
     _, path, description_path = make(tmp_path, "ldm-vq-f4")
-    ours = official.load(path, description_path)
+    ours = official.load_official(path, description_path)
     assert (ours.image_shape, ours.latent_shape) == ((3, 256, 256), (3, 64, 64))
 
 
@@ -92,7 +92,7 @@ def test_the_default_image_is_of_the_yaml_resolution(tmp_path: Path) -> None:
 def test_every_form_alone_or_within_a_whole_model(tmp_path: Path, form: str, nested: bool) -> None:
     Callback.ran.clear()
     theirs, path, description_path = make(tmp_path, "ldm-vq-f4-noattn", nested, form)
-    assert_same(official.load(path, description_path, SHAPE), theirs, images())
+    assert_same(official.load_official(path, description_path, SHAPE), theirs, images())
     assert not Callback.ran
 
 
@@ -101,14 +101,14 @@ def test_a_first_stage_yaml_opens_a_whole_model_and_the_reverse(tmp_path: Path) 
     alone_yaml = write_yaml(tmp_path / "alone.yaml", "ldm-kl-f4")
     alone = write_checkpoint(tmp_path / "alone.ckpt", state_of(theirs))
     for path, yaml_path in ((whole, alone_yaml), (alone, whole_yaml)):
-        assert_same(official.load(path, yaml_path, SHAPE), theirs, images(1))
+        assert_same(official.load_official(path, yaml_path, SHAPE), theirs, images(1))
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["alone", "nested"])
 def test_averaged_weights_are_taken_when_asked_for(tmp_path: Path, nested: bool) -> None:
     theirs, path, description_path = make(tmp_path, "ldm-vq-f4", nested, averaged=True)
-    last = official.load(path, description_path, SHAPE)
-    averaged = official.load(path, description_path, SHAPE, averaged=True)
+    last = official.load_official(path, description_path, SHAPE)
+    averaged = official.load_official(path, description_path, SHAPE, averaged=True)
     for name, tensor in last.state_dict().items():
         torch.testing.assert_close(tensor, theirs.state_dict()[name], atol=0, rtol=0)
         torch.testing.assert_close(averaged.state_dict()[name], tensor / 2, atol=0, rtol=0)
@@ -117,7 +117,7 @@ def test_averaged_weights_are_taken_when_asked_for(tmp_path: Path, nested: bool)
 def test_averaged_weights_that_are_not_there(tmp_path: Path) -> None:
     _, path, description_path = make(tmp_path, "ldm-vq-f4")
     with pytest.raises(ValueError, match="keeps no averaged weights"):
-        official.load(path, description_path, SHAPE, averaged=True)
+        official.load_official(path, description_path, SHAPE, averaged=True)
 
 
 def test_an_averaging_codebook_is_read(tmp_path: Path) -> None:
@@ -126,32 +126,36 @@ def test_an_averaging_codebook_is_read(tmp_path: Path) -> None:
     state["quantize.embedding.cluster_size"] = torch.ones(32)
     state["quantize.embedding.embed_avg"] = torch.zeros(32, 256)
     path = write_checkpoint(tmp_path / "ema.ckpt", state)
-    assert_same(official.load(path, description_path, SHAPE), theirs, images(1))
+    assert_same(official.load_official(path, description_path, SHAPE), theirs, images(1))
 
 
 def test_gumbel_logits_choose_the_entry(tmp_path: Path) -> None:
     theirs, path, description_path = make(tmp_path, "gumbel-f8")
-    ours = official.load(path, description_path, SHAPE)
+    ours = official.load_official(path, description_path, SHAPE)
     with torch.no_grad():
         h = ours.encode(images()).mean
         logits = ours.logits(h)
         torch.testing.assert_close(logits, theirs.quantize.proj(h), atol=1e-5, rtol=0)
         assert torch.equal(logits.argmax(1).flatten(), ours.quantise(h)[2])
     with pytest.raises(ValueError, match="only a gumbel autoencoder has logits"):
-        official.load(*make(tmp_path, "ldm-vq-f4")[1:], SHAPE).logits(torch.zeros(1, 3, 8, 8))
+        official.load_official(*make(tmp_path, "ldm-vq-f4")[1:], SHAPE).logits(
+            torch.zeros(1, 3, 8, 8)
+        )
 
 
 def test_half_precision_and_its_overflow(tmp_path: Path) -> None:
     theirs, _, description_path = make(tmp_path, "ldm-kl-f4")
     state = {k: v.half() for k, v in state_of(theirs).items()}
-    ours = official.load(write_checkpoint(tmp_path / "half.ckpt", state), description_path, SHAPE)
+    ours = official.load_official(
+        write_checkpoint(tmp_path / "half.ckpt", state), description_path, SHAPE
+    )
     weight = ours.state_dict()["decoder.conv_in.weight"]
     assert weight.dtype == torch.float32
     assert torch.equal(weight, state["decoder.conv_in.weight"].float())
     state["decoder.conv_in.weight"][0] = torch.inf
     path = write_checkpoint(tmp_path / "overflow.ckpt", state)
     with pytest.raises(ValueError, match="decoder.conv_in.weight holds numbers that are not fin"):
-        official.load(path, description_path, SHAPE)
+        official.load_official(path, description_path, SHAPE)
 
 
 def change(state: dict[str, torch.Tensor], how: str) -> None:
@@ -176,14 +180,16 @@ def test_keys_that_do_not_fit_are_named(tmp_path: Path, how: str, words: str) ->
     state = state_of(theirs)
     change(state, how)
     with pytest.raises(ValueError, match=words):
-        official.load(write_checkpoint(tmp_path / "x.ckpt", state), description_path, SHAPE)
+        official.load_official(
+            write_checkpoint(tmp_path / "x.ckpt", state), description_path, SHAPE
+        )
 
 
 def test_the_yaml_of_another_checkpoint(tmp_path: Path) -> None:
     _, path, _ = make(tmp_path, "ldm-vq-f4")
     wrong = write_yaml(tmp_path / "wrong.yaml", "ldm-vq-f8")
     with pytest.raises(ValueError, match="do not fit this architecture: missing: decoder.up"):
-        official.load(path, wrong, SHAPE)
+        official.load_official(path, wrong, SHAPE)
 
 
 def test_a_checkpoint_of_a_transformer_alone(tmp_path: Path) -> None:
@@ -191,7 +197,7 @@ def test_a_checkpoint_of_a_transformer_alone(tmp_path: Path) -> None:
     state = {"transformer.tok_emb.weight": torch.zeros(4, 4), "transformer.head": torch.zeros(4)}
     path = write_checkpoint(tmp_path / "transformer.ckpt", state)
     with pytest.raises(ValueError, match="holds no autoencoder .*transformer.*first stage"):
-        official.load(path, description_path, SHAPE)
+        official.load_official(path, description_path, SHAPE)
 
 
 def edited(tmp_path: Path, layout: str, **values: Any) -> Path:
@@ -253,4 +259,4 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         official.read_yaml(tmp_path / "model.yaml")
     description_path = write_yaml(tmp_path / "model.yaml", "ldm-vq-f4")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        official.load(tmp_path / "model.ckpt", description_path)
+        official.load_official(tmp_path / "model.ckpt", description_path)

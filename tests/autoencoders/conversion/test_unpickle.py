@@ -96,7 +96,7 @@ def write(path: Path, value: object, form: str) -> Path:
 
 
 def read_pickle(data: bytes) -> Any:
-    return unpickle.load(io.BytesIO(data))[0]
+    return unpickle.read_pickle(io.BytesIO(data))[0]
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from autoencoders.base import to_float, to_uint8
-from autoencoders.weights import load, to_tensors
+from autoencoders.weights import load_weights, to_tensors
 from eval.reconstruction import psnr
 from pipeline.autoencoder_training.train import WEIGHTS, train
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
@@ -50,7 +50,7 @@ def test_train_then_evaluate(
     out = world.root / "ae"
     code, said, _ = say(capsys, "autoencoder", "train", "--config", recipe_of(world), "--out", out)
     assert (code, said.strip()) == (0, str(out / WEIGHTS))
-    model = load(out / WEIGHTS)
+    model = load_weights(out / WEIGHTS)
     assert model.config.ch == 32 and model.latent_shape == (2, 3, 3)
     assert (out / "before_after.png").read_bytes().startswith(b"\x89PNG")
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -144,7 +144,10 @@ def test_stopped_and_resumed_ends_in_the_same_weights(
         train(config, world.root / "again", accelerator, stops, resume=False)  # type: ignore[arg-type]
     assert not (world.root / "again" / WEIGHTS).exists()
     train(config, world.root / "again", accelerator, quiet, resume=True)
-    first, second = load(world.root / "whole" / WEIGHTS), load(world.root / "again" / WEIGHTS)
+    first, second = (
+        load_weights(world.root / "whole" / WEIGHTS),
+        load_weights(world.root / "again" / WEIGHTS),
+    )
     assert first.fingerprint == second.fingerprint
 
 
@@ -215,7 +218,7 @@ def test_a_handful_of_pictures_is_enough(
     words = ["autoencoder", "train", "--config", recipe_of(world), "--out", out]
     code, _, last = say(capsys, *words, "--set", f"data.path={few}")
     assert code == 0, last
-    assert load(out / WEIGHTS).fingerprint
+    assert load_weights(out / WEIGHTS).fingerprint
 
 
 def test_without_steps_the_mask_is_measured_anew(
@@ -225,15 +228,15 @@ def test_without_steps_the_mask_is_measured_anew(
     first, out = world.root / "first", world.root / "masked"
     words = ("autoencoder", "train", "--config")
     assert say(capsys, *words, recipe_of(world), "--out", first)[0] == 0
-    before, dull = load(first / WEIGHTS), world.root / "dull.safetensors"
+    before, dull = load_weights(first / WEIGHTS), world.root / "dull.safetensors"
     for part in before.decoder.conv_out.parameters():
         part.data.mul_(0.1)  # with less detail than any picture
     atomic.write_tensors(dull, *to_tensors(before))
-    before = load(dull)
+    before = load_weights(dull)
     # channels that a training would leave out are kept, too
     recipe = recipe_of(world, iterations=0, start=str(dull), sharpen=True, prune=1e6)
     assert say(capsys, *words, recipe, "--out", out)[0] == 0
-    after = load(out / WEIGHTS)
+    after = load_weights(out / WEIGHTS)
     assert before.config.sharpen == 0 < after.config.sharpen
     for name, tensor in before.state_dict().items():
         assert torch.equal(after.state_dict()[name], tensor), name

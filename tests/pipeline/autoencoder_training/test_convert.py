@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from autoencoders import weights
 from autoencoders.adapt import Adaptation
-from autoencoders.registry import build
+from autoencoders.registry import build_autoencoder
 from pipeline.autoencoder_training.convert import convert
 from pipeline.cli.autoencoder import convert as convert_verb
 from pipeline.cli.autoencoder import parse_shape
@@ -57,7 +57,7 @@ def test_the_command_writes_what_the_registry_builds(
     result = run(checkpoint, out, "--yaml", description, "--image-shape", "3,32,32")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == str(out)
-    ours = build("pretrained", str(out), SHAPE)
+    ours = build_autoencoder("pretrained", str(out), SHAPE)
     x = torch.rand(2, *SHAPE) * 2 - 1
     h = theirs.prequant(x)
     torch.testing.assert_close(ours.encode(x).mean, h, atol=1e-5, rtol=0)
@@ -109,13 +109,13 @@ def test_digits_go_through_a_converted_rgb_autoencoder(
     out = tmp_path / "x.safetensors"
     convert(checkpoint, out, description, SHAPE)
     with pytest.raises(ValueError, match=r"x.safetensors: the autoencoder takes .*\(1, 28, 28\)"):
-        build("pretrained", str(out), (1, 28, 28))
+        build_autoencoder("pretrained", str(out), (1, 28, 28))
     for adaptation, shape in (
         (Adaptation("native"), (3, 7, 7)),
         (Adaptation("resize"), (3, 8, 8)),
         (Adaptation("resize", 64), (3, 16, 16)),
     ):
-        ours = build("pretrained", str(out), (1, 28, 28), adaptation)
+        ours = build_autoencoder("pretrained", str(out), (1, 28, 28), adaptation)
         assert ours.latent_shape == shape
         z = ours.encode(torch.zeros(2, 1, 28, 28)).mean
         assert tuple(z.shape) == (2, *shape)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from autoencoders.adapt import Adaptation
 from autoencoders.base import to_float, to_uint8
-from autoencoders.registry import build
+from autoencoders.registry import build_autoencoder
 from eval.pictures import image_grid
 from flows.block import SolverConfig
 from pipeline.runs.run import open_run
@@ -84,7 +84,7 @@ def test_a_checkpoint_of_vq_f4_becomes_a_generator(
     known = json.loads(Path("run/flow.json").read_text())["autoencoder"]
     assert (known["name"], known["weights"]) == ("pretrained", "vq-f4.safetensors")
     assert known["adaptation"]["fit"] == "native" and known["image_shape"] == [3, 32, 32]
-    ours = build("pretrained", "vq-f4.safetensors", (3, 32, 32), Adaptation("native"))
+    ours = build_autoencoder("pretrained", "vq-f4.safetensors", (3, 32, 32), Adaptation("native"))
     assert known["fingerprint"] == ours.fingerprint
 
     picture = done("generate", "--run", "run", "-n", "4", "--npz", "four.npz")

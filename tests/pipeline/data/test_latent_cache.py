@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from autoencoders.base import to_float
-from autoencoders.weights import load
+from autoencoders.weights import load_weights
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.data.latent_cache import LatentCache, encode, open_cache
@@ -35,7 +35,7 @@ def read(world: World, **sections: Any) -> Config:
 
 def moments_of(world: World, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Straight from the autoencoder, all images at once, in float64."""
-    model = load(world.root / "autoencoder.safetensors")
+    model = load_weights(world.root / "autoencoder.safetensors")
     with torch.inference_mode():
         moments = model.encode(to_float(torch.from_numpy(images)[:, None]))
     assert moments.log_var is not None
@@ -127,7 +127,7 @@ def test_known_noise_of_a_deterministic_encoder(world: World, accelerator: Accel
 
 def test_decoding_undoes_standardisation(world: World, accelerator: Accelerator) -> None:
     cache = encode(read(world), accelerator, quiet)
-    model = load(world.root / "autoencoder.safetensors")
+    model = load_weights(world.root / "autoencoder.safetensors")
     latents = cache.reader.field("mean")
     again = cache.standardisation.undo(cache.standardisation.apply(latents))
     torch.testing.assert_close(again, latents, rtol=1e-5, atol=1e-6)

@@ -24,7 +24,7 @@ from tests.pipeline.tiny import World, say
 
 def changed(run: Path, out: Path, part: str) -> str:
     """The weights of a run's autoencoder, one part of which is changed."""
-    model = weights.load(Path(str(open_run(run).autoencoder_weights())))
+    model = weights.load_weights(Path(str(open_run(run).autoencoder_weights())))
     with torch.no_grad():
         for name, value in model.named_parameters():
             if name.startswith(part):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from autoencoders.base import to_uint8
-from autoencoders.weights import load
+from autoencoders.weights import load_weights
 from flows.block import SolverConfig
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
@@ -66,7 +66,7 @@ def test_an_image_is_noise_carried_back_and_decoded(trained: World, folder: Path
     found = pixels(run, n=6, batch_size=4)
     flow_json = json.loads((folder / "flow.json").read_text())
     scale = Standardisation.from_dict(flow_json["standardisation"])
-    model = load(trained.root / "autoencoder.safetensors")
+    model = load_weights(trained.root / "autoencoder.safetensors")
     expected = []
     with torch.inference_mode():
         for batch, count in enumerate((4, 2)):
