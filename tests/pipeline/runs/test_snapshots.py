@@ -176,4 +176,4 @@ def test_the_curve_of_fid_against_samples_seen(
     assert code == 2 and "kept no weights during training" in last
     words[2] = trained.root / "run"
     code, _, last = say(capsys, *words)
-    assert code == 2 and "flows of one block" in last and "has 3" in last
+    assert code == 2 and "needs a flow of one block" in last and "has 3;" in last
