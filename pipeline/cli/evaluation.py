@@ -29,28 +29,28 @@ def likelihood(
     run: Annotated[Path, typer.Option("--run", "-r", help="A run directory, or zoo:NAME.")],
     split: Annotated[
         str | None,
-        typer.Option(help="Split of the run's data set; default test, or all if there is none."),
+        typer.Option(help="Split of the run's data set; default: test, if the set has it."),
     ] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Rank the images of this folder instead of a split.")
     ] = None,
-    n: Annotated[int, typer.Option("-n", help="First so many images.")] = 200,
+    n: Annotated[int, typer.Option("-n", help="Number of images, from the first on.")] = 200,
     divergence: Annotated[
-        str, typer.Option(help="exact, hutchinson or finite-difference.")
+        str, typer.Option(help="Estimator: exact, hutchinson or finite-difference.")
     ] = "exact",
     probes: Annotated[
         int, typer.Option(help="Probes of a random estimator; 2 or more give a standard error.")
     ] = 1,
-    columns: Annotated[int, typer.Option(help="Images a row of the picture.")] = 10,
+    columns: Annotated[int, typer.Option(help="Images per row of the picture.")] = 10,
     blocks: Annotated[
-        int | None, typer.Option("--blocks", help="Use only the first so many blocks.")
+        int | None, typer.Option("--blocks", help="Use only the first blocks, this many.")
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="data.path=DIR, where the images lie on this machine."),
+        typer.Option("--set", help="data.path=DIR: the folder of the images on this machine."),
     ] = None,
 ) -> None:
-    """Rank images by likelihood: the most typical and the most odd (likelihood.json, a grid)."""
+    """Rank images by likelihood; writes likelihood.json and a picture of both ends."""
     from pipeline.evaluation.likelihood import LikelihoodSettings, likelihood_line, rank_images
     from pipeline.runs.run import open_run
 
@@ -67,8 +67,8 @@ def likelihood(
 
 
 def fid(
-    a: Annotated[str, typer.Argument(help="A folder, a .npz, or a reference (also your own).")],
-    b: Annotated[str, typer.Argument(help="Another.")],
+    a: Annotated[str, typer.Argument(help="A folder, a .npz, or a reference, shipped or not.")],
+    b: Annotated[str, typer.Argument(help="Another set, likewise.")],
     features: Annotated[
         str,
         typer.Option(
@@ -94,11 +94,11 @@ def reference(
     out: Annotated[Path, typer.Argument(help="The .safetensors to write.")],
     test: Annotated[
         list[int] | None,
-        typer.Option("--test", help="Note the FID of so many real test images; several."),
+        typer.Option("--test", help="Record the FID of n real test images; may be repeated."),
     ] = None,
     overrides: SetOption = None,
 ) -> None:
-    """Make reference statistics of a split (data.split), as they are shipped; resumes."""
+    """Compute reference statistics of a split (data.split); resumes when interrupted."""
     from pipeline.evaluation.reference import make_reference
 
     settings = load(config, overrides)
@@ -110,20 +110,20 @@ def reference(
 
 def evaluate(
     run: RunOption,
-    n: Annotated[int | None, typer.Option("-n", help="Generated images.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise.")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Number of sampled images.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise.")] = None,
     reference: Annotated[
         str | None,
         typer.Option(
-            "--reference", help="A shipped name, a folder, a .npz, or what `reference` wrote."
+            "--reference", help="A shipped name, a folder, a .npz, or a file of `reference`."
         ),
     ] = None,
     kid: Annotated[
         int | None,
         typer.Option(
             "--kid",
-            help="Real images for KID, precision and recall; by default those whose features an "
-            "earlier --kid, of any run on the same data, left behind.",
+            help="Number of real images for KID, precision and recall; by default the stored "
+            "features of an earlier --kid for any run on the same data.",
         ),
     ] = None,
     steps: StepsOption = None,
@@ -133,15 +133,15 @@ def evaluate(
         str | None,
         typer.Option(
             "--nfe-study",
-            help="FID only, at each of these budgets of evaluations a sample, such as 8,16,32: "
-            "nfe.json and samples/nfe.png.",
+            help="Measure FID alone, at each of these budgets of evaluations per sample, such as "
+            "8,16,32; writes nfe.json and samples/nfe.png.",
         ),
     ] = None,
     curve: Annotated[
         bool,
         typer.Option(
             "--curve",
-            help="FID only, of the weights that train.snapshot_every kept, against samples seen: "
+            help="Measure FID alone, at the weights that train.snapshot_every kept; writes "
             "curve.json and samples/curve.png.",
         ),
     ] = False,
@@ -151,7 +151,7 @@ def evaluate(
     blocks: BlocksOption = None,
     overrides: SetOption = None,
 ) -> None:
-    """Measure a run: FID with its floor, likelihood, and what stands beside it (metrics.json)."""
+    """Measure a run: FID, its floor, KID, precision, recall and NLL; writes metrics.json."""
     from pipeline.evaluation import nfe_sweep, training_curve
     from pipeline.evaluation.evaluator import Evaluator, warn_of_other_data
     from pipeline.evaluation.tables import metrics_line
@@ -167,7 +167,7 @@ def evaluate(
         require_one_budget(steps)
     opened = open_run(run, blocks, images=True)
     config = override(opened.config, overrides, ("generate", "evaluate", "data.path"))
-    opened = replace(opened, config=config)  # its images may lie elsewhere on this machine
+    opened = replace(opened, config=config)  # the images may be in another folder on this machine
     settings = replace(config.evaluate, n=n, seed=seed, reference=reference, kid=kid)
     sampling = with_guidance(config.generate, guidance, guide, refiner)
     plan = SamplingPlan.open(opened, with_solver(sampling, steps, method))

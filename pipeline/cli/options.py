@@ -1,4 +1,4 @@
-"""Options that several verbs of the command line share."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ GuidanceOption = Annotated[
     float | None,
     typer.Option(
         "--guidance",
-        help="Of a class-conditional run: w of v(null) + w (v(class) - v(null)); 1 is the plain "
-        "conditional flow, more exaggerates, at twice the evaluations. With a guide, whose "
-        "velocity is g, of any run: w of g + w (v - g). Default: the configuration's "
-        "generate.guidance, else 1.",
+        help="Weight w of guidance, at twice the network evaluations. Classifier-free guidance of "
+        "a class-conditional run follows v(null) + w (v(class) - v(null)). With a guide, whose "
+        "velocity is g, any run follows g + w (v - g). 1 is the run's own flow. Default: "
+        "generate.guidance of the configuration, else 1.",
     ),
 ]
 GuideOption = Annotated[
     str | None,
     typer.Option(
         "--guide",
-        help="A second run on the same latents, smaller or trained for less long, whose errors "
-        "the run is led away from, by --guidance; it is not told the class. RUN@STEP is what "
-        "RUN was at a step that train.snapshot_every kept. none takes the configuration's away.",
+        help="Autoguidance: a second run on the same latents, smaller or trained for a shorter "
+        "time. Sampling extrapolates from its velocity, which is evaluated without a class label. "
+        "RUN@STEP is RUN at a step that train.snapshot_every kept; none removes the guide of the "
+        "configuration.",
     ),
 ]
 RefinerOption = Annotated[
@@ -41,28 +42,29 @@ RefinerOption = Annotated[
     typer.Option(
         "--refiner",
         help="A second run on the same autoencoder, trained with velocity.beside (configurations "
-        "such as cifar10-refiner), which draws what the decoder leaves out of every image. none "
-        "takes the configuration's away.",
+        "such as cifar10-refiner), that samples the detail missing in decoded images; none "
+        "removes the refiner of the configuration.",
     ),
 ]
 BlocksOption = Annotated[
-    int | None, typer.Option("--blocks", help="Use only the first so many blocks.")
+    int | None, typer.Option("--blocks", help="Use only the first blocks, this many.")
 ]
 
 StepsOption = Annotated[
     str | None,
     typer.Option(
-        "--steps", help="Solver steps a block: one number, or one a block, data side first: 1,2,4."
+        "--steps",
+        help="Solver steps per block: one number, or one per block, data side first: 1,2,4.",
     ),
 ]
 MethodOption = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="Solver: euler, midpoint, rk4, dopri5, …; one, or one a block, data side first: "
-        "midpoint,euler,euler. An adaptive one such as dopri5 takes no steps.",
+        help="Solver: euler, midpoint, rk4, dopri5, …; one, or one per block, data side first: "
+        "midpoint,euler,euler. An adaptive solver such as dopri5 takes no steps.",
     ),
 ]
 NfeOption = Annotated[
-    int | None, typer.Option("--nfe", help="At most so many network evaluations a sample.")
+    int | None, typer.Option("--nfe", help="Largest number of network evaluations per sample.")
 ]

@@ -19,11 +19,11 @@ from pipeline.cli.options import (
 def export(
     run: Annotated[Path, typer.Option("--run", "-r", help="A finished run directory.")],
     out: Annotated[
-        Path, typer.Option("--out", help="An empty or absent folder; its name is the run's.")
+        Path, typer.Option("--out", help="An empty or absent folder, whose name the card takes.")
     ],
     dtype: Annotated[
         str,
-        typer.Option(help="Of the stored weights: float16, bfloat16, float32, int10."),
+        typer.Option(help="Dtype of the stored weights: float16, bfloat16, float32 or int10."),
     ] = "float16",
     guide: GuideOption = None,
     refiner: RefinerOption = None,
@@ -33,15 +33,14 @@ def export(
     autoencoder: Annotated[
         str | None,
         typer.Option(
-            help="Decode with this one from now on, which has the same encoder as the run's own: "
-            "a shipped name or a path."
+            help="Another autoencoder with the same encoder, a shipped name or a path, whose "
+            "decoder replaces the run's."
         ),
     ] = None,
 ) -> None:
-    """Write what is shipped of a run: blocks, numbers, guide, refiner, settings and a card.
+    """Export a run to a small folder: blocks, metrics, guide, refiner, settings and a model card.
 
-    With --guide, --guidance, --refiner, --steps or --method, the exported run samples so unless
-    told otherwise.
+    --guide, --guidance, --refiner, --steps and --method set the defaults of the exported run.
     """
     from pipeline.publishing.export import export as export_run
     from pipeline.runs.run import open_run
@@ -63,7 +62,7 @@ def export(
 def report(
     run: Annotated[Path, typer.Option("--run", "-r", help="A run directory, or zoo:NAME.")],
 ) -> None:
-    """Write report.html into a run: configuration, blocks, pictures, metrics; one file."""
+    """Write report.html into a run: configuration, blocks, pictures and metrics on one page."""
     from pipeline.publishing.report import write_report
     from pipeline.runs.zoo import locate
 

@@ -25,8 +25,8 @@ from pipeline.runtime.console import progress_bar, say
 
 def generate(
     run: RunOption,
-    n: Annotated[int | None, typer.Option("-n", help="Images.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise.")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Number of images.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise.")] = None,
     steps: StepsOption = None,
     method: MethodOption = None,
     nfe: NfeOption = None,
@@ -34,25 +34,25 @@ def generate(
         list[str] | None,
         typer.Option(
             "--class",
-            help="Of a class-conditional run: images of this class only, a number or a "
-            "subfolder's name; several, or all: one row of the grid each. Default: as often as in "
-            "the training data.",
+            help="Class of the images, of a class-conditional run: a number, the name of a "
+            "training folder, or all. May be repeated; each class has its row of the grid. "
+            "Default: random classes, as frequent as in the training data.",
         ),
     ] = None,
     guidance: GuidanceOption = None,
     guide: GuideOption = None,
     refiner: RefinerOption = None,
     blocks: BlocksOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Where the grid (PNG) goes.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The PNG file of the grid.")] = None,
     images: Annotated[
         Path | None, typer.Option("--images", help="Also write every image as a PNG here.")
     ] = None,
     npz: Annotated[
-        Path | None, typer.Option("--npz", help="Also write all images as one .npz (arr_0).")
+        Path | None, typer.Option("--npz", help="Also write all images to this .npz (arr_0).")
     ] = None,
     overrides: SetOption = None,
 ) -> None:
-    """Generate images from a run; writes a grid, and on request all images."""
+    """Sample images from a run; writes a grid and, on request, all images."""
     from pipeline.runs.run import open_run
     from pipeline.sampling.class_labels import parse_classes
     from pipeline.sampling.generate import sample_images

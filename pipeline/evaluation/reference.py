@@ -1,4 +1,4 @@
-"""Makes reference statistics of a split, the form in which they are shipped."""
+"""Reference statistics of a split: mean and covariance of its features, with a card."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from pipeline.storage.shards import StoreReader
 def make_reference(
     config: Config, out: Path, test: list[int], accelerator: Accelerator, progress: Progress
 ) -> None:
-    """Write the statistics of `data.split`, with the FID of real test images on their card.
+    """Write the statistics of `data.split`; their card has the FID of real test images.
 
     Args:
-        config: the data section.
-        out: a .safetensors file.
-        test: numbers n; the FID of n images of the test split goes on the card.
+        config: its section `data` names the split.
+        out: the .safetensors file to write.
+        test: numbers n; the card has the FID of n images of the test split for each.
         accelerator: device and processes.
         progress: wraps loops.
 
     Raises:
-        UserError: the file is not called .safetensors, or the test split is smaller than an n,
-            which is 2 or more.
+        UserError: the file is no .safetensors, an n is below 2, or the test split has fewer
+            images.
     """
     if out.suffix != ".safetensors":
-        raise UserError(f"a reference is a .safetensors file, not {out.name}")
+        raise UserError(f"the reference is called {out.name}; expected a .safetensors file")
     extractor = FeatureExtractor(accelerator, progress)
     images = load_images(config.data)
     held_out = load_images(config.data.of_split(config.data.test_split)) if test else images
@@ -60,7 +60,7 @@ def make_reference(
 
 
 def card_of(images: ImageSet) -> dict[str, Any]:
-    """What identifies a reference: the data, and the network that made its features."""
+    """Return the card of a reference: its data, and the network of its features."""
     return {
         "dataset": images.name,
         "split": images.split,
@@ -71,11 +71,11 @@ def card_of(images: ImageSet) -> dict[str, Any]:
 
 
 def _chosen_stats(features: StoreReader, images: ImageSet, n: int) -> GaussianStats:
-    """Of n images as `chosen` takes them, from stored features of as many or more."""
-    place = np.empty(len(images), dtype=np.int64)
-    place[subset_indices(images, len(features))] = np.arange(len(features))
+    """Compute the statistics of n images of `subset_indices` from the features of more."""
+    position = np.empty(len(images), dtype=np.int64)
+    position[subset_indices(images, len(features))] = np.arange(len(features))
     stats = GaussianStats()
-    stats.update(features.take("features", torch.from_numpy(place[subset_indices(images, n)])))
+    stats.update(features.take("features", torch.from_numpy(position[subset_indices(images, n)])))
     return stats
 
 

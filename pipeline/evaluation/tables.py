@@ -33,8 +33,7 @@ def sampling_text(sampling: Mapping[str, Any]) -> str:
     """Format guidance, guide, refiner, precision and blocks, as the end of a line.
 
     Args:
-        sampling: the identity of a sampling plan; what is not specified there, or is the plain
-            choice, is left out.
+        sampling: the identity of a sampling plan; its defaults are left out.
     """
     text = ""
     if sampling["classes"] is not None or sampling["guide"] is not None:

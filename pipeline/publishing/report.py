@@ -50,7 +50,7 @@ def write_report(folder: Path) -> Path:
     """Write report.html into a run.
 
     Args:
-        folder: the run directory, with at least one finished block.
+        folder: a run directory with at least one finished block.
 
     Returns:
         The path of the report.

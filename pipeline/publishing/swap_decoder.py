@@ -1,7 +1,7 @@
-"""A run whose latents another autoencoder decodes: one with the same encoder.
+"""Swap of the decoder: a run gets an autoencoder with the same encoder and a better decoder.
 
-`autoencoder train` with `decoder_only` improves a decoder and leaves the latents as they are, so
-flows trained on them need no training of their own to profit.
+`autoencoder train` with `decoder_only` improves a decoder and keeps the latents, so flows on these
+latents profit without further training.
 """
 
 from __future__ import annotations
@@ -24,21 +24,18 @@ _TOLERANCE = 1e-3
 
 @torch.inference_mode()
 def with_decoder(run: Run, weights: str) -> Run:
-    """The same flow, with the decoder of another autoencoder.
+    """Return a run with the decoder of another autoencoder.
 
     Args:
-        run: an open run, whose own autoencoder is at hand.
-        weights: of the other autoencoder: a shipped name, a path, or what diffusers loads.
-
-    Returns:
-        A run that knows the other autoencoder as its own.
+        run: an open run, whose own autoencoder is available.
+        weights: the other autoencoder: a shipped name, a path, or a name that diffusers loads.
 
     Raises:
-        UserError: the other one is not at hand, or gives other latents.
+        UserError: the other autoencoder is not available, or its encoder gives other latents.
     """
     known = run.manifest["autoencoder"]
     if weights not in shipped_weights() and Path(weights).exists():
-        weights = str(Path(weights).resolve())  # a bare name could be that of a file in the run
+        weights = str(Path(weights).resolve())  # a bare name could name a file in the run
     try:
         other = run.build_autoencoder(weights)
     except (ValueError, OSError) as error:
@@ -51,20 +48,21 @@ def with_decoder(run: Run, weights: str) -> Run:
     ):
         raise UserError(
             f"--autoencoder {weights} gives other latents than {known['weights']}, on which the "
-            f"run at {run.folder} was trained; take one with the same encoder (trained with "
+            f"run at {run.folder} was trained; use one with the same encoder (trained with "
             "autoencoder_training.decoder_only), or encode and train again"
         )
-    about: dict[str, Any] = {**known, "weights": weights, "fingerprint": other.fingerprint}
+    entry: dict[str, Any] = {**known, "weights": weights, "fingerprint": other.fingerprint}
     return dataclasses.replace(
         run,
         config=dataclasses.replace(
             run.config, autoencoder=dataclasses.replace(run.config.autoencoder, weights=weights)
         ),
-        manifest={**run.manifest, "autoencoder": about},
+        manifest={**run.manifest, "autoencoder": entry},
     )
 
 
 def _same(a: Moments, b: Moments) -> bool:
+    """Whether two encoders agree up to rounding."""
     if (a.log_var is None) != (b.log_var is None):
         return False
     pairs = [(a.mean, b.mean)]

@@ -1,8 +1,7 @@
-"""Classes: labels of the samples that a flow trains on, and of those that it generates.
+"""Class labels of generated samples, and of images whose likelihood is measured.
 
-Training takes the labels from the latent cache; they stay with their samples from stage to stage.
-Generation takes the classes that it is told, in turn, or draws them as often as they stand in the
-training data, whose counts are kept in flow.json.
+Generated samples have given classes in turn, or random classes as frequent as in the training
+data. flow.json has the number of training samples of each class.
 """
 
 from __future__ import annotations
@@ -90,24 +89,24 @@ def class_labels_of(run: Run, settings: GenerateConfig) -> ClassLabels | None:
     return ClassLabels(tuple(labels or ()), tuple(run.manifest["classes"]["counts"]))
 
 
-def names_of(run: Run) -> list[str]:
-    """The names of a run's classes: of the folders that it was trained on, else 0, 1, …."""
+def class_names_of(run: Run) -> list[str]:
+    """Return the names of a run's classes: those of the training folders, or else 0, 1, …."""
     return run.manifest.get("class_names") or [str(number) for number in range(run.flow.classes)]
 
 
 def parse_classes(run: Run, words: Sequence[str] | None) -> list[int] | None:
-    """The values of `--class`, names, numbers or `all`, as classes of a run.
+    """Convert the values of `--class`, which are names, numbers or `all`, to classes of a run.
 
     Raises:
-        UserError: anything else.
+        UserError: a value is none of these.
     """
     if not words:
         return None
     labels: list[int] = []
-    names = names_of(run)
+    names = class_names_of(run)
     for word in words:
         if word == "all":
-            labels += range(max(run.flow.classes, 1))  # a run without classes is refused later
+            labels += range(max(run.flow.classes, 1))  # 0 is refused for a run without classes
         elif word in names:
             labels.append(names.index(word))
         elif word.isascii() and word.removeprefix("-").isdigit():
@@ -117,43 +116,44 @@ def parse_classes(run: Run, words: Sequence[str] | None) -> list[int] | None:
     return labels
 
 
-def condition_of(run: Run, images: ImageSet, numbers: npt.NDArray[np.int64]) -> Condition | None:
-    """The condition of some images of a set whose likelihood is measured.
+def condition_of(run: Run, images: ImageSet, indices: npt.NDArray[np.int64]) -> Condition | None:
+    """Return the condition of some images of a set; None for a run without classes.
 
-    A folder numbers the classes that it has, so those are matched by name.
+    A folder numbers its own classes, so these are matched with the run's by name.
 
     Args:
-        run: for one without classes there is no condition.
+        run: an open run.
         images: the set.
-        numbers: of the images, (n,).
+        indices: (n,), of the images.
 
     Raises:
-        UserError: an image has no label, or one that the run does not know.
+        UserError: an image has no label, or a label that the run does not have.
     """
     classes = run.flow.classes
     if not classes:
         return None
-    labels = images.labels
-    some = None if labels is None else torch.as_tensor(labels[numbers]).long()
-    if some is not None and images.class_names is not None:
-        some = _by_name(run, images.class_names)[some]
-    if some is None or not 0 <= int(some.min()) <= int(some.max()) < classes:
-        what = "no labels" if some is None else f"labels {int(some.min())} to {int(some.max())}"
+    labels = None if images.labels is None else torch.as_tensor(images.labels[indices]).long()
+    if labels is not None and images.class_names is not None:
+        labels = _numbers_of(run, images.class_names)[labels]
+    if labels is None or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        given = "no labels"
+        if labels is not None:
+            given = f"labels {int(labels.min())} to {int(labels.max())}"
         raise UserError(
             f"the likelihood of a class-conditional run needs a class from 0 to {classes - 1} for "
-            f"every image, but these have {what}; take images with classes (or evaluate with "
+            f"every image, but these have {given}; use images with classes (or evaluate with "
             "--set evaluate.nll=0)"
         )
-    return Condition(some)
+    return Condition(labels)
 
 
-def _by_name(run: Run, names: Sequence[str]) -> Tensor:
-    """The numbers (n,) under which a run knows classes; its own are 0, 1, … if it has no names."""
-    known = names_of(run)
-    strange = [name for name in names if name not in known]
-    if strange:
+def _numbers_of(run: Run, names: Sequence[str]) -> Tensor:
+    """Return the numbers (n,) that a run gives to classes of these names."""
+    known = class_names_of(run)
+    unknown = [name for name in names if name not in known]
+    if unknown:
         raise UserError(
-            f"the run at {run.folder} knows no class {strange[0]!r}; name the subfolders as those "
-            f"that it was trained on: {', '.join(known[:10])}{', …' if len(known) > 10 else ''}"
+            f"the run at {run.folder} has no class {unknown[0]!r}; name the subfolders as in its "
+            f"training data: {', '.join(known[:10])}{', …' if len(known) > 10 else ''}"
         )
     return torch.tensor([known.index(name) for name in names])

@@ -1,4 +1,4 @@
-"""What is made of generated images: a grid, an archive, a folder of pictures."""
+"""Files of sampled images: a grid, an archive, a folder of PNGs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from pipeline.storage import atomic
 from pipeline.storage.shards import StoreReader
 
 _NAME = "{:06d}.png"
-_DISK_BLOCK = 4096  # bytes that the smallest file takes on most disks
+#: bytes that the smallest file takes on most disks
+_DISK_BLOCK = 4096
 
 
 def batches(images: StoreReader, size: int = 500) -> Iterator[Tensor]:
-    """The images of a store in order, uint8 (≤ size, C, H, W) at a time."""
+    """Yield the images of a store in order, in batches uint8 (≤ size, C, H, W)."""
     for start in range(0, len(images), size):
         yield images.read("images", start, min(start + size, len(images)))
 
@@ -38,10 +39,14 @@ def write_grid(
 
     Args:
         images: the store.
-        path: of the picture.
-        count: images, at most.
-        columns: of the grid.
-        classes: that the images are of in turn; with several, each has a row of its own.
+        path: the file to write.
+        count: the largest number of images.
+        columns: images per row.
+        classes: the number of classes that the images have in turn; each of several classes has
+            its own row.
+
+    Raises:
+        UserError: columns is below 1.
     """
     if columns < 1:
         raise UserError(f"generate.columns must be at least 1, not {columns}")
@@ -59,30 +64,27 @@ def write_grid(
 
 
 def require_outputs(run: Run, n: int, folder: Path | None, npz: Path | None) -> None:
-    """Refuse what could not be written, before any image is made.
+    """Refuse outputs that could not be written, before any image is sampled.
 
     Args:
-        run: that the images will be of.
-        n: images.
-        folder: for :func:`write_folder`.
-        npz: for :func:`write_npz`.
+        run: the run to be sampled.
+        n: the number of images.
+        folder: the argument of :func:`write_folder`; or None.
+        npz: the argument of :func:`write_npz`; or None.
 
     Raises:
         UserError: the folder holds other files, or a disk is too small.
     """
     size = math.prod(run.manifest["autoencoder"]["image_shape"])
     if folder is not None:
-        there = _own_files(folder, n)
-        require_disk_space(folder, (n - there) * max(size, _DISK_BLOCK), f"{n} pictures")
+        written = _count_written(folder, n)
+        require_disk_space(folder, (n - written) * max(size, _DISK_BLOCK), f"{n} pictures")
     if npz is not None:
         require_disk_space(npz.parent, n * size, f"{n} images in one archive")
 
 
 def write_npz(images: StoreReader, path: Path) -> None:
-    """Write all images as `arr_0`, uint8 (N, H, W, C), the layout that FID tools read.
-
-    A batch at a time goes into the archive.
-    """
+    """Write all images as `arr_0`, uint8 (N, H, W, C), the layout that FID tools read."""
     count, channels, height, width = (len(images), *images.read("images", 0, 1).shape[1:])
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, channels)}
 
@@ -99,12 +101,12 @@ def write_npz(images: StoreReader, path: Path) -> None:
 
 
 def write_folder(images: StoreReader, folder: Path) -> None:
-    """Write every image as its own PNG, `000000.png` and on.
+    """Write every image as a PNG of its own: `000000.png`, `000001.png` and so on.
 
     Raises:
-        UserError: the folder holds other files already.
+        UserError: the folder holds other files.
     """
-    _own_files(folder, len(images))
+    _count_written(folder, len(images))
     index = 0
     for batch in batches(images):
         for image in batch.permute(0, 2, 3, 1).numpy():
@@ -114,14 +116,14 @@ def write_folder(images: StoreReader, folder: Path) -> None:
             index += 1
 
 
-def _own_files(folder: Path, n: int) -> int:
-    """How many of n pictures are there; refuses a folder that holds anything else."""
+def _count_written(folder: Path, n: int) -> int:
+    """Count the PNGs of n images that exist; refuse a folder with any other file."""
     if not folder.is_dir():
         return 0
-    atomic.remove_temporaries(folder)  # what a killed process left
-    there = [path.name for path in folder.iterdir()]
-    for name in there:
+    atomic.remove_temporaries(folder)  # of a killed process
+    names = [path.name for path in folder.iterdir()]
+    for name in names:
         stem = name.removesuffix(".png")
         if not (stem.isdecimal() and int(stem) < n and name == _NAME.format(int(stem))):
             raise UserError(f"{folder} holds other files; choose an empty folder for the images")
-    return len(there)
+    return len(names)

@@ -195,7 +195,7 @@ def test_classes_of_another_folder_are_matched_by_name(
     # a name that the run does not know is told
     (tmp_path / "some" / "b").rename(tmp_path / "some" / "c")
     code, _, error = say(capsys, *words)
-    assert code == 2 and "knows no class 'c'; name the subfolders as" in error and "a, b" in error
+    assert code == 2 and "has no class 'c'; name the subfolders as" in error and "a, b" in error
 
 
 def test_a_class_has_the_name_of_its_folder(folder: Path) -> None:
