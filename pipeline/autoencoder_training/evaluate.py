@@ -14,7 +14,7 @@ from eval.reconstruction import Reconstruction
 from pipeline.autoencoder_training.train import _SHOWN, WEIGHTS, _picture
 from pipeline.config.schema import Config
 from pipeline.data.datasets import ImageSet, load_images
-from pipeline.data.latent_cache import load_parts
+from pipeline.data.latent_cache import load_images_and_autoencoder
 from pipeline.errors import UserError
 from pipeline.evaluation.features import FeatureExtractor, fid_of, statistics_of
 from pipeline.evaluation.real_images import subset_indices
@@ -59,7 +59,7 @@ def evaluate(
     if n < 2:
         raise UserError(f"an evaluation needs at least 2 images, not {n}")
     _not_another(config, folder)
-    _, autoencoder = load_parts(config)
+    _, autoencoder = load_images_and_autoencoder(config)
     test = load_images(config.data.of_split(config.data.test_split))
     if n > len(test):
         raise UserError(f"{test.name} ({test.split}) has {len(test)} images, fewer than {n}")

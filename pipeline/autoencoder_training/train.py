@@ -17,7 +17,7 @@ from pipeline.autoencoder_training.trainer import AutoencoderTrainer
 from pipeline.config.load import differences, to_dict
 from pipeline.config.schema import Config
 from pipeline.data.datasets import ImageSet, load_images
-from pipeline.data.image_set import in_any_order
+from pipeline.data.image_set import with_random_access
 from pipeline.errors import JkoflowError, UserError
 from pipeline.evaluation.real_images import subset_indices
 from pipeline.runs.directory import ENVIRONMENT, read_config, start_run, write_environment
@@ -74,7 +74,7 @@ def train(
         )
     trainer = AutoencoderTrainer(config.architecture, recipe, accelerator, start)
     _enter(config, folder, resume, accelerator)
-    images = in_any_order(images, accelerator, progress)
+    images = with_random_access(images, accelerator, progress)
     checkpoint, began, before = folder / _CHECKPOINT, time.monotonic(), 0.0
     if checkpoint.is_file():
         state = load_checkpoint(checkpoint)

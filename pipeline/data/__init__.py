@@ -1,1 +1,1 @@
-"""Images and their latents."""
+"""Data sets of images and the caches of their latents."""

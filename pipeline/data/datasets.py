@@ -1,9 +1,8 @@
-"""The data sets: MNIST, CIFAR-10, ImageNet-32 and folders of images, all as an `ImageSet`."""
+"""Loaders of MNIST, CIFAR-10, ImageNet-32 and folders of images as an `ImageSet`."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +11,10 @@ import numpy as np
 
 from pipeline.assets.fetch import asset_sha256, fetch_asset
 from pipeline.data.image_folder import load_folder
-from pipeline.data.image_set import ArrayPixels, ImageSet, fingerprint, join, limited
+from pipeline.data.image_set import ArrayPixels, ImageSet, apply_limit, fingerprint, join
 from pipeline.data.imagenet32 import load_imagenet32
 from pipeline.errors import UserError
+from pipeline.runtime.console import say
 
 if TYPE_CHECKING:
     from pipeline.config.schema import DataConfig
@@ -24,38 +24,34 @@ __all__ = ["DATASETS", "ImageSet", "load_images"]
 SPLITS = ("train", "test")
 
 
-def _tell(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
-
-
-def load_images(data: DataConfig, *, log: Callable[[str], object] = _tell) -> ImageSet:
-    """Open a data set; MNIST and CIFAR-10 are fetched when they are not on this machine.
+def load_images(data: DataConfig, *, log: Callable[[str], object] = say) -> ImageSet:
+    """Open a data set; MNIST and CIFAR-10 are fetched if they are not stored.
 
     Args:
-        data: which sets, split, folder, size, mode and limit (see `pipeline.config.schema`). Size
-        and
-            mode shape the images of a folder; the other sets are what they are.
-        log: told in sentences what is fetched; by default on stderr.
+        data: name, split, path, size, mode and limit (see `pipeline.config.schema`). Size and
+            mode apply to the images of a folder only.
+        log: receives messages about downloads; by default they go to stderr.
 
     Returns:
-        The images; pixels are read when they are asked for.
+        The images; pixels are read on access.
 
     Raises:
-        UserError: an unknown name or split, a bad path, size, mode or limit, or sets of images
-            of different shapes.
+        UserError: a name or split is unknown, a path, size, mode or limit is invalid, or joined
+            sets have different shapes.
         JkoflowError: the data set could not be fetched.
     """
     parts = [_load_one(data, log)]
-    for further in data.also:
-        name, _, split = further.partition("/")
+    for joined in data.also:
+        name, _, split = joined.partition("/")
         part = dataclasses.replace(data, name=name, split=split or data.split, also=[])
         parts.append(_load_one(part, log))
     return join(parts)
 
 
 def _load_one(data: DataConfig, log: Callable[[str], object]) -> ImageSet:
+    """Open one data set without those of `data.also`."""
     if data.name not in DATASETS:
-        raise UserError(f"unknown data set {data.name!r}; choose one of {', '.join(DATASETS)}")
+        raise UserError(f"data set {data.name!r} is unknown; choose one of {', '.join(DATASETS)}")
     split = "test" if data.name in ("imagenet32", "folder") and data.split == "val" else data.split
     if split not in SPLITS:
         choices = ", ".join(SPLITS)
@@ -66,10 +62,10 @@ def _load_one(data: DataConfig, log: Callable[[str], object]) -> ImageSet:
 
 
 def _mnist(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageSet:
-    """60 000 and 10 000 digits (1, 28, 28), mapped from the idx files."""
+    """Open the 60 000 or 10 000 digits (1, 28, 28), mapped from the idx files."""
     folder = fetch_asset("mnist", log=log)
     stem = "train" if split == "train" else "t10k"
-    # Idx: a big-endian header of 16 bytes before images and of 8 before labels, then the bytes.
+    # Idx format: a header of 16 bytes before the images and of 8 before the labels.
     labels = np.fromfile(folder / f"{stem}-labels-idx1-ubyte", np.uint8, offset=8)
     shape = (len(labels), 1, 28, 28)
     path = folder / f"{stem}-images-idx3-ubyte"
@@ -78,7 +74,7 @@ def _mnist(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageS
 
 
 def _cifar10(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageSet:
-    """50 000 and 10 000 pictures (3, 32, 32) of ten classes."""
+    """Open the 50 000 or 10 000 images (3, 32, 32) of ten classes."""
     folder = fetch_asset("cifar10", log=log)
     images = np.load(folder / f"{split}_images.npy", mmap_mode="r")
     return _of_asset("cifar10", split, data.limit, images, np.load(folder / f"{split}_labels.npy"))
@@ -87,7 +83,8 @@ def _cifar10(data: DataConfig, split: str, log: Callable[[str], object]) -> Imag
 def _of_asset(
     name: str, split: str, limit: int | None, images: np.ndarray, labels: np.ndarray
 ) -> ImageSet:
-    count, extra = limited(len(images), limit)
+    """Return the images of an asset, arrays (N, C, H, W) and (N,) uint8, as an image set."""
+    count, extra = apply_limit(len(images), limit)
     content = {"name": name, "split": split, "content": asset_sha256(name)}
     _, channels, height, width = images.shape
     return ImageSet(
@@ -100,22 +97,25 @@ def _of_asset(
     )
 
 
-def _folder_of(data: DataConfig, what: str) -> Path:
+def _require_folder(data: DataConfig, what: str) -> Path:
+    """Return `data.path` if it is a folder; `what` describes its content in errors."""
     if not data.path:
-        raise UserError(f"data.path is not set; give the folder of {what}")
+        raise UserError(f"data.path is null; set it to the folder of {what}")
     path = Path(data.path).expanduser()
     if not path.is_dir():
-        raise UserError(f"no folder {path} (data.path); give the folder of {what}")
+        raise UserError(f"data.path is {path}, not a folder; set it to the folder of {what}")
     return path
 
 
 def _imagenet32(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageSet:
-    path = _folder_of(data, "ImageNet-32's official files (train_data_batch_1.npz, …)")
+    """Open ImageNet-32."""
+    path = _require_folder(data, "ImageNet-32's official files (train_data_batch_1.npz, …)")
     return load_imagenet32(path, split, data.limit)
 
 
 def _folder(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageSet:
-    return load_folder(_folder_of(data, "images"), split, data.size, data.mode, data.limit)
+    """Open a folder of images."""
+    return load_folder(_require_folder(data, "images"), split, data.size, data.mode, data.limit)
 
 
 DATASETS: dict[str, Callable[[DataConfig, str, Callable[[str], object]], ImageSet]] = {

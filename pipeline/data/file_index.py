@@ -1,4 +1,4 @@
-"""Content hashes of a user's files, kept so that a large folder is read for them only once."""
+"""Index of content hashes of a user's files, so that each file is hashed once."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from pipeline.errors import JkoflowError, UserError
 from pipeline.storage import atomic
 from pipeline.storage.paths import data_root
 
-Facts = dict[str, Any]
+FileRecord = dict[str, Any]
 
 
-def file_facts(
-    folder: Path, names: Sequence[str], more: Callable[[Path], Facts] | None = None
-) -> list[Facts]:
-    """Size and sha256 of files, from the index where size and time of change still agree.
+def file_records(
+    folder: Path, names: Sequence[str], measure: Callable[[Path], FileRecord] | None = None
+) -> list[FileRecord]:
+    """Return size and sha256 of files, from the index where size and mtime are unchanged.
 
-    The index lies in the data root, since the folder may be read-only; losing it costs time
-    and nothing else.
+    The index is stored under the data root, since the folder may be read-only. It is a cache:
+    without it, the files are hashed again.
 
     Args:
-        folder: where the files lie.
+        folder: folder of the files.
         names: their paths relative to it, with forward slashes.
-        more: what else to learn of a file, JSON values only.
+        measure: returns further entries of a file's record, JSON values only.
 
     Returns:
-        For every file a dictionary with `size`, `sha256` and what `more` says.
+        For every file a dictionary with `size`, `sha256` and the entries of `measure`.
 
     Raises:
-        UserError: a file cannot be read; the sentence names it.
+        UserError: a file cannot be read; the message names it.
     """
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     path = data_root() / "file-index" / f"{key}.json"
-    known = _load(path)
-    facts, changed = [], False
+    known = _read_index(path)
+    records, changed = [], False
     for name in names:
         file = folder / name
         try:
@@ -45,19 +45,20 @@ def file_facts(
             entry = known.get(name, {})
             if entry.get("size") != state.st_size or entry.get("mtime_ns") != state.st_mtime_ns:
                 entry = {"size": state.st_size, "sha256": atomic.sha256_file(file)}
-                entry |= {"mtime_ns": state.st_mtime_ns} | (more(file) if more else {})
+                entry |= {"mtime_ns": state.st_mtime_ns} | (measure(file) if measure else {})
                 known[name], changed = entry, True
         except OSError as error:
-            raise UserError(f"could not read {file} ({error.strerror or error})") from error
-        facts.append(entry)
+            reason = error.strerror or error
+            raise UserError(f"{file} could not be read ({reason}); check the file") from error
+        records.append(entry)
     if changed:
         with contextlib.suppress(JkoflowError):
             atomic.write_json(path, known)
-    return facts
+    return records
 
 
-def _load(path: Path) -> dict[str, Facts]:
-    """The index; an absent, damaged or foreign one is empty."""
+def _read_index(path: Path) -> dict[str, FileRecord]:
+    """Read an index; one that is absent, damaged or of another form is empty."""
     with contextlib.suppress(UserError):
         known = atomic.read_json(path, "file index")
         if isinstance(known, dict) and all(isinstance(v, dict) for v in known.values()):

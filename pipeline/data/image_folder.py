@@ -1,4 +1,4 @@
-"""A folder of images as a data set: any sizes and modes in, one size and mode out."""
+"""Folders of images as a data set of one size and mode."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipeline.data.file_index import file_facts
-from pipeline.data.image_set import ImageSet, fingerprint, limited
+from pipeline.data.file_index import file_records
+from pipeline.data.image_set import ImageSet, apply_limit, fingerprint
 from pipeline.errors import UserError
 
 ENDINGS = (
@@ -20,7 +20,7 @@ ENDINGS = (
 )  # fmt: skip
 MODES = {"RGB": 3, "L": 1}
 _PREPROCESSING = "centre square, bicubic, alpha on white, first frame; 1"
-"""Part of the fingerprint: change it whenever `prepare` gives other bytes."""
+"""Part of the fingerprint; change it whenever `prepare` returns other bytes."""
 
 
 def load_folder(
@@ -28,32 +28,34 @@ def load_folder(
 ) -> ImageSet:
     """Open a folder of images, sorted by their paths in it.
 
-    A folder with subfolders `train` and `test` (or `val`) is split by them; any other folder is
-    all train. When every image lies in a subfolder, the subfolders are the classes.
+    Subfolders `train` and `test` (or `val`) are the splits; a folder without them is the train
+    split. If every image is in a subfolder, the subfolders are the classes.
 
     Args:
-        folder: where the images lie, at any depth.
+        folder: folder of the images, at any depth.
         split: "train" or "test".
         size: side of the images, in pixels (>= 1).
         mode: "RGB" or "L" (grey).
-        limit: only the first so many.
+        limit: largest number of images; None for all.
 
     Raises:
-        UserError: no such split, no images, or a bad size or mode.
+        UserError: the split does not exist or has no images, or size or mode is invalid.
     """
     if size is None or size < 1:
-        raise UserError(f"data.size is {size}; a folder of images needs a side of 1 pixel or more")
+        raise UserError(
+            f"data.size is {size}; expected 1 or more; set it to the side of the images in pixels"
+        )
     if mode not in MODES:
-        raise UserError(f"data.mode is {mode!r}; choose one of {', '.join(MODES)}")
+        raise UserError(f"data.mode is {mode!r}; expected one of {', '.join(MODES)}")
     folder = _split_folder(folder, split)
     names = _list_images(folder)
     if not names:
-        raise UserError(f"no images in {folder}; expected files ending in {' '.join(ENDINGS)}")
+        raise UserError(f"{folder} has no images; expected files that end in {' '.join(ENDINGS)}")
     classes = _class_names(names)
-    count, extra = limited(len(names), limit)
+    count, extra = apply_limit(len(names), limit)
     names = names[:count]
-    facts = file_facts(folder, names)
-    files = [[n, f["size"], f["sha256"]] for n, f in zip(names, facts, strict=True)]
+    records = file_records(folder, names)
+    files = [[n, f["size"], f["sha256"]] for n, f in zip(names, records, strict=True)]
     preprocessing = {"size": size, "mode": mode, "how": _PREPROCESSING}
     return ImageSet(
         name="folder",
@@ -67,12 +69,12 @@ def load_folder(
 
 
 def splits_of(folder: Path) -> dict[str, Path]:
-    """The subfolders that split a folder, by name: train, test and val; none where it is whole."""
+    """Return the subfolders train, test and val of a folder that exist, by name."""
     return {name: folder / name for name in ("train", "test", "val") if (folder / name).is_dir()}
 
 
 def _split_folder(folder: Path, split: str) -> Path:
-    """The folder of a split: a subfolder of its name, or all of a folder without splits."""
+    """Return the folder of a split: its subfolder, or a folder without splits itself."""
     splits = splits_of(folder)
     for name in ("train",) if split == "train" else ("test", "val"):
         if name in splits:
@@ -81,89 +83,91 @@ def _split_folder(folder: Path, split: str) -> Path:
         return folder
     if not splits:
         raise UserError(
-            f"{folder} has no split {split!r}; move the images that are held out into "
+            f"{folder} has no split {split!r}; move the held-out images into "
             f"{folder / split}, and the others into {folder / 'train'}"
         )
     raise UserError(f"{folder} has no split {split!r}; put its images into {folder / split}")
 
 
 def _list_images(folder: Path) -> list[str]:
-    """Paths of all images below `folder`, relative and sorted; hidden files do not count."""
+    """Return the sorted relative paths of all images below a folder, without hidden files."""
     names = []
     seen = set()
-    for place, subfolders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # a link back up
+    for subfolder, subfolders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(subfolder)
+        if real in seen:  # a link to a parent folder
             subfolders[:] = []
             continue
         seen.add(real)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        inside = Path(place).relative_to(folder)
+        relative = Path(subfolder).relative_to(folder)
         for name in files:
             if name.lower().endswith(ENDINGS) and not name.startswith("."):
-                names.append((inside / name).as_posix())
+                names.append((relative / name).as_posix())
     return sorted(names)
 
 
 def _class_names(names: list[str]) -> tuple[str, ...] | None:
-    """The top subfolders, sorted; None if an image lies in none."""
+    """Return the sorted top subfolders; None if an image is in none."""
     if not all("/" in name for name in names):
         return None
-    return tuple(sorted({_top(name) for name in names}))
+    return tuple(sorted({_top_folder(name) for name in names}))
 
 
-def _top(name: str) -> str:
+def _top_folder(name: str) -> str:
+    """Return the first part of a relative path."""
     return name.split("/", 1)[0]
 
 
 @dataclass(frozen=True, eq=False)
 class FolderPixels:
-    """The images of a folder, decoded when they are asked for."""
+    """Pixels of a folder of images, decoded on access."""
 
     folder: Path
     names: tuple[str, ...]
     classes: tuple[str, ...] | None
     size: int
     mode: str
-    any_order: ClassVar[bool] = True
+    random_access: ClassVar[bool] = True
 
-    def take(self, numbers: np.ndarray) -> np.ndarray:
-        """See `pipeline.data.image_set.Pixels.take`; decodes in threads."""
-        paths = [self.folder / self.names[number] for number in numbers]
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Read images by index, decoded in threads; see `Pixels.take`."""
+        paths = [self.folder / self.names[index] for index in indices]
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             return np.stack(list(pool.map(self._read_one, paths)))
 
     def labels(self) -> np.ndarray | None:
-        """See `Pixels.labels`: the number of each image's class by name."""
+        """Return the index of every image's class, int64 (N,); None without classes."""
         if self.classes is None:
             return None
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        return np.array([numbers[_top(name)] for name in self.names], np.int64)
+        indices = {name: index for index, name in enumerate(self.classes)}
+        return np.array([indices[_top_folder(name)] for name in self.names], np.int64)
 
     def _read_one(self, path: Path) -> np.ndarray:
+        """Read an image as uint8 (C, size, size)."""
         try:
             with Image.open(path) as image:
                 return prepare(image, self.size, self.mode)
-        # Decoders of damaged files fail in every way there is.
+        # Decoders raise many kinds of errors for damaged files.
         except Exception as error:
             raise UserError(
-                f"could not read the image {path} ({error}); repair it or take it away"
+                f"image {path} could not be read ({error}); repair or remove it"
             ) from error
 
 
 def prepare(image: Image.Image, size: int, mode: str) -> np.ndarray:
-    """An image as uint8 (C, size, size): its centre square, resized with antialiasing.
+    """Convert an image to uint8 (C, size, size): its centre square, resized with antialiasing.
 
-    The camera's orientation is applied; of an animation the first frame is taken; transparent
-    parts become white; 16-bit values keep their upper 8 bits.
+    The EXIF orientation is applied, an animation is reduced to its first frame, transparent
+    parts become white, and 16-bit values keep their upper 8 bits.
 
     Args:
         image: an opened image of any mode and size.
-        size: side of the result.
+        size: side of the result in pixels.
         mode: "RGB" or "L".
 
     Raises:
-        ValueError: floating-point pixels, whose range nothing tells.
+        ValueError: the image has floating-point pixels, whose range is unknown.
     """
     image = _to_8_bit(ImageOps.exif_transpose(image), mode)
     width, height = image.size
@@ -177,8 +181,9 @@ def prepare(image: Image.Image, size: int, mode: str) -> np.ndarray:
 
 
 def _to_8_bit(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image of any mode to 8 bits in mode "RGB" or "L"."""
     if image.mode == "F":
-        raise ValueError("floating-point pixels; save it with 8 or 16 bits")
+        raise ValueError("it has floating-point pixels; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         upper = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
         return Image.fromarray(upper.astype(np.uint8)).convert(mode)
@@ -186,5 +191,5 @@ def _to_8_bit(image: Image.Image, mode: str) -> Image.Image:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
         return image.convert("RGB").convert(mode)
-    # Palettes go through their colours, so that grey is the grey of what is seen.
+    # A palette is converted to colours first, so that grey values are those of the colours.
     return (image.convert("RGB") if image.mode in ("P", "CMYK") else image).convert(mode)

@@ -1,4 +1,4 @@
-"""One interface for every data set of images."""
+"""`ImageSet`, the interface of every data set of images, and its pixel sources."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ from pipeline.storage.paths import data_root
 
 
 class Pixels(Protocol):
-    """Where the images of a data set come from.
+    """Source of the pixels of a data set.
 
     Attributes:
-        any_order: whether few images are read quickly, wherever they lie.
+        random_access: True if images at any indices are read quickly.
     """
 
     @property
-    def any_order(self) -> bool:
-        """See above."""
+    def random_access(self) -> bool:
+        """True if images at any indices are read quickly."""
         ...
 
-    def take(self, numbers: np.ndarray) -> np.ndarray:
-        """Images by number, int64 (n,) rising; uint8 (n, C, H, W), the caller's own copy."""
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Read images at rising indices, int64 (n,); return a copy, uint8 (n, C, H, W)."""
         ...
 
     def labels(self) -> np.ndarray | None:
-        """The class of every image as integers from 0, or None."""
+        """Return the class of every image, integers (N,) from 0; None without classes."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images of one size in a fixed order.
+    """Data set of images of one size in a fixed order.
 
     Attributes:
-        name: "mnist", "cifar10", "imagenet32" or "folder"; of a joined set the names, with "+".
+        name: "mnist", "cifar10", "imagenet32" or "folder"; names of joined sets have a "+".
         split: "train" or "test".
         shape: (C, H, W) of one image.
         fingerprint: sha256 (hex) of the content, the split, the preprocessing and the limit;
-            two sets with the same fingerprint hold the same images in the same order.
-        count: number of images.
-        pixels: where they come from.
-        class_names: of a folder's classes, in the order of their numbers, which are this split's
-            own; None where classes have numbers only, the same in all splits, or there are none.
+            sets of equal fingerprints hold the same images in the same order.
+        count: number of images N.
+        pixels: source of the pixels.
+        class_names: names of a folder's classes in the order of their indices, which belong to
+            this split; None if classes have no names or there are no classes.
     """
 
     name: str
@@ -71,29 +71,29 @@ class ImageSet:
 
     @cached_property
     def labels(self) -> np.ndarray | None:
-        """int64 (N,), classes from 0; None when the images have none."""
+        """Class of every image, int64 (N,) from 0; None without classes."""
         labels = self.pixels.labels()
         return None if labels is None else np.asarray(labels[: self.count], np.int64)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Images start … stop - 1.
+        """Read the images start … stop - 1.
 
         Args:
             start: in [0, N].
             stop: in [start, N].
 
         Returns:
-            uint8 (stop - start, C, H, W), the caller's own copy.
+            A copy, uint8 (stop - start, C, H, W).
 
         Raises:
-            IndexError: the range leaves the data set.
+            IndexError: the range is not within the data set.
         """
         if not 0 <= start <= stop <= self.count:
-            raise IndexError(f"images {start} to {stop} asked for, {self.name} has {self.count}")
+            raise IndexError(f"images {start} to {stop} requested; {self.name} has {self.count}")
         return self._take(np.arange(start, stop))
 
     def take(self, indices: np.ndarray) -> np.ndarray:
-        """Images by number in the order asked for; repeats are read once.
+        """Read images at indices in any order; repeated images are read once.
 
         Args:
             indices: integers (n,) in [0, N), repeats allowed.
@@ -102,56 +102,57 @@ class ImageSet:
             uint8 (n, C, H, W).
 
         Raises:
-            IndexError: a number leaves the data set.
+            IndexError: an index is not within the data set.
         """
         indices = np.asarray(indices, np.int64)
-        wanted, place = np.unique(indices, return_inverse=True)
-        if len(wanted) and (wanted[0] < 0 or wanted[-1] >= self.count):
-            raise IndexError(f"images {wanted[0]} to {wanted[-1]} asked for, of {self.count}")
-        return self._take(wanted)[place]
+        unique, inverse = np.unique(indices, return_inverse=True)
+        if len(unique) and (unique[0] < 0 or unique[-1] >= self.count):
+            raise IndexError(f"images {unique[0]} to {unique[-1]} requested, of {self.count}")
+        return self._take(unique)[inverse]
 
-    def _take(self, numbers: np.ndarray) -> np.ndarray:
-        return self.pixels.take(numbers) if len(numbers) else np.empty((0, *self.shape), np.uint8)
+    def _take(self, indices: np.ndarray) -> np.ndarray:
+        """Read images at rising indices."""
+        return self.pixels.take(indices) if len(indices) else np.empty((0, *self.shape), np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
 class ArrayPixels:
-    """Images in an array, in memory or mapped from a file."""
+    """Pixels in an array, in memory or mapped from a file."""
 
     images: np.ndarray
     classes: np.ndarray | None
-    any_order: ClassVar[bool] = True
+    random_access: ClassVar[bool] = True
 
-    def take(self, numbers: np.ndarray) -> np.ndarray:
-        """See `Pixels.take`."""
-        return np.asarray(self.images[numbers])
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Read images by index; see `Pixels.take`."""
+        return np.asarray(self.images[indices])
 
     def labels(self) -> np.ndarray | None:
-        """See `Pixels.labels`."""
+        """Return the classes; see `Pixels.labels`."""
         return self.classes
 
 
 def fingerprint(parts: Mapping[str, object]) -> str:
-    """The sha256 (hex) of named parts, whatever their order."""
+    """Return the sha256 (hex) of named parts, independent of their order."""
     text = json.dumps(dict(parts), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def limited(count: int, limit: int | None) -> tuple[int, dict[str, object]]:
-    """How many of `count` images a limit leaves, and what it adds to the fingerprint."""
+def apply_limit(count: int, limit: int | None) -> tuple[int, dict[str, object]]:
+    """Return the number of images under a limit and its entry of the fingerprint."""
     if limit is None or limit >= count:
         return count, {}
     return limit, {"limit": limit}
 
 
 def join(parts: Sequence[ImageSet]) -> ImageSet:
-    """Data sets one behind the other; their classes are not each other's, so it has none.
+    """Concatenate data sets; the result has no classes, since the sets number them apart.
 
     Args:
-        parts: one or more; one alone stays what it is.
+        parts: one or more; a single set is returned unchanged.
 
     Raises:
-        UserError: images of different shapes.
+        UserError: the images have different shapes.
     """
     first = parts[0]
     if len(parts) == 1:
@@ -159,8 +160,8 @@ def join(parts: Sequence[ImageSet]) -> ImageSet:
     for part in parts[1:]:
         if part.shape != first.shape:
             raise UserError(
-                f"data.also: {part.name} has images {part.shape}, but {first.name} has "
-                f"{first.shape}; only data sets of one shape can be joined"
+                f"data.also: images of {part.name} have shape {part.shape}; expected "
+                f"{first.shape} as in {first.name}; join only data sets of one shape"
             )
     return ImageSet(
         name="+".join(part.name for part in parts),
@@ -173,40 +174,42 @@ def join(parts: Sequence[ImageSet]) -> ImageSet:
 
 
 class _JoinedPixels:
+    """Pixels of concatenated data sets."""
+
     def __init__(self, parts: Sequence[ImageSet]) -> None:
         self.parts = parts
-        self.any_order = all(part.pixels.any_order for part in parts)
+        self.random_access = all(part.pixels.random_access for part in parts)
         self.begins = [0, *accumulate(len(part) for part in parts)]
 
-    def take(self, numbers: np.ndarray) -> np.ndarray:
-        """See `pipeline.data.image_set.Pixels.take`."""
-        places = pairwise(np.searchsorted(numbers, self.begins))
-        rows = zip(self.parts, self.begins, places, strict=False)
-        return np.concatenate([part.take(numbers[a:b] - begin) for part, begin, (a, b) in rows])
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Read images by index; see `Pixels.take`."""
+        bounds = pairwise(np.searchsorted(indices, self.begins))
+        rows = zip(self.parts, self.begins, bounds, strict=False)
+        return np.concatenate([part.take(indices[a:b] - begin) for part, begin, (a, b) in rows])
 
     def labels(self) -> None:
-        """See `pipeline.data.image_set.Pixels.labels`."""
+        """Return None: the classes of the parts are not comparable."""
         return
 
 
 _ROWS = 10000
 
 
-def in_any_order(images: ImageSet, accelerator: Accelerator, progress: Progress) -> ImageSet:
-    """The same images, mapped from one array if their own files open only as a whole.
+def with_random_access(images: ImageSet, accelerator: Accelerator, progress: Progress) -> ImageSet:
+    """Return the images with fast random access; slow files are copied to one mapped array.
 
-    A batch drawn from all of ImageNet-32 would open its ten files, of 128 000 images each, at
-    every step. The array lies under the data root and has 3 072 bytes an image of 3x32x32.
+    A random batch of ImageNet-32 would open its ten files, of 128 000 images each, at every
+    step. The array is stored under the data root, 3 072 bytes per image of 3x32x32.
 
     Args:
         images: any data set.
-        accelerator: the processes; the main one writes what is not there.
+        accelerator: the ranks; the main process writes the array if it is missing.
         progress: wraps the loop.
 
     Raises:
-        JkoflowError: the disk refused, or a file is damaged.
+        JkoflowError: the disk is full or read-only, or a file is damaged.
     """
-    if images.pixels.any_order:
+    if images.pixels.random_access:
         return images
     path = data_root() / "pixels" / f"{images.name}-{images.fingerprint[:16]}.npy"
 

@@ -1,9 +1,9 @@
-"""The latent cache: a data set encoded once by one autoencoder, content-addressed.
+"""Latent caches: the latents of a data set under one autoencoder, and their standardisation.
 
-A cache holds `mean` (n, C_z, H_z, W_z), for a KL autoencoder `log_var` of the same shape, and
-`labels` (n,); with `latents.mirror` the mirror images follow as a second n. Its manifest holds
-the standardisation (per-channel mean and std of the latents as the flow sees them, that is with
-the posterior's variance), which decoding undoes, so that nobody can decode mis-scaled.
+A cache is a store of `mean` (n, C_z, H_z, W_z), for a KL autoencoder `log_var` of the same shape,
+and `labels` (n,). With `latents.mirror`, the latents of the n mirror images follow. Its manifest
+holds the standardisation: mean and std of each channel, including the posterior's variance.
+Decoding inverts the standardisation.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from pipeline.storage.shards import (
 
 
 class LatentCache:
-    """A whole latent cache.
+    """Latent cache of a data set.
 
     Args:
-        reader: its verified store.
+        reader: its complete, verified store.
     """
 
     def __init__(self, reader: StoreReader) -> None:
@@ -54,21 +54,24 @@ class LatentCache:
 
     @property
     def key(self) -> str:
-        """Content address."""
+        """Key of the store."""
         return str(self.reader.manifest["key"])
 
     def labels(self) -> Tensor:
-        """The class of every latent, int64 (n,); -1 where the data set has none."""
+        """Return the class of every latent, int64 (n,); -1 without classes."""
         return self.reader.take("labels", torch.arange(len(self)))
 
-    def draw(self, start: int, stop: int, noise: float, generator: torch.Generator) -> Tensor:
-        """Standardised latents [start, stop): posterior samples, or with a known noise.
+    def sample(self, start: int, stop: int, noise: float, generator: torch.Generator) -> Tensor:
+        """Sample the standardised latents of images [start, stop).
+
+        A KL autoencoder's posterior is sampled. Latents of a deterministic encoder get Gaussian
+        noise.
 
         Args:
             start: first image.
-            stop: one past the last.
-            noise: std of the Gaussian noise for a deterministic encoder (standardised units).
-            generator: draws the sample or the noise.
+            stop: index after the last image.
+            noise: std of the noise for a deterministic encoder, in standardised units.
+            generator: random generator.
 
         Returns:
             float32 (stop - start, C_z, H_z, W_z).
@@ -81,8 +84,8 @@ class LatentCache:
         return z + noise * torch.randn(z.shape, generator=generator) if noise > 0 else z
 
 
-def identity_of(config: Config, images: ImageSet, autoencoder: Autoencoder) -> dict[str, Any]:
-    """What a cache holds and was made from; its key is the digest of this."""
+def cache_identity(config: Config, images: ImageSet, autoencoder: Autoencoder) -> dict[str, Any]:
+    """Return the identity of a cache: its content and its inputs."""
     return {
         "kind": "latents",
         "format": FORMAT,
@@ -99,32 +102,32 @@ def identity_of(config: Config, images: ImageSet, autoencoder: Autoencoder) -> d
     }
 
 
-def folder_of(identity: dict[str, Any]) -> Path:
-    """Where the cache of an identity lies."""
+def cache_folder(identity: dict[str, Any]) -> Path:
+    """Return the folder of the cache of an identity."""
     return data_root() / "latents" / f"{identity['dataset']}-{content_key(identity)}"
 
 
 def encode(config: Config, accelerator: Accelerator, progress: Progress) -> LatentCache:
-    """Encode a data set, or open its cache where there is one; resumes at the missing shards.
+    """Encode a data set, or open its cache if it exists; encoding resumes at missing shards.
 
     Args:
-        config: data, autoencoder and latents sections.
-        accelerator: device and processes; rank r writes shards r, r + P, ….
+        config: sections data, autoencoder and latents.
+        accelerator: device and ranks; rank r of P writes the shards r, r + P, ….
         progress: wraps the loop over batches.
 
     Returns:
-        The whole, verified cache.
+        The complete, verified cache.
 
     Raises:
-        UserError: bad data set, autoencoder or sizes.
+        UserError: the data set, the autoencoder or a size is invalid.
     """
-    images, autoencoder = load_parts(config)
-    identity = identity_of(config, images, autoencoder)
-    folder = folder_of(identity)
+    images, autoencoder = load_images_and_autoencoder(config)
+    identity = cache_identity(config, images, autoencoder)
+    folder = cache_folder(identity)
     if (folder / "manifest.json").is_file():
         return LatentCache(open_store(folder, "latent cache", identity))
     if config.latents.batch_size < 1:
-        raise UserError(f"latents.batch_size must be at least 1, not {config.latents.batch_size}")
+        raise UserError(f"latents.batch_size is {config.latents.batch_size}; expected at least 1")
     total = len(images) * (2 if config.latents.mirror else 1)
     writer = StoreWriter(folder, identity, total, config.latents.shard_size)
     with errors_on_all_ranks(accelerator):
@@ -133,34 +136,36 @@ def encode(config: Config, accelerator: Accelerator, progress: Progress) -> Late
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        writer.finish(lambda reader: {"standardisation": _standardise(reader).to_dict()})
+        writer.finish(
+            lambda reader: {"standardisation": _compute_standardisation(reader).to_dict()}
+        )
     accelerator.wait_for_everyone()
     return LatentCache(open_store(folder, "latent cache", identity))
 
 
 def open_cache(config: Config) -> LatentCache:
-    """The cache that `encode` made of this configuration.
+    """Open the cache that `encode` made of a configuration.
 
     Raises:
-        UserError: it is absent or damaged.
+        UserError: the cache is absent or damaged.
     """
-    images, autoencoder = load_parts(config)
-    identity = identity_of(config, images, autoencoder)
-    folder = folder_of(identity)
+    images, autoencoder = load_images_and_autoencoder(config)
+    identity = cache_identity(config, images, autoencoder)
+    folder = cache_folder(identity)
     if not (folder / "manifest.json").is_file():
         raise UserError(
-            f"no finished latent cache of {images.name} ({images.split}) at {folder}; run "
+            f"latent cache {folder} of {images.name} ({images.split}) does not exist; run "
             "`jkoflow encode` with the same configuration first"
         )
     return LatentCache(open_store(folder, "latent cache", identity))
 
 
-def load_parts(config: Config) -> tuple[ImageSet, Autoencoder]:
-    """The data set and the autoencoder of a configuration, checked against each other."""
+def load_images_and_autoencoder(config: Config) -> tuple[ImageSet, Autoencoder]:
+    """Open the data set and build the autoencoder of a configuration for its images."""
     images = load_images(config.data)
-    wanted = config.autoencoder
-    adaptation = Adaptation(wanted.fit, wanted.size, wanted.latents)
-    return images, build_autoencoder(wanted.name, wanted.weights, images.shape, adaptation)
+    settings = config.autoencoder
+    adaptation = Adaptation(settings.fit, settings.size, settings.latents)
+    return images, build_autoencoder(settings.name, settings.weights, images.shape, adaptation)
 
 
 @torch.inference_mode()
@@ -172,6 +177,7 @@ def _write_shards(
     accelerator: Accelerator,
     progress: Progress,
 ) -> None:
+    """Encode and write the missing shards of this rank."""
     missing = writer.missing(accelerator.process_index, accelerator.num_processes)
     jobs = []
     for index in missing:
@@ -182,7 +188,7 @@ def _write_shards(
     model.to(accelerator.device)
     parts: list[Shard] = []
     for index, start, stop in progress(jobs, len(jobs), "encode"):
-        x, labels = image_rows(images, start, stop)
+        x, labels = read_rows(images, start, stop)
         moments = autoencoder.encode(to_float(x).to(accelerator.device))
         parts.append(_to_shard(moments, labels))
         if stop == writer.bounds(index)[1]:
@@ -190,8 +196,8 @@ def _write_shards(
             parts = []
 
 
-def image_rows(images: ImageSet, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Images and labels of rows [start, stop) of a cache; rows from n on are mirror images."""
+def read_rows(images: ImageSet, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Read images (B, C, H, W) and labels (B,) of rows [start, stop); rows ≥ n are mirrored."""
     n, rows, labels = len(images), [], []
     for low, high, mirrored in ((start, min(stop, n), False), (max(start, n), stop, True)):
         if low < high:
@@ -207,19 +213,21 @@ def image_rows(images: ImageSet, start: int, stop: int) -> tuple[Tensor, Tensor]
 
 
 def _to_shard(moments: Moments, labels: Tensor) -> Shard:
+    """Return the fields of a batch on the CPU.
+
+    Raises:
+        UserError: a latent is not finite.
+    """
     if not bool(torch.isfinite(moments.mean).all()):
-        raise UserError("the autoencoder gave latents that are not finite; encode in float32")
+        raise UserError("latents of the autoencoder are not finite; encode in float32")
     shard = {"mean": moments.mean.float().cpu(), "labels": labels}
     if moments.log_var is not None:
         shard["log_var"] = moments.log_var.float().cpu()
     return shard
 
 
-def _standardise(reader: StoreReader) -> Standardisation:
-    """Per-channel mean and std in float64, the posterior's variance included.
-
-    Var[z] = Var[mean] + E[exp(log_var)].
-    """
+def _compute_standardisation(reader: StoreReader) -> Standardisation:
+    """Compute mean and std of each channel in float64: Var[z] = Var[mean] + E[exp(log_var)]."""
     count, total, square = 0, torch.zeros(()).double(), torch.zeros(()).double()
     for index in range(len(reader.manifest["shards"])):
         shard = reader.shard(index)

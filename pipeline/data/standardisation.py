@@ -1,4 +1,4 @@
-"""Per-channel standardisation of latents."""
+"""Standardisation of latents by the mean and std of each channel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Standardisation:
-    """The affine map between latents (or points) and what the flow sees, channel by channel.
+    """Affine map of latents (or points) to the flow's data space, channel by channel.
 
     Attributes:
         mean: (C_z,).
@@ -21,29 +21,30 @@ class Standardisation:
     std: Tensor
 
     def apply(self, latents: Tensor) -> Tensor:
-        """Latents (B, C_z, H_z, W_z), or vectors (B, D), to zero mean and unit variance."""
-        return (latents - self._wide(self.mean, latents)) / self._wide(self.std, latents)
+        """Standardise latents (B, C_z, H_z, W_z) or vectors (B, D)."""
+        return (latents - self._broadcast(self.mean, latents)) / self._broadcast(self.std, latents)
 
     def undo(self, z: Tensor) -> Tensor:
-        """The inverse of `apply`."""
-        return z * self._wide(self.std, z) + self._wide(self.mean, z)
+        """Invert `apply`."""
+        return z * self._broadcast(self.std, z) + self._broadcast(self.mean, z)
 
-    def agrees(self, other: Standardisation) -> bool:
-        """Whether another is the same but for rounding: that of the same latents."""
+    def is_close(self, other: Standardisation) -> bool:
+        """Return whether another standardisation is equal up to rounding."""
         return self.mean.shape == other.mean.shape and all(
             torch.allclose(a, b, rtol=1e-3, atol=1e-3)
             for a, b in ((self.mean, other.mean), (self.std, other.std))
         )
 
     def to_dict(self) -> dict[str, list[float]]:
-        """JSON-ready."""
+        """Return a JSON-ready dictionary."""
         return {"mean": self.mean.tolist(), "std": self.std.tolist()}
 
     @classmethod
     def from_dict(cls, values: dict[str, list[float]]) -> Standardisation:
-        """From what `to_dict` gave."""
+        """Invert `to_dict`."""
         return cls(torch.tensor(values["mean"]), torch.tensor(values["std"]))
 
     @staticmethod
-    def _wide(values: Tensor, like: Tensor) -> Tensor:
+    def _broadcast(values: Tensor, like: Tensor) -> Tensor:
+        """Reshape values (C_z,) to (1, C_z, 1, …) as `like` (B, C_z, …) needs."""
         return values.to(like).view(1, -1, *[1] * (like.ndim - 2))

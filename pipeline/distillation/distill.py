@@ -189,7 +189,7 @@ def headline(manifest: dict[str, Any]) -> str:
 def _same_data(teacher: Run, source: Source) -> None:
     """Refuse data that are standardised otherwise than the teacher's."""
     ours = Standardisation.from_dict(source.manifest()["standardisation"])
-    if not ours.agrees(teacher.standardisation):
+    if not ours.is_close(teacher.standardisation):
         raise UserError(
             f"the data at hand are not those that the run at {teacher.folder} was trained on "
             "(their standardisation differs); encode those, or bring their cache back"

@@ -259,7 +259,7 @@ def _require_fit(run: Run, guide: Run, name: str) -> None:
     encoders = [
         each.manifest.get("autoencoder", {}).get("fingerprint") for each in (run, guide)
     ]
-    if encoders[0] != encoders[1] or not run.standardisation.agrees(guide.standardisation):
+    if encoders[0] != encoders[1] or not run.standardisation.is_close(guide.standardisation):
         raise UserError(
             f"guide {name} was trained on other latents than the run at {run.folder}; train one "
             "on the same data and autoencoder"

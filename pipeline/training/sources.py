@@ -18,7 +18,7 @@ from torch import Tensor
 
 from autoencoders.base import to_float
 from pipeline.config.schema import Config, LatentsConfig
-from pipeline.data.latent_cache import image_rows, load_parts, open_cache
+from pipeline.data.latent_cache import load_images_and_autoencoder, open_cache, read_rows
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runtime.console import progress_bar
@@ -81,7 +81,7 @@ class LatentSource:
         def make(writer: StoreWriter, index: int) -> torch.Tensor:
             drawn = generator(latents.seed, "draw", index)
             rows = self.rows(*writer.bounds(index))
-            return torch.cat([cache.draw(*each, latents.noise, drawn) for each in rows])
+            return torch.cat([cache.sample(*each, latents.noise, drawn) for each in rows])
 
         known = self.labels if config.velocity.classes else None
         count, size = len(cache) * latents.draws, latents.shard_size
@@ -123,7 +123,7 @@ class LatentSource:
 
     def manifest(self) -> dict[str, Any]:
         """Standardisation, autoencoder and data."""
-        images, autoencoder = load_parts(self.config)
+        images, autoencoder = load_images_and_autoencoder(self.config)
         wanted = self.config.autoencoder
         named = self.config.velocity.classes and images.class_names
         return {
@@ -162,7 +162,7 @@ class ResidualSource(LatentSource):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.images, self.autoencoder = load_parts(config)
+        self.images, self.autoencoder = load_images_and_autoencoder(config)
         self.shape = self.images.shape
         if config.velocity.beside != self.shape[0]:
             raise UserError(
@@ -229,14 +229,14 @@ class ResidualSource(LatentSource):
             Both (stop − start, C, H, W), in [-1, 1]; the second as float16 has it.
         """
         latents = self.config.latents
-        z = self.cache.draw(start, stop, latents.noise, drawn)
+        z = self.cache.sample(start, stop, latents.noise, drawn)
         if latents.disturb:
             most = latents.disturb * torch.rand((len(z), 1, 1, 1), generator=drawn)
             z = z + most * torch.randn(z.shape, generator=drawn)
         device = next(iter(self.autoencoder.parameters()), z).device  # type: ignore[attr-defined]
         z = self.cache.standardisation.undo(z).to(device)
         decoded = torch.cat([self.autoencoder.decode(part) for part in z.split(_AT_ONCE)])
-        x = to_float(image_rows(self.images, start, stop)[0])
+        x = to_float(read_rows(self.images, start, stop)[0])
         return x, decoded.cpu().half().float()
 
 

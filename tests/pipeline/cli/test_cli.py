@@ -154,7 +154,7 @@ def test_train_needs_the_cache(capsys: pytest.CaptureFixture[str], world: World)
     run = world.root / "run"
     code, _, last = say(capsys, "train", "--config", world.config(), "--run", run)
     assert code == 2
-    assert_sentence(last, "no finished latent cache", "jkoflow encode")
+    assert_sentence(last, "does not exist", "jkoflow encode")
     assert not run.exists()
 
 

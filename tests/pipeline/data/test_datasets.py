@@ -116,14 +116,14 @@ def test_take_stays_inside(indices):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"name": "svhn"}, "'svhn'; choose one of mnist, cifar10, imagenet32, folder"),
+        ({"name": "svhn"}, "'svhn' is unknown; choose one of mnist, cifar10, imagenet32, folder"),
         ({"split": "valid"}, "mnist has no split 'valid'; choose one of train, test"),
         ({"split": "val"}, "mnist has no split 'val'; choose one of train, test"),
         ({"limit": 0}, "data.limit is 0; expected 1 or more"),
         ({"limit": -5}, "data.limit is -5; expected 1 or more"),
-        ({"name": "imagenet32"}, "data.path is not set"),
-        ({"name": "folder", "size": 8}, "data.path is not set"),
-        ({"name": "folder", "size": 8, "path": "/no/such"}, "no folder /no/such"),
+        ({"name": "imagenet32"}, "data.path is null; set it to the folder"),
+        ({"name": "folder", "size": 8}, "data.path is null; set it to the folder"),
+        ({"name": "folder", "size": 8, "path": "/no/such"}, "data.path is /no/such, not a folder"),
     ],
 )
 def test_bad_settings_are_the_callers_mistake(settings: dict[str, Any], sentence: str):

@@ -107,8 +107,8 @@ def test_memory_stays_flat_over_the_files(tmp_path):
         )
     code = (
         "import resource, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from pipeline.config import DataConfig\n"
-        "from pipeline.datasets import load_images\n"
+        "from pipeline.config.schema import DataConfig\n"
+        "from pipeline.data.datasets import load_images\n"
         "s = load_images(DataConfig(name='imagenet32', path=sys.argv[2]))\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "s.read(0, 100); before = peak()\n"
@@ -232,7 +232,7 @@ def test_damaged_npz_is_named(tmp_path, harm):
         ({"data": np.zeros((1, 3, 64, 64), np.uint8), "labels": [1]}, r"\(1, 3, 64, 64\)"),
         ({"data": np.zeros((1, 12288), np.uint8), "labels": [1]}, r"expected \(n, 3072\)"),
         ({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}, "2 images and 1 labels"),
-        ({"data": np.zeros((1, 3072), np.uint8), "labels": [0]}, "whole numbers from 1"),
+        ({"data": np.zeros((1, 3072), np.uint8), "labels": [0]}, "integers from 1"),
     ],
 )
 def test_another_layout_is_refused(tmp_path, batch, sentence):
@@ -270,8 +270,8 @@ def test_the_real_stand_in():
 ENCODE = """
 import sys
 from accelerate import Accelerator
-from pipeline.config_files import load_config
-from pipeline.latents import encode
+from pipeline.config.load import load_config
+from pipeline.data.latent_cache import encode
 from pipeline.runtime.system import peak_memory
 
 for limit in (2400, 12000):

@@ -41,7 +41,7 @@ def test_the_fingerprint_knows_sets_and_order():
 
 
 def test_shapes_must_agree():
-    with pytest.raises(UserError, match=r"data.also: set100 .*one shape can be joined"):
+    with pytest.raises(UserError, match=r"data.also: images of set100 .*sets of one shape"):
         join([made(3, 0), made(4, 100, (3, 2, 2))])
 
 
@@ -64,7 +64,7 @@ def test_what_measures_sees_the_first_set_alone():
 
 @pytest.mark.parametrize(
     ("also", "message"),
-    [("cifra10", "unknown data set 'cifra10'"), ("mnist/val", "mnist has no split 'val'")],
+    [("cifra10", "data set 'cifra10' is unknown"), ("mnist/val", "mnist has no split 'val'")],
 )
 def test_a_wrong_name_is_told(also, message):
     with pytest.raises(UserError, match=message):

@@ -90,7 +90,7 @@ def test_a_shard_of_draws_depends_on_its_number_alone(
     cache = encode(config, accelerator, quiet)
     stage = LatentSource(config).first_stage(world.root / "run", config, accelerator)
     drawn = generator(0, "draw", 2)  # samples 32 … 47: images 32 … 39, then 0 … 7 again
-    expected = torch.cat([cache.draw(32, 40, 0.0, drawn), cache.draw(0, 8, 0.0, drawn)])
+    expected = torch.cat([cache.sample(32, 40, 0.0, drawn), cache.sample(0, 8, 0.0, drawn)])
     assert torch.equal(stage.read("z", 32, 48), expected)
 
 
@@ -122,7 +122,8 @@ def test_known_noise_of_a_deterministic_encoder(world: World, accelerator: Accel
     assert noise.std().item() == pytest.approx(0.1, rel=0.01)
     assert noise.mean().item() == pytest.approx(0, abs=0.002)
     # without noise there is nothing random
-    assert torch.equal(cache.draw(3, 9, 0.0, generator(0)), cache.draw(3, 9, 0.0, generator(1)))
+    first, other = (cache.sample(3, 9, 0.0, generator(seed)) for seed in (0, 1))
+    assert torch.equal(first, other)
 
 
 def test_decoding_undoes_standardisation(world: World, accelerator: Accelerator) -> None:
@@ -156,7 +157,7 @@ def test_a_constant_channel_stays_finite(world: World, accelerator: Accelerator)
         world, data={"path": str(folder)}, autoencoder={"name": "identity", "weights": None}
     )
     cache = encode(config, accelerator, quiet)
-    assert bool(torch.isfinite(cache.draw(0, 3, 0.0, generator(0))).all())
+    assert bool(torch.isfinite(cache.sample(0, 3, 0.0, generator(0))).all())
 
 
 # ------------------------------------------------------------------------------- refusals
@@ -199,7 +200,7 @@ def test_a_damaged_shard_is_refused(
 def test_an_unfinished_cache_is_not_trained_on(cached: tuple[World, Path]) -> None:
     world, folder = cached
     (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match="no finished latent cache of folder .*jkoflow encode"):
+    with pytest.raises(UserError, match="of folder .* does not exist; .*jkoflow encode"):
         open_cache(read(world))
 
 
@@ -209,7 +210,7 @@ def test_another_autoencoder_has_another_cache(
     world, folder = cached
     other = write_autoencoder(world.root / "other.safetensors", seed=1)
     config = read(world, autoencoder={"weights": str(other)})
-    with pytest.raises(UserError, match="no finished latent cache"):
+    with pytest.raises(UserError, match="latent cache .* does not exist"):
         open_cache(config)
     encode(config, accelerator, quiet)
     (there,) = [path for path in world.caches() if path != folder]
@@ -241,13 +242,13 @@ def test_what_changes_the_latents_changes_the_key(
 @pytest.mark.parametrize(
     ("sections", "named"),
     [
-        ({"latents": {"batch_size": 0}}, r"latents\.batch_size must be at least 1"),
-        ({"latents": {"shard_size": 0}}, r"shard size of at least 1"),
+        ({"latents": {"batch_size": 0}}, r"latents\.batch_size is 0; expected at least 1"),
+        ({"latents": {"shard_size": 0}}, r"shard size 0; expected at least 1"),
         ({"data": {"size": 10}}, r"images of shape \(1, 12, 12\).*\(1, 10, 10\)"),
         ({"data": {"mode": "RGB"}}, r"images of shape \(1, 12, 12\).*\(3, 12, 12\)"),
         ({"autoencoder": {"weights": "nothing"}}, r"unknown autoencoder weights 'nothing'"),
         ({"autoencoder": {"name": "nothing"}}, r"unknown autoencoder 'nothing'"),
-        ({"data": {"name": "nothing"}}, r"unknown data set 'nothing'"),
+        ({"data": {"name": "nothing"}}, r"data set 'nothing' is unknown"),
     ],
 )
 def test_bad_settings_are_refused(

@@ -13,7 +13,7 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import DataConfig
 from pipeline.data import imagenet32
 from pipeline.data.datasets import load_images
-from pipeline.data.image_set import in_any_order
+from pipeline.data.image_set import with_random_access
 from pipeline.errors import UserError
 from tests.pipeline.data.test_imagenet32 import make
 
@@ -31,12 +31,12 @@ def test_the_same_images_without_opening_files_again(tmp_path, monkeypatch):
     images, labels = make(tmp_path / "files", "npz")
     data = DataConfig(name="imagenet32", path=str(tmp_path / "files"))
     packed = load_images(data)
-    unpacked = in_any_order(packed, Accelerator(cpu=True), no_bar)
+    unpacked = with_random_access(packed, Accelerator(cpu=True), no_bar)
     opened = []
     monkeypatch.setattr(imagenet32, "read_batch", lambda path: opened.append(path))
     order = np.random.default_rng(0).integers(0, len(images), 50)
     assert np.array_equal(unpacked.take(order), images[order])
-    again = in_any_order(load_images(data), Accelerator(cpu=True), no_bar)
+    again = with_random_access(load_images(data), Accelerator(cpu=True), no_bar)
     assert np.array_equal(again.read(0, len(images)), images)
     assert opened == []
     assert again.fingerprint == packed.fingerprint
@@ -66,7 +66,7 @@ def test_a_training_opens_every_file_once(tmp_path, monkeypatch):
 
 def test_a_set_that_is_quick_already_is_left_alone(tmp_path):
     images = load_images(DataConfig(name="mnist", limit=5))
-    assert in_any_order(images, Accelerator(cpu=True), no_bar) is images
+    assert with_random_access(images, Accelerator(cpu=True), no_bar) is images
     assert not (tmp_path / "home" / "pixels").exists()
 
 
@@ -75,5 +75,5 @@ def test_a_damaged_file_leaves_nothing_behind(tmp_path):
     images = load_images(DataConfig(name="imagenet32", path=str(tmp_path / "files")))
     (tmp_path / "files" / "train_data_batch_7.npz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="train_data_batch_7"):
-        in_any_order(images, Accelerator(cpu=True), no_bar)
+        with_random_access(images, Accelerator(cpu=True), no_bar)
     assert list((tmp_path / "home" / "pixels").iterdir()) == []
