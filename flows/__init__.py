@@ -1,1 +1,1 @@
-"""Block-wise neural-ODE flows: the mathematics, without images, files or a command line."""
+"""The mathematics of block-wise neural-ODE flows, without images, files or a command line."""

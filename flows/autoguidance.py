@@ -1,12 +1,12 @@
-"""Guidance by a second, weaker flow: what the better one does is done more strongly.
+"""Autoguidance: a flow extrapolated away from a weaker flow, the guide.
 
-Given the velocity v of a flow, with or without classes, and that v_g of a guide (a smaller
-network, or one trained for less long), samples follow
+Let v be the velocity of a flow, with or without classes, and v_g that of its guide: a smaller
+network, or one trained for less time. Samples follow
 
-    v_g(t, z) + w (v(t, z, y) − v_g(t, z)),
+    v_g(t, z) + w (v(t, z, y) − v_g(t, z)).
 
-where the guide never sees the class: w = 1 is the flow's own field, w > 1 extrapolates away from
-the guide's errors, which are the flow's own, only larger, and from what is not of the class.
+The guide never sees the class y. With w = 1 this is the flow's own field. With w > 1 it
+extrapolates away from the guide's errors, which are the flow's own, only larger.
 
 Reference: Karras et al., "Guiding a diffusion model with a bad version of itself" (2024).
 """
@@ -22,71 +22,75 @@ from torch import Tensor
 from flows.block import Block
 from flows.errors import FlowError
 from flows.flow import Flow
-from flows.networks.base import Piece, Velocity, given
-from flows.networks.piecewise import ROUNDING, aligned
+from flows.networks.base import SmoothPiece, Velocity, optional
+from flows.networks.piecewise import ROUNDING, aligned_steps
 
 
-class Guided(Velocity):
-    """A velocity led away from that of a guide.
+class Autoguided(Velocity):
+    """A velocity extrapolated away from that of a guide.
 
     Args:
-        inner: the velocity, with or without classes.
-        guide: of the same samples; one with classes is asked for that of no class.
+        inner: v, with or without classes.
+        guide: v_g on the same samples; if it has classes, it is evaluated at the null label.
         weight: w, finite and not negative.
 
     Raises:
-        FlowError: other samples, or w out of range.
+        FlowError: the samples have different shapes, or w is out of range.
     """
 
     def __init__(self, inner: Velocity, guide: Velocity, weight: float) -> None:
         super().__init__(inner.shape, inner.classes)
         if guide.shape != inner.shape:
             raise FlowError(
-                f"a guide has the samples of its flow, {inner.shape}, not {guide.shape}"
+                f"the guide has samples of shape {guide.shape}; expected the flow's, {inner.shape}"
             )
         if not 0 <= weight < math.inf:
             raise FlowError(f"guidance must be finite and not negative, found {weight}")
         self.inner, self.guide, self.weight = inner, guide, weight
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """See :class:`Velocity`."""
-        v = self.inner(t, z, *given(labels))
+        """Evaluate v_g + w (v − v_g) at z (B, *shape); see :class:`Velocity`."""
+        v = self.inner(t, z, *optional(labels))
         null = None
         if self.guide.classes:
             null = torch.full((len(z),), self.guide.classes, device=z.device)
-        return torch.lerp(self.guide(t, z, *given(null)), v, self.weight)
+        return torch.lerp(self.guide(t, z, *optional(null)), v, self.weight)
 
-    def pieces(self) -> tuple[Piece, ...]:
-        """See :class:`Velocity`; from each jump of either field to the next of either."""
-        ours, theirs = self.inner.pieces(), self.guide.pieces()
-        if len(ours) == len(theirs) == 1:
-            return super().pieces()
+    def smooth_pieces(self) -> tuple[SmoothPiece, ...]:
+        """Return the intervals between the jumps of both fields; see :class:`Velocity`."""
+        pieces, guide_pieces = self.inner.smooth_pieces(), self.guide.smooth_pieces()
+        if len(pieces) == len(guide_pieces) == 1:
+            return super().smooth_pieces()
         return tuple(
-            Piece(start, end, Guided(a.field, b.field, self.weight))
-            for a in ours
-            for b in theirs
+            SmoothPiece(start, end, Autoguided(a.field, b.field, self.weight))
+            for a in pieces
+            for b in guide_pieces
             if (end := min(a.end, b.end)) - (start := max(a.start, b.start)) > ROUNDING
         )
 
 
-def guided(flow: Flow, guide: Flow, weight: float) -> Flow:
-    """The flow whose blocks are led away from those of a guide, which shares all weights.
+def autoguide(flow: Flow, guide: Flow, weight: float) -> Flow:
+    """Return the flow with each block extrapolated away from the guide's block.
+
+    The result shares the weights of both. A fixed grid gets the least number of sub-intervals
+    that also has a node at the guide's jumps.
 
     Args:
         flow: K blocks.
-        guide: K blocks of the same samples.
-        weight: w, see the module.
+        guide: K blocks on samples of the same shape.
+        weight: w, finite and not negative.
 
     Raises:
-        FlowError: another number of blocks, or as :class:`Guided`.
+        FlowError: the numbers of blocks or the shapes differ, or w is out of range.
     """
     if len(guide) != len(flow):
-        raise FlowError(f"a guide has the blocks of its flow, {len(flow)}, not {len(guide)}")
-    led = Flow(flow.shape)
-    for spec, block, other in zip(flow.specs, flow, guide, strict=True):
-        velocity, solver = Guided(block.velocity, other.velocity, weight), block.solver
-        if not solver.adaptive:  # the guide may have more networks, with jumps of their own
-            solver = replace(solver, steps=aligned(velocity.pieces(), solver.steps))
-        led.blocks.append(Block(velocity, solver))
-        led.specs.append(spec)
-    return led
+        raise FlowError(f"the guide has {len(guide)} blocks; expected the flow's, {len(flow)}")
+    blocks = []
+    for block, weaker in zip(flow, guide, strict=True):
+        velocity = Autoguided(block.velocity, weaker.velocity, weight)
+        solver = block.solver
+        if not solver.adaptive:
+            steps = aligned_steps(velocity.smooth_pieces(), solver.steps)
+            solver = replace(solver, steps=steps)
+        blocks.append(Block(velocity, solver))
+    return Flow.from_blocks(flow.shape, zip(flow.specs, blocks, strict=True))

@@ -1,8 +1,8 @@
-"""One neural-ODE block: z(0) → z(1) along its velocity, with the change of log-density.
+"""One neural-ODE block: its map T(z) = z(1) and the change of log-density.
 
-    dz/dt = v(t, z),   log_det = ∫ ∇·v(t, z(t)) dt
+    dz/dt = v(t, z),  z(0) = z,   log_det = ∫₀¹ ∇·v(t, z(t)) dt
 
-integrated by torchdiffeq. Time 0 is the data side, time 1 the noise side.
+Time 0 is the data side, time 1 the noise side.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from flows.errors import FlowError
 from flows.networks.base import Velocity
 from flows.networks.condition import Condition, bind
 from flows.solving.divergence import Divergence
-from flows.solving.solver import ADAPTIVE_METHODS, FIXED_METHODS, SolverConfig, Way, legs
-
-__all__ = ["ADAPTIVE_METHODS", "FIXED_METHODS", "Block", "SolverConfig", "Transport"]
+from flows.solving.solver import SolverConfig
+from flows.solving.trajectory import Trajectory, segments
 
 
 @dataclass(frozen=True)
 class Transport:
-    """What one pass through a block gives.
+    """The result of one pass through a block.
 
     Attributes:
-        z: (B, *shape), at the other end of the block.
-        log_det: (B,), log |det ∂z(end)/∂z(start)| in nats for the direction travelled; None if no
-            divergence was asked for.
-        log_det_probes: (n, B), the same by each probe alone; ``log_det`` is their mean.
+        z: samples (B, *shape) at the other end of the block.
+        log_det: log |det ∂z(end)/∂z(start)| in nats, (B,), for the direction of the pass; None
+            without a divergence estimator.
+        log_det_probes: the estimates (n, B) by each of n probes, whose mean is ``log_det``.
         nfe: evaluations of the right-hand side.
     """
 
@@ -39,24 +38,25 @@ class Transport:
 
 
 class Block(nn.Module):
-    """A velocity field and the solver that follows it.
+    """A velocity field and the solver that integrates it.
 
     Args:
-        velocity: the field v(t, z); where it jumps, the solver starts anew.
-        solver: the grid used for training, and elsewhere unless overridden.
+        velocity: the field v(t, z).
+        solver: the solver of training, and of every pass that gives no other; None takes the
+            default.
 
     Raises:
-        FlowError: the grid does not meet the field's jumps.
+        FlowError: a sub-interval of the fixed grid crosses a jump of the field.
     """
 
     def __init__(self, velocity: Velocity, solver: SolverConfig | None = None) -> None:
         super().__init__()
         self.velocity = velocity
         self.solver = SolverConfig() if solver is None else solver
-        legs(velocity, self.solver)
+        segments(velocity, self.solver)  # raises early
 
     def forward(self, z: Tensor, condition: Condition | None = None) -> Tensor:
-        """T(z) = z(1), (B, *shape)."""
+        """Compute T(z) = z(1), (B, *shape); see :meth:`transport`."""
         return self.transport(z, condition=condition).z
 
     def transport(
@@ -68,23 +68,23 @@ class Block(nn.Module):
         solver: SolverConfig | None = None,
         condition: Condition | None = None,
     ) -> Transport:
-        """Carries samples through the block, differentiably.
+        """Transport samples through the block, differentiably.
 
         Args:
-            z: (B, *shape), at t = 0, or at t = 1 with ``reverse``.
-            reverse: travel from 1 to 0; the inverse map.
+            z: samples (B, *shape) at t = 0; with ``reverse`` at t = 1.
+            reverse: whether to go from 1 to 0, which is the inverse map.
             divergence: estimator of ∇·v; None skips the log-det.
-            eps: probe of a random estimator, ``divergence.draw_probe(z, generator)``.
+            eps: the estimator's probes (n, B, *shape), from ``divergence.draw_probe``.
             solver: overrides the block's own.
-            condition: classes of the samples, images beside them, for a velocity told of either.
+            condition: labels, images and guidance of the samples.
 
         Returns:
-            the samples at the other end and, with a divergence, log |det| of the map travelled:
-            +∫₀¹ ∇·v dt forwards, −∫₀¹ ∇·v dt backwards.
+            the samples at the other end and, with a divergence, the log-det of the map:
+            +∫₀¹ ∇·v dt forwards, −∫₀¹ ∇·v dt in reverse.
 
         Raises:
-            FlowError: z has another shape than the velocity's samples, the probe is missing, the
-                condition does not fit, or the grid does not meet the field's jumps.
+            FlowError: z has another shape than the velocity's samples, the probes are missing, the
+                condition does not fit, or a sub-interval crosses a jump of the field.
             SolveError: the field is not finite, blows up, or needs too many evaluations.
         """
         solver = solver or self.solver
@@ -94,8 +94,8 @@ class Block(nn.Module):
                 f"B ≥ 1, found {tuple(z.shape)}"
             )
         field = bind(self.velocity, condition, z)
-        way = Way(legs(field, solver), reverse, divergence, eps, solver)
-        end, probes, nfe = way.follow(z)
+        trajectory = Trajectory(segments(field, solver), reverse, divergence, eps, solver)
+        end, probes, nfe = trajectory.solve(z)
         if probes is None:
             return Transport(end, None, None, nfe)
         log_det = probes[0] if probes.shape[0] == 1 else probes.mean(dim=0)

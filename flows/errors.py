@@ -1,25 +1,27 @@
-"""Typed failures of the flows: a bad argument, and an ODE that cannot be solved."""
+"""Errors of the flows: a bad argument, and an ODE that cannot be solved."""
 
 from __future__ import annotations
 
 
 class FlowError(ValueError):
-    """An argument is out of range or does not fit; the message says expected and found."""
+    """An argument that is out of range or does not fit; the message says expected and found."""
 
 
 class SolveError(RuntimeError):
-    """The neural ODE of a block could not be integrated.
+    """A failed solve of a block's neural ODE.
+
+    All arguments are positional, so that the error can be rebuilt from its ``args`` (pickle).
 
     Attributes:
-        reason: what happened, in words.
-        t: block time in [0, 1] at which it happened.
-        block: index of the block inside its flow, when the caller knows it.
-        evaluations: evaluations of the right-hand side spent so far.
+        reason: the cause, as a clause.
+        t: block time in [0, 1] of the failure.
+        evaluations: evaluations of the right-hand side before it.
+        block: index of the block in its flow; None if it is unknown.
     """
 
     def __init__(
         self, reason: str, t: float, evaluations: int = 0, block: int | None = None
-    ) -> None:  # all by place, so that an error can be made again from its args
+    ) -> None:
         self.reason = reason
         self.t = t
         self.evaluations = evaluations
@@ -33,6 +35,6 @@ class SolveError(RuntimeError):
         return f"the flow could not be solved {where}: {self.reason}"
 
     def in_block(self, block: int) -> SolveError:
-        """The same failure with the block's index filled in (an index already known stays)."""
+        """Return the same failure with the block's index, unless it has one already."""
         known = block if self.block is None else self.block
         return SolveError(self.reason, self.t, evaluations=self.evaluations, block=known)

@@ -1,20 +1,22 @@
-"""A flow whose networks are evaluated in bfloat16; solver and guidance stay in float32."""
+"""Mixed precision: networks in bfloat16, solver and guidance in float32."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flows.block import Block
 from flows.flow import Flow
-from flows.networks.base import Piece, Velocity, given
+from flows.networks.base import SmoothPiece, Velocity, optional
 
 
-class HalfPrecision(Velocity):
-    """A velocity under autocast to bfloat16, returned in the precision of its samples.
+class MixedPrecision(Velocity):
+    """A velocity under autocast to bfloat16, whose result has the dtype of the samples.
 
     Args:
-        inner: the velocity; its weights stay as they are.
+        inner: the velocity; its weights keep their dtype.
     """
 
     def __init__(self, inner: Velocity) -> None:
@@ -22,24 +24,21 @@ class HalfPrecision(Velocity):
         self.inner = inner
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """See :class:`Velocity`."""
+        """Evaluate the network at z (B, *shape) in bfloat16; see :class:`Velocity`."""
         with torch.autocast(z.device.type, torch.bfloat16):
-            return self.inner(t, z, *given(labels)).to(z.dtype)
+            return self.inner(t, z, *optional(labels)).to(z.dtype)
 
-    def told(self, beside: Tensor) -> Velocity:
-        """See :class:`Velocity`; the inner field told so, in bfloat16."""
-        return HalfPrecision(self.inner.told(beside))
+    def with_image(self, image: Tensor) -> Velocity:
+        """Condition the inner field on images (B, K, H, W); see :class:`Velocity`."""
+        return MixedPrecision(self.inner.with_image(image))
 
-    def pieces(self) -> tuple[Piece, ...]:
-        """See :class:`Velocity`; those of the inner field."""
-        inner = self.inner.pieces()
-        return tuple(Piece(each.start, each.end, HalfPrecision(each.field)) for each in inner)
+    def smooth_pieces(self) -> tuple[SmoothPiece, ...]:
+        """Return the pieces of the inner field, each in bfloat16; see :class:`Velocity`."""
+        pieces = self.inner.smooth_pieces()
+        return tuple(replace(piece, field=MixedPrecision(piece.field)) for piece in pieces)
 
 
-def in_half(flow: Flow) -> Flow:
-    """The flow with its networks in bfloat16; shares all weights."""
-    halved = Flow(flow.shape)
-    for spec, block in zip(flow.specs, flow, strict=True):
-        halved.blocks.append(Block(HalfPrecision(block.velocity), block.solver))
-        halved.specs.append(spec)
-    return halved
+def in_mixed_precision(flow: Flow) -> Flow:
+    """Return the flow with its networks evaluated in bfloat16; the flows share all weights."""
+    blocks = (Block(MixedPrecision(block.velocity), block.solver) for block in flow)
+    return Flow.from_blocks(flow.shape, zip(flow.specs, blocks, strict=True))

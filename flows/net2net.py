@@ -1,8 +1,8 @@
-"""Wider networks, with other classes, or several in place of one, that start as the same field.
+"""Function-preserving transformations of networks: other widths, classes or numbers of networks.
 
-Every hidden feature is copied r times and the weights that read it are shared out among the
-copies, so that v(t, z) stays what it was. The shares are uneven, drawn at random: equal ones
-would give all copies the same gradient, and they would stay copies for ever.
+A transformed network starts as the same field v(t, z). Widening copies every hidden feature r
+times and divides the weights that read it among the copies. The shares are random: with equal
+shares all copies would have the same gradient, and would stay equal for ever.
 
 Reference: the function-preserving widening of Net2Net (Chen, Goodfellow, Shlens, 2016).
 """
@@ -17,98 +17,103 @@ import torch
 from torch import Tensor, nn
 
 from flows.block import Block
-from flows.networks.base import VelocityConfig, with_classes_anew
+from flows.networks.config import VelocityConfig
 from flows.networks.convnet import Attention
+from flows.networks.layers import reset_classes
 from flows.spec import BlockSpec, build_block
 
 #: kinds of network whose hidden features all scale with ``width``
-WIDENED = ("resmlp", "conv", "unet")
+WIDENABLE = ("resmlp", "conv", "unet")
 
-#: standard deviation of a copy's share, in units of the even one, 1 / r
+#: standard deviation of a copy's share, in units of the even share 1 / r
 _SPREAD = 0.5
 
-#: what the name of a weight of one network has more when there are several
-_NUMBER = re.compile(r"nets\.\d+\.")
+#: the part of a weight's name that says which of several networks it belongs to
+_NET_PREFIX = re.compile(r"nets\.\d+\.")
 
 
-def widening(narrow: VelocityConfig, wide: VelocityConfig) -> int | None:
-    """How many times as wide one network is as another, if it can start as its widened copy.
+def widening_factor(narrow: VelocityConfig, wide: VelocityConfig) -> int | None:
+    """Return the factor r ≥ 1 by which a network can be widened, or None if it cannot.
 
     Args:
-        narrow: the network that is there; all but its width must be as in the other.
-        wide: the network to be.
+        narrow: the present network.
+        wide: the widened network; all but the width must be equal, which is not checked.
 
     Returns:
-        r ≥ 1; None where the width is not a multiple, or the kind has no width.
+        r; None if the width is not a multiple, or the kind cannot be widened.
     """
     if wide.width == narrow.width:
         return 1
     divides = wide.width % narrow.width == 0
-    # the groups of a group norm must stay the same sets of features
+    # Each group of a group norm must keep its features.
     grouped = wide.kind != "unet" or narrow.width % 8 == 0
-    return wide.width // narrow.width if divides and grouped and wide.kind in WIDENED else None
+    return wide.width // narrow.width if divides and grouped and wide.kind in WIDENABLE else None
 
 
-def multiplying(one: VelocityConfig, several: VelocityConfig) -> bool:
-    """Whether a network is to become several that can start as copies of it, on one clock."""
-    return one.nets == 1 and several.nets > 1 and several.clock == "block"
+def becomes_several(one: VelocityConfig, several: VelocityConfig) -> bool:
+    """Return whether a single network is to become several, which start as copies of it."""
+    return one.nets == 1 and several.nets > 1
 
 
-def grown(block: Block, before: BlockSpec, after: BlockSpec, generator: torch.Generator) -> Block:
-    """A block as another specification has it: wider, or with other classes, or as it is.
+def transform_block(
+    block: Block, before: BlockSpec, after: BlockSpec, generator: torch.Generator
+) -> Block:
+    """Build the block of another specification with the same map.
 
     Args:
-        block: built from ``before``.
+        block: the present block.
         before: its specification.
-        after: what it becomes; only width, classes and networks of the velocity may differ.
-        generator: of the shares (:func:`widened`).
+        after: the new specification; of the velocity only width, classes and nets may differ.
+        generator: source of the random shares of :func:`widen`.
 
     Returns:
-        The same map; every class, where they differ, as what stood for no class.
+        the new block, or the present one if the velocities are equal. If the classes differ, every
+        new class starts as the null label did.
     """
     if before.velocity == after.velocity:
         return block
-    if multiplying(before.velocity, after.velocity):
-        velocity = replace(after.velocity, nets=1)
-        one = grown(block, before, replace(after, velocity=velocity), generator).state_dict()
+    if becomes_several(before.velocity, after.velocity):
+        single = replace(after, velocity=replace(after.velocity, nets=1))
+        weights = transform_block(block, before, single, generator).state_dict()
         several = build_block(after, block.velocity.shape, generator)
         names = several.state_dict()
-        several.load_state_dict({name: one[_NUMBER.sub("", name)] for name in names})
+        several.load_state_dict({name: weights[_NET_PREFIX.sub("", name)] for name in names})
         return several
-    wide = build_block(after, block.velocity.shape, generator)
+    transformed = build_block(after, block.velocity.shape, generator)
     state: Mapping[str, Tensor] = block.state_dict()
     if before.velocity.classes != after.velocity.classes:
-        state = with_classes_anew(state, wide)
+        state = reset_classes(state, transformed)
     if before.velocity.width != after.velocity.width:
-        state = widened(state, wide, generator)
-    wide.load_state_dict(state)
-    return wide
+        state = widen(state, transformed, generator)
+    transformed.load_state_dict(state)
+    return transformed
 
 
-def widened(
+def widen(
     state: Mapping[str, Tensor], network: nn.Module, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Weights of a narrow network, for one of r times the width that is the same field.
+    """Compute the weights of a network of r times the width that is the same field.
 
     Args:
-        state: state dict of the narrow network, of the same kind and depth.
-        network: the wide one; its own weights are not used.
-        generator: of the shares.
+        state: state dict of the narrow network: weights (outputs, inputs, …) and vectors
+            (features,).
+        network: the wide network of the same kind and depth; its weights are not read.
+        generator: source of the random shares.
 
     Returns:
-        A state dict that the network loads. With it v(t, z) is the narrow network's, but for
-        rounding.
+        a state dict that the wide network loads; v(t, z) is unchanged up to rounding.
     """
     own = network.state_dict()
     wide = {name: _widen(value, own[name].shape, generator) for name, value in state.items()}
     for name, module in network.named_modules():
         if isinstance(module, Attention):
-            _temper(wide, f"{name}.qkv", own[f"{name}.out.bias"], state[f"{name}.out.bias"])
+            factor = len(own[f"{name}.out.bias"]) // len(state[f"{name}.out.bias"])
+            _rescale_queries(wide, f"{name}.qkv", factor)
     return wide
 
 
 def _widen(value: Tensor, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """A weight (outputs, inputs, …), or one number a feature, for more outputs and inputs."""
+    """Widen a weight (outputs, inputs, …), or a vector (features,), to a larger shape."""
     if value.shape == shape:
         return value.clone()
     value = value.repeat_interleave(shape[0] // value.shape[0], dim=0)
@@ -117,19 +122,20 @@ def _widen(value: Tensor, shape: torch.Size, generator: torch.Generator) -> Tens
     outputs, inputs = value.shape[:2]
     copies = shape[1] // inputs
     noise = torch.randn(outputs, inputs, copies, generator=generator)
-    if copies > 1:  # of standard deviation 1, and of sum 0 over the copies
+    if copies > 1:  # standard deviation 1, and sum 0 over the copies
         noise = (noise - noise.mean(dim=2, keepdim=True)) * (copies / (copies - 1)) ** 0.5
     shares = ((1 + _SPREAD * noise) / copies).to(value).flatten(1)
     rest = (1,) * (value.dim() - 2)
     return value.repeat_interleave(copies, dim=1) * shares.view(outputs, inputs * copies, *rest)
 
 
-def _temper(wide: dict[str, Tensor], name: str, ours: Tensor, theirs: Tensor) -> None:
-    """Keep the attention's weights: r times the features of a head make q·k / √d √r times as much.
+def _rescale_queries(wide: dict[str, Tensor], name: str, factor: int) -> None:
+    """Divide the queries by √r, so that the attention weights stay what they were.
 
-    Queries are the first third of the layer's outputs.
+    With r times the features in a head, q·k grows by r and √d by √r. The queries are the first
+    third of the layer's outputs.
     """
-    scale = (len(theirs) / len(ours)) ** 0.5
+    scale = (1 / factor) ** 0.5
     for part in ("weight", "bias"):
         tensor = wide[f"{name}.{part}"]
         tensor[: len(tensor) // 3] *= scale

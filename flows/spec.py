@@ -1,4 +1,4 @@
-"""The specification a block is built from: plain data that goes into ``flow.json``."""
+"""The specification that a block is built from: plain data, kept in ``flow.json``."""
 
 from __future__ import annotations
 
@@ -8,27 +8,34 @@ from typing import Any
 
 import torch
 
-from flows.block import Block, SolverConfig
+from flows.block import Block
 from flows.errors import FlowError
+from flows.networks.config import VelocityConfig
 from flows.networks.piecewise import time_slice
-from flows.networks.registry import VelocityConfig, make_velocity
-from flows.objectives.losses import OBJECTIVES
+from flows.networks.registry import make_velocity
+from flows.solving.solver import SolverConfig
+
+#: objectives that a single block is trained by; flow matching (fm) is lfm with gamma None
+BLOCK_OBJECTIVES = ("jko", "lfm", "distill")
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Everything about a block but its weights.
+    """A block without its weights.
 
     Attributes:
-        velocity: its network, or networks.
-        solver: its grid.
-        h: JKO step size; None for a free block (and under lfm).
-        objective: ``jko`` | ``lfm`` | ``distill`` (regressed on what other blocks do together).
-        gamma: Ornstein–Uhlenbeck time under ``lfm``; None aims at pure noise (flow matching).
-            A distilled block has the sum of the steps, h or gamma, of the blocks it stands for.
-        start: where in its velocity's time this block begins; see
-        :func:`flows.networks.piecewise.time_slice`.
-        length: how much of its velocity's time it covers.
+        velocity: its network or networks.
+        solver: its solver.
+        h: JKO step size; None for a free block, and under lfm.
+        objective: ``jko``, ``lfm``, or ``distill`` (regression on the map of several blocks).
+        gamma: Ornstein–Uhlenbeck time under lfm; None has pure noise as its target (flow
+            matching). A distilled block has the sum of the h or gamma of the blocks it replaces.
+        start: beginning of the part of its velocity's time that the block covers; see
+            :func:`flows.networks.piecewise.time_slice`.
+        length: length of that part.
+
+    Raises:
+        FlowError: the objective is unknown, or h or gamma is out of range.
     """
 
     velocity: VelocityConfig = field(default_factory=VelocityConfig)
@@ -40,9 +47,9 @@ class BlockSpec:
     length: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuses values out of range."""
-        if self.objective not in OBJECTIVES:
-            known = ", ".join(OBJECTIVES)
+        """Check the objective and the ranges."""
+        if self.objective not in BLOCK_OBJECTIVES:
+            known = ", ".join(BLOCK_OBJECTIVES)
             raise FlowError(f"unknown objective {self.objective!r}; choose one of {known}")
         for name in ("h", "gamma"):
             value = getattr(self, name)
@@ -51,19 +58,23 @@ class BlockSpec:
 
     @property
     def weight(self) -> float | None:
-        """The step this block takes under its objective: h or gamma; None if it is free."""
+        """Return the step of the block under its objective, h or gamma; None if it is free."""
         return self.gamma if self.h is None else self.h
 
     @property
     def sliced(self) -> bool:
-        """Whether the block covers only a part of its velocity's time."""
+        """Return whether the block covers only a part of its velocity's time."""
         return (self.start, self.length) != (0.0, 1.0)
 
-    def child(self, index: int, children: int, solver: SolverConfig) -> BlockSpec:
-        """The specification of one of the equal parts of this block."""
+    def child(self, index: int, children: int) -> BlockSpec:
+        """Return the specification of one of the equal parts of this block.
+
+        Args:
+            index: the part, from 0.
+            children: number of parts.
+        """
         return replace(
             self,
-            solver=solver,
             h=None if self.h is None else self.h / children,
             gamma=None if self.gamma is None else self.gamma / children,
             start=self.start + self.length * index / children,
@@ -71,42 +82,49 @@ class BlockSpec:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
+        """Return a JSON-ready dictionary; it leaves out conditions that the network lacks."""
         plain = asdict(self)
         velocity = plain["velocity"]
-        velocity["hidden"] = list(self.velocity.hidden)
-        if not self.velocity.classes:  # a flow without classes is described as it always was
+        if not self.velocity.classes:
             del velocity["classes"], velocity["class_dropout"]
-        if not self.velocity.beside:
-            del velocity["beside"]
-        if self.velocity.nets == 1:  # nor has one network any other clock than the block's
-            del velocity["clock"]
+        if not self.velocity.image_channels:
+            del velocity["image_channels"]
         return plain
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> BlockSpec:
-        """The inverse of :meth:`to_dict`; a missing key takes its default.
+        """Build a specification from :meth:`to_dict`; a missing key takes its default.
 
         Raises:
-            FlowError: an unknown key, or a value out of range.
+            FlowError: a key is unknown, or a value is out of range.
         """
         plain = dict(plain)
         for name, kind in (("velocity", VelocityConfig), ("solver", SolverConfig)):
             if name in plain:
-                plain[name] = _strict(kind, plain[name], name)
-        return _strict(cls, plain, "block")
+                plain[name] = _from_mapping(kind, plain[name], name)
+        return _from_mapping(cls, plain, "block")
 
 
 def build_block(
     spec: BlockSpec, shape: tuple[int, ...], generator: torch.Generator | None = None
 ) -> Block:
-    """A freshly initialised block for samples of the given shape."""
+    """Build a freshly initialised block.
+
+    Args:
+        spec: the block's specification.
+        shape: shape of one sample, (D,) or (C, H, W).
+        generator: source of the initial weights; None uses PyTorch's global generator.
+
+    Raises:
+        FlowError: the network cannot have samples of this shape, or a sub-interval of the solver
+            crosses a switch between its networks.
+    """
     velocity = make_velocity(spec.velocity, shape, generator)
     return Block(time_slice(velocity, spec.start, spec.length), spec.solver)
 
 
-def _strict(kind: Any, plain: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401
-    """Builds a dataclass from a mapping and names the keys it does not know."""
+def _from_mapping(kind: Any, plain: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401
+    """Build a dataclass from a mapping; raise FlowError if it has unknown keys."""
     unknown = set(plain) - {item.name for item in fields(kind)}
     if unknown:
         raise FlowError(f"unknown key {', '.join(sorted(unknown))} in the {name} of a flow")

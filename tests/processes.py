@@ -21,9 +21,9 @@ import torch
 from accelerate import Accelerator
 
 from autoencoders.base import to_float
-from flows.block import SolverConfig
 from flows.errors import SolveError
 from flows.flow import Flow
+from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
 from pipeline.config.autoencoder_recipe import AutoencoderTraining
@@ -173,8 +173,8 @@ def clock(accelerator: Accelerator, folder: Path, ahead: int) -> Any:
 
 
 #: two networks, which two processes train apart; clipped, so that the norm of all counts
-APART = ("train.objective=fm", "velocity.kind=mlp", "velocity.hidden=[8]", "velocity.nets=2",
-         "velocity.clock=block", "push.steps=4", "train.iterations=12", "train.snapshot_every=5",
+APART = ("train.objective=fm", "velocity.kind=mlp", "velocity.width=8", "velocity.depth=1",
+         "velocity.nets=2", "push.steps=4", "train.iterations=12", "train.snapshot_every=5",
          "train.grad_clip=0.5", "train.lr=0.01", "train.ema=0.9", "train.log_every=4")  # fmt: skip
 
 

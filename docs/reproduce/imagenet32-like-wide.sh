@@ -7,7 +7,7 @@ set -euo pipefail
 dir=${1:?usage: imagenet32-like-wide.sh DIR}
 data=(--set data.path="$dir")
 wide=(--config imagenet32 "${data[@]}" --set velocity.width=128 --set velocity.classes=200)
-two=(--set velocity.nets=2 --set velocity.clock=block --set train.batch_size=256 --set push.steps=8)
+two=(--set velocity.nets=2 --set train.batch_size=256 --set push.steps=8)
 guide=(--guide runs/like-first@500 --steps 8)
 
 # one network, with the unsharp mask measured on these images

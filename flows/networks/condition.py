@@ -1,14 +1,13 @@
-"""Classes and images: what a conditional flow is given, and the field that it then follows.
+"""Conditions of samples, and the velocity fields that follow from them.
 
-A network with classes sees v(t, z, y). Solvers and divergence estimators know v(t, z) alone, so
-for one pass through a block the labels are bound to the field. Under guidance w the field is
+A network with classes evaluates v(t, z, y). Solvers and divergence estimators know v(t, z) alone,
+so the labels y are bound to the field for one pass through a block. With guidance weight w the
+field is
 
-    v(t, z, null) + w (v(t, z, y) − v(t, z, null)),
+    v(t, z, ∅) + w (v(t, z, y) − v(t, z, ∅)),
 
-where null is the label that stands for no class: w = 1 is the plain conditional field, w > 1
-extrapolates. A network that is told an image beside every sample
-(`flows.networks.image_condition`) gets it here,
-too.
+where ∅ is the null label: w = 1 is the conditional field, and w > 1 extrapolates from it.
+Conditioning images are bound in the same way (:mod:`flows.networks.image_condition`).
 
 Reference: Ho, Salimans, "Classifier-free diffusion guidance" (2022); Zheng et al., "Guided flows
 for generative modeling and decision making" (2023) for velocity fields.
@@ -17,148 +16,175 @@ for generative modeling and decision making" (2023) for velocity fields.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flows.errors import FlowError
-from flows.networks.base import Piece, Velocity
+from flows.networks.base import SmoothPiece, Velocity
 
 
 @dataclass(frozen=True)
 class Condition:
-    """The class of every sample, how strongly it is followed, and the image beside it.
+    """The condition of n samples: a label and a guidance weight, an image, or both.
 
     Attributes:
-        labels: int64 (n,), from 0; the number of classes itself is the null label. None for a flow
-            without classes.
-        guidance: w, finite and not negative; 1 is the conditional field.
-        beside: (n, K, H, W), images for a flow that is told one beside every sample; or None.
+        labels: int64 (n,), class labels from 0; the number of classes is the null label. None for
+            a flow without classes.
+        guidance: guidance weight w, finite and not negative; 1 is the conditional field.
+        image: conditioning images (n, K, H, W); None for a flow without.
+
+    Raises:
+        FlowError: there is neither label nor image, or the weight is out of range or has no
+            labels.
     """
 
     labels: Tensor | None = None
     guidance: float = 1.0
-    beside: Tensor | None = None
+    image: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a weight out of range, or of nothing, and nothing at all."""
+        """Check that the fields fit together."""
         if self.labels is None and self.guidance != 1:
-            raise FlowError(f"guidance {self.guidance} needs labels to be followed more strongly")
-        if self.labels is None and self.beside is None:
-            raise FlowError("a condition needs labels, images beside the samples, or both")
+            raise FlowError(f"guidance is {self.guidance} without labels; give Condition.labels")
+        if self.labels is None and self.image is None:
+            raise FlowError("a condition needs labels, images, or both")
         if not 0 <= self.guidance < math.inf:
             raise FlowError(
                 f"guidance must be finite and not negative, found {self.guidance}; 1 is the "
-                "plain conditional field"
+                "conditional field"
             )
 
     def rows(self, start: int, stop: int) -> Condition:
-        """The condition of the samples [start, stop)."""
-        labels, beside = (
-            None if each is None else each[start:stop] for each in (self.labels, self.beside)
-        )
-        return replace(self, labels=labels, beside=beside)
+        """Return the condition of the samples [start, stop)."""
+        labels = None if self.labels is None else self.labels[start:stop]
+        image = None if self.image is None else self.image[start:stop]
+        return replace(self, labels=labels, image=image)
 
 
-def check_labels(condition: Condition | None, z: Tensor) -> None:
-    """Refuses another number of labels, or images, than of samples: to be asked before any is cut.
+def check_condition(condition: Condition | None, z: Tensor) -> None:
+    """Check that there is one label or image for each sample.
+
+    Args:
+        condition: the condition; None passes.
+        z: samples (n, *shape).
 
     Raises:
-        FlowError: they differ, or the labels are not int64.
+        FlowError: the numbers differ, or the labels are not int64.
     """
     if condition is None:
         return
-    if condition.beside is not None and len(condition.beside) != len(z):
+    if condition.image is not None and len(condition.image) != len(z):
         raise FlowError(
-            f"expected one image beside every sample, {len(z)}, found {len(condition.beside)}"
+            f"expected one conditioning image for each of {len(z)} samples, found "
+            f"{len(condition.image)}"
         )
     labels = condition.labels
-    if labels is None:
-        return
-    if labels.dtype != torch.int64 or labels.shape != z.shape[:1]:
+    if labels is not None and (labels.dtype != torch.int64 or labels.shape != z.shape[:1]):
         raise FlowError(
-            f"expected one int64 label a sample, ({len(z)},), found {labels.dtype} "
+            f"expected one int64 label for each sample, ({len(z)},), found {labels.dtype} "
             f"{tuple(labels.shape)}"
         )
 
 
-def rows_of(condition: Condition | None, start: int, stop: int) -> Condition | None:
-    """The condition of the samples [start, stop), where there is one."""
-    return None if condition is None else condition.rows(start, stop)
+def in_chunks(
+    z: Tensor, condition: Condition | None, size: int
+) -> Iterator[tuple[Tensor, Condition | None]]:
+    """Yield the samples and their condition in chunks, which bound the memory of a pass.
+
+    The whole condition is checked before the first chunk: mismatched numbers of samples and labels
+    could agree within a chunk.
+
+    Args:
+        z: samples (n, *shape).
+        condition: their condition; None for an unconditional flow.
+        size: samples in a chunk; the last chunk may have fewer.
+
+    Raises:
+        FlowError: the condition does not fit the samples.
+    """
+    check_condition(condition, z)
+    for start in range(0, len(z), size):
+        stop = start + size
+        yield z[start:stop], None if condition is None else condition.rows(start, stop)
 
 
 def bind(velocity: Velocity, condition: Condition | None, z: Tensor) -> Velocity:
-    """The field v(t, z) that samples follow: the velocity with their labels and images filled in.
+    """Return the field v(t, z) of some samples: the velocity given their labels and images.
 
     Args:
-        velocity: with or without classes.
-        condition: of the samples; None for a velocity without classes, and told no image.
+        velocity: the field v(t, z, y) or v(t, z).
+        condition: the condition of the samples; None for an unconditional velocity.
         z: the samples (B, *shape).
 
     Raises:
-        FlowError: labels for a velocity without classes, none for one with them, another number
-            of labels or images than of samples, a label out of range, or images for a velocity
-            that is told none.
+        FlowError: labels or images are missing, are given to a velocity without them, do not
+            match the samples in number, or are out of range.
     """
-    if condition is not None and condition.beside is not None:
-        check_labels(condition, z)
-        velocity = velocity.told(condition.beside.to(z.device))
-    if condition is None or (condition.labels is None and condition.beside is not None):
+    check_condition(condition, z)
+    if condition is not None and condition.image is not None:
+        velocity = velocity.with_image(condition.image.to(z.device))
+    labels = None if condition is None else condition.labels
+    if labels is None:
         if velocity.classes:
             raise FlowError(
                 f"the flow was trained with {velocity.classes} classes; give the class of every "
                 "sample (a Condition)"
             )
         return velocity
-    labels = condition.labels
-    assert labels is not None
     if not velocity.classes:
-        raise FlowError("the flow was trained without classes and takes no labels")
-    check_labels(condition, z)
+        raise FlowError("the flow was trained without classes; leave the labels out")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high > velocity.classes:
         raise FlowError(
             f"labels must lie between 0 and {velocity.classes} (no class), found {low} to {high}"
         )
-    return Conditioned(velocity, replace(condition, labels=labels.to(z.device)))
+    assert condition is not None
+    return ClassConditioned(velocity, labels.to(z.device), condition.guidance)
 
 
-class Conditioned(Velocity):
-    """A velocity with classes as a field v(t, z) of B samples whose labels are known."""
+class ClassConditioned(Velocity):
+    """The field v(t, z) of B samples whose labels are known, with guidance.
 
-    def __init__(self, inner: Velocity, condition: Condition) -> None:
+    Args:
+        inner: the field v(t, z, y).
+        labels: y, int64 (B,).
+        guidance: guidance weight w.
+    """
+
+    def __init__(self, inner: Velocity, labels: Tensor, guidance: float = 1.0) -> None:
         super().__init__(inner.shape)
-        assert condition.labels is not None
-        self.inner, self.condition, self._labels = inner, condition, condition.labels
+        self.inner, self.labels, self.guidance = inner, labels, guidance
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """See :class:`Velocity`; z may hold the B samples several times, one after another."""
-        known = self._labels
-        labels = known.repeat(len(z) // len(known))
-        w = self.condition.guidance
-        if w == 1:
+        """Evaluate the field at z (B, *shape), or at m copies (m·B, *shape) of the batch."""
+        labels = self.labels.repeat(len(z) // len(self.labels))
+        if self.guidance == 1:
             return self.inner(t, z, labels)
         both = torch.cat([labels, torch.full_like(labels, self.inner.classes)])
         times = t if t.dim() == 0 else torch.cat([t, t])
         v, v_null = self.inner(times, torch.cat([z, z]), both).chunk(2)
-        return torch.lerp(v_null, v, w)
+        return torch.lerp(v_null, v, self.guidance)
 
     def directional(
         self, t: Tensor, z: Tensor, tangents: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """See :class:`Velocity`; a guided field is linear in its two parts, and so is this."""
-        known, w = self._labels, self.condition.guidance
-        v, moved = self.inner.directional(t, z, tangents, known)
-        if w == 1:
-            return v, moved
-        null = torch.full_like(known, self.inner.classes)
-        v_null, moved_null = self.inner.directional(t, z, tangents, null)
-        return torch.lerp(v_null, v, w), torch.lerp(moved_null, moved, w)
+        """Extrapolate the derivatives (n, B, *shape) as the field; see :class:`Velocity`."""
+        v, derivatives = self.inner.directional(t, z, tangents, self.labels)
+        if self.guidance == 1:
+            return v, derivatives
+        null = torch.full_like(self.labels, self.inner.classes)
+        v_null, null_derivatives = self.inner.directional(t, z, tangents, null)
+        return (
+            torch.lerp(v_null, v, self.guidance),
+            torch.lerp(null_derivatives, derivatives, self.guidance),
+        )
 
-    def pieces(self) -> tuple[Piece, ...]:
-        """See :class:`Velocity`; those of the inner field, with the same labels."""
+    def smooth_pieces(self) -> tuple[SmoothPiece, ...]:
+        """Return the pieces of the inner field, with the same labels; see :class:`Velocity`."""
         return tuple(
-            Piece(piece.start, piece.end, Conditioned(piece.field, self.condition))
-            for piece in self.inner.pieces()
+            replace(piece, field=ClassConditioned(piece.field, self.labels, self.guidance))
+            for piece in self.inner.smooth_pieces()
         )

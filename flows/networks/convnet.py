@@ -1,4 +1,4 @@
-"""Velocity fields on latent grids (C, H, W): a convolutional net and a small UNet."""
+"""Velocity fields on latent grids (C, H, W): a convolutional network and a small UNet."""
 
 from __future__ import annotations
 
@@ -10,17 +10,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.errors import FlowError
-from flows.networks.base import TimeFeatures, Velocity, VelocityConfig, zero_
+from flows.networks.base import Velocity
+from flows.networks.config import VelocityConfig
+from flows.networks.layers import TimeFeatures, zero_
 
-#: side of the largest grid on which the upper level of a UNet attends, too
-_ATTENDED = 8
+#: largest side of a grid on whose upper level the UNet has attention
+_MAX_ATTENTION_SIDE = 8
 
 
 class ConvVelocity(Velocity):
-    """A stack of 3×3 convolutions, every hidden layer scaled and shifted by the time.
+    """A stack of ``depth`` 3×3 convolutions, scaled and shifted by functions of t.
 
-    x ← σ(conv(x) ⊙ (1 + a(t)) + b(t)), residual from the second layer on. Without normalisation it
-    stays a smooth and cheap field, the right size for the paper's small latents.
+    Each layer is x ← σ(conv(x) ⊙ (1 + a(t)) + b(t)), residual from the second on. It has no
+    normalisation, so the field is smooth and cheap: the right size for the paper's small latents.
+
+    Args:
+        config: all of it applies but ``heads`` and ``patch``.
+        shape: (C, H, W) of one sample.
+
+    Raises:
+        FlowError: the shape is not (C, H, W).
     """
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
@@ -40,7 +49,7 @@ class ConvVelocity(Velocity):
             zero_(self.output)
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """See :class:`Velocity`."""
+        """Evaluate the network at z (B, C, H, W); see :class:`Velocity`."""
         modulations = self.modulation(self.features(t, labels))[:, :, None, None]
         hidden = z
         for index, conv in enumerate(self.convs):
@@ -51,7 +60,14 @@ class ConvVelocity(Velocity):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(σ(GN(conv(σ(GN(x)))) ⊙ (1 + a) + b))), with a, b from the time embedding."""
+    """A residual block x + conv(σ(GN(conv(σ(GN(x)))) ⊙ (1 + a(t)) + b(t))).
+
+    Args:
+        inputs: channels of x.
+        outputs: channels of the result; where they differ, a 1×1 convolution replaces the skip.
+        embedding: features of the time embedding.
+        activation: σ.
+    """
 
     def __init__(
         self, inputs: int, outputs: int, embedding: int, activation: Callable[[Tensor], Tensor]
@@ -67,7 +83,7 @@ class ResidualBlock(nn.Module):
         zero_(self.modulation)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Maps x (B, inputs, H, W) with embedding (1 or B, E) to (B, outputs, H, W)."""
+        """Map x (B, inputs, H, W) and embedding (1, E) or (B, E) to (B, outputs, H, W)."""
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         hidden = self.conv_in(self.activation(self.norm_in(x)))
         hidden = torch.addcmul(shift, self.norm_out(hidden), 1 + scale)
@@ -75,10 +91,13 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the H·W positions, residual.
+    """Residual self-attention over the H·W positions.
 
-    Written with plain matrix products: the fused kernels have no forward-mode derivative, and
-    latent grids are small.
+    It uses plain matrix products, because PyTorch's fused kernels have no forward-mode derivative.
+
+    Args:
+        channels: channels of the grid, a multiple of ``heads``.
+        heads: attention heads.
     """
 
     def __init__(self, channels: int, heads: int) -> None:
@@ -89,9 +108,9 @@ class Attention(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, H, W)."""
+        """Add the attention to x (B, C, H, W)."""
         batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x))  # no size is left to infer: a batch may be empty
+        qkv = self.qkv(self.norm(x))  # reshape without −1, which an empty batch does not allow
         qkv = qkv.reshape(batch, 3, self.heads, channels // self.heads, height * width)
         query, key, value = qkv.unbind(1)
         weights = (query.transpose(-1, -2) @ key / math.sqrt(query.shape[-2])).softmax(dim=-1)
@@ -100,10 +119,19 @@ class Attention(nn.Module):
 
 
 class UNetVelocity(Velocity):
-    """A small time-conditioned UNet with self-attention at the bottom, and at the top up to 8x8.
+    """A small time-conditioned UNet with at most two levels.
 
-    It goes one level down, to twice the width, when H and W are even (after folding ``patch`` x
-    ``patch`` positions into channels); ``depth`` residual blocks on every level, each way.
+    Patches of ``patch`` x ``patch`` positions are folded into channels first. If the folded H and
+    W are even, there is a lower level with twice the width. Each level has ``depth`` residual
+    blocks each way. The lower level has attention, and so has the upper one on grids up to 8x8.
+
+    Args:
+        config: all of it applies.
+        shape: (C, H, W) of one sample.
+
+    Raises:
+        FlowError: the shape is not (C, H, W), the patches do not divide it, or the heads do not
+            divide the channels.
     """
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
@@ -118,7 +146,7 @@ class UNetVelocity(Velocity):
         shape = (channels, shape[1] // self.patch, shape[2] // self.patch)
         self.two_levels = shape[1] % 2 == 0 and shape[2] % 2 == 0
         low = 2 * width if self.two_levels else width
-        attends = bool(config.heads) and self.two_levels and max(shape[1:]) <= _ATTENDED
+        attends = bool(config.heads) and self.two_levels and max(shape[1:]) <= _MAX_ATTENTION_SIDE
         least = width if attends else low
         if config.heads and least % config.heads:
             raise FlowError(
@@ -152,7 +180,7 @@ class UNetVelocity(Velocity):
         )
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """See :class:`Velocity`."""
+        """Evaluate the network at z (B, C, H, W); see :class:`Velocity`."""
         embedding = self.activation(self.time(self.features(t, labels)))
         hidden = self.input(F.pixel_unshuffle(z, self.patch))
         for block in self.encoder:
@@ -174,7 +202,7 @@ class UNetVelocity(Velocity):
 
 
 def _groups(channels: int) -> int:
-    """The largest number of groups up to 8 that divides the channels."""
+    """Return the largest number of groups up to 8 that divides the channels."""
     return next(groups for groups in range(min(8, channels), 0, -1) if channels % groups == 0)
 
 

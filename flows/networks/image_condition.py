@@ -1,8 +1,8 @@
-"""A field told an image besides its samples: v(t, z | c), c of the samples' own grid.
+"""Velocity fields conditioned on an image: v(t, z | c), c on the grid of the samples.
 
-The network is one of the kinds for grids, on samples of C + K channels: it sees z and c side by
-side, and of what it gives the first C channels count. Solvers know v(t, z) alone, so for one pass
-c is bound to the field (`flows.networks.condition`), as labels are.
+The network takes samples and images concatenated along the channels, (B, C + K, H, W), and the
+first C channels of its output are the field. Solvers know v(t, z) alone, so the images are bound
+to the field for one pass through a block (:func:`flows.networks.condition.bind`), as labels are.
 """
 
 from __future__ import annotations
@@ -11,71 +11,75 @@ import torch
 from torch import Tensor
 
 from flows.errors import FlowError
-from flows.networks.base import Piece, Velocity, given
+from flows.networks.base import SmoothPiece, Velocity, optional
 
 
-class Beside(Velocity):
-    """A velocity that needs an image (K, H, W) beside every sample.
+class ImageConditionedNetwork(Velocity):
+    """A network that needs an image (K, H, W) for each sample (C, H, W).
 
     Args:
-        inner: on (C + K, H, W).
-        channels: K, of the image; at least 1 and fewer than the inner velocity's.
+        inner: the network on C + K channels.
+        channels: K, in [1, C + K − 1].
 
     Raises:
-        FlowError: K out of range, or an inner velocity that jumps.
+        FlowError: K is out of range, or the inner network jumps in time.
     """
 
     def __init__(self, inner: Velocity, channels: int) -> None:
         if not 0 < channels < inner.shape[0]:
             raise FlowError(
-                f"velocity.beside = {channels} must lie between 1 and {inner.shape[0] - 1} for a "
-                f"network on {inner.shape[0]} channels"
+                f"velocity.image_channels = {channels} must lie between 1 and "
+                f"{inner.shape[0] - 1} for a network on {inner.shape[0]} channels"
             )
-        if len(inner.pieces()) > 1:
-            raise FlowError("velocity.beside takes one network a block (velocity.nets=1)")
+        if len(inner.smooth_pieces()) > 1:
+            raise FlowError("velocity.image_channels needs a single network (velocity.nets=1)")
         super().__init__((inner.shape[0] - channels, *inner.shape[1:]), inner.classes)
         self.inner, self.channels = inner, channels
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """See :class:`Velocity`; there is no field without the image."""
-        raise FlowError("this velocity is told an image beside every sample (Condition.beside)")
+        """Raise FlowError: for samples z (B, C, H, W) alone there is no field."""
+        shape = ", ".join(map(str, (self.channels, *self.shape[1:])))
+        raise FlowError(
+            "this velocity network is conditioned on an image: pass Condition(image=…) of shape "
+            f"(B, {shape})"
+        )
 
-    def told(self, beside: Tensor) -> Velocity:
-        """The field of samples whose images are known; shares the weights.
+    def with_image(self, image: Tensor) -> Velocity:
+        """Return the field v(t, z | image), which shares the weights.
 
         Args:
-            beside: (B, K, H, W).
+            image: images (B, K, H, W).
 
         Raises:
-            FlowError: another shape.
+            FlowError: the images have another shape.
         """
-        wanted = (self.channels, *self.shape[1:])
-        if tuple(beside.shape[1:]) != wanted:
+        expected = (self.channels, *self.shape[1:])
+        if tuple(image.shape[1:]) != expected:
             raise FlowError(
-                f"expected an image of shape {wanted} beside every sample, found "
-                f"{tuple(beside.shape[1:])}"
+                f"expected images of shape {expected} as the condition, found "
+                f"{tuple(image.shape[1:])}"
             )
-        return Told(self.inner, beside)
+        return ImageConditioned(self.inner, image)
 
 
-class Told(Velocity):
-    """A field v(t, z) of B samples, each with the image beside it bound.
+class ImageConditioned(Velocity):
+    """The field v(t, z | c) of B samples whose images c are known.
 
     Args:
-        inner: on samples and images side by side.
-        beside: (B, K, H, W).
+        inner: the network on C + K channels.
+        image: images c (B, K, H, W).
     """
 
-    def __init__(self, inner: Velocity, beside: Tensor) -> None:
-        shape = (inner.shape[0] - beside.shape[1], *inner.shape[1:])
+    def __init__(self, inner: Velocity, image: Tensor) -> None:
+        shape = (inner.shape[0] - image.shape[1], *inner.shape[1:])
         super().__init__(shape, inner.classes)
-        self.inner, self.beside = inner, beside
+        self.inner, self.image = inner, image
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """See :class:`Velocity`; z may hold the B samples several times, one after another."""
-        beside = self.beside.to(z.dtype).repeat(len(z) // len(self.beside), 1, 1, 1)
-        return self.inner(t, torch.cat([z, beside], 1), *given(labels))[:, : self.shape[0]]
+        """Evaluate the field at z (B, C, H, W), or at m copies (m·B, C, H, W) of the batch."""
+        image = self.image.to(z.dtype).repeat(len(z) // len(self.image), 1, 1, 1)
+        return self.inner(t, torch.cat([z, image], 1), *optional(labels))[:, : self.shape[0]]
 
-    def pieces(self) -> tuple[Piece, ...]:
-        """See :class:`Velocity`; one, for the inner velocity never jumps."""
-        return super().pieces()
+    def smooth_pieces(self) -> tuple[SmoothPiece, ...]:
+        """Return a single piece, because the inner network has no jumps."""
+        return super().smooth_pieces()

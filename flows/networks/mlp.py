@@ -1,4 +1,4 @@
-"""Velocity fields on flat samples: linear, plain MLP (the paper's), residual MLP."""
+"""Velocity fields on flat samples: a linear field, an MLP and a residual MLP."""
 
 from __future__ import annotations
 
@@ -11,53 +11,65 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from flows.networks.base import LabelShift, TimeFeatures, Velocity, VelocityConfig, zero_
+from flows.networks.base import Velocity
+from flows.networks.config import VelocityConfig
+from flows.networks.layers import ClassEmbedding, TimeFeatures, zero_
 
 
 class LinearVelocity(Velocity):
-    """v(z) = A z + b: the field whose map and log-det are known, expm(A) and tr A.
+    """A linear field v(z) = A z + b, whose Jacobian expm(A) and log-det tr A are known.
 
-    With classes every class has its own b.
+    With classes, b depends on the class: v(z, y) = A z + b + e(y).
+
+    Args:
+        config: ``classes`` and ``zero_init`` apply.
+        shape: shape of one sample; samples are flattened to D features.
     """
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
         super().__init__(shape, config.classes)
         self.affine = nn.Linear(self.dim, self.dim)
-        self.label = LabelShift(config.classes, self.dim, zero=config.zero_init)
+        self.label = ClassEmbedding(config.classes, self.dim, zero=config.zero_init)
         if config.zero_init:
             zero_(self.affine)
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """See :class:`Velocity`; t is not used."""
+        """Evaluate A z + b at z (B, *shape); the field does not depend on t."""
         return self.label(self.affine(z.flatten(1)), labels).view_as(z)
 
 
 class MlpVelocity(Velocity):
-    """A plain MLP on (z, t), and the class, as in the paper's two-dimensional experiments."""
+    """A multilayer perceptron on (z, t).
+
+    It has ``depth`` hidden layers of ``width`` features. In the paper's two-dimensional
+    experiments it has 3 of 128, with softplus of β = 20. There, in the authors' released code, it
+    does not see t.
+
+    Args:
+        config: ``width``, ``depth``, ``activation``, ``classes`` and ``zero_init`` apply.
+        shape: shape of one sample; samples are flattened to D features.
+    """
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
         super().__init__(shape, config.classes)
-        widths = config.hidden
-        self.first = nn.Linear(self.dim + 1, widths[0])
-        self.label = LabelShift(config.classes, widths[0])
-        self.middle = nn.ModuleList(
-            nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
-        self.last = nn.Linear(widths[-1], self.dim)
+        width = config.width
+        self.first = nn.Linear(self.dim + 1, width)
+        self.label = ClassEmbedding(config.classes, width)
+        self.middle = nn.ModuleList(nn.Linear(width, width) for _ in range(config.depth - 1))
+        self.last = nn.Linear(width, self.dim)
         self.activation = config.activation_or("softplus20")
-        #: of the softplus; None for another activation
         betas = {"default": 20.0, "softplus20": 20.0, "softplus": 1.0}
-        self.beta = betas.get(config.activation)
+        self.beta = betas.get(config.activation)  # None if the activation is not a softplus
         if config.zero_init:
             zero_(self.last)
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """See :class:`Velocity`."""
+        """Evaluate the network at z (B, *shape); see :class:`Velocity`."""
         first = self.first
         bias = self.label(first.bias, labels)
-        # W (z, t) = W_z z + t w_t: the time goes into the bias and no concatenated copy is made.
-        # The copy of the transpose lets the gradients' products run in the quick order: with few
-        # inputs, BLAS takes several times longer in the other.
+        # W (z, t) = W_z z + t w_t: t enters the bias, so z and t need not be concatenated. A
+        # contiguous transpose makes the matrix products of the backward pass several times faster
+        # when D is small.
         weight, column = first.weight[:, : self.dim].t().contiguous(), first.weight[:, self.dim]
         if t.dim() == 0:
             hidden = torch.addmm(bias + t * column, z.flatten(1), weight)
@@ -70,10 +82,11 @@ class MlpVelocity(Velocity):
     def directional(
         self, t: Tensor, z: Tensor, tangents: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """See :class:`Velocity`; for softplus by hand: the derivative is the sigmoid's multiple.
+        """Compute the derivatives (n, B, *shape) by the chain rule; see :class:`Velocity`.
 
-        With p = βx, softplus_β(x) = softplus(p) / β, so β goes into the first and last weights
-        and the biases, and activations are plain softplus.
+        For softplus with β the activations are computed as softplus(βx) / β. The factor β is moved
+        into the first and the last weights and the biases, so that each layer applies the plain
+        softplus to p = βx, whose derivative is the sigmoid of p.
         """
         if self.beta is None:
             return super().directional(t, z, tangents, labels)
@@ -84,23 +97,23 @@ class MlpVelocity(Velocity):
         q = torch.matmul(tangents.flatten(2), weight)
         for layer in self.middle:
             assert isinstance(layer, nn.Linear)
-            y, r = SoftplusPair.apply(p, q)
+            y, r = SoftplusJvp.apply(p, q)
             p, q = F.linear(y, layer.weight, beta * layer.bias), F.linear(r, layer.weight)
-        y, r = SoftplusPair.apply(p, q)
+        y, r = SoftplusJvp.apply(p, q)
         weight = last.weight / beta
         return F.linear(y, weight, last.bias).view_as(z), F.linear(r, weight).view_as(tangents)
 
 
-class SoftplusPair(torch.autograd.Function):
-    """Softplus and the tangents it passes on: (p, q) → (softplus(p), q σ(p)).
+class SoftplusJvp(torch.autograd.Function):
+    """The softplus and its Jacobian-vector products: (p, q) → (softplus(p), q σ(p)).
 
-    p is (B, W), q is (n, B, W). The sigmoid is computed once for value, tangents and gradient;
-    the work is done in place wherever a buffer is free.
+    p is (B, W), the tangents q are (n, B, W). The value, the products and the gradient share one
+    sigmoid, and buffers are reused in place.
     """
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-        """Computes softplus(p) = max(p, 0) − log max(σ(p), 1 − σ(p)), and q σ(p)."""
+        """Compute max(p, 0) − log max(σ(p), 1 − σ(p)), (B, W), and q σ(p), (n, B, W)."""
         s = torch.sigmoid(p)
         log_larger = torch.sub(s, 0.5).abs_().sub_(0.5).log1p_()
         ctx.save_for_backward(s, q)
@@ -109,7 +122,7 @@ class SoftplusPair(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_r: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-        """By the chain rule, dp = σ (dy + (1 − σ) Σ_n dr q), dq = dr σ."""
+        """Compute dp = σ (dy + (1 − σ) Σ_n dr q), (B, W), and dq = dr σ, (n, B, W)."""
         s, q = ctx.saved_tensors
         product = grad_r * q
         grad_s = product[0] if len(q) == 1 else product.sum(dim=0)
@@ -118,7 +131,7 @@ class SoftplusPair(torch.autograd.Function):
 
 
 class ResidualLayer(nn.Module):
-    """x ← x + W₂ σ(W₁ (LN(x) ⊙ (1 + a(t)) + b(t)) + c)."""
+    """A residual layer modulated by the time: x + W₂ σ(W₁ (LN(x) ⊙ (1 + a(t)) + b(t)) + c)."""
 
     def __init__(self, width: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -127,17 +140,21 @@ class ResidualLayer(nn.Module):
         self.down = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """Maps x (B, W), with scale and shift (1 or B, W), to (B, W)."""
+        """Apply the layer to x (B, W) with scale a and shift b, each (1, W) or (B, W)."""
         branch = self.activation(self.up(_modulated_norm(x, scale, shift)))
         # addmm adds the branch to the stream inside the matrix product.
         return torch.addmm(x, branch, self.down.weight.t())
 
 
 class ResidualMlpVelocity(Velocity):
-    """A residual MLP whose normalisations are scaled and shifted by the time.
+    """A residual MLP whose normalised features are scaled and shifted by functions of t.
 
-    ``depth`` residual layers between a linear map in and a linear map out. The residual stream is
-    never normalised, so v may grow linearly in z, as the exact field of a Gaussian does.
+    ``depth`` residual layers lie between a linear input map and a linear output map. The residual
+    stream is never normalised, so v may grow linearly in z, as the exact field of a Gaussian does.
+
+    Args:
+        config: all of it applies but ``heads``, ``patch`` and ``image_channels``.
+        shape: shape of one sample; samples are flattened to D features.
     """
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
@@ -157,7 +174,7 @@ class ResidualMlpVelocity(Velocity):
             zero_(self.output)
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """See :class:`Velocity`."""
+        """Evaluate the network at z (B, *shape); see :class:`Velocity`."""
         hidden = self.input(z.flatten(1))
         embedding = self.activation(self.time(self.features(t, labels)))
         modulations = self.modulation(embedding).chunk(len(self.layers), dim=1)
@@ -167,14 +184,14 @@ class ResidualMlpVelocity(Velocity):
 
 
 def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """LN(x) ⊙ (1 + scale) + shift, in one kernel when all samples share the time."""
+    """Compute LN(x) ⊙ (1 + scale) + shift for x (B, W), scale and shift (1, W) or (B, W)."""
     width = (x.shape[-1],)
     if unpack_dual(x).tangent is not None:
-        # Under forward mode, torch's own gradient of layer_norm's derivative is wrong (seen in
-        # 2.13: it takes mean and deviation for constants), so the norm is spelled out.
+        # PyTorch 2.13 differentiates the forward-mode derivative of layer_norm wrongly: it treats
+        # mean and deviation as constants. So the norm is written out.
         centred = x - x.mean(dim=-1, keepdim=True)
         normed = centred * (centred.square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt()
         return torch.addcmul(shift, normed, 1 + scale)
-    if scale.shape[0] == 1:
+    if scale.shape[0] == 1:  # all samples share the time: one kernel does it all
         return F.layer_norm(x, width, 1 + scale[0], shift[0])
     return torch.addcmul(shift, F.layer_norm(x, width), 1 + scale)

@@ -1,4 +1,8 @@
-"""Fields made of others: a stretch of time, a slice of a block, several networks in sequence."""
+"""Velocity fields in pieces of time: several networks in one block, and slices of a block.
+
+Where a field jumps in time, a fixed grid of sub-intervals must have a node, so that no solver step
+crosses the jump.
+"""
 
 from __future__ import annotations
 
@@ -9,56 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from flows.errors import FlowError
-from flows.networks.base import Piece, Velocity, given
+from flows.networks.base import SmoothPiece, Velocity, optional
 
-#: differences of time below it are rounding
+#: differences of time that are smaller are rounding errors
 ROUNDING = 1e-9
 
-
-class Stretch(Velocity):
-    """Another field on another interval of time, followed at another speed.
-
-    w(t, z) = length · v(start + length · t, z), so that following w over [0, 1] is following v
-    over [start, start + length].
-    """
-
-    def __init__(self, inner: Velocity, start: float, length: float) -> None:
-        super().__init__(inner.shape, inner.classes)
-        self.inner = inner
-        self.start = start
-        self.length = length
-
-    def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """See :class:`Velocity`."""
-        return self.length * self.inner(self.start + self.length * t, z, *given(labels))
-
-    def directional(
-        self, t: Tensor, z: Tensor, tangents: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """See :class:`Velocity`."""
-        v, moved = self.inner.directional(
-            self.start + self.length * t, z, tangents, *given(labels)
-        )
-        return self.length * v, self.length * moved
-
-    def pieces(self) -> tuple[Piece, ...]:
-        """See :class:`Velocity`; those of the inner field that lie in its interval."""
-        inside = []
-        for piece in self.inner.pieces():
-            start = max(0.0, (piece.start - self.start) / self.length)
-            end = min(1.0, (piece.end - self.start) / self.length)
-            if end - start > ROUNDING:
-                inside.append((start, end, piece.field))
-        if len(inside) == 1 and inside[0][2] is self.inner:
-            return (Piece(0.0, 1.0, self),)
-        return tuple(
-            Piece(start, end, Stretch(field, self.start, self.length))
-            for start, end, field in inside
-        )
+#: sub-intervals beyond the requested number that :func:`aligned_steps` tries
+_SEARCH = 1000
 
 
-class TimeSlice(Stretch):
-    """Part of a block's time, stretched to [0, 1]: the children of a refined block start from it.
+class TimeSlice(Velocity):
+    """A part of a block's time, rescaled to [0, 1].
+
+        w(t, z) = length · v(start + length · t, z)
+
+    Following w over [0, 1] is following v over [start, start + length].
+
+    Args:
+        inner: v, the field of the whole block.
+        start: beginning of the part, in [0, 1).
+        length: length of the part, in (0, 1 − start].
+
+    Raises:
+        FlowError: the part does not lie inside [0, 1].
 
     Reference: the refinement of blocks in JKO-iFlow.
     """
@@ -68,126 +45,166 @@ class TimeSlice(Stretch):
             raise FlowError(
                 f"a time slice must lie inside [0, 1], found start {start}, length {length}"
             )
-        super().__init__(inner, start, length)
+        super().__init__(inner.shape, inner.classes)
+        self.inner = inner
+        self.start = start
+        self.length = length
+
+    def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Evaluate w(t, z) for z (B, *shape); see :class:`Velocity`."""
+        return self.length * self.inner(self.start + self.length * t, z, *optional(labels))
+
+    def directional(
+        self, t: Tensor, z: Tensor, tangents: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scale the field and derivatives (n, B, *shape) of v; see :class:`Velocity`."""
+        time = self.start + self.length * t
+        v, derivatives = self.inner.directional(time, z, tangents, *optional(labels))
+        return self.length * v, self.length * derivatives
+
+    def smooth_pieces(self) -> tuple[SmoothPiece, ...]:
+        """Return the pieces of v that lie in this part; see :class:`Velocity`."""
+        inner = self.inner.smooth_pieces()
+        if len(inner) == 1 and inner[0].field is self.inner:
+            return super().smooth_pieces()
+        pieces = []
+        for piece in inner:
+            start = max(0.0, (piece.start - self.start) / self.length)
+            end = min(1.0, (piece.end - self.start) / self.length)
+            if end - start > ROUNDING:
+                field = TimeSlice(piece.field, self.start, self.length)
+                pieces.append(SmoothPiece(start, end, field))
+        return tuple(pieces)
 
 
-class NetSequence(Velocity):
-    """Several networks w_0 … w_{n−1} in one block, each over its part of the time.
+class PiecewiseVelocity(Velocity):
+    """Several networks w_0 … w_{n−1} in one block, each on an equal part of its time.
 
-    v(t, z) = n · w_j(n t − j, z) for t in [j/n, (j+1)/n): each network sees its own time from 0 to
-    1, and the block's map is that of n blocks of one network each, T_{n−1} ∘ … ∘ T_0, under one
-    objective. With one clock v(t, z) = w_j(t, z) instead: n copies of a network are its field, and
-    may part from there. The field jumps at t = j/n; its value there is that of the later network.
+        v(t, z) = w_j(t, z)  for t in [j/n, (j+1)/n)
+
+    All networks see the block's time t, so n copies of one network are the field of that network.
+    The field jumps at t = j/n, where its value is that of the later network.
 
     Args:
-        nets: the networks at hand, in order.
+        nets: the networks of consecutive parts, in order.
         count: n; None takes the number of networks.
-        first: j of the first network at hand; a slice of a block needs only some of them.
-        one_clock: whether all networks see the block's time.
+        first: index j of the first of the networks. A slice of a block holds only the networks
+            that it needs.
     """
 
-    def __init__(
-        self,
-        nets: Sequence[Velocity],
-        count: int | None = None,
-        first: int = 0,
-        one_clock: bool = False,
-    ) -> None:
+    def __init__(self, nets: Sequence[Velocity], count: int | None = None, first: int = 0) -> None:
         super().__init__(nets[0].shape, nets[0].classes)
         self.nets = nn.ModuleList(nets)
         self.count = count or len(nets)
         self.first = first
-        self.one_clock = one_clock
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """See :class:`Velocity`."""
-        last = self.first + len(self.nets) - 1
-        index = (t * self.count).floor().clamp(self.first, last)
+        """Evaluate each row of z (B, *shape) by the network of its time; see :class:`Velocity`."""
+        index = self._index(t)
         if t.dim() == 0:
-            return self._part(int(index))(t, z, *given(labels))
+            return self._net(int(index))(t, z, *optional(labels))
         v = torch.empty_like(z)
-        for j in range(self.first, last + 1):
+        for j in range(self.first, self.first + len(self.nets)):
             rows = (index == j).nonzero()[:, 0]
-            chosen = given(None if labels is None else labels[rows])
-            part = self._part(j)(t[rows], z[rows], *chosen)
-            v = v.index_copy(0, rows, part.to(v.dtype))  # under autocast it is of another
+            chosen = None if labels is None else labels[rows]
+            part = self._net(j)(t[rows], z[rows], *optional(chosen))
+            v = v.index_copy(0, rows, part.to(v.dtype))  # autocast returns another dtype
         return v
 
     def directional(
         self, t: Tensor, z: Tensor, tangents: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """See :class:`Velocity`."""
-        last = self.first + len(self.nets) - 1
-        index = int((t * self.count).floor().clamp(self.first, last))
-        return self._part(index).directional(t, z, tangents, *given(labels))
+        """Differentiate the network of time t, (n, B, *shape); see :class:`Velocity`."""
+        return self._net(int(self._index(t))).directional(t, z, tangents, *optional(labels))
 
-    def pieces(self) -> tuple[Piece, ...]:
-        """See :class:`Velocity`; one a network."""
-        numbers = range(self.first, self.first + len(self.nets))
-        return tuple(Piece(j / self.count, (j + 1) / self.count, self._part(j)) for j in numbers)
+    def smooth_pieces(self) -> tuple[SmoothPiece, ...]:
+        """Return one piece for each network; see :class:`Velocity`."""
+        indices = range(self.first, self.first + len(self.nets))
+        return tuple(
+            SmoothPiece(j / self.count, (j + 1) / self.count, self._net(j)) for j in indices
+        )
 
-    def within(self, start: float, length: float) -> NetSequence:
-        """The same field with only the networks that [start, start + length] needs."""
+    def restrict(self, start: float, length: float) -> PiecewiseVelocity:
+        """Return the same field with only the networks that [start, start + length] needs."""
         low = math.floor(start * self.count + ROUNDING)
         high = math.ceil((start + length) * self.count - ROUNDING)
-        nets = list(self.nets)[low - self.first : high - self.first]
-        return NetSequence(nets, self.count, low, self.one_clock)  # type: ignore[arg-type]
+        nets = [self._net(j) for j in range(low, high)]
+        return PiecewiseVelocity(nets, self.count, low)
 
-    def _part(self, j: int) -> Velocity:
+    def _index(self, t: Tensor) -> Tensor:
+        """Return the index j of the network at times t, 0-d or (B,)."""
+        last = self.first + len(self.nets) - 1
+        return (t * self.count).floor().clamp(self.first, last)
+
+    def _net(self, j: int) -> Velocity:
         net = self.nets[j - self.first]
         assert isinstance(net, Velocity)
-        return net if self.one_clock else Stretch(net, -j, self.count)
+        return net
 
 
 def time_slice(velocity: Velocity, start: float, length: float) -> Velocity:
-    """The part of a block's time [start, start + length], stretched to [0, 1].
+    """Return the part [start, start + length] of a block's time, rescaled to [0, 1].
 
     Args:
-        velocity: of the whole block; not copied.
-        start: in [0, 1).
-        length: in (0, 1]; the whole is returned as it is.
+        velocity: the field of the whole block; it is not copied.
+        start: beginning of the part, in [0, 1).
+        length: length of the part, in (0, 1]; the whole block is returned as it is.
     """
     if (start, length) == (0.0, 1.0):
         return velocity
-    if isinstance(velocity, NetSequence):
-        velocity = velocity.within(start, length)
+    if isinstance(velocity, PiecewiseVelocity):
+        velocity = velocity.restrict(start, length)
     return TimeSlice(velocity, start, length)
 
 
-def grid(pieces: Sequence[Piece], steps: int) -> tuple[int, ...]:
-    """Sub-intervals of each piece of a field, on a grid of S equal ones that meets its jumps.
+def split_steps(pieces: Sequence[SmoothPiece], steps: int) -> tuple[int, ...]:
+    """Divide S equal sub-intervals of [0, 1] among the smooth pieces of a field.
+
+    Args:
+        pieces: the smooth pieces, in order.
+        steps: S ≥ 1.
+
+    Returns:
+        the number of sub-intervals on each piece, at least 1.
 
     Raises:
-        FlowError: a sub-interval would straddle a jump.
+        FlowError: a sub-interval crosses a jump.
     """
-    shares = _shares(pieces, steps)
+    shares = _split(pieces, steps)
     if shares is None:
         raise FlowError(
-            f"solver.steps = {steps} sub-intervals do not meet the switch from one network of "
-            f"the block to the next (velocity.nets); take {aligned(pieces, steps)}, or an "
-            "adaptive solver"
+            f"solver.steps = {steps} has a sub-interval that crosses the switch from one network "
+            f"of the block to the next (velocity.nets); take {aligned_steps(pieces, steps)}, or "
+            "an adaptive solver"
         )
     return shares
 
 
-def aligned(pieces: Sequence[Piece], steps: int) -> int:
-    """The least number of sub-intervals, at least ``steps``, whose grid meets all jumps.
+def aligned_steps(pieces: Sequence[SmoothPiece], steps: int) -> int:
+    """Return the smallest number of sub-intervals ≥ ``steps`` that has a node at every jump.
+
+    Args:
+        pieces: the smooth pieces of a field, in order.
+        steps: lower bound, at least 1.
 
     Raises:
-        FlowError: there is none of a reasonable size.
+        FlowError: no number within a thousand of ``steps`` has.
     """
-    for count in range(steps, steps + 1000):
-        if fits(pieces, count):
+    for count in range(steps, steps + _SEARCH):
+        if is_aligned(pieces, count):
             return count
-    raise FlowError("no fixed grid meets the switches between the block's networks")
+    raise FlowError(
+        f"no fixed grid of {steps} to {steps + _SEARCH - 1} sub-intervals has a node at every "
+        "switch between the block's networks; use an adaptive solver"
+    )
 
 
-def fits(pieces: Sequence[Piece], steps: int) -> bool:
-    """Whether no sub-interval of a grid of S equal ones straddles a jump."""
-    return _shares(pieces, steps) is not None
+def is_aligned(pieces: Sequence[SmoothPiece], steps: int) -> bool:
+    """Return whether a grid of S equal sub-intervals has a node at every jump of a field."""
+    return _split(pieces, steps) is not None
 
 
-def _shares(pieces: Sequence[Piece], steps: int) -> tuple[int, ...] | None:
+def _split(pieces: Sequence[SmoothPiece], steps: int) -> tuple[int, ...] | None:
     lengths = [(piece.end - piece.start) * steps for piece in pieces]
     shares = tuple(round(length) for length in lengths)
     close = all(abs(a - b) < 1e-6 for a, b in zip(lengths, shares, strict=True))

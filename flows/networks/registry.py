@@ -1,4 +1,4 @@
-"""The velocity networks v(t, z), by name: an explicit registry and its constructor."""
+"""The kinds of velocity networks, and how a network is built from its configuration."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Callable
 import torch
 
 from flows.errors import FlowError
-from flows.networks.base import Velocity, VelocityConfig
+from flows.networks.base import Velocity
+from flows.networks.config import VelocityConfig
 from flows.networks.convnet import ConvVelocity, UNetVelocity
-from flows.networks.image_condition import Beside
+from flows.networks.image_condition import ImageConditionedNetwork
 from flows.networks.mlp import LinearVelocity, MlpVelocity, ResidualMlpVelocity
-from flows.networks.piecewise import NetSequence, TimeSlice
-
-__all__ = ["KINDS", "NetSequence", "TimeSlice", "Velocity", "VelocityConfig", "make_velocity"]
+from flows.networks.piecewise import PiecewiseVelocity
 
 KINDS: dict[str, Callable[[VelocityConfig, tuple[int, ...]], Velocity]] = {
     "mlp": MlpVelocity,
@@ -29,18 +28,18 @@ def make_velocity(
     shape: tuple[int, ...],
     generator: torch.Generator | None = None,
 ) -> Velocity:
-    """Builds a freshly initialised velocity network, or ``config.nets`` of them in sequence.
+    """Build a freshly initialised velocity network, or ``config.nets`` of them in one block.
 
     Args:
         config: kind and sizes.
-        shape: of one sample, (D,) or (C, H, W); ``conv`` and ``unet`` need the second.
-        generator: source of the initial weights; None takes torch's global state.
+        shape: shape of one sample, (D,) or (C, H, W); conv and unet need the second.
+        generator: source of the initial weights; None uses PyTorch's global generator.
 
     Returns:
         the network; with ``config.zero_init`` it is v = 0.
 
     Raises:
-        FlowError: unknown kind, or a shape that the kind cannot take.
+        FlowError: the kind is unknown, or cannot have samples of this shape.
     """
     if config.kind not in KINDS:
         raise FlowError(f"unknown velocity {config.kind!r}; choose one of {', '.join(KINDS)}")
@@ -48,18 +47,17 @@ def make_velocity(
         raise FlowError(f"a sample's shape needs positive sizes, found {tuple(shape)}")
     if generator is None:
         return _build(config, tuple(shape))
-    # torch's initialisers know only the global state: lend it a seed, then put it back.
-    draw = torch.randint(2**62, (), generator=generator, device=generator.device)
+    # PyTorch's initialisers draw from the global generator: seed it, and restore it afterwards.
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(draw))
+        torch.default_generator.manual_seed(int(seed))
         return _build(config, tuple(shape))
 
 
 def _build(config: VelocityConfig, shape: tuple[int, ...]) -> Velocity:
-    if config.beside and len(shape) == 3:
-        joined = (shape[0] + config.beside, *shape[1:])
-        return Beside(KINDS[config.kind](config, joined), config.beside)
-    nets = [KINDS[config.kind](config, shape) for _ in range(config.nets)]
-    if len(nets) == 1:
-        return nets[0]
-    return NetSequence(nets, one_clock=config.clock == "block")
+    network = KINDS[config.kind]
+    if config.image_channels and len(shape) == 3:
+        extended = (shape[0] + config.image_channels, *shape[1:])
+        return ImageConditionedNetwork(network(config, extended), config.image_channels)
+    nets = [network(config, shape) for _ in range(config.nets)]
+    return nets[0] if len(nets) == 1 else PiecewiseVelocity(nets)

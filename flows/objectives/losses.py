@@ -1,4 +1,4 @@
-"""What a block minimises: means over the batch, per sample, never silently normalised."""
+"""The objectives that a block minimises: sums over dimensions, means over the batch."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from torch import Tensor
 
 from flows.block import Block
 from flows.errors import FlowError
-from flows.networks.base import Velocity, given
+from flows.networks.base import Velocity, optional
 from flows.networks.condition import Condition
 from flows.solving.divergence import Divergence
 
-OBJECTIVES = ("jko", "lfm", "distill")
 INTERPOLANTS = ("linear", "trigonometric")
 TIMES = ("uniform", "logit-normal")
 
 
 @dataclass(frozen=True)
 class JkoLoss:
-    """The terms of the JKO objective, in nats per sample; 0-d tensors.
+    """The terms of the JKO objective: scalar tensors, in nats per sample.
 
     Attributes:
-        total: potential + neg_log_det + movement; the one to differentiate.
+        total: potential + neg_log_det + movement, the loss to differentiate.
         potential: E ½‖T(z)‖².
-        neg_log_det: −E ∫ ∇·v dt.
+        neg_log_det: −E ∫₀¹ ∇·v dt.
         movement: E ‖T(z) − z‖² / 2h; None for the free block.
-        squared_movement: E ‖T(z) − z‖², without the weight (detached).
-        squared_norm: E ‖T(z)‖² (detached); with it
-        :func:`flows.objectives.schedule.stopping_ratio`.
+        squared_movement: E ‖T(z) − z‖², detached.
+        squared_norm: E ‖T(z)‖², detached; :func:`flows.objectives.schedule.stopping_ratio` needs
+            both.
         nfe: evaluations of the right-hand side.
-        samples: that the means are over.
+        samples: number of samples in the means.
     """
 
     total: Tensor
@@ -45,7 +44,7 @@ class JkoLoss:
     samples: int
 
     def per_dim(self, dim: int) -> dict[str, float]:
-        """The terms divided by D, as floats, for logs."""
+        """Return the terms divided by D, in nats per dimension, for logs."""
         terms = {
             "total": self.total,
             "potential": self.potential,
@@ -65,26 +64,30 @@ def jko_loss(
     eps: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> JkoLoss:
-    """The objective of one JKO step, whose minimiser is the proximal step of KL(· ‖ N(0, I)).
+    """Compute the objective of one JKO step.
 
-    E[ ½‖T(z)‖² − ∫₀¹ ∇·v dt + ‖T(z) − z‖² / 2h ]
+        E[ ½‖T(z)‖² − ∫₀¹ ∇·v dt + (1 / 2h) ‖T(z) − z‖² ]
 
-    Up to a constant this is KL(T_# p ‖ N(0, I)) + W₂²/2h; with classes, its mean over them: each
-    makes a step of its own.
+    Let p be the density of z. Up to a constant, the minimum over T is that of
+    KL(T_# p ‖ N(0, I)) + W₂²(p, T_# p) / 2h. With classes, each class makes a JKO step of its own,
+    and the objective is the mean over the classes in the batch.
 
     Args:
         block: the block in training.
-        z: (B, *shape), samples pushed through the blocks before it.
+        z: samples (B, *shape), transported by the blocks before it.
         h: step size, positive; None for the free block, which has no movement term.
         divergence: estimator of ∇·v.
-        eps: its probe, held through the solve.
+        eps: the estimator's probes (n, B, *shape), held through the solve.
         labels: int64 (B,), for a block with classes.
 
+    Returns:
+        the terms of the objective; scalar tensors.
+
     Raises:
-        FlowError: h is not positive, the probe is missing, or the labels do not fit.
+        FlowError: h is not positive, the probes are missing, or the labels do not fit.
         SolveError: the block cannot be solved.
 
-    Reference: JKO-iFlow Eq. (8).
+    Reference: JKO-iFlow, Eq. (8).
     """
     if h is not None and not 0 < h < math.inf:
         raise FlowError(f"the step size h must be positive and finite, found {h}")
@@ -115,31 +118,38 @@ def jko_loss(
 
 @dataclass(frozen=True)
 class LfmLoss:
-    """The local-flow-matching regression, summed over dimensions, mean over samples.
+    """The regression loss of (local) flow matching.
 
     Attributes:
-        total: E ‖v(t, I_t) − İ_t‖², 0-d; 0 over no samples.
-        samples: that the mean is over.
+        total: E ‖v(t, I_t) − İ_t‖², a scalar tensor; 0 for an empty batch.
+        samples: number of samples in the mean.
     """
 
     total: Tensor
     samples: int
 
     def per_dim(self, dim: int) -> dict[str, float]:
-        """The loss divided by D, as a float, for logs."""
+        """Return the loss divided by D, for logs."""
         return {"total": float(self.total.detach()) / dim}
 
 
 def ou_target(z: Tensor, gamma: float | None, noise: Tensor) -> Tensor:
-    """Where the Ornstein–Uhlenbeck process carries z in time γ: e^{−γ} z + √(1 − e^{−2γ}) g.
+    """Compute the state of the Ornstein–Uhlenbeck process from z after time γ.
+
+        z' = e^{−γ} z + √(1 − e^{−2γ}) g
 
     Args:
-        z: (B, *shape).
-        gamma: time, positive; None for infinity, which gives the noise itself.
+        z: samples (B, *shape).
+        gamma: γ, positive; None is infinity, whose state is the noise itself.
         noise: g ~ N(0, I), (B, *shape).
 
+    Returns:
+        z', (B, *shape).
+
     Raises:
-        FlowError: γ is not positive.
+        FlowError: γ is not positive and finite.
+
+    Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024).
     """
     if gamma is None:
         return noise
@@ -150,18 +160,21 @@ def ou_target(z: Tensor, gamma: float | None, noise: Tensor) -> Tensor:
 
 
 def interpolate(z: Tensor, target: Tensor, t: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """The interpolant I_t and its time derivative.
+    """Compute the interpolant I_t of two samples and its time derivative İ_t.
 
-    linear: I = (1 − t) z + t z'; trigonometric: I = cos(πt/2) z + sin(πt/2) z'.
+        linear: I_t = (1 − t) z + t z';  trigonometric: I_t = cos(πt/2) z + sin(πt/2) z'
 
     Args:
-        z: start (B, *shape).
-        target: end z' (B, *shape).
+        z: starts z (B, *shape).
+        target: ends z' (B, *shape).
         t: times (B,) in [0, 1].
         kind: ``linear`` | ``trigonometric``.
 
+    Returns:
+        I_t and İ_t, (B, *shape) each.
+
     Raises:
-        FlowError: unknown kind.
+        FlowError: the kind is unknown.
     """
     t = t.reshape(-1, *[1] * (z.dim() - 1))
     if kind == "linear":
@@ -173,39 +186,6 @@ def interpolate(z: Tensor, target: Tensor, t: Tensor, kind: str) -> tuple[Tensor
     raise FlowError(f"unknown interpolant {kind!r}; choose one of {', '.join(INTERPOLANTS)}")
 
 
-def lfm_loss(
-    velocity: Velocity,
-    z: Tensor,
-    gamma: float | None,
-    interpolant: str = "linear",
-    generator: torch.Generator | None = None,
-    labels: Tensor | None = None,
-) -> LfmLoss:
-    """The simulation-free objective of one block: E ‖v(t, I_t) − İ_t‖².
-
-    t ~ U(0, 1) and g ~ N(0, I) are drawn anew at each call. With γ = None the target is pure
-    noise: the last block, or ordinary flow matching with a single one.
-
-    Args:
-        velocity: the field in training.
-        z: (B, *shape), samples of p_{k−1}.
-        gamma: Ornstein–Uhlenbeck time of the block, or None.
-        interpolant: ``linear`` | ``trigonometric``.
-        generator: source of g and t.
-        labels: int64 (B,), for a field with classes.
-
-    Raises:
-        FlowError: γ or the interpolant is not valid.
-
-    Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024).
-    """
-    device = z.device if generator is None else generator.device
-    noise = torch.randn(z.shape, generator=generator, device=device, dtype=z.dtype)
-    t = torch.rand(z.shape[0], generator=generator, device=device, dtype=z.dtype).to(z.device)
-    target = ou_target(z, gamma, noise.to(z.device))
-    return matching_loss(velocity, z, target, t, interpolant, labels)
-
-
 def matching_loss(
     velocity: Velocity,
     z: Tensor,
@@ -214,19 +194,24 @@ def matching_loss(
     interpolant: str = "linear",
     labels: Tensor | None = None,
 ) -> LfmLoss:
-    """The regression E ‖v(t, I_t) − İ_t‖² on given pairs and times.
+    """Compute the flow-matching regression E ‖v(t, I_t) − İ_t‖² on given pairs and times.
 
     Args:
         velocity: the field in training.
         z: starts (B, *shape).
-        target: ends (B, *shape), paired with the starts row by row.
+        target: ends (B, *shape); row i is paired with row i of the starts.
         t: times (B,) in [0, 1].
         interpolant: ``linear`` | ``trigonometric``.
-        labels: int64 (B,), of the starts, for a field with classes.
+        labels: int64 (B,), for a field with classes.
+
+    Returns:
+        the loss; its total is a scalar tensor.
 
     Raises:
-        FlowError: unknown interpolant.
+        FlowError: the interpolant is unknown.
+
+    Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024).
     """
     position, slope = interpolate(z, target, t, interpolant)
-    residual = velocity(t, position, *given(labels)) - slope
+    residual = velocity(t, position, *optional(labels)) - slope
     return LfmLoss(residual.square().sum() / max(1, z.shape[0]), z.shape[0])

@@ -1,7 +1,8 @@
-"""How large the steps are, when to stop, and how to even them out: pure functions of (h, S).
+"""Step-size schedules, the stopping criterion and the reparameterization of JKO-iFlow.
 
-h_k is the JKO step of block k, the weight of its movement term; S_k = (E ‖T_k(z) − z‖²)^½ is how
-far that block moved the samples. A free block has no step and is not part of these lists.
+h_k is the JKO step size of block k, which weights its movement term, and S_k = (E ‖T_k(z) − z‖²)^½
+is the distance that the block moves the samples. A free block has no step size and is not in these
+lists.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from flows.errors import FlowError
 
 
 def step_sizes(h0: float, rho: float, h_max: float, blocks: int) -> list[float]:
-    """The geometric schedule h_k = min(ρᵏ h₀, h_max), k = 0 … K−1.
+    """Compute the geometric schedule h_k = min(ρᵏ h₀, h_max), k = 0 … K−1.
 
     Args:
-        h0: first step, positive.
-        rho: growth factor, positive; 1 keeps the steps equal.
-        h_max: largest step, positive; infinity for none.
-        blocks: K ≥ 1.
+        h0: first step size h₀, positive.
+        rho: growth factor ρ, positive; 1 makes all steps equal.
+        h_max: largest step size, positive; infinity sets no limit.
+        blocks: number of blocks K ≥ 1.
+
+    Returns:
+        K step sizes.
 
     Raises:
-        FlowError: a value out of range.
+        FlowError: a value is out of range.
 
     Reference: JKO-iFlow, Algorithm 1; the released 2-D configs use h₀ = 0.25, ρ = 1.4.
     """
@@ -33,7 +37,7 @@ def step_sizes(h0: float, rho: float, h_max: float, blocks: int) -> list[float]:
     if not h_max > 0:
         raise FlowError(f"h_max must be positive, found {h_max}")
     _at_least_one("blocks", blocks)
-    # In logarithms, because ρᵏ overflows long before the cap would hide it.
+    # Logarithms, because ρᵏ overflows for a number of blocks where h_max still applies.
     cap = math.log(h_max) if math.isfinite(h_max) else math.inf
     exponents = [math.log(h0) + k * math.log(rho) for k in range(blocks)]
     if not math.isfinite(h_max) and exponents[-1] > 700:
@@ -42,16 +46,19 @@ def step_sizes(h0: float, rho: float, h_max: float, blocks: int) -> list[float]:
 
 
 def gammas(gamma1: float, rho: float, blocks: int, free_last: bool = True) -> list[float | None]:
-    """The times of local flow matching, γ_k = γ₁ ρ^{k−1}, the last one None (pure noise).
+    """Compute the times of local flow matching γ_k = γ₁ ρ^{k−1}, k = 1 … K.
 
     Args:
-        gamma1: Ornstein–Uhlenbeck time of the first block, positive.
-        rho: growth factor, positive.
-        blocks: number of blocks, at least 1, the free one included.
-        free_last: whether the last block aims at pure noise.
+        gamma1: Ornstein–Uhlenbeck time γ₁ of the first block, positive.
+        rho: growth factor ρ, positive.
+        blocks: number of blocks K ≥ 1, with the free one.
+        free_last: whether the target of the last block is pure noise.
+
+    Returns:
+        K times; the last one is None with ``free_last``.
 
     Raises:
-        FlowError: a value out of range.
+        FlowError: a value is out of range.
 
     Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024).
     """
@@ -64,16 +71,16 @@ def gammas(gamma1: float, rho: float, blocks: int, free_last: bool = True) -> li
 
 
 def stopping_ratio(squared_movement: float, squared_norm: float) -> float:
-    """The termination ratio Ter(k) = E ‖z − T_k(z)‖² / E ‖T_k(z)‖².
+    """Compute the termination ratio Ter(k) = E ‖z − T_k(z)‖² / E ‖T_k(z)‖².
 
-    Blocks are added until it falls below ε (0.01): the last one hardly moved anything.
+    Training stops when it falls below a tolerance (0.01): the last block hardly moves the samples.
 
     Args:
-        squared_movement: E ‖T(z) − z‖², not negative.
-        squared_norm: E ‖T(z)‖², positive.
+        squared_movement: E ‖T_k(z) − z‖², not negative.
+        squared_norm: E ‖T_k(z)‖², positive.
 
     Raises:
-        FlowError: a value out of range or not finite.
+        FlowError: a value is out of range or not finite.
 
     Reference: JKO-iFlow, Algorithm 1.
     """
@@ -86,30 +93,35 @@ def stopping_ratio(squared_movement: float, squared_norm: float) -> float:
 def reparameterize(
     h: Sequence[float], S: Sequence[float], eta: float = 0.5, h_max: float = math.inf
 ) -> list[float]:
-    """New step sizes under which the blocks move the samples equally far.
+    """Compute step sizes under which the blocks move the samples by more equal distances.
 
-    The pairs (h₁ + … + h_k, S₁ + … + S_k) draw arc length as a piecewise linear function of
-    accumulated step size. New knots are put where the arc length is j S_tot / K; their spacings h̃
-    are the steps that would share the way equally, if the path did not change. It does, so only a
-    part of the correction is taken, h ← h + η (h̃ − h), and capped at h_max; then the blocks are
-    trained again, and the whole repeated.
+    The points (h₁ + … + h_k, S₁ + … + S_k) define arc length as a piecewise linear function of
+    accumulated step size. Let h̃ be the distances between the accumulated step sizes at which the
+    arc length is j (S₁ + … + S_K) / K. On an unchanged trajectory the steps h̃ would have equal
+    movements. Training changes the trajectory, so the steps are relaxed:
+
+        h ← min(h + η (h̃ − h), h_max)
+
+    Then the blocks are trained again, and the procedure is repeated.
 
     Args:
-        h: step sizes (K), positive.
-        S: movements of the blocks (K), not negative.
-        eta: relaxation in (0, 1].
-        h_max: largest step.
+        h: K step sizes, positive.
+        S: K movements, not negative.
+        eta: relaxation η in (0, 1].
+        h_max: largest step size, positive.
 
     Returns:
-        K positive steps; h itself (capped) if the movements are equal, or all zero.
+        K positive step sizes; min(h, h_max) if the movements are equal or all zero.
 
     Raises:
-        FlowError: lengths differ, or a value is out of range.
+        FlowError: the lengths differ, or a value is out of range.
 
     Reference: JKO-iFlow, progressive reparameterization of the trajectory.
     """
     if len(h) != len(S) or not h:
-        raise FlowError(f"expected one movement a step, found {len(h)} steps, {len(S)} movements")
+        raise FlowError(
+            f"expected one movement for each step, found {len(h)} steps, {len(S)} movements"
+        )
     for step in h:
         _positive("h", step)
     for movement in S:
@@ -123,7 +135,7 @@ def reparameterize(
     length = movements.sum()
     if length == 0:
         return [min(float(step), h_max) for step in steps]
-    # A block that did not move at all would make the arc length flat, hence not invertible.
+    # A block without movement would make the arc length constant, so that it had no inverse.
     movements = np.maximum(movements, 1e-9 * length)
     arc = np.concatenate([[0.0], np.cumsum(movements)])
     time = np.concatenate([[0.0], np.cumsum(steps)])
@@ -133,8 +145,8 @@ def reparameterize(
     return [min(float(step), h_max) for step in relaxed]
 
 
-def refine(h: Sequence[float], c: int) -> list[float]:
-    """Step sizes after every block is split into c children: each h_k becomes c times h_k / c.
+def refined_steps(h: Sequence[float], c: int) -> list[float]:
+    """Compute the step sizes after every block is split into c children: c times h_k / c each.
 
     Raises:
         FlowError: c < 1, or a step is not positive.

@@ -41,9 +41,9 @@ RefinerOption = Annotated[
     str | None,
     typer.Option(
         "--refiner",
-        help="A second run on the same autoencoder, trained with velocity.beside (configurations "
-        "such as cifar10-refiner), that samples the detail missing in decoded images; none "
-        "removes the refiner of the configuration.",
+        help="A second run on the same autoencoder, trained with velocity.image_channels "
+        "(configurations such as cifar10-refiner), that samples the detail missing in decoded "
+        "images; none removes the refiner of the configuration.",
     ),
 ]
 BlocksOption = Annotated[

@@ -9,8 +9,8 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from autoencoders.architecture import TamingConfig
-from flows.block import SolverConfig
-from flows.networks.registry import VelocityConfig
+from flows.networks.config import VelocityConfig
+from flows.solving.solver import SolverConfig
 from pipeline.config.autoencoder_recipe import AutoencoderTraining
 
 
@@ -77,9 +77,9 @@ class LatentsConfig:
         noise: standard deviation of Gaussian noise added to the latents of a deterministic
             encoder, in units of the standardised latents; likelihoods include it.
         draws: posterior samples (or noisy copies) of every latent that the flow trains on.
-        disturb: of a refiner (velocity.beside): largest standard deviation of noise on the
-            standardised latents that it learns to refine; every image draws its own, uniformly
-            from 0 up, for those that a flow draws are a little off, too.
+        disturb: refiners (velocity.image_channels) only: largest standard deviation of the noise
+            on the standardised latents that the refiner is trained on. Each image draws its own
+            deviation uniformly from 0. Latents that a flow samples have small errors, too.
         seed: of the draws.
     """
 
@@ -231,8 +231,8 @@ class GenerateConfig:
             velocity is g: w of g + w (v - g), of any run.
         guide: a run on the same latents, smaller or trained for less long, or RUN@STEP, as
             train.snapshot_every kept it; null for none.
-        refiner: a run with velocity.beside on the same autoencoder, which draws what the decoder
-            leaves out of every image; null for none.
+        refiner: a run with velocity.image_channels on the same autoencoder, which samples the
+            detail that the decoder leaves out of an image; null for none.
         precision: fp32, or bf16 for networks evaluated in half precision under autocast, which is
             faster where the processor has it; solver and guidance stay in fp32.
     """

@@ -171,16 +171,16 @@ def _check_objective(config: Config) -> None:
             f"under {train.objective} there are several; leave it at 0"
         )
     plain = train.objective == "fm" and train.coupling == "independent"
-    if config.velocity.beside and (config.velocity.classes or not plain):
+    if config.velocity.image_channels and (config.velocity.classes or not plain):
         raise UserError(
-            "a refiner (velocity.beside) is trained by flow matching, without classes and without "
-            "pairing across images: train.objective=fm, train.coupling=independent and "
+            "a refiner (velocity.image_channels) is trained by flow matching, without classes and "
+            "without pairing across images: train.objective=fm, train.coupling=independent and "
             "velocity.classes=0"
         )
-    if config.latents.disturb and not config.velocity.beside:
+    if config.latents.disturb and not config.velocity.image_channels:
         raise UserError(
-            f"latents.disturb={config.latents.disturb} is for refiners (velocity.beside) alone; "
-            "leave it at 0"
+            f"latents.disturb={config.latents.disturb} is for refiners (velocity.image_channels) "
+            "alone; leave it at 0"
         )
     if train.objective == "jko":
         if train.precision != "fp32":

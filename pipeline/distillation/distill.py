@@ -109,10 +109,10 @@ def student_config(
             f"a distilled run has its teacher's velocity.classes, {old.velocity.classes}, and a "
             "velocity.class_dropout of 0; leave both out"
         )
-    if given.beside != old.velocity.beside:
+    if given.image_channels != old.velocity.image_channels:
         raise UserError(
-            f"a distilled run has its teacher's velocity.beside, {old.velocity.beside}; leave it "
-            "out"
+            "a distilled run has its teacher's velocity.image_channels, "
+            f"{old.velocity.image_channels}; leave it out"
         )
     check(config)  # as flow matching, which integrates nothing while it trains either
     recipe = dataclasses.replace(config.train, objective="distill")

@@ -13,9 +13,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from flows.block import Block, SolverConfig
+from flows.block import Block
 from flows.errors import SolveError
 from flows.networks.condition import Condition
+from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
 from pipeline.config.load import to_dict
 from pipeline.config.schema import Config

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from autoencoders.base import Moments, to_float
 from eval.plots import before_after
-from flows.block import SolverConfig
 from flows.likelihood import LogProb, log_prob
 from flows.solving.divergence import Divergence, make_divergence
+from flows.solving.solver import SolverConfig
 from pipeline.config.schema import DataConfig
 from pipeline.data.datasets import ImageSet, load_images
 from pipeline.errors import UserError

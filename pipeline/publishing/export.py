@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from autoencoders.weights import locate_weights, shipped_weights
-from flows.block import SolverConfig
 from flows.flow import Flow
 from flows.networks.condition import Condition
+from flows.solving.solver import SolverConfig
 from pipeline.config.load import resolved_yaml
 from pipeline.config.schema import Config, GenerateConfig
 from pipeline.errors import UserError
@@ -255,7 +255,7 @@ def _change(run: Run, rounded: Flow, solvers: list[SolverConfig]) -> float:
     labels = torch.arange(_COMPARED) % max(1, flow.classes)
     condition = Condition(labels) if flow.classes else None
     if is_refiner(run):
-        condition = Condition(beside=noise.clamp(-1, 1))
+        condition = Condition(image=noise.clamp(-1, 1))
     before, after = (
         each.cpu().decode(noise, solvers, condition=condition) for each in (flow, rounded)
     )

@@ -68,7 +68,7 @@ def write_report(folder: Path) -> Path:
     elif metrics:
         parts.insert(0, _section("Metrics", _table((), _metrics(metrics))))
     else:
-        refines = any(row["spec"]["velocity"].get("beside") for row in rows)
+        refines = any(row["spec"]["velocity"].get("image_channels") for row in rows)
         parts.insert(0, _section("Metrics", _REFINES if refines else _UNMEASURED))
     parts += [
         _section(path.stem, _origin(path, manifest) + _picture(path))

@@ -65,12 +65,9 @@ def load_blocks(folder: Path, manifest: dict[str, Any]) -> Flow:
     Raises:
         UserError: a block is missing, damaged or does not fit.
     """
-    flow = Flow(manifest["shape"])
-    for row in manifest["blocks"]:
-        spec, block = load_block(folder, row, manifest["shape"])
-        flow.specs.append(spec)
-        flow.blocks.append(block)
-    return flow.eval().requires_grad_(False)
+    shape = manifest["shape"]
+    blocks = [load_block(folder, row, shape) for row in manifest["blocks"]]
+    return Flow.from_blocks(shape, blocks).eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -176,7 +173,7 @@ def open_run(
 
 def is_refiner(run: Run) -> bool:
     """Whether a run refines images, rather than drawing latents."""
-    return any(spec.velocity.beside for spec in run.flow.specs)
+    return any(spec.velocity.image_channels for spec in run.flow.specs)
 
 
 def require_latents(run: Run) -> None:

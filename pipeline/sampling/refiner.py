@@ -1,9 +1,9 @@
 """Refiners: flows in pixel space that sample the detail that a decoder leaves out of an image.
 
 Decoding is many-to-one, so decoded images are smoother than real ones. A refiner is a run with
-`velocity.beside` (`pipeline.training.sources`): conditioned on the decoded image c, it carries
-noise to a residual r, and the refined image is c + r. It belongs to one autoencoder and serves all
-flows on that autoencoder.
+`velocity.image_channels` (`pipeline.training.sources`): conditioned on the decoded image c, it
+transports noise to a residual r, and the refined image is c + r. It belongs to one autoencoder and
+serves all flows on that autoencoder.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flows.block import SolverConfig
 from flows.flow import Flow
-from flows.mixed_precision import in_half
+from flows.mixed_precision import in_mixed_precision
 from flows.networks.condition import Condition
+from flows.solving.solver import SolverConfig
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runs.run import Run, is_refiner, open_run
 from pipeline.sampling.solvers import solver_identity
@@ -40,7 +40,7 @@ class Refiner:
     @cached_property
     def flow(self) -> Flow:
         """The flow that carries noise to residuals; it shares its weights with the run."""
-        return in_half(self.run.flow) if self.precision == "bf16" else self.run.flow
+        return in_mixed_precision(self.run.flow) if self.precision == "bf16" else self.run.flow
 
     @property
     def solver(self) -> SolverConfig:
@@ -55,7 +55,7 @@ class Refiner:
         images = torch.randn(shape, generator=rng).clamp(-1.0, 1.0).to(device)
         noise = torch.randn(shape, generator=rng).to(device)
         with torch.inference_mode():
-            condition = Condition(beside=images)
+            condition = Condition(image=images)
             return int(self.flow.transport(noise, True, self.solver, condition=condition).nfe)
 
     def identity(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Refiner:
         """
         self.flow.to(decoded.device)
         noise = torch.randn(decoded.shape, generator=rng).to(decoded.device)
-        condition = Condition(beside=decoded.half().float())  # as in training
+        condition = Condition(image=decoded.half().float())  # as in training
         residual = self.flow.decode(noise, self.solver, condition=condition)
         return (decoded + self.run.standardisation.undo(residual)).clamp(-1.0, 1.0)
 
@@ -102,7 +102,7 @@ def open_refiner(run: Run, name: str, precision: str) -> Refiner:
     if not is_refiner(other):
         raise UserError(
             f"the run at {name} is no refiner: its network is not conditioned on an image "
-            "(velocity.beside=0); train one by a configuration such as cifar10-refiner"
+            "(velocity.image_channels=0); train one by a configuration such as cifar10-refiner"
         )
     autoencoders = [
         each.manifest.get("autoencoder", {}).get("fingerprint") for each in (run, other)

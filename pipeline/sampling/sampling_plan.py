@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from flows.autoguidance import guided
-from flows.block import SolverConfig
+from flows.autoguidance import autoguide
 from flows.flow import Flow
-from flows.mixed_precision import in_half
+from flows.mixed_precision import in_mixed_precision
 from flows.networks.condition import Condition
+from flows.solving.solver import SolverConfig
 from pipeline.config.schema import GenerateConfig
 from pipeline.config.validate import PRECISIONS
 from pipeline.errors import JkoflowError, UserError
@@ -103,10 +103,10 @@ class SamplingPlan:
         flow = self._in_precision(self.run.flow)
         if self.guide is None or self.guidance == 1:
             return flow
-        return guided(flow, self._in_precision(self.guide.flow), self.guidance)
+        return autoguide(flow, self._in_precision(self.guide.flow), self.guidance)
 
     def _in_precision(self, flow: Flow) -> Flow:
-        return in_half(flow) if self.precision == "bf16" else flow
+        return in_mixed_precision(flow) if self.precision == "bf16" else flow
 
     @property
     def networks_per_evaluation(self) -> int:
@@ -182,7 +182,7 @@ class SamplingPlan:
         steps = budget_steps(
             nfe,
             self.solvers,
-            [block.velocity.pieces() for block in self.flow],
+            [block.velocity.smooth_pieces() for block in self.flow],
             self.networks_per_evaluation,
             0 if self.refiner is None else self.refiner.nfe,
         )
@@ -213,7 +213,7 @@ def with_guidance(
         guidance: the weight w.
         guide: a run, which needs a weight of its own, or `none`, which removes the guide and its
             weight.
-        refiner: a run with `velocity.beside`, or `none`, which removes the refiner.
+        refiner: a run with `velocity.image_channels`, or `none`, which removes the refiner.
     """
     if refiner is not None:
         settings = dataclasses.replace(settings, refiner=None if refiner == "none" else refiner)

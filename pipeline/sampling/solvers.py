@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from flows.block import FIXED_METHODS, SolverConfig
-from flows.networks.base import Piece
-from flows.networks.piecewise import aligned, fits
+from flows.networks.base import SmoothPiece
+from flows.networks.piecewise import aligned_steps, is_aligned
+from flows.solving.solver import FIXED_METHODS, SolverConfig
 from pipeline.config.schema import GenerateConfig
 from pipeline.errors import UserError
 from pipeline.runs.run import Run
@@ -128,7 +128,7 @@ def whole_numbers(name: str, text: str) -> list[int]:
 def budget_steps(
     nfe: int,
     solvers: Sequence[SolverConfig],
-    pieces: Sequence[tuple[Piece, ...]],
+    pieces: Sequence[tuple[SmoothPiece, ...]],
     networks: int,
     refiner_nfe: int,
 ) -> int:
@@ -152,9 +152,9 @@ def budget_steps(
         )
     per_step = sum(FIXED_METHODS[solver.method] for solver in solvers) * networks
     for steps in range((nfe - refiner_nfe) // per_step, 0, -1):
-        if all(fits(each, steps) for each in pieces):  # no step may straddle a switch of networks
+        if all(is_aligned(each, steps) for each in pieces):  # a node at every switch
             return steps
-    least = max(aligned(each, 1) for each in pieces)
+    least = max(aligned_steps(each, 1) for each in pieces)
     place = f"{len(solvers)} blocks" + (f" of {least} networks" if least > 1 else "")
     place += " with guidance" * (networks > 1) + " and a refiner" * (refiner_nfe > 0)
     raise UserError(

@@ -16,9 +16,9 @@ import torch
 from accelerate import Accelerator
 
 from eval.mmd import mmd
-from flows.block import SolverConfig
 from flows.flow import Flow
 from flows.likelihood import log_prob
+from flows.solving.solver import SolverConfig
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.runs.manifest import passes_of
@@ -96,15 +96,15 @@ def measure(flow: Flow, source: PointSource, device: torch.device) -> dict[str, 
     error = result.inversion_error.double()
     solver = SolverConfig(method="dopri5")
     sampled = generator(settings.seed, "sample", 0)
-    made = flow.sample(settings.compare, sampled, solver).cpu()
-    nfe = flow.nfe
+    generated = flow.transport(flow.draw_noise(settings.compare, sampled), True, solver)
+    made = generated.z.cpu()
     fresh = source.draw("compare", 0, settings.compare)
     metrics: dict[str, Any] = {
         "nll_per_dim": result.nll_per_dim,
         "nll": {"n": settings.test, "divergence": "exact", "solver": "dopri5", "nfe": result.nfe},
         "inversion_mse": float(error.square().mean()) / result.dim,
         "mmd": {"n": settings.compare, "alpha": _ALPHA},
-        "nfe": nfe,
+        "nfe": generated.nfe,
         "seed": settings.seed,
     }
     for name, scale in SCALES.items():

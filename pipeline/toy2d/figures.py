@@ -10,9 +10,10 @@ from torch import Tensor
 
 from eval.pictures import animation
 from eval.plots2d import density, frames, scatter, trajectories, window
-from flows.block import SolverConfig
 from flows.flow import Flow
 from flows.likelihood import log_prob
+from flows.refinement import refine_blocks
+from flows.solving.solver import SolverConfig
 from pipeline.runs.movement_plot import plot_movement
 from pipeline.runs.run import Run
 from pipeline.runtime.console import Progress
@@ -88,7 +89,7 @@ def draw_trajectories(
     limits = window(torch.cat([*forward, *backward]))
     panels = folder / "trajectories.png"
     atomic.write_with(panels, lambda f: trajectories(f, forward, backward, limits))
-    fine = flow.refine_blocks(_STEPS).to(device)
+    fine = refine_blocks(flow, _STEPS).to(device)
     there = [z.cpu() for z in fine.trajectory(data.to(device), solver=_SOLVER)]
     back = [z.cpu() for z in fine.trajectory(noise.to(device), True, _SOLVER)]
     rest = 4  # frames that stay at the noise

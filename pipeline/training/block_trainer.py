@@ -18,7 +18,7 @@ from torch import Tensor
 from flows.block import Block
 from flows.errors import SolveError
 from flows.networks.condition import Condition
-from flows.networks.image_condition import Beside
+from flows.networks.image_condition import ImageConditionedNetwork
 from flows.objectives.losses import JkoLoss, LfmLoss, jko_loss
 from flows.solving.divergence import make_divergence
 from flows.spec import BlockSpec
@@ -32,7 +32,7 @@ from pipeline.runtime.rng import Batches, generator
 from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.storage.shards import StoreReader
 from pipeline.training.grid_error import EVERY, TOLERANCE, finer, grid_error, looked_at
-from pipeline.training.matching_loss import BESIDE, batch_loss, pair_loss
+from pipeline.training.matching_loss import IMAGE, batch_loss, pair_loss
 from pipeline.training.parallel import Share
 
 
@@ -254,11 +254,11 @@ class BlockTrainer:
         return self.stage.take("labels", rows) if self.block.velocity.classes else None
 
     def condition(self, rows: Tensor) -> Condition | None:
-        """What some samples are told, for a block that is told anything: classes, images."""
-        told = isinstance(self.block.velocity, Beside)
-        beside = self.stage.take(BESIDE, rows).float() if told else None
+        """Return the classes and images of some samples; None for an unconditional block."""
+        conditioned = isinstance(self.block.velocity, ImageConditionedNetwork)
+        image = self.stage.take(IMAGE, rows).float() if conditioned else None
         labels = self.labels(rows)
-        return None if labels is None and beside is None else Condition(labels, beside=beside)
+        return None if labels is None and image is None else Condition(labels, image=image)
 
     def _probe(self, z: Tensor, rank: int, ranks: int) -> Tensor | None:
         """This rank's rows of the probe drawn for the whole batch."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from flows.block import FIXED_METHODS, SolverConfig
 from flows.errors import SolveError
-from flows.networks.piecewise import aligned
+from flows.networks.piecewise import aligned_steps
 from flows.solving.divergence import make_divergence
+from flows.solving.solver import FIXED_METHODS, SolverConfig
 from pipeline.errors import JkoflowError
 from pipeline.runtime.console import Progress, say
 from pipeline.runtime.rng import Batches, generator
@@ -63,7 +63,7 @@ def measure(
     """
     block, recipe, device = trainer.block, trainer.recipe, trainer.accelerator.device
     divergence = make_divergence("exact" if block.velocity.dim <= _EXACT_UP_TO else "hutchinson")
-    steps = aligned(block.velocity.pieces(), 8)
+    steps = aligned_steps(block.velocity.smooth_pieces(), 8)
     solver = SolverConfig(method="rk4", steps=steps) if push.adaptive else push
     count = min(len(stage), _MEASURED)
     if trainer.spec.objective != "jko":

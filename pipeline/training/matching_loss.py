@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from flows.networks.base import Velocity
-from flows.networks.image_condition import Beside
+from flows.networks.image_condition import ImageConditionedNetwork
 from flows.objectives.coupling import optimal_pairing
 from flows.objectives.losses import LfmLoss, matching_loss, ou_target
 from pipeline.config.schema import TrainConfig
 from pipeline.storage.shards import StoreReader
 from pipeline.training.parallel import Rows, every
 
-#: field of a stage: the image beside every sample, for networks that are told one
-BESIDE = "beside"
+#: field of a stage: the conditioning image of every sample
+IMAGE = "image"
 
 
 def batch_loss(
@@ -68,8 +68,8 @@ def batch_loss(
         z = stage.take("z", indices[mine]).float()
         target = ou_target(z, gamma, noise[mine])
     z, target, t = (x.to(device) for x in (z, target, t[mine]))
-    if isinstance(velocity, Beside):
-        velocity = velocity.told(stage.take(BESIDE, indices[mine]).float().to(device))
+    if isinstance(velocity, ImageConditionedNetwork):
+        velocity = velocity.with_image(stage.take(IMAGE, indices[mine]).float().to(device))
     return matching_loss(velocity, z, target, t, recipe.interpolant, told)
 
 

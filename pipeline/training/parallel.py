@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flows.block import Block
-from flows.networks.piecewise import NetSequence
+from flows.networks.piecewise import PiecewiseVelocity
 from pipeline.optim.gradients import average_gradients
 from pipeline.runtime.distributed import broadcast_tensor, gather_lists, sum_over_ranks
 
@@ -48,7 +48,7 @@ class Share:
         self.accelerator = accelerator
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.networks: list[nn.Module] = [block]
-        if isinstance(block.velocity, NetSequence) and objective != "jko":
+        if isinstance(block.velocity, PiecewiseVelocity) and objective != "jko":
             self.networks = list(block.velocity.nets)
         count = len(self.networks)
         self.apart = self.ranks > 1 and count > 1 and count % self.ranks == 0

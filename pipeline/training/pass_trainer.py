@@ -14,9 +14,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from flows.block import Block
-from flows.flow import Flow
-from flows.net2net import grown, multiplying, widening
+from flows.net2net import becomes_several, transform_block, widening_factor
 from flows.objectives.schedule import stopping_ratio
+from flows.refinement import split_block
 from flows.spec import BlockSpec, build_block
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
@@ -153,12 +153,8 @@ class Trainer:
             assert plan.base is not None
             parent, part, parts = plan.parent(index)
             row = self.passes[plan.base].blocks[parent]
-            flow = Flow(shape)
-            spec, block = load_block(self.folder, row, shape)
-            flow.specs.append(spec)
-            flow.blocks.append(block)
-            children = flow.refine_blocks(parts)
-            return dataclasses.replace(children.specs[part], h=h), children[part]
+            spec, block = split_block(*load_block(self.folder, row, shape), parts)[part]
+            return dataclasses.replace(spec, h=h), block
         solver = dataclasses.replace(self.config.solver, steps=plan.substeps[index])
         velocity = self.config.velocity
         if plan.objective == "jko":  # which never leaves the class out
@@ -175,11 +171,11 @@ class Trainer:
             alike = dataclasses.replace(
                 before.velocity, classes=velocity.classes, width=velocity.width
             )
-            if multiplying(before.velocity, velocity):
-                alike = dataclasses.replace(alike, nets=velocity.nets, clock=velocity.clock)
-            if alike == velocity and widening(before.velocity, velocity):
+            if becomes_several(before.velocity, velocity):
+                alike = dataclasses.replace(alike, nets=velocity.nets)
+            if alike == velocity and widening_factor(before.velocity, velocity):
                 spec = dataclasses.replace(spec, start=before.start, length=before.length)
-                block = grown(block, before, spec, drawn)
+                block = transform_block(block, before, spec, drawn)
                 block.solver = solver
                 return spec, block
         return spec, build_block(spec, shape, drawn)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from flows.objectives.schedule import refine, reparameterize, step_sizes
+from flows.objectives.schedule import refined_steps, reparameterize, step_sizes
 from pipeline.config.load import to_dict
 from pipeline.config.schema import Config
 from pipeline.config.validate import ends_free, objective_of, steps
@@ -111,7 +111,8 @@ def _refine(config: Config, passes: Sequence[Pass], split: int) -> Pass:
         )
     parts = wanted // split
     rows = [row for row in passes[-1].blocks if row["h"] is not None]
-    return _later("refine", config, passes, refine([row["h"] for row in rows], parts), parts)
+    h = refined_steps([row["h"] for row in rows], parts)
+    return _later("refine", config, passes, h, parts)
 
 
 def _later(kind: str, config: Config, passes: Sequence[Pass], h: list[float], parts: int) -> Pass:

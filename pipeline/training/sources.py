@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.runtime.console import progress_bar
 from pipeline.runtime.rng import generator
 from pipeline.storage.shards import Shard, StoreReader, StoreWriter
-from pipeline.training.matching_loss import BESIDE
+from pipeline.training.matching_loss import IMAGE
 from pipeline.training.stages import ensure_stage
 
 #: images that the residuals' mean and deviation are measured on, at each of so many places
@@ -150,25 +150,25 @@ class LatentSource:
 
 
 class ResidualSource(LatentSource):
-    """Residuals (C, H, W) of the images of a latent cache, each with what is decoded beside it.
+    """Residuals (C, H, W) of the images of a latent cache, conditioned on the decoded images.
 
     Args:
         config: sections data, autoencoder, latents and velocity.
 
     Raises:
-        UserError: the cache is absent or damaged, or `velocity.beside` is not the channels of the
-            images.
+        UserError: the cache is absent or damaged, or `velocity.image_channels` is not the number
+            of channels of the images.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.images, self.autoencoder = load_images_and_autoencoder(config)
         self.shape = self.images.shape
-        if config.velocity.beside != self.shape[0]:
+        if config.velocity.image_channels != self.shape[0]:
             raise UserError(
-                f"velocity.beside is {config.velocity.beside}, but {self.images.name} has images "
-                f"of {self.shape[0]} channels; a refiner is told the decoded image, so set it to "
-                "that"
+                f"velocity.image_channels is {config.velocity.image_channels}, but "
+                f"{self.images.name} has images of {self.shape[0]} channels; a refiner is "
+                f"conditioned on the decoded image, so set it to {self.shape[0]}"
             )
 
     @cached_property
@@ -205,7 +205,7 @@ class ResidualSource(LatentSource):
                 z = self.standardisation.apply(x - decoded)
                 parts.append((z.half(), decoded.half()))
             z, decoded = (torch.cat(part) for part in zip(*parts, strict=True))
-            return {"z": z, BESIDE: decoded}
+            return {"z": z, IMAGE: decoded}
 
         count = len(self.cache) * latents.draws
         return ensure_stage(run, identity, count, latents.shard_size, make, accelerator)

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from flows.block import Block, SolverConfig
+from flows.block import Block
 from flows.errors import SolveError
 from flows.networks.condition import Condition
+from flows.solving.solver import SolverConfig
 from pipeline.config.schema import Config
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runtime.console import Progress

@@ -84,7 +84,7 @@ def train(
     check(config)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    source = source or (ResidualSource if config.velocity.beside else LatentSource)(config)
+    source = source or (ResidualSource if config.velocity.image_channels else LatentSource)(config)
     check_shape(config, source.shape)
     if config.velocity.classes:
         check_labels(source.labels, config.velocity.classes)

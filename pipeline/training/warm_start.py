@@ -4,7 +4,7 @@ Block k starts from block k of the other run, and the free block from its free b
 other run has none, as without it. So blocks of (local) flow matching, which are cheap, can be
 polished by maximum likelihood. A network with classes may start from one with others, or without:
 all of its classes then start as what stands for no class; one r times as wide from a narrow one,
-as the same field; and several in one block (`velocity.nets`, `velocity.clock=block`) as copies of
+as the same field; and several in one block (`velocity.nets`) as copies of
 one. Which weights they were is written into flow.json, and when a training is resumed they must be
 the same.
 """
@@ -14,8 +14,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flows.net2net import multiplying, widening
-from flows.networks.registry import VelocityConfig
+from flows.net2net import becomes_several, widening_factor
+from flows.networks.config import VelocityConfig
 from flows.spec import BlockSpec
 from pipeline.errors import UserError
 from pipeline.runs.directory import read_config
@@ -89,14 +89,12 @@ def _differences(theirs: VelocityConfig, ours: VelocityConfig) -> list[str]:
     indifferent = ["class_dropout"]  # a matter of training
     if ours.classes:
         indifferent.append("classes")
-    if widening(theirs, ours):
+    if widening_factor(theirs, ours):
         indifferent.append("width")
-    if multiplying(theirs, ours):
-        indifferent += ["nets", "clock"]
+    if becomes_several(theirs, ours):
+        indifferent.append("nets")
     twice = dataclasses.replace(theirs, width=2 * theirs.width)
-    advice = {"width": "; a multiple of it would do"} if widening(theirs, twice) else {}
-    if multiplying(theirs, dataclasses.replace(ours, clock="block")):
-        advice["nets"] = "; with velocity.clock=block it would do"
+    advice = {"width": "; a multiple of it would do"} if widening_factor(theirs, twice) else {}
     return [
         f"velocity.{name} ({a}, not {b}{advice.get(name, '')})"
         for (name, a), b in pairs

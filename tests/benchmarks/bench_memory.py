@@ -24,16 +24,18 @@ from typing import Any
 import torch
 
 from eval.plots import curves
-from flows.block import SolverConfig
-from flows.flow import BlockSpec, Flow
-from flows.networks.registry import VelocityConfig
+from flows.networks.config import VelocityConfig
 from flows.solving.divergence import FiniteDifference
+from flows.solving.solver import SolverConfig
+from flows.spec import BlockSpec
 from pipeline.config.load import from_resolved, to_dict
 from pipeline.config.schema import Config, PointsConfig, ScheduleConfig, TrainConfig
 from pipeline.runtime.system import keep_freed_memory, peak_memory
+from tests.flows.problems import fresh_flow
 
 #: where the plot goes unless told otherwise; runs/ is not kept with the project
 OUT = Path("runs/bench/memory.png")
+NETWORK = VelocityConfig("mlp", width=128, depth=3)
 H, BATCH, STEPS, ITERATIONS = 0.5, 2000, 3, 3
 
 
@@ -53,7 +55,7 @@ def settings() -> Config:
     changes: dict[str, Any] = {
         "name": "memory",
         "points": to_dict(PointsConfig(train=10000)),
-        "velocity": to_dict(VelocityConfig("mlp")),
+        "velocity": to_dict(NETWORK),
         "solver": to_dict(SolverConfig("rk4", STEPS)),
         "schedule": to_dict(
             ScheduleConfig(h0=H, rho=1.0, max_blocks=1, tolerance=0.0, free_block=False)
@@ -89,8 +91,8 @@ def train_one_more(folder: Path) -> dict[str, float]:
 def train_jointly(count: int) -> dict[str, float]:
     """A few steps on the sum of the JKO objectives of all blocks, through all blocks at once."""
     keep_freed_memory()  # as `train` does
-    spec = BlockSpec(VelocityConfig("mlp"), SolverConfig("rk4", STEPS), h=H)
-    flow = Flow((2,), [spec] * count, torch.Generator().manual_seed(0))
+    spec = BlockSpec(NETWORK, SolverConfig("rk4", STEPS), h=H)
+    flow = fresh_flow((2,), [spec] * count)
     optimiser = torch.optim.Adam(flow.parameters(), 1e-3)
     divergence, generator = FiniteDifference(), torch.Generator().manual_seed(1)
     torch.nn.Linear(4, 4)(torch.zeros(4, 4)).sum().backward()

@@ -37,11 +37,13 @@ import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint_adjoint
 
-from flows.block import Block, SolverConfig
+from flows.block import Block
+from flows.networks.config import VelocityConfig
 from flows.networks.mlp import MlpVelocity
-from flows.networks.registry import VelocityConfig, make_velocity
+from flows.networks.registry import make_velocity
 from flows.objectives.losses import jko_loss
 from flows.solving.divergence import Divergence, FiniteDifference, Hutchinson
+from flows.solving.solver import SolverConfig
 from pipeline.runtime.system import keep_freed_memory, peak_memory
 
 H, STEPS, SIGMA0, LR = 0.25, 3, 0.02, 1e-3
@@ -103,7 +105,8 @@ def moons(n: int, generator: torch.Generator) -> Tensor:
 
 def ways() -> dict[str, tuple[nn.Module, Loss]]:
     """Each formulation's module and loss(z, ε), all with the same weights."""
-    velocity = make_velocity(VelocityConfig("mlp"), (2,), torch.Generator().manual_seed(0))
+    config = VelocityConfig("mlp", width=128, depth=3)
+    velocity = make_velocity(config, (2,), torch.Generator().manual_seed(0))
     assert isinstance(velocity, MlpVelocity)
     field = PlainField(PlainNet(velocity))
 

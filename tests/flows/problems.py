@@ -6,15 +6,21 @@ not with another run of the code.
 
 from __future__ import annotations
 
+import json
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flows.block import Block, SolverConfig
-from flows.networks.registry import Velocity
+from flows.block import Block
+from flows.flow import Flow
+from flows.networks.base import Velocity
+from flows.objectives.losses import matching_loss, ou_target
+from flows.solving.solver import SolverConfig
+from flows.spec import BlockSpec, build_block
 
 Field = Callable[[Tensor, Tensor], Tensor]
 
@@ -202,6 +208,29 @@ def points(problem: Velocity, batch: int = 7, seed: int = 1, scale: float = 0.7)
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, *problem.shape)
     return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def fresh_flow(shape: tuple[int, ...], specs: Sequence[BlockSpec], seed: int = 0) -> Flow:
+    """A flow of freshly initialised blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    return Flow.from_blocks(shape, [(spec, build_block(spec, shape, generator)) for spec in specs])
+
+
+def rebuilt(flow: Flow) -> Flow:
+    """The flow as from its files: specifications through JSON, then the weights."""
+    plain = json.loads(json.dumps([spec.to_dict() for spec in flow.specs]))
+    again = fresh_flow(flow.shape, [BlockSpec.from_dict(spec) for spec in plain]).double()
+    again.load_state_dict(flow.state_dict())
+    return again
+
+
+def regression(
+    velocity: Velocity, z: Tensor, gamma: float | None, generator: torch.Generator, **options: Any
+) -> Tensor:
+    """E ‖v(t, I_t) − İ_t‖² with t ~ U(0, 1) and targets of the Ornstein–Uhlenbeck process."""
+    noise = torch.randn(z.shape, generator=generator, dtype=z.dtype)
+    t = torch.rand(z.shape[0], generator=generator, dtype=z.dtype)
+    return matching_loss(velocity, z, ou_target(z, gamma, noise), t, **options).total
 
 
 def block_of(velocity: Velocity, method: str = "rk4", steps: int = 2, **options: object) -> Block:

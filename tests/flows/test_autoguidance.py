@@ -7,15 +7,18 @@ import itertools
 import pytest
 import torch
 
-from flows.autoguidance import Guided, guided
-from flows.block import Block, SolverConfig
+from flows.autoguidance import Autoguided, autoguide
+from flows.block import Block
 from flows.errors import FlowError
-from flows.flow import BlockSpec, Flow
+from flows.flow import Flow
 from flows.networks.condition import Condition
-from flows.networks.piecewise import NetSequence
-from flows.networks.registry import VelocityConfig, make_velocity
+from flows.networks.config import VelocityConfig
+from flows.networks.piecewise import PiecewiseVelocity
+from flows.networks.registry import make_velocity
 from flows.solving.divergence import Exact
-from tests.flows.problems import Affine
+from flows.solving.solver import SolverConfig
+from flows.spec import BlockSpec
+from tests.flows.problems import Affine, fresh_flow
 
 FINE = SolverConfig("dopri5", rtol=1e-9, atol=1e-9)
 LABELS = torch.tensor([0, 2, 1, 0])
@@ -44,7 +47,7 @@ def draw(seed=5, n=4):
 def test_samples_follow_the_extrapolated_field(classes, guide_classes, w):
     net, guide, z = linear(1, classes), linear(2, guide_classes), draw()
     of = Condition(LABELS) if classes else None
-    block = Block(Guided(net, guide, w), FINE)
+    block = Block(Autoguided(net, guide, w), FINE)
     moved = block.transport(z, divergence=Exact(), condition=of)
     back = block.transport(moved.z, True, condition=of)
     theirs = parts(guide, guide_classes or None)  # the null label, where there are labels
@@ -60,31 +63,31 @@ def test_samples_follow_the_extrapolated_field(classes, guide_classes, w):
 
 
 def flow(blocks, seed, **velocity):
-    config = VelocityConfig(kind="mlp", hidden=(8,), zero_init=False, **velocity)
+    config = VelocityConfig(kind="mlp", width=8, depth=1, zero_init=False, **velocity)
     spec = BlockSpec(config, SolverConfig("rk4", 2))
-    return Flow((3,), [spec] * blocks, torch.Generator().manual_seed(seed)).double()
+    return fresh_flow((3,), [spec] * blocks, seed).double()
 
 
 def test_every_block_is_guided_by_its_own():
     ours, theirs, z = flow(2, 1), flow(2, 2), draw()
-    led = guided(ours, theirs, 1.5)
+    led = autoguide(ours, theirs, 1.5)
     step = z
     for block, other in zip(ours, theirs, strict=True):
-        step = Block(Guided(block.velocity, other.velocity, 1.5), block.solver)(step)
+        step = Block(Autoguided(block.velocity, other.velocity, 1.5), block.solver)(step)
     torch.testing.assert_close(led.encode(z), step.detach())
-    torch.testing.assert_close(guided(ours, theirs, 1.0).encode(z), ours.encode(z))
-    torch.testing.assert_close(guided(ours, theirs, 0.0).encode(z), theirs.encode(z))
+    torch.testing.assert_close(autoguide(ours, theirs, 1.0).encode(z), ours.encode(z))
+    torch.testing.assert_close(autoguide(ours, theirs, 0.0).encode(z), theirs.encode(z))
     assert {p.data_ptr() for p in ours.parameters()} < {p.data_ptr() for p in led.parameters()}
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(2, 1), (1, 2), (2, 3), (3, 3)])
 def test_the_field_jumps_where_either_does(ours, theirs):
-    """From one jump to the next it is a chain of guided blocks of one network each."""
+    """From one jump to the next it is a chain of autoguide blocks of one network each."""
     nets = [linear(seed) for seed in range(ours)]
     guides = [linear(10 + seed) for seed in range(theirs)]
-    field = Guided(sequence(nets), sequence(guides), 1.7)
+    field = Autoguided(sequence(nets), sequence(guides), 1.7)
     times = sorted({k / ours for k in range(ours + 1)} | {k / theirs for k in range(theirs + 1)})
-    assert [piece.start for piece in field.pieces()] == pytest.approx(times[:-1])
+    assert [piece.start for piece in field.smooth_pieces()] == pytest.approx(times[:-1])
     z = draw()
     moved, step, log_det = Block(field, FINE).transport(z, divergence=Exact()), z, 0.0
     for start, end in itertools.pairwise(times):
@@ -100,23 +103,23 @@ def test_the_field_jumps_where_either_does(ours, theirs):
 def test_the_grid_meets_the_jumps_of_the_guide():
     """Also where it is not that of the flow: three sub-intervals do not meet two networks."""
     ours, theirs, z = flow(1, 1), flow(1, 2, nets=2), draw()
-    odd = Flow((3,))
-    odd.blocks.append(Block(ours[0].velocity, SolverConfig("rk4", 3)))
-    odd.specs.append(BlockSpec(ours.specs[0].velocity, SolverConfig("rk4", 3)))
-    four = Block(Guided(ours[0].velocity, theirs[0].velocity, 1.5), SolverConfig("rk4", 4))
-    torch.testing.assert_close(guided(odd, theirs, 1.5).encode(z), four(z).detach())
+    three = SolverConfig("rk4", 3)
+    spec = BlockSpec(ours.specs[0].velocity, three)
+    odd = Flow.from_blocks((3,), [(spec, Block(ours[0].velocity, three))])
+    four = Block(Autoguided(ours[0].velocity, theirs[0].velocity, 1.5), SolverConfig("rk4", 4))
+    torch.testing.assert_close(autoguide(odd, theirs, 1.5).encode(z), four(z).detach())
 
 
 def sequence(nets):
-    return nets[0] if len(nets) == 1 else NetSequence(nets, one_clock=True)
+    return nets[0] if len(nets) == 1 else PiecewiseVelocity(nets)
 
 
 def test_mistakes():
-    with pytest.raises(FlowError, match="has the blocks of its flow, 2, not 1"):
-        guided(flow(2, 1), flow(1, 2), 2.0)
+    with pytest.raises(FlowError, match="the guide has 1 blocks; expected the flow's, 2"):
+        autoguide(flow(2, 1), flow(1, 2), 2.0)
     for weight in (-1.0, float("inf"), float("nan")):
         with pytest.raises(FlowError, match="finite and not negative"):
-            guided(flow(1, 1), flow(1, 2), weight)
-    other = Flow((2,), [BlockSpec(VelocityConfig(kind="linear"))]).double()
-    with pytest.raises(FlowError, match=r"the samples of its flow, \(3,\), not \(2,\)"):
-        guided(flow(1, 1), other, 2.0)
+            autoguide(flow(1, 1), flow(1, 2), weight)
+    other = fresh_flow((2,), [BlockSpec(VelocityConfig(kind="linear"))]).double()
+    with pytest.raises(FlowError, match=r"shape \(2,\); expected the flow's, \(3,\)"):
+        autoguide(flow(1, 1), other, 2.0)

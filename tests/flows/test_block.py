@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from flows.block import FIXED_METHODS, Block, SolverConfig
+from flows.block import Block
 from flows.errors import FlowError, SolveError
-from flows.networks.registry import VelocityConfig, make_velocity
+from flows.networks.config import VelocityConfig
+from flows.networks.registry import make_velocity
 from flows.solving.divergence import Exact, FiniteDifference, Hutchinson
+from flows.solving.solver import FIXED_METHODS, SolverConfig
 from tests.flows.problems import (
     PROBLEMS,
     Coupled,
@@ -231,10 +233,13 @@ def test_nan_in_the_data_is_reported():
 
 _HOPELESS = """
 import torch
-from flows.block import Block, SolverConfig
+from flows.block import Block
+from flows.solving.solver import SolverConfig
 from flows.errors import SolveError
-from flows.flow import BlockSpec, Flow
-from flows.velocity import Velocity, VelocityConfig
+from flows.flow import Flow
+from flows.likelihood import log_prob
+from flows.networks.base import Velocity
+from flows.spec import BlockSpec
 
 assert False, "asserts must be off"
 FIELDS = {
@@ -258,8 +263,9 @@ for name, formula in FIELDS.items():
     except SolveError as failure:
         print(name, failure.evaluations, failure, sep=" | ")
 
-flow = Flow((2,), [BlockSpec(VelocityConfig("mlp", hidden=(4,)), SolverConfig(steps=8))] * 2)
-flow.blocks[1] = Block(Field(lambda t, z: torch.exp(9 * z)), SolverConfig(steps=8))
+fields = (lambda t, z: 0 * z, lambda t, z: torch.exp(9 * z))
+blocks = [(BlockSpec(), Block(Field(field), SolverConfig(steps=8))) for field in fields]
+flow = Flow.from_blocks((2,), blocks)
 for way in (flow.encode, lambda z: log_prob(flow, z, solver=SolverConfig("dopri5"))):
     try:
         way(torch.full((3, 2), 2.0))

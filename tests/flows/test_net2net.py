@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from flows.block import Block
-from flows.net2net import grown, multiplying, widening
-from flows.networks.registry import VelocityConfig
+from flows.net2net import becomes_several, transform_block, widening_factor
+from flows.networks.config import VelocityConfig
 from flows.spec import BlockSpec, build_block
 
 GRIDS = {
@@ -40,7 +40,7 @@ def test_a_widened_network_is_the_same_field(name: str, factor: int) -> None:
     wider = dataclasses.replace(config, width=factor * config.width)
     torch.set_default_dtype(torch.float64)
     try:
-        wide = grown(block, spec, dataclasses.replace(spec, velocity=wider), seeded())
+        wide = transform_block(block, spec, dataclasses.replace(spec, velocity=wider), seeded())
     finally:
         torch.set_default_dtype(torch.float32)
     z = torch.randn(6, *shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -58,7 +58,7 @@ def test_copies_part_ways() -> None:
     """Equal shares would give the copies of a feature the same gradient, for ever."""
     shape, config = GRIDS["unet"]
     spec, block = trained(config, shape)
-    wide = grown(block, spec, wide_spec(spec, 32), seeded())
+    wide = transform_block(block, spec, wide_spec(spec, 32), seeded())
     z, t = torch.randn(4, *shape), torch.rand(4)
     wide.velocity(t, z, torch.zeros(4, dtype=torch.long)).square().sum().backward()
     gradient = wide.velocity.input.weight.grad
@@ -67,12 +67,12 @@ def test_copies_part_ways() -> None:
     torch.testing.assert_close(*wide.velocity.input.weight.detach().view(16, 2, -1).unbind(1))
 
 
-def test_wider_and_told_other_classes_at_once() -> None:
-    """Every class starts as what stood for none."""
+def test_wider_and_with_other_classes_at_once() -> None:
+    """Every class starts as the null label did."""
     shape, config = GRIDS["unet"]
     spec, block = trained(config, shape)
     after = dataclasses.replace(spec, velocity=dataclasses.replace(config, width=32, classes=3))
-    wide = grown(block.float(), spec, after, seeded())
+    wide = transform_block(block.float(), spec, after, seeded())
     z, t = torch.randn(4, *shape), torch.rand(4)
     none = block.velocity(t, z, torch.full((4,), 5)).detach()
     for label in range(4):
@@ -89,9 +89,9 @@ def test_several_networks_start_as_copies_of_one(width: int, part: tuple[float, 
     block = build_block(spec, shape)
     weights = zip(block.state_dict(), whole.state_dict().values(), strict=True)
     block.load_state_dict(dict(weights))
-    several = dataclasses.replace(config, nets=2, clock="block", width=width)
+    several = dataclasses.replace(config, nets=2, width=width)
     after = dataclasses.replace(spec, velocity=several)
-    made = grown(block, spec, after, seeded())
+    made = transform_block(block, spec, after, seeded())
     assert set(made.state_dict()) == set(build_block(after, shape).state_dict())
     z, t, labels = torch.randn(6, *shape), torch.linspace(0, 0.99, 6), torch.arange(6)
     ours, theirs = made.velocity(t, z, labels), block.velocity(t, z, labels)
@@ -101,21 +101,22 @@ def test_several_networks_start_as_copies_of_one(width: int, part: tuple[float, 
 
 def test_what_can_become_several() -> None:
     one = VelocityConfig("unet", 16)
-    assert multiplying(one, dataclasses.replace(one, nets=3, clock="block"))
-    assert not multiplying(one, dataclasses.replace(one, nets=3))  # which see other times
-    two = dataclasses.replace(one, nets=2, clock="block")
-    assert not multiplying(one, one) and not multiplying(two, dataclasses.replace(two, nets=4))
+    assert becomes_several(one, dataclasses.replace(one, nets=3))
+    two = dataclasses.replace(one, nets=2)
+    assert not becomes_several(one, one)
+    assert not becomes_several(two, dataclasses.replace(two, nets=4))
 
 
 def test_what_can_be_widened() -> None:
     unet = VelocityConfig("unet", 16)
-    assert widening(unet, unet) == 1
-    assert widening(unet, dataclasses.replace(unet, width=48)) == 3
-    assert widening(unet, dataclasses.replace(unet, width=24)) is None
-    assert widening(dataclasses.replace(unet, width=32), unet) is None
-    assert widening(VelocityConfig("unet", 12), VelocityConfig("unet", 24)) is None  # its groups
-    assert widening(VelocityConfig("conv", 12), VelocityConfig("conv", 24)) == 2
-    assert widening(VelocityConfig("mlp", 12), VelocityConfig("mlp", 24)) is None
+    assert widening_factor(unet, unet) == 1
+    assert widening_factor(unet, dataclasses.replace(unet, width=48)) == 3
+    assert widening_factor(unet, dataclasses.replace(unet, width=24)) is None
+    assert widening_factor(dataclasses.replace(unet, width=32), unet) is None
+    odd, double = VelocityConfig("unet", 12), VelocityConfig("unet", 24)
+    assert widening_factor(odd, double) is None  # 8 groups do not divide 12 features
+    assert widening_factor(VelocityConfig("conv", 12), VelocityConfig("conv", 24)) == 2
+    assert widening_factor(VelocityConfig("mlp", 12), VelocityConfig("mlp", 24)) is None
 
 
 def wide_spec(spec: BlockSpec, width: int) -> BlockSpec:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from flows.block import Block, SolverConfig
+from flows.block import Block
 from flows.errors import FlowError
-from flows.flow import BlockSpec, Flow
 from flows.likelihood import log_prob
-from flows.networks.condition import Condition, Conditioned, bind
-from flows.networks.registry import KINDS, VelocityConfig, make_velocity
+from flows.networks.condition import ClassConditioned, Condition, bind
+from flows.networks.config import VelocityConfig
+from flows.networks.registry import KINDS, make_velocity
 from flows.objectives.coupling import optimal_pairing
-from flows.objectives.losses import jko_loss, lfm_loss
+from flows.objectives.losses import jko_loss
 from flows.solving.divergence import Exact, FiniteDifference, Hutchinson
-from tests.flows.problems import Affine, affine, points
+from flows.solving.solver import SolverConfig
+from flows.spec import BlockSpec
+from tests.flows.problems import Affine, affine, fresh_flow, points, regression
 
 SMALL = VelocityConfig(
-    width=8, depth=2, hidden=(8, 8), time_features=4, heads=2, classes=3, zero_init=False
+    width=8, depth=2, time_features=4, heads=2, classes=3, zero_init=False
 )
 FINE = SolverConfig("dopri5", rtol=1e-9, atol=1e-9)
 SHAPES = {"conv": (2, 4, 4), "unet": (2, 4, 4)}
@@ -151,7 +154,7 @@ def test_a_linear_field_has_the_exact_map_of_each_class(w):
 
 def test_the_density_of_each_class_is_its_gaussian():
     net, exact = linear()
-    flow = Flow((3,), [BlockSpec(replace(SMALL, kind="linear"), FINE)] * 2).double()
+    flow = fresh_flow((3,), [BlockSpec(replace(SMALL, kind="linear"), FINE)] * 2).double()
     for block in flow:
         block.load_state_dict({f"velocity.{k}": v for k, v in net.state_dict().items()})
     assert flow.classes == 3
@@ -171,12 +174,10 @@ def test_the_density_of_each_class_is_its_gaussian():
 
 def test_losses_are_those_of_the_bound_field():
     net, z = build(), draw(6, 3)
-    bound = Conditioned(net, Condition(LABELS))
-    bound.classes = 0
+    bound = ClassConditioned(net, LABELS)
     drawn = [torch.Generator().manual_seed(3) for _ in range(2)]
-    ours = lfm_loss(net, z, 0.3, generator=drawn[0], labels=LABELS).total
-    theirs = lfm_loss(bound, z, 0.3, generator=drawn[1]).total
-    torch.testing.assert_close(ours, theirs)
+    given = regression(net, z, 0.3, drawn[0], labels=LABELS)
+    torch.testing.assert_close(given, regression(bound, z, 0.3, drawn[1]))
     whole = jko_loss(Block(net), z, 0.5, Exact(), labels=LABELS).total
     parts = [
         jko_loss(Block(net), z[k : k + 1], 0.5, Exact(), labels=LABELS[k : k + 1]).total
@@ -216,7 +217,7 @@ def test_descriptions():
         (lambda b, z: b.transport(z), "trained with 3 classes; give the class"),
         (
             lambda b, z: b.transport(z, condition=Condition(LABELS[:2])),
-            r"one int64 label a sample",
+            "one int64 label for each sample",
         ),
         (lambda b, z: b.transport(z, condition=Condition(LABELS + 1)), "between 0 and 3"),
         (lambda b, z: b.transport(z, condition=Condition(LABELS - 1)), "found -1 to 2"),
@@ -228,7 +229,7 @@ def test_descriptions():
             lambda b, z: Block(affine()).transport(z, condition=Condition(LABELS)),
             "trained without classes",
         ),
-        (lambda b, z: VelocityConfig(classes=-1), "classes must not be negative"),
+        (lambda b, z: VelocityConfig(classes=-1), "classes must be at least 0"),
         (lambda b, z: VelocityConfig(class_dropout=1.0), r"class_dropout must lie in \[0, 1\)"),
     ],
 )
@@ -241,9 +242,8 @@ def test_bad_arguments(call, words):
 def test_there_are_as_many_labels_as_samples(labels):
     """Also where both are cut into chunks: the first chunks of each would go together."""
     config = replace(SMALL, kind="mlp")
-    flow = Flow((3,))
-    flow.append(BlockSpec(velocity=config))
+    flow = fresh_flow((3,), [BlockSpec(velocity=config)])
     z, condition = torch.randn(6, 3), Condition(torch.zeros(labels, dtype=torch.int64))
-    for call in (flow.encode, flow.log_prob):
-        with pytest.raises(FlowError, match=rf"label a sample, \(6,\), found .* \({labels},\)"):
+    for call in (flow.encode, partial(log_prob, flow)):
+        with pytest.raises(FlowError, match=rf"each sample, \(6,\), found .* \({labels},\)"):
             call(z, chunk=2, condition=condition)

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from flows.errors import FlowError
-from flows.networks.base import TimeFeatures
-from flows.networks.registry import KINDS, TimeSlice, VelocityConfig, make_velocity
+from flows.networks.config import VelocityConfig
+from flows.networks.layers import TimeFeatures
+from flows.networks.piecewise import TimeSlice
+from flows.networks.registry import KINDS, make_velocity
 from flows.solving.divergence import Exact
 from tests.flows.problems import Breathing, points
 
-SMALL = VelocityConfig(width=8, depth=2, hidden=(8, 8), time_features=4, heads=2)
+SMALL = VelocityConfig(width=8, depth=2, time_features=4, heads=2)
 SHAPES = {"conv": [(2, 4, 4), (1, 5, 3)], "unet": [(2, 4, 4), (3, 7, 7)]}
 
 
@@ -118,10 +120,9 @@ def test_time_features_make_at_most_one_period():
         (lambda: VelocityConfig(width=0), "width must be at least 1"),
         (lambda: VelocityConfig(patch=0), "patch must be at least 1"),
         (lambda: VelocityConfig(depth=-1), "depth must be at least 1"),
-        (lambda: VelocityConfig("mlp", hidden=()), "widths of at least 1"),
         (lambda: VelocityConfig(activation="step"), "unknown activation 'step'"),
         (lambda: VelocityConfig(time_features=3), "even"),
-        (lambda: VelocityConfig(heads=-1), "must not be negative"),
+        (lambda: VelocityConfig(heads=-1), "heads must be at least 0"),
     ],
 )
 def test_bad_arguments(call, words):

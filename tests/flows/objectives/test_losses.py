@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 
-from flows.block import Block, SolverConfig
+from flows.block import Block
 from flows.errors import FlowError
-from flows.networks.registry import VelocityConfig, make_velocity
-from flows.objectives.losses import interpolate, jko_loss, lfm_loss, ou_target
+from flows.networks.config import VelocityConfig
+from flows.networks.registry import make_velocity
+from flows.objectives.losses import interpolate, jko_loss, matching_loss, ou_target
 from flows.solving.divergence import Exact, FiniteDifference
-from tests.flows.problems import Formula, affine, block_of, points
+from flows.solving.solver import SolverConfig
+from tests.flows.problems import Formula, affine, block_of, points, regression
 
 
 def test_jko_terms_on_an_affine_flow():
@@ -120,19 +122,18 @@ def test_flow_matching_regresses_to_the_closed_form_of_gaussians():
         return x * (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
 
     generator = torch.Generator().manual_seed(1)
-    loss = lfm_loss(Formula(best, 1), z, None, "linear", generator)
+    loss = regression(Formula(best, 1), z, None, generator)
     t = torch.linspace(0, 1, 20001, dtype=torch.float64)
     variance = s**2 / ((1 - t) ** 2 * s**2 + t**2)
-    assert loss.total.item() == pytest.approx(torch.trapezoid(variance, t).item(), rel=0.01)
-    assert loss.per_dim(1)["total"] == pytest.approx(loss.total.item())
-    worse = lfm_loss(Formula(lambda t, x: 1.1 * best(t, x), 1), z, None, "linear", generator)
-    assert worse.total > loss.total
+    assert loss.item() == pytest.approx(torch.trapezoid(variance, t).item(), rel=0.01)
+    worse = regression(Formula(lambda t, x: 1.1 * best(t, x), 1), z, None, generator)
+    assert worse > loss
 
 
 def test_lfm_block_carries_gaussian_data_along_the_ou_process():
     """A linear-in-z field trained by LFM pushes N(m, s²) to N(e^{−γ} m, …) and is reproducible."""
     gamma, mean, s = 0.5, 2.0, 0.5
-    config = VelocityConfig("mlp", hidden=(32,), activation="tanh")
+    config = VelocityConfig("mlp", width=32, depth=1, activation="tanh")
     results = []
     for _ in range(2):
         generator = torch.Generator().manual_seed(0)
@@ -142,7 +143,9 @@ def test_lfm_block_carries_gaussian_data_along_the_ou_process():
         for _ in range(400):
             z = mean + s * torch.randn(1024, 1, generator=generator)
             optimizer.zero_grad()
-            lfm_loss(velocity, z, gamma, "trigonometric", generator).total.backward()
+            regression(
+                velocity, z, gamma, generator, interpolant="trigonometric"
+            ).backward()
             optimizer.step()
             schedule.step()
         z = mean + s * torch.randn(20_000, 1, generator=generator)
@@ -154,14 +157,21 @@ def test_lfm_block_carries_gaussian_data_along_the_ou_process():
     assert results[0].var().item() == pytest.approx(variance, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    ("gamma", "interpolant", "words"),
-    [
-        (0.0, "linear", "gamma must be positive"),
-        (-0.1, "linear", "gamma must be positive"),
-        (0.1, "cubic", "unknown interpolant 'cubic'"),
-    ],
-)
-def test_bad_local_flow_matching_arguments(gamma, interpolant, words):
-    with pytest.raises(FlowError, match=words):
-        lfm_loss(affine(), points(affine()), gamma, interpolant)
+@pytest.mark.parametrize("gamma", [0.0, -0.1, math.nan, math.inf])
+def test_bad_times_of_the_process(gamma):
+    z = points(affine())
+    with pytest.raises(FlowError, match="gamma must be positive"):
+        ou_target(z, gamma, z)
+
+
+def test_the_matching_loss_is_a_mean_over_samples_and_a_sum_over_dimensions():
+    """The field 0 leaves E ‖z' − z‖²."""
+    z, target = points(affine(), batch=5), points(affine(), batch=5, seed=2)
+    t = torch.linspace(0, 1, 5, dtype=torch.float64)
+    zero = Formula(lambda t, x: 0 * x, 3)
+    loss = matching_loss(zero, z, target, t)
+    expected = (target - z).square().sum() / 5
+    torch.testing.assert_close(loss.total, expected)
+    assert loss.samples == 5 and loss.per_dim(3)["total"] == pytest.approx(float(expected) / 3)
+    with pytest.raises(FlowError, match="unknown interpolant 'cubic'"):
+        matching_loss(zero, z, target, t, "cubic")

@@ -7,7 +7,13 @@ import math
 import pytest
 
 from flows.errors import FlowError
-from flows.objectives.schedule import gammas, refine, reparameterize, step_sizes, stopping_ratio
+from flows.objectives.schedule import (
+    gammas,
+    refined_steps,
+    reparameterize,
+    step_sizes,
+    stopping_ratio,
+)
 
 
 def test_geometric_steps_are_capped():
@@ -73,8 +79,8 @@ def test_reparameterize_survives_a_block_that_does_not_move():
 
 
 def test_refine_divides_the_steps():
-    assert refine([0.3, 0.8], 2) == pytest.approx([0.15, 0.15, 0.4, 0.4])
-    assert refine([0.3], 1) == [0.3]
+    assert refined_steps([0.3, 0.8], 2) == pytest.approx([0.15, 0.15, 0.4, 0.4])
+    assert refined_steps([0.3], 1) == [0.3]
 
 
 @pytest.mark.parametrize(
@@ -92,12 +98,12 @@ def test_refine_divides_the_steps():
         (lambda: stopping_ratio(1, 0), "squared norm must be positive"),
         (lambda: stopping_ratio(math.nan, 1), "must not be negative"),
         (lambda: reparameterize([1.0], [1.0, 2.0]), "1 steps, 2 movements"),
-        (lambda: reparameterize([], []), "one movement a step"),
+        (lambda: reparameterize([], []), "one movement for each step"),
         (lambda: reparameterize([1.0], [-1.0]), "must not be negative"),
         (lambda: reparameterize([0.0], [1.0]), "h must be positive"),
         (lambda: reparameterize([1.0], [1.0], eta=0), "eta must lie"),
-        (lambda: refine([1.0], 0), "c must be at least 1"),
-        (lambda: refine([-1.0], 2), "h must be positive"),
+        (lambda: refined_steps([1.0], 0), "c must be at least 1"),
+        (lambda: refined_steps([-1.0], 2), "h must be positive"),
     ],
 )
 def test_bad_arguments(call, words):

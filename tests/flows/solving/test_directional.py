@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flows.networks.mlp import SoftplusPair
-from flows.networks.registry import KINDS, TimeSlice, VelocityConfig, make_velocity
+from flows.networks.config import VelocityConfig
+from flows.networks.mlp import SoftplusJvp
+from flows.networks.piecewise import TimeSlice
+from flows.networks.registry import KINDS, make_velocity
 
 T = torch.tensor(0.4, dtype=torch.float64)
 ACTIVATIONS = ["default", "softplus", "silu", "tanh"]
@@ -14,7 +16,7 @@ ACTIVATIONS = ["default", "softplus", "silu", "tanh"]
 
 def build(kind, shape, activation="default"):
     config = VelocityConfig(
-        kind, width=8, depth=1, hidden=(8, 8), activation=activation, time_features=4, heads=2,
+        kind, width=8, depth=2, activation=activation, time_features=4, heads=2,
         zero_init=False,
     )  # fmt: skip
     return make_velocity(config, shape, torch.Generator().manual_seed(0)).double()
@@ -79,7 +81,7 @@ def test_softplus_pair_is_softplus_far_out_too():
     p = torch.tensor([[-800.0, -90.0, -1.0, 0.0, 1e-3, 30.0, 800.0]])
     q = torch.ones(2, *p.shape)
     for dtype, tolerance in ((torch.float32, 3e-7), (torch.float64, 1e-14)):
-        y, r = SoftplusPair.apply(p.to(dtype), q.to(dtype))
+        y, r = SoftplusJvp.apply(p.to(dtype), q.to(dtype))
         exact = torch.nn.functional.softplus(p.double())
         torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(r[1].double(), p.double().sigmoid(), rtol=1e-6, atol=1e-30)
@@ -87,5 +89,5 @@ def test_softplus_pair_is_softplus_far_out_too():
 
 def test_softplus_pair_gradient():
     p, q = draw(3, 4).requires_grad_(), draw(2, 3, 4).requires_grad_()
-    assert torch.autograd.gradcheck(SoftplusPair.apply, (p, q))
-    assert torch.autograd.gradcheck(SoftplusPair.apply, (p, q[:1]))
+    assert torch.autograd.gradcheck(SoftplusJvp.apply, (p, q))
+    assert torch.autograd.gradcheck(SoftplusJvp.apply, (p, q[:1]))

@@ -9,7 +9,8 @@ import torch
 
 from flows.errors import FlowError
 from flows.networks.base import Velocity
-from flows.networks.registry import KINDS, VelocityConfig, make_velocity
+from flows.networks.config import VelocityConfig
+from flows.networks.registry import KINDS, make_velocity
 from flows.solving.divergence import Exact, FiniteDifference, Hutchinson, make_divergence
 from tests.flows.problems import Coupled, points
 
@@ -110,7 +111,7 @@ def test_finite_difference_uses_the_papers_step():
 def test_every_network_supports_every_estimator_in_training(kind, estimator):
     """Value against autograd's Jacobian, and a gradient that reaches the parameters."""
     config = VelocityConfig(
-        kind, width=8, depth=1, hidden=(8,), time_features=4, heads=2, zero_init=False
+        kind, width=8, depth=1, time_features=4, heads=2, zero_init=False
     )
     net = make_velocity(config, (2, 4, 2), torch.Generator().manual_seed(0)).double()
     z = points(net, batch=2)

@@ -20,7 +20,7 @@ from autoencoders.adapt import Adaptation
 from autoencoders.base import to_float, to_uint8
 from autoencoders.registry import build_autoencoder
 from eval.pictures import image_grid
-from flows.block import SolverConfig
+from flows.solving.solver import SolverConfig
 from pipeline.runs.run import open_run
 from pipeline.runtime.rng import generator
 from pipeline.storage.shards import open_store

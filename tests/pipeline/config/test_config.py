@@ -48,12 +48,12 @@ def test_overrides_are_applied_in_order(tmp_path: Path) -> None:
     config = load_config(
         path,
         ["train.lr=1e-4", "train.lr=3e-4", "data.limit=100", "generate.method=euler",
-         "train.warm_start=false", "velocity.hidden=[4,5]", "data.path=/a=b"],
+         "train.warm_start=false", "generate.labels=[4,5]", "data.path=/a=b"],
     )  # fmt: skip
     assert config.train.lr == 3e-4
     assert config.data.limit == 100 and config.data.path == "/a=b"
     assert config.generate.method == "euler" and config.train.warm_start is False
-    assert config.velocity.hidden == (4, 5)
+    assert config.generate.labels == [4, 5]
     assert load_config(path, ["data.limit=null"]).data.limit is None
 
 

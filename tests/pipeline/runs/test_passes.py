@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from flows.block import SolverConfig
+from flows.solving.solver import SolverConfig
 from pipeline.errors import UserError
 from pipeline.runs.manifest import passes_of, read_manifest
 from pipeline.runs.passes import Pass, labels, spread

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from autoencoders.base import to_uint8
-from flows.autoguidance import guided
+from flows.autoguidance import autoguide
 from pipeline.errors import UserError
 from pipeline.runs.manifest import read_manifest
 from pipeline.runs.run import load_blocks, open_run
@@ -104,7 +104,7 @@ def test_a_run_is_guided_by_what_it_was(
     found = images(opened, guide=f"{folder}@20", guidance=2.0)
     noise = [torch.randn(n, 2, 3, 3, generator=generator(0, "sample", k))
              for k, n in enumerate((4, 4, 2))]  # fmt: skip
-    led = guided(opened.flow, then.flow, 2.0)
+    led = autoguide(opened.flow, then.flow, 2.0)
     z = opened.standardisation.undo(led.decode(torch.cat(noise), opened.config.push))
     with torch.inference_mode():
         by_hand = to_uint8(opened.autoencoder().decode(z))

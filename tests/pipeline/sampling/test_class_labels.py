@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from flows.block import SolverConfig
 from flows.likelihood import log_prob
 from flows.networks.condition import Condition
+from flows.solving.solver import SolverConfig
 from pipeline.config.schema import GenerateConfig
 from pipeline.distillation.distill import Distillation, distill, student_config
 from pipeline.errors import UserError
@@ -28,8 +28,9 @@ from tests.pipeline.killing import assert_same_content, kill_at
 from tests.pipeline.labelled_source import CENTRES, SPREAD, LabelledSource
 
 CLASSES = ("velocity.classes=2", "train.ema=0.9")
-FM = (*CLASSES, "train.objective=fm", "velocity.kind=mlp", "velocity.hidden=[32]", "push.steps=8",
-      "train.lr=0.02", "train.iterations=300", "train.warmup=10")  # fmt: skip
+FM = (*CLASSES, "train.objective=fm", "velocity.kind=mlp", "velocity.width=32",
+      "velocity.depth=1", "push.steps=8", "train.lr=0.02", "train.iterations=300",
+      "train.warmup=10")  # fmt: skip
 LFM = (*CLASSES, "train.objective=lfm", "schedule.gamma=[0.2]", "schedule.free_block=true")
 
 

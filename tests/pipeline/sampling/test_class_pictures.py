@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from autoencoders.base import to_uint8
-from flows.autoguidance import guided
+from flows.autoguidance import autoguide
 from flows.likelihood import log_prob
 from flows.networks.condition import Condition
 from pipeline.config.schema import DataConfig
@@ -75,7 +75,7 @@ def test_labels_come_from_the_folders(folder: Path) -> None:
 
 
 def expected(folder: Path, labels: list[int], guidance: float, batch: int) -> Tensor:
-    """Images by hand: noise carried back along the guided field, decoded."""
+    """Images by hand: noise carried back along the autoguide field, decoded."""
     run = open_run(folder)
     noise = [
         torch.randn(
@@ -225,7 +225,7 @@ def test_a_guide_without_classes(
     led = {"guide": str(tmp_path / "all"), "guidance": 2.0}
     found = images(folder, n=8, batch_size=4, labels=[1, 0], **led).field("images")
     run, of = open_run(folder), Condition(torch.tensor([1, 0, 1, 0]))
-    flow = guided(run.flow, open_run(tmp_path / "all").flow, 2.0)
+    flow = autoguide(run.flow, open_run(tmp_path / "all").flow, 2.0)
     noise = torch.randn(4, 2, 3, 3, generator=generator(0, "sample", 0))
     with torch.inference_mode():
         z = flow.decode(noise, run.config.push, condition=of)

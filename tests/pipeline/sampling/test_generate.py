@@ -15,7 +15,7 @@ from PIL import Image
 
 from autoencoders.base import to_uint8
 from autoencoders.weights import load_weights
-from flows.block import SolverConfig
+from flows.solving.solver import SolverConfig
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runs.run import Run, open_run

@@ -21,14 +21,14 @@ from pipeline.runtime.rng import generator
 from pipeline.sampling.refiner import Refiner
 from pipeline.sampling.sampling_plan import SamplingPlan, differences, with_guidance
 from pipeline.storage.shards import open_store
-from pipeline.training.matching_loss import BESIDE, batch_loss
+from pipeline.training.matching_loss import IMAGE, batch_loss
 from pipeline.training.sources import ResidualSource
 from tests.pipeline.drawing import images, plan_of
 from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import World, run_child, say, write_autoencoder
 
 SECTIONS: dict[str, Any] = {
-    "velocity": {"kind": "conv", "width": 8, "depth": 1, "beside": 1},
+    "velocity": {"kind": "conv", "width": 8, "depth": 1, "image_channels": 1},
     "train": {"objective": "fm", "iterations": 4},
     "push": {"method": "midpoint", "steps": 3},
     "latents": {"disturb": 0.2, "mirror": False},
@@ -54,7 +54,7 @@ def test_it_learns_what_the_decoder_leaves_out(trained: World, refiner: Path) ->
     opened = open_run(refiner)
     assert is_refiner(opened) and opened.flow.shape == (1, 12, 12)
     stage = open_store(refiner / "stages" / "stage-00", "stage")
-    residual, decoded = stage.field("z"), stage.field(BESIDE)
+    residual, decoded = stage.field("z"), stage.field(IMAGE)
     assert residual.dtype == decoded.dtype == torch.float16
     x = to_float(torch.from_numpy(load_images(opened.config.data).read(0, 40)))
     assert len(residual) == 80  # latents.draws = 2
@@ -75,11 +75,11 @@ def test_it_learns_what_the_decoder_leaves_out(trained: World, refiner: Path) ->
     assert 0 < 9 * away[0] < away[1]
     manifest = read_manifest(refiner)
     assert manifest["latents"]["disturb"] == 0.2
-    assert manifest["flow"]["blocks"][0]["velocity"]["beside"] == 1
+    assert manifest["flow"]["blocks"][0]["velocity"]["image_channels"] == 1
 
 
 def test_processes_share_a_batch(refiner: Path) -> None:
-    """Each sees the images beside its own samples: together they have the loss of the whole."""
+    """Each process sees the images of its own samples: the mean is the loss of the whole."""
     opened = open_run(refiner)
     stage = open_store(refiner / "stages" / "stage-00", "stage")
     chosen = torch.tensor([3, 70, 12, 41, 5, 33])
@@ -104,7 +104,7 @@ def test_pictures_are_refined(run: Path, refiner: Path) -> None:
         with torch.inference_mode():
             decoded = opened.autoencoder().decode(opened.standardisation.undo(z))
             noise = torch.randn(n, 1, 12, 12, generator=drawn)
-            of = Condition(beside=decoded.half().float())
+            of = Condition(image=decoded.half().float())
             residual = fine.flow.decode(noise, fine.config.push, condition=of)
             expected.append(to_uint8(decoded + fine.standardisation.undo(residual)))
     assert (found.int() - torch.cat(expected).int()).abs().max() <= 1
@@ -228,8 +228,8 @@ def test_mistakes(
         assert "is a refiner, which draws what is missing" in refused(*words, "-r", refiner)
     assert "is a refiner" in refused("evaluate", "-r", refiner, "-n", "1000000")  # first of all
     words = ("distill", "-r", run, "--out", tmp_path / "few")
-    words += ("--set", "velocity.beside=1", "--set", "velocity.kind=conv")
-    assert "has its teacher's velocity.beside, 0" in refused(*words)
+    words += ("--set", "velocity.image_channels=1", "--set", "velocity.kind=conv")
+    assert "has its teacher's velocity.image_channels, 0" in refused(*words)
     assert say(capsys, "report", "-r", refiner)[0] == 0
     assert "a run on the same autoencoder" in (refiner / "report.html").read_text()
     manifest = read_manifest(refiner)
@@ -238,12 +238,12 @@ def test_mistakes(
     error = refused("generate", "-r", run, "--refiner", refiner)
     assert "trained on images of another autoencoder" in error
     for name, change, said in (
-        ("two", {"velocity": {"kind": "conv", "beside": 2}}, "has images of 1 channels"),
+        ("two", {"velocity": {"kind": "conv", "image_channels": 2}}, "has images of 1 channels"),
         ("jko", {"train": {"objective": "jko"}}, "is trained by flow matching"),
         ("pairs", {"train": {"objective": "fm", "coupling": "ot"}}, "without pairing across"),
         ("plain", {"velocity": {"kind": "conv"}}, "latents.disturb=0.2 is for refiners"),
         ("noise", {"latents": {"disturb": -1.0}}, "latents.disturb must not be negative"),
-        ("kind", {"velocity": {"kind": "resmlp", "beside": 1}}, "needs one network for grids"),
+        ("kind", {"velocity": {"kind": "resmlp", "image_channels": 1}}, "a single conv or unet"),
     ):
         sections = {**SECTIONS, **change}
         if name not in ("jko", "pairs"):

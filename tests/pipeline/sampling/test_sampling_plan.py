@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autoencoders.base import to_uint8
-from flows.autoguidance import guided
+from flows.autoguidance import autoguide
 from pipeline.config.schema import GenerateConfig
 from pipeline.distillation.distill import Distillation, student_config
 from pipeline.errors import UserError
@@ -47,7 +47,7 @@ def by_hand(run: Run, guide: Run, w: float) -> Tensor:
     noise = [
         torch.randn(n, 2, 3, 3, generator=generator(0, "sample", k)) for k, n in count.items()
     ]
-    z = guided(run.flow, guide.flow, w).decode(torch.cat(noise), run.config.push)
+    z = autoguide(run.flow, guide.flow, w).decode(torch.cat(noise), run.config.push)
     with torch.inference_mode():
         return to_uint8(run.autoencoder().decode(run.standardisation.undo(z)))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from autoencoders.base import to_uint8
-from flows.block import SolverConfig
+from flows.solving.solver import SolverConfig
 from pipeline.config.schema import GenerateConfig
 from pipeline.errors import UserError
 from pipeline.runs.directory import read_config

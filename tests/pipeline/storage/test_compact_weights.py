@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from flows.networks.base import VelocityConfig
+from flows.networks.config import VelocityConfig
 from flows.networks.registry import make_velocity
 from pipeline.storage.compact_weights import DTYPES, dequantise, quantise
 

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from PIL import Image
 from typer.testing import CliRunner
 
-from flows.flow import BlockSpec, Flow
-from flows.networks.registry import VelocityConfig
+from flows.networks.config import VelocityConfig
+from flows.spec import BlockSpec
 from pipeline.cli import toy2d
 from pipeline.config.load import available, from_resolved, to_dict
 from pipeline.errors import JkoflowError, UserError
@@ -26,9 +26,10 @@ from pipeline.toy2d.experiment import measure, run_experiment
 from pipeline.toy2d.figures import grid_centres
 from pipeline.toy2d.point_sets import POINTS
 from pipeline.toy2d.point_source import PointSource
+from tests.flows.problems import fresh_flow
 
 TINY = [
-    "velocity.hidden=[8,8]",
+    "velocity.width=8", "velocity.depth=2",
     "schedule.h=[0.5]",
     "schedule.iterations=[3,2]",
     "train.batch_size=64",
@@ -117,7 +118,7 @@ def test_a_run_goes_on_with_the_points_it_began_with(finished, tmp_path):
 
 def test_identity_flow_on_the_gaussian_is_measured_right():
     """z = x: NLL is E[½‖x‖² + log 2π] / 2, the gap KL(N(0, Σ) ‖ N(0, I)) / 2; MMD sees it."""
-    flow = Flow((2,), [BlockSpec(VelocityConfig("mlp", hidden=(4,)))])
+    flow = fresh_flow((2,), [BlockSpec(VelocityConfig("mlp", width=4, depth=1))])
     source = PointSource(tiny("gaussian", "points.test=4000", "points.compare=400"))
     metrics = measure(flow, source, torch.device("cpu"))
     x = source.draw("test", 0, 4000).double()
@@ -135,7 +136,7 @@ def test_identity_flow_on_the_gaussian_is_measured_right():
 
 
 def test_a_point_rounded_across_the_edge_of_its_support_is_left_out():
-    flow = Flow((2,), [BlockSpec(VelocityConfig("mlp", hidden=(4,)))])
+    flow = fresh_flow((2,), [BlockSpec(VelocityConfig("mlp", width=4, depth=1))])
     source = PointSource(tiny("gaussian", "points.test=200", "points.compare=50"))
     whole = measure(flow, source, torch.device("cpu"))
     known = source.points.log_density

@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from flows.block import SolverConfig
-from flows.networks.base import VelocityConfig
+from flows.networks.config import VelocityConfig
+from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
 from pipeline.config.schema import TrainConfig
 from pipeline.runtime.rng import generator
@@ -24,7 +24,7 @@ PUSH = SolverConfig("rk4", steps=4)  # 16 evaluations
 
 def measured(folder: Path, count: int, **changes: Any) -> tuple[Measured, int, list[str]]:
     """A new block, v = 0: what it comes to, samples that were followed, labels of the bars."""
-    network = VelocityConfig("mlp", hidden=(8,), nets=changes.pop("nets", 1))
+    network = VelocityConfig("mlp", width=8, depth=1, nets=changes.pop("nets", 1))
     spec = BlockSpec(network, PUSH, **changes)
     stage = GaussianSource(count=count).first_stage(folder, tiny(), Accelerator())
     block = build_block(spec, (2,), generator(0, "weights", 0))
@@ -57,7 +57,7 @@ def test_a_large_network_is_measured_on_fewer_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: int, changes: dict[str, Any],
     expected: int,
 ) -> None:  # fmt: skip
-    network = build_block(BlockSpec(VelocityConfig("mlp", hidden=(8,)), PUSH), (2,))
+    network = build_block(BlockSpec(VelocityConfig("mlp", width=8, depth=1), PUSH), (2,))
     size = sum(p.numel() for p in network.parameters())
     monkeypatch.setattr("pipeline.training.diagnostics._AFFORDED_READS", reads * size)
     found, seen, labels = measured(tmp_path, 5000, **changes)

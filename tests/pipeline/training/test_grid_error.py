@@ -13,10 +13,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from flows.block import Block, SolverConfig
-from flows.networks.registry import VelocityConfig
+from flows.block import Block
+from flows.networks.config import VelocityConfig
 from flows.objectives.losses import jko_loss
 from flows.solving.divergence import make_divergence
+from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
 from pipeline.config.validate import check
 from pipeline.errors import JkoflowError, UserError
@@ -104,7 +105,7 @@ def test_a_fine_grid_is_not(
 
 def test_the_error_of_a_grid_is_its_distance_from_twice_as_many() -> None:
     """On a field at random, followed by one Euler step, and by two."""
-    block = build_block(BlockSpec(VelocityConfig("mlp", hidden=(8,))), (2,))
+    block = build_block(BlockSpec(VelocityConfig("mlp", width=8, depth=1)), (2,))
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
@@ -128,7 +129,7 @@ def test_the_error_of_a_grid_is_its_distance_from_twice_as_many() -> None:
 
 
 def test_a_field_that_cannot_be_followed_has_an_infinite_error() -> None:
-    block = build_block(BlockSpec(VelocityConfig("mlp", hidden=(8,))), (2,))
+    block = build_block(BlockSpec(VelocityConfig("mlp", width=8, depth=1)), (2,))
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.fill_(1e6)

@@ -34,8 +34,9 @@ GAMMAS = (0.2, 0.4)
 LFM = ("train.objective=lfm", f"schedule.gamma={list(GAMMAS)}", "train.ema=0.9")
 FM = ("train.objective=fm", "train.ema=0.9")
 #: a network that sees the time
-CURVED = ("velocity.kind=mlp", "velocity.hidden=[32]", "velocity.activation=tanh", "push.steps=6",
-          "train.lr=0.01", "train.iterations=400", "train.warmup=10")  # fmt: skip
+CURVED = ("velocity.kind=mlp", "velocity.width=32", "velocity.depth=1",
+          "velocity.activation=tanh", "push.steps=6", "train.lr=0.01", "train.iterations=400",
+          "train.warmup=10")  # fmt: skip
 
 
 def run(folder: Path, *overrides: str, resume: bool = True, **request: int) -> Outcome:

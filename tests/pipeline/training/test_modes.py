@@ -9,8 +9,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from flows.block import SolverConfig
 from flows.errors import FlowError
+from flows.solving.solver import SolverConfig
 from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.runs.directory import read_config, start_run
@@ -151,8 +151,8 @@ def test_blocks_have_their_own_learning_rates(again: Path, tmp_path: Path) -> No
     assert rates(folder) == [0.03, 0.03, 0.01, 0.04, 0.04]
 
 
-TWO_NETS = ("velocity.kind=mlp", "velocity.hidden=[8]", "velocity.nets=2", "solver.steps=2",
-            "schedule.max_blocks=1")  # fmt: skip
+TWO_NETS = ("velocity.kind=mlp", "velocity.width=8", "velocity.depth=1", "velocity.nets=2",
+            "solver.steps=2", "schedule.max_blocks=1")  # fmt: skip
 
 
 def test_blocks_of_two_networks_train_refine_and_grow(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_the_stopping_rule_ends_the_ordinary_pass(tmp_path: Path) -> None:
 
 
 def test_other_block_networks_start_anew(again: Path) -> None:
-    wider = ("velocity.kind=mlp", "velocity.hidden=[8]")
+    wider = ("velocity.kind=mlp", "velocity.width=8", "velocity.depth=1")
     assert run(again, *wider, from_block=2) == Outcome(3, True, 1, 2)
     kinds = [spec.velocity.kind for spec in open_run(again).flow.specs]
     assert kinds == ["linear", "linear", "mlp"]

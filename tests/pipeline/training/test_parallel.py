@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from flows.block import SolverConfig
-from flows.networks.registry import VelocityConfig
+from flows.networks.config import VelocityConfig
+from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
 from pipeline.config.schema import TrainConfig
 from pipeline.errors import UserError
@@ -59,7 +59,7 @@ def test_networks_that_divide_among_processes_are_trained_apart(
 ) -> None:
     """Each gets the gradient of the whole batch in its own networks, and trains no others."""
     stage = GaussianSource(count=60).first_stage(tmp_path, tiny(), Accelerator())
-    net = VelocityConfig("mlp", hidden=(8,), nets=4, zero_init=False)
+    net = VelocityConfig("mlp", width=8, depth=1, nets=4, zero_init=False)
     spec = BlockSpec(net, SolverConfig("rk4", 4), objective="lfm")
     recipe = TrainConfig(batch_size=batch, grad_clip=clip, ema=0.0, times=times)
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from flows.block import SolverConfig
 from flows.objectives.losses import jko_loss
 from flows.objectives.schedule import step_sizes
+from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
 from pipeline.config.schema import TrainConfig
 from pipeline.errors import JkoflowError, UserError

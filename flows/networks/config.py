@@ -1,0 +1,97 @@
+"""The configuration of a velocity network: plain data that a run's files keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flows.errors import FlowError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softplus20": partial(F.softplus, beta=20),
+    "softplus": F.softplus,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+}
+
+#: kinds of network whose samples are grids (C, H, W)
+GRID_KINDS = ("conv", "unet")
+
+
+@dataclass(frozen=True)
+class VelocityConfig:
+    """The kind and the size of a block's network.
+
+    Attributes:
+        kind: ``mlp`` | ``resmlp`` | ``conv`` | ``unet`` | ``linear``.
+        width: hidden features (mlp, resmlp) or channels (conv, unet).
+        depth: hidden layers (mlp, conv), residual layers (resmlp), or residual blocks on each
+            level (unet).
+        activation: a key of ``ACTIVATIONS``, or ``default``: the paper's smooth softplus20 for
+            mlp and conv, silu for resmlp and unet.
+        time_features: sines and cosines of t that resmlp, conv and unet see; an even number.
+        heads: attention heads of the unet, at its lower level, and at its upper one on grids of
+            at most 8x8; 0 leaves attention out.
+        patch: side p of the p x p patches that the unet folds into channels, and unfolds at its
+            output; its levels and its attention see the folded grid.
+        nets: networks in a block; each covers an equal part of the block's time.
+        image_channels: channels K of the image (K, H, W) that conditions a conv or unet; 0 for an
+            unconditional network.
+        classes: classes that condition the network; 0 for an unconditional network.
+        class_dropout: probability in [0, 1) that training replaces a sample's class by the null
+            label, which guidance needs. It applies to lfm and fm alone: the JKO step of all data
+            together is not the JKO step of each class.
+        zero_init: whether the network starts as v = 0, so that a new block is the identity.
+
+    Raises:
+        FlowError: a name is unknown, or a size is out of range.
+    """
+
+    kind: str = "resmlp"
+    width: int = 256
+    depth: int = 4
+    activation: str = "default"
+    time_features: int = 32
+    heads: int = 4
+    patch: int = 1
+    nets: int = 1
+    image_channels: int = 0
+    classes: int = 0
+    class_dropout: float = field(default=0.1, compare=False)  # it does not change the network
+    zero_init: bool = True
+
+    def __post_init__(self) -> None:
+        """Check names and ranges."""
+        for name, least in (("width", 1), ("depth", 1), ("patch", 1), ("nets", 1),
+                            ("heads", 0), ("classes", 0), ("image_channels", 0)):  # fmt: skip
+            value = getattr(self, name)
+            if value < least:
+                raise FlowError(f"velocity.{name} must be at least {least}, not {value}")
+        if self.activation not in ("default", *ACTIVATIONS):
+            known = ", ".join(("default", *ACTIVATIONS))
+            raise FlowError(f"unknown activation {self.activation!r}; choose one of {known}")
+        if self.time_features < 2 or self.time_features % 2:
+            raise FlowError(
+                f"velocity.time_features must be even and at least 2, not {self.time_features}"
+            )
+        if self.image_channels and (self.nets > 1 or self.kind not in GRID_KINDS):
+            raise FlowError(
+                f"velocity.image_channels is {self.image_channels} for {self.nets} network(s) of "
+                f"kind {self.kind}; image conditioning needs a single conv or unet"
+            )
+        if not 0 <= self.class_dropout < 1:
+            raise FlowError(f"velocity.class_dropout must lie in [0, 1), not {self.class_dropout}")
+
+    def activation_or(self, default: str) -> Callable[[Tensor], Tensor]:
+        """Return the chosen activation, elementwise on tensors of any shape (…).
+
+        Args:
+            default: the key of ``ACTIVATIONS`` that ``default`` stands for.
+        """
+        return ACTIVATIONS[default if self.activation == "default" else self.activation]
