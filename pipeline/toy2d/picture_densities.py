@@ -1,7 +1,7 @@
-"""Densities in the plane from grey pictures: the darker a pixel, the more points fall on it.
+"""Densities in the plane that are proportional to the darkness of a grey picture.
 
-`Picture` reads any image file; `rose` and `tree` are drawn here by their formulas, for
-experiments like the image densities of the paper.
+`PictureDensity` reads an image file; `rose_density` and `tree_density` are pictures drawn by
+formulas, as in the image experiments of the paper.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 
-#: half the longer side of a picture in the plane
+#: half the longer side of a picture, in coordinates of the plane
 HALF = 4.0
 _LARGEST = 512
 _SIDE = 256
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A density that is constant on every pixel.
+class PictureDensity:
+    """Density that is constant on every pixel.
 
     Attributes:
         weights: probability of each pixel, float64 (H, W), first row on top, sum 1.
@@ -38,46 +38,55 @@ class Picture:
     pixel: float
 
     @classmethod
-    def from_ink(cls, ink: npt.NDArray[np.floating]) -> Picture:
-        """From amounts of ink (H, W), not negative, not all zero."""
+    def from_ink(cls, ink: npt.NDArray[np.floating]) -> PictureDensity:
+        """Return the density proportional to ink (H, W).
+
+        Raises:
+            UserError: ink is negative, not finite or zero everywhere.
+        """
         ink = np.asarray(ink, np.float64)
         if ink.ndim != 2 or not np.isfinite(ink).all() or (ink < 0).any() or not ink.sum() > 0:
-            raise UserError(f"a picture needs some ink, and none negative; found {ink.shape}")
+            raise UserError(
+                f"ink of shape {ink.shape} is negative, not finite or zero everywhere; expected "
+                "non-negative values with a positive sum"
+            )
         return cls(torch.from_numpy(ink / ink.sum()), 2 * HALF / max(ink.shape))
 
     @classmethod
-    def from_file(cls, path: Path, invert: bool = False) -> Picture:
-        """From an image file of any size and mode.
+    def from_file(cls, path: Path, invert: bool = False) -> PictureDensity:
+        """Read an image file of any size and mode.
 
         Args:
-            path: any format that Pillow reads; transparent pixels count as white. Larger
-                pictures are reduced to 512 pixels.
-            invert: bright pixels carry the density instead of dark ones.
+            path: a format that Pillow reads; transparent pixels become white. Larger pictures
+                are reduced to 512 pixels.
+            invert: bright pixels have the density instead of dark ones.
 
         Raises:
-            UserError: absent, no image, or evenly white (with `invert`, black).
+            UserError: the file is absent, not an image, or of one colour.
         """
         try:
             with Image.open(path) as file:
                 rgba = file.convert("RGBA")
         except FileNotFoundError as error:
-            raise UserError(f"no picture at {path}; check data.path") from error
+            raise UserError(f"picture {path} does not exist; check data.path") from error
         except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"{path} is not a picture that can be read; give another") from error
+            raise UserError(
+                f"{path} is not a readable picture; expected an image file; check data.path"
+            ) from error
         paper = Image.new("RGBA", rgba.size, "black" if invert else "white")
         grey = Image.alpha_composite(paper, rgba).convert("L")
         grey.thumbnail((_LARGEST, _LARGEST))
         values = np.asarray(grey, np.float64)
         ink = values if invert else 255 - values
         if not ink.any():
-            raise UserError(f"{path} is evenly blank and holds no density; give another picture")
+            raise UserError(f"{path} is blank; expected dark pixels; give another picture")
         return cls.from_ink(ink)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw points: a pixel by its weight, then a place in it evenly; float32 (n, 2)."""
+        """Sample points, float32 (n, 2): a pixel by its weight, then uniformly in the pixel."""
         cumulative = self.weights.flatten().cumsum(0)
-        draws = torch.rand(n, generator=generator, dtype=torch.float64) * cumulative[-1]
-        index = torch.searchsorted(cumulative, draws, right=True).clamp(max=len(cumulative) - 1)
+        levels = torch.rand(n, generator=generator, dtype=torch.float64) * cumulative[-1]
+        index = torch.searchsorted(cumulative, levels, right=True).clamp(max=len(cumulative) - 1)
         height, width = self.weights.shape
         jitter = torch.rand((n, 2), generator=generator, dtype=torch.float64)
         x = (index % width + jitter[:, 0] - width / 2) * self.pixel
@@ -85,11 +94,11 @@ class Picture:
         return torch.stack([x, y], dim=1).float()
 
     def log_density(self, points: Tensor) -> Tensor:
-        """The log-density at points (n, 2), nats, float64 (n,); -inf where no ink is."""
+        """Return log p at points (n, 2) in nats, float64 (n,); -inf without ink."""
         height, width = self.weights.shape
-        where = points.double() / self.pixel
-        column = (where[:, 0] + width / 2).floor().long()
-        row = (height / 2 - where[:, 1]).ceil().long() - 1
+        scaled = points.double() / self.pixel
+        column = (scaled[:, 0] + width / 2).floor().long()
+        row = (height / 2 - scaled[:, 1]).ceil().long() - 1
         inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
         weights = self.weights[row.clamp(0, height - 1), column.clamp(0, width - 1)]
         density = torch.where(inside, weights, torch.zeros_like(weights)) / self.pixel**2
@@ -97,11 +106,11 @@ class Picture:
 
 
 @lru_cache
-def rose() -> Picture:
-    """A rose seen from above: whorls of petals, each a rhodonea curve, darkening to its rim.
+def rose_density() -> PictureDensity:
+    """Return the density of a rose seen from above: whorls of petals, darker at their rims.
 
-    The rim of whorl l at angle θ lies at R_l (0.76 + 0.24 |cos(m_l θ / 2 + φ_l)|); inner whorls
-    lie on outer ones, each turned by half a petal.
+    The rim of whorl l at angle θ has radius R_l (0.76 + 0.24 |cos(m_l θ / 2 + φ_l)|), a rhodonea
+    curve. Inner whorls cover outer ones, and each is rotated by half a petal.
     """
     axis = (np.arange(_SIDE) + 0.5) / _SIDE * 2 - 1
     x, y = np.meshgrid(axis, -axis)
@@ -110,30 +119,30 @@ def rose() -> Picture:
     for layer, (reach, petals) in enumerate([(0.98, 7), (0.74, 6), (0.53, 5), (0.34, 4)]):
         lobes = np.abs(np.cos(petals * angle / 2 + layer * math.pi / 3))
         inside = radius / (reach * (0.76 + 0.24 * lobes))
-        # Light at the heart of a petal, dark at the rim, and a shadow between two petals.
+        # A petal is light at its centre and dark at its rim, with a shadow between two petals.
         shade = 0.12 + 0.88 * np.clip(inside, 0, 1) ** 5 + 0.35 * (1 - lobes) ** 3
         ink = np.where(inside < 1, shade, ink)
     ink = np.where(radius < 0.13, 1.2 * np.clip(radius / 0.13, 0.15, 1), ink)
-    return Picture.from_ink(ink)
+    return PictureDensity.from_ink(ink)
 
 
 @lru_cache
-def tree() -> Picture:
-    """A fractal tree: every branch ends in two shorter, thinner ones, nine times over."""
-    size = 4 * _SIDE  # drawn large, then reduced, so that twigs are not jagged
+def tree_density() -> PictureDensity:
+    """Return the density of a fractal tree: a branch splits into two thinner ones, nine times."""
+    size = 4 * _SIDE  # drawn large and reduced, for smooth twigs
     canvas = Image.new("L", (size, size), 0)
     pen = ImageDraw.Draw(canvas)
 
-    def branch(x: float, y: float, angle: float, length: float, depth: int) -> None:
+    def draw_branch(x: float, y: float, angle: float, length: float, depth: int) -> None:
         end = (x + length * math.cos(angle), y - length * math.sin(angle))
         width = max(3, round(0.13 * length))
         pen.line([(x, y), end], fill=255, width=width)
         radius = width / 2
         pen.ellipse([end[0] - radius, end[1] - radius, end[0] + radius, end[1] + radius], fill=255)
         if depth:
-            branch(*end, angle + 0.48, 0.76 * length, depth - 1)
-            branch(*end, angle - 0.40, 0.72 * length, depth - 1)
+            draw_branch(*end, angle + 0.48, 0.76 * length, depth - 1)
+            draw_branch(*end, angle - 0.40, 0.72 * length, depth - 1)
 
-    branch(0.52 * size, 0.99 * size, math.pi / 2, 0.26 * size, 9)
+    draw_branch(0.52 * size, 0.99 * size, math.pi / 2, 0.26 * size, 9)
     small = canvas.filter(ImageFilter.GaussianBlur(4)).resize((_SIDE, _SIDE), Image.Resampling.BOX)
-    return Picture.from_ink(np.asarray(small, np.float64))
+    return PictureDensity.from_ink(np.asarray(small, np.float64))

@@ -1,7 +1,7 @@
-"""Two-dimensional data sets: seeded samplers, and their true density where it is known.
+"""Two-dimensional data sets: seeded samplers and, where known, their log-densities.
 
-Points are float32 (n, 2). Most of each set lies within [-4, 4]; `gaussian`, the setting of the
-released code, is the exception: its standard deviations are 3.5 and 1.4 along the diagonals.
+Points are float32 (n, 2). Most points of a set are within [-4, 4]², except those of `gaussian`,
+the setting of the released code, with standard deviations 3.5 and 1.4 along the diagonals.
 """
 
 from __future__ import annotations
@@ -15,59 +15,53 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.toy2d import picture_densities
+from pipeline.toy2d.picture_densities import PictureDensity, rose_density, tree_density
 
-#: draws n points with a generator
+#: samples n points, float32 (n, 2), with a generator
 Sampler = Callable[[int, torch.Generator], Tensor]
-#: log p of points (n, 2), nats, (n,)
+#: maps points (n, 2) to log p in nats, (n,)
 LogDensity = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class PointSet:
-    """A distribution in the plane.
+    """Point set: a distribution in the plane.
 
     Attributes:
-        name: its key in `POINTS`, or `picture`.
-        sample: (n, generator) → float32 (n, 2).
-        log_density: of the true distribution; None where it has no closed form.
+        name: a key of `POINTS`, or `picture`.
+        sample: samples n points, float32 (n, 2), with a generator.
+        log_density: log-density of the distribution; None without a closed form.
     """
 
     name: str
     sample: Sampler
     log_density: LogDensity | None = None
 
-    def entropy(self, n: int, generator: torch.Generator) -> float | None:
-        """Monte-Carlo entropy −E log p in nats, from n fresh points; None where unknown."""
-        if self.log_density is None:
-            return None
-        return -float(self.log_density(self.sample(n, generator)).double().mean())
-
 
 def point_set(name: str, path: str | Path | None = None, invert: bool = False) -> PointSet:
-    """The point set of a name.
+    """Return the point set of a name.
 
     Args:
         name: a key of `POINTS`, or `picture`.
-        path: of the image file (picture only).
-        invert: bright pixels carry the density (picture only).
+        path: path of the image file of a picture.
+        invert: bright pixels of the picture have the density.
 
     Raises:
-        UserError: unknown name, a picture without a path, or an unreadable one.
+        UserError: the name is unknown, or the picture has no path or is not readable.
     """
     if name == "picture":
         if path is None:
-            raise UserError("data.name=picture needs data.path, an image file")
-        picture = picture_densities.Picture.from_file(Path(path).expanduser(), invert)
+            raise UserError("data.path is null; set it to the image file of data.name=picture")
+        picture = PictureDensity.from_file(Path(path).expanduser(), invert)
         return PointSet(name, picture.sample, picture.log_density)
     if name not in POINTS:
         known = ", ".join([*POINTS, "picture"])
-        raise UserError(f"unknown point set {name!r}; choose one of {known}")
+        raise UserError(f"point set {name!r} is unknown; choose one of {known}")
     return PointSet(name, *POINTS[name])
 
 
 def two_moons(n: int, generator: torch.Generator) -> Tensor:
-    """Two interleaved half circles of radius 2, with noise 0.2."""
+    """Sample two interleaved half circles of radius 2, with noise 0.2."""
     angle = math.pi * _uniform(n, generator)
     lower = torch.randint(2, (n,), generator=generator).bool()
     x = torch.where(lower, 1 - angle.cos(), angle.cos()) - 0.5
@@ -76,7 +70,7 @@ def two_moons(n: int, generator: torch.Generator) -> Tensor:
 
 
 def checkerboard(n: int, generator: torch.Generator) -> Tensor:
-    """Evenly on the eight dark squares, of side 2, of a 4 × 4 board on [-4, 4]²."""
+    """Sample uniformly on the eight dark squares, of side 2, of a 4 × 4 board on [-4, 4]²."""
     row = torch.randint(4, (n,), generator=generator)
     column = 2 * torch.randint(2, (n,), generator=generator) + row % 2
     inside = torch.rand((n, 2), generator=generator)
@@ -84,37 +78,37 @@ def checkerboard(n: int, generator: torch.Generator) -> Tensor:
 
 
 def checkerboard_log_density(points: Tensor) -> Tensor:
-    """The log of 1/32 on the dark squares, -inf elsewhere."""
+    """Return log(1/32) on the dark squares and -inf elsewhere, float64 (n,)."""
     square = ((points + 4) / 2).floor()
     dark = (square.sum(dim=1) % 2 == 0) & (square >= 0).all(dim=1) & (square < 4).all(dim=1)
     return torch.where(dark, -math.log(32), -math.inf).double()
 
 
-_RING, _SPREAD = 4 / math.sqrt(2), 0.5 / math.sqrt(2)
+_RADIUS, _STD = 4 / math.sqrt(2), 0.5 / math.sqrt(2)
 
 
 def eight_gaussians(n: int, generator: torch.Generator) -> Tensor:
-    """Eight Gaussians of deviation 0.354 on a circle of radius 2.83."""
-    centre = _ring()[torch.randint(8, (n,), generator=generator)]
-    return centre + _SPREAD * _normal(n, generator)
+    """Sample eight Gaussians of standard deviation 0.354 on a circle of radius 2.83."""
+    centre = _centres()[torch.randint(8, (n,), generator=generator)]
+    return centre + _STD * _normal(n, generator)
 
 
 def eight_gaussians_log_density(points: Tensor) -> Tensor:
-    """The mixture's log-density, nats."""
-    squared = (points.double()[:, None] - _ring().double()).square().sum(dim=2)
-    log_each = -squared / (2 * _SPREAD**2) - math.log(2 * math.pi * _SPREAD**2) - math.log(8)
+    """Return the log-density of the mixture in nats, float64 (n,)."""
+    squared = (points.double()[:, None] - _centres().double()).square().sum(dim=2)
+    log_each = -squared / (2 * _STD**2) - math.log(2 * math.pi * _STD**2) - math.log(8)
     return log_each.logsumexp(dim=1)
 
 
 def swiss_roll(n: int, generator: torch.Generator) -> Tensor:
-    """The spiral r = t / 3.8 for t in [1.5π, 4.5π], with noise 0.15."""
+    """Sample the spiral r = t / 3.8 for t in [1.5π, 4.5π], with noise 0.15."""
     t = 1.5 * math.pi * (1 + 2 * _uniform(n, generator))
     roll = torch.stack([t * t.cos(), t * t.sin()], dim=1) / 3.8
     return roll + 0.15 * _normal(n, generator)
 
 
 def circles(n: int, generator: torch.Generator) -> Tensor:
-    """Two circles of radius 3 and 1.5, with noise 0.2."""
+    """Sample two circles of radius 3 and 1.5, with noise 0.2."""
     angle = 2 * math.pi * _uniform(n, generator)
     radius = 1.5 * (1 + torch.randint(2, (n,), generator=generator))
     ring = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
@@ -122,7 +116,7 @@ def circles(n: int, generator: torch.Generator) -> Tensor:
 
 
 def pinwheel(n: int, generator: torch.Generator) -> Tensor:
-    """Five arms: Gaussians stretched along the radius, bent by an angle that grows with it."""
+    """Sample five arms: Gaussians along the radius, rotated by an angle that grows with it."""
     arm = torch.randint(5, (n,), generator=generator)
     local = _normal(n, generator) * torch.tensor([0.3, 0.1]) + torch.tensor([1.0, 0.0])
     angle = 2 * math.pi * arm / 5 + 0.25 * local[:, 0].exp()
@@ -136,13 +130,13 @@ _COVARIANCE = ((7.0, 5.0), (5.0, 7.0))
 
 
 def gaussian(n: int, generator: torch.Generator) -> Tensor:
-    """N(0, [[7, 5], [5, 7]])."""
+    """Sample N(0, [[7, 5], [5, 7]])."""
     root = torch.linalg.cholesky(torch.tensor(_COVARIANCE))
     return _normal(n, generator) @ root.T
 
 
 def gaussian_log_density(points: Tensor) -> Tensor:
-    """Its log-density, nats."""
+    """Return the log-density of the Gaussian in nats, float64 (n,)."""
     covariance = torch.tensor(_COVARIANCE, dtype=torch.float64)
     solved = torch.linalg.solve(covariance, points.double().T).T
     squared = (points.double() * solved).sum(dim=1)
@@ -150,26 +144,26 @@ def gaussian_log_density(points: Tensor) -> Tensor:
 
 
 def rose(n: int, generator: torch.Generator) -> Tensor:
-    """The picture density `densities.rose`."""
-    return picture_densities.rose().sample(n, generator)
+    """Sample the density of the rose."""
+    return rose_density().sample(n, generator)
 
 
 def rose_log_density(points: Tensor) -> Tensor:
-    """Its log-density, nats."""
-    return picture_densities.rose().log_density(points)
+    """Return the log-density of the rose in nats, float64 (n,)."""
+    return rose_density().log_density(points)
 
 
 def tree(n: int, generator: torch.Generator) -> Tensor:
-    """The picture density `densities.tree`."""
-    return picture_densities.tree().sample(n, generator)
+    """Sample the density of the tree."""
+    return tree_density().sample(n, generator)
 
 
 def tree_log_density(points: Tensor) -> Tensor:
-    """Its log-density, nats."""
-    return picture_densities.tree().log_density(points)
+    """Return the log-density of the tree in nats, float64 (n,)."""
+    return tree_density().log_density(points)
 
 
-#: sampler and, where it has a closed form, log-density; pictures are drawn when first used
+#: sampler and, where it has a closed form, log-density; a picture is drawn at its first use
 POINTS: dict[str, tuple[Sampler, LogDensity | None]] = {
     "two_moons": (two_moons, None),
     "checkerboard": (checkerboard, checkerboard_log_density),
@@ -184,14 +178,16 @@ POINTS: dict[str, tuple[Sampler, LogDensity | None]] = {
 
 
 def _uniform(n: int, generator: torch.Generator) -> Tensor:
+    """Sample U(0, 1), float32 (n,)."""
     return torch.rand(n, generator=generator)
 
 
 def _normal(n: int, generator: torch.Generator) -> Tensor:
+    """Sample N(0, I), float32 (n, 2)."""
     return torch.randn((n, 2), generator=generator)
 
 
-def _ring() -> Tensor:
-    """The centres of the eight Gaussians, (8, 2)."""
+def _centres() -> Tensor:
+    """Return the centres of the eight Gaussians, (8, 2)."""
     angle = torch.arange(8) * (math.pi / 4)
-    return _RING * torch.stack([angle.cos(), angle.sin()], dim=1)
+    return _RADIUS * torch.stack([angle.cos(), angle.sin()], dim=1)

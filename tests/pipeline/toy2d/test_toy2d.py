@@ -182,8 +182,8 @@ def test_command_line(tmp_path, monkeypatch):
         (lambda: toy2d.load("mnist"), "unknown two-dimensional"),
         (lambda: toy2d.load("rose", ["points.n=3"]), "unknown key points.n"),
         (lambda: PointSource(tiny("gaussian", "points.test=1")), "points.test must be at least 2"),
-        (lambda: PointSource(tiny("gaussian", "data.name=moon")), "unknown point set 'moon'"),
-        (lambda: PointSource(tiny("gaussian", "data.name=picture")), "needs data.path"),
+        (lambda: PointSource(tiny("gaussian", "data.name=moon")), "point set 'moon' is unknown"),
+        (lambda: PointSource(tiny("gaussian", "data.name=picture")), "data.path is null"),
     ],
 )
 def test_mistakes_are_one_sentence(call, words):
