@@ -84,9 +84,8 @@ class MlpVelocity(Velocity):
     ) -> tuple[Tensor, Tensor]:
         """Compute the derivatives (n, B, *shape) by the chain rule; see :class:`Velocity`.
 
-        For softplus with β the activations are computed as softplus(βx) / β. The factor β is moved
-        into the first and the last weights and the biases, so that each layer applies the plain
-        softplus to p = βx, whose derivative is the sigmoid of p.
+        The softplus with β is softplus(βx) / β. Moving the factors β into the first and the last
+        weights and the biases leaves the plain softplus of p = βx. Its derivative is the sigmoid.
         """
         if self.beta is None:
             return super().directional(t, z, tangents, labels)
