@@ -132,7 +132,7 @@ def test_the_checks_find_mistakes() -> None:
     assert banned("x = 1  # a new one, at\n# hand\ny = f'made anew {x}'\n") == ["anew"]
     long = "word " * 26
     assert len(mistakes(f'"""A module. A {long}."""\n')) == 1
-    assert mistakes(f'"""A module. A {long[:100]}; a {long[:100]}."""\n') == []
+    assert mistakes(f'"""A module. A {long[:100]}. A {long[:100]}."""\n') == []
 
 
 @pytest.mark.parametrize("shape", ["(B, *shape)", "(n,)", "(C + K, H, W)", "(…)", "a scalar"])

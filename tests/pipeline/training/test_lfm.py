@@ -16,7 +16,7 @@ from torch import Tensor
 from flows.likelihood import log_prob
 from flows.objectives.losses import ou_target
 from pipeline.errors import JkoflowError, UserError
-from pipeline.evaluation.tables import table
+from pipeline.evaluation.tables import metrics_table
 from pipeline.runs.manifest import read_manifest
 from pipeline.runs.passes import Pass, readable, step_of
 from pipeline.runs.run import load_blocks, open_run
@@ -328,6 +328,6 @@ def test_the_table_shows_the_times() -> None:
         "nfe": 1,
         "peak_memory_bytes": 1,
     }
-    lines = table(metrics, {}, set()).splitlines()
+    lines = metrics_table(metrics, {}, set()).splitlines()
     assert lines[0].split()[:2] == ["block", "γ"]
     assert lines[1].split()[:2] == ["0", "0.125"] and lines[2].split()[:2] == ["1", "free"]
