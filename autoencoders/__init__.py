@@ -1,1 +1,1 @@
-"""Autoencoders: images to latents and back, behind one protocol (see `autoencoders.base`)."""
+"""Autoencoder models and weights, behind one protocol (see `autoencoders.base`)."""

@@ -1,9 +1,8 @@
-"""Images of another size or channel count than an encoder wants, and latents of another kind.
+"""Adaptation of an autoencoder to images of another size or channel count, or to other latents.
 
-An adapted autoencoder takes the data's images x (B, C, H, W): it replicates a grey image's channel
-where the encoder wants more, resizes (bilinear, antialiased) to the encoder's size, and decoding
-undoes both: resized back, and grey is the mean of the decoded channels. What is lost on the
-way counts in the reconstruction floor, as everything that the autoencoder loses does.
+Encoding replicates the channel of grey images if the encoder takes more channels, and resizes
+images x (B, C, H, W) to the encoder's size (bilinear, antialiased). Decoding resizes back, and
+averages the channels for grey images. The error of both counts in the reconstruction floor.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ LATENTS = ("pre", "quantised")
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How an autoencoder is fitted to a data set; the defaults change nothing.
+    """Settings that fit an autoencoder to a data set; the defaults change nothing.
 
     Attributes:
-        fit: "exact" refuses images of another shape than the weights are for; "native" encodes
-            them at their own size (the networks are convolutional); "resize" resizes them to
-            `size`. Both replicate a grey channel where the encoder wants more.
-        size: side of the square that the encoder sees ("resize"); 0 takes the weights' own.
+        fit: "exact" takes only images of the shape that the weights are for; "native" encodes
+            images at their own size (the networks are convolutional); "resize" resizes them to
+            `size`. The last two replicate a grey channel if the encoder takes more.
+        size: side of the square images at the encoder ("resize"); 0 takes the size of the weights.
         latents: "pre", the latents before quantisation, which decoding quantises; or
-            "quantised", the codebook entries, which decoding snaps to the nearest entry.
+            "quantised", the codebook entries, which decoding rounds to the nearest entry.
     """
 
     fit: str = "exact"
@@ -40,38 +39,42 @@ class Adaptation:
 
     def __post_init__(self) -> None:
         if self.fit not in FITS:
-            raise ValueError(f"fit must be one of {', '.join(FITS)}, not {self.fit!r}")
+            raise ValueError(f"fit is {self.fit!r}; expected one of {', '.join(FITS)}")
         if self.latents not in LATENTS:
-            raise ValueError(f"latents must be one of {', '.join(LATENTS)}, not {self.latents!r}")
+            raise ValueError(f"latents is {self.latents!r}; expected one of {', '.join(LATENTS)}")
         if self.size < 0 or (self.size and self.fit != "resize"):
-            raise ValueError(f"size ({self.size}) goes with fit=resize, and is not negative")
+            raise ValueError(
+                f"size is {self.size} and fit {self.fit!r}; expected size ≥ 0, and fit=resize for "
+                "a size above 0"
+            )
 
 
 class AdaptedAutoencoder(nn.Module):
-    """An autoencoder behind a change of size, channels, or kind of latents.
+    """Autoencoder with a change of image size, image channels, or kind of latents.
 
     Args:
-        inner: takes images of its own shape; has a codebook where latents are quantised.
-        image_shape: (C, H, W) of the data; C is the inner one's, or 1.
+        inner: the autoencoder at its own image shape; it has a codebook if latents are quantised.
+        image_shape: (C, H, W) of the data; C is that of `inner`, or 1.
         latents: see `Adaptation`.
 
     Raises:
-        ValueError: channels that cannot be replicated, or no codebook.
+        ValueError: the channels cannot be replicated, or there is no codebook.
     """
 
     def __init__(
         self, inner: Autoencoder, image_shape: tuple[int, int, int], latents: str = "pre"
     ) -> None:
         super().__init__()
-        wanted, given = inner.image_shape[0], image_shape[0]
-        if given not in (1, wanted):
+        if image_shape[0] not in (1, inner.image_shape[0]):
             raise ValueError(
-                f"the images have {given} channels and the autoencoder takes {wanted}; only grey "
-                "images can be replicated, choose another autoencoder"
+                f"the images have {image_shape[0]} channels; expected {inner.image_shape[0]}, or "
+                "1 to replicate; choose another autoencoder"
             )
         self.codebook_size: int = getattr(inner, "codebook_size", 0)
         if latents == "quantised" and not self.codebook_size:
-            raise ValueError("this autoencoder has no codebook; use latents=pre")
+            raise ValueError(
+                "latents is 'quantised', but this autoencoder has no codebook; use latents=pre"
+            )
         self.inner: Any = inner
         self.image_shape = image_shape
         self.latent_shape = inner.latent_shape
@@ -82,13 +85,13 @@ class AdaptedAutoencoder(nn.Module):
         self.fingerprint = hashlib.sha256(seed.encode()).hexdigest()
 
     def encode(self, x: Tensor) -> Moments:
-        """Images (B, C, H, W) of the data to the moments of their latents."""
+        """Encode images (B, C, H, W) of the data to the moments of their latents."""
         check_images(x, self.image_shape)
         moments = self.inner.encode(self._fit(x))
         return Moments(self.inner.quantise(moments.mean)[0]) if self._quantised else moments
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents to images (B, C, H, W) of the data's shape, clamped to [-1, 1]."""
+        """Decode latents (B, C_z, H_z, W_z) to images (B, C, H, W) of the data, in [-1, 1]."""
         check_latents(z, self.latent_shape)
         if self._quantised:
             x = self.inner.decode_entries(self.inner.nearest(z))
@@ -99,15 +102,15 @@ class AdaptedAutoencoder(nn.Module):
         return _resized(x, self.image_shape[1:]).clamp(-1.0, 1.0)
 
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codebook entries, loss and indices of latents (see the inner one's)."""
+        """Quantise latents (see the inner autoencoder)."""
         return self.inner.quantise(z)
 
     def codes(self, z: Tensor) -> Tensor:
-        """Numbers (B·H_z·W_z,) of the codebook entries that latents are decoded from."""
+        """Return the indices (B·H_z·W_z,) of the codebook entries that decoding uses."""
         return self.inner.codes(z, entries=self._quantised)
 
     def describe(self) -> dict[str, Any]:
-        """What it does to the images, and the inner autoencoder's description."""
+        """Describe the adaptation and the inner autoencoder."""
         return {
             "kind": "adapted",
             "image_shape": list(self.image_shape),
@@ -120,6 +123,7 @@ class AdaptedAutoencoder(nn.Module):
         return self.latents == "quantised"
 
     def _fit(self, x: Tensor) -> Tensor:
+        """Resize images and replicate grey channels, for the encoder."""
         channels, *size = self.inner.image_shape
         x = _resized(x, tuple(size))
         return x.expand(-1, channels, -1, -1) if x.shape[1] != channels else x
@@ -128,38 +132,45 @@ class AdaptedAutoencoder(nn.Module):
 def adapt(
     autoencoder: Autoencoder, image_shape: tuple[int, int, int], adaptation: Adaptation
 ) -> Autoencoder:
-    """Fit an autoencoder to images of a shape; the same one where nothing is to be done.
+    """Fit an autoencoder to images of a shape.
 
     Args:
-        autoencoder: as its weights are stored.
+        autoencoder: the autoencoder at the shape of its weights.
         image_shape: (C, H, W) of the data.
-        adaptation: what may be done.
+        adaptation: the changes that are allowed.
+
+    Returns:
+        An autoencoder for such images; `autoencoder` itself if nothing has to change.
 
     Raises:
-        ValueError: another shape and fit is "exact", or what `AdaptedAutoencoder` refuses.
+        ValueError: the shapes differ and fit is "exact", or see `AdaptedAutoencoder`.
     """
     own = tuple(autoencoder.image_shape)
     if adaptation.fit == "exact" and own != tuple(image_shape):
         raise ValueError(
-            f"the autoencoder takes images of shape {own}, but the data set has "
-            f"{tuple(image_shape)}; choose another of the two, or let the images be fitted "
-            "(autoencoder.fit=resize or native)"
+            f"the images of the data set have the shape {tuple(image_shape)}; expected {own}, as "
+            "the autoencoder takes; choose another of the two, or set autoencoder.fit=resize or "
+            "native"
         )
-    wanted: tuple[int, ...] = own
+    encoded: tuple[int, ...] = own
     if adaptation.fit == "native":
-        wanted = (own[0], *image_shape[1:])
+        encoded = (own[0], *image_shape[1:])
     elif adaptation.size:
-        wanted = (own[0], adaptation.size, adaptation.size)
-    if wanted != own:
+        encoded = (own[0], adaptation.size, adaptation.size)
+    if encoded != own:
         if not hasattr(autoencoder, "reshaped"):
-            raise ValueError(f"{type(autoencoder).__name__} cannot take images of another size")
-        autoencoder = autoencoder.reshaped(wanted)
-    if wanted == tuple(image_shape) and adaptation.latents == "pre":
+            raise ValueError(
+                f"the size of {type(autoencoder).__name__} is fixed; expected an autoencoder for "
+                f"images of shape {encoded}"
+            )
+        autoencoder = autoencoder.reshaped(encoded)
+    if encoded == tuple(image_shape) and adaptation.latents == "pre":
         return autoencoder
     return AdaptedAutoencoder(autoencoder, image_shape, adaptation.latents)
 
 
 def _resized(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Resize images (B, C, H, W) to a size (H, W), bilinear and antialiased."""
     if tuple(x.shape[2:]) == tuple(size):
         return x
     return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)

@@ -1,4 +1,4 @@
-"""The architecture of a taming autoencoder, as plain values."""
+"""Architecture of a taming autoencoder, as plain values."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 FLAVOURS = ("kl", "vq", "gumbel")
-# taming normalises with 32 groups, so every width must be a multiple of 32
+# taming's group norms have 32 groups, so every width must be a multiple of 32
 _GROUPS = 32
-# left out of a description at these values, so that older weights keep their fingerprints
-_LATER = {"resolution": 0, "attention": True, "levels": (0, 255), "sharpen": 0.0}
+# a description omits these values, so that the shipped weights keep their fingerprints
+_OMITTED = {"resolution": 0, "attention": True, "levels": (0, 255), "sharpen": 0.0}
 
 
 @dataclass(frozen=True)
@@ -18,27 +18,25 @@ class TamingConfig:
 
     Attributes:
         flavour: "kl" (Gaussian posterior), "vq" (codebook, nearest entry) or "gumbel" (codebook,
-            most likely entry; for converted checkpoints, not trained here).
+            most likely entry; only for converted checkpoints).
         image_shape: (C, H, W) of the images.
-        canvas: side of the square canvas the image is centred on; 0 takes the image as it is.
-        patch: p x p pixels folded into channels before the encoder; 1 folds nothing.
+        canvas: side of the square canvas on which the image is centred; 0 is without a canvas.
+        patch: p x p pixels are folded into channels before the encoder; 1 is without folding.
         ch: base width, a multiple of 32.
-        ch_mult: width multiplier per resolution; each further entry halves the resolution.
+        ch_mult: width multiplier of each resolution; each further entry halves the resolution.
         num_res_blocks: residual blocks per resolution.
-        attn_resolutions: resolutions with self-attention (besides the middle, always).
-        z_channels: channels the encoder puts out.
+        attn_resolutions: resolutions with self-attention, in addition to the middle.
+        z_channels: output channels of the encoder.
         embed_dim: channels of the latents (C_z).
         n_embed: codebook entries (VQ, Gumbel).
         commitment: weight of the commitment term in the codebook loss (VQ).
         dropout: dropout in the residual blocks.
-        resolution: what `attn_resolutions` counts from, whatever the size of the images (the
-            networks are convolutional); 0 takes the height of the images.
-        attention: False for no attention at all, not even in the middle.
-        levels: darkest and brightest grey level that is decoded. Decoded images saturate there,
-            as scanned ink and paper do, instead of hovering around the level: FID sees the
-            difference of a few grey levels.
-        sharpen: strength of the unsharp mask on decoded images (see `autoencoders.sharpen`);
-            `autoencoder_training.sharpen` measures it.
+        resolution: the input resolution that `attn_resolutions` refers to (the networks are
+            convolutional and take other sizes, too); 0 takes the height of the images.
+        attention: False removes all attention, including the middle.
+        levels: darkest and brightest grey level of decoded images, which are clamped to them. FID
+            sees differences of a few grey levels between ink or paper and a decoded image.
+        sharpen: strength of the unsharp mask on decoded images (see `autoencoders.sharpen`).
     """
 
     flavour: str = "kl"
@@ -61,34 +59,37 @@ class TamingConfig:
 
     def __post_init__(self) -> None:
         if self.flavour not in FLAVOURS:
-            raise ValueError(f"flavour must be one of {', '.join(FLAVOURS)}, not {self.flavour!r}")
+            raise ValueError(f"flavour is {self.flavour!r}; expected one of {', '.join(FLAVOURS)}")
         if self.ch < _GROUPS or self.ch % _GROUPS:
-            raise ValueError(f"ch must be a multiple of {_GROUPS}, not {self.ch}")
+            raise ValueError(f"ch is {self.ch}; expected a multiple of {_GROUPS}")
         if self.flavour == "gumbel" and self.z_channels != self.embed_dim:
             raise ValueError(
-                f"a gumbel codebook needs z_channels = embed_dim, not {self.z_channels} and "
-                f"{self.embed_dim}"
+                f"z_channels is {self.z_channels} and embed_dim {self.embed_dim}; expected equal "
+                "values for a gumbel codebook"
             )
         if not 0 <= self.levels[0] < self.levels[1] <= 255:
-            raise ValueError(f"levels must be two grey levels, darker first, not {self.levels}")
+            raise ValueError(
+                f"levels is {self.levels}; expected two grey levels in 0…255, the darker one first"
+            )
         if not 0.0 <= self.sharpen < 1.0:
-            raise ValueError(f"sharpen must lie in [0, 1), not {self.sharpen}")
+            raise ValueError(f"sharpen is {self.sharpen}; expected a number in [0, 1)")
         _, height, width = self.image_shape
         rows, columns = self.canvas_shape
         if min(rows - height, columns - width) < 0 or (rows - height) % 2 or (columns - width) % 2:
             raise ValueError(
-                f"canvas {self.canvas} cannot centre images of {height}x{width}; it must be at "
-                "least as large and differ from them by an even number"
+                f"canvas is {self.canvas} for images of {height}x{width}; expected a side that is "
+                "larger by an even number of pixels"
             )
         if self.patch < 1 or rows % self.factor or columns % self.factor:
             raise ValueError(
-                f"canvas {rows}x{columns} cannot be divided by patch {self.patch} and halved "
-                f"{len(self.ch_mult) - 1} times; change canvas, patch or ch_mult"
+                f"the encoder's input is {rows}x{columns}; expected multiples of {self.factor} "
+                f"(patch {self.patch}, halved {len(self.ch_mult) - 1} times); change canvas, "
+                "patch or ch_mult"
             )
 
     @property
     def limits(self) -> tuple[float, float]:
-        """`levels` on the scale of images, [-1, 1]."""
+        """`levels` on the scale [-1, 1] of images."""
         return self.levels[0] / 127.5 - 1.0, self.levels[1] / 127.5 - 1.0
 
     @property
@@ -103,7 +104,7 @@ class TamingConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels of the canvas along one side of a latent pixel."""
+        """Downsampling factor: pixels of the canvas along one side of a latent pixel."""
         return self.patch * 2 ** (len(self.ch_mult) - 1)
 
     @property
@@ -113,19 +114,22 @@ class TamingConfig:
         return (self.embed_dim, rows // self.factor, columns // self.factor)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, enough to build it again (see `config_from_description`)."""
+        """Return plain values, the inverse of `config_from_description`."""
         return {
             k: list(v) if isinstance(v, tuple) else v
             for k, v in asdict(self).items()
-            if k not in _LATER or v != _LATER[k]
+            if k not in _OMITTED or v != _OMITTED[k]
         }
 
 
 def config_from_description(description: dict[str, Any]) -> TamingConfig:
-    """The architecture from what `describe` gave (lists become tuples again).
+    """Build the architecture from a description (lists become tuples).
+
+    Args:
+        description: returned by `TamingAutoencoder.describe` or `TamingConfig.to_dict`.
 
     Raises:
-        ValueError: a key is unknown or missing its type.
+        ValueError: a key is unknown or a value out of range.
     """
     values: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in description.items()
@@ -134,4 +138,6 @@ def config_from_description(description: dict[str, Any]) -> TamingConfig:
     try:
         return TamingConfig(**values)
     except TypeError as error:
-        raise ValueError(f"not a description of a taming autoencoder: {error}") from error
+        raise ValueError(
+            f"the description is not that of a taming autoencoder: {error}"
+        ) from error

@@ -1,8 +1,8 @@
-"""The protocol that every autoencoder meets, and what they share.
+"""Protocol of all autoencoders, and their common functions.
 
 An autoencoder maps images x (B, C, H, W), float32 in [-1, 1], to latents and back. Encoding
-gives *moments*: a mean, and for a KL autoencoder the log-variance of its Gaussian posterior.
-Latents are pre-quantised: `decode` quantises where the model has a codebook.
+returns *moments*: a mean, and for a KL autoencoder the log-variance of its Gaussian posterior.
+Latents are those before quantisation: `decode` quantises if the model has a codebook.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Moments:
-    """What encoding an image gives.
+    """Moments of the latents of encoded images.
 
     Attributes:
         mean: (B, C_z, H_z, W_z), the latent, or the mean of its posterior.
-        log_var: same shape, log-variance of the posterior; None for a deterministic encoder.
+        log_var: the same shape, log-variance of the posterior; None for a deterministic encoder.
     """
 
     mean: Tensor
     log_var: Tensor | None = None
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw z = mean + exp(log_var / 2) * noise; the mean itself where there is no variance."""
+        """Sample z = mean + exp(log_var / 2) * noise; without a variance, return the mean."""
         if self.log_var is None:
             return self.mean
         noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype)
@@ -37,14 +37,14 @@ class Moments:
 
 @runtime_checkable
 class Autoencoder(Protocol):
-    """Images to latents and back; every implementation is an `nn.Module` in eval mode.
+    """Protocol of an autoencoder; every implementation is an `nn.Module` in eval mode.
 
     Attributes:
-        image_shape: (C, H, W) of the images it takes and gives.
-        latent_shape: (C_z, H_z, W_z) of its latents.
-        stochastic: whether encoding gives a log-variance.
-        fingerprint: hex digest of the architecture and the weights: two autoencoders with
-            the same fingerprint give the same latents.
+        image_shape: (C, H, W) of the images.
+        latent_shape: (C_z, H_z, W_z) of the latents.
+        stochastic: whether the moments have a log-variance.
+        fingerprint: hex digest of architecture and weights. Autoencoders of one fingerprint
+            encode to the same latents.
     """
 
     image_shape: tuple[int, int, int]
@@ -53,27 +53,27 @@ class Autoencoder(Protocol):
     fingerprint: str
 
     def encode(self, x: Tensor) -> Moments:
-        """Images (B, C, H, W) in [-1, 1] to moments of latents."""
+        """Encode images (B, C, H, W) in [-1, 1] to moments of latents."""
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, C_z, H_z, W_z) to images (B, C, H, W), clamped to [-1, 1]."""
+        """Decode latents (B, C_z, H_z, W_z) to images (B, C, H, W), clamped to [-1, 1]."""
 
     def describe(self) -> dict[str, Any]:
-        """Architecture as JSON-ready values, for manifests and cards."""
+        """Describe the architecture as JSON values, for manifests and cards."""
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images (B, C, H, W) to float32 in [-1, 1]."""
+    """Convert uint8 images (B, C, H, W) to float32 in [-1, 1]."""
     return images.to(torch.float32) / 127.5 - 1.0
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Float images in [-1, 1] to uint8, rounded to nearest and clamped."""
+    """Convert float images (B, C, H, W) in [-1, 1] to uint8, rounded to nearest and clamped."""
     return ((x.float() + 1.0) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def module_fingerprint(description: dict[str, Any], module: nn.Module) -> str:
-    """Hex sha256 over a description and every tensor of a module, by name, shape and bytes."""
+    """Hash a description and every tensor of a module by name, dtype, shape and bytes (sha256)."""
     digest = hashlib.sha256(repr(sorted(description.items())).encode())
     for name, tensor in sorted(module.state_dict().items()):
         array = tensor.detach().cpu().contiguous()
@@ -83,26 +83,26 @@ def module_fingerprint(description: dict[str, Any], module: nn.Module) -> str:
 
 
 def check_images(x: Tensor, image_shape: tuple[int, int, int]) -> None:
-    """Refuse images of another shape than the autoencoder takes.
+    """Check the shape of images x.
 
     Raises:
-        ValueError: names the expected and the found shape.
+        ValueError: the shape is not (B, *image_shape).
     """
     if x.ndim != 4 or tuple(x.shape[1:]) != image_shape:
         raise ValueError(
-            f"this autoencoder takes images of shape (B, {', '.join(map(str, image_shape))}), "
-            f"not {tuple(x.shape)}; choose an autoencoder trained on such images"
+            f"the images have the shape {tuple(x.shape)}; expected "
+            f"(B, {', '.join(map(str, image_shape))}); choose an autoencoder for such images"
         )
 
 
 def check_latents(z: Tensor, latent_shape: tuple[int, int, int]) -> None:
-    """Refuse latents of another shape than the autoencoder decodes.
+    """Check the shape of latents z.
 
     Raises:
-        ValueError: names the expected and the found shape.
+        ValueError: the shape is not (B, *latent_shape).
     """
     if z.ndim != 4 or tuple(z.shape[1:]) != latent_shape:
         raise ValueError(
-            f"this autoencoder decodes latents of shape (B, {', '.join(map(str, latent_shape))}), "
-            f"not {tuple(z.shape)}; use the autoencoder that made them"
+            f"the latents have the shape {tuple(z.shape)}; expected "
+            f"(B, {', '.join(map(str, latent_shape))}); use the autoencoder that encoded them"
         )

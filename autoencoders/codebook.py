@@ -1,30 +1,32 @@
-"""Looking latents up in a codebook: nearest entries in bounded memory, and Gumbel's logits."""
+"""Codebook look-up: nearest entries in bounded memory, and the Gumbel quantiser."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-# distances held at once: 2^24 floats are 64 MiB, whatever the batch and the codebook
-_AT_ONCE = 1 << 24
+# distances in memory at a time: 2^24 floats are 64 MiB
+_MAX_DISTANCES = 1 << 24
 
 
 def nearest_indices(z: Tensor, entries: Tensor) -> Tensor:
-    """Index of the nearest codebook entry of every latent vector.
+    """Find the nearest codebook entry of every latent vector.
 
-    argmin_j ‖z − e_j‖² = argmin_j ‖e_j‖² − 2 z·e_j, a slice of the vectors at a time: the full
-    table of a 256x256 image and 16384 entries would take gigabytes.
+        argmin_j ‖z − e_j‖² = argmin_j ‖e_j‖² − 2 z·e_j
+
+    Vectors are processed in slices, because the full table of distances of a 256x256 image and
+    16384 entries would take gigabytes.
 
     Args:
         z: (B, C_z, H_z, W_z).
         entries: (n_embed, C_z).
 
     Returns:
-        (B, H_z, W_z), int64.
+        Indices (B, H_z, W_z), int64.
     """
     flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
     square = entries.square().sum(1)
-    rows = max(1, _AT_ONCE // len(entries))
+    rows = max(1, _MAX_DISTANCES // len(entries))
     parts = [
         torch.addmm(square, part, entries.t(), alpha=-2.0).argmin(1) for part in flat.split(rows)
     ]
@@ -33,20 +35,20 @@ def nearest_indices(z: Tensor, entries: Tensor) -> Tensor:
 
 
 def look_up(indices: Tensor, entries: Tensor) -> Tensor:
-    """Codebook entries (B, C_z, H_z, W_z) of indices (B, H_z, W_z)."""
+    """Look up the codebook entries (B, C_z, H_z, W_z) of indices (B, H_z, W_z)."""
     return entries[indices].permute(0, 3, 1, 2).contiguous()
 
 
 class GumbelQuantizer(nn.Module):
-    """The codebook of a Gumbel VQGAN, read at its mode.
+    """Codebook of a Gumbel VQGAN, evaluated at its mode.
 
-    Training draws an entry from softmax((logits + Gumbel noise) / τ), logits = proj(z). Here the
-    most likely entry is taken, argmax_j logits_j, so that decoding is a function of the latent;
-    the official code draws noise even when it evaluates.
+    Training samples an entry from softmax((logits + Gumbel noise) / τ), logits = proj(z). This
+    class takes the most likely entry argmax_j logits_j, so that decoding is a function of the
+    latent. (The official code samples noise in evaluation, too.)
 
     Args:
-        n_embed: entries.
-        channels: of the latents, which are also those of the entries.
+        n_embed: number of entries.
+        channels: channels of the latents and of the entries.
 
     Reference: Jang, Gu, Poole, "Categorical reparameterization with Gumbel-softmax", 2017.
     """
@@ -57,5 +59,5 @@ class GumbelQuantizer(nn.Module):
         self.embed = nn.Embedding(n_embed, channels)
 
     def indices(self, z: Tensor) -> Tensor:
-        """Most likely entries (B, H_z, W_z) of latents (B, C_z, H_z, W_z), image by image."""
+        """Find the most likely entries (B, H_z, W_z) of latents (B, C_z, H_z, W_z)."""
         return torch.cat([self.proj(part).argmax(1) for part in z.split(1)])

@@ -1,4 +1,4 @@
-"""Pixel space: the autoencoder that does nothing, for flows trained on the images themselves."""
+"""Identity autoencoder, for flows in pixel space."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from autoencoders.base import Moments, check_images, check_latents, module_finge
 
 
 class IdentityAutoencoder(nn.Module):
-    """Latents are the images themselves, in [-1, 1].
+    """Autoencoder whose latents are the images, in [-1, 1].
 
     Args:
         image_shape: (C, H, W).
@@ -25,15 +25,15 @@ class IdentityAutoencoder(nn.Module):
         self.fingerprint = module_fingerprint(self.describe(), self)
 
     def encode(self, x: Tensor) -> Moments:
-        """The images, unchanged: z = x."""
+        """Return images x (B, C, H, W) as latents, z = x."""
         check_images(x, self.image_shape)
         return Moments(x)
 
     def decode(self, z: Tensor) -> Tensor:
-        """The latents clamped to [-1, 1]."""
+        """Clamp latents (B, C, H, W) to [-1, 1]."""
         check_latents(z, self.latent_shape)
         return z.clamp(-1.0, 1.0)
 
     def describe(self) -> dict[str, Any]:
-        """Name and image shape."""
+        """Describe kind and image shape."""
         return {"kind": "identity", "image_shape": list(self.image_shape)}

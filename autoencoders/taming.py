@@ -1,13 +1,14 @@
-"""VQ and KL autoencoders made of taming-transformers' own Encoder, Decoder and VectorQuantizer.
+"""VQ, Gumbel and KL autoencoders on the networks of taming-transformers.
 
-The only file that imports taming. The networks and their parameter names are those of the
-official checkpoints (`encoder.*`, `decoder.*`, `quantize.embedding.weight`, `quant_conv.*`,
-`post_quant_conv.*`; Gumbel: `quantize.proj.*`, `quantize.embed.weight`), so that a converted
-checkpoint and one trained here load the same way.
+The networks and their parameter names are those of the official checkpoints (`encoder.*`,
+`decoder.*`, `quantize.embedding.weight`, `quant_conv.*`, `post_quant_conv.*`; Gumbel:
+`quantize.proj.*`, `quantize.embed.weight`), so that converted and newly trained weights load the
+same way.
 
-Two additions for small images, both exact and both undone by decoding: `pad` centres a
-28x28 image on a larger canvas of background (-1), and `patch` folds p x p pixels into channels
-(pixel-unshuffle), so that most of the network works at a resolution where CPUs are efficient.
+There are two additions for small images. Both are exact, and decoding reverts them. `canvas`
+centres a 28x28 image on a larger canvas of background (-1). `patch` folds p x p pixels into
+channels (pixel-unshuffle), so that most of the network runs at a resolution where CPUs are
+efficient.
 
 Reference: Esser, Rombach, Ommer, "Taming transformers for high-resolution image synthesis",
 CVPR 2021; Rombach et al., "High-resolution image synthesis with latent diffusion", CVPR 2022.
@@ -22,7 +23,6 @@ from typing import Any
 
 import torch
 from taming.modules.diffusionmodules.model import Decoder, Encoder
-from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 from taming.modules.vqvae.quantize import VectorQuantizer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,17 +32,17 @@ from autoencoders.base import Moments, check_images, check_latents, module_finge
 from autoencoders.codebook import GumbelQuantizer, look_up, nearest_indices
 from autoencoders.sharpen import sharpen
 
-# a posterior narrower or wider than this is clamped, as in latent diffusion
+# range to which log-variances are clamped, as in latent diffusion
 _LOG_VAR_RANGE = (-30.0, 20.0)
 
 
 class TamingAutoencoder(nn.Module):
-    """A VQ, Gumbel or KL autoencoder on taming's networks.
+    """VQ, Gumbel or KL autoencoder on taming's networks.
+
+    The weights are random until `load_state_dict`; call `freeze` when they are final.
 
     Args:
-        config: its architecture.
-
-    The weights are random until `load_state_dict`; call `freeze` once they are final.
+        config: the architecture.
     """
 
     def __init__(self, config: TamingConfig) -> None:
@@ -86,33 +86,36 @@ class TamingAutoencoder(nn.Module):
         return self
 
     def reshaped(self, image_shape: tuple[int, int, int]) -> TamingAutoencoder:
-        """The same weights for images of another size, frozen; attention sits where it sat.
+        """Return an autoencoder with the same weights for images of another size, frozen.
+
+        Attention stays at the same depth.
 
         Args:
             image_shape: (C, H, W), with the C of these weights.
 
         Raises:
-            ValueError: another number of channels, or sides that cannot be halved so often.
+            ValueError: the number of channels differs, or the sides cannot be halved often enough.
         """
         if image_shape[0] != self.image_shape[0]:
             raise ValueError(
-                f"these weights take {self.image_shape[0]} channels, not {image_shape[0]}"
+                f"the images have {image_shape[0]} channels; expected {self.image_shape[0]}, as "
+                "these weights take"
             )
-        kept = self.config.resolution or self.config.side // self.config.patch
-        config = replace(self.config, image_shape=image_shape, canvas=0, resolution=kept)
+        resolution = self.config.resolution or self.config.side // self.config.patch
+        config = replace(self.config, image_shape=image_shape, canvas=0, resolution=resolution)
         model = TamingAutoencoder(config)
         model.load_state_dict(self.state_dict())
         return model.freeze()
 
     @property
     def codebook_size(self) -> int:
-        """Entries of the codebook; 0 where there is none."""
+        """Number of codebook entries; 0 without a codebook."""
         return 0 if self.stochastic else self.config.n_embed
 
     def encode(self, x: Tensor) -> Moments:
-        """Images to moments: mean and log-variance (KL), or the pre-quantised latent (VQ).
+        """Encode images to moments: mean and log-variance (KL), or the unquantised latent (VQ).
 
-        Gumbel's pre-quantised latent is what its logits are computed from (see `logits`).
+        The unquantised latent of a Gumbel model is the argument of its logits (see `logits`).
 
         Args:
             x: (B, C, H, W), in [-1, 1].
@@ -131,11 +134,16 @@ class TamingAutoencoder(nn.Module):
         return Moments(mean, log_var.clamp(*_LOG_VAR_RANGE))
 
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codebook entries of latents: the nearest (VQ) or the most likely (Gumbel).
+        """Quantise latents to the nearest (VQ) or the most likely (Gumbel) codebook entries.
 
-        With gradients on, VQ's are taming's, with the straight-through gradient; but the loss is
-        ‖sg z − e‖² + β ‖z − sg e‖², means over the numbers. (In taming 0.0.1 β = `commitment` is
-        the weight of the first term, which moves the entries, against its own documentation.)
+        With gradients enabled, VQ entries have taming's straight-through gradient, and the loss is
+
+            mean ‖sg z − e‖² + β mean ‖z − sg e‖²,   β = `commitment`.
+
+        (In taming 0.0.1 β weights the first term, which contradicts its documentation.)
+
+        Args:
+            z: (B, C_z, H_z, W_z).
 
         Returns:
             Quantised latents (B, C_z, H_z, W_z), the codebook loss (scalar; 0 for Gumbel), and
@@ -147,9 +155,9 @@ class TamingAutoencoder(nn.Module):
             return look_up(indices, entries), z.new_zeros(()), indices.flatten()
         if torch.is_grad_enabled():
             quantised, _, (_, _, indices) = self.quantize(z)
-            found = look_up(indices.view(z.shape[0], *z.shape[2:]), entries)
-            pulled = F.mse_loss(found, z.detach())
-            loss = pulled + self.config.commitment * F.mse_loss(z, found.detach())
+            chosen = look_up(indices.view(z.shape[0], *z.shape[2:]), entries)
+            codebook = F.mse_loss(chosen, z.detach())
+            loss = codebook + self.config.commitment * F.mse_loss(z, chosen.detach())
             return quantised, loss, indices.flatten()
         indices = nearest_indices(z, entries)
         quantised = look_up(indices, entries)
@@ -157,41 +165,46 @@ class TamingAutoencoder(nn.Module):
         return quantised, loss, indices.flatten()
 
     def codes(self, z: Tensor, entries: bool = False) -> Tensor:
-        """Numbers (B·H_z·W_z,) of the codebook entries that latents are decoded from.
+        """Return the indices (B·H_z·W_z,) of the codebook entries that decoding uses.
 
         Args:
             z: (B, C_z, H_z, W_z).
-            entries: the latents are entries already, but for an error (see `nearest`).
+            entries: whether the latents are codebook entries up to an error (see `nearest`).
         """
         return nearest_indices(z, self._entries()).flatten() if entries else self.quantise(z)[2]
 
     def nearest(self, z: Tensor) -> Tensor:
-        """Latents that are, but for an error, codebook entries to the entries nearest them.
+        """Round latents that are codebook entries up to an error to the nearest entries.
 
-        For VQ this is `quantise`; a Gumbel entry is no argument of its own logits.
+        For VQ this is `quantise`. For Gumbel it is not, because an entry is no argument of the
+        logits.
+
+        Args:
+            z: (B, C_z, H_z, W_z).
         """
         return look_up(nearest_indices(z, self._entries()), self._entries())
 
     def logits(self, z: Tensor) -> Tensor:
-        """Log-odds (B, n_embed, H_z, W_z) of the codebook entries (Gumbel only)."""
+        """Compute the logits (B, n_embed, H_z, W_z) of the codebook entries (Gumbel only)."""
         if self.config.flavour != "gumbel":
-            raise ValueError(f"only a gumbel autoencoder has logits, not {self.config.flavour}")
+            raise ValueError(f"the flavour is {self.config.flavour}; expected gumbel for logits")
         return self.quantize.proj(z)
 
     def _entries(self) -> Tensor:
+        """Return the codebook (n_embed, C_z)."""
         if self.quantize is None:
-            raise ValueError("a KL autoencoder has no codebook to quantise with")
+            raise ValueError("the flavour is kl; expected vq or gumbel, which have a codebook")
         kind = "embed" if self.config.flavour == "gumbel" else "embedding"
         return getattr(self.quantize, kind).weight
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents to images; quantises first where there is a codebook.
+        """Decode latents to images; a codebook quantises them first.
 
         Args:
             z: (B, C_z, H_z, W_z), not standardised.
 
         Returns:
-            (B, C, H, W), clamped to `config.levels`, sharpened as the architecture says.
+            (B, C, H, W), clamped to `config.levels`, and sharpened by `config.sharpen`.
 
         Raises:
             ValueError: the latents have another shape.
@@ -202,97 +215,33 @@ class TamingAutoencoder(nn.Module):
         return self.decode_entries(z)
 
     def decode_entries(self, z: Tensor) -> Tensor:
-        """Latents that are already quantised (or need not be) to images, as `decode` does."""
+        """Decode latents z (B, C_z, H_z, W_z) like `decode`, without quantising them."""
         x = self.decode_quantised(z).clamp(*self.config.limits)
         return sharpen(x, self.config.sharpen).clamp(*self.config.limits)
 
     def decode_quantised(self, z: Tensor) -> Tensor:
-        """Latents that are already quantised (or need not be) to images, not clamped."""
+        """Decode latents z (B, C_z, H_z, W_z) without quantising, clamping and sharpening."""
         return self._unfold(self.decoder(self.post_quant_conv(z)))
 
     def describe(self) -> dict[str, Any]:
-        """The architecture as plain values, enough to build it again."""
+        """Describe the architecture as JSON values (see `config_from_description`)."""
         return {"kind": "taming", **self.config.to_dict()}
 
     def _fold(self, x: Tensor) -> Tensor:
+        """Centre images (B, C, H, W) on the canvas and fold patches into channels."""
         rows, columns = self._margins()
         if rows or columns:
             x = F.pad(x, (columns, columns, rows, rows), value=-1.0)
         return F.pixel_unshuffle(x, self.config.patch) if self.config.patch > 1 else x
 
     def _unfold(self, h: Tensor) -> Tensor:
+        """Revert `_fold`."""
         x = F.pixel_shuffle(h, self.config.patch) if self.config.patch > 1 else h
         rows, columns = self._margins()
         return x[:, :, rows : x.shape[2] - rows, columns : x.shape[3] - columns]
 
     def _margins(self) -> tuple[int, int]:
+        """Return the margins of the canvas above and left of the image."""
         _, height, width = self.image_shape
         rows, columns = self.config.canvas_shape
         return (rows - height) // 2, (columns - width) // 2
-
-
-def patch_discriminator(channels: int, width: int, layers: int) -> nn.Module:
-    """Taming's PatchGAN discriminator with its own initialisation.
-
-    Args:
-        channels: channels of the images.
-        width: filters of its first convolution.
-        layers: strided convolutions after the first.
-
-    Returns:
-        A module (B, C, H, W) → (B, 1, h, w) of logits.
-    """
-    return NLayerDiscriminator(channels, ndf=width, n_layers=layers).apply(weights_init)
-
-
-@torch.no_grad()
-def keep_channels(model: TamingAutoencoder, channels: list[int]) -> TamingAutoencoder:
-    """A KL autoencoder with some of its latent channels only, the others fixed at zero.
-
-    Only the 1x1 convolutions next to the latents change, so this is exact for channels that
-    are always zero, and harmless for channels that the decoder has learnt to ignore.
-
-    Args:
-        model: a frozen KL autoencoder.
-        channels: those to keep, in order.
-
-    Returns:
-        A new frozen autoencoder with latents (len(channels), H_z, W_z); `model` itself where all
-        are kept.
-
-    Raises:
-        ValueError: a codebook, or no channel left.
-    """
-    if not model.stochastic:
-        raise ValueError("only a KL autoencoder's channels can be dropped")
-    total = model.config.embed_dim
-    if channels == list(range(total)):
-        return model
-    if not channels:
-        raise ValueError(
-            "no latent channel carries information; lower autoencoder_training.kl_weight"
-        )
-    slim = TamingAutoencoder(replace(model.config, embed_dim=len(channels)))
-    tensors = dict(model.state_dict())
-    rows = channels + [total + channel for channel in channels]  # means, then log-variances
-    tensors["quant_conv.weight"] = tensors["quant_conv.weight"][rows]
-    tensors["quant_conv.bias"] = tensors["quant_conv.bias"][rows]
-    tensors["post_quant_conv.weight"] = tensors["post_quant_conv.weight"][:, channels]
-    slim.load_state_dict(tensors)
-    return slim.freeze()
-
-
-@torch.no_grad()
-def start_codebook(model: TamingAutoencoder, latents: Tensor, generator: torch.Generator) -> None:
-    """Start a codebook from encoded data, so that its entries lie where the latents are.
-
-    Args:
-        model: a VQ autoencoder.
-        latents: (B, C_z, H_z, W_z), pre-quantised.
-        generator: draws the entries.
-    """
-    if model.config.flavour != "vq":
-        raise ValueError(f"only a vq codebook can be started, not a {model.config.flavour} one")
-    flat = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
-    chosen = torch.randint(len(flat), (model.config.n_embed,), generator=generator)
-    model.quantize.embedding.weight.copy_(flat[chosen.to(flat.device)])

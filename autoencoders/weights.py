@@ -1,4 +1,4 @@
-"""Autoencoder weights as safetensors: the tensors, and the architecture in the metadata."""
+"""Autoencoder weights as safetensors files, with the architecture in the metadata."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ DESCRIPTION = "jkoflow.autoencoder"
 
 
 def shipped_weights() -> dict[str, Path]:
-    """Name → path of the shipped weights."""
+    """Return the paths of the shipped weights by name."""
     folder = Path(__file__).parent / "pretrained"
     return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
 
 
 def locate_weights(name_or_path: str) -> Path:
-    """The file of shipped weights, or a file of one's own.
+    """Return the path of weights, from a shipped name or a path.
 
     Raises:
-        ValueError: neither a shipped name nor a file.
+        ValueError: it is neither a shipped name nor a file.
     """
     known = shipped_weights()
     if name_or_path in known:
@@ -38,8 +38,8 @@ def locate_weights(name_or_path: str) -> Path:
         return path
     names = ", ".join(known) or "none"
     raise ValueError(
-        f"unknown autoencoder weights {name_or_path!r}; shipped are {names}, or give the path "
-        "of a .safetensors file that `jkoflow autoencoder train` or `convert` wrote"
+        f"the autoencoder weights are {name_or_path!r}; expected one of {names}, or the path of a "
+        ".safetensors file of `jkoflow autoencoder train` or `convert`"
     )
 
 
@@ -49,17 +49,18 @@ def to_tensors(
     recipe: dict[str, Any] | None = None,
     exact: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What to store of a model: tensors in a compact type, and metadata.
+    """Convert a model to the tensors and metadata of a file.
 
-    Half precision halves the file; the fingerprint of a loaded model is that of the rounded
-    weights, so the stored file is what all numbers refer to. A tensor that would overflow is
-    stored as it is.
+    Half precision halves the file. All results refer to the stored weights, because the
+    fingerprint of a loaded model is that of the rounded weights. A tensor that would overflow
+    keeps its dtype.
 
     Args:
         model: the autoencoder.
         dtype: of the stored tensors.
-        recipe: JSON-ready notes on data and training, kept with the weights.
-        exact: names of tensors that rounding may not change; they keep their type if it would.
+        recipe: JSON values about data and training, stored with the weights.
+        exact: names of tensors that must not change; they keep their dtype if rounding would
+            change them.
 
     Returns:
         (tensors, metadata) for a safetensors file.
@@ -74,7 +75,7 @@ def load_weights(path: Path) -> TamingAutoencoder:
     """Build the autoencoder that a file describes, with its weights, frozen.
 
     Raises:
-        ValueError: not a whole safetensors file, not an autoencoder, or keys that do not fit.
+        ValueError: the file is damaged, holds no autoencoder, or has tensors that do not fit.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -82,27 +83,29 @@ def load_weights(path: Path) -> TamingAutoencoder:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); get it again"
+            f"{path} is not a complete safetensors file ({error}); download or write it again"
         ) from error
     if DESCRIPTION not in metadata:
         raise ValueError(
-            f"{path} holds no jkoflow autoencoder; give a file that `jkoflow autoencoder train` "
-            "or `convert` wrote"
+            f"{path} holds no jkoflow autoencoder; expected a file of `jkoflow autoencoder train` "
+            "or `convert`"
         )
     try:
         description: dict[str, Any] = dict(json.loads(metadata[DESCRIPTION])["architecture"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the description in {path} is damaged; get the file again") from error
+        raise ValueError(
+            f"the description in {path} is damaged; download or write the file again"
+        ) from error
     model = TamingAutoencoder(config_from_description(description))
     fill_weights(model, tensors, str(path))
     return model.freeze()
 
 
 def fill_weights(model: TamingAutoencoder, tensors: dict[str, Tensor], source: str) -> None:
-    """Load tensors into a model; every key must fit.
+    """Load tensors into a model as float32.
 
     Raises:
-        ValueError: names the keys that are missing, unexpected, or of another shape.
+        ValueError: a tensor is missing, unexpected, or of another shape; the message names it.
     """
     require_fitting(
         {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
@@ -113,24 +116,24 @@ def fill_weights(model: TamingAutoencoder, tensors: dict[str, Tensor], source: s
 
 
 def require_fitting(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str
+    expected: Mapping[str, tuple[int, ...]], available: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
-    """Refuse tensors that are not exactly those of a model.
+    """Check that tensors are exactly those of a model.
 
     Args:
-        wanted: shape of every tensor of the model, by name.
-        found: shape of every tensor at hand.
-        source: where they come from, for the message.
+        expected: shape of every tensor of the model, by name.
+        available: shape of every available tensor, by name.
+        source: their origin, for the message.
 
     Raises:
-        ValueError: names the keys that are missing, unexpected, or of another shape.
+        ValueError: a tensor is missing, unexpected, or of another shape; the message names it.
     """
-    missing = sorted(set(wanted) - set(found))
-    unexpected = sorted(set(found) - set(wanted))
+    missing = sorted(set(expected) - set(available))
+    unexpected = sorted(set(available) - set(expected))
     shapes = [
-        f"{k} is {found[k]}, expected {wanted[k]}"
-        for k in sorted(set(wanted) & set(found))
-        if found[k] != wanted[k]
+        f"{name} is {available[name]}, expected {expected[name]}"
+        for name in sorted(set(expected) & set(available))
+        if available[name] != expected[name]
     ]
     faults = []
     for title, names in (("missing", missing), ("unexpected", unexpected), ("shapes", shapes)):
@@ -144,7 +147,8 @@ def require_fitting(
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype, exact: bool) -> Tensor:
+    """Round a tensor, unless it overflows, or changes and must be exact."""
     rounded = tensor.to(dtype).contiguous()
-    spoilt = bool((torch.isfinite(tensor) & ~torch.isfinite(rounded)).any())
-    spoilt = spoilt or (exact and not torch.equal(rounded.to(tensor.dtype), tensor))
-    return tensor.contiguous() if spoilt else rounded
+    keep = bool((torch.isfinite(tensor) & ~torch.isfinite(rounded)).any())
+    keep = keep or (exact and not torch.equal(rounded.to(tensor.dtype), tensor))
+    return tensor.contiguous() if keep else rounded

@@ -1,15 +1,15 @@
-"""Discriminators that tell images from reconstructions, and what they lose.
+"""Discriminators that distinguish images x from reconstructions x̂, and their losses.
 
-Two kinds:
+There are two kinds:
 
-* ``patchgan``: taming-transformers' own, with batch normalisation; hinge loss,
-  ½ E max(0, 1 − D(x)) + ½ E max(0, 1 + D(x̂)), against −E D(x̂).
-* ``r1``: convolutions without normalisation; logistic loss,
-  E softplus(−D(x)) + E softplus(D(x̂)) + γ/2 E‖∇D(x)‖², against E softplus(−D(x̂)).
-  The last term keeps the discriminator's slope on the images in bounds, so that one that has won
-  does not tear reconstructions apart.
+* ``patchgan``: taming-transformers' discriminator, with batch normalisation and hinge loss. It
+  minimises ½ E max(0, 1 − D(x)) + ½ E max(0, 1 + D(x̂)), the autoencoder −E D(x̂).
+* ``r1``: convolutions without normalisation, with logistic loss. It minimises
+  E softplus(−D(x)) + E softplus(D(x̂)) + γ/2 E‖∇D(x)‖², the autoencoder E softplus(−D(x̂)).
+  The last term bounds the discriminator's gradient at the images, so that a discriminator that is
+  much better than the autoencoder does not degrade the reconstructions.
 
-Both judge patches: D(x) is a map of logits, and E runs over images and places.
+Both discriminate patches: D(x) is a map of logits, and E averages over images and positions.
 
 Reference: Esser et al. 2021 (patchgan); Mescheder, Geiger, Nowozin, "Which training methods for
 GANs do actually converge?", ICML 2018, Eq. (9) (r1).
@@ -20,29 +20,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoders.taming import patch_discriminator
 from pipeline.config.autoencoder_recipe import DISCRIMINATORS
 
-#: the R1 term is computed at every so many-th step, and weighs so many times as much
+#: the R1 term is computed at every R1_EVERY-th step, with R1_EVERY times its weight
 R1_EVERY = 4
 _SLOPE = 0.2
 
 
 class Adversary(nn.Module):
-    """A discriminator with its loss.
+    """Discriminator with its losses.
 
     Args:
         kind: one of `DISCRIMINATORS`.
         channels: channels of the images.
         width: filters of the first convolution.
         layers: strided convolutions after the first.
-        r1_weight: γ, of ``r1``.
+        r1_weight: γ of ``r1``.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: the kind is unknown.
     """
 
     def __init__(
@@ -51,17 +51,13 @@ class Adversary(nn.Module):
         super().__init__()
         if kind not in DISCRIMINATORS:
             kinds = ", ".join(DISCRIMINATORS)
-            raise ValueError(f"discriminator must be one of {kinds}, not {kind!r}")
+            raise ValueError(f"the discriminator is {kind!r}; expected one of {kinds}")
         self.kind, self.r1_weight = kind, r1_weight
-        net: Any = (
-            patch_discriminator(channels, width, layers).main
-            if kind == "patchgan"
-            else _plain(channels, width, layers)
-        )
-        self.main: nn.Sequential = net
+        build = _patchgan if kind == "patchgan" else _unnormalised
+        self.main = build(channels, width, layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of images.
+        """Compute the logits of images.
 
         Args:
             x: (B, C, H, W), in [-1, 1]; even sides for ``r1``.
@@ -69,10 +65,10 @@ class Adversary(nn.Module):
         Returns:
             (B, 1, h, w).
         """
-        return self.judge(x)[1]
+        return self.features_and_logits(x)[1]
 
-    def judge(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Hidden activations, each (B, c, h, w), and the logits (B, 1, h, w)."""
+    def features_and_logits(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Compute hidden activations, each (B, c, h, w), and logits (B, 1, h, w) of images."""
         features: list[Tensor] = []
         for layer in self.main:
             x = layer(x)
@@ -82,10 +78,10 @@ class Adversary(nn.Module):
 
     @torch.no_grad()
     def check(self, image_shape: tuple[int, int, int]) -> None:
-        """Refuses images that it cannot judge, by judging one.
+        """Check that the discriminator takes images of a shape (C, H, W), on a blank image.
 
         Raises:
-            ValueError: sides that are too small, or odd for ``r1``.
+            ValueError: the sides are too small, or odd for ``r1``.
         """
         training = self.training
         try:
@@ -93,40 +89,57 @@ class Adversary(nn.Module):
         except RuntimeError as error:
             height, width = image_shape[1:]
             raise ValueError(
-                f"a discriminator {self.kind} of these layers cannot judge images of "
-                f"{height}x{width}, for every layer halves them and r1 needs even sides; lower "
+                f"the images are {height}x{width}; expected sides that every layer of the "
+                f"discriminator {self.kind} can halve (even sides for r1); lower "
                 "discriminator_layers, or choose the other discriminator"
             ) from error
         finally:
             self.train(training)
 
-    def fooling(self, logits: Tensor) -> Tensor:
-        """What the autoencoder minimises, from the logits of its reconstructions; a scalar."""
+    def autoencoder_loss(self, logits: Tensor) -> Tensor:
+        """Compute the autoencoder's loss, a scalar, from the logits of reconstructions."""
         logits = logits.float()
         return -logits.mean() if self.kind == "patchgan" else F.softplus(-logits).mean()
 
     def loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        """What the discriminator minimises, without the R1 term; a scalar.
+        """Compute the discriminator's loss without the R1 term, a scalar.
 
         Args:
             real: (B, C, H, W), images.
             fake: (B, C, H, W), reconstructions, detached.
         """
-        if self.kind == "patchgan":  # one at a time: batch normalisation must not mix them
-            of_real, of_fake = self(real).float(), self(fake).float()
-            return 0.5 * (F.relu(1.0 - of_real).mean() + F.relu(1.0 + of_fake).mean())
-        of_real, of_fake = self(torch.cat([real, fake])).float().chunk(2)
-        return F.softplus(-of_real).mean() + F.softplus(of_fake).mean()
+        if self.kind == "patchgan":  # separately, so that batch normalisation does not mix them
+            real_logits, fake_logits = self(real).float(), self(fake).float()
+            return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
+        real_logits, fake_logits = self(torch.cat([real, fake])).float().chunk(2)
+        return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
     def penalty(self, real: Tensor) -> Tensor:
-        """γ/2 E‖∇D(x)‖² on images (B, C, H, W), D averaged over places; a scalar."""
+        """Compute γ/2 E‖∇D(x)‖², a scalar, on images (B, C, H, W); D averages over positions."""
         x = real.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(self(x).mean((1, 2, 3)).sum(), x, create_graph=True)
-        return 0.5 * self.r1_weight * slope.square().flatten(1).sum(1).mean()
+        (gradient,) = torch.autograd.grad(self(x).mean((1, 2, 3)).sum(), x, create_graph=True)
+        return 0.5 * self.r1_weight * gradient.square().flatten(1).sum(1).mean()
 
 
-def _plain(channels: int, width: int, layers: int) -> nn.Sequential:
-    """2x2 pixels into channels; pairs of convolutions, the second strided; logits by 1x1."""
+def _patchgan(channels: int, width: int, layers: int) -> nn.Sequential:
+    """Build taming's PatchGAN discriminator with its own initialisation.
+
+    Args:
+        channels: channels of the images.
+        width: filters of the first convolution.
+        layers: strided convolutions after the first.
+    """
+    network: Any = NLayerDiscriminator(channels, ndf=width, n_layers=layers).apply(weights_init)
+    main: nn.Sequential = network.main
+    return main
+
+
+def _unnormalised(channels: int, width: int, layers: int) -> nn.Sequential:
+    """Build a discriminator without normalisation.
+
+    It folds 2x2 pixels into channels, applies pairs of convolutions, the second one strided, and
+    computes logits by a 1x1 convolution. Arguments are those of `_patchgan`.
+    """
     sizes = [width * 2**index for index in range(layers + 1)]
     parts: list[nn.Module] = [nn.PixelUnshuffle(2)]
 
@@ -149,5 +162,5 @@ def _plain(channels: int, width: int, layers: int) -> nn.Sequential:
     last = parts[-1]
     assert isinstance(last, nn.Conv2d)
     with torch.no_grad():
-        last.weight.mul_(0.1)  # logits start near zero
+        last.weight.mul_(0.1)  # so that logits start near zero
     return nn.Sequential(*parts)

@@ -1,23 +1,7 @@
-"""Trains a small VQ or KL autoencoder: reconstruction, patch-adversarial, feature matching.
+"""Trains a VQ or KL autoencoder against a discriminator, step by step.
 
-The loss of the autoencoder, per image of N pixels and channels, is
-
-    L = mean|x − x̂| + w_kl · KL(q(z|x) ‖ N(0, I)) / N      (KL; for VQ: + w_code · codebook loss)
-        + w_over · mean(y − x̂)²
-        + w_feat · Σ_l mean|D_l(x) − D_l(x̂)|  +  w_adv · λ · A(D(x̂)),
-
-with x̂ the decoder's output y clamped to the architecture's grey levels (straight through), and
-A what `pipeline.autoencoder_training.adversary` has the autoencoder minimise. With taming's
-discriminator
-λ = ‖∇ mean|x − x̂|‖ / ‖∇ A‖ at the decoder's last layer, so that the adversarial
-term neither drowns nor is drowned; with the other, whose slope is bounded, λ = 1. The hidden
-features D_l of the discriminator serve as the perceptual term: they need no download, and
-they are not the features that FID is measured with.
-
-The caller gives every step its images and a generator that derive from (seed, step), so a
-resumed training equals one that was never stopped.
-
-Reference: Esser et al. 2021, Eq. (6)-(7) for λ; Larsen et al. 2016 for feature matching.
+The caller passes images and a generator to every step. If both derive from (seed, step), a
+resumed training equals an uninterrupted one bit by bit.
 """
 
 from __future__ import annotations
@@ -32,14 +16,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Adam
 
 from autoencoders.architecture import TamingConfig
 from autoencoders.base import to_float
-from autoencoders.taming import TamingAutoencoder, keep_channels, start_codebook
+from autoencoders.taming import TamingAutoencoder
 from pipeline.autoencoder_training.adversary import R1_EVERY, Adversary
-from pipeline.autoencoder_training.finishing import sharpened
+from pipeline.autoencoder_training.loss import AutoencoderLoss
+from pipeline.autoencoder_training.postprocessing import (
+    with_unsharp_mask,
+    without_unused_channels,
+)
 from pipeline.config.autoencoder_recipe import AutoencoderTraining
 from pipeline.optim.ema import Ema
 from pipeline.optim.gradients import average_gradients
@@ -49,19 +36,19 @@ from pipeline.runtime.distributed import sum_over_ranks
 
 
 class AutoencoderTrainer:
-    """Holds the networks, the optimisers and the step; `step()` makes one.
+    """Trainer of an autoencoder: networks, optimisers and the optimiser step.
 
     Args:
-        architecture: of the autoencoder.
-        recipe: of the training.
-        start: a frozen autoencoder to start from, in place of `architecture` and random weights;
-            any unsharp mask of its is taken off.
-        accelerator: device and processes; every process gives `step` its share of each batch,
-            and gradients are averaged, weighted with the shares. λ and the discriminator's batch
-            normalisation see a process's own share only.
+        architecture: architecture of the autoencoder.
+        recipe: recipe of the training.
+        start: a frozen autoencoder to start from, instead of `architecture` and random weights;
+            its unsharp mask is removed.
+        accelerator: device and ranks. Every rank passes its part of each batch to `step`, and
+            gradients are averaged over the batch. λ (see `AutoencoderLoss`) and the
+            discriminator's batch normalisation use the part of the rank only.
 
     Raises:
-        ValueError: images that the discriminator cannot judge.
+        ValueError: the discriminator does not take images of this size.
     """
 
     def __init__(
@@ -92,35 +79,31 @@ class AutoencoderTrainer:
             self.model.requires_grad_(False)
             for part in (self.model.decoder, self.model.post_quant_conv):
                 part.requires_grad_(True)
-        device = accelerator.device
-        self.model.to(device)
-        self.discriminator.to(device)
+        self.model.to(accelerator.device)
+        self.discriminator.to(accelerator.device)
+        self.loss = AutoencoderLoss(self.model, self.discriminator, recipe)
         self.average = Ema(self.model, recipe.ema)
-        # without momentum for r1, as its analysis has it
+        # r1 has no momentum, as in its analysis
         betas = (0.5, 0.9) if recipe.discriminator == "patchgan" else (0.0, 0.99)
-        first = betas[0] if recipe.momentum is None else recipe.momentum
-        self.optimizer = make_optimizer(recipe.optimizer, self.model, recipe.lr, (first, betas[1]))
+        momentum = betas[0] if recipe.momentum is None else recipe.momentum
+        self.optimizer = make_optimizer(
+            recipe.optimizer, self.model, recipe.lr, (momentum, betas[1])
+        )
         self.discriminator_optimizer = Adam(
             self.discriminator.parameters(), recipe.lr * recipe.discriminator_lr, betas
         )
         self.done = 0
 
     @property
-    def kl_weight(self) -> float:
-        """Weight of the KL term at the present step."""
-        ramp = (self.done + 1) / max(self.recipe.kl_warmup, 1)
-        return self.recipe.kl_weight * min(1.0, ramp)
-
-    @property
     def untrained(self) -> set[str]:
-        """Names of the tensors that stay as they were: those before the decoder, decoder_only."""
+        """Names of the tensors that the training leaves unchanged (`decoder_only`)."""
         if not self.recipe.decoder_only:
             return set()
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         return set(self.model.state_dict()) - trained
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed training needs, as nested dicts of tensors and numbers."""
+        """Return the state of a resumable training, as nested dicts of tensors and numbers."""
         return {
             "step": self.done,
             "model": self.model.state_dict(),
@@ -131,116 +114,84 @@ class AutoencoderTrainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` gave."""
+        """Continue from a state that `state` returned."""
         self.done = state["step"]
         for name in ("model", "average", "discriminator", "optimizer", "discriminator_optimizer"):
             getattr(self, name).load_state_dict(state[name])
 
     def step(self, images: Tensor, generator: torch.Generator) -> dict[str, float]:
-        """One step of the autoencoder and one of the discriminator.
+        """Make one step of the autoencoder and, if it takes part, one of the discriminator.
 
         Args:
-            images: uint8 (B, C, H, W), this process's share of the batch.
-            generator: draws the posterior noise, the mirror images and, at the first step of a
-                VQ autoencoder, the codebook.
+            images: uint8 (B, C, H, W), this rank's part of the batch.
+            generator: draws posterior noise, mirroring and, in the first step of a VQ
+                autoencoder, the codebook.
 
         Returns:
-            The named terms of the loss, of this process's share of the batch.
+            The named terms of the loss on this rank's part of the batch.
 
         Raises:
-            FloatingPointError: the loss is not finite, here or on another process.
+            FloatingPointError: the loss is not finite, on this or another rank.
         """
         self._set_learning_rates()
         x, noise = self._prepare(images, generator)
-        started = self.done > 0 or self.recipe.start is not None
-        if not started and self.model.quantize is not None:
-            self._start_codebook(x, generator)
-        adversarial = (
-            self.recipe.adversarial_weight > 0 and self.done >= self.recipe.adversarial_start
-        )
+        if self.done == 0 and self.recipe.start is None and self.model.quantize is not None:
+            self._initialise_codebook(x, generator)
         self.discriminator.requires_grad_(False)
         self.model.train()
         if self.recipe.decoder_only:
-            self.model.encoder.eval()  # its latents are those that it gives in use
+            self.model.encoder.eval()  # so that its latents are those of the finished model
         with self._dropout(generator):
-            loss, terms, fake = self._autoencoder_loss(x, noise, adversarial, generator)
-        summed = sum_over_ranks(self.accelerator, loss.detach())  # every rank raises, or none
-        if not torch.isfinite(summed):
+            loss = self.loss(x, noise, self.done, generator)
+        total = sum_over_ranks(self.accelerator, loss.total.detach())  # all ranks raise, or none
+        if not torch.isfinite(total):
             raise FloatingPointError(
-                f"the autoencoder's loss is {summed.item()} at step {self.done}; lower lr, or use "
-                "precision fp32"
+                f"the autoencoder's loss is {total.item()} at step {self.done}; expected a finite "
+                "number; lower lr, or use precision fp32"
             )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self._apply(self.model, self.optimizer, loss, len(x))
-        if adversarial:
-            self.discriminator.requires_grad_(True)
-            with self._autocast():
-                d_loss = self.discriminator.loss(x, fake.detach())
-            self.discriminator_optimizer.zero_grad(set_to_none=True)
-            d_loss.backward()
-            if self.recipe.discriminator == "r1" and self.done % R1_EVERY == 0:
-                penalty = self.discriminator.penalty(x)
-                (R1_EVERY * penalty).backward()
-                terms["penalty"] = R1_EVERY * penalty.item()  # so that means over steps are right
-            self._apply(self.discriminator, self.discriminator_optimizer, d_loss, len(x))
-            terms["discriminator"] = d_loss.item()
+        loss.total.backward()
+        self._apply(self.model, self.optimizer, loss.total, len(x))
+        terms = loss.terms
+        if self.loss.adversarial(self.done):
+            terms |= self._step_discriminator(x, loss.reconstructions.detach())
         self.average.update(self.model)
         self.done += 1
         return terms
 
     def finished(self, images: Tensor) -> TamingAutoencoder:
-        """The averaged autoencoder, frozen, on the CPU, without latent channels that are off.
+        """Return the averaged autoencoder, frozen, on the CPU, after postprocessing.
 
         Args:
-            images: uint8 (B, C, H, W), over which the use of the channels, and the strength of
-                the unsharp mask, are measured.
+            images: uint8 (B, C, H, W), for the information of the latent channels and the
+                strength of the unsharp mask.
         """
-        averaged = copy.deepcopy(self.model)
-        self.average.copy_to(averaged)
-        model = self._pruned(averaged.cpu().float().freeze(), images)
-        return sharpened(model, images) if self.recipe.sharpen else model
+        model = copy.deepcopy(self.model)
+        self.average.copy_to(model)
+        model = model.cpu().float().freeze()
+        recipe = self.recipe
+        if model.stochastic and not recipe.decoder_only and recipe.iterations:
+            model = without_unused_channels(model, images, recipe.prune)
+        return with_unsharp_mask(model, images) if recipe.sharpen else model
 
-    def _pruned(self, model: TamingAutoencoder, images: Tensor) -> TamingAutoencoder:
-        if not model.stochastic or self.recipe.decoder_only or not self.recipe.iterations:
-            return model
-        with torch.inference_mode():
-            moments = model.encode(to_float(images))
-        assert moments.log_var is not None
-        mean, log_var = moments.mean, moments.log_var
-        nats = 0.5 * (mean**2 + log_var.exp() - 1.0 - log_var).mean((0, 2, 3))
-        return keep_channels(model, (nats >= self.recipe.prune).nonzero().flatten().tolist())
-
-    def _autoencoder_loss(
-        self, x: Tensor, noise: Tensor, adversarial: bool, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, float], Tensor]:
-        with self._autocast():
-            with torch.set_grad_enabled(not self.recipe.decoder_only):
-                z, regulariser, terms = self._latents(x, noise)
-            fake = self.model.decode_quantised(self._disturbed(z, generator))
-        output = fake.float()
-        fake = _saturated(output, self.model.config.limits)
-        overshoot = (output - fake.detach()).square().mean()
-        reconstruction = (x - fake).abs().mean()
-        loss = reconstruction + regulariser + self.recipe.overshoot_weight * overshoot
-        terms |= {"reconstruction": reconstruction.item(), "overshoot": overshoot.item()}
-        if adversarial:
-            with self._autocast():
-                fake_features, logits = self.discriminator.judge(fake)
-            if self.recipe.feature_weight > 0:
-                matching = self._matching(x, fake_features)
-                loss = loss + self.recipe.feature_weight * matching
-                terms["matching"] = matching.item()
-            fooling = self.discriminator.fooling(logits)
-            balanced = self.recipe.discriminator == "patchgan"
-            weight = self._adaptive_weight(reconstruction, fooling) if balanced else 1.0
-            loss = loss + self.recipe.adversarial_weight * weight * fooling
-            terms["fooling"] = fooling.item()
-        return loss, terms, fake
+    def _step_discriminator(self, real: Tensor, fake: Tensor) -> dict[str, float]:
+        """Make one step of the discriminator on images and reconstructions, both (B, C, H, W)."""
+        terms: dict[str, float] = {}
+        self.discriminator.requires_grad_(True)
+        with self.loss.autocast(real.device):
+            loss = self.discriminator.loss(real, fake)
+        self.discriminator_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.recipe.discriminator == "r1" and self.done % R1_EVERY == 0:
+            penalty = self.discriminator.penalty(real)
+            (R1_EVERY * penalty).backward()
+            terms["penalty"] = R1_EVERY * penalty.item()  # so that its mean over steps is right
+        self._apply(self.discriminator, self.discriminator_optimizer, loss, len(real))
+        return {**terms, "discriminator": loss.item()}
 
     @contextmanager
     def _dropout(self, generator: torch.Generator) -> Iterator[None]:
-        """Dropout masks that follow from the step's generator; torch's own state stays.
+        """Derive dropout masks from the step's generator, and leave torch's own state unchanged.
 
         Without dropout nothing is drawn.
         """
@@ -252,43 +203,16 @@ class AutoencoderTrainer:
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             yield
 
-    def _matching(self, x: Tensor, of_fake: list[Tensor]) -> Tensor:
-        """Mean distance of the discriminator's hidden activations, summed over its layers."""
-        with self._autocast(), torch.no_grad():
-            of_real, _ = self.discriminator.judge(x)
-        pairs = zip(of_fake, of_real, strict=True)
-        return torch.stack([F.l1_loss(f.float(), r.float()) for f, r in pairs]).sum()
-
-    def _latents(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Latents that are decoded, what regularises them, and its named terms."""
-        moments = self.model.encode(x)
-        if moments.log_var is None:
-            with torch.autocast(self.accelerator.device.type, enabled=False):
-                # the nearest entry in half precision is another one, up to every tenth time
-                z, codebook, _ = self.model.quantise(moments.mean.float())
-            return z, self.recipe.codebook_weight * codebook, {"codebook": codebook.item()}
-        mean, log_var = moments.mean.float(), moments.log_var.float()
-        z = mean + (0.5 * log_var).exp() * noise
-        kl = 0.5 * (mean**2 + log_var.exp() - 1.0 - log_var).flatten(1).sum(1).mean()
-        return z, self.kl_weight * kl / x[0].numel(), {"kl": kl.item()}
-
-    def _disturbed(self, z: Tensor, generator: torch.Generator) -> Tensor:
-        """Latents with noise of `recipe.latent_noise`, drawn on the CPU."""
-        if self.recipe.latent_noise == 0.0:
-            return z
-        strength = torch.rand((len(z), 1, 1, 1), generator=generator)
-        noise = strength * torch.randn(z.shape, generator=generator)
-        spread = z.detach().std((0, 2, 3), keepdim=True)
-        return z + self.recipe.latent_noise * spread * noise.to(z.device)
-
-    def _adaptive_weight(self, reconstruction: Tensor, fooling: Tensor) -> Tensor:
-        last: Any = self.model.decoder.conv_out.weight
-        (wanted,) = torch.autograd.grad(reconstruction, last, retain_graph=True)
-        (given,) = torch.autograd.grad(fooling, last, retain_graph=True)
-        return (wanted.norm() / (given.norm() + 1e-4)).clamp(0.0, 1e4).detach()
-
     def _prepare(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Float images, half of them mirrored where asked for, and posterior noise."""
+        """Convert images to float, mirror half of them if required, and draw posterior noise.
+
+        Args:
+            images: uint8 (B, C, H, W).
+            generator: draws noise and mirroring.
+
+        Returns:
+            Images (B, C, H, W) and noise (B, C_z, H_z, W_z), on the device.
+        """
         x = to_float(images)
         noise = torch.randn((len(x), *self.model.latent_shape), generator=generator)
         if self.recipe.flip:
@@ -297,7 +221,7 @@ class AutoencoderTrainer:
         return x.to(self.accelerator.device), noise.to(self.accelerator.device)
 
     def _set_learning_rates(self) -> None:
-        """Give both optimisers the learning rates of the present step."""
+        """Set the learning rates of both optimisers for the present step."""
         recipe = self.recipe
         lr = warmup_cosine(
             self.done,
@@ -317,25 +241,34 @@ class AutoencoderTrainer:
         average_gradients(self.accelerator, module.parameters(), weight, loss.detach().reshape(1))
         optimizer.step()
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.recipe.precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
-
-    def _start_codebook(self, x: Tensor, generator: torch.Generator) -> None:
+    def _initialise_codebook(self, x: Tensor, generator: torch.Generator) -> None:
+        """Initialise the codebook, the same on all ranks, from images (B, C, H, W)."""
         with torch.no_grad():
             latents = self.model.encode(x).mean
-        start_codebook(self.model, latents, generator)
+        initialise_codebook(self.model, latents, generator)
         if self.accelerator.num_processes > 1 and self.model.quantize is not None:
-            # of one process: a mean of entries that lie where the latents are need not lie there
+            # from one rank, because a mean over ranks need not lie near the latents
             entries = self.model.quantize.embedding.weight.data
             entries.copy_(broadcast(entries, from_process=0))
         self.average.restart(self.model)
 
 
-def _saturated(x: Tensor, limits: tuple[float, float]) -> Tensor:
-    """Clamp, with the gradient of the identity.
+@torch.no_grad()
+def initialise_codebook(
+    model: TamingAutoencoder, latents: Tensor, generator: torch.Generator
+) -> None:
+    """Initialise a VQ codebook with random latent vectors of encoded images.
 
-    A pixel that rightly saturates has no loss, however far beyond the limit the network puts
-    it; one that wrongly saturates still has a gradient.
+    Args:
+        model: a VQ autoencoder.
+        latents: (B, C_z, H_z, W_z), before quantisation.
+        generator: draws the entries.
+
+    Raises:
+        ValueError: the autoencoder is of another flavour.
     """
-    return x + (x.clamp(*limits) - x).detach()
+    if model.config.flavour != "vq":
+        raise ValueError(f"the flavour is {model.config.flavour}; expected vq for its codebook")
+    vectors = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+    chosen = torch.randint(len(vectors), (model.config.n_embed,), generator=generator)
+    model.quantize.embedding.weight.copy_(vectors[chosen.to(vectors.device)])

@@ -314,5 +314,5 @@ def test_what_is_neither_a_folder_nor_a_hub_id(monkeypatch: pytest.MonkeyPatch) 
     for source in ("nowhere", "./no/where", "/no/where"):
         with pytest.raises(ValueError, match="neither a folder nor a hub id"):
             ours.load_diffusers(source, (32, 32))
-    with pytest.raises(ValueError, match="a folder or a hub id; it is null"):
+    with pytest.raises(ValueError, match="is null; expected a folder or a hub id"):
         build_autoencoder("diffusers", None, SHAPE)

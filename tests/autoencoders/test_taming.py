@@ -14,12 +14,7 @@ from torch.nn import functional as F
 
 from autoencoders.architecture import config_from_description
 from autoencoders.base import Moments
-from autoencoders.taming import (
-    TamingAutoencoder,
-    keep_channels,
-    patch_discriminator,
-    start_codebook,
-)
+from autoencoders.taming import TamingAutoencoder
 from tests.autoencoders.models import config, model, x_of
 
 
@@ -141,41 +136,11 @@ def test_log_variances_are_clamped() -> None:
     assert (log_var[:, 0] == 20).all() and (log_var[:, 1] == -30).all()
 
 
-@torch.no_grad()
-def test_dropped_channels_are_channels_at_zero() -> None:
-    made, x = model(embed_dim=4).freeze(), x_of(3)
-    slim = keep_channels(made, [2, 0])
-    full, kept = made.encode(x), slim.encode(x)
-    assert full.log_var is not None and kept.log_var is not None
-    torch.testing.assert_close(kept.mean, full.mean[:, [2, 0]], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(kept.log_var, full.log_var[:, [2, 0]], rtol=1e-5, atol=1e-6)
-    z = torch.zeros(3, 4, 4, 4)
-    z[:, [2, 0]] = kept.mean
-    torch.testing.assert_close(slim.decode(kept.mean), made.decode(z), rtol=1e-5, atol=1e-6)
-    assert slim.fingerprint not in ("", made.fingerprint)
-    assert keep_channels(made, [0, 1, 2, 3]) is made
-    for wrong, channels in ((made, []), (model(flavour="vq").freeze(), [0])):
-        with pytest.raises(ValueError):
-            keep_channels(wrong, channels)
-
-
-def test_a_codebook_starts_on_the_data() -> None:
-    made = model(flavour="vq", n_embed=64)
-    latents = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(3))
-    start_codebook(made, latents, torch.Generator().manual_seed(0))
-    assert made.quantize is not None
-    points = {tuple(v.tolist()) for v in latents.permute(0, 2, 3, 1).reshape(-1, 2)}
-    entries = {tuple(v.tolist()) for v in made.quantize.embedding.weight}
-    assert entries <= points and len(entries) > 30
-    with pytest.raises(ValueError, match="codebook"):
-        start_codebook(model(), latents, torch.Generator())
-
-
-def test_wrong_shapes_are_told() -> None:
+def test_wrong_shapes_raise() -> None:
     made = model().freeze()
-    with pytest.raises(ValueError, match=r"shape \(B, 1, 10, 10\), not \(2, 3, 10, 10\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 10, 10\); expected \(B, 1, 10, 10\)"):
         made.encode(x_of(2, shape=(3, 10, 10)))
-    with pytest.raises(ValueError, match=r"shape \(B, 2, 4, 4\), not \(2, 2, 4, 5\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 2, 4, 5\); expected \(B, 2, 4, 4\)"):
         made.decode(torch.zeros(2, 2, 4, 5))
     with pytest.raises(ValueError, match="codebook"):
         made.quantise(torch.zeros(2, 2, 4, 4))
@@ -184,15 +149,15 @@ def test_wrong_shapes_are_told() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"flavour": "gan"}, "flavour must be one of kl, vq"),
-        ({"ch": 48}, "ch must be a multiple of 32, not 48"),
-        ({"canvas": 8}, "canvas 8.* cannot centre images of 10x10"),
-        ({"canvas": 13}, "canvas 13.* cannot centre"),
-        ({"patch": 5}, "canvas 12.* cannot be divided by patch 5"),
+        ({"flavour": "gan"}, "flavour is 'gan'; expected one of kl, vq"),
+        ({"ch": 48}, "ch is 48; expected a multiple of 32"),
+        ({"canvas": 8}, "canvas is 8 for images of 10x10"),
+        ({"canvas": 13}, "canvas is 13 for images"),
+        ({"patch": 5}, "is 12x12; expected multiples of 5 "),
         ({"ch_mult": (1, 1, 1, 1)}, "halved 3 times"),
     ],
 )
-def test_impossible_architectures_are_told(changes: dict[str, Any], named: str) -> None:
+def test_impossible_architectures_raise(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         config(**changes)
 
@@ -202,11 +167,3 @@ def test_a_description_is_enough_to_build_it_again() -> None:
     assert config_from_description(made.describe()) == made.config
     with pytest.raises(ValueError, match="colour"):
         config_from_description({**made.describe(), "colour": 1})
-
-
-def test_the_discriminator_is_the_patchgan() -> None:
-    """Widths 8, 16, 32, 64 and 1: 4 x 4 kernels, two strided by 2 and two by 1."""
-    judge = patch_discriminator(3, 8, 2)
-    assert judge(torch.zeros(2, 3, 32, 32)).shape == (2, 1, 6, 6)
-    kernels = [p.numel() for n, p in judge.named_parameters() if p.ndim == 4]
-    assert kernels == [16 * a * b for a, b in ((3, 8), (8, 16), (16, 32), (32, 1))]

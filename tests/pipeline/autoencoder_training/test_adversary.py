@@ -46,21 +46,21 @@ def test_the_penalty_of_a_network_is_the_mean_square_of_finite_differences() -> 
 
 def test_losses_where_logits_are_zero() -> None:
     """Logistic: log 2 for each side; hinge: half of one each; nothing to gain from a flat D."""
-    for kind, loss, fooling in (("r1", 2 * math.log(2), math.log(2)), ("patchgan", 1.0, 0.0)):
+    for kind, loss, opposing in (("r1", 2 * math.log(2), math.log(2)), ("patchgan", 1.0, 0.0)):
         made = Adversary(kind, 1, 4, 1, 0.1)
         with torch.no_grad():
             for parameter in made.main[-1].parameters():
                 parameter.zero_()
         x = torch.randn(3, 1, 12, 12)
         assert made.loss(x, -x).item() == pytest.approx(loss, rel=1e-6)
-        assert made.fooling(made(x)).item() == pytest.approx(fooling, abs=1e-6)
+        assert made.autoencoder_loss(made(x)).item() == pytest.approx(opposing, abs=1e-6)
 
 
 def test_a_confident_discriminator_loses_little_and_is_hard_to_fool() -> None:
     made = linear(torch.ones(1, 1, 4, 4), gamma=0.0)
     bright, dark = torch.ones(2, 1, 4, 4), -torch.ones(2, 1, 4, 4)
     assert made.loss(bright, dark).item() == pytest.approx(2 * math.log1p(math.exp(-16)), rel=1e-4)
-    assert made.fooling(made(dark)).item() == pytest.approx(16.0, rel=1e-6)
+    assert made.autoencoder_loss(made(dark)).item() == pytest.approx(16.0, rel=1e-6)
 
 
 def test_images_are_judged_one_by_one_without_normalisation() -> None:
@@ -70,5 +70,13 @@ def test_images_are_judged_one_by_one_without_normalisation() -> None:
 
 
 def test_an_unknown_kind_is_named() -> None:
-    with pytest.raises(ValueError, match="patchgan, r1, not 'wgan'"):
+    with pytest.raises(ValueError, match="is 'wgan'; expected one of patchgan, r1"):
         Adversary("wgan", 1, 4, 1, 0.1)
+
+
+def test_the_discriminator_is_the_patchgan() -> None:
+    """Widths 8, 16, 32, 64 and 1: 4 x 4 kernels, two strided by 2 and two by 1."""
+    judge = Adversary("patchgan", 3, 8, 2, 0.0)
+    assert judge(torch.zeros(2, 3, 32, 32)).shape == (2, 1, 6, 6)
+    kernels = [p.numel() for n, p in judge.named_parameters() if p.ndim == 4]
+    assert kernels == [16 * a * b for a, b in ((3, 8), (8, 16), (16, 32), (32, 1))]

@@ -1,14 +1,17 @@
-"""The codebook while an autoencoder is trained."""
+"""The codebook of an autoencoder in training."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 
 from autoencoders.base import to_float
-from tests.autoencoders.models import blobs
+from autoencoders.taming import TamingAutoencoder
+from pipeline.autoencoder_training.trainer import initialise_codebook
+from tests.autoencoders.models import blobs, config, model
 from tests.pipeline.autoencoder_training.trainers import trainer
 from tests.processes import run_job
 
@@ -16,6 +19,20 @@ from tests.processes import run_job
 def distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Exact ones: the default works by matrix products, which round small distances."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def test_entries_start_at_latent_vectors() -> None:
+    made = model(flavour="vq", n_embed=64)
+    latents = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    initialise_codebook(made, latents, torch.Generator().manual_seed(0))
+    assert made.quantize is not None
+    points = {tuple(v.tolist()) for v in latents.permute(0, 2, 3, 1).reshape(-1, 2)}
+    entries = {tuple(v.tolist()) for v in made.quantize.embedding.weight}
+    assert entries <= points and len(entries) > 30
+    for flavour in ("kl", "gumbel"):
+        other = TamingAutoencoder(config(flavour=flavour, z_channels=2))
+        with pytest.raises(ValueError, match=f"flavour is {flavour}; expected vq"):
+            initialise_codebook(other, latents, torch.Generator())
 
 
 def test_a_codebook_starts_on_the_first_batch(accelerator: Accelerator) -> None:
@@ -37,8 +54,9 @@ def test_half_precision_takes_the_entries_as_they_are(accelerator: Accelerator) 
     made.step(blobs(8), torch.Generator().manual_seed(0))
     quantizer = made.model.quantize
     assert quantizer is not None
-    with made._autocast():
-        z, _, _ = made._latents(to_float(blobs(8)), torch.zeros(()))
+    x = to_float(blobs(8))
+    with made.loss.autocast(x.device):
+        z, _, _ = made.loss.latents(x, torch.zeros(()), made.done)
     points = z.detach().permute(0, 2, 3, 1).reshape(-1, 2)
     entries = quantizer.embedding.weight.detach()
     assert distances(entries, points).amin(0).max() < 1e-6  # bfloat16 would be off by 1e-3

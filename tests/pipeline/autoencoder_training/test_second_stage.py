@@ -35,8 +35,8 @@ def test_a_decoder_alone_is_trained_on(accelerator: Accelerator) -> None:
     start = finished_start(accelerator)
     made = second_stage(accelerator, start)
     terms = run(made, 5)
-    assert "fooling" not in terms[0] and "matching" not in terms[-1]
-    assert {"fooling", "discriminator", "penalty"} <= set(terms[4])  # R1 at steps 0, 4, 8, …
+    assert "adversarial" not in terms[0] and "matching" not in terms[-1]
+    assert {"adversarial", "discriminator", "penalty"} <= set(terms[4])  # R1 at steps 0, 4, 8, …
     finished = made.finished(blobs(16))
     before, after = start.state_dict(), finished.state_dict()
     for key, tensor in before.items():
