@@ -28,7 +28,8 @@ def metrics_of(plan: SamplingPlan) -> dict[str, Any] | None:
             f"{path} was measured on other blocks than the run has now; evaluate it again, or "
             "delete the file"
         )
-    for key, (before, now) in changed.items():
+    if changed:
+        key, (before, now) = next(iter(changed.items()))
         raise UserError(
             f"{path} was measured with {key} {before}, but the exported run samples with {key} "
             f"{now}; evaluate the run with {key} {now}, or delete the file"

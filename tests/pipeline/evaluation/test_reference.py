@@ -63,4 +63,4 @@ def test_the_fid_of_n_test_images_does_not_depend_on_the_other_numbers(
 
 def test_another_suffix_is_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reference", "--config", str(world.config()), "own.npz"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: a reference is a .safetens")
+    assert "error: the reference is called own.npz; expected" in capsys.readouterr().err

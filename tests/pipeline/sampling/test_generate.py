@@ -52,7 +52,7 @@ def images_of(run: Run, ranks: int = 1, **changes: object) -> StoreReader:
     settings = plan.settings
     for rank in reversed(range(ranks)):
         if rank:
-            with pytest.raises(Exception, match="unfinished"):  # the main process is last
+            with pytest.raises(Exception, match="incomplete"):  # the main process is last
                 sample_images(plan, settings.n, settings.seed, Rank(rank, ranks), quiet)  # type: ignore[arg-type]
     return sample_images(plan, settings.n, settings.seed, Rank(0, ranks), quiet)  # type: ignore[arg-type]
 
