@@ -1,7 +1,7 @@
 """Readers of the raw files of MNIST, CIFAR-10 and Inception.
 
-Each reader accepts the raw files of any mirror and returns the same `Content` for the same
-data: the files to store and one sha256 of the data, independent of the packing.
+Each reader accepts the raw files of any mirror. It returns the same `Content` for the same data,
+whatever the packing: the files to store and one sha256 of the data.
 """
 
 from __future__ import annotations

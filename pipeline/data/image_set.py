@@ -54,8 +54,8 @@ class ImageSet:
             sets of equal fingerprints hold the same images in the same order.
         count: number of images N.
         pixels: source of the pixels.
-        class_names: names of a folder's classes in the order of their indices, which belong to
-            this split; None if classes have no names or there are no classes.
+        class_names: names of a folder's classes in the order of their indices. The indices
+            belong to this split. None if there are no classes, or they have no names.
     """
 
     name: str

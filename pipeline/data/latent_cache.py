@@ -74,7 +74,7 @@ class LatentCache:
             generator: random generator.
 
         Returns:
-            float32 (stop - start, C_z, H_z, W_z).
+            the latents, float32 (n, C_z, H_z, W_z) with n = stop − start.
         """
         mean = self.reader.read("mean", start, stop)
         if self.stochastic:

@@ -25,7 +25,7 @@ class Standardisation:
         return (latents - self._broadcast(self.mean, latents)) / self._broadcast(self.std, latents)
 
     def undo(self, z: Tensor) -> Tensor:
-        """Invert `apply`."""
+        """Invert `apply` on z, (B, C_z, H_z, W_z) or (B, D)."""
         return z * self._broadcast(self.std, z) + self._broadcast(self.mean, z)
 
     def is_close(self, other: Standardisation) -> bool:

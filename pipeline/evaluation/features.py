@@ -142,7 +142,7 @@ class FeatureExtractor:
             folder: the store.
             identity: what the features depend on.
             count: the number of images.
-            make: returns the images [first, last), uint8, which are those of one shard.
+            make: from (first, last, shard) returns the images [first, last), uint8 (B, C, H, W).
             what: names the images, in the progress bar.
             begun: stores with the same first features, each with the number of these features.
         """

@@ -1,8 +1,8 @@
 """KID, precision and recall of sampled images against real images of the same data set.
 
-Inception is slow on a CPU, so by default only stored features of real images are used: features
-under the data root that `evaluate --kid N` or `reference --test N` extracted earlier, from the
-test split or the training split. Without any, these metrics are left out.
+Inception is slow on a CPU, so by default only stored features of real images are used.
+`evaluate --kid N` and `reference --test N` extract them from the test split or the training split
+and store them under the data root. Without any, these metrics are left out.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The optimisers of trainings, of flows too: Adam, or Muon for weights and Adam for the rest.
+"""The optimisers of all trainings: Adam, or Muon for matrices and Adam for the rest.
 
-Muon orthogonalises the step of every matrix, so that all of its directions are learnt at one
-pace; a convolution's weight counts as a matrix of (outputs, inputs · places). It is PyTorch's, and
-so is the scale of its steps, under which Adam's learning rates are about right (a few times those
-of Adam's did best here, see docs/ablations.md).
+Muon orthogonalises the step of every matrix, so that all directions are learnt at the same rate.
+The weight of a convolution counts as a matrix (outputs, inputs · positions). Muon and the scale of
+its steps are PyTorch's. With that scale Adam's learning rates are about right; a few times larger
+ones did best here (docs/ablations.md).
 
 Reference: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025,
 arXiv:2502.16982, section 2.2 for the scale.
@@ -57,7 +57,7 @@ class MuonAdam:
         self.adam.zero_grad(set_to_none=set_to_none)
 
     def step(self) -> None:
-        """One step of both; a weight without a gradient stays."""
+        """Make a step of both; a weight without a gradient stays."""
         for weight, matrix in zip(self.weights, self.matrices, strict=True):
             matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
         self.muon.step()

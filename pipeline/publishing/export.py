@@ -1,9 +1,9 @@
 """Export: a finished run → a small folder that generates the same images, ready to be shipped.
 
-An export holds flow.json with the pass in use, config.yaml, the blocks in a compact dtype, the
-autoencoder unless it ships with the package, metrics.json, the grid of images, guide and refiner,
-and a model card. It leaves out stages, checkpoints, logs and other samples. An export is a run
-directory itself.
+An export holds flow.json with the pass in use, config.yaml and the blocks in a compact dtype. The
+autoencoder is left out if it ships with the package. It also holds metrics.json, the grid of
+images, guide and refiner, and a model card. Stages, checkpoints, logs and other samples are not
+exported. An export is a run directory itself.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def metrics_of(plan: SamplingPlan) -> dict[str, Any] | None:
 
 
 def shows_samples_of(path: Path, plan: SamplingPlan) -> bool:
-    """Whether a picture shows samples of a plan, or of all classes of its run."""
+    """Return whether a picture shows samples of a plan, or of all classes of its run."""
     note = note_of(path)
     if note is None:
         return False

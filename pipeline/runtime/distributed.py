@@ -1,7 +1,7 @@
 """Collectives: sums, broadcasts and errors that all ranks share.
 
-An error on one rank is raised on every rank, and rank 0 takes every decision, so that no rank
-waits in a collective that another rank has left.
+An error on one rank is raised on every rank, and rank 0 takes every decision. So no rank waits in
+a collective that another rank has left.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ def broadcast_decision(accelerator: Accelerator, decision: bool) -> bool:
 
 
 def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """Return the sum over ranks of a tensor of any shape, on every rank (a collective)."""
+    """Return the sum over ranks of a tensor (…) of any shape, on every rank (a collective)."""
     return accelerator.reduce(values, "sum") if accelerator.num_processes > 1 else values
 
 
 def broadcast_tensor(accelerator: Accelerator, tensor: Tensor, rank: int) -> None:
-    """Overwrite a tensor on every rank by its value on one rank (a collective)."""
+    """Overwrite a tensor (…) on every rank by its value on one rank (a collective)."""
     if accelerator.num_processes > 1:
         tensor.data.copy_(broadcast(tensor.data.clone(), from_process=rank))
 

@@ -48,8 +48,8 @@ def peak_memory() -> int:
 def keep_freed_memory() -> bool:
     """Make glibc keep freed memory for the rest of this process.
 
-    A training step frees all its activations. By default glibc may return them to the system,
-    and the next step pays for every page again: up to a fifth of the time of a small network.
+    A training step frees all its activations. By default glibc may return them to the system.
+    Then the next step pays for every page again: up to a fifth of the time of a small network.
 
     Returns:
         True if the C library is glibc and accepted the setting; elsewhere nothing changes.

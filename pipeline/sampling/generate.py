@@ -1,7 +1,7 @@
 """Sampling: noise goes through the blocks backwards, and the latents are decoded to images.
 
 Images lie in a store inside the run. The store's key derives from everything that decides the
-images (blocks, autoencoder, solvers, n, seed), so images are made once, an interrupted command
+images: blocks, autoencoder, solvers, n, seed. So images are made once, an interrupted command
 resumes, and any number of processes makes the same images. A store reuses the images of shorter
 and longer stores.
 """

@@ -27,7 +27,7 @@ _DISK_BLOCK = 4096
 
 
 def batches(images: StoreReader, size: int = 500) -> Iterator[Tensor]:
-    """Yield the images of a store in order, in batches uint8 (≤ size, C, H, W)."""
+    """Yield the images of a store in order, in batches uint8 (B, C, H, W), B ≤ size."""
     for start in range(0, len(images), size):
         yield images.read("images", start, min(start + size, len(images)))
 

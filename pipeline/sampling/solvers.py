@@ -15,7 +15,7 @@ from pipeline.runs.run import Run
 
 
 def solver_of(run: Run, settings: GenerateConfig) -> SolverConfig:
-    """The solver that samples: the run's `push`, with the overrides of `generate` for all blocks.
+    """Return the solver that samples: the run's `push` with the overrides of `generate`.
 
     Raises:
         FlowError: steps below 1, or an unknown method.
@@ -29,9 +29,9 @@ def solver_of(run: Run, settings: GenerateConfig) -> SolverConfig:
 
 
 def solvers_of(run: Run, settings: GenerateConfig) -> list[SolverConfig]:
-    """The solver of each block, data side first.
+    """Return the solver of each block, data side first.
 
-    An adaptive solver beside fixed-step ones leaves the number of steps of its block unused.
+    Where some blocks have adaptive solvers, their numbers of steps are ignored.
 
     Raises:
         UserError: `block_methods` has not one name a block, or `block_steps` not one number, or
@@ -67,7 +67,7 @@ def solvers_of(run: Run, settings: GenerateConfig) -> list[SolverConfig]:
 
 
 def method_of(solvers: Sequence[SolverConfig]) -> str:
-    """The method of all blocks, or one a block, as `--method` takes it."""
+    """Return the method of all blocks, or one for each block, as `--method` takes it."""
     names = [each.method for each in solvers]
     return names[0] if len(set(names)) == 1 else ",".join(names)
 
@@ -82,7 +82,7 @@ def solver_identity(solver: SolverConfig) -> dict[str, Any]:
 def with_solver(
     settings: GenerateConfig, steps: str | None = None, method: str | None = None
 ) -> GenerateConfig:
-    """The settings with what `--steps` and `--method` say; None leaves either as it is.
+    """Return the settings with the values of `--steps` and `--method`; None changes nothing.
 
     Args:
         settings: of the run.

@@ -1,7 +1,7 @@
 """Atomic writes of files, and reads that verify their sha256.
 
 A file is written under a unique temporary name in its own folder, flushed to the disk and then
-renamed, so that a file under its final name is complete. Every write returns the sha256 of the
+renamed. So a file under its final name is complete. Every write returns the sha256 of the
 content, which a manifest stores and a read checks. A folder (run, cache) is complete when its
 manifest exists: the manifest is written last.
 """

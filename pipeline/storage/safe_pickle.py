@@ -1,7 +1,7 @@
 """Safe reader of the pickled batches of CIFAR-10 and ImageNet-32.
 
-A pickle is a program. This reader resolves only the names that a numeric array needs, and it
-binds each to a stand-in of this file, which collects the parts and builds the array with
+A pickle is a program. This reader resolves only the names that a numeric array needs. It binds
+each to a stand-in of this file, which collects the parts and builds the array with
 `numpy.frombuffer`. Any other name raises an error before code of the pickle runs.
 """
 

@@ -213,7 +213,7 @@ class StoreReader:
         return self._maps[name, index]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Return the samples [start, stop) of a field; only their shards are read."""
+        """Return the samples [start, stop) of a field, (n, …); only their shards are read."""
         parts = []
         for index in range(len(self.starts) - 1):
             low, high = int(self.starts[index]), int(self.starts[index + 1])

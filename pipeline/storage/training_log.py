@@ -66,11 +66,11 @@ class Journal:
             self._sums[name] += value
 
     def mean(self) -> dict[str, float]:
-        """The running means since the last row."""
+        """Return the running means since the last row."""
         return {name: total / max(self._count, 1) for name, total in self._sums.items()}
 
     def flush(self, block: int, step: int, total_step: int, **extra: float) -> None:
-        """Write the running means as one row, and start anew."""
+        """Write the running means as one row, and reset them."""
         row = {"block": block, "step": step, **self.mean(), **extra}
         self.write(row)
         prefix = f"pass-{self.number:02d}/" if self.number else ""
