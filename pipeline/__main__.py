@@ -7,9 +7,17 @@ hides this package. The script `jkoflow` has no such risk.
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
-from pipeline.cli.main import main
+#: the folder of this package and its siblings flows, autoencoders and eval
+_HOME = Path(__file__).resolve().parents[1]
+
+# Python puts the working directory first, where other folders may have the siblings' names
+if Path(sys.path[0]).resolve() != _HOME:
+    del sys.path[0]
+
+from pipeline.cli.main import main  # noqa: E402
 
 
 def leave(code: int) -> NoReturn:

@@ -38,25 +38,28 @@ HOME = "JKOFLOW_HOME"  # the variable that moves the data root
 MNIST, SMOKE = "mnist", "smoke"  # packaged configurations
 LIMIT = "data.limit"
 PROMPT = {"train.checkpoint_seconds": 0}  # a checkpoint after every step
-JKO = {"train.iterations": 24, "schedule.tolerance": 0}
+JKO = {"train.iterations": 24, "jko.tolerance": 0}
 PASSES = {
     "train.iterations": 10,
-    "schedule.tolerance": 0,
-    "schedule.reparameterize": 1,
-    "schedule.refine": 2,
+    "jko.tolerance": 0,
+    "jko.reparameterize": 1,
+    "jko.refine": 2,
 }
 LFM = {
+    "jko": "null",
     "train.objective": "lfm",
     "train.iterations": 24,
-    "train.coupling": "ot",
-    "train.interpolant": "trigonometric",
-    "schedule.tolerance": 0,
+    "lfm.max_blocks": 2,
+    "lfm.coupling": "ot",
+    "lfm.interpolant": "trigonometric",
+    "lfm.tolerance": 0,
 }
 FM = {
+    "jko": "null",
     "train.objective": "fm",
     "train.iterations": 12,
     "train.optimizer": "muon",
-    "train.times": "logit-normal",
+    "fm.times": "logit-normal",
     "train.precision": "bf16",
     "velocity.kind": "unet",
     "velocity.width": 16,

@@ -23,11 +23,10 @@ from accelerate import Accelerator
 from autoencoders.base import to_float
 from flows.errors import SolveError
 from flows.flow import Flow
-from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
 from pipeline.config.autoencoder_recipe import AutoencoderTraining
-from pipeline.config.schema import GenerateConfig, TrainConfig
+from pipeline.config.schema import GenerateConfig, JkoConfig, SamplerConfig, TrainConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.features import SHARD, FeatureExtractor
 from pipeline.runtime.rng import generator
@@ -78,25 +77,12 @@ def block(accelerator: Accelerator, folder: Path, objective: str, size: float) -
     stage = GaussianSource(count=8, bad=3, value=size).first_stage(folder, tiny(), accelerator)
     spec = BlockSpec(velocity=tiny().velocity, h=None, objective=objective)
     made = build_block(spec, (2,), generator(0, "weights", 0))
-    trainer = BlockTrainer(made, spec, stage, TrainConfig(batch_size=8), accelerator)
+    trainer = BlockTrainer(made, spec, stage, TrainConfig(batch_size=8), JkoConfig(), accelerator)
     try:
         trainer.step()
     except Exception as error:  # noqa: BLE001 - what it is, is the question
         return _named(error)
     return None
-
-
-def grids(accelerator: Accelerator, folder: Path) -> Any:
-    """The grid of a block after a step, where only the first process found it too coarse."""
-    stage = GaussianSource(count=8).first_stage(folder, tiny(), accelerator)
-    spec = BlockSpec(velocity=tiny().velocity, solver=SolverConfig("euler", 1))
-    made = build_block(spec, (2,), generator(0, "weights", 0))
-    recipe = TrainConfig(batch_size=8, max_substeps=4)
-    trainer = BlockTrainer(made, spec, stage, recipe, accelerator)
-    seen = 1.0 if accelerator.process_index == 0 else 0.0
-    with mock.patch("pipeline.training.block_trainer.grid_error", lambda *_: seen):
-        trainer.step()
-    return [made.solver.steps, trainer.spec.solver.steps]
 
 
 def autoencoder(accelerator: Accelerator, folder: Path) -> Any:
@@ -144,7 +130,7 @@ def images(accelerator: Accelerator, folder: Path) -> Any:
     """How generation ends when the flow cannot be followed on the second process alone."""
     run: Any = SimpleNamespace(
         folder=folder, fingerprint="none", flow=Flow((2,)), autoencoder=lambda: None,
-        config=SimpleNamespace(push=SolverConfig("rk4", 1)),
+        config=SimpleNamespace(sampler=SamplerConfig("rk4", 1)),
         manifest={"autoencoder": {"image_shape": [1, 2, 2]}, "blocks": []},
     )  # fmt: skip
 
@@ -174,7 +160,7 @@ def clock(accelerator: Accelerator, folder: Path, ahead: int) -> Any:
 
 #: two networks, which two processes train apart; clipped, so that the norm of all counts
 APART = ("train.objective=fm", "velocity.kind=mlp", "velocity.width=8", "velocity.depth=1",
-         "velocity.nets=2", "push.steps=4", "train.iterations=12", "train.snapshot_every=5",
+         "velocity.nets=2", "sampler.steps=4", "train.iterations=12", "fm.snapshot_every=5",
          "train.grad_clip=0.5", "train.lr=0.01", "train.ema=0.9", "train.log_every=4")  # fmt: skip
 
 
@@ -189,7 +175,6 @@ JOBS: dict[str, Callable[[Accelerator, Path], Any]] = {
     "codebook": codebook,
     "autoencoder": autoencoder,
     "stage": stage,
-    "grids": grids,
     "features": features,
     "images": images,
     "first clock": partial(clock, ahead=0),

@@ -5,9 +5,9 @@ set -euo pipefail
 
 wide=(--config cifar10 --set velocity.width=128)
 jkoflow train "${wide[@]}" --run runs/wide --init-from zoo:cifar10 --set train.iterations=5000 --set train.lr=3e-3 \
-  --set train.snapshot_every=1250
+  --set fm.snapshot_every=1250
 jkoflow train "${wide[@]}" --run runs/wider --init-from runs/wide --set train.iterations=4500 --set train.lr=2e-3 \
-  --set train.snapshot_every=1500
+  --set fm.snapshot_every=1500
 jkoflow train --config cifar10-refiner --run runs/cifar10-refiner
 
 # export before runs/wider itself is evaluated: numbers of other images are refused

@@ -7,12 +7,12 @@ set -euo pipefail
 dir=${1:?usage: imagenet32-like-wide.sh DIR}
 data=(--set data.path="$dir")
 wide=(--config imagenet32 "${data[@]}" --set velocity.width=128 --set velocity.classes=200)
-two=(--set velocity.nets=2 --set train.batch_size=256 --set push.steps=8)
+two=(--set velocity.nets=2 --set train.batch_size=256 --set sampler.steps=8)
 guide=(--guide runs/like-first@500 --steps 8)
 
 # one network, with the unsharp mask measured on these images
-jkoflow autoencoder train --config cifar10 --set data.name=imagenet32 "${data[@]}" --out runs/mask \
-  --set autoencoder_training.start=rgb32-kl-8x8 --set autoencoder_training.iterations=0
+jkoflow autoencoder train --config rgb32-kl-8x8 --set data.name=imagenet32 "${data[@]}" --out runs/mask \
+  --set training.start=rgb32-kl-8x8 --set training.iterations=0
 jkoflow train "${wide[@]}" --run runs/W --init-from zoo:imagenet32-like --set train.batch_size=128 \
   --set train.iterations=5500 --set train.lr=3e-3
 jkoflow train "${wide[@]}" --run runs/W2 --init-from runs/W --set train.batch_size=128 \
@@ -31,7 +31,7 @@ for run in W W2 W3; do
 done
 
 # a refiner in place of the mask, and the shipped run; the second evaluation continues from the 10 000 images
-jkoflow train    --config imagenet32-refiner "${data[@]}" --run runs/imagenet32-refiner --set push.steps=4
+jkoflow train    --config imagenet32-refiner "${data[@]}" --run runs/imagenet32-refiner --set sampler.steps=4
 jkoflow export   --run runs/W4 "${guide[@]}" --guidance 3.3 --refiner runs/imagenet32-refiner --dtype int10 \
   --out exported/imagenet32-like-wide
 jkoflow evaluate --run exported/imagenet32-like-wide -n 10000 --kid 2000 --set evaluate.nll=32 "${data[@]}" --reference tiny.safetensors

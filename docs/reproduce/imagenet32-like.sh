@@ -10,7 +10,7 @@ jkoflow reference --config imagenet32 --set data.path="$dir" tiny.safetensors
 jkoflow encode    --config imagenet32 --set data.path="$dir"
 
 jkoflow train    "${like[@]}" --run runs/like-first --set train.init_from=zoo:cifar10 --set train.iterations=2500 \
-  --set train.snapshot_every=500
+  --set fm.snapshot_every=500
 jkoflow evaluate --run runs/like-first -n 10000 --guide runs/like-first@500 --guidance 2.5 --set evaluate.nll=8
 jkoflow train    "${like[@]}" --run runs/like --set train.init_from=runs/like-first --set train.lr=8e-3 --set train.iterations=12500
 jkoflow evaluate --run runs/like -n 10000 --guide runs/like-first@500 --guidance 3.5 --set evaluate.nll=8

@@ -7,4 +7,4 @@ for density in checkerboard two_moons 8gaussians pinwheel circles swiss_roll gau
   jkoflow toy2d --config "$density"
 done
 jkoflow toy2d --config checkerboard --run runs/toy2d-checkerboard-refined \
-  --set schedule.reparameterize=2 --set schedule.refine=2 --set schedule.later_iterations=600
+  --set jko.reparameterize=2 --set jko.refine=2 --set jko.later_iterations=600

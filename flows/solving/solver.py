@@ -54,8 +54,8 @@ class SolverConfig:
         needed = 0 if self.adaptive else FIXED_METHODS[self.method] * self.steps
         if needed > self.max_evaluations:
             raise FlowError(
-                f"solver.steps = {self.steps} of {self.method} take {needed} evaluations, more "
-                f"than solver.max_evaluations = {self.max_evaluations}; take fewer, or raise it"
+                f"solver.steps={self.steps} of {self.method} takes {needed} evaluations; "
+                f"expected at most {self.max_evaluations}; take fewer steps"
             )
 
     @property

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from autoencoders.adapt import Adaptation
 from autoencoders.base import Autoencoder, to_float, to_uint8
+from autoencoders.registry import build_autoencoder
 from eval.inception import EXTRACTOR
 from eval.reconstruction import Reconstruction
 from pipeline.autoencoder_training.train import _SHOWN, WEIGHTS, _picture
-from pipeline.config.schema import Config
+from pipeline.config.schema import DataConfig, EncoderConfig
 from pipeline.data.datasets import ImageSet, load_images
-from pipeline.data.latent_cache import load_images_and_autoencoder
 from pipeline.errors import UserError
 from pipeline.evaluation.features import FeatureExtractor, fid_of, statistics_of
 from pipeline.evaluation.real_images import subset_indices
@@ -24,7 +25,9 @@ from pipeline.storage import atomic
 
 
 def evaluate(
-    config: Config,
+    data: DataConfig,
+    encoder: EncoderConfig,
+    reference: str,
     n: int,
     folder: Path,
     accelerator: Accelerator,
@@ -41,7 +44,9 @@ def evaluate(
     very images that were reconstructed (`rfid_originals`: what papers on autoencoders report).
 
     Args:
-        config: sections data, autoencoder and evaluate (for the reference).
+        data: images; those of the test split are measured.
+        encoder: the autoencoder.
+        reference: shipped statistics, a .npz, a .safetensors or a folder.
         n: images.
         folder: where the results go.
         accelerator: device and processes.
@@ -58,27 +63,28 @@ def evaluate(
     """
     if n < 2:
         raise UserError(f"an evaluation needs at least 2 images, not {n}")
-    _not_another(config, folder)
-    _, autoencoder = load_images_and_autoencoder(config)
-    test = load_images(config.data.of_split(config.data.test_split))
+    _not_another(encoder, folder)
+    test = load_images(data.of_split(data.test_split))
+    adaptation = Adaptation(encoder.fit, encoder.size, encoder.latents)
+    autoencoder = build_autoencoder(encoder.name, encoder.weights, test.shape, adaptation)
     if n > len(test):
         raise UserError(f"{test.name} ({test.split}) has {len(test)} images, fewer than {n}")
     maker = FeatureExtractor(accelerator, progress)
-    reference = maker.reference(config.evaluate.reference)
+    statistics = maker.reference(reference)
     measured = _reconstruct(autoencoder, test, n, folder, accelerator, progress)
-    rfid = maker.reconstruction_fid(autoencoder, test, n, reference)
+    rfid = maker.reconstruction_fid(autoencoder, test, n, statistics)
     label = {"n": n, "split": test.split, "extractor": EXTRACTOR}
-    against = {"reference": config.evaluate.reference, **label}
+    against = {"reference": reference, **label}
     result: dict[str, Any] = {"rfid": {"value": rfid, **against}}
     if originals:
         real = maker.real_features(test, n)
         near = maker.reconstruction_fid(autoencoder, test, n, statistics_of(real))
         result["rfid_originals"] = {"value": near, **label}
-        result["real_fid"] = {"value": fid_of(real, reference), **against}
+        result["real_fid"] = {"value": fid_of(real, statistics), **against}
     result |= {
         **measured,
-        "name": config.autoencoder.name,
-        "weights": config.autoencoder.weights,
+        "name": encoder.name,
+        "weights": encoder.weights,
         "fingerprint": autoencoder.fingerprint,
         "architecture": autoencoder.describe(),
     }
@@ -115,14 +121,13 @@ def _reconstruct(
     return total.result(entries)
 
 
-def _not_another(config: Config, folder: Path) -> None:
+def _not_another(encoder: EncoderConfig, folder: Path) -> None:
     """Refuse to write one autoencoder's numbers beside the weights of another."""
-    trained, weights_ = folder / WEIGHTS, config.autoencoder.weights
+    trained, weights_ = folder / WEIGHTS, encoder.weights
     if not trained.is_file():
         return
     if weights_ is None or Path(weights_).expanduser().resolve() != trained.resolve():
         raise UserError(
-            f"{folder} holds a trained autoencoder, but autoencoder.weights is {weights_}; "
-            f"measure the one there with --set autoencoder.weights={trained}, or choose another "
-            "place with --out"
+            f"{folder} holds a trained autoencoder, but --weights is {weights_}; measure the one "
+            f"there with --weights {trained}, or choose another place with --out"
         )

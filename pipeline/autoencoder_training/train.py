@@ -14,13 +14,14 @@ from autoencoders.base import to_float, to_uint8
 from autoencoders.taming import TamingAutoencoder
 from eval.plots import before_after
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
-from pipeline.config.load import differences, to_dict
-from pipeline.config.schema import Config
+from pipeline.config.autoencoder_recipe import AutoencoderConfig
+from pipeline.config.keys import resume_rule
+from pipeline.config.load import differences, read_resolved, to_dict
 from pipeline.data.datasets import ImageSet, load_images
 from pipeline.data.image_set import with_random_access
 from pipeline.errors import JkoflowError, UserError
 from pipeline.evaluation.real_images import subset_indices
-from pipeline.runs.directory import ENVIRONMENT, read_config, start_run, write_environment
+from pipeline.runs.directory import ENVIRONMENT, start_run, write_environment
 from pipeline.runtime.console import Progress
 from pipeline.runtime.rng import Batches, generator
 from pipeline.storage import atomic
@@ -32,17 +33,19 @@ _CHECKPOINT = "checkpoint.safetensors"
 _LOG_EVERY = 50
 _SHOWN = 32
 _PROBE = 2000
-#: sections that decide the weights; a training is not continued under other values of them
-_DECISIVE = ("data", "architecture", "autoencoder_training")
 
 
 def train(
-    config: Config, folder: Path, accelerator: Accelerator, progress: Progress, resume: bool
+    config: AutoencoderConfig,
+    folder: Path,
+    accelerator: Accelerator,
+    progress: Progress,
+    resume: bool,
 ) -> Path:
     """Train an autoencoder on a data set.
 
     Args:
-        config: sections data, architecture and autoencoder_training.
+        config: its configuration.
         folder: weights, checkpoint, log, recipe and pictures go here.
         accelerator: device and processes.
         progress: wraps the loop.
@@ -58,21 +61,20 @@ def train(
         JkoflowError: the training diverged.
     """
     images = load_images(config.data)
-    recipe = config.autoencoder_training
+    recipe = config.training
     start = _start(recipe.start)
-    architecture = start.config if start is not None else config.architecture
+    architecture = config.architecture.build(images.shape) if start is None else start.config
     if tuple(architecture.image_shape) != images.shape:
-        named = recipe.start if start is not None else "architecture.image_shape"
         raise UserError(
-            f"{named} is {tuple(architecture.image_shape)}, but {images.name} has "
-            f"{images.shape}; set it to the data's"
+            f"training.start={recipe.start} takes images {tuple(architecture.image_shape)}, but "
+            f"{images.name} has {images.shape}; choose other weights or other data"
         )
     if architecture.flavour == "gumbel" and not recipe.decoder_only:
         raise UserError(
-            "gumbel autoencoders are converted, not trained here; choose architecture.flavour=kl "
-            "or vq, or train a decoder alone with autoencoder_training.decoder_only=true"
+            f"training.start={recipe.start} is a gumbel autoencoder, whose encoder is not trained "
+            "here; set training.decoder_only=true, or choose other weights"
         )
-    trainer = AutoencoderTrainer(config.architecture, recipe, accelerator, start)
+    trainer = AutoencoderTrainer(architecture, recipe, accelerator, start)
     _enter(config, folder, resume, accelerator)
     images = with_random_access(images, accelerator, progress)
     checkpoint, began, before = folder / _CHECKPOINT, time.monotonic(), 0.0
@@ -101,7 +103,7 @@ def train(
                 raise JkoflowError(str(error)) from error
             if trainer.done % _LOG_EVERY == 0 or trainer.done == recipe.iterations:
                 journal.flush(0, trainer.done, trainer.done)
-            if time.monotonic() - saved > config.train.checkpoint_seconds:
+            if time.monotonic() - saved > recipe.checkpoint_seconds:
                 save()
                 saved = time.monotonic()
     save()
@@ -118,7 +120,7 @@ def _start(named: str | None) -> TamingAutoencoder | None:
     try:
         return weights.load_weights(weights.locate_weights(named))
     except ValueError as error:
-        raise UserError(f"autoencoder_training.start: {error}") from error
+        raise UserError(f"training.start: {error}") from error
 
 
 def _picture(folder: Path, before: Tensor, after: Tensor) -> None:
@@ -130,7 +132,9 @@ def _picture(folder: Path, before: Tensor, after: Tensor) -> None:
     )
 
 
-def _enter(config: Config, folder: Path, resume: bool, accelerator: Accelerator) -> None:
+def _enter(
+    config: AutoencoderConfig, folder: Path, resume: bool, accelerator: Accelerator
+) -> None:
     path = folder / "config.yaml"
     there = path.is_file()
     if there and not resume:
@@ -139,7 +143,7 @@ def _enter(config: Config, folder: Path, resume: bool, accelerator: Accelerator)
             "another place with --out"
         )
     if there:
-        _require_same(read_config(folder), config, folder)
+        _require_same(read_resolved(AutoencoderConfig, path), config, folder)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if not there:
@@ -149,9 +153,13 @@ def _enter(config: Config, folder: Path, resume: bool, accelerator: Accelerator)
     accelerator.wait_for_everyone()
 
 
-def _require_same(old: Config, new: Config, folder: Path) -> None:
+def _require_same(old: AutoencoderConfig, new: AutoencoderConfig, folder: Path) -> None:
     """Refuse to continue under another configuration; also a longer one has another schedule."""
-    changed = differences(old, new, _DECISIVE, ("test_split",))
+    changed = {
+        key: values
+        for key, values in differences(old, new).items()
+        if resume_rule(key, AutoencoderConfig) != "free"
+    }
     if changed:
         told = ", ".join(f"{key}={was} (now {now})" for key, (was, now) in changed.items())
         raise UserError(
@@ -161,12 +169,16 @@ def _require_same(old: Config, new: Config, folder: Path) -> None:
 
 
 def _finish(
-    config: Config, folder: Path, trainer: AutoencoderTrainer, images: ImageSet, seconds: float
+    config: AutoencoderConfig,
+    folder: Path,
+    trainer: AutoencoderTrainer,
+    images: ImageSet,
+    seconds: float,
 ) -> None:
     """Commit the weights and their card, and a picture of reconstructions."""
     recipe = {
         "data": {"name": images.name, "split": images.split, "fingerprint": images.fingerprint},
-        "recipe": to_dict(config.autoencoder_training),
+        "recipe": to_dict(config.training),
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
     }

@@ -6,7 +6,7 @@ The modules that do the work are imported when a command runs, so that `--help` 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,12 +33,12 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue what is there.")] = False,
     overrides: _Set = None,
 ) -> None:
-    """Train a small VQ or KL autoencoder (sections architecture and autoencoder_training)."""
+    """Train a small VQ or KL autoencoder."""
     from pipeline.autoencoder_training.train import train as train_autoencoder
-    from pipeline.cli.session import load, make_accelerator
+    from pipeline.cli.session import make_accelerator
     from pipeline.runtime.console import progress_bar
 
-    settings, accelerator = load(config, overrides), make_accelerator()
+    settings, accelerator = _load(config, overrides), make_accelerator()
     folder = _folder(out, settings.name)
     path = train_autoencoder(settings, folder, accelerator, progress_bar, resume)
     if accelerator.is_main_process:
@@ -47,7 +47,29 @@ def train(
 
 def evaluate(
     config: _Config,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            help="A shipped name or a path; default what was trained in --out, or else the "
+            "shipped weights of the configuration's name.",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            help="A shipped name, a folder, a .npz, or a file of `reference`; default DATA-train.",
+        ),
+    ] = None,
     n: Annotated[int, typer.Option("-n", help="Images of the test split.")] = 10000,
+    kind: Annotated[
+        str, typer.Option("--kind", help="pretrained, identity or diffusers.")
+    ] = "pretrained",
+    fit: Annotated[
+        str,
+        typer.Option("--fit", help="Images of another shape: exact (refuse), native or resize."),
+    ] = "exact",
     originals: Annotated[
         bool,
         typer.Option(
@@ -61,14 +83,31 @@ def evaluate(
 ) -> None:
     """Measure an autoencoder: rFID, PSNR, SSIM, codebook use, and a before/after picture."""
     from pipeline.autoencoder_training.evaluate import evaluate as evaluate_autoencoder
-    from pipeline.cli.session import load, make_accelerator
+    from pipeline.autoencoder_training.train import WEIGHTS
+    from pipeline.cli.session import make_accelerator
+    from pipeline.config.schema import EncoderConfig
     from pipeline.runtime.console import progress_bar
 
-    settings, accelerator = load(config, overrides), make_accelerator()
+    settings, accelerator = _load(config, overrides), make_accelerator()
     folder = _folder(out, settings.name)
-    path = evaluate_autoencoder(settings, n, folder, accelerator, progress_bar, originals)
+    if weights is None and kind == "pretrained":
+        trained = folder / WEIGHTS
+        weights = str(trained) if trained.is_file() else settings.name
+    encoder = EncoderConfig(name=kind, weights=weights, fit=fit)  # type: ignore[arg-type]
+    reference = reference or f"{settings.data.name}-train"
+    path = evaluate_autoencoder(
+        settings.data, encoder, reference, n, folder, accelerator, progress_bar, originals
+    )
     if accelerator.is_main_process:
         print(path)
+
+
+def _load(config: str, overrides: list[str] | None) -> Any:  # noqa: ANN401 - imported late
+    from pipeline.config import packaged
+    from pipeline.config.autoencoder_recipe import AutoencoderConfig
+    from pipeline.config.load import load
+
+    return load(AutoencoderConfig, config, overrides or [], packaged.AUTOENCODERS)
 
 
 def _folder(out: Path | None, name: str) -> Path:

@@ -141,7 +141,7 @@ def evaluate(
         bool,
         typer.Option(
             "--curve",
-            help="Measure FID alone, at the weights that train.snapshot_every kept; writes "
+            help="Measure FID alone, at the weights that fm.snapshot_every kept; writes "
             "curve.json and samples/curve.png.",
         ),
     ] = False,
@@ -166,11 +166,11 @@ def evaluate(
     if nfe is not None:
         require_one_budget(steps)
     opened = open_run(run, blocks, images=True)
-    config = override(opened.config, overrides, ("generate", "evaluate", "data.path"))
+    config = override(opened.config, overrides, ("generate", "sampler", "evaluate", "data.path"))
     opened = replace(opened, config=config)  # the images may be in another folder on this machine
-    settings = replace(config.evaluate, n=n, seed=seed, reference=reference, kid=kid)
-    sampling = with_guidance(config.generate, guidance, guide, refiner)
-    plan = SamplingPlan.open(opened, with_solver(sampling, steps, method))
+    settings = replace(config.evaluate, n=n, reference=reference, kid=kid)
+    sampling = with_guidance(replace(config.generate, seed=seed), guidance, guide, refiner)
+    plan = SamplingPlan.open(with_solver(opened, steps, method), sampling)
     if nfe is not None:
         plan = plan.within(nfe)
     accelerator = make_accelerator()

@@ -10,7 +10,16 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import autoencoder, data, evaluation, publishing, sampling, toy2d, training
+from pipeline.cli import (
+    autoencoder,
+    configuration,
+    data,
+    evaluation,
+    publishing,
+    sampling,
+    toy2d,
+    training,
+)
 from pipeline.cli.options import ConfigOption, SetOption
 from pipeline.cli.session import INTERRUPTED, explain, fail, load, make_accelerator
 from pipeline.runtime.console import progress_bar
@@ -18,7 +27,7 @@ from pipeline.runtime.console import progress_bar
 app = typer.Typer(
     name="jkoflow",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help=(
         "Images in, a generator of images and its FID out: encode to latents, train a block-wise "
@@ -75,6 +84,7 @@ VERBS = (  # in the order of --help
 for verb in VERBS:
     app.command()(verb)
 app.add_typer(autoencoder.group, name="autoencoder")
+app.add_typer(configuration.group, name="config")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -50,7 +50,7 @@ def export(
 
     opened = open_run(run, images=True)
     settings = with_guidance(opened.config.generate, guidance, guide, refiner)
-    plan = SamplingPlan.open(opened, with_solver(settings, steps, method))
+    plan = SamplingPlan.open(with_solver(opened, steps, method), settings)
     exported = export_run(plan, out, dtype, autoencoder)
     say(
         f"{exported.bytes / 1e6:.1f} MB; rounding to {dtype} moves generated latents by "

@@ -61,11 +61,11 @@ def generate(
     from pipeline.sampling.solvers import with_solver
 
     opened = open_run(run, blocks, images=True)
-    settings = override(opened.config, overrides, ("generate",)).generate
+    config = override(opened.config, overrides, ("generate", "sampler"))
+    opened, settings = with_solver(replace(opened, config=config), steps, method), config.generate
     labels = parse_classes(opened, classes)
     settings = replace(settings, n=n, seed=seed, labels=labels)
     settings = with_guidance(settings, guidance, guide, refiner)
-    settings = with_solver(settings, steps, method)
     several = len(settings.labels or [])
     if n is None and several > 1:
         settings = replace(settings, n=max(settings.n, several * settings.columns))

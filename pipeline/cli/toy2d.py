@@ -65,16 +65,6 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: unknown name, unreadable YAML, unknown key or wrong type.
     """
-    from pipeline.config.load import available, load_config
-    from pipeline.errors import UserError
+    from pipeline.config.load import load_config
 
-    if Path(name).suffix in (".yaml", ".yml"):
-        return load_config(name, overrides)
-    short = name.removeprefix(f"{FOLDER}/")
-    known = [x.removeprefix(f"{FOLDER}/") for x in available() if x.startswith(f"{FOLDER}/")]
-    if short not in known:
-        raise UserError(
-            f"unknown two-dimensional experiment {name!r}; choose one of {', '.join(known)}, or "
-            "give the path of a .yaml file"
-        )
-    return load_config(f"{FOLDER}/{short}", overrides)
+    return load_config(name, overrides, FOLDER)

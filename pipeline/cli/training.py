@@ -42,8 +42,8 @@ def distill(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Override: section.key=value, of train, velocity, push, generate, evaluate; by "
-            "default the teacher's network, 5000 iterations a merged block. data.path where "
+            help="Override: section.key=value, of train, velocity, sampler, generate, evaluate; "
+            "by default the teacher's network, 5000 iterations a merged block. data.path where "
             "the images lie elsewhere on this machine.",
         ),
     ] = None,
@@ -110,9 +110,6 @@ def train(
     add_blocks: Annotated[
         int, typer.Option(help="Add so many blocks to a finished run, before its free block.")
     ] = 0,
-    from_block: Annotated[
-        int | None, typer.Option(help="Train this block (from 0) and all after it again.")
-    ] = None,
     init_from: Annotated[
         str | None,
         typer.Option(
@@ -124,36 +121,33 @@ def train(
     overrides: SetOption = None,
 ) -> None:
     """Train the flow block by block: latent cache to run directory."""
+    from pipeline.config.keys import keys, resume_rule
+    from pipeline.config.schema import Config
     from pipeline.runs.directory import read_config
     from pipeline.runs.zoo import is_shipped
     from pipeline.training import train as training_train
-    from pipeline.training.resume import FREE, LATER, MOVED
 
-    anew = bool(add_blocks) or from_block is not None
+    overrides = list(overrides or [])
+    later = {"jko.reparameterize": reparameterize, "jko.refine": refine}
+    overrides += [f"{key}={value}" for key, value in later.items() if value is not None]
     if config is not None:
         settings = load(config, overrides)
-    elif run is None or not (resume or anew):
+    elif run is None or not (resume or add_blocks):
         raise UserError("give --config, or --run with --resume to continue a run")
     else:
-        later = tuple(f"{name}=" for name in (*LATER, MOVED))
-        if not anew and not all(given.startswith(later) for given in overrides or []):
-            raise UserError(
-                "--set goes with --config; a resumed run keeps its configuration, but for "
-                + ", ".join(key.rstrip("=") for key in later)
-            )
-        settings = override(read_config(run), overrides, (*FREE, MOVED))
+        rules = ("later", "moved", "added") if add_blocks else ("later", "moved")
+        allowed = [name for name in keys(Config) if resume_rule(name) in rules]
+        settings = override(read_config(run), overrides, allowed)
     start = init_from
     if start is None and config is not None:  # a run on disk keeps the path as it was started
         start = settings.train.init_from
     if start is not None and not is_shipped(start):
         start = str(Path(start).expanduser().resolve())
     settings = with_section(settings, "train", max_minutes=max_minutes, init_from=start)
-    settings = with_section(settings, "schedule", reparameterize=reparameterize, refine=refine)
     folder = run if run is not None else Path("runs") / settings.name
     accelerator = make_accelerator()
     outcome = training_train.train(
-        settings, folder, accelerator, progress_bar, resume,
-        add_blocks=add_blocks, from_block=from_block,
+        settings, folder, accelerator, progress_bar, resume, add_blocks=add_blocks
     )
     if accelerator.is_main_process:
         state = "finished" if outcome.complete else "stopped in time; continue with --resume"

@@ -1,152 +1,164 @@
 """Reads configurations: defaults, then a YAML file of differences, then `--set` overrides.
 
-An unknown key or a wrong type is an error that names the dotted path. `resolved_yaml` gives
-the whole of a configuration, to be kept with what it made.
+An unknown key or a wrong value is an error that names the dotted key. `resolved_yaml` gives the
+whole of a configuration, to be kept with what it made.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from importlib import resources
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from flows.errors import FlowError
-from pipeline.config.schema import Config
+from pipeline.config import packaged
+from pipeline.config.applies import check_applicable
+from pipeline.config.keys import fields_of, keys, section_of
+from pipeline.config.moved import replacement
+from pipeline.config.schema import WHERE, Config
+from pipeline.config.values import convert
 from pipeline.errors import UserError
 
-
-def available() -> list[str]:
-    """Names of the packaged configurations."""
-    root = resources.files("configs")
-    names = [str(p) for p in Path(str(root)).rglob("*.yaml")]
-    return sorted(str(Path(p).relative_to(str(root)).with_suffix("")) for p in names)
+S = TypeVar("S")
 
 
-def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration.
+@dataclass(frozen=True)
+class _Entry:
+    """A value as it was given.
+
+    Attributes:
+        value: plain.
+        source: where it was given, for messages.
+        text: as `--set` has it; None in a file.
+    """
+
+    value: Any
+    source: str
+    text: str | None = None
+
+
+def load_config(
+    name_or_path: str, overrides: Sequence[str] = (), folder: str = packaged.FLOWS
+) -> Config:
+    """Read the configuration of a flow.
 
     Args:
         name_or_path: a packaged name (`mnist`) or the path of a YAML file.
         overrides: `section.key=value` strings, applied in order.
+        folder: of packaged configurations where a short name is looked up.
 
     Returns:
         The resolved, checked configuration.
 
     Raises:
-        UserError: unknown name, unreadable YAML, unknown key or wrong type.
+        UserError: unknown name, unreadable YAML, unknown key, wrong value, or a key that does not
+            apply.
     """
-    values = _read_yaml(_find(name_or_path))
-    return _apply(_merge(_defaults(), values, f"config {name_or_path}"), overrides)
+    return load(Config, name_or_path, overrides, folder)
 
 
-def overridden(config: Config, overrides: Sequence[str], sections: Sequence[str]) -> Config:
-    """A configuration with overrides of some of its sections, or single keys of them, only.
+def load(schema: type[S], name_or_path: str, overrides: Sequence[str], folder: str) -> S:
+    """Read a configuration of any schema; see `load_config`."""
+    values = read_yaml(packaged.find(name_or_path, folder))
+    entries = [*_entries(values, f"config {name_or_path}"), *_overrides(overrides)]
+    config = _build(schema, entries)
+    check_applicable(config)
+    return config
+
+
+def overridden(config: Config, overrides: Sequence[str], allowed: Sequence[str]) -> Config:
+    """Return a configuration with overrides of some sections, or single keys, only.
 
     Raises:
-        UserError: as `load_config`, or an override of another section.
+        UserError: as `load_config`, or an override of another key.
     """
     for override in overrides:
         key = override.partition("=")[0]
-        if key not in sections and key.partition(".")[0] not in sections:
+        if not any(key == name or key.startswith(f"{name}.") for name in allowed):
             raise UserError(
-                f"--set {override} has no effect here; only {', '.join(sections)} can be "
-                "overridden on a finished run"
+                f"--set {override} has no effect here; expected a key of {', '.join(allowed)}; "
+                "remove it"
             )
-    return _apply(_merge(_defaults(), to_dict(config), "config.yaml"), overrides)
+    if not overrides:
+        return config
+    entries = [*_entries(to_dict(config), "config.yaml"), *_overrides(overrides)]
+    changed = _build(Config, entries)
+    check_applicable(changed)
+    return changed
 
 
-def from_resolved(values: dict[str, Any]) -> Config:
-    """A configuration from what `to_dict` gave (a run's config.yaml).
+def read_resolved(schema: type[S], path: Path) -> S:
+    """Read the whole configuration that `resolved_yaml` wrote, such as a run's config.yaml.
 
     Raises:
-        UserError: an unknown key or a wrong type.
+        UserError: unreadable YAML, an unknown key or a wrong value.
     """
-    return _to_dataclasses(_merge(_defaults(), values, "config.yaml"))
+    return _build(schema, _entries(read_yaml(path), str(path)))
 
 
-def to_dict(config: Any) -> dict[str, Any]:  # noqa: ANN401 - any dataclass of this file
-    """Plain nested values (tuples become lists), ready for JSON or YAML."""
-
-    def plain(value: Any) -> Any:  # noqa: ANN401
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
-
-    result: dict[str, Any] = plain(dataclasses.asdict(config))
-    return result
-
-
-def differences(
-    old: Config, new: Config, sections: Sequence[str], indifferent: Sequence[str]
-) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with the old and the new value.
-
-    Args:
-        old: a configuration.
-        new: another.
-        sections: that are compared.
-        indifferent: names of keys that are not, in whatever section.
-    """
-    before, after = to_dict(old), to_dict(new)
+def to_dict(config: Any) -> dict[str, Any]:  # noqa: ANN401 - any dataclass of a schema
+    """Return plain nested values for JSON or YAML, without the sections that do not apply."""
     return {
-        f"{section}.{key}": (before[section].get(key), value)
-        for section in sections
-        for key, value in after[section].items()
-        if key not in indifferent and before[section].get(key) != value
+        name: _plain(value)
+        for name, kind in fields_of(type(config)).items()
+        if (value := getattr(config, name)) is not None or section_of(kind) is None
     }
 
 
-def resolved_yaml(config: Config) -> str:
-    """The whole configuration as YAML."""
+def flat(config: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return the plain values of a configuration by dotted key."""
+    known = keys(type(config))
+    return {name: entry.value for name, entry in _entries(to_dict(config), "") if name in known}
+
+
+def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:  # noqa: ANN401
+    """Compare two configurations.
+
+    Returns:
+        Dotted keys whose values differ, with the old and the new value; a key of a section that
+        does not apply has the value None.
+    """
+    before, after = flat(old), flat(new)
+    names = [*before, *(name for name in after if name not in before)]
+    return {
+        name: (before.get(name), after.get(name))
+        for name in names
+        if before.get(name) != after.get(name)
+    }
+
+
+def with_values(config: S, values: dict[str, Any]) -> S:
+    """Return a configuration with other values of some dotted keys; no rule is checked."""
+    changed = {**_nested(config, ""), **values}
+    return _make(type(config), "", changed)
+
+
+def _nested(config: Any, prefix: str) -> dict[str, Any]:  # noqa: ANN401
+    """The values of a configuration by dotted key, as they are."""
+    found: dict[str, Any] = {}
+    for name, kind in fields_of(type(config)).items():
+        value = getattr(config, name)
+        if section_of(kind) is None:
+            found[prefix + name] = value
+        elif value is not None:
+            found |= _nested(value, f"{prefix}{name}.")
+    return found
+
+
+def resolved_yaml(config: Any) -> str:  # noqa: ANN401
+    """Write the whole configuration as YAML."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def _defaults() -> Any:  # noqa: ANN401 - OmegaConf nodes
-    merged = OmegaConf.structured(Config)
-    for node in (merged, *merged.values()):  # frozen dataclasses arrive read-only
-        if OmegaConf.is_config(node):
-            OmegaConf.set_readonly(node, False)
-    return merged
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of sections with keys.
 
-
-def _apply(merged: Any, overrides: Sequence[str]) -> Config:  # noqa: ANN401
-    for override in overrides:
-        key, sign, _ = override.partition("=")
-        if not sign or not key:
-            raise UserError(f"--set takes section.key=value, not {override!r}")
-        try:
-            values = OmegaConf.from_dotlist([override])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(
-                f"--set {override}: its value is not readable YAML; close its brackets and "
-                "quotes, and quote the whole for the shell"
-            ) from error
-        merged = _merge(merged, values, f"--set {override}")
-    return _to_dataclasses(merged)
-
-
-def _find(name_or_path: str) -> Path:
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"no configuration file at {path}; check the path")
-        return path
-    packaged = Path(str(resources.files("configs"))) / f"{name_or_path}.yaml"
-    if not packaged.is_file():
-        raise UserError(
-            f"unknown configuration {name_or_path!r}; choose one of {', '.join(available())}, "
-            "or give the path of a .yaml file"
-        )
-    return packaged
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -159,54 +171,127 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _merge(base: Any, values: Any, source: str) -> Any:  # noqa: ANN401 - OmegaConf nodes
-    """Merge key by key, so that an error can always name the dotted path."""
-    plain = OmegaConf.to_container(values) if OmegaConf.is_config(values) else values
-    for key, value in _leaves(plain, ""):
-        if isinstance(value, list) and any(isinstance(part, (list, dict)) for part in value):
-            raise UserError(f"{source}: {key}: expected a list of plain values, not {value!r}")
-        try:
-            OmegaConf.update(base, key, value, merge=True, force_add=False)
-        except OmegaConfBaseException as error:
-            raise UserError(_explain(error, key, value, source)) from error
-    return base
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return [_plain(part) for part in value] if isinstance(value, (tuple, list)) else value
 
 
-def _leaves(values: Any, prefix: str) -> list[tuple[str, Any]]:  # noqa: ANN401
-    if not isinstance(values, dict) or (prefix and not values):
-        return [(prefix, values)]
-    found = []
+def _entries(values: dict[str, Any], source: str) -> list[tuple[str, _Entry]]:
+    """The values of a file, by dotted key."""
+    return [(name, _Entry(value, source)) for name, value in _leaves(values, "")]
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
     for key, value in values.items():
-        found += _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _overrides(overrides: Sequence[str]) -> list[tuple[str, _Entry]]:
+    """The values of `--set`, by dotted key."""
+    found: list[tuple[str, _Entry]] = []
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key:
+            raise UserError(f"--set takes section.key=value, not {override!r}")
+        source = f"--set {override}"
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"{source}: its value is not readable YAML; close its brackets and quotes, and "
+                "quote the whole for the shell"
+            ) from error
+        inner = _leaves(value, f"{key}.") if isinstance(value, dict) and value else [(key, value)]
+        found += [(name, _Entry(part, source, text)) for name, part in inner]
     return found
 
 
-def _explain(error: OmegaConfBaseException, key: str, value: object, source: str) -> str:
-    if isinstance(error, (ConfigAttributeError, ConfigKeyError)):
-        parent = key.rpartition(".")[0]
-        section: Any = Config()
-        for part in parent.split(".") if parent else []:
-            section = getattr(section, part, None)
-        if dataclasses.is_dataclass(section):
-            names = ", ".join(f.name for f in dataclasses.fields(section))
-            return f"{source}: unknown key {key}; known here: {names}"
-        return f"{source}: unknown key {key}; {parent} has no keys of its own"
-    first = str(error).splitlines()[0].rstrip(".")
-    if "$" in first:
-        first = f"value {value!r} has the wrong type"
-    if "is not a ListConfig" in first:
-        first = f"expected a list, such as [{value}], not {value!r}"
-    return f"{source}: {key}: {first}"
+def _build(schema: type[S], entries: Sequence[tuple[str, _Entry]]) -> S:
+    """Convert the values, the last of each key, and build the dataclasses."""
+    known, last = keys(schema), dict[str, _Entry]()
+    sections = {name.rpartition(".")[0] for name in known} - {""}
+    for name, entry in entries:
+        if name in sections and entry.value in (None, {}):  # forgets what was set in it so far
+            last = {key: kept for key, kept in last.items() if not key.startswith(f"{name}.")}
+            continue
+        last[name] = entry
+    values: dict[str, Any] = {}
+    for name, entry in last.items():
+        if name not in known:
+            raise UserError(f"{entry.source}: {_unknown(schema, name)}")
+        value = entry.value
+        text = entry.text
+        if text is not None and not isinstance(value, (str, list, dict, type(None))):
+            value = text if _takes_text(known[name].kind) else value
+        try:
+            values[name] = convert(known[name], value)
+        except UserError as error:
+            raise UserError(f"{entry.source}: {error}") from error
+    if schema is Config:
+        _refuse_other_sections(values, last)
+    try:
+        return _make(schema, "", values)
+    except ValueError as error:  # of the dataclasses themselves
+        raise UserError(str(error)) from error
 
 
-def _to_dataclasses(merged: Any) -> Config:  # noqa: ANN401
-    try:
-        OmegaConf.to_object(merged.push)
-    except FlowError as error:  # a solver does not know in which section it stands
-        raise UserError(str(error).replace("solver.", "push.")) from error
-    try:
-        config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(str(error).splitlines()[0]) from error
-    assert isinstance(config, Config)
-    return config
+def _takes_text(kind: object) -> bool:
+    from pipeline.config.keys import options
+
+    return str in options(kind) and not {int, float, bool} & set(options(kind))
+
+
+def _refuse_other_sections(values: dict[str, Any], given: dict[str, _Entry]) -> None:
+    """Refuse keys of sections that do not apply under this objective and these data."""
+    probe = _make(Config, "", {k: v for k, v in values.items() if k in _DECIDING})
+    for name, value in values.items():
+        section = name.partition(".")[0]
+        if not probe.has(section):
+            here = "train.objective" if section != "points" else "data.name"
+            now = probe.train.objective if section != "points" else probe.data.name
+            raise UserError(
+                f"{given[name].source}: {name}={_shown(value)} applies to {WHERE[section]}; this "
+                f"configuration has {here}={now}; remove it (--set {section}=null removes the "
+                f"section)" + (f" or set {WHERE[section]}" if here != "data.name" else "")
+            )
+
+
+#: keys that decide which sections apply
+_DECIDING = ("train.objective", "data.name")
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _make(schema: type[S], prefix: str, values: dict[str, Any]) -> S:
+    """Build a dataclass from values by dotted key."""
+    given: dict[str, Any] = {}
+    for name, kind in fields_of(schema).items():
+        path, section = prefix + name, section_of(kind)
+        if section is None:
+            if path in values:
+                given[name] = values[path]
+        elif any(key.startswith(f"{path}.") for key in values):
+            given[name] = _make(section, f"{path}.", values)
+    return schema(**given)
+
+
+def _unknown(schema: type, name: str) -> str:
+    """Why a key is not known, and what is."""
+    moved = replacement(name)
+    if moved is not None:
+        return f"{name} {moved}"
+    parent, _, last = name.rpartition(".")
+    section: type | None = schema
+    for part in parent.split(".") if parent else []:
+        section = section_of(fields_of(section).get(part)) if section is not None else None
+    if section is None:
+        return f"unknown key {name}; {parent} has no keys of its own"
+    if section_of(fields_of(section).get(last)) is not None:
+        return f"{name} is a section; expected keys in it, such as {name}.KEY: VALUE"
+    return f"unknown key {name}; known here: {', '.join(fields_of(section))}"

@@ -1,69 +1,124 @@
-"""Configuration: nested frozen dataclasses, which hold the only defaults there are.
+"""Schema of a flow's configuration: nested frozen dataclasses, which hold all defaults.
 
-`pipeline.config.load` reads them from YAML files of differences and `--set` overrides.
+`pipeline.config.load` reads configurations from YAML files of differences and `--set` overrides;
+`pipeline.config.keys` lists the keys with their rules.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args
 
-from autoencoders.architecture import TamingConfig
 from flows.networks.config import VelocityConfig
 from flows.solving.solver import SolverConfig
-from pipeline.config.autoencoder_recipe import AutoencoderTraining
+from pipeline.errors import UserError
+
+Objective = Literal["jko", "lfm", "fm", "distill"]
+Precision = Literal["fp32", "bf16"]
+Optimizer = Literal["adam", "muon"]
+Interpolant = Literal["linear", "trigonometric"]
+Coupling = Literal["independent", "ot"]
+Times = Literal["uniform", "logit-normal"]
+Divergence = Literal["exact", "hutchinson", "finite-difference"]
+Fit = Literal["exact", "native", "resize"]
+
+#: choices of train.precision and generate.precision
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+#: choices of train.optimizer, and of training.optimizer of an autoencoder
+OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
+#: data sets of images; every other data.name is a set of points in the plane (`jkoflow toy2d`)
+IMAGE_SETS = ("mnist", "cifar10", "imagenet32", "folder")
+
+T = TypeVar("T")
+
+
+def setting(default: Any, *, resume: str | None = None, **bounds: float) -> Any:  # noqa: ANN401
+    """Declare a key with its rules.
+
+    Args:
+        default: value, or an empty list.
+        resume: rule of the key when a run goes on, see `pipeline.config.keys.resume_rule`.
+        bounds: of the value, or of every value of a list: `least` and `most` (inclusive), `above`
+            and `below` (exclusive).
+    """
+    metadata = {**bounds, **({} if resume is None else {"resume": resume})}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def constant(default: Any) -> Any:  # noqa: ANN401
+    """Declare a field that is no key of the configuration: code and tests alone may vary it."""
+    return field(default=default, metadata={"key": False})
+
+
+def of_block(value: T | Sequence[T], index: int) -> T:
+    """Return the value of a block.
+
+    Args:
+        value: one value for all blocks, or a list of one a block, whose last value holds for all
+            later blocks.
+        index: of the block.
+    """
+    if isinstance(value, (list, tuple)):
+        return value[min(index, len(value) - 1)]
+    return value  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images.
+    """Images, or points in the plane.
 
     Attributes:
-        name: mnist, cifar10, imagenet32 or folder.
-        split: the split that is encoded and trained on.
+        name: mnist, cifar10, imagenet32 or folder; under `jkoflow toy2d` a set of points.
+        split: the split that the flow or the autoencoder trains on.
         test_split: the split that measures reconstruction and likelihood.
-        path: the folder of images (folder), or of the official files (imagenet32).
-        size: folder only: images are resized and centre-cropped to size x size.
-        mode: folder only: RGB or L (grey).
-        limit: only the first so many images, of each data set; null takes all.
-        also: more data sets, joined behind this one without their classes: mnist, cifar10, or with
-            another split than this one's, cifar10/train.
+        path: the folder of the images (folder), or of the official files (imagenet32).
+        size: folder: side of the square that images are resized and centre-cropped to.
+        mode: folder: RGB or L (grey).
+        limit: number of images that are used of each data set, from the first on; null uses all.
+        also: more data sets, which are appended without their classes: mnist, or cifar10/train for
+            another split than data.split.
     """
 
     name: str = "mnist"
     split: str = "train"
-    test_split: str = "test"
-    path: str | None = None
-    size: int | None = None
-    mode: str = "RGB"
-    limit: int | None = None
+    test_split: str = setting("test", resume="free")
+    path: str | None = setting(None, resume="moved")
+    size: int | None = setting(None, least=1)
+    mode: Literal["RGB", "L"] = "RGB"
+    limit: int | None = setting(None, least=1)
     also: list[str] = field(default_factory=list)
 
     def of_split(self, split: str) -> DataConfig:
-        """A split of the first data set alone, as for what measures."""
+        """Return a split of the first data set alone, which measurements use."""
         return dataclasses.replace(self, split=split, also=[])
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
-    """Which autoencoder.
+class EncoderConfig:
+    """The autoencoder whose latents the flow models.
 
     Attributes:
-        name: pretrained (shipped, trained here or converted, by name or path), identity (pixel
-            space) or diffusers (a local folder or a hub id; needs the optional extra).
-        weights: a shipped name (such as mnist-kl), the path of a .safetensors file, or what
-            diffusers loads.
-        fit: how images of another shape than the encoder takes are brought to it, undone after
-            decoding: exact (refused), native (any size, same channels) or resize.
-        size: resize: side of the square the encoder sees; 0 takes its own.
-        latents: pre (before quantisation; decoding quantises) or quantised.
+        name: pretrained (shipped, trained here or converted), identity (pixel space) or diffusers
+            (a local folder or a hub id; needs the optional extra).
+        weights: a shipped name (such as mnist-kl), the path of a .safetensors file, or an argument
+            of diffusers.
+        fit: treatment of images whose shape is not the encoder's: exact refuses them, native
+            accepts any size with the same channels, resize scales them and undoes it after
+            decoding.
+        size: resize: side of the square that the encoder receives; 0 takes its own.
+        latents: VQ: pre flows on latents before quantisation, which decoding quantises; quantised
+            flows on codebook entries.
     """
 
-    name: str = "pretrained"
+    name: Literal["pretrained", "identity", "diffusers"] = "pretrained"
     weights: str | None = "mnist-kl"
-    fit: str = "exact"
-    size: int = 0
-    latents: str = "pre"
+    fit: Fit = "exact"
+    size: int = setting(0, least=0)
+    latents: Literal["pre", "quantised"] = "pre"
 
 
 @dataclass(frozen=True)
@@ -71,143 +126,217 @@ class LatentsConfig:
     """The latent cache.
 
     Attributes:
-        shard_size: images a shard.
-        batch_size: images encoded at once.
-        mirror: encode the mirror image of every image too, as a second set.
-        noise: standard deviation of Gaussian noise added to the latents of a deterministic
+        shard_size: samples per file of the cache and of the stages.
+        batch_size: images per call of the encoder.
+        mirror: encode the mirror image of every image as well.
+        noise: standard deviation of Gaussian noise that is added to the latents of a deterministic
             encoder, in units of the standardised latents; likelihoods include it.
         draws: posterior samples (or noisy copies) of every latent that the flow trains on.
-        disturb: refiners (velocity.image_channels) only: largest standard deviation of the noise
-            on the standardised latents that the refiner is trained on. Each image draws its own
-            deviation uniformly from 0. Latents that a flow samples have small errors, too.
-        seed: of the draws.
+        disturb: refiner: largest standard deviation of noise on the standardised latents before
+            they are decoded; every image draws its own, uniformly from 0 up, because the latents
+            of a flow deviate, too.
     """
 
-    shard_size: int = 10000
-    batch_size: int = 250
+    shard_size: int = setting(10000, least=1)
+    batch_size: int = setting(250, least=1)
     mirror: bool = False
-    noise: float = 0.0
-    draws: int = 1
-    disturb: float = 0.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """Step sizes, stopping, what differs from block to block, and the passes after the first.
-
-    Attributes:
-        h0: first JKO step size h_0.
-        rho: its growth per block, h_k = min(rho^k h_0, h_max).
-        h_max: largest step size.
-        h: explicit step sizes h_0, h_1, …, in place of h0, rho and max_blocks.
-        gamma1: lfm: first Ornstein-Uhlenbeck time, gamma_k = gamma1 rho^(k-1).
-        gamma: lfm: explicit times gamma_1, gamma_2, …, in place of gamma1, rho and max_blocks.
-        max_blocks: most blocks with a step (h_k or gamma_k).
-        tolerance: stop when Ter(k) falls below it; under lfm, where short times move little,
-            below tolerance times the smaller of 1 and gamma_k squared.
-        free_block: add one last block without a step: no movement term, or aimed at pure noise.
-        iterations: optimiser steps of each block, in place of train.iterations; the last value
-            holds for all blocks after it.
-        substeps: jko: sub-intervals S of each block while it trains, in place of solver.steps;
-            the last value likewise.
-        lr: peak learning rate of each block, in place of train.lr; the last value likewise.
-        reparameterize: jko: passes after the first, each with step sizes that even out the
-            movements of the pass before.
-        eta: how far each of them goes towards the evened-out steps, in (0, 1].
-        refine: jko: children that every block is split into in a last pass; 1 splits nothing.
-        later_iterations: optimiser steps a block in these passes; null takes those of the first.
-    """
-
-    h0: float = 0.5
-    rho: float = 1.5
-    h_max: float = 5.0
-    h: list[float] | None = None
-    gamma1: float = 0.1
-    gamma: list[float] | None = None
-    max_blocks: int = 4
-    tolerance: float = 0.01
-    free_block: bool = True
-    iterations: list[int] | None = None
-    substeps: list[int] | None = None
-    lr: list[float] | None = None
-    reparameterize: int = 0
-    eta: float = 0.5
-    refine: int = 1
-    later_iterations: int | None = None
+    noise: float = setting(0.0, least=0)
+    draws: int = setting(1, least=1)
+    disturb: float = setting(0.0, least=0)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training of the blocks.
+    """Training of the blocks; the section of the objective (jko, lfm or fm) has the rest.
 
     Attributes:
         objective: jko (maximum likelihood in JKO steps), lfm (local flow matching: block k is
-            regressed towards the data diffused for a time gamma_k, nothing is integrated), or fm
-            (flow matching: one block, from the data to pure noise); runs of `jkoflow distill`
-            have distill.
-        interpolant: lfm, fm: linear or trigonometric.
-        coupling: lfm, fm: which sample of a batch is joined with which target: independent (its
-            own), or ot (the pairs of least total squared distance).
-        times: lfm, fm: where a block's time is trained most: uniform, or logit-normal (its middle,
-            where the regression is hardest; see `pipeline.training.matching_loss`).
-        iterations: optimiser steps a block.
-        batch_size: latents a step, over all processes.
-        optimizer: adam, or muon for the weights (see `pipeline.optim.optimisers`).
-        lr: peak learning rate.
-        lr_final: last learning rate of a block, as a fraction of `lr` (half cosine).
+            regressed towards the data diffused for a time γ_k), or fm (flow matching: one block
+            from the data to pure noise). Runs of `jkoflow distill` have distill.
+        iterations: optimiser steps per block; a list has one value per block, and the last value
+            holds for later blocks.
+        batch_size: latents per step, over all processes.
+        optimizer: adam, or muon for the weight matrices (see `pipeline.optim.optimisers`).
+        lr: peak learning rate; a list has one value per block, as for iterations.
+        lr_final: last learning rate of a block, as a fraction of lr (half cosine).
         warmup: steps of linear warm-up.
-        ema: decay of the moving average of a block's weights; 0 keeps the last weights.
-        grad_clip: largest norm of the gradient; 0 clips nothing.
-        precision: lfm, fm: fp32, or bf16 for what autocast does in half precision while a network
-            trains; weights, averages, and all that integrates stay in float32.
-        snapshot_every: fm: keep the averaged weights of every so many steps, for
-            `evaluate --curve`; 0 keeps none.
-        divergence: jko: exact, hutchinson or finite-difference.
-        probes: jko: probes of the estimator (hutchinson).
-        sigma0: jko: step of the finite difference, sigma = sigma0 / sqrt(D).
-        jacobian_weight: jko, finite-difference: weight of the squared Frobenius norm of the
-            Jacobian, integrated over a block's time; keeps the field to what the training grid
-            can follow, where data lie close to a surface.
-        max_substeps: jko: look every tenth step whether a block has outgrown its training grid,
-            and give that half as many sub-intervals again, up to so many, once it has (the
-            objective on twice as many differs by 0.003 nats per dimension); 0 keeps
-            those of the solver.
+        ema: decay of the moving average of the weights; 0 keeps the last weights.
+        grad_clip: largest norm of the gradient; 0 turns clipping off.
+        precision: lfm, fm and distill: fp32, or bf16 for autocast of the network while it trains;
+            weights, averages and all integration stay in float32.
         warm_start: start each block from the weights of the block before it.
-        init_from: a run whose blocks these blocks start from, of the same latents' shape and the
-            same velocity, or a multiple of its width (unet, conv, resmlp): copied features then
-            share out what read them, and the field starts as it was; null for none.
-        max_minutes: stop cleanly after so long, to be resumed; 0 runs to the end.
+        init_from: a run whose blocks these blocks start from. It needs the same shape of latents
+            and the same velocity, or a velocity whose width divides this one's (unet, conv,
+            resmlp); the field then starts unchanged.
+        max_minutes: minutes after which the training stops and can be resumed; 0 has no limit.
         checkpoint_seconds: least time between two checkpoints.
         log_every: steps between two lines of the log.
-        seed: of initial weights, batches and probes.
+        seed: of initial weights, batches, probes and points.
     """
 
-    objective: str = "jko"
-    interpolant: str = "linear"
-    coupling: str = "independent"
-    times: str = "uniform"
-    iterations: int = 1000
-    batch_size: int = 512
-    optimizer: str = "adam"
-    lr: float = 1e-3
-    lr_final: float = 0.02
-    warmup: int = 50
-    ema: float = 0.99
-    grad_clip: float = 1.0
-    precision: str = "fp32"
-    snapshot_every: int = 0
-    divergence: str = "finite-difference"
-    probes: int = 1
-    sigma0: float = 0.02
-    jacobian_weight: float = 0.0
-    max_substeps: int = 0
-    warm_start: bool = True
-    init_from: str | None = None
-    max_minutes: float = 0.0
-    checkpoint_seconds: float = 30.0
-    log_every: int = 25
-    seed: int = 0
+    objective: Objective = "jko"
+    iterations: int | list[int] = setting(1000, least=1, resume="added")
+    batch_size: int = setting(512, least=1, resume="added")
+    optimizer: Optimizer = setting("adam", resume="added")
+    lr: float | list[float] = setting(1e-3, above=0, resume="added")
+    lr_final: float = setting(0.02, least=0, most=1, resume="added")
+    warmup: int = setting(50, least=0, resume="added")
+    ema: float = setting(0.99, least=0, below=1, resume="added")
+    grad_clip: float = setting(1.0, least=0, resume="added")
+    precision: Precision = setting("fp32", resume="added")
+    warm_start: bool = setting(True, resume="added")
+    init_from: str | None = setting(None, resume="added")
+    max_minutes: float = setting(0.0, least=0, resume="free")
+    checkpoint_seconds: float = setting(30.0, least=0, resume="free")
+    log_every: int = setting(25, least=1, resume="free")
+    seed: int = setting(0, resume="added")
+
+
+@dataclass(frozen=True)
+class BlocksConfig:
+    """Number of blocks and growth of their steps, h_k under jko and γ_k under lfm.
+
+    Attributes:
+        rho: growth of the step from block to block, ρ.
+        max_blocks: largest number of blocks with a step.
+        tolerance: training stops adding blocks when Ter(k) falls below it; under lfm, where short
+            times move samples little, below tolerance · min(1, γ_k)².
+        free_block: train one last block without a step: jko drops its movement term, lfm aims it
+            at pure noise.
+    """
+
+    rho: float = setting(1.5, above=0, resume="added")
+    max_blocks: int = setting(4, least=1)
+    tolerance: float = setting(0.01, least=0)
+    free_block: bool = True
+
+
+@dataclass(frozen=True)
+class TrainingSolverConfig:
+    """Solver of a block's ODE while the block trains.
+
+    Attributes:
+        method: euler, midpoint, heun2, heun3 or rk4 on a fixed grid; dopri5, dopri8, bosh3,
+            fehlberg2 or adaptive_heun with adaptive steps.
+        steps: sub-intervals S of a fixed grid, a multiple of velocity.nets; a list has one value
+            per block, and the last value holds for later blocks.
+        adjoint: take gradients by the adjoint equation (constant memory) instead of
+            backpropagation.
+    """
+
+    method: str = setting("rk4", resume="added")
+    steps: int | list[int] = setting(2, least=1, resume="added")
+    adjoint: bool = setting(False, resume="added")
+
+    def of_block(self, index: int) -> SolverConfig:
+        """Return the solver of a block."""
+        return SolverConfig(self.method, of_block(self.steps, index), adjoint=self.adjoint)
+
+
+@dataclass(frozen=True)
+class JkoConfig(BlocksConfig):
+    """JKO-iFlow: every block maximises likelihood under a penalty on its movement.
+
+    Attributes:
+        h0: first JKO step size h_0; h_k = min(ρ^k h_0, h_max).
+        h_max: largest step size.
+        h: explicit step sizes h_0, h_1, …, instead of h0 and max_blocks.
+        solver: solver of a block's ODE while the block trains.
+        divergence: estimator of ∇·v while a block trains: exact, hutchinson or finite-difference.
+        probes: random probes of the estimator (hutchinson, finite-difference).
+        jacobian_weight: finite-difference: weight of ∫‖∂v/∂z‖_F² dt, which keeps the field to what
+            the training grid resolves where data lie close to a surface.
+        reparameterize: number of passes after the first, each with step sizes that even out the
+            movements of the pass before.
+        eta: fraction of the way to the evened-out steps that such a pass goes.
+        refine: children that every block is split into in a last pass; 1 splits nothing.
+        later_iterations: optimiser steps per block in later passes; null takes those of the first.
+    """
+
+    h0: float = setting(0.5, above=0, resume="added")
+    h_max: float = setting(5.0, above=0, resume="added")
+    h: list[float] | None = setting(None, above=0, resume="added")
+    solver: TrainingSolverConfig = field(default_factory=TrainingSolverConfig)
+    divergence: Divergence = setting("finite-difference", resume="added")
+    probes: int = setting(1, least=1, resume="added")
+    jacobian_weight: float = setting(0.0, least=0, resume="added")
+    reparameterize: int = setting(0, least=0, resume="later")
+    eta: float = setting(0.5, above=0, most=1, resume="later")
+    refine: int = setting(1, least=1, resume="later")
+    later_iterations: int | None = setting(None, least=1, resume="later")
+
+
+@dataclass(frozen=True)
+class MatchingConfig:
+    """Regression of a velocity on the path between samples and targets.
+
+    Attributes:
+        interpolant: path from sample to target: linear or trigonometric.
+        coupling: assignment of targets to the samples of a batch: independent (each sample its
+            own), or ot (the assignment of least total squared distance).
+        times: density of training times: uniform, or logit-normal, which samples the middle of the
+            path more often (see `pipeline.training.matching_loss`).
+    """
+
+    interpolant: Interpolant = setting("linear", resume="added")
+    coupling: Coupling = setting("independent", resume="added")
+    times: Times = setting("uniform", resume="added")
+
+
+@dataclass(frozen=True)
+class LfmConfig(MatchingConfig, BlocksConfig):
+    """Local flow matching: block k is regressed towards the data diffused for a time γ_k.
+
+    Attributes:
+        gamma1: first Ornstein-Uhlenbeck time; γ_k = gamma1 · ρ^(k−1).
+        gamma: explicit times γ_1, γ_2, …, instead of gamma1 and max_blocks.
+    """
+
+    gamma1: float = setting(0.1, above=0, resume="added")
+    gamma: list[float] | None = setting(None, above=0, resume="added")
+
+
+@dataclass(frozen=True)
+class FmConfig(MatchingConfig):
+    """Flow matching: one block is regressed towards pure noise.
+
+    Attributes:
+        snapshot_every: steps between two snapshots of the averaged weights, which `evaluate
+            --curve` measures and RUN@STEP opens; 0 keeps none.
+    """
+
+    snapshot_every: int = setting(0, least=0, resume="added")
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Solver of finished blocks: training pushes data through them, sampling inverts them.
+
+    Attributes:
+        method: euler, midpoint, heun2, heun3 or rk4 on a fixed grid; dopri5, dopri8, bosh3,
+            fehlberg2 or adaptive_heun with adaptive steps. A list has one value per block, data
+            side first, and the last value holds for later blocks.
+        steps: sub-intervals of a fixed grid, a multiple of velocity.nets; a list as for method.
+    """
+
+    method: str | list[str] = "rk4"
+    steps: int | list[int] = setting(4, least=1)
+
+    def of_block(self, index: int) -> SolverConfig:
+        """Return the solver of a block.
+
+        Raises:
+            FlowError: unknown method, or too many steps.
+        """
+        return SolverConfig(of_block(self.method, index), of_block(self.steps, index))
+
+    def of_blocks(self, count: int) -> list[SolverConfig]:
+        """Return the solvers of the first blocks of a flow, data side first.
+
+        Raises:
+            FlowError: unknown method, or too many steps.
+        """
+        return [self.of_block(index) for index in range(count)]
 
 
 @dataclass(frozen=True)
@@ -215,41 +344,30 @@ class GenerateConfig:
     """Sampling.
 
     Attributes:
-        n: images.
-        batch_size: images at once; part of what decides the noise of each image.
+        n: number of images.
+        batch_size: images per call of the flow; it decides the noise of each image.
         columns: of the grid.
         seed: of the noise.
-        method: solver, null takes the one that pushes.
-        steps: its sub-intervals a block (fixed-step solvers).
-        block_steps: the same for each block, data side first, in place of `steps`; that of a block
-            with an adaptive solver is not used.
-        block_methods: the solver of each block, data side first, in place of `method`.
-        labels: of a class-conditional run: the classes of the images, in turn; null draws them as
-            often as they stand in the training data.
-        guidance: of a class-conditional run: w of v(null) + w (v(class) - v(null)), the field
-            that is followed; null takes 1, the plain conditional field. With a guide, whose
-            velocity is g: w of g + w (v - g), of any run.
-        guide: a run on the same latents, smaller or trained for less long, or RUN@STEP, as
-            train.snapshot_every kept it; null for none.
+        labels: classes of the images of a class-conditional run, which repeat in this order; null
+            samples classes as often as they occur in the training data.
+        guidance: guidance weight w. A class-conditional run follows v(∅) + w (v(class) − v(∅)); a
+            run with a guide, whose velocity is g, follows g + w (v − g). null takes 1, the plain
+            field.
+        guide: a weaker run on the same latents for autoguidance, or RUN@STEP for a snapshot.
         refiner: a run with velocity.image_channels on the same autoencoder, which samples the
-            detail that the decoder leaves out of an image; null for none.
-        precision: fp32, or bf16 for networks evaluated in half precision under autocast, which is
-            faster where the processor has it; solver and guidance stay in fp32.
+            detail that the decoder leaves out.
+        precision: fp32, or bf16 for autocast of the networks; solver and guidance stay in float32.
     """
 
-    n: int = 64
-    batch_size: int = 250
-    columns: int = 8
+    n: int = setting(64, least=1)
+    batch_size: int = setting(250, least=1)
+    columns: int = setting(8, least=1)
     seed: int = 0
-    method: str | None = None
-    steps: int | None = None
-    block_steps: list[int] | None = None
-    block_methods: list[str] | None = None
     labels: list[int] | None = None
     guidance: float | None = None
     guide: str | None = None
     refiner: str | None = None
-    precision: str = "fp32"
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True)
@@ -258,79 +376,123 @@ class EvaluateConfig:
 
     Attributes:
         n: generated images.
-        reference: shipped statistics, such as mnist-train, or a .npz or folder.
-        floor: measure the reconstruction floor (rFID) too.
-        kid: real images (of the test split, or the training split where that is smaller) for KID,
-            precision and recall; 0 takes those whose features are at hand, and none if none are.
-        nll: images of the test split whose likelihood is measured; 0 leaves it out.
-        seed: of the generated images.
+        reference: shipped statistics, such as mnist-train, or a .npz, .safetensors or folder.
+        floor: measure the reconstruction floor (rFID), too.
+        kid: real images for KID, precision and recall, of the test split, or of the training split
+            if that is too small; 0 uses those whose features are cached, if any.
+        nll: images of the test split whose likelihood is measured; 0 measures none.
     """
 
-    n: int = 50000
+    n: int = setting(50000, least=1)
     reference: str = "mnist-train"
     floor: bool = True
-    kid: int = 0
-    nll: int = 256
-    seed: int = 0
+    kid: int = setting(0, least=0)
+    nll: int = setting(256, least=0)
 
 
 @dataclass(frozen=True)
 class PointsConfig:
-    """Two-dimensional experiments (`jkoflow toy2d`); data.name is then a point set.
+    """Points of a two-dimensional experiment (`jkoflow toy2d`).
 
     Attributes:
         train: points that the flow trains on.
         test: fresh points that measure likelihood and inversion error.
         compare: generated and fresh points of the maximum mean discrepancy.
-        grid: the density is drawn on grid x grid squares.
-        invert: picture only: bright pixels carry the density instead of dark ones.
-        seed: of the points.
+        grid: the density is evaluated on grid × grid points.
     """
 
-    train: int = 50000
-    test: int = 5000
-    compare: int = 2000
-    grid: int = 100
-    invert: bool = False
-    seed: int = 0
-
-
-def _push() -> SolverConfig:
-    return SolverConfig(method="rk4", steps=4)
+    train: int = setting(50000, least=2, resume="fixed")
+    test: int = setting(5000, least=2)
+    compare: int = setting(2000, least=2)
+    grid: int = setting(100, least=2)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything: see each section.
+    """Configuration of a flow.
+
+    Of the sections jko, lfm and fm only the one of train.objective is there. The section points is
+    there for two-dimensional experiments alone.
 
     Attributes:
-        name: of the run; its directory is runs/NAME unless told otherwise.
-        data: which images.
-        autoencoder: which autoencoder.
-        architecture: of an autoencoder to be trained.
-        autoencoder_training: its recipe.
-        latents: the latent cache.
-        velocity: the network of a block.
-        solver: integrates a block while it trains (jko).
-        push: integrates a finished block: pushing its data on, and sampling.
-        schedule: step sizes and stopping.
+        name: of the run, whose default directory is runs/NAME.
+        data: images, or points in the plane.
+        autoencoder: autoencoder whose latents the flow models.
+        latents: latent cache.
+        velocity: velocity network of a block.
         train: training of the blocks.
+        jko: objective jko.
+        lfm: objective lfm.
+        fm: objective fm.
+        sampler: solver of finished blocks.
         generate: sampling.
         evaluate: evaluation.
         points: two-dimensional experiments.
     """
 
-    name: str = "run"
+    name: str = setting("run", resume="free")
     data: DataConfig = field(default_factory=DataConfig)
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    architecture: TamingConfig = field(default_factory=TamingConfig)
-    autoencoder_training: AutoencoderTraining = field(default_factory=AutoencoderTraining)
+    autoencoder: EncoderConfig = field(default_factory=EncoderConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
-    velocity: VelocityConfig = field(default_factory=VelocityConfig)
-    solver: SolverConfig = field(default_factory=SolverConfig)
-    push: SolverConfig = field(default_factory=_push)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    velocity: VelocityConfig = field(
+        default_factory=VelocityConfig, metadata={"resume": "added", "fixed": ("classes",)}
+    )
     train: TrainConfig = field(default_factory=TrainConfig)
-    generate: GenerateConfig = field(default_factory=GenerateConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    points: PointsConfig = field(default_factory=PointsConfig)
+    jko: JkoConfig | None = None
+    lfm: LfmConfig | None = None
+    fm: FmConfig | None = None
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig, metadata={"resume": "free"})
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig, metadata={"resume": "free"})
+    points: PointsConfig | None = field(default=None, metadata={"resume": "free"})
+
+    def __post_init__(self) -> None:
+        """Make the sections that apply, and refuse those that do not.
+
+        Raises:
+            UserError: a section of another objective, or points under images.
+        """
+        for name, kind in SECTIONS.items():
+            applies, there = self.has(name), getattr(self, name)
+            if applies and there is None:
+                object.__setattr__(self, name, kind())
+            elif there is not None and not applies:
+                raise UserError(
+                    f"section {name} applies to {WHERE[name]}; this configuration has "
+                    f"train.objective={self.train.objective} and data.name={self.data.name}; "
+                    "remove it"
+                )
+
+    def has(self, section: str) -> bool:
+        """Return whether a section applies: all do but those of other objectives, and points."""
+        if section == "points":
+            return self.data.name not in IMAGE_SETS
+        return section not in SECTIONS or section == self.train.objective
+
+    @property
+    def blocks(self) -> BlocksConfig:
+        """The section that says how many blocks there are.
+
+        Raises:
+            UserError: the objective has none (fm and distill).
+        """
+        section = self.jko or self.lfm
+        if section is None:
+            raise UserError(f"train.objective={self.train.objective} has no schedule of blocks")
+        return section
+
+    @property
+    def matching(self) -> MatchingConfig:
+        """The options of the regression; those of distillation are the defaults."""
+        return self.lfm or self.fm or MatchingConfig()
+
+
+#: sections that apply under a condition
+SECTIONS = {"jko": JkoConfig, "lfm": LfmConfig, "fm": FmConfig, "points": PointsConfig}
+#: their conditions, in words
+WHERE = {
+    "jko": "train.objective=jko",
+    "lfm": "train.objective=lfm",
+    "fm": "train.objective=fm",
+    "points": "`jkoflow toy2d`, where data.name is a set of points",
+}

@@ -23,7 +23,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from pipeline.config.load import overridden
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, SamplerConfig, of_block
 from pipeline.config.validate import check, check_shape
 from pipeline.data.standardisation import Standardisation
 from pipeline.distillation.distiller import Distiller
@@ -38,7 +38,7 @@ from pipeline.training.sources import LatentSource, Source
 from pipeline.training.train import Outcome
 
 #: sections that `--set` may change
-SECTIONS = ("train", "velocity", "push", "generate", "evaluate", "data.path")
+SECTIONS = ("train", "velocity", "sampler", "generate", "evaluate", "data.path")
 #: a regression step is cheap, and a JKO run's few would not do
 ITERATIONS = 5000
 EMA = 0.999
@@ -79,30 +79,22 @@ def student_config(
             f"--pairs and --steps must be at least 1, not {settings.pairs} and {settings.steps}"
         )
     old = teacher.config
-    push = dataclasses.replace(old.push, method=settings.method, steps=settings.steps)
     train = dataclasses.replace(
-        old.train, objective="fm", interpolant="linear", coupling="independent", times="uniform",
-        iterations=ITERATIONS, ema=EMA, init_from=None, max_minutes=max_minutes, snapshot_every=0,
-    )  # fmt: skip
-    schedule = dataclasses.replace(
-        old.schedule, gamma=None, iterations=None, substeps=None, lr=None, reparameterize=0,
-        refine=1,
+        old.train, objective="distill", iterations=ITERATIONS, lr=of_block(old.train.lr, 0),
+        ema=EMA, init_from=None, max_minutes=max_minutes,
     )  # fmt: skip
     velocity = old.velocity
     if velocity.classes:  # every pair has its class
         velocity = dataclasses.replace(velocity, class_dropout=0.0)
+    generate = dataclasses.replace(old.generate, guidance=None, guide=None, refiner=None)
     config = dataclasses.replace(
-        old, name=f"{old.name}-distilled", push=push, train=train, schedule=schedule,
-        velocity=velocity, generate=dataclasses.replace(
-            old.generate, method=None, steps=None, block_steps=None, block_methods=None,
-            guidance=None, guide=None, refiner=None,
-        ),
+        old, name=f"{old.name}-distilled", train=train, jko=None, lfm=None, fm=None,
+        sampler=SamplerConfig(settings.method, settings.steps), velocity=velocity,
+        generate=generate,
     )  # fmt: skip
     config = overridden(config, overrides, SECTIONS)
-    if config.train.objective != "fm" or config.train.init_from is not None:
+    if config.train.objective != "distill" or config.train.init_from is not None:
         raise UserError("train.objective and train.init_from have no meaning for distill")
-    if config.train.snapshot_every:
-        raise UserError("train.snapshot_every is for flow matching, not for distill; leave it out")
     given = config.velocity
     if given.classes != old.velocity.classes or (given.classes and given.class_dropout):
         raise UserError(
@@ -114,9 +106,8 @@ def student_config(
             "a distilled run has its teacher's velocity.image_channels, "
             f"{old.velocity.image_channels}; leave it out"
         )
-    check(config)  # as flow matching, which integrates nothing while it trains either
-    recipe = dataclasses.replace(config.train, objective="distill")
-    return dataclasses.replace(config, train=recipe)
+    check(config)
+    return config
 
 
 def distill(

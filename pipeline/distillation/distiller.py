@@ -19,7 +19,7 @@ from flows.networks.condition import Condition
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
 from pipeline.config.load import to_dict
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, of_block
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runs.passes import Pass, Row, step_of
 from pipeline.runs.run import Run
@@ -31,7 +31,7 @@ from pipeline.storage.training_log import Journal
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.diagnostics import measure
 from pipeline.training.pass_trainer import Trainer
-from pipeline.training.planner import INDIFFERENT
+from pipeline.training.planner import recipe_of
 from pipeline.training.sources import Source
 from pipeline.training.stages import carry, ensure_stage, stage_file
 
@@ -104,7 +104,6 @@ class Distiller(Trainer):
             return self.current
         steps = [[step_of(self.rows[k]) for k in group] for group in self.groups]
         sums = [sum(s for s in each if s is not None) for each in steps if None not in each]
-        recipe = to_dict(self.config.train)
         train, count = self.config.train, len(self.groups)
         jko = any(row["h"] is not None for row in self.rows)
         return Pass(
@@ -112,12 +111,12 @@ class Distiller(Trainer):
             [float(s) for s in sums] if jko else [],
             None in steps[-1],
             None,
-            [train.iterations] * count,
-            [self.config.push.steps] * count,
-            recipe={key: value for key, value in recipe.items() if key not in INDIFFERENT},
+            [of_block(train.iterations, index) for index in range(count)],
+            [self.config.sampler.of_block(index).steps for index in range(count)],
+            recipe=recipe_of(self.config),
             objective="distill",
             gamma=[] if jko else [float(s) for s in sums],
-            lr=[train.lr] * count,
+            lr=[of_block(train.lr, index) for index in range(count)],
         )
 
     def train(self, plan: Pass, journal: Journal) -> bool:
@@ -151,23 +150,23 @@ class Distiller(Trainer):
 
     def _carry(self, before: StoreReader, index: int) -> StoreReader:
         """The stage after a group of the teacher's blocks, by the solver that pushes there."""
-        group, push = self.groups[index], self.teacher.config.push
+        group, sampler = self.groups[index], self.teacher.config.sampler
         identity = {
             "kind": "stage",
             "stage": index + 1,
             "before": before.manifest["key"],
             "teacher": self._blocks(index),
-            "push": dataclasses.asdict(push),
+            "solvers": [dataclasses.asdict(sampler.of_block(k)) for k in group],
             "shape": list(self.source.shape),
         }
         flow = self.teacher.flow.to(self.accelerator.device)
         labels = partial(before.read, "labels") if flow.classes else None
-        blocks = {k: flow[k] for k in group}
+        blocks = {k: (flow[k], sampler.of_block(k)) for k in group}
 
         def make(writer: StoreWriter, shard: int) -> Tensor:
             bounds, label = writer.bounds(shard), f"teacher {index + 1}.{shard}"
             try:
-                return carry(before, bounds, blocks, push, self.accelerator, self.progress, label)
+                return carry(before, bounds, blocks, self.accelerator, self.progress, label)
             except SolveError as error:
                 raise JkoflowError(f"the teacher fails: {error}") from error
 
@@ -178,11 +177,13 @@ class Distiller(Trainer):
     def _merge(self, pairs: PairReader, journal: Journal) -> bool:
         """Train and commit one merged block; False when the time is up."""
         spec, block = self._initial(len(self.current.blocks))
-        trainer = BlockTrainer(block, spec, pairs, self.config.train, self.accelerator)
+        train, options = self.config.train, self.config.matching
+        trainer = BlockTrainer(block, spec, pairs, train, options, self.accelerator)
         if not self._optimise(trainer, journal):
             return False
         file = self._commit_block(trainer)
-        found = errors(trainer.block, pairs, self.config.push, self.config.train.seed)
+        solver = self.config.sampler.of_block(trainer.index)
+        found = errors(trainer.block, pairs, solver, self.config.train.seed)
         terms = measure(trainer, pairs, _SOLVED, self.progress).terms
         self._record(trainer, file, {**found, "terms": terms}, journal)
         return True
@@ -192,7 +193,7 @@ class Distiller(Trainer):
         config, shape = self.config, tuple(self.source.shape)
         step, jko = self.current.step(index), bool(self.current.h)
         spec = BlockSpec(
-            velocity=config.velocity, solver=config.push, objective="distill",
+            velocity=config.velocity, solver=config.sampler.of_block(index), objective="distill",
             h=step if jko else None, gamma=None if jko else step,
         )  # fmt: skip
         block = build_block(spec, shape, generator(config.train.seed, "weights", index))
@@ -260,7 +261,7 @@ def _about(teacher: Run, name: str, groups: Sequence[range]) -> dict[str, Any]:
             "objective": teacher.config.train.objective,
             "fingerprint": "-".join(sha[:12] for sha in blocks),
             "blocks": blocks,
-            "push": dataclasses.asdict(teacher.config.push),
+            "sampler": to_dict(teacher.config.sampler),
             "groups": [list(group) for group in groups],
             "key": [[rows[k]["sha256"] for k in group] for group in groups],
         },

@@ -49,7 +49,7 @@ class Evaluator(FeatureExtractor):
 
         Args:
             plan: the run, and how it is sampled.
-            settings: what to measure, on how many images, with which seed.
+            settings: what to measure, on how many images.
 
         Returns:
             The content of metrics.json.
@@ -61,13 +61,13 @@ class Evaluator(FeatureExtractor):
         run = plan.run
         _check_settings(run, settings)
         reference = self.reference(settings.reference)
-        images, features = self.sample_features(plan, settings.n, settings.seed)
+        images, features = self.sample_features(plan, settings.n, plan.settings.seed)
         label = {"reference": settings.reference, "extractor": EXTRACTOR}
         metrics: dict[str, Any] = {
             "fid": {
                 "value": fid_of(features, reference),
                 "n": settings.n,
-                "seed": settings.seed,
+                "seed": plan.settings.seed,
                 **label,
             },
             "sampling": plan.identity(),

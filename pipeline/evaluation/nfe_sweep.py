@@ -25,7 +25,7 @@ def sweep_nfe(
     Args:
         plan: the run, and how it is sampled; its solvers have fixed grids.
         budgets: network evaluations per sample, separated by commas.
-        settings: n, seed and reference.
+        settings: n and reference.
         evaluator: extracts the features.
 
     Returns:

@@ -26,7 +26,7 @@ class Study:
 
     Args:
         plan: the run, and how it is sampled.
-        settings: n, seed and reference.
+        settings: n and reference.
         evaluator: extracts the features.
 
     Attributes:
@@ -39,13 +39,13 @@ class Study:
     def __init__(self, plan: SamplingPlan, settings: EvaluateConfig, evaluator: Evaluator) -> None:
         require_fid_sample(settings.n)
         self.folder, self.evaluator = plan.run.folder, evaluator
-        self._n, self._seed = settings.n, settings.seed
+        self._n, self._seed = settings.n, plan.settings.seed
         self._reference = evaluator.reference(settings.reference)
         sampling = plan.identity()
         del sampling["solvers"]
         self.identity: dict[str, Any] = {
             "n": settings.n,
-            "seed": settings.seed,
+            "seed": self._seed,
             "reference": settings.reference,
             "reference_sha256": _sha256(self._reference),
             "extractor": EXTRACTOR,

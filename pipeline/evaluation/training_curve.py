@@ -24,7 +24,7 @@ def measure_curve(
 
     Args:
         plan: a flow-matching run, and how it is sampled.
-        settings: n, seed and reference.
+        settings: n and reference.
         evaluator: extracts the features.
 
     Returns:
@@ -44,7 +44,7 @@ def measure_curve(
     if not snapshots:
         raise UserError(
             f"the run at {run.folder} kept no weights during training; train with "
-            "--set train.objective=fm --set train.snapshot_every=1000"
+            "--set train.objective=fm --set fm.snapshot_every=1000"
         )
     study = Study(plan, settings, evaluator)
     rows = []

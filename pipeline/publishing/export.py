@@ -32,6 +32,7 @@ from pipeline.runs.run import Run, is_refiner, load_blocks
 from pipeline.runs.zoo import is_shipped
 from pipeline.runtime.rng import generator
 from pipeline.sampling.sampling_plan import SamplingPlan
+from pipeline.sampling.solvers import solvers_of
 from pipeline.storage import atomic
 from pipeline.storage.compact_weights import DTYPES, quantise
 
@@ -174,7 +175,7 @@ def _write_helper(run: Run, name: str, out: Path, dtype: str) -> str:
     """
     if is_shipped(name):
         return name
-    manifest, _ = _write_weights(run, [run.config.push] * len(run.flow), out, dtype)
+    manifest, _ = _write_weights(run, solvers_of(run), out, dtype)
     config = _portable_config(run, manifest, GenerateConfig())
     atomic.write_bytes(out / "config.yaml", resolved_yaml(config).encode())
     atomic.write_json(out / "flow.json", manifest)

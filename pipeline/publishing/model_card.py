@@ -82,8 +82,10 @@ def _autoencoder(entry: dict[str, Any]) -> str:
 def _objective(config: Config, manifest: dict[str, Any]) -> str:
     train, text = config.train, config.train.objective
     if text != "jko":
+        options = config.matching
         text += (
-            f", {train.interpolant} interpolant, {train.coupling} coupling, {train.times} times"
+            f", {options.interpolant} interpolant, {options.coupling} coupling, "
+            f"{options.times} times"
         )
     if "teacher" in manifest:
         teacher = manifest["teacher"]
@@ -121,7 +123,7 @@ def _solvers(solvers: list[dict[str, Any]]) -> str:
     texts = [
         f"{each['method']}, {each['steps']} sub-intervals"
         if "steps" in each
-        else f"{each['method']} at {each['rtol']:g}"
+        else each["method"]
         for each in solvers
     ]
     if len(set(texts)) == 1:

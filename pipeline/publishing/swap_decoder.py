@@ -49,7 +49,7 @@ def with_decoder(run: Run, weights: str) -> Run:
         raise UserError(
             f"--autoencoder {weights} gives other latents than {known['weights']}, on which the "
             f"run at {run.folder} was trained; use one with the same encoder (trained with "
-            "autoencoder_training.decoder_only), or encode and train again"
+            "training.decoder_only), or encode and train again"
         )
     entry: dict[str, Any] = {**known, "weights": weights, "fingerprint": other.fingerprint}
     return dataclasses.replace(

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from pipeline.config.load import from_resolved, resolved_yaml
+from pipeline.config.autoencoder_recipe import AutoencoderConfig
+from pipeline.config.load import read_resolved, resolved_yaml
 from pipeline.config.schema import Config
 from pipeline.data.datasets import DATASETS
 from pipeline.errors import UserError
@@ -27,10 +27,12 @@ def block_file(index: int, number: int = 0) -> str:
     return f"{folder}/block-{index:02d}.safetensors"
 
 
-def start_run(folder: Path, config: Config) -> None:
+def start_run(folder: Path, config: Config | AutoencoderConfig) -> None:
     """Write what identifies a run, before anything is trained; not how long one call may take."""
-    kept = dataclasses.replace(config, train=dataclasses.replace(config.train, max_minutes=0.0))
-    atomic.write_bytes(folder / "config.yaml", resolved_yaml(kept).encode())
+    if isinstance(config, Config):
+        train = dataclasses.replace(config.train, max_minutes=0.0)
+        config = dataclasses.replace(config, train=train)
+    atomic.write_bytes(folder / "config.yaml", resolved_yaml(config).encode())
     write_environment(folder)
 
 
@@ -67,10 +69,7 @@ def read_config(folder: Path) -> Config:
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise UserError(f"no run at {folder} (it has no config.yaml); train one or check --run")
-    try:
-        config = from_resolved(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not readable YAML; the run is damaged") from error
+    config = read_resolved(Config, path)
     weights = _at_hand(path.parent, config.autoencoder.weights)
     guide, refiner = (
         _at_hand(path.parent, name, "config.yaml")

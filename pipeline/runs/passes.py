@@ -7,7 +7,6 @@ finished blocks of a pass before them:
 reparameterize  new step sizes, which even out the movements; every block trains on
 refine          every block split into c children of step h/c, which train on
 add             further blocks after those with a movement term; the free block is trained anew
-retrain         the first blocks are kept, the others trained again
 
 `pipeline.training.planner` decides which comes next.
 
@@ -34,7 +33,7 @@ class Pass:
     """One training of all blocks of a flow: its plan, and the rows of the blocks so far.
 
     Attributes:
-        kind: ordinary, reparameterize, refine, add, retrain or distill.
+        kind: ordinary, reparameterize, refine, add or distill.
         h: planned step sizes of the blocks with a movement term; empty under lfm.
         free: whether a free block follows them.
         tolerance: the pass ends before all of `h` when Ter(k) falls below it; None if it may not.
@@ -45,11 +44,11 @@ class Pass:
         own: blocks start from their own weights in the base, not from the block before them.
         kept: first blocks that are taken over from the pass before as they are.
         reparameterized: reparameterizations up to this pass.
-        recipe: the train section that it is trained with.
+        recipe: the train section and the section of the objective that it is trained with.
         objective: of its blocks, jko, lfm (flow matching is lfm with a free block alone) or
             distill, whose steps are the sums of those of the blocks that were merged.
         gamma: lfm: planned times of the blocks before the free one.
-        lr: peak learning rate of each block; empty in older runs, which had the recipe's for all.
+        lr: peak learning rate of each block.
         blocks: a row for each finished block, the kept ones included.
         complete: whether all blocks are finished.
         summary: once complete: movements, their spread, the objective, the NLL.
@@ -149,8 +148,6 @@ def labels(passes: Sequence[Pass]) -> list[str]:
             refined, count = True, 0
         if entry.kind == "add":
             names.append(f"{len(entry.steps) - entry.kept} more")
-        elif entry.kind == "retrain":
-            names.append(f"again from {entry.kept}")
         else:
             count += 1
             names.append(f"r-Iter {count}" if refined else f"Iter {count}")

@@ -45,7 +45,7 @@ class Refiner:
     @property
     def solver(self) -> SolverConfig:
         """The solver, which the refiner's own configuration sets."""
-        return self.run.config.push
+        return self.run.config.sampler.of_block(0)
 
     @cached_property
     def nfe(self) -> int:

@@ -25,7 +25,6 @@ from flows.mixed_precision import in_mixed_precision
 from flows.networks.condition import Condition
 from flows.solving.solver import SolverConfig
 from pipeline.config.schema import GenerateConfig
-from pipeline.config.validate import PRECISIONS
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runs.passes import step_of
 from pipeline.runs.run import Run, open_run, require_latents
@@ -72,18 +71,13 @@ class SamplingPlan:
             FlowError: an unknown solver, or a number of steps or a weight out of range.
         """
         require_latents(run)
-        if settings.precision not in PRECISIONS:
-            raise UserError(
-                f"generate.precision is {settings.precision!r}; expected one of "
-                f"{', '.join(PRECISIONS)}"
-            )
         refiner = None
         if settings.refiner is not None:
             refiner = open_refiner(run, settings.refiner, settings.precision)
         plan = cls(
             run,
             settings,
-            tuple(solvers_of(run, settings)),
+            tuple(solvers_of(run)),
             class_labels_of(run, settings),
             1.0 if settings.guidance is None else settings.guidance,
             None if settings.guide is None else _open_guide(run, settings),
@@ -187,8 +181,7 @@ class SamplingPlan:
             0 if self.refiner is None else self.refiner.nfe,
         )
         solvers = tuple(dataclasses.replace(solver, steps=steps) for solver in self.solvers)
-        settings = dataclasses.replace(self.settings, steps=steps, block_steps=None)
-        return dataclasses.replace(self, settings=settings, solvers=solvers)
+        return dataclasses.replace(self, solvers=solvers)
 
 
 def differences(
@@ -267,8 +260,8 @@ def _require_fit(run: Run, guide: Run, name: str) -> None:
     if not _same_steps(run, guide):
         raise UserError(
             f"guide {name} must have the objective, the interpolant and the steps of the run at "
-            f"{run.folder}; train it with the same sections train and schedule (jko: with "
-            "schedule.h as the run's and schedule.tolerance=0) and a smaller velocity.width"
+            f"{run.folder}; train it with the same section {run.config.train.objective} (jko: "
+            "with the run's steps as jko.h, and jko.tolerance=0) and a smaller velocity.width"
         )
     dropout = min(spec.velocity.class_dropout for spec in guide.flow.specs)
     if guide.flow.classes and not dropout:
@@ -281,7 +274,7 @@ def _require_fit(run: Run, guide: Run, name: str) -> None:
 
 def _same_steps(run: Run, guide: Run) -> bool:
     """Whether the blocks of a run that are in use have the steps of the guide's blocks."""
-    if run.config.train.interpolant != guide.config.train.interpolant:
+    if run.config.matching.interpolant != guide.config.matching.interpolant:
         return False
     count = len(run.flow)
     run_rows, guide_rows = (each.manifest["blocks"][:count] for each in (run, guide))

@@ -1,4 +1,4 @@
-"""Which solver draws: the run's own, with what is asked for by hand, or within a budget."""
+"""Solvers that sample: those of the run's configuration, of the command line, or of a budget."""
 
 from __future__ import annotations
 
@@ -9,61 +9,17 @@ from typing import Any
 from flows.networks.base import SmoothPiece
 from flows.networks.piecewise import aligned_steps, is_aligned
 from flows.solving.solver import FIXED_METHODS, SolverConfig
-from pipeline.config.schema import GenerateConfig
 from pipeline.errors import UserError
 from pipeline.runs.run import Run
 
 
-def solver_of(run: Run, settings: GenerateConfig) -> SolverConfig:
-    """Return the solver that samples: the run's `push` with the overrides of `generate`.
+def solvers_of(run: Run) -> list[SolverConfig]:
+    """Return the solver of each block of a run, data side first.
 
     Raises:
-        FlowError: steps below 1, or an unknown method.
+        FlowError: too many steps, or an unknown method.
     """
-    solver = run.config.push
-    if settings.method is not None:
-        solver = dataclasses.replace(solver, method=settings.method)
-    if settings.steps is not None:
-        solver = dataclasses.replace(solver, steps=settings.steps)
-    return solver
-
-
-def solvers_of(run: Run, settings: GenerateConfig) -> list[SolverConfig]:
-    """Return the solver of each block, data side first.
-
-    Where some blocks have adaptive solvers, their numbers of steps are ignored.
-
-    Raises:
-        UserError: `block_methods` has not one name a block, or `block_steps` not one number, or
-            all solvers are adaptive where steps are given for each.
-        FlowError: steps below 1, or an unknown method.
-    """
-    names, counts, blocks = settings.block_methods, settings.block_steps, len(run.flow)
-    if names is None:
-        solvers = [solver_of(run, settings)] * blocks
-    else:
-        if len(names) != blocks:
-            raise UserError(
-                f"methods for each block need one name a block, {blocks} for this run, not "
-                f"{len(names)}"
-            )
-        solvers = [solver_of(run, dataclasses.replace(settings, method=name)) for name in names]
-    if counts is None:
-        return solvers
-    if len(counts) != blocks:
-        raise UserError(
-            f"steps for each block need one number a block, {blocks} for this run, not "
-            f"{len(counts)}"
-        )
-    if all(each.adaptive for each in solvers):
-        raise UserError(
-            f"steps for each block need a fixed-step solver, not {method_of(solvers)}; choose "
-            "--method rk4, midpoint or euler"
-        )
-    return [
-        each if each.adaptive else dataclasses.replace(each, steps=count)
-        for each, count in zip(solvers, counts, strict=True)
-    ]
+    return run.config.sampler.of_blocks(len(run.flow))
 
 
 def method_of(solvers: Sequence[SolverConfig]) -> str:
@@ -73,41 +29,55 @@ def method_of(solvers: Sequence[SolverConfig]) -> str:
 
 
 def solver_identity(solver: SolverConfig) -> dict[str, Any]:
-    """Return the method with its steps or, of an adaptive one, its tolerances, as JSON values."""
+    """Return the method with its steps, if it is not adaptive, as JSON values."""
     if solver.adaptive:
-        return {"method": solver.method, "rtol": solver.rtol, "atol": solver.atol}
+        return {"method": solver.method}
     return {"method": solver.method, "steps": solver.steps}
 
 
-def with_solver(
-    settings: GenerateConfig, steps: str | None = None, method: str | None = None
-) -> GenerateConfig:
-    """Return the settings with the values of `--steps` and `--method`; None changes nothing.
+def with_solver(run: Run, steps: str | None = None, method: str | None = None) -> Run:
+    """Return the run with the solvers of `--steps` and `--method`; None leaves either unchanged.
 
     Args:
-        settings: of the run.
-        steps: one number for all blocks, or one a block separated by commas.
-        method: one solver for all blocks, or one a block separated by commas.
+        run: an open run.
+        steps: one number for all blocks, or one per block separated by commas.
+        method: one method for all blocks, or one per block separated by commas.
 
     Raises:
-        UserError: steps are not whole numbers, or a solver's name is missing.
+        UserError: steps are not whole numbers, a method's name is missing, there is not one value
+            per block, or no method takes steps.
+        FlowError: too many steps, or an unknown method.
     """
+    sampler = run.config.sampler
     if method is not None:
         names = [part.strip() for part in method.split(",")]
         if not all(names):
             raise UserError(
                 f"--method takes a solver, or several separated by commas, not {method!r}"
             )
-        one, several = (names[0], None) if len(names) == 1 else (None, names)
-        settings = dataclasses.replace(settings, method=one, block_methods=several)
-        if steps is None and not any(name in FIXED_METHODS for name in names):
-            settings = dataclasses.replace(settings, block_steps=None)  # none has a use for them
-    if steps is None:
-        return settings
-    counts = whole_numbers("--steps", steps)
-    if len(counts) == 1:
-        return dataclasses.replace(settings, steps=counts[0], block_steps=None)
-    return dataclasses.replace(settings, steps=None, block_steps=counts)
+        _require_one_each("--method", names, run)
+        sampler = dataclasses.replace(sampler, method=names[0] if len(names) == 1 else names)
+    if steps is not None:
+        counts = whole_numbers("--steps", steps)
+        _require_one_each("--steps", counts, run)
+        sampler = dataclasses.replace(sampler, steps=counts[0] if len(counts) == 1 else counts)
+    changed = dataclasses.replace(run, config=dataclasses.replace(run.config, sampler=sampler))
+    solvers = solvers_of(changed)
+    if steps is not None and all(solver.adaptive for solver in solvers):
+        raise UserError(
+            f"--steps needs a fixed-step solver, not {method_of(solvers)}; choose --method rk4, "
+            "midpoint or euler"
+        )
+    return changed
+
+
+def _require_one_each(option: str, values: Sequence[object], run: Run) -> None:
+    """Refuse a list that has not one value per block."""
+    if len(values) not in (1, len(run.flow)):
+        raise UserError(
+            f"{option} takes one value, or one per block, {len(run.flow)} for this run, not "
+            f"{len(values)}"
+        )
 
 
 def whole_numbers(name: str, text: str) -> list[int]:

@@ -95,7 +95,7 @@ def measure(flow: Flow, source: PointSource, device: torch.device) -> dict[str, 
     result = log_prob(flow, test.to(device), divergence="exact")
     error = result.inversion_error.double()
     solver = SolverConfig(method="dopri5")
-    sampled = generator(settings.seed, "sample", 0)
+    sampled = generator(source.seed, "sample", 0)
     generated = flow.transport(flow.draw_noise(settings.compare, sampled), True, solver)
     made = generated.z.cpu()
     fresh = source.draw("compare", 0, settings.compare)
@@ -105,10 +105,10 @@ def measure(flow: Flow, source: PointSource, device: torch.device) -> dict[str, 
         "inversion_mse": float(error.square().mean()) / result.dim,
         "mmd": {"n": settings.compare, "alpha": _ALPHA},
         "nfe": generated.nfe,
-        "seed": settings.seed,
+        "seed": source.seed,
     }
     for name, scale in SCALES.items():
-        found = mmd(fresh, made, scale=scale, alpha=_ALPHA, seed=settings.seed)
+        found = mmd(fresh, made, scale=scale, alpha=_ALPHA, seed=source.seed)
         metrics["mmd"][name] = {
             "value": found.value,
             "threshold": found.threshold,

@@ -21,7 +21,7 @@ class PointSource:
     """Seeded points of a two-dimensional set, as a training's source.
 
     Args:
-        config: sections data (name, path) and points.
+        config: sections data (name, path) and points, and train.seed.
 
     Raises:
         UserError: unknown set, unreadable picture, or counts out of range.
@@ -31,20 +31,19 @@ class PointSource:
     labels: Tensor | None = None
 
     def __init__(self, config: Config) -> None:
-        settings = config.points
-        for name, least in (("train", 2), ("test", 2), ("compare", 2), ("grid", 2)):
-            if getattr(settings, name) < least:
-                raise UserError(
-                    f"points.{name} must be at least {least}, not {getattr(settings, name)}"
-                )
-        self.settings = settings
-        self.points: PointSet = point_set(config.data.name, config.data.path, settings.invert)
+        if config.points is None:
+            raise UserError(
+                f"data.name is {config.data.name}; expected a set of points; encode and train on "
+                "images by `jkoflow encode` and `jkoflow train`"
+            )
+        self.settings, self.seed = config.points, config.train.seed
+        self.points: PointSet = point_set(config.data.name, config.data.path)
         few = self.draw("fingerprint", 0, 64)
         self.fingerprint = hashlib.sha256(few.numpy().tobytes()).hexdigest()
 
     def draw(self, use: str, index: int, n: int) -> Tensor:
         """The n points of a use (train, test, …) and an index; float32 (n, 2)."""
-        parts = (self.settings.seed, "points", self.points.name, use, index)
+        parts = (self.seed, "points", self.points.name, use, index)
         return self.points.sample(n, generator(*parts))
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
@@ -54,7 +53,7 @@ class PointSource:
             "stage": 0,
             "points": self.points.name,
             "fingerprint": self.fingerprint,
-            "seed": self.settings.seed,
+            "seed": self.seed,
             "shape": list(self.shape),
         }
 
@@ -73,7 +72,7 @@ class PointSource:
                 "name": self.points.name,
                 "split": "train",
                 "count": self.settings.train,
-                "seed": self.settings.seed,
+                "seed": self.seed,
                 "fingerprint": self.fingerprint,
             },
         }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,17 @@ from flows.errors import SolveError
 from flows.networks.condition import Condition
 from flows.networks.image_condition import ImageConditionedNetwork
 from flows.objectives.losses import JkoLoss, LfmLoss, jko_loss
-from flows.solving.divergence import make_divergence
+from flows.solving.divergence import Divergence, make_divergence
 from flows.spec import BlockSpec
-from pipeline.config.schema import TrainConfig
-from pipeline.errors import JkoflowError, UserError
+from pipeline.config.schema import JkoConfig, MatchingConfig, TrainConfig, of_block
+from pipeline.errors import JkoflowError
 from pipeline.optim.ema import Ema
 from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
 from pipeline.optim.optimisers import make_optimizer
-from pipeline.runtime.distributed import broadcast_decision, raise_on_all_ranks
+from pipeline.runtime.distributed import raise_on_all_ranks
 from pipeline.runtime.rng import Batches, generator
 from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.storage.shards import StoreReader
-from pipeline.training.grid_error import EVERY, TOLERANCE, finer, grid_error, looked_at
 from pipeline.training.matching_loss import IMAGE, batch_loss, pair_loss
 from pipeline.training.parallel import Share
 
@@ -57,6 +56,7 @@ class BlockTrainer:
         spec: its specification, which holds the step size h.
         stage: the samples it trains on.
         recipe: the train section.
+        options: the section of the objective.
         accelerator: device and processes; every process takes its share of each batch.
         number: the pass; each draws other batches and probes.
 
@@ -70,25 +70,27 @@ class BlockTrainer:
         spec: BlockSpec,
         stage: StoreReader,
         recipe: TrainConfig,
+        options: JkoConfig | MatchingConfig,
         accelerator: Accelerator,
         number: int = 0,
     ) -> None:
         self.block, self.spec, self.stage = block, spec, stage
-        self.recipe, self.accelerator = recipe, accelerator
+        self.recipe, self.options, self.accelerator = recipe, options, accelerator
         self.index = int(stage.manifest["identity"]["stage"])
         block.train().requires_grad_(True).to(accelerator.device)
         self.parameters = list(block.parameters())
         self.share = Share(block, accelerator, spec.objective)
         kind, networks = recipe.optimizer, self.share.networks
-        self.optimizers = [make_optimizer(kind, network, recipe.lr) for network in networks]
+        self.iterations = of_block(recipe.iterations, self.index)
+        self.lr = of_block(recipe.lr, self.index)
+        self.optimizers = [make_optimizer(kind, network, self.lr) for network in networks]
         self.share.freeze_others()
         self.average = Ema(block, recipe.ema) if recipe.ema > 0 else None
-        self.divergence = make_divergence(
-            recipe.divergence,
-            probes=recipe.probes,
-            sigma0=recipe.sigma0,
-            penalty=recipe.jacobian_weight,
-        )
+        self.divergence: Divergence | None = None
+        if isinstance(options, JkoConfig):
+            self.divergence = make_divergence(
+                options.divergence, probes=options.probes, penalty=options.jacobian_weight
+            )
         self.salt = (number,) if number else ()
         place = ("block", self.index, *self.salt)
         self.batches = Batches(len(stage), recipe.batch_size, recipe.seed, *place)
@@ -104,15 +106,13 @@ class BlockTrainer:
                 this process or another.
         """
         began = time.perf_counter()
-        if self.spec.objective == "jko" and self.recipe.max_substeps and self.done % EVERY == 0:
-            self._keep_resolved()
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         loss, failure = self._loss_or_failure(rank, ranks)
         optimizers = [self.optimizers[j] for j in self.share.mine]
         lr = warmup_cosine(
             self.done,
-            self.recipe.iterations,
-            peak=self.recipe.lr,
+            self.iterations,
+            peak=self.lr,
             final=self.recipe.lr_final,
             warmup=self.recipe.warmup,
         )
@@ -165,7 +165,6 @@ class BlockTrainer:
         state: dict[str, Any] = {
             "step": self.done,
             "seconds": self.seconds,
-            "substeps": self.block.solver.steps,
             "block": self.block.state_dict(),
             "optimizers": optimizers,
             "average": self.average.state_dict() if self.average else None,
@@ -175,37 +174,12 @@ class BlockTrainer:
     def load(self, path: Path) -> None:
         """Continue from a checkpoint."""
         state = load_checkpoint(path)
-        if "optimizers" not in state:
-            raise UserError(
-                f"the checkpoint {path} is of an earlier version, whose optimisers were kept "
-                "otherwise; delete it, and the block starts again"
-            )
         self.done, self.seconds = state["step"], state["seconds"]
-        self._set_substeps(state.get("substeps", self.block.solver.steps))
         self.block.load_state_dict(state["block"])
         for optimizer, known in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(known)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-
-    def _keep_resolved(self) -> None:
-        """Make the training grid finer where the field has outgrown it, as far as is allowed."""
-        rows = looked_at(self.batches.indices(self.done))
-        z = self.stage.take("z", rows)
-        drawn = generator(self.recipe.seed, "substeps", self.index, self.done, *self.salt)
-        eps = self.divergence.draw_probe(z, drawn)
-        device, labels = self.accelerator.device, self.labels(rows)
-        z, eps = z.to(device), None if eps is None else eps.to(device)
-        nets, most = self.spec.velocity.nets, self.recipe.max_substeps
-        while (steps := finer(self.block.solver.steps, nets, most)) > self.block.solver.steps:
-            error = grid_error(self.block, z, self.spec.h, self.divergence, eps, labels)
-            if not broadcast_decision(self.accelerator, error > TOLERANCE):
-                break
-            self._set_substeps(steps)
-
-    def _set_substeps(self, steps: int) -> None:
-        self.block.solver = replace(self.block.solver, steps=steps)
-        self.spec = replace(self.spec, solver=self.block.solver)
 
     def _loss_or_failure(
         self, rank: int, ranks: int
@@ -234,6 +208,7 @@ class BlockTrainer:
         z, labels = self.stage.take("z", rows), self.labels(rows)
         probe = self._probe(z, rank, ranks)
         z = z.to(self.accelerator.device)
+        assert self.divergence is not None
         try:
             return jko_loss(self.block, z, self.spec.h, self.divergence, probe, labels)
         except SolveError as error:
@@ -247,7 +222,8 @@ class BlockTrainer:
             return pair_loss(field, self.stage, whole, drawn, self.share.rows)
         dropout = self.spec.velocity.class_dropout
         rows = self.share.rows
-        return batch_loss(field, self.stage, whole, gamma, self.recipe, drawn, rows, dropout)
+        assert isinstance(self.options, MatchingConfig)
+        return batch_loss(field, self.stage, whole, gamma, self.options, drawn, rows, dropout)
 
     def labels(self, rows: Tensor) -> Tensor | None:
         """The classes of some samples, for a block with classes."""
@@ -264,6 +240,7 @@ class BlockTrainer:
         """This rank's rows of the probe drawn for the whole batch."""
         drawn = generator(self.recipe.seed, "probe", self.index, self.done, *self.salt)
         whole = z.new_empty(()).expand(self.recipe.batch_size, *z.shape[1:])
+        assert self.divergence is not None
         eps = self.divergence.draw_probe(whole, drawn)
         if eps is None:
             return None
@@ -291,7 +268,7 @@ class BlockTrainer:
     def _failure(self, reason: str) -> JkoflowError:
         advice = "lower train.lr"
         if self.spec.objective == "jko":
-            advice += " or schedule.h0, or take more solver.steps (train.max_substeps)"
+            advice += " or jko.h0, or take more jko.solver.steps"
         return JkoflowError(
             f"block {self.index} failed at step {self.done}: {reason}; {advice}, then train again"
         )

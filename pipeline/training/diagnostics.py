@@ -85,8 +85,8 @@ def measure(
             end = block.transport(z, False, divergence, eps, solver, of)
         except SolveError as error:
             raise JkoflowError(
-                f"block {trainer.index} cannot be measured: {error}; train it again "
-                "(--from-block) with a lower train.lr"
+                f"block {trainer.index} cannot be measured: {error}; start a new "
+                "run with a lower train.lr"
             ) from error
         assert end.log_det is not None
         norm += float(end.z.double().square().sum())
@@ -154,17 +154,16 @@ def check_grid(
     journal.write({**row, "training_grid": trained, "push_solver": pushed})
     told = (
         f"block {index}'s objective is {trained:.4f} nats per dimension on its training "
-        f"grid ({_name(grid)}), but {pushed:.4f} with the push solver ({_name(push)}); "
+        f"grid ({_name(grid)}), but {pushed:.4f} with the sampler ({_name(push)}); "
     )
     if not abs(trained - pushed) <= HOPELESS:
         raise JkoflowError(
             f"{told}it has learnt the error of its grid and is not kept; train elsewhere with "
-            "train.jacobian_weight (such as 0.05, with train.divergence=finite-difference), "
-            "train.warm_start=false, train.max_substeps (such as 16), fewer iterations, or more "
-            "solver.steps"
+            "jko.jacobian_weight (such as 0.05, with jko.divergence=finite-difference), "
+            "train.warm_start=false, fewer train.iterations, or more jko.solver.steps"
         )
     finer = push.adaptive or _evaluations(push) > _evaluations(grid)
-    remedy = "raise solver.steps (or train.max_substeps)" if finer else "raise push.steps"
+    remedy = "raise jko.solver.steps" if finer else "raise sampler.steps"
     say(f"warning: {told}{remedy}")
     return True
 

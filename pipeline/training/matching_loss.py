@@ -18,7 +18,7 @@ from flows.networks.base import Velocity
 from flows.networks.image_condition import ImageConditionedNetwork
 from flows.objectives.coupling import optimal_pairing
 from flows.objectives.losses import LfmLoss, matching_loss, ou_target
-from pipeline.config.schema import TrainConfig
+from pipeline.config.schema import MatchingConfig
 from pipeline.storage.shards import StoreReader
 from pipeline.training.parallel import Rows, every
 
@@ -31,7 +31,7 @@ def batch_loss(
     stage: StoreReader,
     indices: Tensor,
     gamma: float | None,
-    recipe: TrainConfig,
+    options: MatchingConfig,
     drawn: torch.Generator,
     rows: Rows = every,
     dropout: float = 0.0,
@@ -43,7 +43,7 @@ def batch_loss(
         stage: the samples that the block trains on.
         indices: of the whole batch (B,).
         gamma: Ornstein–Uhlenbeck time of the block; None aims at pure noise.
-        recipe: the train section: interpolant, coupling and times.
+        options: interpolant, coupling and times.
         drawn: source of noise and times, the same on all processes.
         rows: which of the samples are this process's.
         dropout: probability that a sample goes without its class, for a field with classes.
@@ -51,7 +51,7 @@ def batch_loss(
     device = next(velocity.parameters()).device
     noise = torch.randn((len(indices), *velocity.shape), generator=drawn)
     t = stratified_times(len(indices), drawn)
-    if recipe.times == "logit-normal":
+    if options.times == "logit-normal":
         t = logit_normal(t)
     mine = rows(t)
     labels = stage.take("labels", indices) if velocity.classes else None
@@ -59,7 +59,7 @@ def batch_loss(
     if labels is not None:
         dropped = torch.rand(len(indices), generator=drawn) < dropout
         told = labels.masked_fill(dropped, velocity.classes)[mine].to(device)
-    if recipe.coupling == "ot":  # of the whole batch, on every process: it is one pairing
+    if options.coupling == "ot":  # of the whole batch, on every process: it is one pairing
         z = stage.take("z", indices).float()
         target = ou_target(z, gamma, noise)
         target = target[optimal_pairing(z, target, labels)]
@@ -70,7 +70,7 @@ def batch_loss(
     z, target, t = (x.to(device) for x in (z, target, t[mine]))
     if isinstance(velocity, ImageConditionedNetwork):
         velocity = velocity.with_image(stage.take(IMAGE, indices[mine]).float().to(device))
-    return matching_loss(velocity, z, target, t, recipe.interpolant, told)
+    return matching_loss(velocity, z, target, t, options.interpolant, told)
 
 
 def pair_loss(

@@ -155,14 +155,15 @@ class Trainer:
             row = self.passes[plan.base].blocks[parent]
             spec, block = split_block(*load_block(self.folder, row, shape), parts)[part]
             return dataclasses.replace(spec, h=h), block
-        solver = dataclasses.replace(self.config.solver, steps=plan.substeps[index])
         velocity = self.config.velocity
-        if plan.objective == "jko":  # which never leaves the class out
-            velocity = dataclasses.replace(velocity, class_dropout=0.0)
-        spec = BlockSpec(velocity=velocity, solver=solver, h=h)
-        if plan.objective == "lfm":  # its training integrates nothing
-            solver = self.config.push
-            spec = dataclasses.replace(spec, solver=solver, h=None, objective="lfm", gamma=h)
+        if self.config.jko is not None:
+            solver = self.config.jko.solver.of_block(index)
+            solver = dataclasses.replace(solver, steps=plan.substeps[index])
+            velocity = dataclasses.replace(velocity, class_dropout=0.0)  # it drops no class
+            spec = BlockSpec(velocity=velocity, solver=solver, h=h)
+        else:  # its training integrates nothing
+            solver = self.config.sampler.of_block(index)
+            spec = BlockSpec(velocity=velocity, solver=solver, objective="lfm", gamma=h)
         salt = [self.number] if self.number else []
         drawn = generator(self.config.train.seed, "weights", index, *salt)
         folder, other = self._other(index, free=h is None)
@@ -195,13 +196,16 @@ class Trainer:
         index = len(self.current.blocks)
         spec, block = self._initial(index)
         iterations, recipe = self.current.iterations[index], self.config.train
-        lr = self.current.lr[index] if self.current.lr else recipe.lr
-        recipe = dataclasses.replace(recipe, iterations=iterations, lr=lr)
-        trainer = BlockTrainer(block, spec, stage, recipe, self.accelerator, number=self.number)
+        recipe = dataclasses.replace(recipe, iterations=iterations, lr=self.current.lr[index])
+        options = self.config.jko or self.config.matching
+        trainer = BlockTrainer(
+            block, spec, stage, recipe, options, self.accelerator, number=self.number
+        )
         if not self._optimise(trainer, journal):
             return None
         file = self._commit_block(trainer)
-        measured, following = measure(trainer, stage, self.config.push, self.progress), stage
+        solver = self.config.sampler.of_block(index)
+        measured, following = measure(trainer, stage, solver, self.progress), stage
         found: Row = measured.moved
         if self.current.step(index) is not None:  # no block trains on what a free one leaves
             name = stage_file(index + 1, self.number)
@@ -210,7 +214,7 @@ class Trainer:
         with errors_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
                 total = measured.terms["total"]
-                check_grid(trainer, stage, self.config.push, total, journal, self.progress)
+                check_grid(trainer, stage, solver, total, journal, self.progress)
         self._record(trainer, file, {**found, "terms": measured.terms}, journal)
         return following
 
@@ -231,21 +235,18 @@ class Trainer:
         journal.rewind(index, trainer.done)
         saved = time.monotonic()
         before = sum(self.current.iterations[:index])
-        todo = range(trainer.done, recipe.iterations)
+        every = self.config.fm.snapshot_every if self.config.fm is not None else 0
+        todo = range(trainer.done, trainer.iterations)
         weight, symbol = trainer.spec.weight, "γ" if trainer.spec.h is None else "h"
         kind = "free" if weight is None else f"{symbol}={weight:.3g}"
         place = f"pass {self.number} block {index}" if self.number else f"block {index}"
         for _ in self.progress(todo, len(todo), f"{place} ({kind})"):
-            substeps = trainer.block.solver.steps
             step = trainer.step()
-            if trainer.block.solver.steps != substeps:
-                finer = {"event": "finer grid", "substeps": trainer.block.solver.steps}
-                journal.write({"block": index, "step": trainer.done, **finer})
             journal.add(step.terms)
-            if trainer.done % recipe.log_every == 0 or trainer.done == recipe.iterations:
+            if trainer.done % recipe.log_every == 0 or trainer.done == trainer.iterations:
                 seconds = round(trainer.seconds, 3)
                 journal.flush(index, trainer.done, before + trainer.done, seconds=seconds)
-            if recipe.snapshot_every and trainer.done % recipe.snapshot_every == 0:
+            if every and trainer.done % every == 0:
                 keep(self.folder, trainer, self.number)
             out_of_time = recipe.max_minutes > 0 and broadcast_decision(
                 self.accelerator, time.monotonic() > self.deadline
@@ -279,7 +280,7 @@ class Trainer:
             "gamma": trainer.spec.gamma,
             "objective": trainer.spec.objective,
             "iterations": trainer.done,
-            "lr": trainer.recipe.lr,
+            "lr": trainer.lr,
             "movement": found["movement"],
             "ter": stopping_ratio(found["squared_movement"], found["squared_norm"]),
             "terms": found["terms"],

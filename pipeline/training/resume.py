@@ -2,46 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from pipeline.config.load import differences
+from pipeline.config.keys import resume_rule
+from pipeline.config.load import differences, with_values
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.runs.directory import ENVIRONMENT, read_config, start_run, write_environment
 from pipeline.storage import atomic
-from pipeline.training.planner import INDIFFERENT
 from pipeline.training.sources import Source
 from pipeline.training.stages import stage_folder
-
-#: sections that decide the weights; a run is not continued under other values of them
-DECISIVE = (
-    "data", "autoencoder", "latents", "velocity", "solver", "push", "schedule", "train", "points",
-)  # fmt: skip
-
-
-#: keys of them that do not
-_INDIFFERENT = (*INDIFFERENT, "test_split", "test", "compare", "grid")
-
-
-#: keys that say what comes after the passes so far; a run goes on under new values of them
-LATER = (
-    "schedule.reparameterize", "schedule.eta", "schedule.refine", "schedule.later_iterations",
-)  # fmt: skip
-
-
-#: the images may lie elsewhere by now; that they are the same is checked
-MOVED = "data.path"
-
-
-#: sections that may change when blocks are added, or trained again
-FREE = ("velocity", "solver", "schedule", "train")
-
-
-#: keys of them that may not: all blocks of a flow see the classes, or none does
-_FIXED = ("velocity.classes",)
 
 
 def check_moved(config: Config, folder: Path, source: Source, accelerator: Accelerator) -> None:
@@ -120,26 +92,14 @@ def _continued(
     Raises:
         UserError: values changed that the finished blocks were trained with.
     """
-    changed = differences(old, new, DECISIVE, _INDIFFERENT)
-    refused = [
-        name
-        for name in changed
-        if name not in (*LATER, MOVED)
-        and not (anew and name.partition(".")[0] in FREE and name not in _FIXED)
-    ]
+    changed = differences(old, new)
+    allowed = {"free", "later", "moved"} | ({"added"} if anew else set())
+    refused = [name for name in changed if resume_rule(name) not in allowed]
     if refused:
         told = ", ".join(f"{key}={changed[key][0]} (now {changed[key][1]})" for key in refused)
         raise UserError(
             f"the run at {folder} was started with {told}; continue it as it was started, or "
             f"train elsewhere with {option}"
         )
-    same = {key: getattr(old.train, key) for key in INDIFFERENT}
-    kept = dataclasses.replace(
-        old,
-        data=dataclasses.replace(old.data, path=new.data.path),
-        velocity=new.velocity,
-        solver=new.solver,
-        schedule=new.schedule,
-        train=dataclasses.replace(new.train, **same),
-    )
-    return kept, bool(changed)
+    taken = [name for name in changed if resume_rule(name) != "free"]
+    return with_values(old, {name: changed[name][1] for name in taken}), bool(taken)

@@ -58,7 +58,7 @@ def next_stage(
 
     Args:
         run: the run directory.
-        config: its configuration; `push` integrates.
+        config: its configuration; `sampler` integrates.
         before: the stage that the block was trained on.
         block: the finished block, frozen.
         sha256: of the block's file, part of the identity.
@@ -70,12 +70,13 @@ def next_stage(
         JkoflowError: the block cannot be followed.
     """
     stage = before.manifest["identity"]["stage"] + 1
+    solver = config.sampler.of_block(stage - 1)
     identity = {
         "kind": "stage",
         "stage": stage,
         "before": before.manifest["key"],
         "block": sha256,
-        "push": dataclasses.asdict(config.push),
+        "solver": dataclasses.asdict(solver),
         "shape": before.manifest["identity"]["shape"],
     }
 
@@ -84,12 +85,12 @@ def next_stage(
     def make(writer: StoreWriter, index: int) -> torch.Tensor:
         bounds, label = writer.bounds(index), f"push {stage}.{index}"
         try:
-            place = (config.push, accelerator, progress)
-            return carry(before, bounds, {stage - 1: block}, *place, label)
+            blocks = {stage - 1: (block, solver)}
+            return carry(before, bounds, blocks, accelerator, progress, label)
         except SolveError as error:
             raise JkoflowError(
-                f"{error}; the data cannot be pushed through this block: train it again "
-                "(--from-block) with a lower train.lr, or elsewhere with more push.steps"
+                f"{error}; the data cannot be pushed through this block: start a new "
+                "run with a lower train.lr, or with more sampler.steps"
             ) from error
 
     size = config.latents.shard_size
@@ -102,8 +103,7 @@ def next_stage(
 def carry(
     before: StoreReader,
     bounds: tuple[int, int],
-    blocks: Mapping[int, Block],
-    solver: SolverConfig,
+    blocks: Mapping[int, tuple[Block, SolverConfig]],
     accelerator: Accelerator,
     progress: Progress,
     label: str,
@@ -113,8 +113,7 @@ def carry(
     Args:
         before: the stage.
         bounds: first sample, and the one after the last.
-        blocks: by their number in the flow, in order.
-        solver: that integrates them.
+        blocks: with their solvers, by their number in the flow, in order.
         accelerator: its device.
         progress: wraps the loop over chunks.
         label: of that loop.
@@ -126,12 +125,12 @@ def carry(
         SolveError: with the number of the block that cannot be followed.
     """
     parts, starts = [], range(*bounds, CHUNK)
-    classes = any(block.velocity.classes for block in blocks.values())
+    classes = any(block.velocity.classes for block, _ in blocks.values())
     for start in progress(starts, len(starts), label):
         stop = min(start + CHUNK, bounds[1])
         z = before.read("z", start, stop).to(accelerator.device)
         of = Condition(before.read("labels", start, stop)) if classes else None
-        for number, block in blocks.items():
+        for number, (block, solver) in blocks.items():
             try:
                 z = block.transport(z, solver=solver, condition=of).z
             except SolveError as error:

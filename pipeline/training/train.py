@@ -16,9 +16,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from pipeline.config.keys import resume_rule
 from pipeline.config.load import differences
 from pipeline.config.schema import Config
 from pipeline.config.validate import check, check_shape, steps
+from pipeline.errors import UserError
 from pipeline.runs.directory import read_config
 from pipeline.runs.manifest import read_manifest
 from pipeline.runtime.console import Progress
@@ -26,7 +28,7 @@ from pipeline.runtime.system import keep_freed_memory
 from pipeline.storage.training_log import Journal
 from pipeline.training.pass_trainer import Trainer
 from pipeline.training.planner import next_pass
-from pipeline.training.resume import _INDIFFERENT, FREE, check_moved, enter
+from pipeline.training.resume import check_moved, enter
 from pipeline.training.sources import LatentSource, ResidualSource, Source, check_labels
 
 __all__ = ["Outcome", "check", "steps", "train"]
@@ -58,21 +60,18 @@ def train(
     source: Source | None = None,
     *,
     add_blocks: int = 0,
-    from_block: int | None = None,
 ) -> Outcome:
     """Train a run to its end, or until `train.max_minutes`.
 
     Args:
         config: the configuration; a run that is continued must have been started with it, but for
-            the passes it asks for, where the images lie, and what `add_blocks` and `from_block`
-            may change.
+            the passes it asks for, where the images lie, and what `add_blocks` may change.
         folder: the run directory.
         accelerator: device and processes.
         progress: wraps loops.
         resume: continue what is there; without it a run directory with a run is refused.
         source: where the samples come from; None is the latent cache.
         add_blocks: add so many blocks to a finished run (implies `resume`).
-        from_block: train this block and all after it again (implies `resume`).
 
     Returns:
         How it ended.
@@ -82,24 +81,29 @@ def train(
         JkoflowError: a block failed.
     """
     check(config)
+    if config.train.objective == "distill":
+        raise UserError(
+            "train.objective is distill; expected jko, lfm or fm; make and continue distilled "
+            "runs by `jkoflow distill`"
+        )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     source = source or (ResidualSource if config.velocity.image_channels else LatentSource)(config)
     check_shape(config, source.shape)
     if config.velocity.classes:
         check_labels(source.labels, config.velocity.classes)
-    anew = bool(add_blocks) or from_block is not None
-    resume = resume or anew
+    resume = resume or add_blocks > 0
     there = resume and (folder / "flow.json").is_file()
     manifest = read_manifest(folder) if there else None
     trainer = Trainer(config, folder, source, accelerator, progress, manifest)
     altered: list[str] = []
-    if anew and (folder / "config.yaml").is_file():
-        altered = list(differences(read_config(folder), config, FREE, _INDIFFERENT))
-    upcoming = next_pass(config, trainer.passes, add_blocks, from_block, altered)
+    if add_blocks and (folder / "config.yaml").is_file():
+        changed = differences(read_config(folder), config)
+        altered = [name for name in changed if resume_rule(name) == "added"]
+    upcoming = next_pass(config, trainer.passes, add_blocks, altered)
     if resume:
         check_moved(config, folder, source, accelerator)
-    enter(config, folder, accelerator, resume, anew)
+    enter(config, folder, accelerator, resume, add_blocks > 0)
     if upcoming is not None:
         with Journal(folder, accelerator.is_main_process) as journal:
             while upcoming is not None and trainer.train(upcoming, journal):

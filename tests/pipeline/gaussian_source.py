@@ -18,21 +18,25 @@ from pipeline.training.stages import ensure_stage
 COVARIANCE = ((1.75, 1.25), (1.25, 1.75))
 TINY = (
     "name=gaussian",
+    "jko=null",
+    "velocity=null",
     "velocity.kind=linear",
     "latents.shard_size=600",
-    "solver.steps=1",
-    "push.steps=2",
-    "train.divergence=exact",
+    "sampler.steps=2",
     "train.iterations=60",
     "train.batch_size=256",
     "train.lr=0.03",
     "train.warmup=1",
     "train.ema=0",
     "train.log_every=20",
-    "schedule.h=[0.1,0.3,0.9]",
-    "schedule.tolerance=0",
-    "schedule.free_block=false",
 )
+#: settings of the objectives
+OBJECTIVES = {
+    "jko": ("jko.solver.steps=1", "jko.divergence=exact", "jko.h=[0.1,0.3,0.9]", "jko.tolerance=0",
+            "jko.free_block=false"),
+    "lfm": ("lfm.tolerance=0", "lfm.free_block=false"),
+    "fm": (),
+}  # fmt: skip
 
 
 class GaussianSource:
@@ -86,8 +90,10 @@ class GaussianSource:
 
 
 def tiny(*overrides: str) -> Config:
-    """A configuration that trains three linear blocks on it in a second or two."""
-    return load_config("smoke", [*TINY, *overrides])
+    """A configuration that trains linear blocks on it in a second or two: three under jko."""
+    chosen = [word for word in overrides if word.startswith("train.objective=")]
+    objective = chosen[-1].partition("=")[2] if chosen else "jko"
+    return load_config("smoke", [*TINY, *OBJECTIVES[objective], *overrides])
 
 
 def quiet(items: Any, total: int, label: str) -> Any:

@@ -106,6 +106,9 @@ class World:
         values = {**self.settings}
         for section, changes in sections.items():
             values[section] = {**values.get(section, {}), **changes}
+        objective = values["train"].get("objective", "jko")
+        for other in {"jko", "lfm", "fm"} - {objective, *sections}:
+            values.pop(other, None)
         path = self.root / f"{name}.yaml"
         path.write_text(yaml.safe_dump(values))
         return str(path)
@@ -126,9 +129,8 @@ def make_world(root: Path, train: int = 40, test: int = 24) -> World:
         "autoencoder": {"name": "pretrained", "weights": str(weights)},
         "latents": {"shard_size": 16, "batch_size": 8, "draws": 2},
         "velocity": {"kind": "resmlp", "width": 16, "depth": 1, "time_features": 4},
-        "solver": {"method": "rk4", "steps": 1},
-        "push": {"method": "rk4", "steps": 2},
-        "schedule": {"max_blocks": 2, "tolerance": 1e-9},
+        "jko": {"max_blocks": 2, "tolerance": 1e-9, "solver": {"method": "rk4", "steps": 1}},
+        "sampler": {"method": "rk4", "steps": 2},
         "train": {"iterations": 6, "batch_size": 16, "log_every": 2, "warmup": 2},
         "generate": {"n": 10, "batch_size": 4, "columns": 3},
         "evaluate": {"n": 12, "nll": 4},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 
 from autoencoders.base import to_float, to_uint8
@@ -15,7 +18,9 @@ from autoencoders.weights import load_weights, to_tensors
 from eval.reconstruction import psnr
 from pipeline.autoencoder_training.train import WEIGHTS, train
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
-from pipeline.config.load import load_config
+from pipeline.config import packaged
+from pipeline.config.autoencoder_recipe import AutoencoderConfig
+from pipeline.config.load import load as load_any
 from pipeline.data.datasets import load_images
 from pipeline.evaluation.real_images import subset_indices
 from pipeline.runtime.rng import generator
@@ -23,25 +28,34 @@ from pipeline.storage import atomic
 from tests.pipeline.evaluation.test_evaluator import distance
 from tests.pipeline.gaussian_source import quiet
 from tests.pipeline.glance import stand_in
-from tests.pipeline.tiny import World, child, pictures, run_child, say, write_pictures
+from tests.pipeline.tiny import (
+    World,
+    child,
+    pictures,
+    run_child,
+    say,
+    write_autoencoder,
+    write_pictures,
+)
 
 RECIPE = {
-    "iterations": 6, "batch_size": 8, "warmup": 1, "adversarial_start": 3, "prune": 0.0,
+    "iterations": 6, "batch_size": 8, "warmup": 1, "adversarial_start": 3, "kl_weight": 0.0,
     "discriminator_width": 4, "discriminator_layers": 1, "lr": 2e-3,
 }  # fmt: skip
-SHAPE = {
-    "image_shape": [1, 12, 12], "patch": 4, "ch": 32, "ch_mult": [1], "z_channels": 2,
-    "embed_dim": 2,
-}  # fmt: skip
+SHAPE = {"patch": 4, "width": 32, "width_factors": [1], "channels": 2, "codebook": 16}
 
 
 def recipe_of(world: World, **changes: object) -> str:
-    return world.config(
-        "recipe",
-        architecture=SHAPE,
-        autoencoder_training={**RECIPE, **changes},
-        train={"checkpoint_seconds": 0.0},
-    )
+    path = world.root / "recipe.yaml"
+    sections = {"data": world.settings["data"], "architecture": SHAPE}
+    path.write_text(yaml.safe_dump({**sections, "training": {**RECIPE, **changes}}))
+    return str(path)
+
+
+def load_recipe(path: str, overrides: Sequence[str] = ()) -> AutoencoderConfig:
+    config = load_any(AutoencoderConfig, path, overrides, packaged.AUTOENCODERS)
+    often = dataclasses.replace(config.training, checkpoint_seconds=0.0)
+    return dataclasses.replace(config, training=often)
 
 
 def test_train_then_evaluate(
@@ -61,14 +75,13 @@ def test_train_then_evaluate(
 
     stand_in(monkeypatch)
     reference = world.root / "pictures" / "train"
-    use = ["--set", f"autoencoder.weights={out / WEIGHTS}", "--out", out]
-    use += ["--set", f"evaluate.reference={reference}", "-n", "20"]
+    use = ["--weights", out / WEIGHTS, "--out", out, "--reference", reference, "-n", "20"]
     words = ["autoencoder", "evaluate", "--config", recipe_of(world), *use]
     code, said, last = say(capsys, *words)
     assert code == 0, last
     result = json.loads((out / "autoencoder.json").read_text())
     assert said.strip() == str(out / "autoencoder.json")
-    data = load_config(recipe_of(world), ["data.split=test"]).data
+    data = load_recipe(recipe_of(world), ["data.split=test"]).data
     order = subset_indices(load_images(data), 20)
     images = torch.from_numpy(pictures(24, seed=2)[order, None])
     with torch.inference_mode():
@@ -88,8 +101,10 @@ def test_train_then_evaluate(
     np.testing.assert_allclose(result["latents"]["mean"], z.mean((0, 2, 3)), atol=1e-4)
     assert result["fingerprint"] == model.fingerprint
     assert result["weights"] == str(out / WEIGHTS)
-    code, _, last = say(capsys, *words[:4], *use[2:])  # the configuration's own, written there
-    assert code == 2 and f"with --set autoencoder.weights={out / WEIGHTS}, or choose" in last
+    assert say(capsys, *words[:4], *use[2:])[0] == 0  # what was trained there, by itself
+    other = world.settings["autoencoder"]["weights"]
+    code, _, last = say(capsys, *words[:4], "--weights", other, *use[2:])
+    assert code == 2 and f"with --weights {out / WEIGHTS}, or choose" in last
     for n, named in (("1", "at least 2"), ("25", "24 images, fewer than 25")):
         words[-1] = n
         code, _, last = say(capsys, *words)
@@ -99,11 +114,13 @@ def test_train_then_evaluate(
 def test_a_gumbel_autoencoder_is_refused_before_anything_is_written(
     capsys: pytest.CaptureFixture[str], world: World
 ) -> None:
-    out, words = world.root / "gumbel", ["--set", "architecture.flavour=gumbel"]
+    out, weights = world.root / "gumbel", world.root / "gumbel.safetensors"
+    write_autoencoder(weights, flavour="gumbel")
+    words = ["--set", f"training.start={weights}"]
     code, _, last = say(
         capsys, "autoencoder", "train", "--config", recipe_of(world), "--out", out, *words
     )
-    assert code == 2 and "gumbel autoencoders are converted, not trained here" in last
+    assert code == 2 and "is a gumbel autoencoder, whose encoder is not trained here" in last
     assert not out.exists()
 
 
@@ -116,7 +133,7 @@ def test_channels_are_measured_over_all_of_the_set(
     monkeypatch.setattr(
         AutoencoderTrainer, "_pruned", lambda _, model, images: seen.append(images) or model
     )
-    config = load_config(recipe_of(world))
+    config = load_recipe(recipe_of(world))
     train(config, world.root / "ae", Accelerator(cpu=True), quiet, resume=False)
     images = load_images(config.data)
     assert np.array_equal(seen[0].numpy(), images.take(subset_indices(images, 10)))
@@ -127,8 +144,7 @@ def test_channels_are_measured_over_all_of_the_set(
 def test_stopped_and_resumed_ends_in_the_same_weights(
     world: World, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, flavour: str
 ) -> None:
-    words = [f"architecture.flavour={flavour}", "architecture.n_embed=16"]
-    config = load_config(recipe_of(world), words)
+    config = load_recipe(recipe_of(world), [f"architecture.flavour={flavour}"])
     train(config, world.root / "whole", accelerator, quiet, resume=False)
 
     class Stopped(Exception):
@@ -159,12 +175,11 @@ def test_another_configuration_is_not_continued(
     assert say(capsys, *words)[0] == 0
     words.append("--resume")
     assert say(capsys, *words)[0] == 0
-    indifferent = ("data.test_split=other", "train.checkpoint_seconds=9")
-    assert say(capsys, *words, "--set", indifferent[0], "--set", indifferent[1])[0] == 0
+    assert say(capsys, *words, "--set", "data.test_split=other")[0] == 0
     made = (out / WEIGHTS).read_bytes()
     for changed, told in (
-        ("autoencoder_training.iterations=2", "autoencoder_training.iterations=1 (now 2)"),
-        ("architecture.ch=64", "architecture.ch=32 (now 64)"),
+        ("training.iterations=2", "training.iterations=1 (now 2)"),
+        ("architecture.width=64", "architecture.width=32 (now 64)"),
         ("data.limit=20", "data.limit=None (now 20)"),
     ):
         code, _, last = say(capsys, *words, "--set", changed)
@@ -186,9 +201,9 @@ def test_killed_before_its_environment_was_written(world: World) -> None:
 def test_pictures_of_another_shape(capsys: pytest.CaptureFixture[str], world: World) -> None:
     out = world.root / "ae"
     words = ["autoencoder", "train", "--config", recipe_of(world), "--out", out]
-    code, _, last = say(capsys, *words, "--set", "architecture.image_shape=[3,12,12]")
+    code, _, last = say(capsys, *words, "--set", "training.start=rgb32-kl")
     assert code == 2
-    assert "architecture.image_shape is (3, 12, 12), but folder has (1, 12, 12)" in last
+    assert "training.start=rgb32-kl takes images (3, 32, 32), but folder has (1, 12, 12)" in last
     assert not out.exists()
 
 
@@ -197,9 +212,8 @@ def test_pictures_too_small_for_ssim(
 ) -> None:
     stand_in(monkeypatch)
     reference = world.root / "pictures" / "train"
-    words = ["autoencoder", "evaluate", "--config", world.config(data={"size": 10})]
-    words += ["--set", "autoencoder.name=identity", "--set", "autoencoder.weights=null"]
-    words += ["--set", f"evaluate.reference={reference}", "--out", str(world.root / "ae")]
+    words = ["autoencoder", "evaluate", "--config", recipe_of(world), "--set", "data.size=10"]
+    words += ["--kind", "identity", "--reference", reference, "--out", world.root / "ae"]
     code, _, last = say(capsys, *words, "-n", "20")
     assert code == 0, last
     result = json.loads((world.root / "ae" / "autoencoder.json").read_text())

@@ -138,7 +138,7 @@ def test_the_verbs_are_joined_by_files(
     code, out, _ = say(capsys, "encode", "--config", trained.config())
     assert (code, out.strip()) == (0, str(trained.caches()[0]))
     run = tmp_path / "run"
-    short = ["--set", "train.iterations=1", "--set", "schedule.max_blocks=1"]
+    short = ["--set", "train.iterations=1", "--set", "jko.max_blocks=1"]
     words = ["train", "--config", trained.config(), "--run", run, *short]
     code, out, last = say(capsys, *words)
     assert (code, out.strip()) == (0, str(run))
@@ -188,10 +188,10 @@ class TestRunsThatAreThere:
         self, capsys: pytest.CaptureFixture[str], trained: World, run: Path
     ) -> None:
         words = ["train", "--config", trained.config(), "--run", run, "--resume"]
-        changes = ["--set", "train.lr=0.5", "--set", "schedule.h0=2", "--set", "train.log_every=7"]
+        changes = ["--set", "train.lr=0.5", "--set", "jko.h0=2", "--set", "train.log_every=7"]
         code, _, last = say(capsys, *words, *changes)
         assert code == 2
-        assert_sentence(last, "schedule.h0=0.5 (now 2.0)", "train.lr=0.001 (now 0.5)")
+        assert_sentence(last, "jko.h0=0.5 (now 2.0)", "train.lr=0.001 (now 0.5)")
         assert "log_every" not in last  # which decides nothing
         assert say(capsys, *words, "--set", "train.log_every=7")[0] == 0
 
@@ -200,7 +200,7 @@ class TestRunsThatAreThere:
     ) -> None:
         code, _, last = say(capsys, "train", "--run", run, "--resume", "--set", "train.lr=1")
         assert code == 2
-        assert_sentence(last, "--set goes with --config")
+        assert_sentence(last, "--set train.lr=1 has no effect here", "jko.refine")
 
     def test_with_latents_of_another_standardisation(
         self, capsys: pytest.CaptureFixture[str], trained: World, run: Path

@@ -1,23 +1,36 @@
-"""Configurations: packaged ones load, and every mistake is named by its dotted path."""
+"""Configurations: packaged ones load, and every mistake is named by its dotted key."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pipeline.config import packaged
+from pipeline.config.applies import APPLIES
+from pipeline.config.autoencoder_recipe import AutoencoderConfig
+from pipeline.config.keys import RULES, count, keys, resume_rule
 from pipeline.config.load import (
-    available,
-    from_resolved,
+    differences,
+    load,
     load_config,
     overridden,
+    read_resolved,
     resolved_yaml,
     to_dict,
+    with_values,
 )
-from pipeline.config.schema import Config
+from pipeline.config.moved import MOVED, replacement
+from pipeline.config.schema import Config, FmConfig, JkoConfig, TrainConfig, of_block
+from pipeline.config.validate import check
 from pipeline.errors import UserError
+
+ROOT = Path(__file__).parents[3]
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -26,19 +39,25 @@ def write(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", available())
-def test_every_packaged_configuration_loads_and_round_trips(name: str) -> None:
-    config = load_config(name)
-    assert config.name
-    assert from_resolved(yaml.safe_load(resolved_yaml(config))) == config
+@pytest.mark.parametrize("folder", packaged.FOLDERS)
+def test_every_packaged_configuration_loads_and_round_trips(folder: str, tmp_path: Path) -> None:
+    schema = AutoencoderConfig if folder == packaged.AUTOENCODERS else Config
+    assert packaged.available(folder)
+    for name in packaged.available(folder):
+        config = load(schema, name, [], folder)
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(resolved_yaml(config))
+        assert read_resolved(schema, path) == config
+        if isinstance(config, Config):
+            check(config)
 
 
 def test_files_hold_differences_only(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, "train: {lr: 2}\narchitecture: {ch_mult: [1, 2]}\n"))
+    config = load_config(write(tmp_path, "train: {lr: 2}\njko: {solver: {steps: [3, 2]}}\n"))
     assert config.train.lr == 2.0 and isinstance(config.train.lr, float)
-    assert config.architecture.ch_mult == (1, 2)
+    assert config.jko is not None and config.jko.solver.steps == [3, 2]
     default = Config()
-    assert config.schedule == default.schedule
+    assert config.latents == default.latents
     assert dataclasses.replace(config.train, lr=default.train.lr) == default.train
     assert load_config(write(tmp_path, "")) == default
 
@@ -47,14 +66,79 @@ def test_overrides_are_applied_in_order(tmp_path: Path) -> None:
     path = write(tmp_path, "train: {lr: 2}\n")
     config = load_config(
         path,
-        ["train.lr=1e-4", "train.lr=3e-4", "data.limit=100", "generate.method=euler",
-         "train.warm_start=false", "generate.labels=[4,5]", "data.path=/a=b"],
+        ["train.lr=1e-4", "train.lr=3e-4", "data.limit=100", "sampler.method=euler",
+         "train.warm_start=false", "train.iterations=[4,5]", "data.name=folder",
+         "data.path=/a=b", "name=2024-01-02"],
     )  # fmt: skip
     assert config.train.lr == 3e-4
     assert config.data.limit == 100 and config.data.path == "/a=b"
-    assert config.generate.method == "euler" and config.train.warm_start is False
-    assert config.generate.labels == [4, 5]
+    assert config.sampler.method == "euler" and config.train.warm_start is False
+    assert config.train.iterations == [4, 5] and config.name == "2024-01-02"
     assert load_config(path, ["data.limit=null"]).data.limit is None
+
+
+def test_only_the_section_of_the_objective_is_there() -> None:
+    jko, fm = load_config("mnist"), load_config("mnist-fm")
+    assert isinstance(jko.jko, JkoConfig) and jko.fm is None and jko.lfm is None
+    assert isinstance(fm.fm, FmConfig) and fm.jko is None
+    assert "jko" in to_dict(jko) and not {"lfm", "fm", "points"} & set(to_dict(jko))
+    with pytest.raises(UserError, match="section jko applies to train.objective=jko"):
+        Config(train=TrainConfig(objective="fm"), jko=JkoConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "named"),
+    [
+        ("mnist-fm", "jko.h0=0.25", r"jko\.h0=0\.25 applies to train\.objective=jko; this "
+         r"configuration has train\.objective=fm; remove it .* or set train\.objective=jko"),
+        ("mnist", "train.objective=fm", r"config mnist: jko\.h0=0\.5 applies to train"),
+        ("mnist", "lfm.times=logit-normal", r"applies to train\.objective=lfm"),
+        ("mnist", "points.train=5", r"points\.train=5 applies to `jkoflow toy2d`"),
+        ("mnist", "data.size=8", r"data\.size=8 applies to data\.name=folder; .*default None"),
+        ("mnist", "velocity.heads=2", r"velocity\.heads=2 applies to velocity\.kind=unet"),
+        ("mnist", "generate.guidance=2", r"generate\.guidance=2\.0 applies to velocity\.classes"),
+        ("mnist", "latents.disturb=0.1", r"applies to velocity\.image_channels"),
+        ("mnist", "train.precision=bf16", r"applies to train\.objective=lfm or fm"),
+        ("cifar10", "velocity.classes=0", r"generate\.guidance=2\.5 applies to velocity\.classes"),
+        ("mnist-fm", "velocity.class_dropout=0.5", r"applies to velocity\.classes above 0"),
+        ("demo", "jko.eta=0.7", r"jko\.eta=0\.7 applies to jko\.reparameterize above 0"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_apply_are_refused(name: str, override: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        load_config(name, [override])
+
+
+def test_a_section_is_left_out_by_null() -> None:
+    config = load_config("mnist", ["train.objective=fm", "jko=null", "fm.times=logit-normal"])
+    assert config.fm == FmConfig(times="logit-normal")
+
+
+def test_the_table_of_conditions_names_keys() -> None:
+    known = keys(Config)
+    for name, condition, words in APPLIES:
+        assert name in known and words
+        condition(Config())
+
+
+def test_old_keys_are_named_with_their_new_place(tmp_path: Path) -> None:
+    known = keys(Config)
+    for old, new in MOVED.items():
+        assert old not in known
+        if " " not in new:
+            assert new in known, new
+    for key, said in (
+        ("push.steps=3", "push.steps is now sampler.steps; rename it"),
+        ("solver.rtol=3", "solver.rtol is no longer a setting; remove it"),
+        ("architecture.ch=64", "architecture.ch is a key of an autoencoder's configuration"),
+        ("velocity.hidden=[4]", "velocity.hidden is now velocity.width and velocity.depth"),
+    ):
+        with pytest.raises(UserError, match=said.replace("[", r"\[")):
+            load_config("smoke", [key])
+    assert replacement("never.known") is None
+    (tmp_path / "config.yaml").write_text("name: old\nschedule: {h0: 0.5}\n")
+    with pytest.raises(UserError, match=r"config\.yaml: schedule\.h0 is now jko\.h0; rename it"):
+        read_resolved(Config, tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize(
@@ -62,18 +146,19 @@ def test_overrides_are_applied_in_order(tmp_path: Path) -> None:
     [
         ("train.lrr=1", r"--set train\.lrr=1: unknown key train\.lrr; known here: .*\blr\b"),
         ("trian.lr=1", r"unknown key trian"),
-        ("train.lr=fast", r"train\.lr: .*fast.*"),
-        ("train.iterations=1.5", r"train\.iterations: .*1\.5"),
-        ("train.warm_start=maybe", r"train\.warm_start"),
-        ("data.limit=many", r"data\.limit"),
-        ("train=3", r"train"),
-        ("train.lr.x=3", r"train\.lr"),
+        ("train.lr=fast", r"train\.lr is 'fast'; expected float or list of float"),
+        ("train.iterations=1.5", r"train\.iterations is 1\.5; expected int or list of int"),
+        ("train.warm_start=maybe", r"train\.warm_start is 'maybe'; expected true or false"),
+        ("data.limit=many", r"data\.limit is 'many'; expected int or null"),
+        ("train=3", r"train is a section"),
+        ("train.lr.x=3", r"train\.lr has no keys of its own"),
         ("train.lr", r"section\.key=value"),
         ("=3", r"section\.key=value"),
-        ("architecture.ch_mult=[1,a]", r"architecture\.ch_mult"),
-        ("schedule.h=[[0.5]]", r"schedule\.h: expected a list of plain values, not \[\[0\.5\]\]"),
-        ("data.also=[{a: 1}]", r"data\.also: expected a list of plain values"),
-        ("data.also=mnist", r"data\.also: expected a list, such as \[mnist\], not 'mnist'"),
+        ("train.iterations=[1,a]", r"train\.iterations is \[1, 'a'\]; expected"),
+        ("jko.h=[[0.5]]", r"jko\.h is \[\[0\.5\]\]; expected list of float or null"),
+        ("data.also=mnist", r"data\.also is 'mnist'; expected list of text"),
+        ("train.precision=fp8", r"train\.precision is 'fp8'; expected fp32 or bf16"),
+        ("data.also=[mnist/test", r"its value is not readable YAML"),
     ],
 )
 def test_mistakes_of_overrides_are_named(override: str, named: str) -> None:
@@ -87,8 +172,8 @@ def test_mistakes_of_overrides_are_named(override: str, named: str) -> None:
     [
         ("train: {lrr: 1}", r"some\.yaml: unknown key train\.lrr"),
         ("colour: red", r"unknown key colour"),
-        ("train: {lr: [1]}", r"train\.lr"),
-        ("train: 3", r"train"),
+        ("train: {lr: [a]}", r"train\.lr"),
+        ("train: 3", r"train is a section"),
         ("data: {limit: x}", r"data\.limit"),
         ("- 1", "must hold sections with keys, not list"),
         ("just words", "must hold sections with keys, not str"),
@@ -102,27 +187,51 @@ def test_mistakes_of_files_are_named(tmp_path: Path, text: str, named: str) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_values_out_of_range_are_named() -> None:
-    for override, named in (
-        ("solver.steps=0", "solver.steps must be at least 1"),
-        ("solver.method=rk5", "unknown solver 'rk5'"),
-        ("architecture.flavour=xy", "flavour"),
-        ("autoencoder_training.precision=fp8", "precision"),
-        ("autoencoder_training.optimizer=sgd", "optimizer must be one of adam, muon, not 'sgd'"),
-    ):
-        with pytest.raises(UserError, match=named):
-            load_config("smoke", [override])
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("architecture.flavour=xy", "architecture.flavour is 'xy'; expected kl or vq"),
+        ("training.precision=fp8", "training.precision is 'fp8'; expected fp32 or bf16"),
+        ("training.optimizer=sgd", "training.optimizer is 'sgd'; expected adam or muon"),
+        ("training.prune=0", "unknown key training.prune"),
+        ("train.lr=1", "unknown key train.lr"),
+    ],
+)
+def test_mistakes_of_autoencoders_are_named(override: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        load(AutoencoderConfig, "mnist-kl", [override], packaged.AUTOENCODERS)
 
 
 def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="unknown configuration 'nonsense'; choose one of .*smoke"):
+    with pytest.raises(UserError, match="unknown configuration 'nonsense' in flows; .*smoke"):
         load_config("nonsense")
+    with pytest.raises(UserError, match="toy2d/rose is for `jkoflow toy2d`"):
+        load_config("rose")
     with pytest.raises(UserError, match="no configuration file at"):
         load_config(str(tmp_path / "absent.yaml"))
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not readable YAML"):
         load_config(str(binary))
+
+
+def test_foreign_folders_hide_nothing(tmp_path: Path) -> None:
+    """`python -m pipeline` puts the working directory first on the path of modules."""
+    for name in ("configs", "flows", "eval", "autoencoders"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('foreign')")
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "configs" / "flows").mkdir()
+    (tmp_path / "configs" / "flows" / "mnist.yaml").write_text("name: foreign")
+    result = subprocess.run(
+        [sys.executable, "-m", "pipeline", "config", "show", "mnist"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load(result.stdout) == to_dict(load_config("mnist"))
 
 
 def test_a_finished_run_is_overridden_in_some_sections_only() -> None:
@@ -138,4 +247,32 @@ def test_a_finished_run_is_overridden_in_some_sections_only() -> None:
 def test_dicts_are_plain() -> None:
     plain = to_dict(load_config("smoke"))
     assert yaml.safe_load(yaml.safe_dump(plain)) == plain
-    assert isinstance(plain["architecture"]["ch_mult"], list)
+
+
+def test_differences_and_new_values() -> None:
+    old, new = load_config("mnist"), load_config("demo")
+    assert differences(old, new) == {"name": ("mnist", "demo"), "evaluate.n": (10000, 2000)}
+    changed = with_values(old, {"jko.refine": 3, "data.limit": 5})
+    assert changed.jko is not None and changed.jko.refine == 3 and changed.data.limit == 5
+    assert set(differences(old, changed)) == {"jko.refine", "data.limit"}
+
+
+def test_rules_of_resuming() -> None:
+    assert {resume_rule(name) for name in keys(Config)} == set(RULES)
+    for name, rule in (
+        ("data.path", "moved"), ("data.test_split", "free"), ("velocity.width", "added"),
+        ("velocity.classes", "fixed"), ("sampler.steps", "fixed"), ("jko.refine", "later"),
+        ("train.max_minutes", "free"), ("generate.n", "free"), ("points.train", "fixed"),
+    ):  # fmt: skip
+        assert resume_rule(name) == rule, name
+
+
+def test_every_key_has_a_meaning() -> None:
+    for schema in (Config, AutoencoderConfig):
+        assert all(key.meaning for key in keys(schema).values())
+    assert count(Config, AutoencoderConfig) <= 122
+
+
+def test_a_value_of_a_block() -> None:
+    assert [of_block(3, k) for k in range(2)] == [3, 3]
+    assert [of_block([3, 2], k) for k in range(3)] == [3, 2, 2]

@@ -9,7 +9,9 @@ import pytest
 from accelerate import Accelerator
 
 from pipeline.autoencoder_training.train import train
-from pipeline.config.load import load_config
+from pipeline.config import packaged
+from pipeline.config.autoencoder_recipe import AutoencoderConfig
+from pipeline.config.load import load
 from pipeline.config.schema import DataConfig
 from pipeline.data import imagenet32
 from pipeline.data.datasets import load_images
@@ -45,13 +47,12 @@ def test_the_same_images_without_opening_files_again(tmp_path, monkeypatch):
 
 def test_a_training_opens_every_file_once(tmp_path, monkeypatch):
     make(tmp_path / "files", "npz")
-    shape = ("image_shape=[3,32,32]", "patch=8", "ch=32", "ch_mult=[1]", "z_channels=2",
-             "embed_dim=2")  # fmt: skip
+    shape = ("patch=8", "width=32", "width_factors=[1]", "channels=2")
     recipe = ("iterations=5", "batch_size=8", "warmup=1", "adversarial_weight=0")
     settings = ["data.name=imagenet32", f"data.path={tmp_path / 'files'}",
                 "data.also=[imagenet32/test]"]  # fmt: skip
     settings += [f"architecture.{word}" for word in shape]
-    settings += [f"autoencoder_training.{word}" for word in recipe]
+    settings += [f"training.{word}" for word in recipe]
     opened, read = Counter(), imagenet32.read_batch
 
     def counted(path):
@@ -59,7 +60,7 @@ def test_a_training_opens_every_file_once(tmp_path, monkeypatch):
         return read(path)
 
     monkeypatch.setattr(imagenet32, "read_batch", counted)
-    config = load_config("smoke", settings)
+    config = load(AutoencoderConfig, "rgb32-kl", settings, packaged.AUTOENCODERS)
     train(config, tmp_path / "out", Accelerator(cpu=True), no_bar, False)
     assert len(opened) == 11 and set(opened.values()) == {1}
 

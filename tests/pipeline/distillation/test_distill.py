@@ -30,9 +30,10 @@ from tests.pipeline.killing import assert_same_content, kill_at
 from tests.pipeline.tiny import World, say
 
 MOONS = ("points.train=4000", "latents.shard_size=3000", "velocity.width=48", "velocity.depth=2",
-         "velocity.activation=tanh", "train.ema=0.9", "train.batch_size=256", "train.lr=0.01",
-         "train.warmup=10", "schedule.iterations=[200]", "schedule.tolerance=0",
-         "train.objective=lfm", "schedule.gamma=[0.2,0.4,0.6]")  # fmt: skip
+         "velocity.activation=tanh", "jko=null", "train.ema=0.9", "train.batch_size=256",
+         "train.lr=0.01",
+         "train.warmup=10", "train.iterations=[200]", "lfm.tolerance=0",
+         "train.objective=lfm", "lfm.gamma=[0.2,0.4,0.6]")  # fmt: skip
 EXACT = SolverConfig("dopri5")
 
 
@@ -49,7 +50,7 @@ def merge(teacher: Run, folder: Path, *overrides: str, pairs: int = 2, resume: b
 def moons(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Three blocks with a time and a free one, from two half circles to noise."""
     folder = tmp_path_factory.mktemp("moons") / "run"
-    config = load_config("toy2d/two_moons", MOONS)
+    config = load_config("two_moons", MOONS, "toy2d")
     train(config, folder, Accelerator(cpu=True), quiet, False, PointSource(config))
     return open_run(folder)
 
@@ -76,7 +77,7 @@ def test_few_steps_are_worth_many_of_the_teachers(moons: Run, tmp_path: Path) ->
     stages = [open_store(stage_folder(folder, k), "stage").field("z") for k in (0, 1, 2)]
     for index, block in enumerate(student.flow):
         row, z, end = student.manifest["blocks"][index], stages[index], stages[index + 1]
-        solver = student.config.push
+        solver = student.config.sampler.of_block(0)
         assert (solver.method, solver.steps) == ("rk4", 1)
         there = (block.transport(z, solver=solver).z - end).square().mean().item()
         back = (block.transport(end, reverse=True, solver=solver).z - z).square().mean().item()
@@ -102,7 +103,7 @@ def test_a_linear_field_reaches_the_best_regression(gaussian: Run, tmp_path: Pat
     (row,) = manifest["blocks"]
     assert (row["h"], row["gamma"], row["objective"]) == (pytest.approx(1.3), None, "distill")
     z = open_store(stage_folder(tmp_path, 0), "stage").field("z").double()
-    end = gaussian.flow.encode(z.float(), gaussian.config.push).double()
+    end = gaussian.flow.encode(z.float(), gaussian.config.sampler.of_block(0)).double()
     assert torch.allclose(open_store(stage_folder(tmp_path, 1), "stage").field("z").double(), end)
     ones = torch.ones(len(z), 1, dtype=torch.float64)
     n = torch.linalg.lstsq(torch.cat([z, ones], 1), end - z).solution[:2].T
@@ -171,8 +172,8 @@ def test_mistakes_are_told(gaussian: Run, tmp_path: Path) -> None:
     for setting, said in (
         ("data.name=mnist", "no effect here"),
         ("train.objective=jko", "have no meaning for distill"),
-        ("train.snapshot_every=5", "for flow matching, not for distill"),
-        ("train.iterations=0", "train.iterations must be at least 1"),
+        ("fm.snapshot_every=5", "no effect here"),
+        ("train.iterations=0", "train.iterations is 0; expected at least 1"),
     ):
         with pytest.raises(UserError, match=said):
             merge(gaussian, tmp_path / "none", setting)

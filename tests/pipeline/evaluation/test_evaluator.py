@@ -92,7 +92,7 @@ def test_the_likelihood_is_the_flows(trained: World, folder: Path) -> None:
         moments = run.autoencoder().encode(x)
         z = run.standardisation.apply(moments.sample(generator(0, "nll")))
     z, flow = z.clone().double(), run.flow.double()
-    solver = dataclasses.replace(run.config.push, steps=40)
+    solver = dataclasses.replace(run.config.sampler.of_block(0), steps=40)
 
     def carry(flat: torch.Tensor) -> torch.Tensor:
         point = flat.view(1, 2, 3, 3)
@@ -175,7 +175,7 @@ def test_the_floor_of_the_identity_is_the_fid_of_the_real_images(
 ) -> None:
     path = world.config(
         autoencoder={"name": "identity", "weights": None}, train={"iterations": 1},
-        schedule={"max_blocks": 1}, evaluate={"nll": 0},
+        jko={"max_blocks": 1}, evaluate={"nll": 0},
     )  # fmt: skip
     config = load_config(path)
     encode(config, accelerator, quiet)

@@ -53,7 +53,7 @@ def evened(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same after three reparameterizations."""
     folder = tmp_path_factory.mktemp("evened") / "run"
     shutil.copytree(finished, folder)
-    later = ("schedule.reparameterize=3", "schedule.later_iterations=40")
+    later = ("jko.reparameterize=3", "jko.later_iterations=40")
     assert run(folder, *later) == Outcome(3, True, 9, 4)
     return folder
 
@@ -85,7 +85,7 @@ def test_refinement_starts_as_the_same_map(again: Path, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patch:
         patch.setattr(BlockTrainer, "step", stand_still)
-        run(again, "schedule.refine=2")
+        run(again, "jko.refine=2")
     before, after = open_run(again, number=0).flow, open_run(again).flow
     assert [spec.h for spec in after.specs] == [0.05, 0.05, 0.15, 0.15, 0.45, 0.45]
     z = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
@@ -96,7 +96,7 @@ def test_refinement_starts_as_the_same_map(again: Path, monkeypatch: pytest.Monk
 
 
 def test_refinement_lowers_the_nll_and_can_go_on(again: Path) -> None:
-    assert run(again, "schedule.refine=2", "schedule.later_iterations=40").trained == 6
+    assert run(again, "jko.refine=2", "jko.later_iterations=40").trained == 6
     first, second = passes_of(read_manifest(again))
     assert second.summary["nll"] < first.summary["nll"] - 0.01
     exact_nll = exact(again, second.h)[-1].squared_norm / 2
@@ -105,12 +105,12 @@ def test_refinement_lowers_the_nll_and_can_go_on(again: Path) -> None:
     assert [row["iterations"] for row in second.blocks] == 6 * [40]
     assert labels([first, second]) == ["Iter 1", "r-Iter 1"]
     # --refine is counted in all: the same again is nothing to do, 3 is no multiple of 2
-    assert run(again, "schedule.refine=2").trained == 0
+    assert run(again, "jko.refine=2").trained == 0
     with pytest.raises(UserError, match="give --refine a multiple of 2"):
-        run(again, "schedule.refine=3")
+        run(again, "jko.refine=3")
     # a run that starts from blocks that were split has split none itself
     started = again.parent / "started"
-    run(started, f"train.init_from={again}", "schedule.refine=2", "train.iterations=1",
+    run(started, f"train.init_from={again}", "jko.refine=2", "train.iterations=1",
         resume=False)  # fmt: skip
     assert [len(made.blocks) for made in passes_of(read_manifest(started))] == [3, 6]
 
@@ -128,7 +128,7 @@ def test_the_log_names_the_pass_and_the_plot_shows_all(evened: Path) -> None:
 
 
 def test_the_pass_before_is_used_until_a_later_one_is_complete(again: Path) -> None:
-    in_time = ("schedule.reparameterize=1", "train.max_minutes=1e-9")
+    in_time = ("jko.reparameterize=1", "train.max_minutes=1e-9")
     outcome = run(again, *in_time)
     assert (outcome.complete, outcome.passes) == (False, 2)
     opened = open_run(again)
@@ -140,7 +140,7 @@ def test_the_pass_before_is_used_until_a_later_one_is_complete(again: Path) -> N
     half = again / "stages" / "pass-00" / "stage-07"  # of a push that was killed
     half.mkdir(parents=True)
     (half / "shard-00000.safetensors").write_bytes(b"")
-    assert run(again, "schedule.reparameterize=1").trained == 3
+    assert run(again, "jko.reparameterize=1").trained == 3
     assert open_run(again).manifest["pass"] == 1
     # nothing is kept but what is used
     stages = {path.name for path in (again / "stages").glob("**/stage-*")}
@@ -150,9 +150,9 @@ def test_the_pass_before_is_used_until_a_later_one_is_complete(again: Path) -> N
 
 
 LATER = (
-    "schedule.reparameterize=1",
-    "schedule.refine=2",
-    "schedule.later_iterations=5",
+    "jko.reparameterize=1",
+    "jko.refine=2",
+    "jko.later_iterations=5",
     "train.checkpoint_seconds=0",
 )
 
@@ -173,8 +173,8 @@ def test_killed_in_later_passes_and_resumed_ends_in_the_same_bytes(
 
 
 def test_later_passes_keep_their_free_block(tmp_path: Path) -> None:
-    few = ("schedule.free_block=true", "train.iterations=4", "schedule.h=[0.2,0.4]")
-    run(tmp_path / "run", *few, "schedule.reparameterize=1", "schedule.refine=2", resume=False)
+    few = ("jko.free_block=true", "train.iterations=4", "jko.h=[0.2,0.4]")
+    run(tmp_path / "run", *few, "jko.reparameterize=1", "jko.refine=2", resume=False)
     passes = passes_of(read_manifest(tmp_path / "run"))
     assert [[row["h"] is None for row in entry.blocks] for entry in passes] == [
         [False, False, True],

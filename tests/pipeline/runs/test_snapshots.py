@@ -28,7 +28,7 @@ from tests.pipeline.tiny import World, pictures, say
 
 FM = ("train.objective=fm", "train.ema=0.9", "train.iterations=6", "train.batch_size=32",
       "train.checkpoint_seconds=0")  # fmt: skip
-KEPT = (*FM, "train.snapshot_every=2")
+KEPT = (*FM, "fm.snapshot_every=2")
 
 
 def run(folder: Path, *overrides: str) -> None:
@@ -50,17 +50,6 @@ def test_snapshots_are_the_block_as_it_would_be(tmp_path: Path) -> None:
     whole = [read_manifest(tmp_path / name)["blocks"][0]["sha256"] for name in ("flat", "kept")]
     assert whole[0] == whole[1]  # keeping them changes nothing
     assert not (tmp_path / "flat" / "snapshots").exists()
-
-
-def test_every_pass_has_its_own(tmp_path: Path) -> None:
-    run(tmp_path, *KEPT)
-    first = snapshots_of(tmp_path)
-    config = tiny(*KEPT, "train.snapshot_every=3", "train.lr=0.02")
-    train(config, tmp_path, Accelerator(cpu=True), quiet, True, GaussianSource(), from_block=0)
-    assert [row["step"] for row in snapshots_of(tmp_path, 1)] == [3, 6]
-    assert snapshots_of(tmp_path) == first
-    (block,) = read_manifest(tmp_path)["blocks"]
-    assert snapshots_of(tmp_path, 1)[-1]["sha256"] == block["sha256"]
 
 
 def _resume(folder: str) -> None:
@@ -91,12 +80,16 @@ def test_half_precision_trains_nearly_the_same_field(tmp_path: Path) -> None:
     assert 0 < (full - half).square().mean() < 0.01 * full.square().mean()
 
 
+def kept(world: World) -> str:
+    train = {"objective": "fm", "iterations": 40, "batch_size": 8}
+    return world.config("fm", train=train, fm={"snapshot_every": 20})
+
+
 def test_a_run_is_guided_by_what_it_was(
     trained: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fm = {"objective": "fm", "iterations": 40, "batch_size": 8, "snapshot_every": 20}
-    folder = tmp_path / "run"
-    assert say(capsys, "train", "-c", trained.config("fm", train=fm), "-r", folder)[0] == 0
+    config, folder = kept(trained), tmp_path / "run"
+    assert say(capsys, "train", "-c", config, "-r", folder)[0] == 0
     opened = open_run(folder)
     then = open_snapshot(folder, 20)
     assert then.fingerprint != opened.fingerprint
@@ -105,7 +98,8 @@ def test_a_run_is_guided_by_what_it_was(
     noise = [torch.randn(n, 2, 3, 3, generator=generator(0, "sample", k))
              for k, n in enumerate((4, 4, 2))]  # fmt: skip
     led = autoguide(opened.flow, then.flow, 2.0)
-    z = opened.standardisation.undo(led.decode(torch.cat(noise), opened.config.push))
+    solver = opened.config.sampler.of_block(0)
+    z = opened.standardisation.undo(led.decode(torch.cat(noise), solver))
     with torch.inference_mode():
         by_hand = to_uint8(opened.autoencoder().decode(z))
     assert (found.int() - by_hand.int()).abs().max() <= 1
@@ -125,11 +119,11 @@ def test_a_run_is_guided_by_what_it_was(
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (("train.precision=fp16",), "unknown precision 'fp16'; choose one of fp32, bf16"),
-        (("train.precision=bf16",), r"train\.precision=bf16 is for the regressions"),
-        (("train.snapshot_every=5",), r"train\.snapshot_every keeps flows of one block"),
-        (("train.objective=lfm", "train.snapshot_every=5"), "under lfm there are several"),
-        (("train.objective=fm", "train.snapshot_every=-1"), "must be at least 0, not -1"),
+        (("train.precision=fp16",), "train.precision is 'fp16'; expected fp32 or bf16"),
+        (("train.precision=bf16",), r"train\.precision=bf16 applies to train.objective=lfm or fm"),
+        (("fm.snapshot_every=5",), "applies to train.objective=fm"),
+        (("train.objective=lfm", "fm.snapshot_every=5"), "applies to train.objective=fm"),
+        (("train.objective=fm", "fm.snapshot_every=-1"), "is -1; expected at least 0"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(
@@ -148,9 +142,7 @@ def test_the_curve_of_fid_against_samples_seen(
 ) -> None:
     stand_in(monkeypatch)
     folder, reference = tmp_path / "run", trained.root / "pictures" / "train"
-    config = trained.config(
-        "fm", train={"objective": "fm", "iterations": 40, "batch_size": 8, "snapshot_every": 20}
-    )
+    config = kept(trained)
     assert say(capsys, "train", "--config", config, "--run", folder)[0] == 0
     words = ["evaluate", "--run", folder, "-n", "12", "--reference", reference, "--curve"]
     code, out, last = say(capsys, *words)
@@ -165,8 +157,9 @@ def test_the_curve_of_fid_against_samples_seen(
     assert curve["rows"][1]["fid"] == pytest.approx(by_hand, rel=1e-4)
     assert (folder / "samples" / "curve.png").stat().st_size > 1000
     assert not (folder / "metrics.json").exists()
+    sampler = opened.config.sampler
     assert curve["solver"] == {
-        "method": opened.config.push.method, "steps": opened.config.push.steps
+        "method": sampler.method, "steps": sampler.steps
     }  # fmt: skip
     assert curve["sampling"]["guidance"] == 1
     code, _, last = say(capsys, *words, "--nfe-study", "12")

@@ -209,7 +209,7 @@ def test_what_a_killed_export_left_is_not_shipped(run: Path, tmp_path: Path) -> 
 
 def test_the_pass_in_use_is_exported(run: Path, trained: World, tmp_path: Path) -> None:
     words = ["train", "--run", run, "--resume", "--refine", "2", "--set",
-             "schedule.later_iterations=1"]  # fmt: skip
+             "jko.later_iterations=1"]  # fmt: skip
     assert main.main([str(word) for word in words]) == 0
     out = export(plan_of(open_run(run)), tmp_path / "out").folder
     manifest = read_manifest(out)
@@ -225,7 +225,7 @@ def test_the_solver_can_be_chosen(
 ) -> None:
     words = ["--method", "euler", "--steps", "3"]
     assert say(capsys, "export", "--run", run, "--out", tmp_path / "out", *words)[0] == 0
-    settings = read_config(tmp_path / "out").generate
+    settings = read_config(tmp_path / "out").sampler
     assert (settings.method, settings.steps) == ("euler", 3)
     assert "euler, 3 sub-intervals" in (tmp_path / "out" / "CARD.md").read_text()
 

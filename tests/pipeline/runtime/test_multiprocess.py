@@ -111,11 +111,6 @@ def test_all_stop_by_the_clock_of_the_first(tmp_path: Path, job: str, outcome: l
     assert run_job(job, tmp_path) == [outcome, outcome]
 
 
-def test_a_grid_grows_by_what_the_first_sees(tmp_path: Path) -> None:
-    """All follow a block on the same grid, else their gradients were of two objectives."""
-    assert run_job("grids", tmp_path) == [[4, 4], [4, 4]]
-
-
 def test_networks_trained_apart_are_those_of_one_process(tmp_path: Path) -> None:
     """With checkpoints, which any number of processes may go on from."""
     source = GaussianSource(count=64)

@@ -29,9 +29,9 @@ from tests.pipeline.labelled_source import CENTRES, SPREAD, LabelledSource
 
 CLASSES = ("velocity.classes=2", "train.ema=0.9")
 FM = (*CLASSES, "train.objective=fm", "velocity.kind=mlp", "velocity.width=32",
-      "velocity.depth=1", "push.steps=8", "train.lr=0.02", "train.iterations=300",
+      "velocity.depth=1", "sampler.steps=8", "train.lr=0.02", "train.iterations=300",
       "train.warmup=10")  # fmt: skip
-LFM = (*CLASSES, "train.objective=lfm", "schedule.gamma=[0.2]", "schedule.free_block=true")
+LFM = (*CLASSES, "train.objective=lfm", "lfm.gamma=[0.2]", "lfm.free_block=true")
 
 
 def run(folder: Path, *overrides: str, known: bool = True, **request: int) -> Outcome:
@@ -95,7 +95,7 @@ def test_counts_are_kept(learnt: Path) -> None:
 
 def test_a_jko_step_of_every_class(tmp_path: Path) -> None:
     """With a linear field and an offset a class, the exact step of each cluster is attained."""
-    run(tmp_path, "velocity.classes=2", "schedule.h=[0.5]", "train.iterations=150")
+    run(tmp_path, "velocity.classes=2", "jko.h=[0.5]", "train.iterations=150")
     before, after = stage(tmp_path, 0), stage(tmp_path, 1)
     labels = before.field("labels")
     centred = torch.cat([before.field("z")[labels == k] for k in (0, 1)])
@@ -138,7 +138,7 @@ def test_labels_travel_with_their_samples(quick: Path) -> None:
             torch.testing.assert_close(stage(quick, index + 1).field("z")[own], moved)
 
 
-OFTEN = (*LFM, "train.iterations=5", "train.checkpoint_seconds=0", "train.coupling=ot",
+OFTEN = (*LFM, "train.iterations=5", "train.checkpoint_seconds=0", "lfm.coupling=ot",
          "train.batch_size=32", "velocity.class_dropout=0.3")  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def test_killed_and_resumed_ends_in_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_blocks_start_from_a_conditional_run(quick: Path, tmp_path: Path) -> None:
-    start = (*CLASSES, "schedule.h=[0.1]", "train.iterations=1", "train.lr=1e-12")
+    start = (*CLASSES, "jko.h=[0.1]", "train.iterations=1", "train.lr=1e-12")
     run(tmp_path / "jko", *start, f"train.init_from={quick}")
     theirs, ours = (load_blocks(f, read_manifest(f))[0] for f in (quick, tmp_path / "jko"))
     for name, value in ours.state_dict().items():

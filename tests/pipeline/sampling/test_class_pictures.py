@@ -228,7 +228,7 @@ def test_a_guide_without_classes(
     flow = autoguide(run.flow, open_run(tmp_path / "all").flow, 2.0)
     noise = torch.randn(4, 2, 3, 3, generator=generator(0, "sample", 0))
     with torch.inference_mode():
-        z = flow.decode(noise, run.config.push, condition=of)
+        z = flow.decode(noise, run.config.sampler.of_block(0), condition=of)
         expected = to_uint8(run.autoencoder().decode(run.standardisation.undo(z)))
     assert (found[:4].int() - expected.int()).abs().max() <= 1
     plain = images(folder, n=8, batch_size=4, labels=[1, 0]).field("images")
@@ -291,7 +291,7 @@ def test_guidance_needs_a_run_that_left_the_class_out(
     jko = {"objective": "jko", "iterations": 1}
     for name, sections in (
         ("never", {"velocity": {"class_dropout": 0.0}}),
-        ("jko", {"train": jko, "schedule": {"max_blocks": 1, "free_block": False}}),
+        ("jko", {"train": jko, "jko": {"max_blocks": 1, "free_block": False}}),
     ):
         config, run = pictured.config(name, **sections), tmp_path / name
         assert say(capsys, "train", "-c", config, "-r", run)[0] == 0

@@ -22,6 +22,7 @@ from pipeline.runs.run import Run, open_run
 from pipeline.runtime.rng import generator
 from pipeline.sampling.generate import _sample as sample
 from pipeline.sampling.generate import sample_images
+from pipeline.sampling.solvers import with_solver
 from pipeline.storage import atomic
 from pipeline.storage.shards import StoreReader
 from tests.pipeline.drawing import plan_of
@@ -130,9 +131,10 @@ def test_seeds_and_solvers_give_other_images(folder: Path) -> None:
     run = open_run(folder)
     first = pixels(run)
     assert not torch.equal(first, pixels(run, seed=1))
-    changes = ({}, {"seed": 1}, {"steps": 1}, {"n": 9}, {"method": "euler"})
-    assert len({images_of(run, **change).folder for change in changes}) == 5
-    assert images_of(run, method="euler", steps=3).manifest["nfe"] == 9
+    folders = {images_of(run, **change).folder for change in ({}, {"seed": 1}, {"n": 9})}
+    others = [with_solver(run, *words) for words in (("1",), (None, "euler"))]
+    assert len(folders | {images_of(other).folder for other in others}) == 5
+    assert images_of(with_solver(run, "3", "euler")).manifest["nfe"] == 9
 
 
 @pytest.mark.parametrize(("budget", "used"), [(12, 12), (13, 12), (23, 12), (24, 24), (100, 96)])
@@ -148,7 +150,7 @@ def test_a_budget_of_evaluations(
 def test_a_budget_that_does_not_reach(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     code, _, last = say(capsys, "generate", "--run", folder, "--nfe", "11")
     assert code == 2 and "below one rk4 step in each of 3 blocks (12)" in last
-    words = ["generate", "--run", folder, "--nfe", "50", "--set", "generate.method=dopri5"]
+    words = ["generate", "--run", folder, "--nfe", "50", "--set", "sampler.method=dopri5"]
     code, _, last = say(capsys, *words)
     assert code == 2 and "fixed-step solver" in last
 

@@ -30,7 +30,7 @@ from tests.pipeline.tiny import World, run_child, say, write_autoencoder
 SECTIONS: dict[str, Any] = {
     "velocity": {"kind": "conv", "width": 8, "depth": 1, "image_channels": 1},
     "train": {"objective": "fm", "iterations": 4},
-    "push": {"method": "midpoint", "steps": 3},
+    "sampler": {"method": "midpoint", "steps": 3},
     "latents": {"disturb": 0.2, "mirror": False},
 }
 
@@ -100,12 +100,13 @@ def test_pictures_are_refined(run: Path, refiner: Path) -> None:
     expected = []
     for k, n in enumerate((4, 4, 2)):  # the noise of the flow, then the other
         drawn = generator(0, "sample", k)
-        z = opened.flow.decode(torch.randn(n, 2, 3, 3, generator=drawn), opened.config.push)
+        noise, solver = torch.randn(n, 2, 3, 3, generator=drawn), opened.config.sampler.of_block(0)
+        z = opened.flow.decode(noise, solver)
         with torch.inference_mode():
             decoded = opened.autoencoder().decode(opened.standardisation.undo(z))
             noise = torch.randn(n, 1, 12, 12, generator=drawn)
             of = Condition(image=decoded.half().float())
-            residual = fine.flow.decode(noise, fine.config.push, condition=of)
+            residual = fine.flow.decode(noise, fine.config.sampler.of_block(0), condition=of)
             expected.append(to_uint8(decoded + fine.standardisation.undo(residual)))
     assert (found.int() - torch.cat(expected).int()).abs().max() <= 1
     assert not torch.equal(found, plain)
@@ -240,13 +241,13 @@ def test_mistakes(
     for name, change, said in (
         ("two", {"velocity": {"kind": "conv", "image_channels": 2}}, "has images of 1 channels"),
         ("jko", {"train": {"objective": "jko"}}, "is trained by flow matching"),
-        ("pairs", {"train": {"objective": "fm", "coupling": "ot"}}, "without pairing across"),
-        ("plain", {"velocity": {"kind": "conv"}}, "latents.disturb=0.2 is for refiners"),
-        ("noise", {"latents": {"disturb": -1.0}}, "latents.disturb must not be negative"),
+        ("pairs", {"fm": {"coupling": "ot"}}, "without pairing across"),
+        ("plain", {"velocity": {"kind": "conv"}}, "applies to velocity.image_channels"),
+        ("noise", {"latents": {"disturb": -1.0}}, "latents.disturb is -1.0; expected at least 0"),
         ("kind", {"velocity": {"kind": "resmlp", "image_channels": 1}}, "a single conv or unet"),
     ):
         sections = {**SECTIONS, **change}
-        if name not in ("jko", "pairs"):
+        if name != "jko":
             sections["train"] = SECTIONS["train"]
         config = trained.config(name, **sections)
         assert said in refused("train", "-c", config, "-r", tmp_path / name)

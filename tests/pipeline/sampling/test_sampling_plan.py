@@ -47,7 +47,8 @@ def by_hand(run: Run, guide: Run, w: float) -> Tensor:
     noise = [
         torch.randn(n, 2, 3, 3, generator=generator(0, "sample", k)) for k, n in count.items()
     ]
-    z = autoguide(run.flow, guide.flow, w).decode(torch.cat(noise), run.config.push)
+    solver = run.config.sampler.of_block(0)
+    z = autoguide(run.flow, guide.flow, w).decode(torch.cat(noise), solver)
     with torch.inference_mode():
         return to_uint8(run.autoencoder().decode(run.standardisation.undo(z)))
 
@@ -214,7 +215,7 @@ def test_mistakes(
     assert "was trained on other latents" in refused("--guide", points, "--guidance", "2")
     assert "not negative" in refused("--guide", guide, "--guidance", "-1")
     for name, change in (
-        ("steps", {"schedule": {"max_blocks": 1}}),
+        ("steps", {"jko": {"max_blocks": 1}}),
         ("fm", {"train": {"objective": "fm", "iterations": 1}}),
     ):
         config = trained.config(name, **change)

@@ -12,13 +12,13 @@ import torch
 
 from autoencoders.base import to_uint8
 from flows.solving.solver import SolverConfig
-from pipeline.config.schema import GenerateConfig
 from pipeline.errors import UserError
 from pipeline.runs.directory import read_config
 from pipeline.runs.run import Run, open_run
 from pipeline.runtime.rng import generator
 from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.sampling.solvers import with_solver
+from tests.pipeline.drawing import plan_of
 from tests.pipeline.gaussian_source import tiny
 from tests.pipeline.sampling.test_generate import images_of
 from tests.pipeline.tiny import say
@@ -59,7 +59,7 @@ def test_every_block_has_its_own_steps(capsys: pytest.CaptureFixture[str], run: 
     found = torch.from_numpy(np.load(run / "a.npz")["arr_0"])[..., 0]
     assert (found.int() - by_hand(opened, back).int()).abs().max() <= 1
     # an exported run may bring its steps along; an adaptive solver has no use for them
-    words = ("--set", "generate.block_steps=[1,2,4]", "--method", "dopri5")
+    words = ("--set", "sampler.steps=[1,2,4]", "--method", "dopri5")
     assert say(capsys, "generate", "-r", run, "-n", "6", *words)[0] == 0
     one = images_of(opened, n=6, method="euler", steps=2)
     assert one.manifest["nfe"] == 6 and one.manifest["identity"]["sampling"]["solvers"] == [
@@ -82,20 +82,20 @@ def test_every_block_has_its_own_method(capsys: pytest.CaptureFixture[str], run:
     found = torch.from_numpy(np.load(run / "a.npz")["arr_0"])[..., 0]
     assert torch.equal(found, by_hand(opened, back))
     # what is told of them; steps are not for adaptive solvers
-    settings = with_solver(opened.config.generate, "2,4", "midpoint,euler")
+    chosen = with_solver(opened, "2,4", "midpoint,euler")
     grids = [{"method": "midpoint", "steps": 2}, {"method": "euler", "steps": 4}]
 
-    def solvers_of(changed: GenerateConfig) -> list[dict[str, object]]:
-        found: list[dict[str, object]] = SamplingPlan.open(opened, changed).identity()["solvers"]
+    def solvers_of(changed: Run) -> list[dict[str, object]]:
+        found: list[dict[str, object]] = plan_of(changed).identity()["solvers"]
         return found
 
-    assert solvers_of(settings) == grids
-    mixed = solvers_of(with_solver(settings, None, "dopri5, euler"))
-    assert mixed == [{"method": "dopri5", "rtol": 1e-5, "atol": 1e-5}, grids[1]]
+    assert solvers_of(chosen) == grids
+    mixed = solvers_of(with_solver(chosen, None, "dopri5, euler"))
+    assert mixed == [{"method": "dopri5"}, grids[1]]
     # the last word counts, and a budget is shared by the steps of all blocks
-    one = with_solver(with_solver(settings, None, "rk4,rk4"), "3", "euler")
+    one = with_solver(with_solver(chosen, None, "rk4,rk4"), "3", "euler")
     assert solvers_of(one) == [{"method": "euler", "steps": 3}] * 2
-    plan = SamplingPlan.open(opened, settings)
+    plan = plan_of(chosen)
     assert [steps_within(plan, nfe) for nfe in (8, 9)] == [{2}, {3}]
     with pytest.raises(
         UserError, match=r"below one midpoint,euler step in each of 2 blocks \(3\)"
@@ -109,8 +109,8 @@ def test_the_methods_of_the_blocks_are_exported(
     words = ("-r", run, "--method", "midpoint,euler,dopri5", "--steps", "2")
     assert say(capsys, "generate", "-n", "6", *words)[0] == 0
     assert say(capsys, "export", "--out", tmp_path / "out", *words)[0] == 0
-    assert read_config(tmp_path / "out").generate.block_methods == ["midpoint", "euler", "dopri5"]
-    told = "in the blocks: midpoint, 2 sub-intervals; euler, 2 sub-intervals; dopri5 at 1e-05"
+    assert read_config(tmp_path / "out").sampler.method == ["midpoint", "euler", "dopri5"]
+    told = "in the blocks: midpoint, 2 sub-intervals; euler, 2 sub-intervals; dopri5"
     assert f"| sampling | {told} |" in (tmp_path / "out" / "CARD.md").read_text()
     assert (tmp_path / "out" / "samples" / "grid.png").is_file()  # drawn as the export draws
     assert say(capsys, "export", "--out", tmp_path / "as trained", "-r", run)[0] == 0
@@ -120,12 +120,12 @@ def test_the_methods_of_the_blocks_are_exported(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--steps", "1,2"], "one number a block, 3 for this run, not 2"),
+        (["--steps", "1,2"], "one per block, 3 for this run, not 2"),
         (["--steps", "0"], "--steps takes a whole number of at least 1"),
         (["--steps", "1,,2"], "not '1,,2'"),
-        (["--steps", "1,2,4", "--method", "dopri5"], "need a fixed-step solver, not dopri5"),
+        (["--steps", "1,2,4", "--method", "dopri5"], "--steps needs a fixed-step solver"),
         (["--method", "rk5"], "unknown solver 'rk5'"),
-        (["--method", "midpoint,euler"], "one name a block, 3 for this run, not 2"),
+        (["--method", "midpoint,euler"], "one per block, 3 for this run, not 2"),
         (["--method", "euler,rk5,euler"], "unknown solver 'rk5'; choose one of euler, midpoint"),
         (["--method", "euler,,rk4"], "--method takes a solver, or several separated by commas"),
         (["--steps", "1,2,4", "--method", "dopri5,bosh3,dopri5"], "not dopri5,bosh3,dopri5"),
@@ -140,7 +140,7 @@ def test_what_cannot_be_solved_with(
 
 
 def test_a_budget_of_evaluations_is_spent_on_whole_networks(tmp_path: Path) -> None:
-    train(tmp_path / "run", *TWO_NETS, "schedule.free_block=false")
+    train(tmp_path / "run", *TWO_NETS, "jko.free_block=false")
     plan = SamplingPlan.open(open_run(tmp_path / "run"), tiny().generate)
     assert [steps_within(plan, nfe) for nfe in (8, 15, 16)] == [{2}, {2}, {4}]
     with pytest.raises(UserError, match=r"each of 1 blocks of 2 networks \(8\)"):
@@ -148,8 +148,8 @@ def test_a_budget_of_evaluations_is_spent_on_whole_networks(tmp_path: Path) -> N
 
 
 def test_a_budget_is_spent_on_the_networks_of_the_guide_too(tmp_path: Path) -> None:
-    train(tmp_path / "one", "schedule.free_block=false", "schedule.max_blocks=1")
-    train(tmp_path / "two", *TWO_NETS, "schedule.free_block=false")
+    train(tmp_path / "one", "jko.free_block=false", "jko.max_blocks=1")
+    train(tmp_path / "two", *TWO_NETS, "jko.free_block=false")
     opened, settings = open_run(tmp_path / "one"), tiny().generate
     settings = replace(settings, guide=str(tmp_path / "two"), guidance=2.0)
     plan = SamplingPlan.open(opened, settings)

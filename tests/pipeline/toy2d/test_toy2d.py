@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from flows.networks.config import VelocityConfig
 from flows.spec import BlockSpec
 from pipeline.cli import toy2d
-from pipeline.config.load import available, from_resolved, to_dict
+from pipeline.config import packaged
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runs.run import open_run
 from pipeline.storage import atomic
@@ -30,8 +30,8 @@ from tests.flows.problems import fresh_flow
 
 TINY = [
     "velocity.width=8", "velocity.depth=2",
-    "schedule.h=[0.5]",
-    "schedule.iterations=[3,2]",
+    "jko.h=[0.5]",
+    "train.iterations=[3,2]",
     "train.batch_size=64",
     "points.train=256",
     "points.test=64",
@@ -56,7 +56,7 @@ def finished(tmp_path_factory):
 
 
 def test_every_point_set_has_its_configuration():
-    names = {name.removeprefix("toy2d/") for name in available() if name.startswith("toy2d/")}
+    names = set(packaged.available(packaged.TOY2D))
     assert names == set(POINTS)
     for name in names:
         config = toy2d.load(name)
@@ -109,9 +109,9 @@ def test_an_unfinished_run_is_finished_by_its_own_verb(tmp_path):
 
 def test_a_run_goes_on_with_the_points_it_began_with(finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
-    for key, value in (("train", 77), ("seed", 5), ("invert", "true")):
-        with pytest.raises(UserError, match=rf"started with points\.{key}="):
-            run(tiny("gaussian", f"points.{key}={value}"), folder, resume=True)
+    for change in ("points.train=77", "train.seed=5"):
+        with pytest.raises(UserError, match=f"started with {change.partition('=')[0]}="):
+            run(tiny("gaussian", change), folder, resume=True)
     measured = run(tiny("gaussian", "points.test=50"), folder, resume=True)
     assert measured["nll"]["n"] == 50
 
@@ -152,7 +152,7 @@ def test_points_of_different_uses_are_different_and_repeat():
     first, again = source.draw("test", 0, 10), PointSource(tiny()).draw("test", 0, 10)
     assert torch.equal(first, again)
     assert not torch.equal(first, source.draw("compare", 0, 10))
-    other = PointSource(tiny("gaussian", "points.seed=1"))
+    other = PointSource(tiny("gaussian", "train.seed=1"))
     assert not torch.equal(first, other.draw("test", 0, 10))
     assert other.fingerprint != source.fingerprint
     assert source.manifest()["standardisation"] == {"mean": [0.0, 0.0], "std": [1.0, 1.0]}
@@ -178,10 +178,10 @@ def test_command_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: toy2d.load("chess"), "unknown two-dimensional experiment 'chess'.*checkerboard"),
-        (lambda: toy2d.load("mnist"), "unknown two-dimensional"),
+        (lambda: toy2d.load("chess"), "unknown configuration 'chess' in toy2d; .*checkerboard"),
+        (lambda: toy2d.load("mnist"), "flows/mnist is for `jkoflow encode, train`"),
         (lambda: toy2d.load("rose", ["points.n=3"]), "unknown key points.n"),
-        (lambda: PointSource(tiny("gaussian", "points.test=1")), "points.test must be at least 2"),
+        (lambda: tiny("gaussian", "points.test=1"), "points.test is 1; expected at least 2"),
         (lambda: PointSource(tiny("gaussian", "data.name=moon")), "point set 'moon' is unknown"),
         (lambda: PointSource(tiny("gaussian", "data.name=picture")), "data.path is null"),
     ],
@@ -196,9 +196,9 @@ def test_a_picture_of_ones_own(tmp_path):
     """A file given by path trains like any set, and another file is another experiment."""
     path = tmp_path / "ink.png"
     Image.linear_gradient("L").save(path)
-    values = to_dict(tiny("rose", "data.name=picture", f"data.path={path}"))
-    source = PointSource(from_resolved(values))
+    config = tiny("rose", "data.name=picture", f"data.path={path}")
+    source = PointSource(config)
     assert source.draw("test", 0, 2000)[:, 1].mean() > 1  # the dark half lies on top
     before = source.fingerprint
     Image.linear_gradient("L").rotate(180).save(path)
-    assert PointSource(from_resolved(values)).fingerprint != before
+    assert PointSource(config).fingerprint != before

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from flows.networks.config import VelocityConfig
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
-from pipeline.config.schema import TrainConfig
+from pipeline.config.schema import JkoConfig, MatchingConfig, TrainConfig
 from pipeline.runtime.rng import generator
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.diagnostics import Measured, measure
@@ -28,7 +28,9 @@ def measured(folder: Path, count: int, **changes: Any) -> tuple[Measured, int, l
     spec = BlockSpec(network, PUSH, **changes)
     stage = GaussianSource(count=count).first_stage(folder, tiny(), Accelerator())
     block = build_block(spec, (2,), generator(0, "weights", 0))
-    trainer = BlockTrainer(block, spec, stage, TrainConfig(batch_size=100), Accelerator())
+    options = JkoConfig() if spec.objective == "jko" else MatchingConfig()
+    recipe = TrainConfig(batch_size=100)
+    trainer = BlockTrainer(block, spec, stage, recipe, options, Accelerator())
     seen, labels = [0], []
 
     def bar(batches: Iterable[torch.Tensor], total: int, label: str) -> Iterable[torch.Tensor]:

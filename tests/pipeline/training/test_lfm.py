@@ -21,6 +21,7 @@ from pipeline.runs.manifest import read_manifest
 from pipeline.runs.passes import Pass, readable, step_of
 from pipeline.runs.run import load_blocks, open_run
 from pipeline.runtime.rng import generator
+from pipeline.sampling.solvers import solvers_of
 from pipeline.storage.shards import open_store
 from pipeline.training.matching_loss import batch_loss, logit_normal, stratified_times
 from pipeline.training.stages import stage_folder
@@ -31,12 +32,16 @@ from tests.pipeline.killing import assert_same_content, kill_at
 from tests.pipeline.tiny import World, say
 
 GAMMAS = (0.2, 0.4)
-LFM = ("train.objective=lfm", f"schedule.gamma={list(GAMMAS)}", "train.ema=0.9")
+LFM = ("train.objective=lfm", f"lfm.gamma={list(GAMMAS)}", "train.ema=0.9")
 FM = ("train.objective=fm", "train.ema=0.9")
 #: a network that sees the time
 CURVED = ("velocity.kind=mlp", "velocity.width=32", "velocity.depth=1",
-          "velocity.activation=tanh", "push.steps=6", "train.lr=0.01", "train.iterations=400",
+          "velocity.activation=tanh", "sampler.steps=6", "train.lr=0.01", "train.iterations=400",
           "train.warmup=10")  # fmt: skip
+
+
+def section_of(objective: tuple[str, ...]) -> str:
+    return objective[0].partition("=")[2]
 
 
 def run(folder: Path, *overrides: str, resume: bool = True, **request: int) -> Outcome:
@@ -52,7 +57,7 @@ def noise(folder: Path) -> Tensor:
     """Where a finished run carries its data; the last block's samples are not kept."""
     opened = open_run(folder)
     with torch.no_grad():
-        return opened.flow.encode(stage(folder, 0).float(), opened.config.push).double()
+        return opened.flow.encode(stage(folder, 0).float(), solvers_of(opened)).double()
 
 
 def best_matrix(z: Tensor, gamma: float | None, interpolant: str) -> Tensor:
@@ -76,7 +81,8 @@ def best_matrix(z: Tensor, gamma: float | None, interpolant: str) -> Tensor:
 def test_a_linear_field_reaches_the_best_regression(
     tmp_path: Path, objective: tuple[str, ...], interpolant: str
 ) -> None:
-    run(tmp_path, *objective, f"train.interpolant={interpolant}", "train.iterations=150")
+    chosen = f"{section_of(objective)}.interpolant={interpolant}"
+    run(tmp_path, *objective, chosen, "train.iterations=150")
     rows = read_manifest(tmp_path)["blocks"]
     for index, block in enumerate(load_blocks(tmp_path, read_manifest(tmp_path))):
         expected = best_matrix(stage(tmp_path, index), rows[index]["gamma"], interpolant)
@@ -91,7 +97,7 @@ def test_a_linear_field_reaches_the_best_regression(
 def diffused(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two blocks with a time and a free one."""
     folder = tmp_path_factory.mktemp("lfm") / "run"
-    outcome = run(folder, *LFM, *CURVED, "schedule.free_block=true", resume=False)
+    outcome = run(folder, *LFM, *CURVED, "lfm.free_block=true", resume=False)
     assert outcome == Outcome(3, True, 3, 1)
     return folder
 
@@ -146,7 +152,7 @@ def test_optimal_pairs_lower_the_variance_of_the_regression(diffused: Path) -> N
     block = load_blocks(diffused, read_manifest(diffused))[0]
 
     def loss(coupling: str) -> float:
-        recipe = tiny(*LFM, f"train.coupling={coupling}").train
+        recipe = tiny(*LFM, f"lfm.coupling={coupling}").matching
         drawn = generator("pairs")
         made = batch_loss(block.velocity, first, torch.arange(400), 0.2, recipe, drawn)  # type: ignore[union-attr]
         return made.total.item()
@@ -156,7 +162,7 @@ def test_optimal_pairs_lower_the_variance_of_the_regression(diffused: Path) -> N
 
 def test_optimal_pairs_lead_to_the_same_noise(tmp_path: Path) -> None:
     run(
-        tmp_path, *FM, *CURVED, "train.coupling=ot", "train.iterations=150", "train.batch_size=100"
+        tmp_path, *FM, *CURVED, "fm.coupling=ot", "train.iterations=150", "train.batch_size=100"
     )
     end = noise(tmp_path)
     assert kl_to_standard(end.mean(0), end.T.cov(correction=0)) < 0.05
@@ -185,14 +191,14 @@ def test_a_batch_is_trained_at_the_times_asked_for(diffused: Path) -> None:
     field = load_blocks(diffused, read_manifest(diffused))[0].velocity
     field.register_forward_pre_hook(lambda module, given: seen.append(given[0]))  # type: ignore[union-attr,operator]
     for times in ("uniform", "logit-normal"):
-        recipe = tiny(*LFM, f"train.times={times}").train
+        recipe = tiny(*LFM, f"lfm.times={times}").matching
         batch_loss(field, first, torch.arange(400), 0.2, recipe, generator("times"))  # type: ignore[arg-type]
     torch.testing.assert_close(seen[1], logit_normal(seen[0]))
     assert not torch.equal(seen[0], seen[1])
 
 
 def test_logit_normal_times_lead_to_the_same_noise(tmp_path: Path) -> None:
-    run(tmp_path, *FM, *CURVED, "train.times=logit-normal")
+    run(tmp_path, *FM, *CURVED, "fm.times=logit-normal")
     begin, end = (
         kl_to_standard(z.mean(0), z.T.cov(correction=0))
         for z in (stage(tmp_path, 0), noise(tmp_path))
@@ -221,26 +227,24 @@ def test_the_rule_compares_movement_per_time() -> None:
 
 
 def test_the_rule_ends_a_training(tmp_path: Path) -> None:
-    quick = ("train.objective=lfm", "train.iterations=2", "schedule.gamma1=0.5")
-    rows = run(tmp_path, *quick, "schedule.tolerance=1e3", "schedule.free_block=true").blocks
+    quick = ("train.objective=lfm", "train.iterations=2", "lfm.gamma1=0.5")
+    rows = run(tmp_path, *quick, "lfm.tolerance=1e3", "lfm.free_block=true").blocks
     assert rows == 2
     assert [step_of(row) for row in read_manifest(tmp_path)["blocks"]] == [0.5, None]
 
 
 def test_blocks_are_added_with_longer_times(diffused: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(diffused, tmp_path / "run"))
-    quick = (*LFM, *CURVED, "schedule.free_block=true", "train.iterations=3", "schedule.rho=1.5")
+    quick = (*LFM, *CURVED, "lfm.free_block=true", "train.iterations=3", "lfm.rho=1.5")
     assert run(folder, *quick, add_blocks=1) == Outcome(4, True, 2, 2)
     rows = read_manifest(folder)["blocks"]
     assert [row["gamma"] for row in rows] == [0.2, 0.4, pytest.approx(0.6), None]
     before = read_manifest(diffused)["blocks"]
     assert [row["sha256"] for row in rows[:2]] == [row["sha256"] for row in before[:2]]
-    with pytest.raises(UserError, match="were trained under lfm, not jko"):
-        run(folder, *CURVED, "schedule.h=[0.1,0.2]", from_block=1)
 
 
-OFTEN = (*LFM, "train.iterations=5", "train.checkpoint_seconds=0", "schedule.free_block=true",
-         "train.coupling=ot", "train.batch_size=32")  # fmt: skip
+OFTEN = (*LFM, "train.iterations=5", "train.checkpoint_seconds=0", "lfm.free_block=true",
+         "lfm.coupling=ot", "train.batch_size=32")  # fmt: skip
 
 
 def _resume(folder: str) -> None:
@@ -262,17 +266,14 @@ def test_killed_and_resumed_ends_in_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (
-            ("train.objective=lfm", "schedule.gamma=[0.1,-1]"),
-            r"schedule\.gamma needs one positive",
-        ),
-        (("train.objective=lfm", "schedule.gamma1=0"), "must be positive"),
-        (("train.objective=lfm", "train.interpolant=cubic"), "unknown interpolant 'cubic'"),
-        (("train.objective=fm", "train.coupling=best"), "unknown coupling 'best'"),
-        (("train.objective=fm", "train.times=late"), "unknown times 'late'"),
-        (("train.objective=fm", "schedule.gamma=[1.0]"), "takes no schedule.gamma"),
-        (("train.objective=lfm", "schedule.refine=2"), "passes of jko, not of lfm"),
-        (("train.objective=fm", "schedule.reparameterize=1"), "passes of jko, not of fm"),
+        (("train.objective=lfm", "lfm.gamma=[0.1,-1]"), r"lfm.gamma is \[0.1, -1.0\]"),
+        (("train.objective=lfm", "lfm.gamma1=0"), "lfm.gamma1 is 0.0; expected above 0"),
+        (("train.objective=lfm", "lfm.interpolant=cubic"), "expected linear or trigonometric"),
+        (("train.objective=fm", "fm.coupling=best"), "fm.coupling is 'best'; expected"),
+        (("train.objective=fm", "fm.times=late"), "fm.times is 'late'; expected uniform or"),
+        (("train.objective=fm", "lfm.gamma=[1.0]"), "applies to train.objective=lfm; this"),
+        (("train.objective=lfm", "jko.refine=2"), "jko.refine=2 applies to train.objective=jko"),
+        (("fm.times=uniform",), "fm.times=uniform applies to train.objective=fm; this"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(
@@ -292,8 +293,8 @@ def test_a_diverging_regression_names_block_and_step(tmp_path: Path) -> None:
 
 def test_people_read_times_without_rounding_errors(tmp_path: Path) -> None:
     """0.1 ρ^k is not exact in binary; flow.json keeps the number that was computed with."""
-    quick = ("train.objective=lfm", "schedule.gamma1=0.1", "schedule.max_blocks=1")
-    run(tmp_path, *quick, "schedule.h=null", "train.iterations=1")
+    quick = ("train.objective=lfm", "lfm.gamma1=0.1", "lfm.max_blocks=1")
+    run(tmp_path, *quick, "train.iterations=1")
     (row,) = read_manifest(tmp_path)["blocks"]
     assert repr(row["gamma"]) == "0.10000000000000002"
     lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
@@ -306,12 +307,13 @@ def test_the_chain_from_pictures(
     trained: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Train, generate on a budget, truncate, evaluate: as after a JKO training."""
-    config, folder = trained.config("lfm", schedule={"gamma": [0.3], "free_block": True}), tmp_path
-    assert say(capsys, "train", "-c", config, "-r", folder / "a", "--set", "train.objective=lfm",
-               "--set", "push.method=dopri5")[0] == 0  # fmt: skip
+    section, folder = {"gamma": [0.3], "tolerance": 1e-9, "free_block": True}, tmp_path
+    config = trained.config("lfm", train={"objective": "lfm"}, lfm=section)
+    adaptive = ("--set", "sampler.method=dopri5", "--set", "sampler.steps=4")
+    assert say(capsys, "train", "-c", config, "-r", folder / "a", *adaptive)[0] == 0
     # an adaptive solver pushes; a budget needs a grid
     assert say(capsys, "generate", "-r", folder / "a", "--nfe", "16")[2].startswith("error: --nfe")
-    grid = ("--set", "generate.method=rk4", "--nfe", "16")
+    grid = ("--set", "sampler.method=rk4", "--nfe", "16")
     code, _, said = say(capsys, "generate", "-r", folder / "a", *grid)
     assert code == 0 and "16 network evaluations" in said
     assert say(capsys, "generate", "-r", folder / "a", "--blocks", "1", *grid)[0] == 0
@@ -325,9 +327,11 @@ def test_the_table_shows_the_times() -> None:
     metrics = {
         "blocks": [row | {"gamma": 0.125}, row | {"gamma": None}],
         "fid": {"n": 2, "reference": "r", "value": 1.0, "seed": 0},
+        "sampling": {**dict.fromkeys(("classes", "guide", "refiner", "first_blocks")),
+                     "precision": "fp32"},
         "nfe": 1,
         "peak_memory_bytes": 1,
-    }
+    }  # fmt: skip
     lines = metrics_table(metrics, {}, set()).splitlines()
     assert lines[0].split()[:2] == ["block", "γ"]
     assert lines[1].split()[:2] == ["0", "0.125"] and lines[2].split()[:2] == ["1", "free"]

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from flows.networks.config import VelocityConfig
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
-from pipeline.config.schema import TrainConfig
+from pipeline.config.schema import JkoConfig, MatchingConfig, TrainConfig
 from pipeline.errors import UserError
 from pipeline.runtime.rng import generator
 from pipeline.training.block_trainer import BlockTrainer
@@ -35,11 +35,13 @@ def test_the_gradient_is_that_of_the_whole_batch(
     stage = GaussianSource(count=60).first_stage(tmp_path, tiny(), Accelerator())
     h = 0.5 if objective == "jko" else None
     spec = BlockSpec(velocity=tiny().velocity, h=h, objective=objective)
-    recipe = TrainConfig(batch_size=batch, grad_clip=0.0, ema=0.0, **changes)  # type: ignore[arg-type]
+    recipe = TrainConfig(batch_size=batch, grad_clip=0.0, ema=0.0)
+    kind = JkoConfig if objective == "jko" else MatchingConfig
+    options = kind(**changes)
 
     def trained(accelerator: Accelerator | Rank) -> tuple[BlockTrainer, float]:
         block = build_block(spec, (2,), generator(0, "weights", 0))
-        made = BlockTrainer(block, spec, stage, recipe, accelerator)  # type: ignore[arg-type]
+        made = BlockTrainer(block, spec, stage, recipe, options, accelerator)  # type: ignore[arg-type]
         return made, made.step().terms["total"] * made.block.velocity.dim
 
     alone, loss = trained(Accelerator())
@@ -61,11 +63,12 @@ def test_networks_that_divide_among_processes_are_trained_apart(
     stage = GaussianSource(count=60).first_stage(tmp_path, tiny(), Accelerator())
     net = VelocityConfig("mlp", width=8, depth=1, nets=4, zero_init=False)
     spec = BlockSpec(net, SolverConfig("rk4", 4), objective="lfm")
-    recipe = TrainConfig(batch_size=batch, grad_clip=clip, ema=0.0, times=times)
+    recipe = TrainConfig(batch_size=batch, grad_clip=clip, ema=0.0)
+    options = MatchingConfig(times=times)  # type: ignore[arg-type]
 
     def trained(accelerator: Accelerator | Rank) -> BlockTrainer:
         block = build_block(spec, (2,), generator(0, "weights", 0))
-        made = BlockTrainer(block, spec, stage, recipe, accelerator)  # type: ignore[arg-type]
+        made = BlockTrainer(block, spec, stage, recipe, options, accelerator)  # type: ignore[arg-type]
         made.step()
         return made
 

@@ -31,7 +31,7 @@ def run(folder: Path, *overrides: str, **request: int) -> Outcome:
 def cheap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two blocks of local flow matching and a free one."""
     folder = tmp_path_factory.mktemp("initial") / "lfm"
-    times = ("train.objective=lfm", "schedule.gamma=[0.1,0.3]", "schedule.free_block=true")
+    times = ("train.objective=lfm", "lfm.gamma=[0.1,0.3]", "lfm.free_block=true")
     run(folder, *times)
     return folder
 
@@ -53,7 +53,7 @@ def weights(folder: Path) -> list[Tensor]:
 def test_blocks_start_from_their_counterparts(
     cheap: Path, tmp_path: Path, h: list[float], free: bool, counterparts: list[int]
 ) -> None:
-    shape = (f"schedule.h={h}", f"schedule.free_block={str(free).lower()}")
+    shape = (f"jko.h={h}", f"jko.free_block={str(free).lower()}")
     run(tmp_path, *STILL, *shape, f"train.init_from={cheap}")
     theirs, ours = weights(cheap), weights(tmp_path)
     assert len(ours) == len(counterparts)
@@ -67,7 +67,7 @@ def test_blocks_start_from_their_counterparts(
 
 
 def test_a_start_that_is_near_lowers_the_nll(cheap: Path, tmp_path: Path) -> None:
-    steps = ("schedule.h=[0.1,0.3]", "schedule.free_block=true", "train.iterations=5")
+    steps = ("jko.h=[0.1,0.3]", "jko.free_block=true", "train.iterations=5")
     run(tmp_path / "from", *steps, f"train.init_from={cheap}", "train.lr=0.003")
     run(tmp_path / "anew", *steps, "train.lr=0.003")
     found = [read_manifest(tmp_path / name)["passes"][0]["summary"] for name in ("from", "anew")]
@@ -95,14 +95,13 @@ def test_other_weights_before_the_first_block_is_finished(cheap: Path, tmp_path:
     run(tmp_path / "whole", *start)
     run(tmp_path / "run", *start, "train.max_minutes=1e-9")
     assert _blocks(tmp_path / "run") == []
-    times = ("train.objective=lfm", "schedule.gamma=[0.1,0.3]", "schedule.free_block=true")
-    assert run(other, *times, "train.iterations=5", from_block=1).complete
+    times = ("train.objective=lfm", "lfm.gamma=[0.1,0.3,0.9]", "lfm.free_block=true")
+    assert run(other, *times, "train.iterations=5", add_blocks=1).complete
     assert run(tmp_path / "run", *start).complete  # with those that it began with
     assert all(map(torch.equal, weights(tmp_path / "run"), weights(tmp_path / "whole")))
 
 
 def test_a_run_is_what_its_finished_blocks_are(cheap: Path, tmp_path: Path) -> None:
-    """Not what its configuration wants of those that are still to be trained again."""
     other = Path(shutil.copytree(cheap, tmp_path / "lfm"))
     text = (other / "config.yaml").read_text()
     assert text.count("  kind: linear\n") == 1
@@ -131,7 +130,7 @@ def test_what_cannot_be_a_start(cheap: Path, tmp_path: Path) -> None:
 
 
 def test_a_wider_network_starts_as_the_narrow_one(tmp_path: Path) -> None:
-    times = ("train.objective=lfm", "schedule.gamma=[0.1,0.3]")
+    times = ("train.objective=lfm", "lfm.gamma=[0.1,0.3]")
     net = ("velocity.kind=resmlp", "velocity.depth=2", "velocity.time_features=8")
     run(tmp_path / "narrow", *times, *net, "velocity.width=6")
     start = f"train.init_from={tmp_path / 'narrow'}"
@@ -146,7 +145,7 @@ def test_a_wider_network_starts_as_the_narrow_one(tmp_path: Path) -> None:
 
 
 def test_several_networks_start_as_copies_of_one(tmp_path: Path) -> None:
-    times = ("train.objective=lfm", "schedule.gamma=[0.1,0.3]", "push.steps=4")
+    times = ("train.objective=lfm", "lfm.gamma=[0.1,0.3]", "sampler.steps=4")
     net = ("velocity.kind=resmlp", "velocity.depth=2", "velocity.time_features=8")
     run(tmp_path / "one", *times, *net, "velocity.width=6")
     start = f"train.init_from={tmp_path / 'one'}"

@@ -1,0 +1,107 @@
+"""`jkoflow config list | show | keys | diff`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.cli.options import SetOption
+
+group = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="List, show, explain and compare settings."
+)
+
+NameArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A packaged name (mnist, autoencoders/rgb32-kl, toy2d/rose), a .yaml, or a run.",
+    ),
+]
+
+
+def list_configurations() -> None:
+    """List the packaged configurations with what each is for."""
+    from pipeline.config import packaged
+
+    for folder in packaged.FOLDERS:
+        print(f"{folder} ({packaged.VERBS[folder]})")
+        for name in packaged.available(folder):
+            print(f"  {name:<22} {packaged.summary(name, folder)}")
+
+
+def show(name: NameArgument, overrides: SetOption = None) -> None:
+    """Print a whole configuration: defaults, the file's values, and overrides."""
+    from pipeline.config.load import resolved_yaml
+
+    print(resolved_yaml(_load(name, overrides)), end="")
+
+
+def keys(
+    prefix: Annotated[
+        str, typer.Argument(help="Show keys that begin with this, such as jko; default all.")
+    ] = "",
+) -> None:
+    """Print every key with its type, default and meaning."""
+    from pipeline.config.autoencoder_recipe import AutoencoderConfig
+    from pipeline.config.keys import keys as keys_of
+    from pipeline.config.schema import Config
+    from pipeline.errors import UserError
+
+    schemas = (("flows and toy2d", Config), ("autoencoders", AutoencoderConfig))
+    found = 0
+    for title, schema in schemas:
+        chosen = [key for name, key in keys_of(schema).items() if _begins(name, prefix)]
+        if found and chosen:
+            print()
+        if chosen:
+            print(f"# {title}")
+        for key in chosen:
+            print(f"{key.name}: {key.type_name}, default {key.plain_default}\n    {key.meaning}")
+        found += len(chosen)
+    if not found:
+        raise UserError(f"no key begins with {prefix!r}; expected a section or a key, such as jko")
+
+
+def diff(a: NameArgument, b: NameArgument) -> None:
+    """Print the keys in which two configurations differ."""
+    from pipeline.config.load import differences
+    from pipeline.errors import UserError
+
+    one, other = _load(a, None), _load(b, None)
+    if type(one) is not type(other):
+        raise UserError(f"{a} and {b} differ in kind; compare two flows or two autoencoders")
+    for name, (before, after) in differences(one, other).items():
+        print(f"{name}: {_word(before)} -> {_word(after)}")
+
+
+def _load(name: str, overrides: list[str] | None) -> Any:  # noqa: ANN401 - imported late
+    """Read a packaged configuration of any folder, a file, or that of a run directory."""
+    from pipeline.config import packaged
+    from pipeline.config.autoencoder_recipe import AutoencoderConfig
+    from pipeline.config.load import load
+    from pipeline.config.schema import Config
+
+    path, folder = Path(name), packaged.folder_of(name)
+    if (path / "config.yaml").is_file():
+        name = str(path / "config.yaml")
+    if folder is None:
+        folder = packaged.kind_of(Path(name))
+    schema = AutoencoderConfig if folder == packaged.AUTOENCODERS else Config
+    return load(schema, name, overrides or [], folder)
+
+
+def _begins(name: str, prefix: str) -> bool:
+    return not prefix or name == prefix or name.startswith((f"{prefix}.", prefix))
+
+
+def _word(value: object) -> str:
+    """A value as YAML has it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+for title, verb in (("list", list_configurations), ("show", show), ("keys", keys), ("diff", diff)):
+    group.command(title)(verb)

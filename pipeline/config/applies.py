@@ -1,0 +1,99 @@
+"""Table of the settings that apply only under the value of another setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flows.solving.solver import ADAPTIVE_METHODS
+from pipeline.config.keys import keys
+from pipeline.config.schema import Config
+from pipeline.errors import UserError
+
+Condition = Callable[[Config], bool]
+
+
+def _adaptive(methods: str | list[str]) -> bool:
+    """Whether all methods choose their own steps."""
+    return all(m in ADAPTIVE_METHODS for m in ([methods] if isinstance(methods, str) else methods))
+
+
+def _kind(*kinds: str) -> Condition:
+    return lambda config: config.velocity.kind in kinds
+
+
+def _objective(*objectives: str) -> Condition:
+    return lambda config: config.train.objective in objectives
+
+
+#: kinds of networks that have a width
+_WIDE = ("mlp", "resmlp", "conv", "unet")
+#: key, whether it applies, and the condition in words
+APPLIES: tuple[tuple[str, Condition, str], ...] = (
+    ("data.size", lambda c: c.data.name == "folder", "data.name=folder"),
+    ("data.mode", lambda c: c.data.name == "folder", "data.name=folder"),
+    (
+        "data.path",
+        lambda c: c.data.name in ("folder", "imagenet32", "picture") or bool(c.data.also),
+        "data.name=folder, imagenet32 or picture",
+    ),
+    ("autoencoder.size", lambda c: c.autoencoder.fit == "resize", "autoencoder.fit=resize"),
+    ("latents.disturb", lambda c: c.velocity.image_channels > 0, "velocity.image_channels"),
+    ("velocity.width", _kind(*_WIDE), "any velocity.kind but linear"),
+    ("velocity.depth", _kind(*_WIDE), "any velocity.kind but linear"),
+    ("velocity.activation", _kind(*_WIDE), "any velocity.kind but linear"),
+    ("velocity.time_features", _kind(*_WIDE[1:]), "velocity.kind=resmlp, conv or unet"),
+    ("velocity.heads", _kind("unet"), "velocity.kind=unet"),
+    ("velocity.patch", _kind("unet"), "velocity.kind=unet"),
+    (
+        "velocity.class_dropout",
+        lambda c: c.velocity.classes > 0 and c.train.objective != "jko",
+        "velocity.classes above 0 and train.objective=lfm or fm",
+    ),
+    ("train.precision", _objective("lfm", "fm", "distill"), "train.objective=lfm or fm"),
+    ("train.warm_start", _objective("jko", "lfm", "distill"), "several blocks (jko or lfm)"),
+    ("jko.probes", lambda c: c.jko is None or c.jko.divergence != "exact",
+     "jko.divergence=hutchinson or finite-difference"),
+    ("jko.jacobian_weight", lambda c: c.jko is None or c.jko.divergence == "finite-difference",
+     "jko.divergence=finite-difference"),
+    ("jko.solver.steps", lambda c: c.jko is None or not _adaptive(c.jko.solver.method),
+     "a fixed-grid jko.solver.method"),
+    ("jko.eta", lambda c: c.jko is None or c.jko.reparameterize > 0, "jko.reparameterize above 0"),
+    (
+        "jko.later_iterations",
+        lambda c: c.jko is None or c.jko.reparameterize > 0 or c.jko.refine > 1,
+        "jko.reparameterize above 0 or jko.refine above 1",
+    ),
+    ("sampler.steps", lambda c: not _adaptive(c.sampler.method), "a fixed-grid sampler.method"),
+    ("generate.labels", lambda c: c.velocity.classes > 0, "velocity.classes above 0"),
+    (
+        "generate.guidance",
+        lambda c: c.velocity.classes > 0 or c.generate.guide is not None,
+        "velocity.classes above 0 or a generate.guide",
+    ),
+)  # fmt: skip
+
+
+def value_of(config: Any, name: str) -> Any:  # noqa: ANN401
+    """Return the value of a dotted key; None in a section that does not apply."""
+    for part in name.split("."):
+        config = getattr(config, part, None)
+    return config
+
+
+def check_applicable(config: Any) -> None:  # noqa: ANN401 - other schemas have no such keys
+    """Refuse settings that have no effect and are not at their default.
+
+    Raises:
+        UserError: names the key, its value and the condition.
+    """
+    if not isinstance(config, Config):
+        return
+    known = keys(Config)
+    for name, condition, words in APPLIES:
+        value, default = value_of(config, name), known[name].default
+        if value is not None and value != default and not condition(config):
+            raise UserError(
+                f"{name}={value} applies to {words}; this configuration has none of that; remove "
+                f"it (default {default})"
+            )

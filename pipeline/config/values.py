@@ -1,0 +1,104 @@
+"""Conversion of plain values, as YAML has them, to the types and bounds of a schema."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin
+
+from pipeline.config.keys import Key, options, type_name
+from pipeline.errors import UserError
+
+#: bounds of `pipeline.config.schema.setting`, in words
+BOUNDS = {
+    "least": ("at least", operator.ge),
+    "most": ("at most", operator.le),
+    "above": ("above", operator.gt),
+    "below": ("below", operator.lt),
+}
+
+
+class _MismatchError(Exception):
+    """A value of another type."""
+
+
+def convert(key: Key, value: object) -> Any:  # noqa: ANN401
+    """Convert a plain value to the type of a key, and check its bounds.
+
+    Raises:
+        UserError: another type, or a value out of bounds.
+    """
+    try:
+        converted = _convert(value, key.kind)
+    except _MismatchError:
+        raise UserError(
+            f"{key.name} is {value!r}; expected {type_name(key.kind)}; change the value"
+        ) from None
+    check_bounds(key.name, converted, key.metadata)
+    return converted
+
+
+def check_bounds(name: str, value: object, rules: Mapping[str, Any]) -> None:
+    """Check a value, or every value of a list, against the bounds of its key.
+
+    Raises:
+        UserError: it is out of bounds, not finite, or an empty list where values are bounded.
+    """
+    bounds = {rule: rules[rule] for rule in BOUNDS if rule in rules}
+    if value is None or not bounds:
+        return
+    several = isinstance(value, (list, tuple))
+    parts = list(value) if several else [value]  # type: ignore[call-overload]
+    right = all(
+        math.isfinite(part) and all(BOUNDS[rule][1](part, bound) for rule, bound in bounds.items())
+        for part in parts
+    )
+    if not parts or not right:
+        words = " and ".join(f"{BOUNDS[rule][0]} {bound:g}" for rule, bound in bounds.items())
+        of_list = "a list of one value per block, each " if several else ""
+        raise UserError(f"{name} is {value}; expected {of_list}{words}; change the value")
+
+
+def _convert(value: object, kind: Any) -> Any:  # noqa: ANN401
+    for option in options(kind):
+        try:
+            return _one(value, option)
+        except _MismatchError:
+            continue
+    raise _MismatchError
+
+
+def _one(value: Any, kind: Any) -> Any:  # noqa: ANN401
+    origin = get_origin(kind)
+    if kind is type(None):
+        return _require(value, value is None)
+    if origin is Literal:
+        return _require(value, value in get_args(kind))
+    if origin in (list, tuple):
+        _require(value, isinstance(value, (list, tuple)))
+        return origin(_convert(part, get_args(kind)[0]) for part in value)
+    if kind is bool:
+        return _require(value, isinstance(value, bool))
+    if kind is int:
+        return _require(value, isinstance(value, int) and not isinstance(value, bool))
+    if kind is float:
+        return _number(value)
+    return str(
+        _require(value, isinstance(value, (str, int, float)) and not isinstance(value, bool))
+    )
+
+
+def _number(value: object) -> float:
+    """Read a float; YAML takes 1e-4, which has no point, for text."""
+    _require(value, isinstance(value, (int, float, str)) and not isinstance(value, bool))
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except ValueError:
+        raise _MismatchError from None
+
+
+def _require(value: Any, right: bool) -> Any:  # noqa: ANN401
+    if not right:
+        raise _MismatchError
+    return value

@@ -1,0 +1,91 @@
+"""A block that overfits the error of its training grid is reported; a sound one is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from flows.solving.divergence import make_divergence
+from flows.solving.solver import SolverConfig
+from pipeline.errors import JkoflowError
+from pipeline.runs.manifest import read_manifest
+from pipeline.runs.run import load_blocks
+from pipeline.storage.shards import open_store
+from pipeline.training.diagnostics import TOLERANCE
+from pipeline.training.train import train
+from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
+
+ONE_BLOCK = ("jko.h=[0.9]", "train.iterations=40")
+
+
+def events(folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Train a block; what its log says of its grids."""
+    config = tiny(*ONE_BLOCK, *overrides)
+    outcome = train(config, folder, Accelerator(), quiet, resume=False, source=GaussianSource())
+    assert outcome.complete
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if row.get("event") == "grids differ"]
+
+
+def objective(folder: Path, solver: SolverConfig) -> float:
+    """Of the block, in nats per dimension, over all samples."""
+    block = load_blocks(folder, read_manifest(folder))[0]
+    z = open_store(folder / "stages" / "stage-00", "stage").field("z")
+    with torch.no_grad():
+        end = block.transport(z, divergence=make_divergence("exact"), solver=solver)
+    assert end.log_det is not None
+    moved = (end.z - z).square().sum(1) / (2 * 0.9)
+    return float((end.z.square().sum(1) / 2 - end.log_det + moved).mean()) / 2
+
+
+def test_a_coarse_grid_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One Euler step takes the trace for log det(I + A), which flatters or slanders the map."""
+    coarse = ("jko.solver.method=euler", "jko.solver.steps=1", "sampler.steps=4")
+    (row,) = events(tmp_path / "run", *coarse)
+    trained = objective(tmp_path / "run", SolverConfig("euler", steps=1))
+    pushed = objective(tmp_path / "run", SolverConfig("rk4", steps=4))
+    assert abs(trained - pushed) > 2 * TOLERANCE
+    assert row["block"] == 0 and row["step"] == 40
+    assert row["training_grid"] == pytest.approx(trained, rel=1e-4)
+    assert row["push_solver"] == pytest.approx(pushed, rel=1e-4)
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
+    assert f"block 0's objective is {row['training_grid']:.4f}" in told
+    assert f"but {row['push_solver']:.4f} with the sampler (rk4, steps=4)" in told
+    assert told.endswith("raise jko.solver.steps")
+
+
+def test_a_block_far_off_its_grid_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.training.diagnostics.HOPELESS", TOLERANCE)
+    coarse = ("jko.solver.method=euler", "jko.solver.steps=1", "sampler.steps=4")
+    with pytest.raises(JkoflowError, match="learnt the error of its grid and is not kept"):
+        events(tmp_path / "run", *coarse)
+    assert not read_manifest_if_any(tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert "grids differ" in [row.get("event") for row in rows]
+    assert "finished" not in [row.get("event") for row in rows]
+
+
+def read_manifest_if_any(folder: Path) -> list[dict[str, Any]]:
+    """Blocks that count."""
+    return read_manifest(folder)["blocks"] if (folder / "flow.json").is_file() else []
+
+
+def test_a_coarse_push_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fine = ("jko.solver.steps=4", "sampler.method=euler", "sampler.steps=1")
+    assert len(events(tmp_path / "run", *fine)) == 1
+    assert capsys.readouterr().err.strip().endswith("raise sampler.steps")
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_fine_grid_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int
+) -> None:
+    assert not events(tmp_path / "run", f"jko.solver.steps={steps}", "sampler.steps=4")
+    assert "warning" not in capsys.readouterr().err
