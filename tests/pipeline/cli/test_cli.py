@@ -79,7 +79,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str], verb: list[
         (["fid", "nowhere", "mnist-train"], ["nowhere"]),
     ],
 )
-def test_mistakes_of_the_caller(
+def test_settings_that_do_not_fit_are_refused(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

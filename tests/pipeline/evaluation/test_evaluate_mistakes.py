@@ -43,7 +43,7 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
         (["-n", "4", "--blocks", "9"], "--blocks must lie between 1 and 3"),
     ],
 )
-def test_mistakes_of_the_caller(
+def test_settings_that_do_not_fit_are_refused(
     capsys: pytest.CaptureFixture[str], trained: World, folder: Path, words: list[str], said: str
 ) -> None:
     reference = ["--reference", str(trained.root / "pictures" / "train")]
@@ -52,7 +52,7 @@ def test_mistakes_of_the_caller(
     assert not (folder / "metrics.json").exists()
 
 
-def test_a_reference_of_other_images_is_told(folder: Path) -> None:
+def test_a_reference_of_other_images_gives_a_warning(folder: Path) -> None:
     """Nor does what its own test images score stand beside the run's numbers."""
     run = open_run(folder)
     assert load_reference("mnist-train").card["test_split_fid"]["2000"] > 0

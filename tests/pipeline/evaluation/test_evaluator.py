@@ -59,7 +59,7 @@ def evaluate(folder: Path, reference: Path | str, **changes: Any) -> dict[str, A
     return Evaluator(Accelerator(), quiet).evaluate(plan_of(run), settings)
 
 
-def test_the_numbers_and_what_stands_beside_them(trained: World, folder: Path) -> None:
+def test_metrics_equal_a_direct_computation(trained: World, folder: Path) -> None:
     reference = trained.root / "pictures" / "train"
     metrics = evaluate(folder, reference, n=20, seed=3, kid=15)
     assert json.loads((folder / "metrics.json").read_text()) == metrics
@@ -80,7 +80,7 @@ def test_the_numbers_and_what_stands_beside_them(trained: World, folder: Path) -
     assert metrics["peak_memory_bytes"] > 1e6 and metrics["train_seconds"] > 0
 
 
-def test_the_likelihood_is_the_flows(trained: World, folder: Path) -> None:
+def test_nll_equals_the_exact_change_of_variables(trained: World, folder: Path) -> None:
     """Exact change of variables through the finished blocks, by autograd's Jacobian."""
     metrics = evaluate(folder, trained.root / "pictures" / "train", n=4, nll=3, floor=False)
     run = open_run(folder)
@@ -111,7 +111,7 @@ def test_the_likelihood_is_the_flows(trained: World, folder: Path) -> None:
     assert metrics["nll"]["n"] == 3 and metrics["nll"]["inversion_mse"] < 1e-4
 
 
-def test_many_dimensions_are_measured_by_probes(
+def test_nll_in_many_dimensions_uses_probes(
     trained: World, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = trained.root / "pictures" / "train"
@@ -126,7 +126,7 @@ def test_many_dimensions_are_measured_by_probes(
     assert probed["nll_per_dim"] != exact["nll_per_dim"]
 
 
-def test_a_study_of_fid_against_evaluations(
+def test_nfe_sweep(
     capsys: pytest.CaptureFixture[str], trained: World, folder: Path
 ) -> None:
     reference = trained.root / "pictures" / "train"
@@ -157,7 +157,7 @@ def test_a_study_of_fid_against_evaluations(
     assert len(json.loads((folder / "nfe.json").read_text())["rows"]) == 1
 
 
-def test_an_evaluation_takes_the_solver_that_is_asked_for(
+def test_an_evaluation_uses_the_given_solver(
     capsys: pytest.CaptureFixture[str], trained: World, folder: Path
 ) -> None:
     words = ["evaluate", "--run", folder, "-n", "10", "--reference", trained.root / "pictures"]
@@ -194,7 +194,7 @@ def test_the_floor_of_the_identity_is_the_fid_of_the_real_images(
     assert "nll_per_dim" not in metrics
 
 
-def test_real_features_at_hand_are_used_without_asking(
+def test_stored_real_features_are_used_by_default(
     trained: World, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """KID, precision and recall against brute force; the network sees no image for them."""
@@ -234,7 +234,7 @@ def test_the_floor_takes_the_larger_split(trained: World, folder: Path) -> None:
     assert metrics["rfid"]["split"] == "train"
 
 
-def test_features_are_made_once(
+def test_features_are_extracted_once(
     trained: World, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = trained.root / "statistics.npz"
@@ -247,7 +247,7 @@ def test_features_are_made_once(
     assert {key: again[key] for key in same} == {key: first[key] for key in same}
 
 
-def test_a_larger_evaluation_goes_on_from_a_smaller_one(
+def test_a_larger_evaluation_reuses_a_smaller_one(
     trained: World, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = trained.root / "pictures" / "train"
@@ -265,7 +265,7 @@ def test_a_larger_evaluation_goes_on_from_a_smaller_one(
     assert torch.equal(features.field("features"), whole)
 
 
-def test_a_folder_by_the_name_of_a_reference_is_the_folder(
+def test_a_folder_has_priority_over_a_reference_of_its_name(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = open_run(folder)
@@ -275,7 +275,7 @@ def test_a_folder_by_the_name_of_a_reference_is_the_folder(
     assert warn_of_other_data(run, "cifar10-train") is None  # whatever its images are
 
 
-def test_fewer_blocks_are_told(trained: World, folder: Path) -> None:
+def test_metrics_record_the_number_of_blocks(trained: World, folder: Path) -> None:
     run = open_run(folder, blocks=2)
     settings = dataclasses.replace(
         run.config.evaluate, n=12, reference=str(trained.root / "pictures" / "train")
@@ -285,7 +285,7 @@ def test_fewer_blocks_are_told(trained: World, folder: Path) -> None:
     assert "blocks only" not in metrics_line(evaluate(folder, settings.reference, n=12))
 
 
-def test_the_headline_names_n_and_the_reference(
+def test_the_printed_line_has_n_and_the_reference(
     capsys: pytest.CaptureFixture[str], trained: World, folder: Path
 ) -> None:
     reference = trained.root / "pictures" / "train"

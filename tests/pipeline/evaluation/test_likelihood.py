@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return open_run(folder)
 
 
-def test_the_ranking_holds_the_flows_own_likelihoods(run: Run) -> None:
+def test_the_ranking_has_the_exact_likelihoods(run: Run) -> None:
     result = rank_images(run, LikelihoodSettings(n=20), Accelerator(), quiet)
     assert json.loads((run.folder / "likelihood.json").read_text()) == result
     images = load_images(replace(run.config.data, split="test"))
@@ -89,7 +89,7 @@ def test_mistakes_are_one_sentence(
     assert last.startswith("error: ") and sentence in last
 
 
-def test_what_was_ranked_by_what_and_where(
+def test_the_ranking_records_run_and_blocks(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     others = tmp_path / "others"
@@ -102,7 +102,7 @@ def test_what_was_ranked_by_what_and_where(
     assert result["run"] == open_run(run.folder, blocks=1).fingerprint
 
 
-def test_latents_are_those_of_the_run(run: Run) -> None:
+def test_latents_are_standardised(run: Run) -> None:
     images = load_images(run.config.data)
     z = latents_of(run, images, np.arange(40), Accelerator(), generator(0))
     assert z.shape == (40, *run.flow.shape) and z.dtype == torch.float32

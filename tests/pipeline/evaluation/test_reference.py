@@ -42,7 +42,7 @@ def test_statistics_and_card(
     assert found.card["test_split_fid"]["5"] == pytest.approx(exact, rel=1e-4)
 
 
-def test_the_fid_of_n_test_images_does_not_depend_on_the_other_numbers(
+def test_the_fid_of_n_test_images_does_not_depend_on_other_n(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(monkeypatch)

@@ -60,7 +60,9 @@ def report(run: Path, capsys: pytest.CaptureFixture[str]) -> Page:
     return page
 
 
-def test_it_holds_what_the_run_holds(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_shows_the_content_of_the_run(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert say(capsys, "generate", "--run", run, "-n", "4")[0] == 0
     manifest = read_manifest(run)
     plot_movement(manifest, run / "samples" / "movement.png")
@@ -102,7 +104,7 @@ def test_a_run_that_was_not_measured(run: Path, capsys: pytest.CaptureFixture[st
     assert "jkoflow evaluate" in (run / "report.html").read_text()
 
 
-def test_numbers_of_other_blocks_are_not_shown(
+def test_metrics_of_other_blocks_are_not_shown(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fid = {"n": 4, "reference": "r", "value": 7.0, "seed": 0}
@@ -115,7 +117,9 @@ def test_numbers_of_other_blocks_are_not_shown(
         assert ("These metrics are of other blocks" in (run / "report.html").read_text()) != shown
 
 
-def test_a_grid_of_other_blocks_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_grid_of_other_blocks_has_a_warning(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for words, told in ((["--blocks", "1"], True), ([], False)):
         assert say(capsys, "generate", "--run", run, "-n", "2", *words)[0] == 0
         report(run, capsys)
@@ -123,7 +127,7 @@ def test_a_grid_of_other_blocks_is_told(run: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("name", ["nfe", "curve", "likelihood"])
-def test_a_picture_of_numbers_of_other_blocks_is_told(
+def test_a_plot_of_other_blocks_has_a_warning(
     run: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = run / "samples" / f"{name}.png"

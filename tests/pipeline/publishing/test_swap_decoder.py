@@ -49,7 +49,7 @@ def test_an_exported_run_has_the_new_decoder(run: Path, tmp_path: Path) -> None:
     assert not torch.equal(pixels(out), pixels(run))
 
 
-def test_the_same_autoencoder_by_another_name_keeps_the_numbers(run: Path, tmp_path: Path) -> None:
+def test_the_same_autoencoder_by_another_name_keeps_the_metrics(run: Path, tmp_path: Path) -> None:
     own = open_run(run)
     fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3}
     sampling = plan_of(own).identity()
@@ -60,7 +60,7 @@ def test_the_same_autoencoder_by_another_name_keeps_the_numbers(run: Path, tmp_p
     assert json.loads((out / "metrics.json").read_text()) == metrics
 
 
-def test_a_guide_gets_it_too(run: Path, trained: World, tmp_path: Path) -> None:
+def test_a_guide_gets_the_new_decoder(run: Path, trained: World, tmp_path: Path) -> None:
     other = changed(run, tmp_path / "better.safetensors", "decoder")
     led = open_run(run)  # by itself, which is no less a guide
     plan = plan_of(led, guide=str(trained.root / "run"), guidance=2.0)
@@ -76,7 +76,7 @@ def test_another_encoder_is_refused(run: Path, tmp_path: Path) -> None:
         with_decoder(open_run(run), other)
 
 
-def test_a_bare_name_is_that_of_a_file_here(
+def test_a_bare_name_means_a_file_in_the_current_folder(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not of the one by the same name in a run that was exported with its own."""

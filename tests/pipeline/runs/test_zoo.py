@@ -62,7 +62,7 @@ def test_an_export_gives_the_same_pictures(run: Path, tmp_path: Path) -> None:
     assert (pixels(ten.folder).int() - expected.int()).float().abs().mean() < 1
 
 
-def test_an_export_knows_where_it_came_from(run: Path, tmp_path: Path) -> None:
+def test_an_export_records_its_origin(run: Path, tmp_path: Path) -> None:
     out = export(plan_of(open_run(run)), tmp_path / "out").folder
     manifest = read_manifest(out)
     first = open_run(run).fingerprint
@@ -87,7 +87,7 @@ def test_an_export_knows_where_it_came_from(run: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_the_card_has_the_numbers(run: Path, tmp_path: Path) -> None:
+def test_the_card_has_the_metrics(run: Path, tmp_path: Path) -> None:
     bare = export(plan_of(open_run(run)), tmp_path / "bare").folder
     assert "Not measured" in (bare / "CARD.md").read_text()
     metrics = {
@@ -128,7 +128,7 @@ def test_the_card_has_the_numbers(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "stale").exists()
 
 
-def test_numbers_and_pictures_are_of_what_is_exported(run: Path, tmp_path: Path) -> None:
+def test_metrics_and_pictures_of_another_plan_are_not_exported(run: Path, tmp_path: Path) -> None:
     """Not of images that a guide was not there for, nor of other blocks."""
     guide = Path(shutil.copytree(run, tmp_path / "guide"))
     fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3}
@@ -185,7 +185,7 @@ def test_a_killed_export_is_made_again(run: Path, tmp_path: Path) -> None:
         export(plan_of(open_run(run)), out)
 
 
-def test_what_a_killed_export_left_is_not_shipped(run: Path, tmp_path: Path) -> None:
+def test_files_of_a_killed_export_are_removed(run: Path, tmp_path: Path) -> None:
     """Neither a guide that the next one does without, nor blocks, numbers, half of a file."""
     out = export(plan_of(open_run(run)), tmp_path / "out").folder
     before = files(out)
@@ -220,7 +220,7 @@ def test_the_pass_in_use_is_exported(run: Path, trained: World, tmp_path: Path) 
     assert (pixels(out).int() - pixels(run).int()).abs().max() <= 1
 
 
-def test_the_solver_can_be_chosen(
+def test_an_export_takes_a_solver(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--method", "euler", "--steps", "3"]
@@ -230,7 +230,7 @@ def test_the_solver_can_be_chosen(
     assert "euler, 3 sub-intervals" in (tmp_path / "out" / "CARD.md").read_text()
 
 
-def test_what_cannot_be_exported(
+def test_exports_that_are_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for words, named in (
@@ -282,7 +282,7 @@ def test_a_newer_version_of_a_shipped_run_is_another_copy(zoo: Path) -> None:
     assert new != old and open_run(new).config.generate.columns == 2
 
 
-def test_a_copy_is_whole_when_its_manifest_is_there(
+def test_the_manifest_of_a_copy_is_written_last(
     zoo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That of the run itself, not of the guide inside."""
@@ -293,7 +293,7 @@ def test_a_copy_is_whole_when_its_manifest_is_there(
     assert written[-1] == copy / "flow.json" and copy / "guide" / "flow.json" in written
 
 
-def test_a_shipped_run_can_be_a_start(
+def test_init_from_takes_a_shipped_run(
     zoo: Path, trained: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -314,13 +314,15 @@ def test_a_shipped_run_can_be_a_start(
 
 
 @pytest.mark.parametrize("verb", ["generate", "evaluate", "likelihood"])
-def test_an_unknown_name_is_told(zoo: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_shipped_name_is_refused(
+    zoo: Path, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, _, error = say(capsys, verb, "--run", "zoo:nothing")
     assert code == 2
     assert error.startswith("error: unknown shipped run 'zoo:nothing'; shipped are tiny, or")
 
 
-def test_an_autoencoder_that_is_not_at_hand_is_told(
+def test_a_missing_autoencoder_is_refused(
     zoo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (zoo / "tiny" / "autoencoder.safetensors").unlink()

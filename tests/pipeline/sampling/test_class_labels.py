@@ -72,13 +72,13 @@ def test_samples_are_of_their_class(learnt: Path, label: int) -> None:
     assert (nearest(samples(learnt, label, guidance=1.5)) == label).float().mean() > 0.99
 
 
-def test_without_a_class_samples_are_of_all_data(learnt: Path) -> None:
+def test_samples_without_a_label_follow_all_data(learnt: Path) -> None:
     z = samples(learnt, 2)  # the null label
     assert (nearest(z) == 1).float().mean().item() == pytest.approx(0.75, abs=0.08)
     torch.testing.assert_close(samples(learnt, 0, guidance=0.0), z)
 
 
-def test_the_density_given_the_class(learnt: Path) -> None:
+def test_likelihood_given_the_class(learnt: Path) -> None:
     z, labels = (stage(learnt, 0).field(name)[:200] for name in ("z", "labels"))
     flow = open_run(learnt).flow
     found = log_prob(flow, z, condition=Condition(labels)).value
@@ -88,7 +88,7 @@ def test_the_density_given_the_class(learnt: Path) -> None:
     assert (wrong < found - 5).float().mean() > 0.99
 
 
-def test_counts_are_kept(learnt: Path) -> None:
+def test_class_counts_are_stored(learnt: Path) -> None:
     labels = LabelledSource().clusters
     assert read_manifest(learnt)["classes"] == {"counts": torch.bincount(labels).tolist()}
 
@@ -193,7 +193,7 @@ def test_classes_start_from_a_run_without(tmp_path: Path) -> None:
         (("velocity.classes=1",), True, "has the label 1; set velocity.classes=2"),
     ],
 )
-def test_labels_that_do_not_fit_are_told_before_anything_is_written(
+def test_labels_that_do_not_fit_are_refused_before_anything_is_written(
     tmp_path: Path, overrides: tuple[str, ...], known: bool, named: str
 ) -> None:
     with pytest.raises(UserError, match=named):
@@ -201,12 +201,12 @@ def test_labels_that_do_not_fit_are_told_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_classes_of_a_run_stay(quick: Path) -> None:
+def test_resume_refuses_other_classes(quick: Path) -> None:
     with pytest.raises(UserError, match=r"started with velocity\.classes=2 \(now 3\)"):
         run(quick, *LFM, "velocity.classes=3", "train.iterations=10", add_blocks=1)
 
 
-def test_a_distilled_run_keeps_the_classes_apart(learnt: Path, tmp_path: Path) -> None:
+def test_a_distilled_run_keeps_its_classes(learnt: Path, tmp_path: Path) -> None:
     """The teacher's map of each class, solved to 1e-5, in one step."""
     teacher = open_run(learnt)
     how = ("train.iterations=600", "train.lr=0.02", "train.ema=0.9")

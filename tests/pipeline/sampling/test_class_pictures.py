@@ -94,7 +94,7 @@ def images(folder: Path, **changes: Any) -> StoreReader:
 
 
 @pytest.mark.parametrize("guidance", [None, 1.5])
-def test_an_image_is_of_the_class_asked_for(folder: Path, guidance: float | None) -> None:
+def test_an_image_has_the_class_asked_for(folder: Path, guidance: float | None) -> None:
     found = images(folder, n=6, batch_size=4, labels=[1, 0], guidance=guidance)
     by_hand = expected(folder, [1, 0] * 3, guidance or 1.0, 4)
     assert (found.field("images").int() - by_hand.int()).abs().max() <= 1
@@ -103,7 +103,7 @@ def test_an_image_is_of_the_class_asked_for(folder: Path, guidance: float | None
     assert not torch.equal(found.field("images"), other.field("images"))
 
 
-def test_classes_are_drawn_as_often_as_in_the_data(folder: Path) -> None:
+def test_random_classes_are_as_frequent_as_in_the_data(folder: Path) -> None:
     classes = ClassLabels((), (10, 30))
     labels = classes.of_samples(0, 4000, 0, "sample", 0)
     assert labels.float().mean().item() == pytest.approx(0.75, abs=0.02)
@@ -115,7 +115,7 @@ def test_classes_are_drawn_as_often_as_in_the_data(folder: Path) -> None:
     assert (found.int() - by_hand.int()).abs().max() <= 1
 
 
-def test_a_grid_has_a_row_a_class(
+def test_a_grid_has_one_row_per_class(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("generate", "-r", folder, "--out", tmp_path / "g.png", "--npz", tmp_path / "g.npz")
@@ -206,7 +206,7 @@ def test_a_class_has_the_name_of_its_folder(folder: Path) -> None:
     assert parse_classes(digits, ["1", "0", "all"]) == [0, 1, 0, 1]
 
 
-def test_a_budget_knows_that_guidance_costs_twice(
+def test_a_budget_counts_guidance_twice(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("generate", "-r", folder, "-n", "2", "--nfe", "16")
@@ -278,14 +278,14 @@ def test_mistakes(
 
 
 @pytest.mark.parametrize("words", [("--class", "1"), ("--class", "all"), ("--guidance", "1.5")])
-def test_a_run_without_classes_takes_none(
+def test_a_run_without_classes_refuses_labels(
     trained: World, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, error = say(capsys, "generate", "-r", trained.root / "run", *words)
     assert code == 2 and error.startswith(f"error: {words[0]} needs a class-conditional run")
 
 
-def test_guidance_needs_a_run_that_left_the_class_out(
+def test_guidance_needs_class_dropout(
     pictured: World, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jko = {"objective": "jko", "iterations": 1}
@@ -300,7 +300,7 @@ def test_guidance_needs_a_run_that_left_the_class_out(
         assert say(capsys, "generate", "-r", run, "-n", "2", "--class", "1")[0] == 0
 
 
-def test_pictures_without_classes(
+def test_images_without_classes_are_refused(
     trained: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = trained.config("labelled", velocity={"classes": 2})

@@ -62,7 +62,7 @@ def pixels(run: Run, ranks: int = 1, **changes: object) -> torch.Tensor:
     return images_of(run, ranks, **changes).field("images")
 
 
-def test_an_image_is_noise_carried_back_and_decoded(trained: World, folder: Path) -> None:
+def test_an_image_is_decoded_from_inverted_noise(trained: World, folder: Path) -> None:
     run = open_run(folder)
     found = pixels(run, n=6, batch_size=4)
     flow_json = json.loads((folder / "flow.json").read_text())
@@ -91,7 +91,7 @@ def test_any_number_of_processes(folder: Path, tmp_path: Path, ranks: int) -> No
     assert torch.equal(found.field("images"), expected.field("images"))
 
 
-def test_what_is_there_is_used_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_images_are_reused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = pixels(open_run(folder))
     monkeypatch.setattr("pipeline.sampling.generate._sample", None)
     assert torch.equal(pixels(open_run(folder)), first)
@@ -102,7 +102,7 @@ def test_more_images_begin_with_the_same(folder: Path) -> None:
     assert torch.equal(pixels(run, n=12, batch_size=4)[:8], pixels(run, n=8, batch_size=4))
 
 
-def test_more_images_go_on_from_those_that_are_there(
+def test_more_images_continue_a_shorter_store(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fewer ones, too; and a damaged store is not gone on from."""
@@ -147,7 +147,9 @@ def test_a_budget_of_evaluations(
     assert f"{used} network evaluations a sample" in last
 
 
-def test_a_budget_that_does_not_reach(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+def test_a_budget_below_one_step_is_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
     code, _, last = say(capsys, "generate", "--run", folder, "--nfe", "11")
     assert code == 2 and "below one rk4 step in each of 3 blocks (12)" in last
     words = ["generate", "--run", folder, "--nfe", "50", "--set", "sampler.method=dopri5"]
@@ -183,7 +185,7 @@ def test_the_files_hold_the_images(
     assert code == 2 and "holds other files" in last
 
 
-def test_a_folder_with_other_files_is_left_alone(
+def test_a_folder_with_other_files_is_refused(
     capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "mine").mkdir()
@@ -254,7 +256,7 @@ def test_a_damaged_configuration(capsys: pytest.CaptureFixture[str], folder: Pat
     refuse(capsys, folder, "unknown key colour")
 
 
-def test_another_autoencoder_by_the_same_name(
+def test_another_autoencoder_of_the_same_name_is_refused(
     capsys: pytest.CaptureFixture[str], trained: World, folder: Path, tmp_path: Path
 ) -> None:
     path = folder / "flow.json"
@@ -297,7 +299,7 @@ def test_more_images_than_the_disk_holds_are_refused(
     assert sorted(folder.rglob("*")) == before
 
 
-def test_files_larger_than_their_disk_are_refused_before_an_image_is_made(
+def test_files_larger_than_their_disk_are_refused_before_sampling(
     capsys: pytest.CaptureFixture[str],
     folder: Path,
     tmp_path: Path,
@@ -323,7 +325,7 @@ def test_files_larger_than_their_disk_are_refused_before_an_image_is_made(
     assert say(capsys, *words, "-n", "2", "--images", other)[0] == 0
 
 
-def test_what_is_there_needs_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_images_need_no_disk_space(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted generation goes on where the disk holds the rest alone."""
     run = open_run(folder)
     store = images_of(run, n=1700, batch_size=250)
@@ -336,6 +338,6 @@ def test_what_is_there_needs_no_room(folder: Path, monkeypatch: pytest.MonkeyPat
         images_of(run, n=1701, batch_size=250)
 
 
-def test_a_grid_waits_for_no_matplotlib() -> None:
+def test_a_grid_needs_no_matplotlib() -> None:
     code = "import sys, pipeline.sampling.generate; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,7 +19,7 @@ from tests.pipeline.tiny import World, say
 HALF = ("--set", "generate.precision=bf16")
 
 
-def test_the_pictures_are_nearly_the_same_and_kept_apart(run: Path) -> None:
+def test_half_precision_images_are_close_and_stored_apart(run: Path) -> None:
     opened = open_run(run)
     exact, half = images(opened), images(opened, precision="bf16")
     away = (exact.int() - half.int()).abs().float()
@@ -28,7 +28,7 @@ def test_the_pictures_are_nearly_the_same_and_kept_apart(run: Path) -> None:
     assert len(list((run / "samples").glob("images-*"))) == 2
 
 
-def test_numbers_and_grids_say_so(
+def test_metrics_and_grids_record_the_precision(
     trained: World, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -53,13 +53,13 @@ def test_numbers_and_grids_say_so(
     assert shows_samples_of(grid, plan_of(open_run(run)))
 
 
-def test_the_precision_alone_tells_the_plans_apart(run: Path) -> None:
+def test_plans_of_two_precisions_differ_in_it_alone(run: Path) -> None:
     opened = open_run(run)
     plain, half = (plan_of(opened, precision=name).identity() for name in ("fp32", "bf16"))
     assert differences(plain, half) == {"precision": ("fp32", "bf16")}
 
 
-def test_another_precision_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_precision_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, error = say(capsys, "generate", "-r", run, "--set", "generate.precision=fp16")
     assert code == 2
     assert error.strip() == "error: generate.precision is 'fp16'; expected one of fp32, bf16"

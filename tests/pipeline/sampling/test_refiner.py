@@ -50,7 +50,7 @@ def refiner(refiner_home: Path, run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(refiner_home, tmp_path / "fine"))
 
 
-def test_it_learns_what_the_decoder_leaves_out(trained: World, refiner: Path) -> None:
+def test_a_refiner_trains_on_residuals_of_the_decoder(trained: World, refiner: Path) -> None:
     opened = open_run(refiner)
     assert is_refiner(opened) and opened.flow.shape == (1, 12, 12)
     stage = open_store(refiner / "stages" / "stage-00", "stage")
@@ -78,7 +78,7 @@ def test_it_learns_what_the_decoder_leaves_out(trained: World, refiner: Path) ->
     assert manifest["flow"]["blocks"][0]["velocity"]["image_channels"] == 1
 
 
-def test_processes_share_a_batch(refiner: Path) -> None:
+def test_ranks_share_a_batch(refiner: Path) -> None:
     """Each process sees the images of its own samples: the mean is the loss of the whole."""
     opened = open_run(refiner)
     stage = open_store(refiner / "stages" / "stage-00", "stage")
@@ -94,7 +94,7 @@ def test_processes_share_a_batch(refiner: Path) -> None:
     torch.testing.assert_close(sum(part.total for part in parts) / 2, whole.total)
 
 
-def test_pictures_are_refined(run: Path, refiner: Path) -> None:
+def test_refined_images_equal_a_direct_computation(run: Path, refiner: Path) -> None:
     opened, fine = open_run(run), open_run(refiner)
     plain, found = images(opened), images(opened, refiner=str(refiner))
     expected = []
@@ -115,7 +115,7 @@ def test_pictures_are_refined(run: Path, refiner: Path) -> None:
     assert 0 < (half.int() - found.int()).abs().float().mean() < 4
 
 
-def test_the_verbs_know_the_refiner(
+def test_commands_take_a_refiner(
     trained: World, run: Path, refiner: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -154,7 +154,7 @@ def test_the_verbs_know_the_refiner(
         assert bool(study["sampling"]["refiner"]) == bool(more)
 
 
-def test_an_export_has_its_refiner_inside(
+def test_an_export_contains_its_refiner(
     run: Path, refiner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = images(open_run(run), refiner=str(refiner))
@@ -191,7 +191,7 @@ def test_an_export_has_its_refiner_inside(
     assert not (tmp_path / "lost").exists()
 
 
-def test_numbers_of_another_solver_of_the_refiner_are_not_exported(
+def test_metrics_of_another_refiner_solver_are_not_exported(
     run: Path, refiner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opened = open_run(run)
@@ -211,7 +211,7 @@ def test_numbers_of_another_solver_of_the_refiner_are_not_exported(
     assert not (tmp_path / "fewer").exists()
 
 
-def test_its_evaluations_are_counted(refiner: Path) -> None:
+def test_network_evaluations_of_a_refiner_are_counted(refiner: Path) -> None:
     assert Refiner(open_run(refiner)).nfe == 6
 
 
@@ -254,7 +254,7 @@ def test_mistakes(
         assert not (tmp_path / name).exists()
 
 
-def test_without_a_word_nothing_is_refined(run: Path, refiner: Path) -> None:
+def test_the_default_has_no_refiner(run: Path, refiner: Path) -> None:
     opened = open_run(run)
     settings = with_guidance(opened.config.generate, refiner=str(refiner))
     assert SamplingPlan.open(opened, settings).refiner is not None

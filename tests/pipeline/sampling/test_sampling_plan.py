@@ -53,7 +53,7 @@ def by_hand(run: Run, guide: Run, w: float) -> Tensor:
         return to_uint8(run.autoencoder().decode(run.standardisation.undo(z)))
 
 
-def test_pictures_are_led_away_from_the_guide(run: Path, guide: Path) -> None:
+def test_autoguided_images_equal_a_direct_computation(run: Path, guide: Path) -> None:
     opened, weak = open_run(run), open_run(guide)
     plain = images(opened)
     for w in (0.0, 1.0, 3.0):
@@ -63,7 +63,7 @@ def test_pictures_are_led_away_from_the_guide(run: Path, guide: Path) -> None:
     assert torch.equal(images(opened, guide=str(guide), guidance=1.0), plain)
 
 
-def test_a_guide_of_other_weights_makes_other_pictures(run: Path, guide: Path) -> None:
+def test_identity_depends_on_the_weights_of_the_guide_alone(run: Path, guide: Path) -> None:
     """And they are not taken for the ones that are there."""
     opened = open_run(run)
     first = plan_of(opened, guidance=2.0, guide=str(guide)).identity()
@@ -73,7 +73,7 @@ def test_a_guide_of_other_weights_makes_other_pictures(run: Path, guide: Path) -
     assert plan_of(opened, guidance=2.0, guide=str(moved)).identity() == first
 
 
-def test_the_verbs_know_the_guide(
+def test_commands_take_a_guide(
     trained: World, run: Path, guide: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -99,7 +99,7 @@ def test_the_verbs_know_the_guide(
     assert study["sampling"]["guide"] == who and study["rows"][0]["nfe"] == 96
 
 
-def test_an_export_has_its_guide_inside(
+def test_an_export_contains_its_guide(
     run: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = images(open_run(run), guide=str(guide), guidance=2.0)
@@ -141,7 +141,7 @@ def test_an_export_has_its_guide_inside(
     assert student.generate.guide is None and student.generate.guidance is None
 
 
-def test_numbers_and_pictures_come_along_through_every_export(
+def test_metrics_and_pictures_survive_repeated_exports(
     run: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opened = open_run(run)
@@ -172,7 +172,7 @@ def test_a_guide_of_more_blocks_is_not_exported(
     assert not (tmp_path / "out").exists()
 
 
-def test_fewer_blocks_are_guided_by_as_many(run: Path, guide: Path) -> None:
+def test_a_guide_is_cut_to_the_blocks_of_the_run(run: Path, guide: Path) -> None:
     plan = plan_of(open_run(run, blocks=2), guidance=2.0, guide=str(guide))
     assert len(plan.flow) == 2 and plan.guide is not None
     identity = plan.identity()
@@ -181,7 +181,7 @@ def test_fewer_blocks_are_guided_by_as_many(run: Path, guide: Path) -> None:
     assert len(identity["solvers"]) == 2
 
 
-def test_what_the_options_change() -> None:
+def test_options_change_the_settings() -> None:
     """A weight belongs to its guide, and `none` takes away only what is there."""
     plain = GenerateConfig(guidance=2.5)
     assert with_guidance(plain) == plain == with_guidance(plain, guide="none")
@@ -191,7 +191,7 @@ def test_what_the_options_change() -> None:
     assert with_guidance(GenerateConfig(guide="a", guidance=3.0), guide="none") == GenerateConfig()
 
 
-def test_weight_one_costs_nothing(run: Path, guide: Path) -> None:
+def test_weight_one_needs_no_guide_evaluations(run: Path, guide: Path) -> None:
     opened = open_run(run)
     plan = plan_of(opened, guidance=1.0, guide=str(guide))
     assert plan.networks_per_evaluation == 1 and plan.flow is opened.flow

@@ -132,7 +132,7 @@ def test_the_methods_of_the_blocks_are_exported(
         (["--nfe", "50", "--method", "euler,dopri5,euler"], "not euler,dopri5,euler; choose"),
     ],
 )
-def test_what_cannot_be_solved_with(
+def test_solvers_that_do_not_fit_are_refused(
     capsys: pytest.CaptureFixture[str], run: Path, words: list[str], said: str
 ) -> None:
     code, _, last = say(capsys, "generate", "-r", run, *words)
@@ -147,7 +147,7 @@ def test_a_budget_of_evaluations_is_spent_on_whole_networks(tmp_path: Path) -> N
         plan.within(7)
 
 
-def test_a_budget_is_spent_on_the_networks_of_the_guide_too(tmp_path: Path) -> None:
+def test_a_budget_includes_the_networks_of_the_guide(tmp_path: Path) -> None:
     train(tmp_path / "one", "jko.free_block=false", "jko.max_blocks=1")
     train(tmp_path / "two", *TWO_NETS, "jko.free_block=false")
     opened, settings = open_run(tmp_path / "one"), tiny().generate
