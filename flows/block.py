@@ -15,8 +15,8 @@ from flows.errors import FlowError
 from flows.networks.base import Velocity
 from flows.networks.condition import Condition, bind
 from flows.solving.divergence import Divergence
+from flows.solving.integration import Integrator, make_segments
 from flows.solving.solver import SolverConfig
-from flows.solving.trajectory import Trajectory, segments
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Block(nn.Module):
         super().__init__()
         self.velocity = velocity
         self.solver = SolverConfig() if solver is None else solver
-        segments(velocity, self.solver)  # raises early
+        make_segments(velocity, self.solver)  # raises early
 
     def forward(self, z: Tensor, condition: Condition | None = None) -> Tensor:
         """Compute T(z) = z(1), (B, *shape); see :meth:`transport`."""
@@ -94,8 +94,8 @@ class Block(nn.Module):
                 f"B ≥ 1, found {tuple(z.shape)}"
             )
         field = bind(self.velocity, condition, z)
-        trajectory = Trajectory(segments(field, solver), reverse, divergence, eps, solver)
-        end, probes, nfe = trajectory.solve(z)
+        segments = make_segments(field, solver)
+        end, probes, nfe = Integrator(segments, reverse, divergence, eps, solver).solve(z)
         if probes is None:
             return Transport(end, None, None, nfe)
         log_det = probes[0] if probes.shape[0] == 1 else probes.mean(dim=0)

@@ -40,7 +40,7 @@ def split_block(
     """
     if c < 1:
         raise FlowError(f"a block must be split into at least 1, not {c}")
-    count = 1 if spec.weight is None else c
+    count = 1 if spec.step is None else c
     whole = block.velocity.inner if isinstance(block.velocity, TimeSlice) else block.velocity
     children = []
     for index in range(count):

@@ -57,7 +57,7 @@ class BlockSpec:
                 raise FlowError(f"{name} must be positive and finite, found {value}")
 
     @property
-    def weight(self) -> float | None:
+    def step(self) -> float | None:
         """Return the step of the block under its objective, h or gamma; None if it is free."""
         return self.gamma if self.h is None else self.h
 

@@ -15,7 +15,7 @@ from flows.networks.condition import Condition
 from flows.solving.divergence import Divergence
 
 INTERPOLANTS = ("linear", "trigonometric")
-TIMES = ("uniform", "logit-normal")
+TIME_DISTRIBUTIONS = ("uniform", "logit-normal")
 
 
 @dataclass(frozen=True)

@@ -237,8 +237,8 @@ class Trainer:
         before = sum(self.current.iterations[:index])
         every = self.config.fm.snapshot_every if self.config.fm is not None else 0
         todo = range(trainer.done, trainer.iterations)
-        weight, symbol = trainer.spec.weight, "γ" if trainer.spec.h is None else "h"
-        kind = "free" if weight is None else f"{symbol}={weight:.3g}"
+        size, symbol = trainer.spec.step, "γ" if trainer.spec.h is None else "h"
+        kind = "free" if size is None else f"{symbol}={size:.3g}"
         place = f"pass {self.number} block {index}" if self.number else f"block {index}"
         for _ in self.progress(todo, len(todo), f"{place} ({kind})"):
             step = trainer.step()

@@ -31,8 +31,8 @@ class Segment:
     steps: int
 
 
-def segments(velocity: Velocity, solver: SolverConfig) -> tuple[Segment, ...]:
-    """Return the segments of a field that are solved one after another, in the order of time.
+def make_segments(velocity: Velocity, solver: SolverConfig) -> tuple[Segment, ...]:
+    """Divide a field into the segments that are solved one after another, in the order of time.
 
     Raises:
         FlowError: a sub-interval of the fixed grid crosses a jump of the field.
@@ -44,8 +44,8 @@ def segments(velocity: Velocity, solver: SolverConfig) -> tuple[Segment, ...]:
     return tuple(Segment(piece, count) for piece, count in zip(pieces, steps, strict=True))
 
 
-class Trajectory:
-    """One pass of samples through a block.
+class Integrator:
+    """The integration of one pass of samples through a block.
 
     Args:
         segments: the segments of the field, in the order of time.
@@ -182,42 +182,42 @@ class _RightHandSide:
     The state is (z,) with z (B, *shape), or (z, log_det) with log_det (n, B).
     """
 
-    def __init__(self, trajectory: Trajectory, velocity: Velocity) -> None:
-        self.trajectory = trajectory
+    def __init__(self, integrator: Integrator, velocity: Velocity) -> None:
+        self.integrator = integrator
         self.velocity = velocity
 
     def __call__(self, t: Tensor, state: State) -> State:
-        trajectory = self.trajectory
-        allowed = trajectory.solver.max_evaluations
-        trajectory.t = t
-        if trajectory.evaluations >= allowed:
-            raise trajectory.failure(
+        integrator = self.integrator
+        allowed = integrator.solver.max_evaluations
+        integrator.t = t
+        if integrator.evaluations >= allowed:
+            raise integrator.failure(
                 f"more than {allowed} evaluations were needed; the field is "
                 "stiff or blows up (train with a smaller learning rate or step h, loosen the "
                 "tolerances, or raise solver.max_evaluations)"
             )
-        trajectory.evaluations += 1
+        integrator.evaluations += 1
         z = state[0]
-        if trajectory.check_evaluations:
+        if integrator.check_evaluations:
             self._check("the state", z)
         rate: State
-        if trajectory.divergence is None:
+        if integrator.divergence is None:
             rate = (self.velocity(t, z),)
         else:
-            rate = trajectory.divergence.estimates(self.velocity, t, z, trajectory.eps)
-        if trajectory.check_evaluations:
+            rate = integrator.divergence.estimates(self.velocity, t, z, integrator.eps)
+        if integrator.check_evaluations:
             self._check("the velocity", rate[0])
             if len(rate) == 2 and not bool(rate[1].isfinite().all()):
-                raise trajectory.failure("the divergence is not finite")
+                raise integrator.failure("the divergence is not finite")
         return rate
 
     def _check(self, name: str, x: Tensor) -> None:
         """Raise SolveError if x (B, *shape) has NaN or a coordinate beyond ``blow_up``."""
-        largest, limit = float(x.detach().abs().amax()), self.trajectory.solver.blow_up
+        largest, limit = float(x.detach().abs().amax()), self.integrator.solver.blow_up
         if largest != largest:
-            raise self.trajectory.failure(f"{name} is NaN")
+            raise self.integrator.failure(f"{name} is NaN")
         if largest > limit:
-            raise self.trajectory.failure(
+            raise self.integrator.failure(
                 f"{name} blows up: a coordinate reaches {largest:.3g}, more than "
                 f"solver.blow_up = {limit:.3g}"
             )
