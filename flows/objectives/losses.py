@@ -15,7 +15,6 @@ from flows.networks.condition import Condition
 from flows.solving.divergence import Divergence
 
 INTERPOLANTS = ("linear", "trigonometric")
-TIME_DISTRIBUTIONS = ("uniform", "logit-normal")
 
 
 @dataclass(frozen=True)
