@@ -33,7 +33,7 @@ GuideOption = Annotated[
         "--guide",
         help="Autoguidance: a second run on the same latents, smaller or trained for a shorter "
         "time. Sampling extrapolates from its velocity, which is evaluated without a class label. "
-        "RUN@STEP is RUN at a step that train.snapshot_every kept; none removes the guide of the "
+        "RUN@STEP is RUN at a step that fm.snapshot_every kept; none removes the guide of the "
         "configuration.",
     ),
 ]

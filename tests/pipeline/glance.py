@@ -1,4 +1,4 @@
-"""A small stand-in for Inception, so that evaluations in tests take no time."""
+"""Small stand-in for Inception, so that evaluations in tests are fast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DIM = 6
 
 
 class Glance:
-    """A network that sees six numbers of a picture."""
+    """Network with six features of a picture."""
 
     def to(self, _: object) -> Glance:
         return self
@@ -25,7 +25,7 @@ class Glance:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put it in the place of Inception; distances are then of 6 x 6 covariances."""
+    """Replace Inception by the stand-in, whose covariances are 6 x 6."""
     monkeypatch.setattr("pipeline.evaluation.features.load_inception", lambda _: Glance())
     original = GaussianStats.__init__
     monkeypatch.setattr(GaussianStats, "__init__", lambda self, dim=DIM: original(self, dim))

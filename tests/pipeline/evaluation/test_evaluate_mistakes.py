@@ -1,4 +1,4 @@
-"""What an evaluation refuses, and references that are of other images."""
+"""Settings that an evaluation refuses, and references of other images."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_settings_that_do_not_fit_are_refused(
 
 
 def test_a_reference_of_other_images_gives_a_warning(folder: Path) -> None:
-    """Nor does what its own test images score stand beside the run's numbers."""
+    """The metrics have no FID of real test images then."""
     run = open_run(folder)
     assert load_reference("mnist-train").card["test_split_fid"]["2000"] > 0
     settings = dataclasses.replace(run.config.evaluate, n=2000, reference="mnist-train")

@@ -1,4 +1,4 @@
-"""Evaluation with a small stand-in for Inception, and once with the real one."""
+"""Evaluation with a small stand-in for Inception, and once with the real network."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.pipeline.tiny import World, pictures, say
 
 @pytest.fixture(autouse=True)
 def small_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put it in the place of Inception; distances then are of 6 x 6 covariances."""
+    """Replace Inception by the stand-in, whose covariances are 6 x 6."""
     if "inception_weights" in request.fixturenames:
         return
     stand_in(monkeypatch)
@@ -45,7 +45,7 @@ def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """FID by scipy's root of a matrix."""
+    """Compute FID by scipy's square root of a matrix."""
     from scipy.linalg import sqrtm
 
     (mean_a, cov_a), (mean_b, cov_b) = statistics(a), statistics(b)
@@ -81,7 +81,7 @@ def test_metrics_equal_a_direct_computation(trained: World, folder: Path) -> Non
 
 
 def test_nll_equals_the_exact_change_of_variables(trained: World, folder: Path) -> None:
-    """Exact change of variables through the finished blocks, by autograd's Jacobian."""
+    """The expected value is the exact change of variables by autograd's Jacobian."""
     metrics = evaluate(folder, trained.root / "pictures" / "train", n=4, nll=3, floor=False)
     run = open_run(folder)
     from autoencoders.base import to_float
@@ -197,7 +197,7 @@ def test_the_floor_of_the_identity_is_the_fid_of_the_real_images(
 def test_stored_real_features_are_used_by_default(
     trained: World, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """KID, precision and recall against brute force; the network sees no image for them."""
+    """KID, precision and recall equal brute force, and no real image is evaluated again."""
     reference = trained.root / "pictures" / "train"
     plain = evaluate(folder, reference, n=20, nll=0, floor=False)
     assert "kid" not in plain and "precision" not in plain
@@ -299,7 +299,7 @@ def test_the_printed_line_has_n_and_the_reference(
 def test_with_the_real_network(
     inception_weights: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the features themselves: tr (S_a S_b)^1/2 is a nuclear norm of n x m numbers."""
+    """The expected value uses the features: tr (S_a S_b)^1/2 is a nuclear norm (n x m)."""
     from eval.inception import FidInception
 
     network = FidInception.from_weights(inception_weights)

@@ -1,4 +1,4 @@
-"""Ranking by likelihood: the flow's own numbers, in order, with their error, beside a picture."""
+"""Ranking by likelihood: values, order, standard errors, picture and mistakes."""
 
 from __future__ import annotations
 

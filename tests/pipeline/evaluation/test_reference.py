@@ -1,4 +1,4 @@
-"""Reference statistics made by the verb: those of numpy over the same features."""
+"""Reference statistics equal those of numpy over the same features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report.html: whole in itself, and with the numbers that lie in the run."""
+"""Reports: one self-contained page with the metrics and pictures of the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.pipeline.tiny import say
 
 
 class Page(HTMLParser):
-    """Rows of the tables, text, and what the page refers to."""
+    """Parser of a page: rows of the tables, text and links."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -120,10 +120,10 @@ def test_metrics_of_other_blocks_are_not_shown(
 def test_a_grid_of_other_blocks_has_a_warning(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for words, told in ((["--blocks", "1"], True), ([], False)):
+    for words, warned in ((["--blocks", "1"], True), ([], False)):
         assert say(capsys, "generate", "--run", run, "-n", "2", *words)[0] == 0
         report(run, capsys)
-        assert ("Sampled from other blocks" in (run / "report.html").read_text()) == told
+        assert ("Sampled from other blocks" in (run / "report.html").read_text()) == warned
 
 
 @pytest.mark.parametrize("name", ["nfe", "curve", "likelihood"])
@@ -133,18 +133,18 @@ def test_a_plot_of_other_blocks_has_a_warning(
     picture = run / "samples" / f"{name}.png"
     picture.parent.mkdir(exist_ok=True)
     Image.new("L", (2, 2)).save(picture)
-    for blocks, told in ((None, False), (1, True)):
+    for blocks, warned in ((None, False), (1, True)):
         opened = open_run(run, blocks)
         measured = {"run": opened.fingerprint}
         if name != "likelihood":
             measured = {"sampling": plan_of(opened).identity()}
         (run / f"{name}.json").write_text(json.dumps(measured))
         report(run, capsys)
-        assert ("Sampled from other blocks" in (run / "report.html").read_text()) == told
+        assert ("Sampled from other blocks" in (run / "report.html").read_text()) == warned
 
 
 def test_a_run_on_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its numbers lie in samples/; what makes images is refused in one sentence."""
+    """A report of points has their metrics; commands on images refuse the run."""
     folder = tmp_path / "points"
     train(tiny(), folder, Accelerator(), quiet, True, GaussianSource())
     manifest = json.loads((folder / "flow.json").read_text())

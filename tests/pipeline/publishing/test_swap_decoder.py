@@ -1,4 +1,4 @@
-"""A run whose latents a better decoder decodes."""
+"""Exports with the decoder of another autoencoder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.pipeline.tiny import World, say
 
 
 def changed(run: Path, out: Path, part: str) -> str:
-    """The weights of a run's autoencoder, one part of which is changed."""
+    """Write the weights of a run's autoencoder with one part changed."""
     model = weights.load_weights(Path(str(open_run(run).autoencoder_weights())))
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -79,7 +79,7 @@ def test_another_encoder_is_refused(run: Path, tmp_path: Path) -> None:
 def test_a_bare_name_means_a_file_in_the_current_folder(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not of the one by the same name in a run that was exported with its own."""
+    """An exported run has a file of the same name, which is not meant."""
     first = export(plan_of(open_run(run)), tmp_path / "first", "float32").folder
     monkeypatch.chdir(tmp_path)
     changed(run, Path("autoencoder.safetensors"), "decoder")

@@ -1,4 +1,4 @@
-"""Exported runs, and shipped ones: the same pictures from a smaller folder."""
+"""Exported and shipped runs: the same pictures from a smaller folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.pipeline.tiny import World, say, write_autoencoder
 
 @pytest.fixture
 def zoo(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A shipped run by the name of `tiny`, and an empty data root."""
+    """Ship a run by the name of `tiny`, with an empty data root."""
     export(plan_of(open_run(run)), tmp_path / "zoo" / "tiny")
     monkeypatch.setattr(shipped, "zoo", lambda: {"tiny": tmp_path / "zoo" / "tiny"})
     monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path / "fresh"))
@@ -114,8 +114,8 @@ def test_the_card_has_the_metrics(run: Path, tmp_path: Path) -> None:
     settings = read_config(run)
     settings = replace(settings, evaluate=replace(settings.evaluate, reference=reference))
     (run / "config.yaml").write_text(resolved_yaml(settings))
-    told = {"fid": metrics["fid"] | {"reference": reference}}
-    (run / "metrics.json").write_text(json.dumps(metrics | told))
+    placed = {"fid": metrics["fid"] | {"reference": reference}}
+    (run / "metrics.json").write_text(json.dumps(metrics | placed))
     out = export(plan_of(open_run(run)), tmp_path / "placed").folder
     assert read_config(out).evaluate.reference == "own.safetensors"
     for file in ("config.yaml", "metrics.json", "CARD.md"):
@@ -129,7 +129,6 @@ def test_the_card_has_the_metrics(run: Path, tmp_path: Path) -> None:
 
 
 def test_metrics_and_pictures_of_another_plan_are_not_exported(run: Path, tmp_path: Path) -> None:
-    """Not of images that a guide was not there for, nor of other blocks."""
     guide = Path(shutil.copytree(run, tmp_path / "guide"))
     fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3}
     opened = plan_of(open_run(run))
@@ -186,7 +185,7 @@ def test_a_killed_export_is_made_again(run: Path, tmp_path: Path) -> None:
 
 
 def test_files_of_a_killed_export_are_removed(run: Path, tmp_path: Path) -> None:
-    """Neither a guide that the next one does without, nor blocks, numbers, half of a file."""
+    """A guide, blocks, metrics and temporary files of the killed export are not kept."""
     out = export(plan_of(open_run(run)), tmp_path / "out").folder
     before = files(out)
     (out / "flow.json").unlink()
@@ -274,7 +273,7 @@ def test_a_copy_that_was_interrupted_is_finished(zoo: Path, tmp_path: Path) -> N
 
 
 def test_a_newer_version_of_a_shipped_run_is_another_copy(zoo: Path) -> None:
-    """Also when the blocks are the same, and only the way they are sampled is not."""
+    """Other settings of the same blocks count, too."""
     old = shipped.locate("zoo:tiny")
     text = (zoo / "tiny" / "config.yaml").read_text()
     (zoo / "tiny" / "config.yaml").write_text(text.replace("columns: 3", "columns: 2"))
@@ -285,7 +284,7 @@ def test_a_newer_version_of_a_shipped_run_is_another_copy(zoo: Path) -> None:
 def test_the_manifest_of_a_copy_is_written_last(
     zoo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That of the run itself, not of the guide inside."""
+    """The manifest of the run comes last, after that of its guide."""
     shutil.copytree(zoo / "tiny", zoo / "tiny" / "guide")
     written: list[Path] = []
     monkeypatch.setattr(shipped.atomic, "write_bytes", lambda path, _: written.append(path))
@@ -332,7 +331,7 @@ def test_a_missing_autoencoder_is_refused(
 
 
 def test_everything_shipped_opens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What lies in the repository's own zoo: whole, small, with a card and its autoencoder."""
+    """All shipped runs are complete and small, with a card and their autoencoder."""
     monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path))
     total = 0
     for name, folder in shipped.zoo().items():

@@ -1,4 +1,4 @@
-"""Class-conditional flows: labels from the data to the stages, and back to samples of a class."""
+"""Class-conditional flows: labels in training data and stages, and samples of a class."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_class_counts_are_stored(learnt: Path) -> None:
 
 
 def test_a_jko_step_of_every_class(tmp_path: Path) -> None:
-    """With a linear field and an offset a class, the exact step of each cluster is attained."""
+    """A linear field with an offset for each class reaches the exact step of each cluster."""
     run(tmp_path, "velocity.classes=2", "jko.h=[0.5]", "train.iterations=150")
     before, after = stage(tmp_path, 0), stage(tmp_path, 1)
     labels = before.field("labels")
@@ -116,7 +116,7 @@ def test_a_jko_step_of_every_class(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two blocks of local flow matching, hardly trained."""
+    """Train two blocks of local flow matching for a few steps."""
     folder = tmp_path_factory.mktemp("quick") / "run"
     assert run(folder, *LFM, "train.iterations=10").blocks == 2
     return folder
@@ -157,9 +157,9 @@ def test_killed_and_resumed_ends_in_the_same_bytes(tmp_path: Path) -> None:
 def test_blocks_start_from_a_conditional_run(quick: Path, tmp_path: Path) -> None:
     start = (*CLASSES, "jko.h=[0.1]", "train.iterations=1", "train.lr=1e-12")
     run(tmp_path / "jko", *start, f"train.init_from={quick}")
-    theirs, ours = (load_blocks(f, read_manifest(f))[0] for f in (quick, tmp_path / "jko"))
-    for name, value in ours.state_dict().items():
-        torch.testing.assert_close(value, theirs.state_dict()[name], rtol=0, atol=1e-9)
+    before, after = (load_blocks(f, read_manifest(f))[0] for f in (quick, tmp_path / "jko"))
+    for name, value in after.state_dict().items():
+        torch.testing.assert_close(value, before.state_dict()[name], rtol=0, atol=1e-9)
     with pytest.raises(UserError, match=r"differs in velocity.classes \(2, not 0\)"):
         run(tmp_path / "plain", f"train.init_from={quick}")
 
@@ -168,22 +168,22 @@ def test_other_classes_start_as_no_class(learnt: Path, tmp_path: Path) -> None:
     start = (*FM, "velocity.classes=3", "train.iterations=1", "train.lr=1e-12")
     run(tmp_path / "three", *start, f"train.init_from={learnt}")
     z = torch.randn(20, 2, generator=generator("adopted"))
-    theirs, ours = open_run(learnt).flow[0].velocity, open_run(tmp_path / "three").flow[0].velocity
-    t, unnamed = torch.tensor(0.3), theirs(torch.tensor(0.3), z, torch.full((20,), 2))
+    before, after = (open_run(f).flow[0].velocity for f in (learnt, tmp_path / "three"))
+    t, unnamed = torch.tensor(0.3), before(torch.tensor(0.3), z, torch.full((20,), 2))
     for label in range(4):
-        torch.testing.assert_close(ours(t, z, torch.full((20,), label)), unnamed)
-    assert not torch.allclose(theirs(t, z, torch.full((20,), 0)), unnamed, atol=1e-2)
+        torch.testing.assert_close(after(t, z, torch.full((20,), label)), unnamed)
+    assert not torch.allclose(before(t, z, torch.full((20,), 0)), unnamed, atol=1e-2)
 
 
 def test_classes_start_from_a_run_without(tmp_path: Path) -> None:
     plain = (*FM, "velocity.classes=0", "train.iterations=50")
     run(tmp_path / "plain", *plain)
     start = (*FM, "train.iterations=1", "train.lr=1e-12")
-    run(tmp_path / "told", *start, f"train.init_from={tmp_path / 'plain'}")
+    run(tmp_path / "classes", *start, f"train.init_from={tmp_path / 'plain'}")
     z, t = torch.randn(20, 2, generator=generator("told")), torch.tensor(0.3)
-    theirs, ours = (open_run(tmp_path / f).flow[0].velocity for f in ("plain", "told"))
+    before, after = (open_run(tmp_path / f).flow[0].velocity for f in ("plain", "classes"))
     for label in range(3):
-        torch.testing.assert_close(ours(t, z, torch.full((20,), label)), theirs(t, z))
+        torch.testing.assert_close(after(t, z, torch.full((20,), label)), before(t, z))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_resume_refuses_other_classes(quick: Path) -> None:
 
 
 def test_a_distilled_run_keeps_its_classes(learnt: Path, tmp_path: Path) -> None:
-    """The teacher's map of each class, solved to 1e-5, in one step."""
+    """One step of the student approximates the teacher's map of each class."""
     teacher = open_run(learnt)
     how = ("train.iterations=600", "train.lr=0.02", "train.ema=0.9")
     config = student_config(teacher, Distillation(1, 1, "midpoint"), how)
@@ -220,12 +220,12 @@ def test_a_distilled_run_keeps_its_classes(learnt: Path, tmp_path: Path) -> None
     for label in (0, 1):
         of = Condition(torch.full((1000,), label))
         exact = teacher.flow.decode(noise, SolverConfig("dopri5"), condition=of)
-        ours, theirs = (
+        fast, coarse = (
             run.flow.decode(noise, SolverConfig("midpoint", 1), condition=of)
             for run in (student, teacher)
         )
-        assert (ours - exact).square().mean() < (theirs - exact).square().mean() / 5
-        assert (nearest(ours) == label).float().mean() > 0.99
+        assert (fast - exact).square().mean() < (coarse - exact).square().mean() / 5
+        assert (nearest(fast) == label).float().mean() > 0.99
     with pytest.raises(UserError, match="all distilled runs"):
         class_labels_of(student, GenerateConfig(guidance=2.0))
     for setting in ("velocity.classes=0", "velocity.classes=3", "velocity.class_dropout=0.1"):

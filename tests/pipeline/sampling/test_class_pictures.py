@@ -1,4 +1,4 @@
-"""Class-conditional runs from pictures in folders to pictures: labels, numbers, mistakes."""
+"""Class-conditional runs on folders of pictures: labels, samples, metrics and mistakes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.pipeline.tiny import World, make_world, say
 
 
 def noise(first: int) -> torch.Generator:
-    """The noise of the latents of the images from `first` on, in a ranking."""
+    """Return the generator of the latents of a ranking's chunk that begins at `first`."""
     return generator(0, "likelihood", "latents", first)
 
 
@@ -46,7 +46,7 @@ def stage(folder: Path, index: int) -> StoreReader:
 
 @pytest.fixture(scope="module")
 def pictured(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Pictures in folders of two classes, 10 and 30, and a finished flow-matching run."""
+    """Make folders of two classes, 10 and 30 pictures, and a finished flow-matching run."""
     world = make_world(tmp_path_factory.mktemp("pictured"))
     for split in ("train", "test"):
         folder = world.root / "pictures" / split
@@ -169,7 +169,7 @@ def test_classes_of_another_folder_are_matched_by_name(
     folder: Path, pictured: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """It numbers those that it has; the second class alone would be its first."""
+    """A folder that has the second class alone gives it the number 0."""
     test = pictured.root / "pictures" / "test"
     shutil.copytree(test / "b", tmp_path / "some" / "b")
     words = ("likelihood", "-r", folder, "--folder", tmp_path / "some", "-n", "14")
@@ -192,7 +192,7 @@ def test_classes_of_another_folder_are_matched_by_name(
     moved = dataclasses.replace(run, config=dataclasses.replace(config, data=data))
     condition = condition_of(moved, held_out_images(data), np.arange(14))
     assert condition is not None and condition.labels.tolist() == [1] * 14
-    # a name that the run does not know is told
+    # a class that the run does not have is refused
     (tmp_path / "some" / "b").rename(tmp_path / "some" / "c")
     code, _, error = say(capsys, *words)
     assert code == 2 and "has no class 'c'; name the subfolders as" in error and "a, b" in error
@@ -219,7 +219,7 @@ def test_a_budget_counts_guidance_twice(
 def test_a_guide_without_classes(
     pictured: World, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It leads every class away from what all classes together would do."""
+    """A guide without classes serves a run with classes."""
     config = pictured.config("all", velocity={"classes": 0}, train={"iterations": 20})
     assert say(capsys, "train", "-c", config, "-r", tmp_path / "all")[0] == 0
     led = {"guide": str(tmp_path / "all"), "guidance": 2.0}

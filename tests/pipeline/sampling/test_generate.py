@@ -1,4 +1,4 @@
-"""Generation: the same images however they were made, and runs that must not be used."""
+"""Sampling: the same images from any number of processes, and runs that are refused."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from tests.pipeline.tiny import World, say, write_autoencoder
 
 @pytest.fixture
 def folder(trained: World, tmp_path: Path) -> Path:
-    """A finished run of three blocks, to be changed at will."""
+    """Copy a finished run of three blocks, which a test may change."""
     return Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
 
 
 class Rank:
-    """One process of several, as far as generation looks at them."""
+    """Stand-in for the accelerator of one process of several."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         self.process_index, self.num_processes = rank, ranks
@@ -105,17 +105,17 @@ def test_more_images_begin_with_the_same(folder: Path) -> None:
 def test_more_images_continue_a_shorter_store(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fewer ones, too; and a damaged store is not gone on from."""
+    """Fewer images reuse a longer store; a damaged store is not reused."""
 
-    def anew(name: str) -> Run:
+    def without_images(name: str) -> Run:
         bare = shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("images-*"))
         return open_run(Path(bare))
 
-    expected = {n: pixels(anew(str(n)), n=n, batch_size=250) for n in (1700, 2200, 600)}
+    expected = {n: pixels(without_images(str(n)), n=n, batch_size=250) for n in (1700, 2200, 600)}
     calls: list[int] = []
     counting = lambda *a: calls.append(a[2]) or sample(*a)  # noqa: E731
     monkeypatch.setattr("pipeline.sampling.generate._sample", counting)
-    run = anew("grows")
+    run = without_images("grows")
     for n, drawn in ((1700, 1700), (2200, 700), (600, 100)):  # of shards of 500, batches of 250
         calls.clear()
         assert torch.equal(pixels(run, n=n, batch_size=250), expected[n])
@@ -141,7 +141,7 @@ def test_seeds_and_solvers_give_other_images(folder: Path) -> None:
 def test_a_budget_of_evaluations(
     capsys: pytest.CaptureFixture[str], folder: Path, budget: int, used: int
 ) -> None:
-    """Three blocks of rk4: 12 evaluations a step."""
+    """Three blocks of rk4 take 12 evaluations per step."""
     code, _, last = say(capsys, "generate", "--run", folder, "-n", "2", "--nfe", budget)
     assert code == 0
     assert f"{used} network evaluations a sample" in last
@@ -305,7 +305,7 @@ def test_files_larger_than_their_disk_are_refused_before_sampling(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What --npz and --images write may go to another disk than the run's."""
+    """--npz and --images may write to another disk than the run's."""
     other = tmp_path / "other"
     other.mkdir()
     (other / "000000.png").write_bytes(b"an earlier one, which takes no more room")
@@ -326,7 +326,7 @@ def test_files_larger_than_their_disk_are_refused_before_sampling(
 
 
 def test_stored_images_need_no_disk_space(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupted generation goes on where the disk holds the rest alone."""
+    """An interrupted command resumes when the disk holds just the missing images."""
     run = open_run(folder)
     store = images_of(run, n=1700, batch_size=250)
     (store.folder / "manifest.json").unlink()

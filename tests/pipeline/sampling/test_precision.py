@@ -1,4 +1,4 @@
-"""Images drawn in half precision: what is kept apart, what is told, mistakes."""
+"""Sampling in half precision: stores, metrics, grids and mistakes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A refiner: what it is trained on, pictures by hand, numbers, export, mistakes."""
+"""Refiners: training data, refined images, metrics, export and mistakes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SECTIONS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def refiner_home(trained_world: World) -> Path:
-    """A refiner of what the trained run's autoencoder decodes."""
+    """Train a refiner for the autoencoder of the trained run."""
     folder = trained_world.root / "refiner-run"
     config = trained_world.config("fine", **SECTIONS)
     run_child("train", "-c", config, "--set", "name=fine", "-r", folder,
@@ -65,7 +65,7 @@ def test_a_refiner_trains_on_residuals_of_the_decoder(trained: World, refiner: P
     torch.testing.assert_close(digits, digits.round(), rtol=0, atol=1e-3)
     assert abs(float(residual.float().mean())) < 0.2
     assert 0.8 < float(residual.float().std()) < 1.25
-    assert not torch.equal(decoded[:40], decoded[40:])  # disturbed, each time anew
+    assert not torch.equal(decoded[:40], decoded[40:])  # each draw has its own noise
     decoded = {}
     for much in (0.0, 0.2, 5.0):
         latents = dataclasses.replace(opened.config.latents, disturb=much)
@@ -171,7 +171,7 @@ def test_an_export_contains_its_refiner(
     assert (images(after).int() - before.int()).abs().max() <= 1
     inside = {path.name for path in (moved / "refiner").rglob("*") if path.is_file()}
     blocks = {"block-00.safetensors"}
-    assert inside == {*blocks, "flow.json", "config.yaml"}  # the autoencoder lies beside it
+    assert inside == {*blocks, "flow.json", "config.yaml"}  # the run has the autoencoder
     assert str(tmp_path) not in (moved / "refiner" / "config.yaml").read_text()
     (row,) = [
         line for line in (moved / "CARD.md").read_text().splitlines() if "| refiner |" in line

@@ -1,4 +1,4 @@
-"""A guide: pictures by hand, what is kept of them, numbers, export, mistakes."""
+"""Sampling plans with a guide: images, identity, metrics, export and mistakes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.pipeline.tiny import World, run_child, say, write_autoencoder
 
 @pytest.fixture(scope="module")
 def guide_home(trained_world: World) -> Path:
-    """A smaller run on the latents of the trained one."""
+    """Train a smaller run on the latents of the trained run."""
     folder = trained_world.root / "guide-run"
     smaller = {"velocity": {"width": 8}, "train": {"iterations": 2}}
     config = trained_world.config("weak", **smaller)
@@ -42,7 +42,7 @@ def guide(guide_home: Path, run: Path, tmp_path: Path) -> Path:
 
 
 def by_hand(run: Run, guide: Run, w: float) -> Tensor:
-    """Ten images, four at a time, as the configuration has it."""
+    """Compute ten images in batches of four, as in the configuration."""
     count = {0: 4, 1: 4, 2: 2}
     noise = [
         torch.randn(n, 2, 3, 3, generator=generator(0, "sample", k)) for k, n in count.items()
@@ -64,7 +64,6 @@ def test_autoguided_images_equal_a_direct_computation(run: Path, guide: Path) ->
 
 
 def test_identity_depends_on_the_weights_of_the_guide_alone(run: Path, guide: Path) -> None:
-    """And they are not taken for the ones that are there."""
     opened = open_run(run)
     first = plan_of(opened, guidance=2.0, guide=str(guide)).identity()
     other = plan_of(opened, guidance=2.0, guide=str(run)).identity()
@@ -182,7 +181,7 @@ def test_a_guide_is_cut_to_the_blocks_of_the_run(run: Path, guide: Path) -> None
 
 
 def test_options_change_the_settings() -> None:
-    """A weight belongs to its guide, and `none` takes away only what is there."""
+    """A weight belongs to its guide, and `none` removes both."""
     plain = GenerateConfig(guidance=2.5)
     assert with_guidance(plain) == plain == with_guidance(plain, guide="none")
     led = with_guidance(plain, guide="a")

@@ -1,4 +1,4 @@
-"""Which solver draws: method and steps for each block, and what a budget of evaluations allows."""
+"""Solvers of sampling: method and steps of each block, and budgets of evaluations."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tests.pipeline.training.test_modes import run as train
 
 
 def steps_within(plan: SamplingPlan, nfe: int) -> set[int]:
-    """The steps of all blocks under a budget."""
+    """Return the steps of all blocks under a budget."""
     return {solver.steps for solver in plan.within(nfe).solvers}
 
 
 @torch.inference_mode()
 def by_hand(opened: Run, back: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Six grey images in batches of four, uint8 (6, H, W); `back` takes z through a block."""
+    """Compute six grey images, uint8 (6, H, W); `back` inverts a block."""
     parts = []
     for batch, count in enumerate((4, 2)):
         z = torch.randn((count, 2, 3, 3), generator=generator(0, "sample", batch))
@@ -68,7 +68,6 @@ def test_every_block_has_its_own_steps(capsys: pytest.CaptureFixture[str], run: 
 
 
 def test_every_block_has_its_own_method(capsys: pytest.CaptureFixture[str], run: Path) -> None:
-    """The data side's first, as its steps are."""
     opened, solvers = open_run(run, 2), [SolverConfig("midpoint", 2), SolverConfig("euler", 4)]
     words = ("generate", "-r", run, "--blocks", "2", "-n", "6")
     code, _, last = say(
@@ -81,7 +80,7 @@ def test_every_block_has_its_own_method(capsys: pytest.CaptureFixture[str], run:
 
     found = torch.from_numpy(np.load(run / "a.npz")["arr_0"])[..., 0]
     assert torch.equal(found, by_hand(opened, back))
-    # what is told of them; steps are not for adaptive solvers
+    # adaptive solvers have no steps
     chosen = with_solver(opened, "2,4", "midpoint,euler")
     grids = [{"method": "midpoint", "steps": 2}, {"method": "euler", "steps": 4}]
 
@@ -110,8 +109,8 @@ def test_the_methods_of_the_blocks_are_exported(
     assert say(capsys, "generate", "-n", "6", *words)[0] == 0
     assert say(capsys, "export", "--out", tmp_path / "out", *words)[0] == 0
     assert read_config(tmp_path / "out").sampler.method == ["midpoint", "euler", "dopri5"]
-    told = "in the blocks: midpoint, 2 sub-intervals; euler, 2 sub-intervals; dopri5"
-    assert f"| sampling | {told} |" in (tmp_path / "out" / "CARD.md").read_text()
+    text = "in the blocks: midpoint, 2 sub-intervals; euler, 2 sub-intervals; dopri5"
+    assert f"| sampling | {text} |" in (tmp_path / "out" / "CARD.md").read_text()
     assert (tmp_path / "out" / "samples" / "grid.png").is_file()  # drawn as the export draws
     assert say(capsys, "export", "--out", tmp_path / "as trained", "-r", run)[0] == 0
     assert not (tmp_path / "as trained" / "samples" / "grid.png").is_file()
