@@ -1,14 +1,13 @@
 """Autoencoders of the diffusers library: AutoencoderKL, VQModel and AutoencoderTiny.
 
-The only file that imports diffusers, and only when such an autoencoder is loaded: it is an
-optional extra (`pip install 'jkoflow[diffusers]'`). Weights are read from safetensors alone.
+diffusers is an optional dependency (`pip install 'jkoflow[diffusers]'`), imported when such an
+autoencoder is loaded. Weights are read from safetensors only.
 
-Latents are those that diffusers' pipelines work with, z = (raw - shift) * scale, and decoding
-undoes it. Scale and shift are `scaling_factor` and `shift_factor` of config.json, but for VQModel:
-that class writes 0.18215, the value of Stable Diffusion's KL autoencoder, into every config.json,
-also of models whose latents were never scaled (all of latent diffusion's), so that the file cannot
-tell. A VQModel's latents are therefore left as its codebook has them, unless the caller gives a
-scale. What was applied stands in `describe()`.
+Latents are those of diffusers' pipelines, z = (raw - shift) * scale; decoding reverts this. Scale
+and shift are `scaling_factor` and `shift_factor` of config.json, except for VQModel. That class
+writes 0.18215, the value of Stable Diffusion's KL autoencoder, into every config.json, although
+the latents of latent diffusion's VQ models were never scaled. The latents of a VQModel are
+therefore not scaled unless the caller passes a scale. `describe()` states the values.
 """
 
 from __future__ import annotations
@@ -28,21 +27,22 @@ from autoencoders.codebook import look_up, nearest_indices
 CLASSES = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
 _PARTS = ("vae", "vqvae")
 _COMMITMENT = 0.25
-#: seconds that the hub has to answer; what lies in its cache is used when it does not
+#: timeout of the hub in seconds; after it, only the local cache is used
 _HUB_SECONDS = 5.0
 
 
 class DiffusersAutoencoder(nn.Module):
-    """One of `CLASSES` behind the protocol of `autoencoders.base`, frozen, in float32.
+    """Autoencoder of the diffusers library behind our protocol, frozen, in float32.
 
     Args:
         model: an instance of one of `CLASSES`.
         size: (H, W) of the images; the networks are convolutional.
-        scale: multiplies the latents; None takes the model's own (1 for VQModel, see above).
-        shift: is subtracted from the latents before; None takes the model's own.
+        scale: factor of the latents; None takes that of the model (1 for VQModel, see above).
+        shift: subtracted from the latents before scaling; None takes that of the model.
 
     Raises:
-        ValueError: sides that cannot be halved as often as the model does.
+        ValueError: the sides cannot be halved as often as the model requires, the scale is not
+            positive, or the model decodes indices.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class DiffusersAutoencoder(nn.Module):
         vq = self.kind == "VQModel"
         if vq and config.get("lookup_from_codebook"):
             raise ValueError(
-                "a VQModel that decodes indices (lookup_from_codebook) has no latents"
+                "lookup_from_codebook is true; expected a VQModel that decodes latents"
             )
         self.codebook_size: int = config["num_vq_embeddings"] if vq else 0
         own_scale = 1.0 if vq else config.get("scaling_factor")
@@ -68,14 +68,15 @@ class DiffusersAutoencoder(nn.Module):
         self.scale = float((1.0 if own_scale is None else own_scale) if scale is None else scale)
         self.shift = float((own_shift or 0.0) if shift is None else shift)
         if not self.scale > 0.0 or not math.isfinite(self.scale + self.shift):
-            raise ValueError(f"scale must be positive and finite, not {self.scale}")
+            raise ValueError(
+                f"scale is {self.scale} and shift {self.shift}; expected finite numbers, scale > 0"
+            )
         stages = "num_encoder_blocks" if self.kind == "AutoencoderTiny" else "block_out_channels"
         factor = 2 ** (len(config[stages]) - 1)
         if size[0] % factor or size[1] % factor:
             raise ValueError(
-                f"this autoencoder takes images whose sides are multiples of {factor}, not "
-                f"{size[0]}x{size[1]}; have them resized (autoencoder.fit=resize, and "
-                "autoencoder.size)"
+                f"the images are {size[0]}x{size[1]}; expected sides that are multiples of "
+                f"{factor}; resize them by autoencoder.fit=resize and autoencoder.size"
             )
         channels = (config.get("vq_embed_dim") if vq else None) or config["latent_channels"]
         self.image_shape = (int(config["in_channels"]), *size)
@@ -83,60 +84,66 @@ class DiffusersAutoencoder(nn.Module):
         self.fingerprint = module_fingerprint(self.describe(), self)
 
     def reshaped(self, image_shape: tuple[int, int, int]) -> DiffusersAutoencoder:
-        """The same weights for images of another size."""
+        """Return an autoencoder with the same weights for images (C, H, W) of another size."""
         if image_shape[0] != self.image_shape[0]:
             raise ValueError(
-                f"these weights take {self.image_shape[0]} channels, not {image_shape[0]}"
+                f"the images have {image_shape[0]} channels; expected {self.image_shape[0]}, as "
+                "these weights take"
             )
         return DiffusersAutoencoder(self.model, image_shape[1:], self.scale, self.shift)
 
     def encode(self, x: Tensor) -> Moments:
-        """Images (B, C, H, W) in [-1, 1] to scaled moments; VQ: to pre-quantised latents."""
+        """Encode images (B, C, H, W) in [-1, 1] to scaled moments; VQ: to unquantised latents."""
         check_images(x, self.image_shape)
         encoded = self.model.encode(x)
         if not self.stochastic:
             return Moments(self._scaled(encoded.latents))
         posterior = encoded.latent_dist
-        # the log-variance of (raw - shift) * scale
+        # (raw - shift) * scale adds 2 log(scale) to the log-variance
         return Moments(self._scaled(posterior.mean), posterior.logvar + 2.0 * math.log(self.scale))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents to images, clamped to [-1, 1]; quantises first where there is a codebook."""
+        """Decode latents to images in [-1, 1]; a codebook quantises them first."""
         check_latents(z, self.latent_shape)
         if self.codebook_size:
             z = self.nearest(z)
         return self.decode_entries(z)
 
     def decode_entries(self, z: Tensor) -> Tensor:
-        """Latents that are already quantised (or need not be) to images, clamped to [-1, 1]."""
+        """Decode latents (B, C_z, H_z, W_z) to images in [-1, 1], without quantising them."""
         return self.decode_quantised(z).clamp(-1.0, 1.0)
 
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Nearest entries (scaled as the latents are), codebook loss, and indices (VQModel)."""
+        """Quantise latents to the nearest entries (VQModel).
+
+        Returns:
+            Entries (B, C_z, H_z, W_z), scaled like latents; the codebook loss, a scalar; and the
+            indices (B·H_z·W_z,).
+        """
         raw = z / self.scale + self.shift
         entries = self._entries()
         indices = nearest_indices(raw, entries)
-        found = look_up(indices, entries)
-        loss = (1.0 + _COMMITMENT) * F.mse_loss(found, raw)
-        return self._scaled(found), loss, indices.flatten()
+        chosen = look_up(indices, entries)
+        loss = (1.0 + _COMMITMENT) * F.mse_loss(chosen, raw)
+        return self._scaled(chosen), loss, indices.flatten()
 
     def codes(self, z: Tensor, entries: bool = False) -> Tensor:
-        """Numbers (B·H_z·W_z,) of the entries nearest to latents, entries themselves or not."""
+        """Return the indices (B·H_z·W_z,) of the entries nearest to latents."""
         return self.quantise(z)[2]
 
     def nearest(self, z: Tensor) -> Tensor:
-        """The codebook entries nearest to latents (VQModel)."""
+        """Return the codebook entries nearest to latents (VQModel)."""
         return self.quantise(z)[0]
 
     def decode_quantised(self, z: Tensor) -> Tensor:
-        """Latents that are already quantised (or need not be) to images, not clamped."""
+        """Decode latents (B, C_z, H_z, W_z) without quantising and clamping."""
         raw = z / self.scale + self.shift
         if self.codebook_size:
             return self.model.decode(raw, force_not_quantize=True).sample
         return self.model.decode(raw).sample
 
     def describe(self) -> dict[str, Any]:
-        """Class, config.json, image shape, and the scale and shift that were applied."""
+        """Describe class, config.json, image shape, scale and shift."""
         config = {k: v for k, v in dict(self.model.config).items() if not k.startswith("_")}
         return {
             "kind": "diffusers",
@@ -148,11 +155,13 @@ class DiffusersAutoencoder(nn.Module):
         }
 
     def _scaled(self, raw: Tensor) -> Tensor:
+        """Shift and scale the model's latents."""
         return (raw - self.shift) * self.scale
 
     def _entries(self) -> Tensor:
+        """Return the codebook (num_vq_embeddings, C_z), unscaled."""
         if not self.codebook_size:
-            raise ValueError(f"a {self.kind} has no codebook to quantise with")
+            raise ValueError(f"the autoencoder is a {self.kind}; expected a VQModel to quantise")
         return self.model.quantize.embedding.weight
 
 
@@ -162,69 +171,67 @@ def load_diffusers(
     scale: float | None = None,
     shift: float | None = None,
 ) -> DiffusersAutoencoder:
-    """An autoencoder from a folder, or from the hub.
+    """Load an autoencoder from a folder or from the hub.
 
     Args:
-        source: a folder with config.json (or a pipeline's, with `vae` in it), or a hub id, as
+        source: a folder with config.json (or a pipeline's folder with `vae`), or a hub id
             OWNER/NAME or OWNER/NAME/SUBFOLDER.
         size: (H, W) of the images; None takes `sample_size` of config.json.
         scale: see `DiffusersAutoencoder`.
-        shift: likewise.
+        shift: see `DiffusersAutoencoder`.
 
     Raises:
-        ValueError: diffusers is not installed; neither a folder nor a hub id that can be
-            reached; another class; no safetensors; no size, and none in config.json.
+        ValueError: diffusers is not installed; the source is neither a folder nor a reachable hub
+            id; it is of another class or has no safetensors; or there is no size.
     """
     try:
         import diffusers
     except ImportError as error:
         raise ValueError(
-            "this autoencoder needs the diffusers library, which is not installed; "
+            "the diffusers library is not installed; expected it for this autoencoder; "
             "run: pip install 'jkoflow[diffusers]'"
         ) from error
-    where, subfolder = _locate(source)
+    place, subfolder = _split(source)
     options: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
-    unreachable = None if Path(where).is_dir() else _unreachable(where, subfolder)
-    if unreachable is not None:
+    hub_error = None if Path(place).is_dir() else _hub_error(place, subfolder)
+    if hub_error is not None:
         options["local_files_only"] = True
     try:
-        config = diffusers.AutoencoderKL.load_config(where, **options)
+        config = diffusers.AutoencoderKL.load_config(place, **options)
         name = config.get("_class_name")
         if name not in CLASSES:
-            raise ValueError(f"it is a {name}, but only {', '.join(CLASSES)} can be used")
+            raise ValueError(f"its class is {name}; expected one of {', '.join(CLASSES)}")
         model = getattr(diffusers, name).from_pretrained(
-            where, use_safetensors=True, torch_dtype=torch.float32, **options
+            place, use_safetensors=True, torch_dtype=torch.float32, **options
         )
     except ImportError:
         raise
     except Exception as error:  # noqa: BLE001 - the hub's client raises errors of many libraries
-        cause = error if unreachable is None or isinstance(error, ValueError) else unreachable
+        cause = error if hub_error is None or isinstance(error, ValueError) else hub_error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        where_from = "folder" if Path(where).is_dir() else "hub id (is there a network?)"
+        kind = "folder" if Path(place).is_dir() else "hub id (is there a network?)"
         raise ValueError(
-            f"the diffusers autoencoder {source!r} could not be loaded from its {where_from}: "
-            f"{reason}"
+            f"the diffusers autoencoder {source!r} could not be loaded from its {kind}: {reason}"
         ) from error
     return DiffusersAutoencoder(model, size or _own_size(config, source), scale, shift)
 
 
 def _own_size(config: dict[str, Any], source: str) -> tuple[int, int]:
-    """(H, W) of the images that a model was trained on, as far as it says."""
+    """Return (H, W) of the images that a model was trained on, from its config.json."""
     size = config.get("sample_size")
     if not size:
         raise ValueError(
-            f"the config.json of {source!r} names no sample_size; say what to resize images to "
-            "(autoencoder.size)"
+            f"the config.json of {source!r} has no sample_size; expected one, or a size; set "
+            "autoencoder.size"
         )
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return int(height), int(width)
 
 
-def _unreachable(name: str, subfolder: str | None) -> Exception | None:
-    """Why a model's config.json cannot be had from the hub; None if it can.
+def _hub_error(name: str, subfolder: str | None) -> Exception | None:
+    """Request a model's config.json from the hub once; return the error, or None.
 
-    Asked once and before anything else, because the hub's own downloads try again and again,
-    for the better part of a minute, also where there is no network.
+    The hub's own downloads retry for most of a minute, even without a network.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -236,8 +243,8 @@ def _unreachable(name: str, subfolder: str | None) -> Exception | None:
     return None
 
 
-def _locate(source: str) -> tuple[str, str | None]:
-    """(folder or OWNER/NAME, subfolder)."""
+def _split(source: str) -> tuple[str, str | None]:
+    """Split a source into a folder or OWNER/NAME, and a subfolder."""
     folder = Path(source)
     if folder.is_dir():
         for part in _PARTS:
@@ -250,6 +257,6 @@ def _locate(source: str) -> tuple[str, str | None]:
     parts = source.split("/")
     if len(parts) < 2 or source.startswith((".", "/", "~")):
         raise ValueError(
-            f"{source!r} is neither a folder nor a hub id (OWNER/NAME); check the path"
+            f"the source {source!r} is neither a folder nor a hub id (OWNER/NAME); check the path"
         )
     return "/".join(parts[:2]), "/".join(parts[2:]) or None

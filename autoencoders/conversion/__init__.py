@@ -1,1 +1,1 @@
-"""Checkpoints of taming-transformers and latent-diffusion, read safely and converted."""
+"""Safe conversion of checkpoints of taming-transformers and latent-diffusion."""

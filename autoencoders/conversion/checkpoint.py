@@ -1,8 +1,8 @@
-"""Checkpoints that someone else wrote, opened lazily: names and shapes first, then tensors.
+"""Lazy reader of untrusted checkpoints: names and shapes first, then single tensors.
 
-Three forms are known: safetensors, torch's zip (since 1.6) and torch's older stream. Only the
-tensors that are asked for are read, so the first stage comes out of a file of many gigabytes
-in as much memory as it needs.
+There are three formats: safetensors, torch's zip (since 1.6) and torch's older stream. Only the
+requested tensors are read, so a first stage is read from a file of many gigabytes in as much
+memory as it needs.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from autoencoders.conversion.unpickle import (
 )
 
 MAX_TENSOR_BYTES = 16 << 30
-"""Most bytes of tensors that are read of one checkpoint."""
+"""Limit of the bytes of tensors read from one checkpoint."""
 _STREAM_MAGIC, _STREAM_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _STATE_KEYS = ("state_dict", "model")
 
 
 class Checkpoint:
-    """An open checkpoint; a context manager.
+    """Open checkpoint; a context manager.
 
     Args:
-        path: a .safetensors, .ckpt, .pt, .pth or .bin file; its content decides, not its name.
+        path: a .safetensors, .ckpt, .pt, .pth or .bin file; its content decides on the format.
 
     Attributes:
         form: "safetensors", "zip" or "stream".
-        shapes: size of every tensor, by name.
+        shapes: shape of every tensor, by name.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DamagedCheckpointError: cut off, or none of the three forms.
-        UnsafeCheckpointError: its pickle asks for what no checkpoint needs.
+        FileNotFoundError: the file does not exist.
+        DamagedCheckpointError: it is truncated, or of another format.
+        UnsafeCheckpointError: its pickle uses names that no checkpoint needs.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,42 +74,47 @@ class Checkpoint:
         self._file.close()
 
     def read(self, name: str) -> Tensor:
-        """One tensor, contiguous, in its stored type.
+        """Read one tensor, contiguous, in its stored dtype.
 
         Raises:
-            DamagedCheckpointError: its numbers are not all there.
-            ValueError: more was read of this file than `MAX_TENSOR_BYTES`.
+            DamagedCheckpointError: the tensor is incomplete.
+            ValueError: more than `MAX_TENSOR_BYTES` were read from this file.
         """
         if self.form == "safetensors":
             return self._count(self._tensors.get_tensor(name))
-        note: TensorReference = self._notes[name]
-        raw = self._numbers(note.storage)
-        if len(raw) != note.storage.numel * note.storage.dtype.itemsize:
-            raise DamagedCheckpointError(f"{self.path} cannot be used: {name} is not all there")
-        if not note.numel:
-            return torch.empty(note.size, dtype=note.storage.dtype)
-        flat = torch.frombuffer(raw, dtype=note.storage.dtype)
-        return self._count(flat.as_strided(note.size, note.stride, note.offset).clone())
+        reference: TensorReference = self._references[name]
+        storage = reference.storage
+        raw = self._storage_bytes(storage)
+        if len(raw) != storage.numel * storage.dtype.itemsize:
+            raise DamagedCheckpointError(f"{self.path} cannot be used: {name} is incomplete")
+        if not reference.numel:
+            return torch.empty(reference.size, dtype=storage.dtype)
+        flat = torch.frombuffer(raw, dtype=storage.dtype)
+        strided = flat.as_strided(reference.size, reference.stride, reference.offset)
+        return self._count(strided.clone())
 
     def _count(self, tensor: Tensor) -> Tensor:
+        """Add a tensor to the bytes read, and return it contiguous."""
         self._read += tensor.numel() * tensor.element_size()
         if self._read > MAX_TENSOR_BYTES:
             raise ValueError(
-                f"{self.path} holds more than {MAX_TENSOR_BYTES >> 30} GiB of weights; give the "
-                "checkpoint of the autoencoder alone"
+                f"{self.path} holds more than {MAX_TENSOR_BYTES >> 30} GiB of weights; expected "
+                "the checkpoint of an autoencoder only"
             )
         return tensor.contiguous()
 
     def _open(self) -> dict[str, tuple[int, ...]]:
+        """Detect the format and read names and shapes."""
         head = self._file.read(9)
         self._file.seek(0)
         if head[8:9] == b"{":
             return self._open_safetensors()
         value = self._open_zip() if head[:4] == b"PK\x03\x04" else self._open_stream()
-        self._notes = _notes(value)
-        return {name: note.size for name, note in self._notes.items()}
+        self._references = _references(value)
+        return {name: reference.size for name, reference in self._references.items()}
 
     def _open_safetensors(self) -> dict[str, tuple[int, ...]]:
+        """Open a safetensors file; return the shapes."""
         self.form = "safetensors"
         try:
             self._tensors: Any = safe_open(self.path, "pt")
@@ -117,84 +122,90 @@ class Checkpoint:
             return {n: tuple(self._tensors.get_slice(n).get_shape()) for n in names}
         except (SafetensorError, OSError) as error:
             raise DamagedCheckpointError(
-                f"it is not a whole safetensors file ({error})"
+                f"it is not a complete safetensors file ({error})"
             ) from error
 
     def _open_zip(self) -> object:
+        """Open torch's zip format; return its pickled value."""
         self.form = "zip"
         try:
             self._zip = zipfile.ZipFile(self._file)
         except (zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
             raise DamagedCheckpointError(
-                "it is cut off or damaged (no end of the archive); get it again"
+                "it is truncated or damaged (no end of the archive); download it again"
             ) from error
         entries = {e.filename: e for e in self._zip.infolist()}
         pickles = [n for n in entries if n.count("/") == 1 and n.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise DamagedCheckpointError("it is a zip archive, but not one that torch.save wrote")
+            raise DamagedCheckpointError("it is a zip archive, but not one of torch.save")
         self._prefix = pickles[0].removesuffix("data.pkl")
         if f"{self._prefix}constants.pkl" in entries:
-            raise DamagedCheckpointError("it is a TorchScript program; give a state dict")
+            raise DamagedCheckpointError("it is a TorchScript program; expected a state dict")
         order = entries.get(f"{self._prefix}byteorder")
         if order is not None and bytes(self._entry(order, 16)) != b"little":
-            raise DamagedCheckpointError("it was written on a big-endian machine")
+            raise DamagedCheckpointError("it is big-endian; expected little-endian tensors")
         self._entries = entries
         raw = self._entry(entries[pickles[0]], unpickle.MAX_PICKLE_BYTES)
         return unpickle.read_pickle(io.BytesIO(raw))[0]
 
     def _entry(self, entry: zipfile.ZipInfo, most: int) -> bytearray:
-        """The bytes of an entry; stored entries only, so that a small file cannot unfold."""
+        """Read an entry, which must be uncompressed, so that a small file cannot expand."""
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > most:
-            raise DamagedCheckpointError(f"its entry {entry.filename} is not as torch writes it")
+            raise DamagedCheckpointError(
+                f"its entry {entry.filename} has {entry.file_size} bytes, or is compressed; "
+                f"expected at most {most} bytes, uncompressed"
+            )
         try:
             return bytearray(self._zip.read(entry))
         except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, struct.error) as error:
             raise DamagedCheckpointError(f"its entry {entry.filename} is damaged") from error
 
     def _open_stream(self) -> object:
+        """Open torch's older stream format; return its pickled value."""
         self.form = "stream"
         file: IO[bytes] = self._file
         try:
-            marks = [unpickle.read_pickle(file)[0], unpickle.read_pickle(file)[0]]
+            header = [unpickle.read_pickle(file)[0], unpickle.read_pickle(file)[0]]
         except DamagedCheckpointError:
-            marks = []
-        if marks != [_STREAM_MAGIC, _STREAM_PROTOCOL]:
+            header = []
+        if header != [_STREAM_MAGIC, _STREAM_PROTOCOL]:
             raise DamagedCheckpointError(
-                "it is neither a safetensors file nor a checkpoint that torch.save wrote"
+                "it is neither a safetensors file nor a checkpoint of torch.save"
             )
-        unpickle.read_pickle(file)  # sizes of C's types on the machine that wrote it
+        unpickle.read_pickle(file)  # sizes of C types on the machine of origin
         value, storages = unpickle.read_pickle(file)
         order, _ = unpickle.read_pickle(file)
-        self._places: dict[str, int] = {}
+        self._positions: dict[str, int] = {}
         position, end = file.tell(), self.path.stat().st_size
         for key in order if isinstance(order, list) else []:
             if key not in storages:
-                raise DamagedCheckpointError("it holds numbers of a type that is not known")
-            self._places[key] = position + 8  # behind the count of its numbers
+                raise DamagedCheckpointError("it holds a storage of an unknown dtype")
+            self._positions[key] = position + 8  # after the number of elements
             position += 8 + storages[key].numel * storages[key].dtype.itemsize
         if position > end:
-            raise DamagedCheckpointError("it is cut off; get it again")
+            raise DamagedCheckpointError("it is truncated; download it again")
         return value
 
-    def _numbers(self, storage: Storage) -> bytearray:
+    def _storage_bytes(self, storage: Storage) -> bytearray:
+        """Read the bytes of a storage; empty if it is missing."""
         size = storage.numel * storage.dtype.itemsize
         if self.form == "zip":
             entry = self._entries.get(f"{self._prefix}data/{storage.key}")
             return bytearray() if entry is None else self._entry(entry, size)
-        if storage.key not in self._places:
+        if storage.key not in self._positions:
             return bytearray()
-        self._file.seek(self._places[storage.key])
+        self._file.seek(self._positions[storage.key])
         return bytearray(self._file.read(min(size, self.path.stat().st_size)))
 
 
-def _notes(value: object) -> dict[str, TensorReference]:
-    """The tensors of a checkpoint's state dict, by name."""
+def _references(value: object) -> dict[str, TensorReference]:
+    """Return the tensors of a checkpoint's state dict, by name."""
     state = value
     if isinstance(value, dict):
         inner = [value[k] for k in _STATE_KEYS if isinstance(value.get(k), dict)]
         state = inner[0] if inner else value
     items = state.items() if isinstance(state, dict) else ()
-    found = {k: v for k, v in items if isinstance(k, str) and isinstance(v, TensorReference)}
-    if not found:
+    tensors = {k: v for k, v in items if isinstance(k, str) and isinstance(v, TensorReference)}
+    if not tensors:
         raise DamagedCheckpointError("it holds no dictionary of tensors")
-    return found
+    return tensors

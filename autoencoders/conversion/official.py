@@ -1,12 +1,12 @@
-"""First stages of taming-transformers and latent-diffusion: `model.yaml` + checkpoint → ours.
+"""Conversion of first stages of taming-transformers and latent-diffusion.
 
-Read are: VQGAN and Gumbel VQGAN (taming), VQ and KL first stages (latent diffusion), alone or
-as `first_stage_model.*` within a whole model. The yaml is only read as data; which class it
-names decides the flavour. `loss.*` (discriminator, perceptual network) and what an averaging
-codebook keeps of its training are ignored; every other key must fit.
+The input is a `model.yaml` and a checkpoint: a VQGAN or Gumbel VQGAN (taming), or a VQ or KL first
+stage (latent diffusion), alone or as `first_stage_model.*` of a whole model. The yaml is read as
+data; the class that it names determines the flavour. `loss.*` (discriminator, perceptual network)
+and the training state of an averaging codebook are ignored; all other tensors must fit.
 
-Latents, per flavour: KL, mean and log-variance; VQ, the output of `quant_conv` before it is
-quantised; Gumbel, likewise, the argument of `quantize.proj` (`TamingAutoencoder.logits`).
+Latents are mean and log-variance (KL), or the output of `quant_conv` before quantisation (VQ and
+Gumbel; for Gumbel it is the argument of `TamingAutoencoder.logits`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from autoencoders.taming import TamingAutoencoder
 
 _NESTED = "first_stage_model."
 _AVERAGES = "model_ema."
-#: keys of a first stage that encoding and decoding need nothing of
+#: prefixes of tensors that encoding and decoding do not need
 _IGNORED = (
     "loss.", _AVERAGES, "quantize.embedding.cluster_size", "quantize.embedding.embed_avg",
     "quantize.used",
@@ -35,7 +35,7 @@ _USED = {
     "double_z", "z_channels", "resolution", "in_channels", "out_ch", "ch", "ch_mult",
     "num_res_blocks", "attn_resolutions", "dropout", "attn_type",
 }  # fmt: skip
-#: what changes the networks into ones that taming's package cannot build, at its usual value
+#: settings that taming's networks support at these values only
 _USUAL: dict[str, Any] = {
     "resamp_with_conv": True, "use_linear_attn": False, "give_pre_end": False, "tanh_out": False,
 }  # fmt: skip
@@ -43,20 +43,20 @@ _MAX_YAML_BYTES = 1 << 20
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The node of a first stage in a model's yaml, plain values: `target` and `params`.
+    """Read the description of a first stage, `target` and `params`, from a model's yaml.
 
     Args:
-        path: of the first stage itself, or of a whole model with a `first_stage_config`.
+        path: yaml of the first stage, or of a whole model with a `first_stage_config`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not a yaml of such a model.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not the yaml of such a model.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no model description at {path}; check the path")
     try:
         if path.stat().st_size > _MAX_YAML_BYTES:
-            raise ValueError("larger than any model's description")
+            raise ValueError(f"larger than {_MAX_YAML_BYTES >> 20} MiB")
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable yaml file ({error})") from error
@@ -67,30 +67,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
             break
         node = inner
     if not isinstance(node, dict) or not isinstance(node.get("params"), dict):
-        raise ValueError(f"{path} has no model.params; give the model.yaml beside the checkpoint")
+        raise ValueError(f"{path} has no model.params; expected the model.yaml of the checkpoint")
     if not isinstance(node["params"].get("ddconfig"), dict):
         raise ValueError(
-            f"{path} describes no autoencoder (no ddconfig in model.params or its "
-            "first_stage_config); give the yaml of the first stage"
+            f"{path} has no ddconfig in model.params or its first_stage_config; expected the yaml "
+            "of a first stage"
         )
     return node
 
 
-def config_of(
+def architecture_of(
     node: Mapping[str, Any], image_shape: tuple[int, int, int] | None = None
 ) -> TamingConfig:
-    """The architecture that a yaml's node describes.
+    """Build the architecture that a yaml describes.
 
     Args:
-        node: what `read_yaml` gave.
+        node: description from `read_yaml`.
         image_shape: (C, H, W) of the images; None takes the yaml's resolution. Attention stays
-            where the yaml's resolution puts it.
+            at the depth that the yaml's resolution determines.
 
     Raises:
-        ValueError: a value is missing, of the wrong type, or asks for another network.
+        ValueError: a value is missing, of the wrong type, or requires another network.
     """
     params, dd = node["params"], node["params"]["ddconfig"]
-    _refuse_unusual(dd, params)
+    _require_taming_networks(dd)
     try:
         channels, side = int(dd["in_channels"]), int(dd["resolution"])
         flavour = _flavour(str(node.get("target", "")), dd, params)
@@ -109,7 +109,9 @@ def config_of(
             attention=dd.get("attn_type", "vanilla") != "none",
         )
     except KeyError as error:
-        raise ValueError(f"the yaml lacks {error.args[0]}; give the checkpoint's own") from error
+        raise ValueError(
+            f"the yaml lacks {error.args[0]}; expected the yaml of the checkpoint"
+        ) from error
     except TypeError as error:
         raise ValueError(f"the yaml has a value of the wrong type: {error}") from error
 
@@ -124,87 +126,105 @@ def load_official(
 
     Args:
         checkpoint: .ckpt (no code of it is run) or .safetensors.
-        description: its model.yaml.
+        description: path of the model.yaml.
         image_shape: (C, H, W) of the images; None takes the yaml's resolution.
-        averaged: take the moving averages of `model_ema.*`; the official code encodes and
-            decodes with the last weights, and so does this by default.
+        averaged: whether to read the moving averages `model_ema.*`. The default is the last
+            weights, which the official code uses.
 
     Raises:
-        FileNotFoundError: one of the files is missing.
-        ValueError: the yaml, the checkpoint, or that they do not fit; missing, unexpected and
-            misshapen keys are named.
+        FileNotFoundError: one of the files does not exist.
+        ValueError: the yaml or the checkpoint is invalid, or they do not fit; the message names
+            tensors that are missing, unexpected, or of another shape.
     """
-    config = config_of(read_yaml(description), image_shape)
+    config = architecture_of(read_yaml(description), image_shape)
     model = TamingAutoencoder(config)
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     with Checkpoint(checkpoint) as file:
-        names = _first_stage(file.shapes, wanted, str(checkpoint), averaged)
+        keys = _keys_of_first_stage(file.shapes, shapes, str(checkpoint), averaged)
         weights.require_fitting(
-            wanted,
-            {ours: file.shapes[theirs] for ours, theirs in names.items()},
+            shapes,
+            {name: file.shapes[key] for name, key in keys.items()},
             f"{checkpoint} (described by {description})",
         )
-        tensors = {ours: _float(file.read(theirs), theirs) for ours, theirs in names.items()}
+        tensors = {name: _finite_float(file.read(key), key) for name, key in keys.items()}
     model.load_state_dict(tensors)
     return model.freeze()
 
 
-def _first_stage(
-    shapes: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, tuple[int, ...]],
+def _keys_of_first_stage(
+    checkpoint: Mapping[str, tuple[int, ...]],
+    model: Mapping[str, tuple[int, ...]],
     source: str,
     averaged: bool,
 ) -> dict[str, str]:
-    """Our name → the checkpoint's, of every tensor of its first stage."""
-    nested = any(name.startswith(_NESTED + "encoder.") for name in shapes)
+    """Return the checkpoint's key of every tensor of its first stage, by name in our model.
+
+    Args:
+        checkpoint: shapes of the checkpoint's tensors.
+        model: shapes of our model's tensors.
+        source: path of the checkpoint, for the message.
+        averaged: whether to select the moving averages.
+    """
+    nested = any(key.startswith(_NESTED + "encoder.") for key in checkpoint)
     prefix = _NESTED if nested else ""
-    own = [n.removeprefix(prefix) for n in shapes if n.startswith(prefix)]
-    if not any(name.startswith("encoder.") for name in own):
-        held = sorted({name.split(".")[0] for name in shapes})
+    names = [key.removeprefix(prefix) for key in checkpoint if key.startswith(prefix)]
+    if not any(name.startswith("encoder.") for name in names):
+        parts = sorted({key.split(".")[0] for key in checkpoint})
         raise ValueError(
-            f"{source} holds no autoencoder (no encoder.* among its tensors, only "
-            f"{', '.join(held[:4])}…); give the checkpoint of the first stage"
+            f"{source} holds tensors of {', '.join(parts[:4])}…; expected encoder.*; use the "
+            "checkpoint of the first stage"
         )
     if averaged:
-        shadows = {name: _AVERAGES + name.replace(".", "") for name in wanted}
-        if not any(shadow in own for shadow in shadows.values()):
-            raise ValueError(f"{source} keeps no averaged weights; leave --averaged out")
-        return {name: prefix + shadow for name, shadow in shadows.items() if shadow in own}
-    return {name: prefix + name for name in own if not name.startswith(_IGNORED)}
+        averages = {name: _AVERAGES + name.replace(".", "") for name in model}
+        if not any(average in names for average in averages.values()):
+            raise ValueError(f"{source} holds no averaged weights; omit --averaged")
+        return {name: prefix + average for name, average in averages.items() if average in names}
+    return {name: prefix + name for name in names if not name.startswith(_IGNORED)}
 
 
 def _flavour(target: str, dd: Mapping[str, Any], params: Mapping[str, Any]) -> str:
+    """Return the flavour of a first stage, from its class and settings."""
     name = target.rsplit(".", 1)[-1]
     flavour = "kl" if dd.get("double_z") else "gumbel" if "Gumbel" in name else "vq"
     if ("KL" in name) != (flavour == "kl"):
-        raise ValueError(f"the yaml names {target}, but has double_z: {dd.get('double_z')}")
+        raise ValueError(
+            f"the yaml's target is {target} and double_z {dd.get('double_z')}; expected double_z: "
+            "True for KL, and False for the others"
+        )
     if flavour == "gumbel" and params.get("remap") is not None:
-        raise ValueError("the yaml remaps a Gumbel codebook, which is not supported")
+        raise ValueError(f"remap is {params['remap']}; expected none for a Gumbel codebook")
     return flavour
 
 
-def _refuse_unusual(dd: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+def _require_taming_networks(dd: Mapping[str, Any]) -> None:
+    """Check that taming's package can build the networks of a ddconfig.
+
+    Raises:
+        ValueError: a setting requires another network.
+    """
     unusual = [k for k in dd if k not in _USED and (k not in _USUAL or dd[k] != _USUAL[k])]
     if unusual:
         raise ValueError(
-            f"the yaml's ddconfig has {', '.join(f'{k}: {dd[k]}' for k in unusual)}, which "
-            "taming's networks have not; such a checkpoint cannot be converted"
+            f"the yaml's ddconfig has {', '.join(f'{k}: {dd[k]}' for k in unusual)}; expected "
+            f"settings of taming's networks ({', '.join(sorted(_USED))}); such a checkpoint "
+            "cannot be converted"
         )
     kind = dd.get("attn_type", "vanilla")
     if kind not in ("vanilla", "none"):
-        raise ValueError(f"attn_type must be vanilla or none, not {kind!r}")
+        raise ValueError(f"attn_type is {kind!r}; expected vanilla or none")
     if dd.get("out_ch") != dd.get("in_channels"):
         raise ValueError(
             f"the yaml's out_ch is {dd.get('out_ch')} and in_channels {dd.get('in_channels')}; "
-            "an autoencoder gives back the channels that it takes"
+            "expected equal values"
         )
 
 
-def _float(tensor: Tensor, name: str) -> Tensor:
+def _finite_float(tensor: Tensor, key: str) -> Tensor:
+    """Convert a tensor to float32 and check that it is finite."""
     converted = tensor.float()
     if not bool(torch.isfinite(converted).all()):
         raise ValueError(
-            f"{name} holds numbers that are not finite; the checkpoint is of a training that "
-            "diverged or of a precision that overflowed, get another"
+            f"{key} contains NaN or infinity; expected finite weights; the training diverged or "
+            "its precision overflowed, use another checkpoint"
         )
     return converted

@@ -1,13 +1,19 @@
-"""Reading the pickle of a checkpoint as data: tensors by name, and nothing else of it.
+"""Safe reader of pickled torch checkpoints, which keeps references to tensors only.
 
-A pickle is a program that names classes and functions and calls them. Here no name is ever
-imported: the few that rebuild tensors and dictionaries are bound to stand-ins of this file,
-which only note what they were given; those that no checkpoint of tensors needs (`os.system`,
-`builtins.eval`, …) end the reading; all others (Lightning's callbacks, enums, optimisers) become
-`Inert`: it may be called, filled and set, and forgets everything.
+A pickle is a program that names classes and functions and calls them. This reader imports no
+name:
+- Names that rebuild tensors and dictionaries are bound to stand-ins of this file, which record
+  their arguments.
+- Names that no checkpoint needs (`os.system`, `builtins.eval`, …) raise an error.
+- All other names (Lightning's callbacks, enums, optimisers) are bound to `Inert`, which accepts
+  every call and ignores it.
 
-Before any of it, the opcodes are read one by one (`pickletools`), which runs nothing, and a
-pickle that asks for memory beyond its own size is refused.
+Before that, `pickletools` reads the opcodes without running them, and a pickle that needs more
+memory than its own size is rejected.
+
+`pipeline.storage.safe_pickle` reads data sets instead. It accepts the names of numeric arrays only
+and raises on every other, whereas a checkpoint legitimately holds unknown classes. It also copies
+arrays, whereas this reader records where tensors lie in a file of many gigabytes.
 """
 
 from __future__ import annotations
@@ -37,22 +43,22 @@ _DTYPES = {
 
 
 class UnsafeCheckpointError(ValueError):
-    """The checkpoint asks for what no file of tensors needs; nothing of it has been run."""
+    """Error of a checkpoint that uses names that no file of tensors needs; no code has run."""
 
 
 class DamagedCheckpointError(ValueError):
-    """The checkpoint is cut off, or not of a form that is known."""
+    """Error of a checkpoint that is truncated or of an unknown format."""
 
 
 class _FrozenClass(type):
-    """Classes that a pickle may call but not change."""
+    """Metaclass of classes that a pickle may call but not change."""
 
     def __setattr__(cls, name: str, value: object) -> NoReturn:
         raise UnsafeCheckpointError(f"it tries to change {name} of a class")
 
 
 class Inert(metaclass=_FrozenClass):
-    """Stands for an unknown class, its instances and whatever they return; does nothing."""
+    """Stand-in for an unknown class, its instances and their results; it does nothing."""
 
     __slots__ = ()
 
@@ -69,20 +75,20 @@ class Inert(metaclass=_FrozenClass):
     def __setitem__(self, key: object, value: object) -> None: ...
 
     def append(self, value: object) -> None:
-        """Forget it, as the three below do."""
+        """Ignore a value."""
 
     def extend(self, values: object) -> None:
-        """Forget them."""
+        """Ignore values."""
 
     def add(self, value: object) -> None:
-        """Forget it."""
+        """Ignore a value."""
 
     def update(self, values: object) -> None:
-        """Forget them."""
+        """Ignore values."""
 
 
 class _Dict(dict, metaclass=_FrozenClass):
-    """Stands for `collections.OrderedDict`; its attributes (`_metadata`) are dropped."""
+    """Stand-in for `collections.OrderedDict`; it ignores attributes (`_metadata`)."""
 
     __slots__ = ()
 
@@ -91,12 +97,12 @@ class _Dict(dict, metaclass=_FrozenClass):
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A run of numbers somewhere in the file.
+    """Contiguous elements in the file.
 
     Attributes:
-        key: its name there.
-        dtype: of the numbers.
-        numel: how many.
+        key: name in the file.
+        dtype: dtype of the elements.
+        numel: number of elements.
     """
 
     key: str
@@ -105,7 +111,7 @@ class Storage:
 
 
 class TensorReference(metaclass=_FrozenClass):
-    """Where a tensor lies: storage, offset, size and stride, checked against each other."""
+    """Reference to a tensor in the file: storage, offset, size and stride, checked for bounds."""
 
     __slots__ = ("storage", "offset", "size", "stride")
     storage: Storage
@@ -116,19 +122,19 @@ class TensorReference(metaclass=_FrozenClass):
     def __init__(
         self, storage: object, offset: object, size: object, stride: object, *_: object
     ) -> None:
-        plain = isinstance(storage, Storage) and _counts(size) and _counts(stride)
+        plain = isinstance(storage, Storage) and _are_counts(size) and _are_counts(stride)
         if not plain or not isinstance(offset, int) or offset < 0 or len(size) != len(stride):  # type: ignore[arg-type]
-            raise DamagedCheckpointError("a tensor's description is not of torch's form")
+            raise DamagedCheckpointError("the state of a tensor is not of torch's form")
         for name, value in zip(self.__slots__, (storage, offset, size, stride), strict=True):
             object.__setattr__(self, name, value)
         last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
-        # a stride of 0 would make one number a tensor of any size
+        # a stride of 0 would expand one element to a tensor of any size
         if self.numel and (last >= self.storage.numel or self.numel > self.storage.numel):
-            raise DamagedCheckpointError("a tensor reaches beyond its storage")
+            raise DamagedCheckpointError("a tensor exceeds its storage")
 
     @property
     def numel(self) -> int:
-        """Numbers in the tensor."""
+        """Number of elements."""
         count = 1
         for n in self.size:
             count *= n
@@ -138,17 +144,18 @@ class TensorReference(metaclass=_FrozenClass):
         raise UnsafeCheckpointError(f"it tries to change {name} of a tensor")
 
     def __setstate__(self, state: object) -> None:
-        """A tensor subclass's attributes; dropped."""
+        """Ignore the attributes of a tensor subclass."""
 
 
 class _Parameter(metaclass=_FrozenClass):
-    """Stands for `torch._utils._rebuild_parameter`: gives its tensor back."""
+    """Stand-in for `torch._utils._rebuild_parameter`; it returns its tensor."""
 
     def __new__(cls, data: object, *_: object) -> Any:  # noqa: ANN401, D102
         return data
 
 
-def _counts(value: object) -> bool:
+def _are_counts(value: object) -> bool:
+    """Return whether a value is a tuple of integers that are not negative."""
     return isinstance(value, tuple) and all(isinstance(n, int) and n >= 0 for n in value)
 
 
@@ -162,52 +169,52 @@ _KNOWN: dict[tuple[str, str], Any] = {
 
 
 class _CheckpointUnpickler(pickle.Unpickler):
-    """Binds every name to a stand-in, and notes storages instead of loading them."""
+    """Unpickler that binds names to stand-ins, and records storages without loading them."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="latin-1")
         self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
-        """The stand-in of a name, or the end; nothing is imported."""
+        """Return the stand-in of a name, or raise UnsafeCheckpointError; nothing is imported."""
         builtin = module in ("builtins", "__builtin__") and name.split(".")[0] in _HOSTILE_BUILTINS
         if builtin or module.split(".")[0] in _HOSTILE_MODULES:
             raise UnsafeCheckpointError(
-                f"it asks for {module}.{name}, which no checkpoint needs; nothing of it was run"
+                f"it uses {module}.{name}, which no checkpoint needs; no code of it has run"
             )
         if module in ("torch", "torch.storage") and name in _DTYPES:
             return _DTYPES[name]
         return _KNOWN.get((module, name), Inert)
 
     def persistent_load(self, pid: Any) -> Any:  # noqa: ANN401
-        """A storage, as ('storage', dtype, key, place, count, …)."""
-        if isinstance(pid, tuple) and pid[:1] == ("module",):  # source code kept by old versions
+        """Record a storage, pickled as ('storage', dtype, key, location, count, …)."""
+        if isinstance(pid, tuple) and pid[:1] == ("module",):  # source code, in old versions
             return Inert
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-            raise DamagedCheckpointError("it refers to something other than a storage")
+            raise DamagedCheckpointError("it refers to another object than a storage")
         _, dtype, key, _, numel = pid[:5]
         part = len(pid) > 5 and pid[5] is not None  # a storage within another: torch < 0.4
         if part or not isinstance(key, str) or not isinstance(numel, int) or numel < 0:
-            raise DamagedCheckpointError("a storage's description is not of torch's form")
-        # storages of other types are not read: their tensors are no weights
+            raise DamagedCheckpointError("the state of a storage is not of torch's form")
+        # tensors of other dtypes are no weights, so their storages are ignored
         if not isinstance(dtype, torch.dtype):
             return Inert()
         return self.storages.setdefault(key, Storage(key, dtype, numel))
 
 
 def read_pickle(file: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
-    """Read one pickle from where a file stands, and leave it just behind.
+    """Read one pickle at the position of a file, which is then at its end.
 
     Args:
         file: seekable; at most 64 MiB of it are read.
 
     Returns:
-        (value, storages): plain values, with `TensorReference` for tensors and `Inert` for
-        everything else; and every storage that is referred to, by key.
+        (value, storages): plain values, with `TensorReference` for tensors and `Inert` for all
+        other objects; and the storages of the tensors, by key.
 
     Raises:
-        UnsafeCheckpointError: it asks for what no checkpoint needs; nothing has been run.
-        DamagedCheckpointError: it is cut off or not a pickle.
+        UnsafeCheckpointError: it uses names that no checkpoint needs; no code has run.
+        DamagedCheckpointError: it is truncated or not a pickle.
     """
     start = file.tell()
     _inspect(file)
@@ -218,25 +225,27 @@ def read_pickle(file: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
         value = unpickler.load()
     except (UnsafeCheckpointError, DamagedCheckpointError):
         raise
-    except Exception as error:  # noqa: BLE001 - a pickle can fail in any way it likes
+    except Exception as error:  # noqa: BLE001 - a damaged pickle can raise any error
         raise DamagedCheckpointError(f"its pickle cannot be read ({error})") from error
     file.seek(stop)
     return value, unpickler.storages
 
 
 def _inspect(file: IO[bytes]) -> None:
-    """Walk over the opcodes of one pickle without running any."""
+    """Check the opcodes of one pickle without running them."""
     start, count = file.tell(), 0
     try:
         for opcode, argument, position in pickletools.genops(file):
             count += 1
             if count > _MAX_OPCODES or (position or 0) - start > MAX_PICKLE_BYTES:
-                raise UnsafeCheckpointError("its pickle is larger than any checkpoint's")
+                raise UnsafeCheckpointError(
+                    f"its pickle is larger than {MAX_PICKLE_BYTES >> 20} MiB"
+                )
             if opcode.name in _EXTENSIONS:
                 raise UnsafeCheckpointError(f"it uses {opcode.name}, which torch never writes")
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
-                raise UnsafeCheckpointError("it asks for memory that it does not need")
+                raise UnsafeCheckpointError("it asks for more memory than it needs")
     except UnsafeCheckpointError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever pickletools makes of rubbish
+    except Exception as error:  # noqa: BLE001 - a damaged pickle can raise any error
         raise DamagedCheckpointError(f"its pickle cannot be read ({error})") from error

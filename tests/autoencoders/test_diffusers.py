@@ -175,7 +175,7 @@ def test_the_caller_may_scale_a_vq_model(tmp_path: Path) -> None:
     close(scaled.decode(z * 0.18215), a.decode(z))
     close(scaled.quantise(z * 0.18215)[0], a.quantise(z)[0] * 0.18215)
     assert len({scaled.fingerprint, b.fingerprint, b.reshaped((3, 64, 32)).fingerprint}) == 3
-    with pytest.raises(ValueError, match="scale must be positive"):
+    with pytest.raises(ValueError, match="scale is 0.0 and shift 0.0; expected"):
         ours.load_diffusers(str(tmp_path / "twin"), SHAPE[1:], scale=0.0)
 
 
@@ -197,7 +197,7 @@ def test_a_tiny_autoencoder(tmp_path: Path) -> None:
     z = b.encode(x).mean
     close(z, theirs.encode(x).latents * 0.5)
     close(b.decode(z), theirs.decode(z / 0.5).sample.clamp(-1, 1))
-    with pytest.raises(ValueError, match="AutoencoderTiny has no codebook"):
+    with pytest.raises(ValueError, match="is a AutoencoderTiny; expected a VQModel"):
         b.quantise(z)
 
 
@@ -206,13 +206,15 @@ def test_a_pipeline_folder_and_what_is_refused(tmp_path: Path) -> None:
     theirs = Official("ldm-kl-f4")
     write_twin(tmp_path / "pipeline" / "vae", theirs, "ldm-kl-f4")
     assert ours.load_diffusers(str(tmp_path / "pipeline"), (32, 32)).latent_shape == (3, 8, 8)
-    with pytest.raises(ValueError, match="multiples of 4, not 30x30"):
+    with pytest.raises(ValueError, match="are 30x30; expected sides that are multiples of 4"):
         ours.load_diffusers(str(tmp_path / "pipeline"), (30, 30))
     (tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match="could not be loaded from its folder"):
         ours.load_diffusers(str(tmp_path / "pipeline"), (32, 32))
     (tmp_path / "pipeline" / "vae" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    with pytest.raises(ValueError, match="it is a UNet2DModel, but only AutoencoderKL"):
+    with pytest.raises(
+        ValueError, match="its class is UNet2DModel; expected one of AutoencoderKL"
+    ):
         ours.load_diffusers(str(tmp_path / "pipeline"), (32, 32))
 
 
@@ -225,7 +227,7 @@ def test_resizing_without_a_size_takes_the_models_own(tmp_path: Path) -> None:
     description = json.loads((folder / "config.json").read_text())
     del description["sample_size"]
     (folder / "config.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match=r"names no sample_size; .* \(autoencoder\.size\)"):
+    with pytest.raises(ValueError, match=r"has no sample_size; .* set autoencoder\.size"):
         build_autoencoder("diffusers", str(folder), (1, 28, 28), Adaptation(fit="resize"))
     sized = build_autoencoder(
         "diffusers", str(folder), (1, 28, 28), Adaptation(fit="resize", size=32)

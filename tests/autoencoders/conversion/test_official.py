@@ -116,7 +116,7 @@ def test_averaged_weights_are_taken_when_asked_for(tmp_path: Path, nested: bool)
 
 def test_averaged_weights_that_are_not_there(tmp_path: Path) -> None:
     _, path, description_path = make(tmp_path, "ldm-vq-f4")
-    with pytest.raises(ValueError, match="keeps no averaged weights"):
+    with pytest.raises(ValueError, match="holds no averaged weights"):
         official.load_official(path, description_path, SHAPE, averaged=True)
 
 
@@ -154,7 +154,7 @@ def test_half_precision_and_its_overflow(tmp_path: Path) -> None:
     assert torch.equal(weight, state["decoder.conv_in.weight"].float())
     state["decoder.conv_in.weight"][0] = torch.inf
     path = write_checkpoint(tmp_path / "overflow.ckpt", state)
-    with pytest.raises(ValueError, match="decoder.conv_in.weight holds numbers that are not fin"):
+    with pytest.raises(ValueError, match="decoder.conv_in.weight contains NaN or infinity"):
         official.load_official(path, description_path, SHAPE)
 
 
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_a_transformer_alone(tmp_path: Path) -> None:
     description_path = write_yaml(tmp_path / "model.yaml", "vqgan-f16-1024")
     state = {"transformer.tok_emb.weight": torch.zeros(4, 4), "transformer.head": torch.zeros(4)}
     path = write_checkpoint(tmp_path / "transformer.ckpt", state)
-    with pytest.raises(ValueError, match="holds no autoencoder .*transformer.*first stage"):
+    with pytest.raises(ValueError, match="holds tensors of .*transformer.*first stage"):
         official.load_official(path, description_path, SHAPE)
 
 
@@ -211,12 +211,12 @@ def edited(tmp_path: Path, layout: str, **values: Any) -> Path:
 @pytest.mark.parametrize(
     ("layout", "values", "words"),
     [
-        ("ldm-vq-f4", {"attn_type": "linear"}, "attn_type must be vanilla or none"),
+        ("ldm-vq-f4", {"attn_type": "linear"}, "attn_type is 'linear'; expected vanilla or none"),
         ("ldm-vq-f4", {"tanh_out": True}, "tanh_out: True"),
         ("ldm-vq-f4", {"resamp_with_conv": False}, "resamp_with_conv: False"),
         ("ldm-vq-f4", {"window": 7}, "window: 7"),
-        ("ldm-vq-f4", {"double_z": True}, "names .*VQModel, but has double_z: True"),
-        ("ldm-kl-f4", {"double_z": False}, "names .*AutoencoderKL, but has double_z: False"),
+        ("ldm-vq-f4", {"double_z": True}, "target is .*VQModel and double_z True"),
+        ("ldm-kl-f4", {"double_z": False}, "target is .*AutoencoderKL and double_z False"),
         ("ldm-vq-f4", {"out_ch": 1}, "out_ch is 1"),
         ("ldm-vq-f4", {"ch_mult": None}, "wrong type"),
         ("gumbel-f8", {"z_channels": 128}, "z_channels is 128 and embed_dim"),
@@ -227,14 +227,14 @@ def test_a_yaml_that_asks_for_another_network(
     tmp_path: Path, layout: str, values: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        official.config_of(official.read_yaml(edited(tmp_path, layout, **values)), SHAPE)
+        official.architecture_of(official.read_yaml(edited(tmp_path, layout, **values)), SHAPE)
 
 
 def test_usual_values_of_unusual_keys_are_let_be(tmp_path: Path) -> None:
     path = edited(
         tmp_path, "ldm-vq-f4", tanh_out=False, resamp_with_conv=True, attn_type="vanilla"
     )
-    assert official.config_of(official.read_yaml(path), SHAPE).flavour == "vq"
+    assert official.architecture_of(official.read_yaml(path), SHAPE).flavour == "vq"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_usual_values_of_unusual_keys_are_let_be(tmp_path: Path) -> None:
         ("model: [", "not a readable yaml"),
         ("- 1\n- 2\n", "has no model.params"),
         ("model: {target: a.b}", "has no model.params"),
-        ("model: {target: a.Net2Net, params: {transformer_config: {}}}", "describes no autoenc"),
+        ("model: {target: a.Net2Net, params: {transformer_config: {}}}", "has no ddconfig"),
         ("model: !!python/object/apply:os.getcwd []", "not a readable yaml"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Muon beside Adam: what either steps, against PyTorch's own and against what Muon promises."""
+"""Steps of Muon and Adam, against PyTorch's optimisers and the singular values of the step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_weights_step_by_muon_and_the_rest_by_adam() -> None:
         assert torch.equal(moved.flatten(), alone.flatten()), name
 
 
-def test_all_directions_of_a_step_are_alike() -> None:
+def test_a_step_of_muon_is_nearly_orthogonal() -> None:
     """The step of a (5, 128) matrix has singular values near 0.2 · lr · √128."""
     net = network()
     before = copy.deepcopy(net)
@@ -61,7 +61,7 @@ def test_all_directions_of_a_step_are_alike() -> None:
     assert values.min() > 0.5 and values.max() < 1.4
 
 
-def test_a_resumed_training_equals_one_that_was_never_stopped() -> None:
+def test_a_resumed_training_equals_an_uninterrupted_one() -> None:
     whole, half = network(), network()
     steps(whole, MuonAdam(whole, 0.01, BETAS), range(6))
     first = MuonAdam(half, 0.01, BETAS)
@@ -76,7 +76,7 @@ def test_a_resumed_training_equals_one_that_was_never_stopped() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adam", "muon"])
-def test_what_is_frozen_stays(kind: str) -> None:
+def test_frozen_parameters_do_not_change(kind: str) -> None:
     net = network()
     net[0].requires_grad_(False)
     before = copy.deepcopy(net.state_dict())
@@ -86,7 +86,7 @@ def test_what_is_frozen_stays(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["adam", "muon"])
-def test_the_learning_rate_is_that_of_all(kind: str) -> None:
+def test_a_learning_rate_of_zero_changes_nothing(kind: str) -> None:
     net = network()
     before = copy.deepcopy(net.state_dict())
     optimizer = make_optimizer(kind, net, 0.01)
@@ -96,12 +96,12 @@ def test_the_learning_rate_is_that_of_all(kind: str) -> None:
         assert torch.equal(tensor, before[name]), name
 
 
-def test_a_layout_that_hides_the_matrix_is_refused() -> None:
+def test_weights_that_are_not_contiguous_raise() -> None:
     net = network().to(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match="contiguous"):
+    with pytest.raises(ValueError, match="expected contiguous memory"):
         MuonAdam(net, 0.01, BETAS)
 
 
-def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="one of adam, muon, not 'sgd'"):
+def test_an_unknown_kind_raises() -> None:
+    with pytest.raises(ValueError, match="is 'sgd'; expected one of adam, muon"):
         make_optimizer("sgd", network(), 0.01)
