@@ -1,1 +1,5 @@
-"""The command line: one file per package that has verbs."""
+"""Commands of the command line, one file for each package that has commands.
+
+A command imports the modules that do its work when it runs: they need torch, and `--help` must
+stay quick.
+"""

@@ -1,7 +1,4 @@
-"""`jkoflow autoencoder train | evaluate | convert`: the commands alone.
-
-The modules that do the work are imported when a command runs, so that `--help` stays quick.
-"""
+"""`jkoflow autoencoder train`, `evaluate` and `convert`."""
 
 from __future__ import annotations
 
@@ -10,43 +7,34 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.cli.options import ConfigOption, SetOption
 from pipeline.errors import UserError
 
-_Config = Annotated[
-    str, typer.Option("--config", "-c", help="A packaged configuration, or the path of a .yaml.")
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Folder; default runs/autoencoder-NAME.")
 ]
-_Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override: section.key=value; may be given several times."),
-]
-_Out = Annotated[Path | None, typer.Option("--out", help="Folder; default runs/autoencoder-NAME.")]
 
 
-group = typer.Typer(
-    no_args_is_help=True, help="Train an autoencoder, or measure how well one reconstructs."
-)
-
-
-def train(
-    config: _Config,
-    out: _Out = None,
+def train_autoencoder_command(
+    config: ConfigOption,
+    out: OutOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what is there.")] = False,
-    overrides: _Set = None,
+    overrides: SetOption = None,
 ) -> None:
     """Train a small VQ or KL autoencoder."""
-    from pipeline.autoencoder_training.train import train as train_autoencoder
+    from pipeline.autoencoder_training.train import train
     from pipeline.cli.session import make_accelerator
     from pipeline.runtime.console import progress_bar
 
     settings, accelerator = _load(config, overrides), make_accelerator()
     folder = _folder(out, settings.name)
-    path = train_autoencoder(settings, folder, accelerator, progress_bar, resume)
+    path = train(settings, folder, accelerator, progress_bar, resume)
     if accelerator.is_main_process:
         print(path)
 
 
-def evaluate(
-    config: _Config,
+def evaluate_autoencoder_command(
+    config: ConfigOption,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -78,11 +66,11 @@ def evaluate(
             "autoencoders, and the originals' own FID.",
         ),
     ] = True,
-    out: _Out = None,
-    overrides: _Set = None,
+    out: OutOption = None,
+    overrides: SetOption = None,
 ) -> None:
-    """Measure an autoencoder: rFID, PSNR, SSIM, codebook use, and a before/after picture."""
-    from pipeline.autoencoder_training.evaluate import evaluate as evaluate_autoencoder
+    """Measure an autoencoder: rFID, PSNR, SSIM, codebook use, and a picture of both."""
+    from pipeline.autoencoder_training.evaluate import evaluate
     from pipeline.autoencoder_training.train import WEIGHTS
     from pipeline.cli.session import make_accelerator
     from pipeline.config.schema import EncoderConfig
@@ -95,7 +83,7 @@ def evaluate(
         weights = str(trained) if trained.is_file() else settings.name
     encoder = EncoderConfig(name=kind, weights=weights, fit=fit)  # type: ignore[arg-type]
     reference = reference or f"{settings.data.name}-train"
-    path = evaluate_autoencoder(
+    path = evaluate(
         settings.data, encoder, reference, n, folder, accelerator, progress_bar, originals
     )
     if accelerator.is_main_process:
@@ -111,37 +99,39 @@ def _load(config: str, overrides: list[str] | None) -> Any:  # noqa: ANN401 - im
 
 
 def _folder(out: Path | None, name: str) -> Path:
+    """Return the output folder: `--out`, or runs/autoencoder-NAME."""
     return out or Path("runs") / f"autoencoder-{name}"
 
 
-def convert(
+def convert_command(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="A .ckpt or .safetensors of taming or LDM.")
+        Path,
+        typer.Argument(metavar="CKPT", help="A .ckpt or .safetensors of taming or latent-diffusion."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors to write.")],
     description: Annotated[
-        Path, typer.Option("--yaml", help="The model.yaml (config.yaml) that belongs to it.")
+        Path, typer.Option("--yaml", help="The model.yaml (config.yaml) of the checkpoint.")
     ],
     image_shape: Annotated[
         str | None,
         typer.Option(
             "--image-shape",
-            help="C,H,W of your images, as 3,32,32; default the yaml's resolution.",
+            help="C,H,W of your images, such as 3,32,32; default: the resolution of the yaml.",
         ),
     ] = None,
     averaged: Annotated[
-        bool, typer.Option("--averaged", help="Take the moving averages (model_ema.*).")
+        bool, typer.Option("--averaged", help="Convert the averaged weights (model_ema.*).")
     ] = False,
     half: Annotated[
-        bool, typer.Option("--half", help="Store half precision: half the size, rounded.")
+        bool, typer.Option("--half", help="Store float16 weights: half the size, rounded.")
     ] = False,
 ) -> None:
-    """Convert someone else's VQGAN, Gumbel VQGAN or KL checkpoint; no code of it is run."""
-    from pipeline.autoencoder_training.convert import convert as convert_checkpoint
+    """Convert a VQGAN, Gumbel VQGAN or KL checkpoint; runs no code of the checkpoint."""
+    from pipeline.autoencoder_training.convert import convert
     from pipeline.runtime.console import say
 
     shape = parse_shape(image_shape)
-    done = convert_checkpoint(checkpoint, out, description, shape, averaged, half)
+    done = convert(checkpoint, out, description, shape, averaged, half)
     model = done.model
     count = sum(p.numel() for p in model.parameters())
     say(f"{model.config.flavour} autoencoder, {count:,} parameters")
@@ -152,19 +142,15 @@ def convert(
 
 
 def parse_shape(text: str | None) -> tuple[int, int, int] | None:
-    """'3,32,32' to (3, 32, 32).
+    """Convert '3,32,32' to (3, 32, 32); None stays None.
 
     Raises:
-        UserError: anything but three positive numbers.
+        UserError: the text is not three positive integers.
     """
     if text is None:
         return None
     parts = text.lower().replace("x", ",").split(",")
     if len(parts) != 3 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
-        raise UserError(f"--image-shape takes C,H,W, as 3,32,32, not {text!r}")
+        raise UserError(f"--image-shape is {text!r}; expected C,H,W such as 3,32,32")
     channels, height, width = (int(p) for p in parts)
     return channels, height, width
-
-
-for verb in (train, evaluate, convert):
-    group.command()(verb)

@@ -1,4 +1,4 @@
-"""`jkoflow config list | show | keys | diff`."""
+"""`jkoflow config list`, `show`, `keys` and `diff`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ import typer
 
 from pipeline.cli.options import SetOption
 
-group = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="List, show, explain and compare settings."
-)
-
 NameArgument = Annotated[
     str,
     typer.Argument(
@@ -22,7 +18,7 @@ NameArgument = Annotated[
 
 
 def list_configurations() -> None:
-    """List the packaged configurations with what each is for."""
+    """List the packaged configurations with their purposes."""
     from pipeline.config import packaged
 
     for folder in packaged.FOLDERS:
@@ -31,28 +27,28 @@ def list_configurations() -> None:
             print(f"  {name:<22} {packaged.summary(name, folder)}")
 
 
-def show(name: NameArgument, overrides: SetOption = None) -> None:
+def show_configuration(name: NameArgument, overrides: SetOption = None) -> None:
     """Print a whole configuration: defaults, the file's values, and overrides."""
     from pipeline.config.load import resolved_yaml
 
     print(resolved_yaml(_load(name, overrides)), end="")
 
 
-def keys(
+def list_keys(
     prefix: Annotated[
         str, typer.Argument(help="Show keys that begin with this, such as jko; default all.")
     ] = "",
 ) -> None:
     """Print every key with its type, default and meaning."""
     from pipeline.config.autoencoder_recipe import AutoencoderConfig
-    from pipeline.config.keys import keys as keys_of
+    from pipeline.config.keys import keys
     from pipeline.config.schema import Config
     from pipeline.errors import UserError
 
     schemas = (("flows and toy2d", Config), ("autoencoders", AutoencoderConfig))
     found = 0
     for title, schema in schemas:
-        chosen = [key for name, key in keys_of(schema).items() if _begins(name, prefix)]
+        chosen = [key for name, key in keys(schema).items() if _begins(name, prefix)]
         if found and chosen:
             print()
         if chosen:
@@ -64,7 +60,7 @@ def keys(
         raise UserError(f"no key begins with {prefix!r}; expected a section or a key, such as jko")
 
 
-def diff(a: NameArgument, b: NameArgument) -> None:
+def compare_configurations(a: NameArgument, b: NameArgument) -> None:
     """Print the keys in which two configurations differ."""
     from pipeline.config.load import differences
     from pipeline.errors import UserError
@@ -93,15 +89,12 @@ def _load(name: str, overrides: list[str] | None) -> Any:  # noqa: ANN401 - impo
 
 
 def _begins(name: str, prefix: str) -> bool:
+    """Return whether a key is or begins with the prefix."""
     return not prefix or name == prefix or name.startswith((f"{prefix}.", prefix))
 
 
 def _word(value: object) -> str:
-    """A value as YAML has it."""
+    """Return a value as YAML writes it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
-
-
-for title, verb in (("list", list_configurations), ("show", show), ("keys", keys), ("diff", diff)):
-    group.command(title)(verb)

@@ -12,25 +12,28 @@ from pipeline.cli.session import load, make_accelerator
 from pipeline.runtime.console import progress_bar, say
 
 
-def fetch(
-    assets: Annotated[list[str], typer.Argument(help="mnist, cifar10 or inception; several.")],
+def fetch_command(
+    assets: Annotated[
+        list[str], typer.Argument(help="mnist, cifar10 or inception; may be repeated.")
+    ],
     source: Annotated[
-        Path | None, typer.Option("--from", help="A file or folder that holds the asset.")
+        Path | None,
+        typer.Option("--from", help="A file, archive or folder with the asset's files."),
     ] = None,
 ) -> None:
-    """Fetch assets, verify them, and print where they lie."""
+    """Fetch assets, verify them, and print their paths."""
     from pipeline.assets.fetch import fetch_asset
 
     for name in assets:
         print(fetch_asset(name, local=source, log=say))
 
 
-def encode(config: ConfigOption, overrides: SetOption = None) -> None:
-    """Encode a data set into the latent cache; resumes where it was interrupted."""
-    from pipeline.data import latent_cache as latents
+def encode_command(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Encode a data set into the latent cache; resumes when interrupted."""
+    from pipeline.data.latent_cache import encode
 
     accelerator = make_accelerator()
-    cache = latents.encode(load(config, overrides), accelerator, progress_bar)
+    cache = encode(load(config, overrides), accelerator, progress_bar)
     if accelerator.is_main_process:
         say(f"{len(cache)} latents of shape {tuple(cache.shape)}")
         print(cache.reader.folder)

@@ -1,4 +1,4 @@
-"""`jkoflow demo`: the main job, start to finish; every step that is done is not done again."""
+"""`jkoflow demo`: the whole chain of commands on MNIST; finished steps are not repeated."""
 
 from __future__ import annotations
 
@@ -6,46 +6,114 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from accelerate import Accelerator
+import typer
 
-from eval.references import reference_names
-from pipeline.assets.fetch import ASSETS, fetch_asset
-from pipeline.config.schema import Config, EvaluateConfig
-from pipeline.data.latent_cache import encode
+from pipeline.cli.options import ConfigOption, SetOption
+from pipeline.cli.session import load, make_accelerator
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluator import Evaluator, inputs_of
-from pipeline.evaluation.tables import metrics_line, metrics_table
-from pipeline.runs.movement_plot import plot_movement
-from pipeline.runs.run import open_run
-from pipeline.runtime.console import Progress
-from pipeline.sampling.generate import sample_images
-from pipeline.sampling.image_files import write_grid
-from pipeline.sampling.sampling_plan import SamplingPlan
-from pipeline.storage import atomic
-from pipeline.training.resume import enter
-from pipeline.training.train import train
+from pipeline.runtime.console import progress_bar
 
-#: a step that takes less than this was found done
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from pipeline.config.schema import Config, EvaluateConfig
+    from pipeline.sampling.sampling_plan import SamplingPlan
+
+#: a step that takes fewer seconds has only found its earlier result
 _INSTANT = 2.0
 
 
-class _Clock:
-    """Times the steps; remembers, beside the run, what they took when they were really done."""
+def demo_command(
+    run: Annotated[Path, typer.Option("--run", help="The run directory.")] = Path("runs/demo"),
+    config: ConfigOption = "demo",
+    overrides: SetOption = None,
+) -> None:
+    """Fetch, encode, train, generate and evaluate on MNIST; repeats no finished step."""
+    run_demo(load(config, overrides), run, make_accelerator())
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "seconds.json"
+
+def run_demo(config: Config, folder: Path, accelerator: Accelerator) -> None:
+    """Fetch, encode, train, generate and evaluate; print the table and the paths.
+
+    Args:
+        config: the demo's configuration.
+        folder: the run directory; an unfinished run resumes.
+        accelerator: device and ranks.
+
+    Raises:
+        UserError: there are several processes, or the folder holds another run.
+    """
+    from pipeline.assets.fetch import ASSETS, fetch_asset
+    from pipeline.data.latent_cache import encode
+    from pipeline.evaluation.tables import metrics_line, metrics_table
+    from pipeline.runs.movement_plot import plot_movement
+    from pipeline.runs.run import open_run
+    from pipeline.sampling.generate import sample_images
+    from pipeline.sampling.image_files import write_grid
+    from pipeline.sampling.sampling_plan import SamplingPlan
+    from pipeline.storage import atomic
+    from pipeline.training.resume import enter
+    from pipeline.training.train import train
+
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"the demo has {accelerator.num_processes} processes; expected 1; use the single "
+            "commands on several"
+        )
+    enter(config, folder, accelerator, resume=True)
+    timer = _StepTimer(folder / "seconds.json")
+    for name in ["inception"] + ([config.data.name] if config.data.name in ASSETS else []):
+        timer.run(f"fetch {name}", partial(fetch_asset, name))
+    cache = timer.run("encode", lambda: encode(config, accelerator, progress_bar))
+    print(f"  {len(cache)} latents of shape {tuple(cache.shape)}")
+    outcome = timer.run(
+        "train", lambda: train(config, folder, accelerator, progress_bar, resume=True)
+    )
+    print(f"  {outcome.blocks} blocks")
+    run = open_run(folder)
+    plan, settings = SamplingPlan.open(run, config.generate), config.generate
+    images = timer.run(
+        "generate",
+        lambda: sample_images(plan, settings.n, settings.seed, accelerator, progress_bar),
+    )
+    grid = folder / "samples" / "grid.png"
+    write_grid(images, grid, settings.columns**2, settings.columns)
+    metrics = timer.run("evaluate", lambda: _metrics(plan, config.evaluate, accelerator))
+    plot = folder / "samples" / "movement.png"
+    plot_movement(run.manifest, plot)
+    metrics["seconds"] = timer.seconds
+    atomic.write_json(folder / "metrics.json", metrics)
+    print(f"\n{metrics_table(metrics, timer.seconds, timer.reused)}\n\n{metrics_line(metrics)}\n")
+    for path in (grid, plot, folder / "metrics.json", folder / "log.jsonl"):
+        print(path)
+
+
+class _StepTimer:
+    """Timer of the steps, which keeps the time of the first run of every step.
+
+    Args:
+        path: the JSON file of the seconds by step.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from pipeline.storage import atomic
+
+        self.path = path
         self.seconds: dict[str, float] = {}
         if self.path.is_file():
             self.seconds = atomic.read_json(self.path, "timings of the demo")
         self.reused: set[str] = set()
 
-    def step(self, name: str, work: Callable[[], Any]) -> Any:  # noqa: ANN401
+    def run(self, name: str, work: Callable[[], Any]) -> Any:  # noqa: ANN401
+        """Run a step and record its seconds; a step that found its result is marked reused."""
+        from pipeline.storage import atomic
+
         print(f"{name} …", flush=True)
-        began = time.perf_counter()
+        start = time.perf_counter()
         result = work()
-        spent = time.perf_counter() - began
+        spent = time.perf_counter() - start
         if spent < _INSTANT and name in self.seconds:
             self.reused.add(name)
         else:
@@ -54,56 +122,18 @@ class _Clock:
         return result
 
 
-def run_demo(config: Config, folder: Path, accelerator: Accelerator, progress: Progress) -> None:
-    """Fetch, encode, train, generate, evaluate; print the table and the paths.
-
-    Args:
-        config: the demo's configuration.
-        folder: the run directory; what is there is continued.
-        accelerator: device and processes.
-        progress: wraps loops.
-    """
-    if accelerator.num_processes > 1:
-        raise UserError("the demo runs on one process; use the single verbs on several")
-    enter(config, folder, accelerator, resume=True)
-    clock = _Clock(folder)
-    needed = ["inception"] + ([config.data.name] if config.data.name in ASSETS else [])
-    for name in needed:
-        clock.step(f"fetch {name}", partial(fetch_asset, name))
-    cache = clock.step("encode", lambda: encode(config, accelerator, progress))
-    print(f"  {len(cache)} latents of shape {tuple(cache.shape)}")
-    outcome = clock.step(
-        "train", lambda: train(config, folder, accelerator, progress, resume=True)
-    )
-    print(f"  {outcome.blocks} blocks")
-    run = open_run(folder)
-    plan, settings = SamplingPlan.open(run, config.generate), config.generate
-    images = clock.step(
-        "generate",
-        lambda: sample_images(plan, settings.n, settings.seed, accelerator, progress),
-    )
-    grid = folder / "samples" / "grid.png"
-    write_grid(images, grid, settings.columns**2, settings.columns)
-    metrics = clock.step(
-        "evaluate", lambda: _metrics(plan, config.evaluate, accelerator, progress)
-    )
-    plot = folder / "samples" / "movement.png"
-    plot_movement(run.manifest, plot)
-    metrics["seconds"] = clock.seconds
-    atomic.write_json(folder / "metrics.json", metrics)
-    print(f"\n{metrics_table(metrics, clock.seconds, clock.reused)}\n\n{metrics_line(metrics)}\n")
-    for path in (grid, plot, folder / "metrics.json", folder / "log.jsonl"):
-        print(path)
-
-
 def _metrics(
-    plan: SamplingPlan, settings: EvaluateConfig, accelerator: Accelerator, progress: Progress
+    plan: SamplingPlan, settings: EvaluateConfig, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Read the run's metrics.json if it answers these settings, else evaluate the run."""
+    from eval.references import reference_names
+    from pipeline.evaluation.evaluator import Evaluator, inputs_of
+    from pipeline.storage import atomic
+
     path, name = plan.run.folder / "metrics.json", settings.reference
     if name in reference_names() and not Path(name).exists() and path.is_file():
         metrics: dict[str, Any] = atomic.read_json(path, "metrics")
         expected = {"sampling": plan.identity(), "inputs": inputs_of(plan, settings)}
         if all(metrics.get(key) == value for key, value in expected.items()):
             return metrics
-    return Evaluator(accelerator, progress).evaluate(plan, settings)
+    return Evaluator(accelerator, progress_bar).evaluate(plan, settings)

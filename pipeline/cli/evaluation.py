@@ -18,15 +18,15 @@ from pipeline.cli.options import (
     RunOption,
     SetOption,
     StepsOption,
+    require_one_budget,
 )
-from pipeline.cli.sampling import require_one_budget
 from pipeline.cli.session import load, make_accelerator, override, replace
 from pipeline.errors import UserError
 from pipeline.runtime.console import ImageCounter, progress_bar, say
 
 
-def likelihood(
-    run: Annotated[Path, typer.Option("--run", "-r", help="A run directory, or zoo:NAME.")],
+def likelihood_command(
+    run: RunOption,
     split: Annotated[
         str | None,
         typer.Option(help="Split of the run's data set; default: test, if the set has it."),
@@ -42,9 +42,7 @@ def likelihood(
         int, typer.Option(help="Probes of a random estimator; 2 or more give a standard error.")
     ] = 1,
     columns: Annotated[int, typer.Option(help="Images per row of the picture.")] = 10,
-    blocks: Annotated[
-        int | None, typer.Option("--blocks", help="Use only the first blocks, this many.")
-    ] = None,
+    blocks: BlocksOption = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="data.path=DIR: the folder of the images on this machine."),
@@ -66,7 +64,7 @@ def likelihood(
         print(path)
 
 
-def fid(
+def fid_command(
     a: Annotated[str, typer.Argument(help="A folder, a .npz, or a reference, shipped or not.")],
     b: Annotated[str, typer.Argument(help="Another set, likewise.")],
     features: Annotated[
@@ -89,7 +87,7 @@ def fid(
         print(repr(value))
 
 
-def reference(
+def reference_command(
     config: ConfigOption,
     out: Annotated[Path, typer.Argument(help="The .safetensors to write.")],
     test: Annotated[
@@ -108,7 +106,7 @@ def reference(
         print(out)
 
 
-def evaluate(
+def evaluate_command(
     run: RunOption,
     n: Annotated[int | None, typer.Option("-n", help="Number of sampled images.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise.")] = None,

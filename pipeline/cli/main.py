@@ -1,11 +1,15 @@
-"""The command line: every verb stands on its own, and verbs are joined only by files."""
+"""The command `jkoflow`: its subcommands, and exit codes for errors.
+
+Subcommands communicate through files only. `jkoflow` and `python -m pipeline` are the same
+command; `jkoflow` is the safe form in a folder that has a `pipeline/` of its own, which
+`python -m` would import instead.
+"""
 
 from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -14,15 +18,14 @@ from pipeline.cli import (
     autoencoder,
     configuration,
     data,
+    demo,
     evaluation,
     publishing,
     sampling,
     toy2d,
     training,
 )
-from pipeline.cli.options import ConfigOption, SetOption
-from pipeline.cli.session import INTERRUPTED, explain, fail, load, make_accelerator
-from pipeline.runtime.console import progress_bar
+from pipeline.cli.session import INTERRUPTED, explain, fail
 
 app = typer.Typer(
     name="jkoflow",
@@ -30,16 +33,17 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help=(
-        "Images in, a generator of images and its FID out: encode to latents, train a block-wise "
-        "neural-ODE flow (JKO-iFlow), generate, evaluate. Try `jkoflow demo` first."
+        "Encode images to latents, train a block-wise neural-ODE flow (JKO-iFlow) on them, "
+        "generate images and evaluate their FID. Try `jkoflow demo` first."
     ),
 )
 
-_TYPER_INTERRUPTED = 130  # what newer typer returns in place of raising KeyboardInterrupt
+_TYPER_INTERRUPTED = 130  # newer typer returns this instead of raising KeyboardInterrupt
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    """Print the version and exit if it is requested."""
+    if requested:
         from importlib.metadata import version
 
         print(version("jkoflow"))
@@ -55,40 +59,63 @@ def _root(
         bool,
         typer.Option(
             "--version",
-            help="Print the version and stop.",
+            help="Print the version and exit.",
             callback=_print_version,
-            is_eager=True,  # before typer misses a command
+            is_eager=True,  # before typer reports a missing command
         ),
     ] = False,
 ) -> None:
-    """Options that stand before the command; see `--help`."""
+    """Accept the options that precede a subcommand."""
 
 
-def demo(
-    run: Annotated[Path, typer.Option("--run", help="Where the run goes.")] = Path("runs/demo"),
-    config: ConfigOption = "demo",
-    overrides: SetOption = None,
-) -> None:
-    """The main job on MNIST, start to finish: latents, flow, grid, FID. Repeats nothing."""
-    from pipeline.cli.demo import run_demo
+#: name → function of every command, in the order of `--help`
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo.demo_command,
+    "fetch": data.fetch_command,
+    "encode": data.encode_command,
+    "train": training.train_command,
+    "generate": sampling.generate_command,
+    "evaluate": evaluation.evaluate_command,
+    "fid": evaluation.fid_command,
+    "reference": evaluation.reference_command,
+    "likelihood": evaluation.likelihood_command,
+    "export": publishing.export_command,
+    "report": publishing.report_command,
+    "distill": training.distill_command,
+    "toy2d": toy2d.toy2d_command,
+}
+#: name → help and commands of every group
+GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
+    "autoencoder": (
+        "Train an autoencoder, measure its reconstructions, or convert a checkpoint.",
+        {
+            "train": autoencoder.train_autoencoder_command,
+            "evaluate": autoencoder.evaluate_autoencoder_command,
+            "convert": autoencoder.convert_command,
+        },
+    ),
+    "config": (
+        "List, show, explain and compare settings.",
+        {
+            "list": configuration.list_configurations,
+            "show": configuration.show_configuration,
+            "keys": configuration.list_keys,
+            "diff": configuration.compare_configurations,
+        },
+    ),
+}
 
-    run_demo(load(config, overrides), run, make_accelerator(), progress_bar)
-
-
-VERBS = (  # in the order of --help
-    demo, data.fetch, data.encode, training.train, sampling.generate, evaluation.evaluate,
-    evaluation.fid, evaluation.reference, evaluation.likelihood, publishing.export,
-    publishing.report, training.distill, toy2d.toy2d,
-)  # fmt: skip
-
-for verb in VERBS:
-    app.command()(verb)
-app.add_typer(autoencoder.group, name="autoencoder")
-app.add_typer(configuration.group, name="config")
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+for group_name, (group_help, commands) in GROUPS.items():
+    group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=group_help)
+    for name, command in commands.items():
+        group.command(name)(command)
+    app.add_typer(group, name=group_name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0 done, 2 the caller's mistake, 1 else)."""
+    """Run the command line and return the exit code: 0, 2 for a mistake of the caller, else 1."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
@@ -99,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         return fail(INTERRUPTED, 1)
-    except Exception as error:  # noqa: BLE001 - the border: every error becomes one sentence
+    except Exception as error:  # noqa: BLE001 - every error becomes one sentence
         if debug:
             traceback.print_exc()
         return fail(*explain(error))

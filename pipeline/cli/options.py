@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from pipeline.errors import UserError
+
 ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help="A packaged configuration, or the path of a .yaml.")
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override: section.key=value; may be given several times."),
+    typer.Option("--set", help="Override: section.key=value; may be repeated."),
 ]
 RunOption = Annotated[
     Path, typer.Option("--run", "-r", help="A run directory, or zoo:NAME for a shipped run.")
@@ -68,3 +70,13 @@ MethodOption = Annotated[
 NfeOption = Annotated[
     int | None, typer.Option("--nfe", help="Largest number of network evaluations per sample.")
 ]
+
+
+def require_one_budget(steps: str | None) -> None:
+    """Check that `--steps` is not given together with `--nfe`.
+
+    Raises:
+        UserError: both are given.
+    """
+    if steps is not None:
+        raise UserError("--steps and --nfe both choose the solver's steps; leave one of them out")

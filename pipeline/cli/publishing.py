@@ -12,11 +12,12 @@ from pipeline.cli.options import (
     GuideOption,
     MethodOption,
     RefinerOption,
+    RunOption,
     StepsOption,
 )
 
 
-def export(
+def export_command(
     run: Annotated[Path, typer.Option("--run", "-r", help="A finished run directory.")],
     out: Annotated[
         Path, typer.Option("--out", help="An empty or absent folder, whose name the card takes.")
@@ -42,7 +43,7 @@ def export(
 
     --guide, --guidance, --refiner, --steps and --method set the defaults of the exported run.
     """
-    from pipeline.publishing.export import export as export_run
+    from pipeline.publishing.export import export
     from pipeline.runs.run import open_run
     from pipeline.runtime.console import say
     from pipeline.sampling.sampling_plan import SamplingPlan, with_guidance
@@ -51,7 +52,7 @@ def export(
     opened = open_run(run, images=True)
     settings = with_guidance(opened.config.generate, guidance, guide, refiner)
     plan = SamplingPlan.open(with_solver(opened, steps, method), settings)
-    exported = export_run(plan, out, dtype, autoencoder)
+    exported = export(plan, out, dtype, autoencoder)
     say(
         f"{exported.bytes / 1e6:.1f} MB; rounding to {dtype} moves generated latents by "
         f"{exported.change:.1e} (RMS)"
@@ -59,9 +60,7 @@ def export(
     print(exported.folder)
 
 
-def report(
-    run: Annotated[Path, typer.Option("--run", "-r", help="A run directory, or zoo:NAME.")],
-) -> None:
+def report_command(run: RunOption) -> None:
     """Write report.html into a run: configuration, blocks, pictures and metrics on one page."""
     from pipeline.publishing.report import write_report
     from pipeline.runs.zoo import locate

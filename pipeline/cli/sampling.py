@@ -17,13 +17,13 @@ from pipeline.cli.options import (
     RunOption,
     SetOption,
     StepsOption,
+    require_one_budget,
 )
 from pipeline.cli.session import make_accelerator, override, replace
-from pipeline.errors import UserError
 from pipeline.runtime.console import progress_bar, say
 
 
-def generate(
+def generate_command(
     run: RunOption,
     n: Annotated[int | None, typer.Option("-n", help="Number of images.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise.")] = None,
@@ -87,9 +87,3 @@ def generate(
         write_npz(store, npz)
     say(f"{len(store)} images, {store.manifest['nfe']} network evaluations a sample")
     print(path)
-
-
-def require_one_budget(steps: str | None) -> None:
-    """Refuse `--steps` together with `--nfe`."""
-    if steps is not None:
-        raise UserError("--steps and --nfe both choose the solver's steps; leave one of them out")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FOLDER = "toy2d"
 
 
-def toy2d(
+def toy2d_command(
     config: Annotated[
         str | None,
         typer.Option(

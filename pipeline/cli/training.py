@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.runtime.console import progress_bar, say
 
 
-def distill(
+def distill_command(
     run: Annotated[
         Path, typer.Option("--run", "-r", help="The teacher: a finished run, or zoo:NAME.")
     ],
@@ -87,7 +87,7 @@ def _folder(out: Path | None, run: Path) -> Path:
     return folder.with_name(f"{folder.name}-distilled")
 
 
-def train(
+def train_command(
     config: Annotated[
         str | None, typer.Option("--config", "-c", help="A packaged name or a .yaml path.")
     ] = None,

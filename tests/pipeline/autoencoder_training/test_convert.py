@@ -17,8 +17,7 @@ from autoencoders import weights
 from autoencoders.adapt import Adaptation
 from autoencoders.registry import build_autoencoder
 from pipeline.autoencoder_training.convert import convert
-from pipeline.cli.autoencoder import convert as convert_verb
-from pipeline.cli.autoencoder import parse_shape
+from pipeline.cli.autoencoder import convert_command, parse_shape
 from pipeline.errors import UserError
 from tests.autoencoders.official_layout import (
     Official,
@@ -40,7 +39,7 @@ def made(tmp_path: Path) -> tuple[Official, Path, Path]:
 def command() -> typer.Typer:
     app = typer.Typer()
     app.callback()(lambda: None)
-    app.command("convert")(convert_verb)
+    app.command("convert")(convert_command)
     return app
 
 
@@ -160,7 +159,7 @@ def test_bad_arguments(made: tuple[Official, Path, Path], tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("text", ["3,32", "3,32,0", "3,32,-1", "3;32;32", "rgb", ""])
 def test_image_shapes_that_are_none(text: str) -> None:
-    with pytest.raises(UserError, match="--image-shape takes C,H,W"):
+    with pytest.raises(UserError, match="--image-shape is .*expected C,H,W"):
         parse_shape(text)
 
 
