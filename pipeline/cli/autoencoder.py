@@ -106,7 +106,7 @@ def _folder(out: Path | None, name: str) -> Path:
 def convert_command(
     checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="CKPT", help="A .ckpt or .safetensors of taming or latent-diffusion."),
+        typer.Argument(metavar="CKPT", help="A .ckpt or .safetensors of taming or of LDM."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors to write.")],
     description: Annotated[
