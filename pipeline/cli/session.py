@@ -6,6 +6,7 @@ Heavy imports happen inside the functions, so that `--help` is quick.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -47,7 +48,7 @@ def load(config: str, overrides: list[str] | None) -> Any:  # noqa: ANN401 - imp
     return load_config(config, overrides or [])
 
 
-def override(config: Any, overrides: list[str] | None, sections: tuple[str, ...]) -> Any:  # noqa: ANN401
+def override(config: Any, overrides: list[str] | None, sections: Sequence[str]) -> Any:  # noqa: ANN401
     """A run's configuration with overrides of some of its sections."""
     from pipeline.config.load import overridden
 

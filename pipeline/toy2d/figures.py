@@ -45,7 +45,7 @@ def draw_all(
         progress: wraps the loop over the chunks of the density.
     """
     data = source.draw("pictures", 0, _DOTS)
-    noise = torch.randn((_DOTS, 2), generator=generator(source.settings.seed, "pictures"))
+    noise = torch.randn((_DOTS, 2), generator=generator(source.seed, "pictures"))
     limits = window(data)
     made = run.flow.decode(noise.to(device), _SOLVER).cpu()
     panels = [("data", data), ("generated", made)]
