@@ -13,8 +13,8 @@ from typing import NoReturn
 #: the folder of this package and its siblings flows, autoencoders and eval
 _HOME = Path(__file__).resolve().parents[1]
 
-# Python puts the working directory first, where other folders may have the siblings' names
-if Path(sys.path[0]).resolve() != _HOME:
+# `python -m` puts the working directory first, which may have folders of the siblings' names
+if __name__ == "__main__" and not sys.flags.safe_path and Path(sys.path[0]).resolve() != _HOME:
     del sys.path[0]
 
 from pipeline.cli.main import main  # noqa: E402

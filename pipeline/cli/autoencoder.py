@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.options import ConfigOption, SetOption
+from pipeline.cli.options import ConfigOption, ResumeOption, SetOption
 from pipeline.errors import UserError
 
 OutOption = Annotated[
@@ -18,7 +18,7 @@ OutOption = Annotated[
 def train_autoencoder_command(
     config: ConfigOption,
     out: OutOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue what is there.")] = False,
+    resume: ResumeOption = False,
     overrides: SetOption = None,
 ) -> None:
     """Train a small VQ or KL autoencoder."""

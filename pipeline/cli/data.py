@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.options import ConfigOption, SetOption
-from pipeline.cli.session import load, make_accelerator
+from pipeline.cli.session import load_settings, make_accelerator
 from pipeline.runtime.console import progress_bar, say
 
 
@@ -33,7 +33,7 @@ def encode_command(config: ConfigOption, overrides: SetOption = None) -> None:
     from pipeline.data.latent_cache import encode
 
     accelerator = make_accelerator()
-    cache = encode(load(config, overrides), accelerator, progress_bar)
+    cache = encode(load_settings(config, overrides), accelerator, progress_bar)
     if accelerator.is_main_process:
         say(f"{len(cache)} latents of shape {tuple(cache.shape)}")
         print(cache.reader.folder)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.cli.options import ConfigOption, SetOption
-from pipeline.cli.session import load, make_accelerator
+from pipeline.cli.session import load_settings, make_accelerator
 from pipeline.errors import UserError
 from pipeline.runtime.console import progress_bar
 
@@ -31,7 +31,7 @@ def demo_command(
     overrides: SetOption = None,
 ) -> None:
     """Fetch, encode, train, generate and evaluate on MNIST; repeats no finished step."""
-    run_demo(load(config, overrides), run, make_accelerator())
+    run_demo(load_settings(config, overrides), run, make_accelerator())
 
 
 def run_demo(config: Config, folder: Path, accelerator: Accelerator) -> None:

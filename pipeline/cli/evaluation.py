@@ -20,7 +20,7 @@ from pipeline.cli.options import (
     StepsOption,
     require_one_budget,
 )
-from pipeline.cli.session import load, make_accelerator, override, replace
+from pipeline.cli.session import load_settings, make_accelerator, override_settings, replace_given
 from pipeline.errors import UserError
 from pipeline.runtime.console import ImageCounter, progress_bar, say
 
@@ -53,7 +53,8 @@ def likelihood_command(
     from pipeline.runs.run import open_run
 
     opened = open_run(run, blocks, images=True)
-    opened = replace(opened, config=override(opened.config, overrides, ("data.path",)))
+    config = override_settings(opened.config, overrides, ("data.path",))
+    opened = replace_given(opened, config=config)
     settings = LikelihoodSettings(n, split, folder, divergence, probes, columns)
     accelerator = make_accelerator()
     result = rank_images(opened, settings, accelerator, progress_bar)
@@ -99,7 +100,7 @@ def reference_command(
     """Compute reference statistics of a split (data.split); resumes when interrupted."""
     from pipeline.evaluation.reference import make_reference
 
-    settings = load(config, overrides)
+    settings = load_settings(config, overrides)
     accelerator = make_accelerator()
     make_reference(settings, out, test or [], accelerator, progress_bar)
     if accelerator.is_main_process:
@@ -164,10 +165,11 @@ def evaluate_command(
     if nfe is not None:
         require_one_budget(steps)
     opened = open_run(run, blocks, images=True)
-    config = override(opened.config, overrides, ("generate", "sampler", "evaluate", "data.path"))
-    opened = replace(opened, config=config)  # the images may be in another folder on this machine
-    settings = replace(config.evaluate, n=n, reference=reference, kid=kid)
-    sampling = with_guidance(replace(config.generate, seed=seed), guidance, guide, refiner)
+    sections = ("generate", "sampler", "evaluate", "data.path")
+    config = override_settings(opened.config, overrides, sections)
+    opened = replace_given(opened, config=config)  # the images may be in another folder here
+    settings = replace_given(config.evaluate, n=n, reference=reference, kid=kid)
+    sampling = with_guidance(replace_given(config.generate, seed=seed), guidance, guide, refiner)
     plan = SamplingPlan.open(with_solver(opened, steps, method), sampling)
     if nfe is not None:
         plan = plan.within(nfe)

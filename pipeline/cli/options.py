@@ -16,6 +16,10 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override: section.key=value; may be repeated."),
 ]
+OptionalConfigOption = Annotated[
+    str | None,
+    typer.Option("--config", "-c", help="A packaged configuration, or the path of a .yaml."),
+]
 RunOption = Annotated[
     Path, typer.Option("--run", "-r", help="A run directory, or zoo:NAME for a shipped run.")
 ]
@@ -66,6 +70,9 @@ MethodOption = Annotated[
         help="Solver: euler, midpoint, rk4, dopri5, …; one, or one per block, data side first: "
         "midpoint,euler,euler. An adaptive solver such as dopri5 takes no steps.",
     ),
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Continue an unfinished run; finished steps are kept.")
 ]
 NfeOption = Annotated[
     int | None, typer.Option("--nfe", help="Largest number of network evaluations per sample.")

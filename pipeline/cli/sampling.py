@@ -19,7 +19,7 @@ from pipeline.cli.options import (
     StepsOption,
     require_one_budget,
 )
-from pipeline.cli.session import make_accelerator, override, replace
+from pipeline.cli.session import make_accelerator, override_settings, replace_given
 from pipeline.runtime.console import progress_bar, say
 
 
@@ -61,14 +61,15 @@ def generate_command(
     from pipeline.sampling.solvers import with_solver
 
     opened = open_run(run, blocks, images=True)
-    config = override(opened.config, overrides, ("generate", "sampler"))
-    opened, settings = with_solver(replace(opened, config=config), steps, method), config.generate
+    config = override_settings(opened.config, overrides, ("generate", "sampler"))
+    opened = with_solver(replace_given(opened, config=config), steps, method)
+    settings = config.generate
     labels = parse_classes(opened, classes)
-    settings = replace(settings, n=n, seed=seed, labels=labels)
+    settings = replace_given(settings, n=n, seed=seed, labels=labels)
     settings = with_guidance(settings, guidance, guide, refiner)
     several = len(settings.labels or [])
     if n is None and several > 1:
-        settings = replace(settings, n=max(settings.n, several * settings.columns))
+        settings = replace_given(settings, n=max(settings.n, several * settings.columns))
     if nfe is not None:
         require_one_budget(steps)
     plan = SamplingPlan.open(opened, settings)

@@ -1,7 +1,4 @@
-"""What the verbs of the command line share: words, bars, errors, and configurations.
-
-Heavy imports happen inside the functions, so that `--help` is quick.
-"""
+"""Functions that several commands share: error messages, settings and the accelerator."""
 
 from __future__ import annotations
 
@@ -14,15 +11,15 @@ import typer
 from pipeline.errors import JkoflowError
 
 INTERRUPTED = (
-    "interrupted; what was finished is kept, run the same command again (train: with --resume)"
+    "interrupted; finished steps are kept; run the same command again (train: with --resume)"
 )
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """One sentence about any error, and the exit code: 2 for the caller's mistake, 1 else."""
+    """Describe an error in one sentence; return it with the exit code 2 (user error) or 1."""
     if isinstance(error, typer.Abort):
         return INTERRUPTED, 1
-    if hasattr(error, "format_message"):  # typer's own errors, of whichever click it carries
+    if hasattr(error, "format_message"):  # errors of typer, from its own copy of click or another
         return f"{error.format_message() or 'no command given'}; see --help", 2
     if isinstance(error, JkoflowError):
         return str(error), error.exit_code
@@ -35,36 +32,36 @@ def explain(error: Exception) -> tuple[str, int]:
 
 
 def fail(message: str, code: int) -> int:
-    """Print the last line of stderr; returns the exit code."""
+    """Print an error as the last line of stderr and return the exit code."""
     sentence = " ".join(message.split())
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     return code
 
 
-def load(config: str, overrides: list[str] | None) -> Any:  # noqa: ANN401 - imported late
-    """A configuration with its overrides."""
+def load_settings(config: str, overrides: list[str] | None) -> Any:  # noqa: ANN401 - imported late
+    """Load a configuration with overrides."""
     from pipeline.config.load import load_config
 
     return load_config(config, overrides or [])
 
 
-def override(config: Any, overrides: list[str] | None, sections: Sequence[str]) -> Any:  # noqa: ANN401
-    """A run's configuration with overrides of some of its sections."""
+def override_settings(config: Any, overrides: list[str] | None, sections: Sequence[str]) -> Any:  # noqa: ANN401
+    """Return a configuration with overrides of the given sections or keys."""
     from pipeline.config.load import overridden
 
     return overridden(config, overrides or [], sections)
 
 
-def with_section(config: Any, section: str, **values: Any) -> Any:  # noqa: ANN401
-    """The configuration with new values in a section; None leaves a value as it is."""
+def replace_in_section(config: Any, section: str, **values: Any) -> Any:  # noqa: ANN401
+    """Return a configuration with new values in a section; None keeps the old value."""
     import dataclasses
 
-    changed = replace(getattr(config, section), **values)
+    changed = replace_given(getattr(config, section), **values)
     return dataclasses.replace(config, **{section: changed})
 
 
-def replace(settings: Any, **values: Any) -> Any:  # noqa: ANN401
-    """A section with new values; None leaves a value as it is."""
+def replace_given(settings: Any, **values: Any) -> Any:  # noqa: ANN401
+    """Return settings with new values; None keeps the old value."""
     import dataclasses
 
     given = {key: value for key, value in values.items() if value is not None}
@@ -72,10 +69,10 @@ def replace(settings: Any, **values: Any) -> Any:  # noqa: ANN401
 
 
 def make_accelerator() -> Any:  # noqa: ANN401 - imported late, so that --help is quick
-    """Device and processes, as accelerate finds them.
+    """Return the accelerator: the device and the ranks of this process.
 
-    `accelerate launch` starts several processes on GPUs, but only one on a CPU; there torchrun
-    starts them, and accelerate is told that they belong together.
+    `accelerate launch` starts several processes on GPUs, but only one on a CPU. On CPUs,
+    `torchrun` starts them, and `cpu=True` makes accelerate join their process group.
     """
     import os
     import warnings

@@ -8,7 +8,12 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.options import SetOption
-from pipeline.cli.session import load, make_accelerator, override, with_section
+from pipeline.cli.session import (
+    load_settings,
+    make_accelerator,
+    override_settings,
+    replace_in_section,
+)
 from pipeline.errors import UserError
 from pipeline.runtime.console import progress_bar, say
 
@@ -131,19 +136,19 @@ def train_command(
     later = {"jko.reparameterize": reparameterize, "jko.refine": refine}
     overrides += [f"{key}={value}" for key, value in later.items() if value is not None]
     if config is not None:
-        settings = load(config, overrides)
+        settings = load_settings(config, overrides)
     elif run is None or not (resume or add_blocks):
         raise UserError("give --config, or --run with --resume to continue a run")
     else:
         rules = ("later", "moved", "added") if add_blocks else ("later", "moved")
         allowed = [name for name in keys(Config) if resume_rule(name) in rules]
-        settings = override(read_config(run), overrides, allowed)
+        settings = override_settings(read_config(run), overrides, allowed)
     start = init_from
     if start is None and config is not None:  # a run on disk keeps the path as it was started
         start = settings.train.init_from
     if start is not None and not is_shipped(start):
         start = str(Path(start).expanduser().resolve())
-    settings = with_section(settings, "train", max_minutes=max_minutes, init_from=start)
+    settings = replace_in_section(settings, "train", max_minutes=max_minutes, init_from=start)
     folder = run if run is not None else Path("runs") / settings.name
     accelerator = make_accelerator()
     outcome = training_train.train(

@@ -137,8 +137,8 @@ def measure_passes(run: Run, source: PointSource, device: torch.device) -> list[
     return rows
 
 
-def headline(metrics: dict[str, Any]) -> str:
-    """The numbers on one line."""
+def experiment_line(metrics: dict[str, Any]) -> str:
+    """Return the metrics on one line."""
     text = f"NLL {metrics['nll_per_dim']:.4f} nats per dimension (n={metrics['nll']['n']})"
     if "entropy_per_dim" in metrics:
         entropy, gap = metrics["entropy_per_dim"], metrics["nll_gap_per_dim"]

@@ -1,4 +1,4 @@
-"""Pictures of a finished two-dimensional run, committed into its samples/ folder."""
+"""Pictures of a finished two-dimensional run, written to its samples/ folder."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ if TYPE_CHECKING:
 
 _DOTS = 4000
 _MOVING = 1500
-#: states drawn a block in the animation
+#: states per block in the animation
 _STEPS = 4
 _PIXELS = 320
-#: for pictures; numbers are measured at 1e-5
+#: solver of pictures; metrics have the tolerance 1e-5
 _SOLVER = SolverConfig(method="dopri5", rtol=1e-4, atol=1e-4)
 
 
 def draw_all(
     run: Run, source: PointSource, folder: Path, device: torch.device, progress: Progress
 ) -> None:
-    """Write samples, density, trajectories (and their animation) and movement.
+    """Write pictures of samples, density, trajectories (also animated) and movement.
 
     Args:
         run: the finished run, its flow on `device`.
-        source: of its points.
-        folder: where the pictures go.
-        device: where the flow is.
+        source: source of its points.
+        folder: folder of the pictures.
+        device: device of the flow.
         progress: wraps the loop over the chunks of the density.
     """
     data = source.draw("pictures", 0, _DOTS)
     noise = torch.randn((_DOTS, 2), generator=generator(source.seed, "pictures"))
     limits = window(data)
-    made = run.flow.decode(noise.to(device), _SOLVER).cpu()
-    panels = [("data", data), ("generated", made)]
+    samples = run.flow.decode(noise.to(device), _SOLVER).cpu()
+    panels = [("data", data), ("generated", samples)]
     atomic.write_with(folder / "samples.png", lambda f: scatter(f, panels, limits))
     draw_density(run.flow, source, folder / "density.png", limits, device, progress)
     draw_trajectories(run.flow, data[:_MOVING], noise[:_MOVING], folder, device)
@@ -63,10 +63,9 @@ def draw_density(
     device: torch.device,
     progress: Progress,
 ) -> None:
-    """The model's exact density on a grid, beside the histogram of twenty points a square."""
+    """Draw the model's exact density on a grid and a histogram of twenty points per cell."""
     count = source.settings.grid
-    places = grid_centres(count, limits).to(device)
-    chunks = list(places.split(2000))
+    chunks = list(grid_centres(count, limits).to(device).split(2000))
     values = [
         log_prob(flow, chunk, divergence="exact", solver=_SOLVER).value.cpu()
         for chunk in progress(chunks, len(chunks), "density")
@@ -79,10 +78,17 @@ def draw_density(
 def draw_trajectories(
     flow: Flow, data: Tensor, noise: Tensor, folder: Path, device: torch.device
 ) -> None:
-    """Both ways over the blocks as panels, and data to noise and back as an animation.
+    """Draw trajectories over the blocks in both directions, as panels and as an animation.
 
-    The animation's states within a block are the solution itself, not interpolated: a block
-    split into children is the same map.
+    States of the animation within a block are states of the ODE, not interpolations: each block
+    is split into children that compose the same map.
+
+    Args:
+        flow: the flow.
+        data: (N, 2).
+        noise: (N, 2).
+        folder: folder of the pictures.
+        device: device of the flow.
     """
     forward = [z.cpu() for z in flow.trajectory(data.to(device), solver=_SOLVER)]
     backward = [z.cpu() for z in flow.trajectory(noise.to(device), True, _SOLVER)]
@@ -90,18 +96,18 @@ def draw_trajectories(
     panels = folder / "trajectories.png"
     atomic.write_with(panels, lambda f: trajectories(f, forward, backward, limits))
     fine = refine_blocks(flow, _STEPS).to(device)
-    there = [z.cpu() for z in fine.trajectory(data.to(device), solver=_SOLVER)]
-    back = [z.cpu() for z in fine.trajectory(noise.to(device), True, _SOLVER)]
-    rest = 4  # frames that stay at the noise
-    states = [*there, *[there[-1]] * rest, *back]
-    titles = ["data → noise"] * len(there) + ["noise"] * rest + ["noise → data"] * len(back)
+    encoded = [z.cpu() for z in fine.trajectory(data.to(device), solver=_SOLVER)]
+    decoded = [z.cpu() for z in fine.trajectory(noise.to(device), True, _SOLVER)]
+    rest = 4  # frames of the noise
+    states = [*encoded, *[encoded[-1]] * rest, *decoded]
+    titles = ["data → noise"] * len(encoded) + ["noise"] * rest + ["noise → data"] * len(decoded)
     pictures = frames(states, limits, titles, pixels=_PIXELS)
     path = folder / "trajectories.gif"
     atomic.write_with(path, lambda f: animation(f, pictures, seconds=0.12, hold=1.5))
 
 
 def grid_centres(count: int, limits: tuple[float, float]) -> Tensor:
-    """Centres of a count × count grid, (count², 2), x fastest, lowest row first."""
+    """Return the cell centres of a grid, (count², 2), x fastest, lowest row first."""
     step = (limits[1] - limits[0]) / count
     axis = limits[0] + step * (torch.arange(count) + 0.5)
     y, x = torch.meshgrid(axis, axis, indexing="ij")

@@ -53,13 +53,12 @@ class PictureDensity:
         return cls(torch.from_numpy(ink / ink.sum()), 2 * HALF / max(ink.shape))
 
     @classmethod
-    def from_file(cls, path: Path, invert: bool = False) -> PictureDensity:
+    def from_file(cls, path: Path) -> PictureDensity:
         """Read an image file of any size and mode.
 
         Args:
             path: a format that Pillow reads; transparent pixels become white. Larger pictures
                 are reduced to 512 pixels.
-            invert: bright pixels have the density instead of dark ones.
 
         Raises:
             UserError: the file is absent, not an image, or of one colour.
@@ -73,11 +72,10 @@ class PictureDensity:
             raise UserError(
                 f"{path} is not a readable picture; expected an image file; check data.path"
             ) from error
-        paper = Image.new("RGBA", rgba.size, "black" if invert else "white")
+        paper = Image.new("RGBA", rgba.size, "white")
         grey = Image.alpha_composite(paper, rgba).convert("L")
         grey.thumbnail((_LARGEST, _LARGEST))
-        values = np.asarray(grey, np.float64)
-        ink = values if invert else 255 - values
+        ink = 255 - np.asarray(grey, np.float64)
         if not ink.any():
             raise UserError(f"{path} is blank; expected dark pixels; give another picture")
         return cls.from_ink(ink)

@@ -38,13 +38,12 @@ class PointSet:
     log_density: LogDensity | None = None
 
 
-def point_set(name: str, path: str | Path | None = None, invert: bool = False) -> PointSet:
+def point_set(name: str, path: str | Path | None = None) -> PointSet:
     """Return the point set of a name.
 
     Args:
         name: a key of `POINTS`, or `picture`.
         path: path of the image file of a picture.
-        invert: bright pixels of the picture have the density.
 
     Raises:
         UserError: the name is unknown, or the picture has no path or is not readable.
@@ -52,7 +51,7 @@ def point_set(name: str, path: str | Path | None = None, invert: bool = False) -
     if name == "picture":
         if path is None:
             raise UserError("data.path is null; set it to the image file of data.name=picture")
-        picture = PictureDensity.from_file(Path(path).expanduser(), invert)
+        picture = PictureDensity.from_file(Path(path).expanduser())
         return PointSet(name, picture.sample, picture.log_density)
     if name not in POINTS:
         known = ", ".join([*POINTS, "picture"])

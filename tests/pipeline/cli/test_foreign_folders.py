@@ -20,7 +20,8 @@ def test_the_script_ignores_folders_of_the_names_of_packages(tmp_path: Path) -> 
         foreign = tmp_path / "work" / name
         foreign.mkdir(parents=True)
         (foreign / "__init__.py").write_text("raise RuntimeError('a foreign package')\n")
-    (tmp_path / "work" / "configs" / "demo.yaml").write_text("nonsense: 1\n")
+    (tmp_path / "work" / "configs" / "flows").mkdir()
+    (tmp_path / "work" / "configs" / "flows" / "demo.yaml").write_text("nonsense: 1\n")
     done = subprocess.run(
         [sys.executable, str(script), "encode", "-c", "demo", "--set", "data.limit=0"],
         cwd=tmp_path / "work", env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -28,4 +29,4 @@ def test_the_script_ignores_folders_of_the_names_of_packages(tmp_path: Path) -> 
     )  # fmt: skip
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: data.limit is 0"), last
+    assert last.startswith("error: ") and "data.limit is 0; expected" in last, last

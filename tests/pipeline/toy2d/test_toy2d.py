@@ -10,15 +10,15 @@ import shutil
 
 import pytest
 import torch
-import typer
 from accelerate import Accelerator
 from PIL import Image
 from typer.testing import CliRunner
 
 from flows.networks.config import VelocityConfig
 from flows.spec import BlockSpec
-from pipeline.cli import toy2d
+from pipeline.cli.main import app
 from pipeline.config import packaged
+from pipeline.config.load import load_config
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runs.run import open_run
 from pipeline.storage import atomic
@@ -40,8 +40,12 @@ TINY = [
 ]
 
 
+def load(name, overrides=()):
+    return load_config(name, overrides, packaged.TOY2D)
+
+
 def tiny(name="gaussian", *more):
-    return toy2d.load(name, [*TINY, *more])
+    return load(name, [*TINY, *more])
 
 
 def run(config, folder, resume=False):
@@ -59,9 +63,9 @@ def test_every_point_set_has_its_configuration():
     names = set(packaged.available(packaged.TOY2D))
     assert names == set(POINTS)
     for name in names:
-        config = toy2d.load(name)
+        config = load(name)
         assert config.data.name == name == config.name
-        assert config == toy2d.load(f"toy2d/{name}")
+        assert config == load(f"toy2d/{name}")
         PointSource(config)
 
 
@@ -164,9 +168,6 @@ def test_grid_runs_along_x_first_and_from_below():
 
 
 def test_command_line(tmp_path, monkeypatch):
-    app = typer.Typer()
-    app.callback()(lambda: None)
-    toy2d.register(app)
     monkeypatch.chdir(tmp_path)
     sets = [word for value in TINY for word in ("--set", value)]
     result = CliRunner().invoke(app, ["toy2d", "-c", "toy2d/gaussian", *sets])
@@ -178,9 +179,9 @@ def test_command_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: toy2d.load("chess"), "unknown configuration 'chess' in toy2d; .*checkerboard"),
-        (lambda: toy2d.load("mnist"), "flows/mnist is for `jkoflow encode, train`"),
-        (lambda: toy2d.load("rose", ["points.n=3"]), "unknown key points.n"),
+        (lambda: load("chess"), "unknown configuration 'chess' in toy2d; .*checkerboard"),
+        (lambda: load("mnist"), "flows/mnist is for `jkoflow encode, train`"),
+        (lambda: load("rose", ["points.n=3"]), "unknown key points.n"),
         (lambda: tiny("gaussian", "points.test=1"), "points.test is 1; expected at least 2"),
         (lambda: PointSource(tiny("gaussian", "data.name=moon")), "point set 'moon' is unknown"),
         (lambda: PointSource(tiny("gaussian", "data.name=picture")), "data.path is null"),
@@ -192,7 +193,7 @@ def test_mistakes_are_one_sentence(call, words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_picture_of_ones_own(tmp_path):
+def test_a_picture_file_is_a_point_set(tmp_path):
     """A file given by path trains like any set, and another file is another experiment."""
     path = tmp_path / "ink.png"
     Image.linear_gradient("L").save(path)
