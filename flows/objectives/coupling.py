@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flows.errors import FlowError
 
+
 def optimal_pairing(z: Tensor, target: Tensor, labels: Tensor | None = None) -> Tensor:
     """Compute the permutation π of the targets that minimises Σ_i ‖z_i − target_π(i)‖².
 

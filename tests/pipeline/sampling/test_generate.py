@@ -152,7 +152,7 @@ def test_a_budget_below_one_step_is_refused(
 ) -> None:
     code, _, last = say(capsys, "generate", "--run", folder, "--nfe", "11")
     assert code == 2 and "below one rk4 step in each of 3 blocks (12)" in last
-    words = ["generate", "--run", folder, "--nfe", "50", "--set", "sampler.method=dopri5"]
+    words = ["generate", "--run", folder, "--nfe", "50", "--method", "dopri5"]
     code, _, last = say(capsys, *words)
     assert code == 2 and "fixed-step solver" in last
 

@@ -85,7 +85,7 @@ def test_ranks_share_a_batch(refiner: Path) -> None:
     chosen = torch.tensor([3, 70, 12, 41, 5, 33])
 
     def loss(start: int, step: int) -> LfmLoss:
-        drawn, recipe = generator("noise"), opened.config.train
+        drawn, recipe = generator("noise"), opened.config.matching
         rows = lambda t: torch.arange(start, len(t), step)  # noqa: E731
         return batch_loss(opened.flow[0].velocity, stage, chosen, None, recipe, drawn, rows)
 
