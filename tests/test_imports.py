@@ -22,9 +22,9 @@ LAYERS = (
     ("runs",),
     ("sampling", "training"),
     ("distillation", "evaluation", "toy2d"),
-    ("autoencoder_training", "publishing"),
+    ("autoencoder_training", "publishing", "dry_run"),
     ("cli",),
-    ("__main__",),
+    ("__main__", "document"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PIPELINE = [path for path in FILES if path.is_relative_to(ROOT / "pipeline")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import ConfigOption, SetOption
+from pipeline.cli.options import ConfigOption, DryRunOption, SetOption
 from pipeline.cli.session import load_settings, make_accelerator
 from pipeline.runtime.console import progress_bar, say
 
@@ -28,10 +28,16 @@ def fetch_command(
         print(fetch_asset(name, local=source, log=say))
 
 
-def encode_command(config: ConfigOption, overrides: SetOption = None) -> None:
+def encode_command(
+    config: ConfigOption, overrides: SetOption = None, dry_run: DryRunOption = False
+) -> None:
     """Encode a data set into the latent cache; resumes when interrupted."""
     from pipeline.data.latent_cache import encode
 
+    if dry_run:
+        from pipeline.dry_run import encode_lines
+
+        return print("\n".join(encode_lines(load_settings(config, overrides))))
     accelerator = make_accelerator()
     cache = encode(load_settings(config, overrides), accelerator, progress_bar)
     if accelerator.is_main_process:

@@ -10,6 +10,7 @@ import typer
 from pipeline.cli.options import (
     BlocksOption,
     ConfigOption,
+    DryRunOption,
     GuidanceOption,
     GuideOption,
     MethodOption,
@@ -149,6 +150,7 @@ def evaluate_command(
     refiner: RefinerOption = None,
     blocks: BlocksOption = None,
     overrides: SetOption = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Measure a run: FID, its floor, KID, precision, recall and NLL; writes metrics.json."""
     from pipeline.evaluation import nfe_sweep, training_curve
@@ -173,6 +175,10 @@ def evaluate_command(
     plan = SamplingPlan.open(with_solver(opened, steps, method), sampling)
     if nfe is not None:
         plan = plan.within(nfe)
+    if dry_run:
+        from pipeline.dry_run import evaluate_lines
+
+        return print("\n".join(evaluate_lines(plan, settings)))
     accelerator = make_accelerator()
     evaluator = Evaluator(accelerator, progress_bar)
     if nfe_study is not None:

@@ -20,6 +20,10 @@ OptionalConfigOption = Annotated[
     str | None,
     typer.Option("--config", "-c", help="A packaged configuration, or the path of a .yaml."),
 ]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the work, the files that are reused and sizes; stop."),
+]
 RunOption = Annotated[
     Path, typer.Option("--run", "-r", help="A run directory, or zoo:NAME for a shipped run.")
 ]

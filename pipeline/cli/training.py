@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import SetOption
+from pipeline.cli.options import DryRunOption, SetOption
 from pipeline.cli.session import (
     load_settings,
     make_accelerator,
@@ -26,8 +26,8 @@ def distill_command(
         Path | None,
         typer.Option(
             "--out",
-            help="The new run directory; default NAME-distilled beside the teacher's folder NAME, "
-            "runs/NAME-distilled for zoo:NAME.",
+            help="The new run directory; default NAME-distilled, next to the teacher's folder "
+            "NAME; runs/NAME-distilled for zoo:NAME.",
         ),
     ] = None,
     pairs: Annotated[int, typer.Option("--pairs", help="Consecutive blocks merged into one.")] = 2,
@@ -76,7 +76,7 @@ def distill_command(
 
 
 def _folder(out: Path | None, run: Path) -> Path:
-    """The new run directory: as asked for, or named after the teacher's and beside it."""
+    """The new run directory: as asked for, or named after the teacher's and next to it."""
     from pipeline.runs.zoo import PREFIX, is_shipped, zoo
 
     if out is not None:
@@ -103,17 +103,17 @@ def train_command(
         bool, typer.Option("--resume", help="Continue a run, or train it further.")
     ] = False,
     max_minutes: Annotated[
-        float | None, typer.Option("--max-minutes", help="Stop cleanly after so long.")
+        float | None, typer.Option("--max-minutes", help="Minutes after which to stop cleanly.")
     ] = None,
     reparameterize: Annotated[
         int | None,
-        typer.Option(help="Train so many more times over, evening out the movements (in all)."),
+        typer.Option(help="Number of later passes, in all, with steps that even out movements."),
     ] = None,
     refine: Annotated[
-        int | None, typer.Option(help="Then split every block into so many (in all); train on.")
+        int | None, typer.Option(help="Number of children, in all, that replace every block.")
     ] = None,
     add_blocks: Annotated[
-        int, typer.Option(help="Add so many blocks to a finished run, before its free block.")
+        int, typer.Option(help="Number of blocks to add to a finished run, before its free block.")
     ] = 0,
     init_from: Annotated[
         str | None,
@@ -124,6 +124,7 @@ def train_command(
         ),
     ] = None,
     overrides: SetOption = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Train the flow block by block: latent cache to run directory."""
     from pipeline.config.keys import keys, resume_rule
@@ -150,6 +151,10 @@ def train_command(
         start = str(Path(start).expanduser().resolve())
     settings = replace_in_section(settings, "train", max_minutes=max_minutes, init_from=start)
     folder = run if run is not None else Path("runs") / settings.name
+    if dry_run:
+        from pipeline.dry_run import train_lines
+
+        return print("\n".join(train_lines(settings, folder, add_blocks)))
     accelerator = make_accelerator()
     outcome = training_train.train(
         settings, folder, accelerator, progress_bar, resume, add_blocks=add_blocks

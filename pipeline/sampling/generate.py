@@ -36,6 +36,22 @@ from pipeline.storage.shards import (
 _KEEP_SMALLER_THAN = 500
 
 
+def _identity(plan: SamplingPlan, n: int, seed: int) -> dict[str, Any]:
+    """Return everything that decides sampled images."""
+    return {
+        "kind": "samples",
+        "n": n,
+        "seed": seed,
+        "batch_size": plan.settings.batch_size,
+        "sampling": plan.identity(),
+    }
+
+
+def images_folder(plan: SamplingPlan, n: int, seed: int) -> Path:
+    """Return the folder in which `sample_images` stores the images."""
+    return plan.run.folder / "samples" / f"images-{content_key(_identity(plan, n, seed))}"
+
+
 def sample_images(
     plan: SamplingPlan, n: int, seed: int, accelerator: Accelerator, progress: Progress
 ) -> StoreReader:
@@ -58,14 +74,7 @@ def sample_images(
     size = plan.settings.batch_size
     if n < 1 or size < 1:
         raise UserError(f"n and generate.batch_size must be at least 1, not {n} and {size}")
-    identity: dict[str, Any] = {
-        "kind": "samples",
-        "n": n,
-        "seed": seed,
-        "batch_size": size,
-        "sampling": plan.identity(),
-    }
-    folder = plan.run.folder / "samples" / f"images-{content_key(identity)}"
+    identity, folder = _identity(plan, n, seed), images_folder(plan, n, seed)
     if (folder / MANIFEST).is_file():
         return open_store(folder, "image store", identity)
     total = n * math.prod(plan.run.manifest["autoencoder"]["image_shape"])

@@ -1,0 +1,102 @@
+"""What `--dry-run` prints: the work of a command, what it reuses, and sizes; nothing is done."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from flows.networks.registry import make_velocity
+from pipeline.config.schema import Config, EvaluateConfig
+from pipeline.config.validate import check
+from pipeline.data.latent_cache import (
+    cache_folder,
+    cache_identity,
+    load_images_and_autoencoder,
+)
+from pipeline.runs.manifest import passes_of, read_manifest
+from pipeline.sampling.generate import images_folder
+from pipeline.sampling.sampling_plan import SamplingPlan
+from pipeline.storage.shards import MANIFEST
+from pipeline.training.planner import next_pass
+
+_FLOAT = 4
+_MEGABYTE = 1e6
+
+
+def encode_lines(config: Config) -> list[str]:
+    """Describe `encode`: images, latents, shards and bytes."""
+    images, autoencoder = load_images_and_autoencoder(config)
+    folder = cache_folder(cache_identity(config, images, autoencoder))
+    shape = tuple(autoencoder.latent_shape)
+    count = len(images) * (2 if config.latents.mirror else 1)
+    values = math.prod(shape) * (2 if autoencoder.stochastic else 1)
+    mirrored = " and their mirror images" if config.latents.mirror else ""
+    return [
+        f"encode {len(images)} images{mirrored} of {images.name} ({images.split})",
+        f"latents have shape {shape}",
+        _shards(folder, count, config.latents.shard_size, _FLOAT * values * count),
+    ]
+
+
+def train_lines(config: Config, folder: Path, add_blocks: int = 0) -> list[str]:
+    """Describe `train`: the latent cache, the blocks of the next pass, and parameters."""
+    check(config)
+    images, autoencoder = load_images_and_autoencoder(config)
+    cache = cache_folder(cache_identity(config, images, autoencoder))
+    refines = config.velocity.image_channels > 0
+    shape = tuple(images.shape if refines else autoencoder.latent_shape)
+    with torch.device("meta"):
+        network = make_velocity(config.velocity, shape)
+    parameters = sum(p.numel() for p in network.parameters())
+    state = "is complete" if (cache / MANIFEST).is_file() else "is absent; run `jkoflow encode`"
+    passes = passes_of(read_manifest(folder)) if (folder / "flow.json").is_file() else []
+    upcoming = next_pass(config, passes, add_blocks)
+    lines = [f"latent cache {cache} {state}"]
+    if upcoming is None:
+        return [*lines, f"run {folder} is finished; nothing to train"]
+    done, total = len(upcoming.blocks), len(upcoming.steps) + upcoming.free
+    more = f", {done} of them finished" if done else ""
+    lines.append(
+        f"train {total} block(s) in pass {len(passes) - (upcoming in passes)} ({upcoming.kind})"
+        f"{more}, on samples {shape}, in {folder}"
+    )
+    if upcoming.tolerance:
+        lines.append(f"the pass may end earlier, when Ter(k) is below {upcoming.tolerance:g}")
+    for index in range(done, total):
+        step = upcoming.steps[index] if index < len(upcoming.steps) else None
+        kind = "free" if step is None else f"step {step:g}"
+        lines.append(
+            f"  block {index}: {kind}, {upcoming.iterations[index]} iterations of "
+            f"{config.train.batch_size} samples, lr {upcoming.lr[index]:g}"
+        )
+    size = _FLOAT * parameters * total / _MEGABYTE
+    return [*lines, f"{parameters:,} parameters per block, {size:.1f} MB of weights in all"]
+
+
+def evaluate_lines(plan: SamplingPlan, settings: EvaluateConfig) -> list[str]:
+    """Describe `evaluate`: images to sample, evaluations, and measurements."""
+    shape = plan.run.manifest["autoencoder"]["image_shape"]
+    folder = images_folder(plan, settings.n, plan.settings.seed)
+    measured = [f"FID against {settings.reference}"]
+    measured += ["the reconstruction floor"] * settings.floor
+    measured += [f"KID, precision and recall with {settings.kid} real images"] * (settings.kid > 0)
+    measured += [f"the likelihood of {settings.nll} images"] * (settings.nll > 0)
+    return [
+        f"sample {settings.n} images {tuple(shape)} of {plan.run.folder} with "
+        f"{plan.nfe} network evaluations each, seed {plan.settings.seed}",
+        _shards(folder, settings.n, None, settings.n * math.prod(shape)),
+        f"measure {', '.join(measured)}",
+        f"write {plan.run.folder / 'metrics.json'}",
+    ]
+
+
+def _shards(folder: Path, count: int, size: int | None, total: float) -> str:
+    """Say how much of a store exists."""
+    written = len(list(folder.glob("shard-*.safetensors")))
+    if (folder / MANIFEST).is_file():
+        return f"reuse {folder}, which is complete"
+    shards = "" if size is None else f"{math.ceil(count / size)} shards, "
+    state = f"{written} shards exist" if written else "nothing exists yet"
+    return f"write {shards}{total / _MEGABYTE:.1f} MB to {folder}; {state}"
