@@ -57,9 +57,9 @@ class LocalMirror:
     def download_files(self, partial: Path, scratch: Path) -> Path:
         """Download the raw files; see `Mirror.download_files`."""
         if not self.path.exists():
-            raise MirrorError("nothing there")
+            raise MirrorError("it does not exist")
         if self.path.is_dir() and next(self.path.iterdir(), None) is None:
-            raise MirrorError("empty folder")
+            raise MirrorError("it is an empty folder")
         return self.path
 
 

@@ -15,7 +15,8 @@ from eval.inception import EXTRACTOR
 from eval.reconstruction import Reconstruction
 from pipeline.autoencoder_training.train import _SHOWN, WEIGHTS, _picture
 from pipeline.config.schema import DataConfig, EncoderConfig
-from pipeline.data.datasets import ImageSet, load_images
+from pipeline.data.datasets import load_images
+from pipeline.data.image_set import ImageSet
 from pipeline.errors import UserError
 from pipeline.evaluation.features import FeatureExtractor, fid_of, statistics_of
 from pipeline.evaluation.real_images import subset_indices

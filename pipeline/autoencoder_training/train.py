@@ -17,8 +17,8 @@ from pipeline.autoencoder_training.trainer import AutoencoderTrainer
 from pipeline.config.autoencoder_recipe import AutoencoderConfig
 from pipeline.config.keys import resume_rule
 from pipeline.config.load import differences, read_resolved, to_dict
-from pipeline.data.datasets import ImageSet, load_images
-from pipeline.data.image_set import with_random_access
+from pipeline.data.datasets import load_images
+from pipeline.data.image_set import ImageSet, with_random_access
 from pipeline.errors import JkoflowError, UserError
 from pipeline.evaluation.real_images import subset_indices
 from pipeline.runs.directory import ENVIRONMENT, start_run, write_environment

@@ -19,8 +19,6 @@ from pipeline.runtime.console import say
 if TYPE_CHECKING:
     from pipeline.config.schema import DataConfig
 
-__all__ = ["DATASETS", "ImageSet", "load_images"]
-
 SPLITS = ("train", "test")
 
 

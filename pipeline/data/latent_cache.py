@@ -20,7 +20,8 @@ from autoencoders.adapt import Adaptation
 from autoencoders.base import Autoencoder, Moments, to_float
 from autoencoders.registry import build_autoencoder
 from pipeline.config.schema import Config
-from pipeline.data.datasets import ImageSet, load_images
+from pipeline.data.datasets import load_images
+from pipeline.data.image_set import ImageSet
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runtime.console import Progress

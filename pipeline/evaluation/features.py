@@ -22,7 +22,7 @@ from eval.gaussian import GaussianStats
 from eval.images import stats_of
 from eval.inception import EXTRACTOR, FidInception
 from pipeline.assets.fetch import asset_sha256, fetch_asset
-from pipeline.data.datasets import ImageSet
+from pipeline.data.image_set import ImageSet
 from pipeline.data.standardisation import Standardisation
 from pipeline.evaluation.real_images import ORDER, subset_indices
 from pipeline.runtime.console import Progress, say

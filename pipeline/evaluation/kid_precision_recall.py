@@ -16,7 +16,8 @@ from torch import Tensor
 
 from eval.distances import kid, precision_recall
 from pipeline.config.schema import DataConfig
-from pipeline.data.datasets import ImageSet, load_images
+from pipeline.data.datasets import load_images
+from pipeline.data.image_set import ImageSet
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runtime.rng import generator
 from pipeline.storage import atomic

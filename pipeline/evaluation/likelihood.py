@@ -25,7 +25,8 @@ from flows.likelihood import LogProb, log_prob
 from flows.solving.divergence import Divergence, make_divergence
 from flows.solving.solver import SolverConfig
 from pipeline.config.schema import DataConfig
-from pipeline.data.datasets import ImageSet, load_images
+from pipeline.data.datasets import load_images
+from pipeline.data.image_set import ImageSet
 from pipeline.errors import UserError
 from pipeline.evaluation.features import SHARD
 from pipeline.evaluation.real_images import held_out_images, subset_indices

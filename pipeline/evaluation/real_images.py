@@ -9,8 +9,9 @@ import numpy.typing as npt
 import torch
 
 from pipeline.config.schema import DataConfig
-from pipeline.data.datasets import ImageSet, load_images
+from pipeline.data.datasets import load_images
 from pipeline.data.image_folder import splits_of
+from pipeline.data.image_set import ImageSet
 from pipeline.errors import UserError
 from pipeline.runtime.rng import generator
 

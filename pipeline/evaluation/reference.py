@@ -14,7 +14,8 @@ from eval.gaussian import GaussianStats
 from eval.inception import EXTRACTOR
 from eval.references import reference_bytes
 from pipeline.config.schema import Config
-from pipeline.data.datasets import ImageSet, load_images
+from pipeline.data.datasets import load_images
+from pipeline.data.image_set import ImageSet
 from pipeline.errors import UserError
 from pipeline.evaluation.features import SHARD, FeatureExtractor
 from pipeline.evaluation.real_images import require_fid_sample, require_images, subset_indices

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save
 from pipeline.errors import JkoflowError, UserError
 
 TEMPORARY_PREFIX = ".tmp-"
-_OURS = re.compile(
+_TEMPORARY_NAME = re.compile(
     re.escape(TEMPORARY_PREFIX) + r".+-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}"
 )
 _CHUNK = 1 << 20
@@ -218,11 +218,11 @@ def remove_temporaries_below(folder: Path) -> int:
 
 def _abandoned(temporary: Path) -> bool:
     """Return whether this is a temporary file whose writer has ended."""
-    ours = _OURS.fullmatch(temporary.name)
-    if ours is None:
+    match = _TEMPORARY_NAME.fullmatch(temporary.name)
+    if match is None:
         return False
-    if ours["host"] == _HOST:
-        return not _alive(int(ours["pid"]))
+    if match["host"] == _HOST:
+        return not _alive(int(match["pid"]))
     return time.time() - temporary.stat().st_mtime > _ABANDONED_SECONDS
 
 

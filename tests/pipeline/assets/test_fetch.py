@@ -27,7 +27,7 @@ def test_total_failure_names_every_mirror_and_what_to_do(tmp_path, server):
         install_asset(thing(*mirrors), tmp_path)
     by_hand = tmp_path / "assets" / "thing" / "by-hand"
     assert str(caught.value) == (
-        f"the thing could not be fetched from any mirror: {by_hand} (nothing there); "
+        f"the thing could not be fetched from any mirror: {by_hand} (it does not exist); "
         f"{server.base}thing.bin (HTTP 404 Not Found); npm package a@1 (npm is not "
         f"installed); put thing.bin into {by_hand} and try again"
     )

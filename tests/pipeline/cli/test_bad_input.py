@@ -75,4 +75,4 @@ def test_latents_that_are_not_numbers(capsys: pytest.CaptureFixture[str], world:
     config = world.config(autoencoder={"name": "pretrained", "weights": str(path)})
     code, _, last = say(capsys, "encode", "--config", config)
     assert code == 2
-    assert last.startswith("error: the autoencoder gave latents that are not finite")
+    assert last.startswith("error: latents of the autoencoder are not finite")
