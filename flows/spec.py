@@ -87,6 +87,8 @@ class BlockSpec:
         velocity = plain["velocity"]
         if not self.velocity.classes:
             del velocity["classes"], velocity["class_dropout"]
+        if not self.velocity.autonomous:
+            del velocity["autonomous"]
         if not self.velocity.image_channels:
             del velocity["image_channels"]
         return plain

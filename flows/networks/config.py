@@ -36,6 +36,9 @@ class VelocityConfig:
         activation: a key of ``ACTIVATIONS``, or ``default``: the paper's smooth softplus20 for
             mlp and conv, silu for resmlp and unet.
         time_features: sines and cosines of t that resmlp, conv and unet see; an even number.
+        autonomous: whether the field does not depend on t, so that the network has no time
+            features. Under jko a field that depends on t can raise the log-det of the training
+            grid without bound while its map stays the same.
         heads: attention heads of the unet, at its lower level, and at its upper one on grids of
             at most 8x8; 0 leaves attention out.
         patch: side p of the p x p patches that the unet folds into channels, and unfolds at its
@@ -58,6 +61,7 @@ class VelocityConfig:
     depth: int = 4
     activation: str = "default"
     time_features: int = 32
+    autonomous: bool = False
     heads: int = 4
     patch: int = 1
     nets: int = 1

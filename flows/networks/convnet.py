@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from flows.errors import FlowError
 from flows.networks.base import Velocity
 from flows.networks.config import VelocityConfig
-from flows.networks.layers import TimeFeatures, zero_
+from flows.networks.layers import NoFeatures, context_features, zero_
 
 #: largest side of a grid on whose upper level the UNet has attention
 _MAX_ATTENTION_SIDE = 8
@@ -37,35 +37,38 @@ class ConvVelocity(Velocity):
         super().__init__(shape, config.classes)
         channels, width = shape[0], config.width
         self.activation = config.activation_or("softplus20")
-        self.features = TimeFeatures(config.time_features, config.classes)
-        self.modulation = nn.Linear(config.time_features, 2 * width * config.depth)
+        self.features = context_features(config)
+        if not isinstance(self.features, NoFeatures):
+            self.modulation = nn.Linear(config.time_features, 2 * width * config.depth)
+            zero_(self.modulation)
         self.convs = nn.ModuleList(
             nn.Conv2d(width if index else channels, width, 3, padding=1)
             for index in range(config.depth)
         )
         self.output = nn.Conv2d(width, channels, 3, padding=1)
-        zero_(self.modulation)
         if config.zero_init:
             zero_(self.output)
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Evaluate the network at z (B, C, H, W); see :class:`Velocity`."""
-        modulations = self.modulation(self.features(t, labels))[:, :, None, None]
+        context = self.features(t, labels)
+        modulations: Sequence[Tensor | None] = [None] * len(self.convs)
+        if context is not None:
+            modulations = self.modulation(context)[:, :, None, None].chunk(len(self.convs), dim=1)
         hidden = z
-        for index, conv in enumerate(self.convs):
-            scale, shift = modulations.chunk(len(self.convs), dim=1)[index].chunk(2, dim=1)
-            branch = self.activation(torch.addcmul(shift, conv(hidden), 1 + scale))
+        for index, (conv, modulation) in enumerate(zip(self.convs, modulations, strict=True)):
+            branch = self.activation(_modulate(conv(hidden), modulation))
             hidden = hidden + branch if index else branch
         return self.output(hidden)
 
 
 class ResidualBlock(nn.Module):
-    """A residual block x + conv(σ(GN(conv(σ(GN(x)))) ⊙ (1 + a(t)) + b(t))).
+    """A residual block x + conv(σ(GN(conv(σ(GN(x)))) ⊙ (1 + a) + b)) with scale a and shift b.
 
     Args:
         inputs: channels of x.
         outputs: channels of the result; where they differ, a 1×1 convolution replaces the skip.
-        embedding: features of the time embedding.
+        embedding: features of the embedding that gives a and b; 0 for a = b = 0.
         activation: σ.
     """
 
@@ -76,17 +79,20 @@ class ResidualBlock(nn.Module):
         self.activation = activation
         self.norm_in = nn.GroupNorm(_groups(inputs), inputs)
         self.conv_in = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.modulation = nn.Linear(embedding, 2 * outputs)
+        self.modulation = nn.Linear(embedding, 2 * outputs) if embedding else None
         self.norm_out = nn.GroupNorm(_groups(outputs), outputs)
         self.conv_out = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
-        zero_(self.modulation)
+        if self.modulation is not None:
+            zero_(self.modulation)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
         """Map x (B, inputs, H, W) and embedding (1, E) or (B, E) to (B, outputs, H, W)."""
-        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        modulation = None
+        if self.modulation is not None:
+            modulation = self.modulation(embedding)[:, :, None, None]
         hidden = self.conv_in(self.activation(self.norm_in(x)))
-        hidden = torch.addcmul(shift, self.norm_out(hidden), 1 + scale)
+        hidden = _modulate(self.norm_out(hidden), modulation)
         return self.skip(x) + self.conv_out(self.activation(hidden))
 
 
@@ -119,7 +125,7 @@ class Attention(nn.Module):
 
 
 class UNetVelocity(Velocity):
-    """A small time-conditioned UNet with at most two levels.
+    """A small UNet with at most two levels, conditioned on the time and the class.
 
     Patches of ``patch`` x ``patch`` positions are folded into channels first. If the folded H and
     W are even, there is a lower level with twice the width. Each level has ``depth`` residual
@@ -154,9 +160,11 @@ class UNetVelocity(Velocity):
                 f"{config.heads} attention heads do not divide"
             )
         self.activation = config.activation_or("silu")
-        self.features = TimeFeatures(config.time_features, config.classes)
-        embedding = 4 * width
-        self.time = nn.Linear(config.time_features, embedding)
+        self.features = context_features(config)
+        embedding = 0
+        if not isinstance(self.features, NoFeatures):
+            embedding = 4 * width
+            self.time = nn.Linear(config.time_features, embedding)
         self.input = nn.Conv2d(channels, width, 3, padding=1)
         self.encoder = self._stack(width, width, depth if self.two_levels else 0, embedding)
         self.mix_in = Attention(width, config.heads) if attends else nn.Identity()
@@ -181,7 +189,8 @@ class UNetVelocity(Velocity):
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Evaluate the network at z (B, C, H, W); see :class:`Velocity`."""
-        embedding = self.activation(self.time(self.features(t, labels)))
+        context = self.features(t, labels)
+        embedding = None if context is None else self.activation(self.time(context))
         hidden = self.input(F.pixel_unshuffle(z, self.patch))
         for block in self.encoder:
             hidden = block(hidden, embedding)
@@ -199,6 +208,19 @@ class UNetVelocity(Velocity):
             hidden = block(hidden, embedding)
         out = self.output(self.activation(self.norm(self.mix_out(hidden))))
         return F.pixel_shuffle(out, self.patch)
+
+
+def _modulate(x: Tensor, modulation: Tensor | None) -> Tensor:
+    """Compute x ⊙ (1 + a) + b for x (B, C, H, W).
+
+    Args:
+        x: features (B, C, H, W).
+        modulation: a and b together, (1, 2C, 1, 1) or (B, 2C, 1, 1); None for a = b = 0.
+    """
+    if modulation is None:
+        return x
+    scale, shift = modulation.chunk(2, dim=1)
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def _groups(channels: int) -> int:

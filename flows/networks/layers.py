@@ -1,4 +1,4 @@
-"""Layers that the velocity networks share: time features and class embeddings."""
+"""Layers that the velocity networks share: time features, class features and embeddings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.errors import FlowError
+from flows.networks.config import VelocityConfig
 
 
 class ClassEmbedding(nn.Module):
@@ -78,6 +79,54 @@ class TimeFeatures(nn.Module):
         """
         phase = t.reshape(-1, 1).to(self.omega.dtype) * self.omega
         return self.label(torch.cat([phase.sin(), phase.cos()], dim=1), labels)
+
+
+class ClassFeatures(nn.Module):
+    """The class embedding alone, for an autonomous network with classes.
+
+    Args:
+        features: number of features F.
+        classes: number of classes.
+    """
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.size = features
+        self.label = ClassEmbedding(classes, features)
+
+    def forward(self, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return e(y), (B, F), for labels int64 (B,); of t only the type and device are used."""
+        return self.label(t.new_zeros(1, self.size), labels)
+
+
+class NoFeatures(nn.Module):
+    """The absence of features, for an autonomous network without classes."""
+
+    def forward(self, t: Tensor, labels: Tensor | None = None) -> None:
+        """Return None.
+
+        Args:
+            t: times, 0-d or (B,); they are not used.
+            labels: None.
+
+        Raises:
+            FlowError: labels are given.
+        """
+        if labels is not None:
+            raise FlowError("this velocity network needs no labels, for it has no classes")
+
+
+def context_features(config: VelocityConfig) -> TimeFeatures | ClassFeatures | NoFeatures:
+    """Build the features of the time and the class that a network is conditioned on.
+
+    Args:
+        config: ``time_features``, ``autonomous`` and ``classes`` apply.
+    """
+    if not config.autonomous:
+        return TimeFeatures(config.time_features, config.classes)
+    if config.classes:
+        return ClassFeatures(config.time_features, config.classes)
+    return NoFeatures()
 
 
 def zero_(layer: nn.Linear | nn.Conv2d) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from flows.networks.base import Velocity
 from flows.networks.config import VelocityConfig
-from flows.networks.layers import ClassEmbedding, TimeFeatures, zero_
+from flows.networks.layers import ClassEmbedding, NoFeatures, context_features, zero_
 
 
 class LinearVelocity(Velocity):
@@ -43,17 +43,19 @@ class MlpVelocity(Velocity):
 
     It has ``depth`` hidden layers of ``width`` features. In the paper's two-dimensional
     experiments it has 3 of 128, with softplus of β = 20. There, in the authors' released code, it
-    does not see t.
+    does not see t. With ``autonomous`` it does not see t here either.
 
     Args:
-        config: ``width``, ``depth``, ``activation``, ``classes`` and ``zero_init`` apply.
+        config: ``width``, ``depth``, ``activation``, ``autonomous``, ``classes`` and
+            ``zero_init`` apply.
         shape: shape of one sample; samples are flattened to D features.
     """
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
         super().__init__(shape, config.classes)
         width = config.width
-        self.first = nn.Linear(self.dim + 1, width)
+        self.autonomous = config.autonomous
+        self.first = nn.Linear(self.dim + (not self.autonomous), width)
         self.label = ClassEmbedding(config.classes, width)
         self.middle = nn.ModuleList(nn.Linear(width, width) for _ in range(config.depth - 1))
         self.last = nn.Linear(width, self.dim)
@@ -70,10 +72,14 @@ class MlpVelocity(Velocity):
         # W (z, t) = W_z z + t w_t: t enters the bias, so z and t need not be concatenated. A
         # contiguous transpose makes the matrix products of the backward pass several times faster
         # when D is small.
-        weight, column = first.weight[:, : self.dim].t().contiguous(), first.weight[:, self.dim]
-        if t.dim() == 0:
+        weight = first.weight[:, : self.dim].t().contiguous()
+        if self.autonomous:
+            hidden = torch.addmm(bias, z.flatten(1), weight)
+        elif t.dim() == 0:
+            column = first.weight[:, self.dim]
             hidden = torch.addmm(bias + t * column, z.flatten(1), weight)
         else:
+            column = first.weight[:, self.dim]
             hidden = torch.addmm(bias, z.flatten(1), weight) + t[:, None] * column
         for layer in self.middle:
             hidden = layer(self.activation(hidden))
@@ -91,7 +97,10 @@ class MlpVelocity(Velocity):
             return super().directional(t, z, tangents, labels)
         beta, first, last = self.beta, self.first, self.last
         weight = (beta * first.weight[:, : self.dim]).t().contiguous()  # as in forward
-        bias = beta * (self.label(first.bias, labels) + t * first.weight[:, self.dim])
+        bias = self.label(first.bias, labels)
+        if not self.autonomous:
+            bias = bias + t * first.weight[:, self.dim]
+        bias = beta * bias
         p = torch.addmm(bias, z.flatten(1), weight)
         q = torch.matmul(tangents.flatten(2), weight)
         for layer in self.middle:
@@ -130,7 +139,7 @@ class SoftplusJvp(torch.autograd.Function):
 
 
 class ResidualLayer(nn.Module):
-    """A residual layer modulated by the time: x + W₂ σ(W₁ (LN(x) ⊙ (1 + a(t)) + b(t)) + c)."""
+    """A residual layer x + W₂ σ(W₁ (LN(x) ⊙ (1 + a) + b) + c), with scale a and shift b."""
 
     def __init__(self, width: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -138,8 +147,17 @@ class ResidualLayer(nn.Module):
         self.up = nn.Linear(width, width)
         self.down = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """Apply the layer to x (B, W) with scale a and shift b, each (1, W) or (B, W)."""
+    def forward(self, x: Tensor, modulation: Tensor | None) -> Tensor:
+        """Apply the layer to x (B, W).
+
+        Args:
+            x: the residual stream, (B, W).
+            modulation: a and b together, (1, 2W) or (B, 2W); None for a = b = 0.
+        """
+        if modulation is None:
+            scale = shift = x.new_zeros(1, x.shape[1])
+        else:
+            scale, shift = modulation.chunk(2, dim=1)
         branch = self.activation(self.up(_modulated_norm(x, scale, shift)))
         # addmm adds the branch to the stream inside the matrix product.
         return torch.addmm(x, branch, self.down.weight.t())
@@ -160,25 +178,29 @@ class ResidualMlpVelocity(Velocity):
         super().__init__(shape, config.classes)
         width = config.width
         self.activation = config.activation_or("silu")
-        self.features = TimeFeatures(config.time_features, config.classes)
-        self.time = nn.Linear(config.time_features, width)
-        self.modulation = nn.Linear(width, 2 * width * config.depth)
+        self.features = context_features(config)
+        if not isinstance(self.features, NoFeatures):
+            self.time = nn.Linear(config.time_features, width)
+            self.modulation = nn.Linear(width, 2 * width * config.depth)
+            zero_(self.modulation)
         self.input = nn.Linear(self.dim, width)
         self.layers = nn.ModuleList(
             ResidualLayer(width, self.activation) for _ in range(config.depth)
         )
         self.output = nn.Linear(width, self.dim)
-        zero_(self.modulation)
         if config.zero_init:
             zero_(self.output)
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Evaluate the network at z (B, *shape); see :class:`Velocity`."""
         hidden = self.input(z.flatten(1))
-        embedding = self.activation(self.time(self.features(t, labels)))
-        modulations = self.modulation(embedding).chunk(len(self.layers), dim=1)
+        context = self.features(t, labels)
+        modulations: Sequence[Tensor | None] = [None] * len(self.layers)
+        if context is not None:
+            embedding = self.activation(self.time(context))
+            modulations = self.modulation(embedding).chunk(len(self.layers), dim=1)
         for layer, modulation in zip(self.layers, modulations, strict=True):
-            hidden = layer(hidden, *modulation.chunk(2, dim=1))
+            hidden = layer(hidden, modulation)
         return self.output(hidden).view_as(z)
 
 
