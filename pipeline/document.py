@@ -64,9 +64,11 @@ _CLI = """\
 {notice}
 
 Every command prints the same with `--help`. Commands communicate through files only: `encode`
-writes the latent cache, `train` a run directory, `evaluate` its `metrics.json`. `python -m
-pipeline` stands for the program, also under `torchrun` and `accelerate launch`. Shell completion
+writes the latent cache, `train` a run directory, `evaluate` its `metrics.json`. Shell completion
 is installed with `--install-completion`.
+
+`python -m pipeline` is the same program, also under `torchrun` and `accelerate launch`. Python then
+searches the working directory first: in a folder that has its own `pipeline/`, use `jkoflow`.
 
 stdout has the path of the result, stderr progress and one sentence per error. The exit code is 0
 on success, 2 for a mistake of the caller, and 1 for any other failure. `--debug` shows the

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import DryRunOption, SetOption
+from pipeline.cli.options import DryRunOption, OptionalConfigOption, SetOption
 from pipeline.cli.session import (
     load_settings,
     make_accelerator,
@@ -30,30 +30,30 @@ def distill_command(
             "NAME; runs/NAME-distilled for zoo:NAME.",
         ),
     ] = None,
-    pairs: Annotated[int, typer.Option("--pairs", help="Consecutive blocks merged into one.")] = 2,
+    pairs: Annotated[int, typer.Option("--pairs", help="Consecutive blocks to merge.")] = 2,
     steps: Annotated[
-        int, typer.Option("--steps", help="Solver steps a merged block, when images are drawn.")
+        int, typer.Option("--steps", help="Solver steps per merged block of the sampler.")
     ] = 1,
     method: Annotated[
-        str, typer.Option("--method", help="Solver that draws them: euler, midpoint, rk4, ….")
+        str, typer.Option("--method", help="Solver of the sampler: euler, midpoint, rk4, ….")
     ] = "rk4",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue what is there; repeat the other options.")
+        bool, typer.Option("--resume", help="Continue a run; repeat the other options.")
     ] = False,
     max_minutes: Annotated[
-        float, typer.Option("--max-minutes", help="Stop cleanly after so long.")
+        float, typer.Option("--max-minutes", help="Minutes after which to stop cleanly.")
     ] = 0.0,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
-            help="Override: section.key=value, of train, velocity, sampler, generate, evaluate; "
-            "by default the teacher's network, 5000 iterations a merged block. data.path where "
-            "the images lie elsewhere on this machine.",
+            help="Override: section.key=value of train, velocity, sampler, generate or evaluate, "
+            "or data.path=DIR; may be repeated. Default: the teacher's network, 5000 iterations "
+            "per merged block.",
         ),
     ] = None,
 ) -> None:
-    """Merge blocks into fewer that need few solver steps; the result is a run like any other."""
+    """Distill a run: merge its blocks into fewer that need few solver steps; writes a run."""
     from pipeline.distillation import distill as merging
     from pipeline.runs.manifest import read_manifest
     from pipeline.runs.run import open_run
@@ -93,9 +93,7 @@ def _folder(out: Path | None, run: Path) -> Path:
 
 
 def train_command(
-    config: Annotated[
-        str | None, typer.Option("--config", "-c", help="A packaged name or a .yaml path.")
-    ] = None,
+    config: OptionalConfigOption = None,
     run: Annotated[
         Path | None, typer.Option("--run", "-r", help="Run directory; default runs/NAME.")
     ] = None,
@@ -119,19 +117,19 @@ def train_command(
         str | None,
         typer.Option(
             "--init-from",
-            help="Start each block from the weights of this run's, such as jko from lfm blocks, "
-            "or a wider network from a narrow one.",
+            help="A run whose blocks initialise the weights of the new blocks, such as lfm blocks "
+            "for jko, or a narrower network.",
         ),
     ] = None,
     overrides: SetOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Train the flow block by block: latent cache to run directory."""
+    """Train a flow on a latent cache, block by block; writes a run directory."""
     from pipeline.config.keys import keys, resume_rule
     from pipeline.config.schema import Config
     from pipeline.runs.directory import read_config
     from pipeline.runs.zoo import is_shipped
-    from pipeline.training import train as training_train
+    from pipeline.training.train import train
 
     overrides = list(overrides or [])
     later = {"jko.reparameterize": reparameterize, "jko.refine": refine}
@@ -139,26 +137,23 @@ def train_command(
     if config is not None:
         settings = load_settings(config, overrides)
     elif run is None or not (resume or add_blocks):
-        raise UserError("give --config, or --run with --resume to continue a run")
+        raise UserError("--config is missing; give it, or --run with --resume to continue a run")
     else:
         rules = ("later", "moved", "added") if add_blocks else ("later", "moved")
         allowed = [name for name in keys(Config) if resume_rule(name) in rules]
         settings = override_settings(read_config(run), overrides, allowed)
-    start = init_from
-    if start is None and config is not None:  # a run on disk keeps the path as it was started
-        start = settings.train.init_from
-    if start is not None and not is_shipped(start):
-        start = str(Path(start).expanduser().resolve())
-    settings = replace_in_section(settings, "train", max_minutes=max_minutes, init_from=start)
+    if init_from is None and config is not None:  # a resumed run keeps the path of its start
+        init_from = settings.train.init_from
+    if init_from is not None and not is_shipped(init_from):
+        init_from = str(Path(init_from).expanduser().resolve())
+    settings = replace_in_section(settings, "train", max_minutes=max_minutes, init_from=init_from)
     folder = run if run is not None else Path("runs") / settings.name
     if dry_run:
         from pipeline.dry_run import train_lines
 
         return print("\n".join(train_lines(settings, folder, add_blocks)))
     accelerator = make_accelerator()
-    outcome = training_train.train(
-        settings, folder, accelerator, progress_bar, resume, add_blocks=add_blocks
-    )
+    outcome = train(settings, folder, accelerator, progress_bar, resume, add_blocks=add_blocks)
     if accelerator.is_main_process:
         state = "finished" if outcome.complete else "stopped in time; continue with --resume"
         times = f" in pass {outcome.passes - 1}" if outcome.passes > 1 else ""
