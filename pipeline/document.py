@@ -67,8 +67,8 @@ Every command prints the same with `--help`. Commands communicate through files 
 writes the latent cache, `train` a run directory, `evaluate` its `metrics.json`. Shell completion
 is installed with `--install-completion`.
 
-`python -m pipeline` is the same program, also under `torchrun` and `accelerate launch`. Python then
-searches the working directory first: in a folder that has its own `pipeline/`, use `jkoflow`.
+`python -m pipeline` is the same program, also under `torchrun` and `accelerate launch`. Python
+searches the working directory first there: use `jkoflow` in a folder that has its own `pipeline/`.
 
 stdout has the path of the result, stderr progress and one sentence per error. The exit code is 0
 on success, 2 for a mistake of the caller, and 1 for any other failure. `--debug` shows the
