@@ -25,9 +25,9 @@ class Adaptation:
     """Settings that fit an autoencoder to a data set; the defaults change nothing.
 
     Attributes:
-        fit: "exact" takes only images of the shape that the weights are for; "native" encodes
-            images at their own size (the networks are convolutional); "resize" resizes them to
-            `size`. The last two replicate a grey channel if the encoder takes more.
+        fit: "exact" takes only images of the shape of the weights. "native" encodes images at
+            their own size (the networks are convolutional). "resize" resizes them to `size`. The
+            last two replicate a grey channel if the encoder takes more.
         size: side of the square images at the encoder ("resize"); 0 takes the size of the weights.
         latents: "pre", the latents before quantisation, which decoding quantises; or
             "quantised", the codebook entries, which decoding rounds to the nearest entry.
@@ -102,7 +102,7 @@ class AdaptedAutoencoder(nn.Module):
         return _resized(x, self.image_shape[1:]).clamp(-1.0, 1.0)
 
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise latents (see the inner autoencoder)."""
+        """Quantise latents (B, C_z, H_z, W_z), as the inner autoencoder does."""
         return self.inner.quantise(z)
 
     def codes(self, z: Tensor) -> Tensor:

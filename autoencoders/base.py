@@ -28,7 +28,10 @@ class Moments:
     log_var: Tensor | None = None
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Sample z = mean + exp(log_var / 2) * noise; without a variance, return the mean."""
+        """Sample latents z = mean + exp(log_var / 2) * noise, (B, C_z, H_z, W_z).
+
+        Without a variance z is the mean.
+        """
         if self.log_var is None:
             return self.mean
         noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype)

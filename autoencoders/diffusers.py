@@ -5,9 +5,9 @@ autoencoder is loaded. Weights are read from safetensors only.
 
 Latents are those of diffusers' pipelines, z = (raw - shift) * scale; decoding reverts this. Scale
 and shift are `scaling_factor` and `shift_factor` of config.json, except for VQModel. That class
-writes 0.18215, the value of Stable Diffusion's KL autoencoder, into every config.json, although
-the latents of latent diffusion's VQ models were never scaled. The latents of a VQModel are
-therefore not scaled unless the caller passes a scale. `describe()` states the values.
+writes 0.18215, the value of Stable Diffusion's KL autoencoder, into every config.json. The latents
+of latent diffusion's VQ models, however, were never scaled. The latents of a VQModel are therefore
+not scaled unless the caller passes a scale. `describe()` states the values.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class DiffusersAutoencoder(nn.Module):
         return Moments(self._scaled(posterior.mean), posterior.logvar + 2.0 * math.log(self.scale))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Decode latents to images in [-1, 1]; a codebook quantises them first."""
+        """Decode latents to images (B, C, H, W) in [-1, 1]; a codebook quantises them first."""
         check_latents(z, self.latent_shape)
         if self.codebook_size:
             z = self.nearest(z)
@@ -132,7 +132,7 @@ class DiffusersAutoencoder(nn.Module):
         return self.quantise(z)[2]
 
     def nearest(self, z: Tensor) -> Tensor:
-        """Return the codebook entries nearest to latents (VQModel)."""
+        """Return the codebook entries (B, C_z, H_z, W_z) nearest to latents (VQModel)."""
         return self.quantise(z)[0]
 
     def decode_quantised(self, z: Tensor) -> Tensor:

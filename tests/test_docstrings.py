@@ -14,8 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 #: folders whose docstrings meet the rules
 CHECKED = (
-    "flows", "eval",
-    "pipeline/assets", "pipeline/data", "pipeline/evaluation", "pipeline/optim",
+    "autoencoders", "flows", "eval",
+    "pipeline/assets", "pipeline/autoencoder_training", "pipeline/data", "pipeline/evaluation",
+    "pipeline/optim",
     "pipeline/publishing", "pipeline/runtime", "pipeline/sampling", "pipeline/storage",
 )  # fmt: skip
 FILES = sorted(path for folder in CHECKED for path in (ROOT / folder).rglob("*.py"))

@@ -74,7 +74,7 @@ class Checkpoint:
         self._file.close()
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor, contiguous, in its stored dtype.
+        """Read one tensor of shape (*shape,), contiguous, in its stored dtype.
 
         Raises:
             DamagedCheckpointError: the tensor is incomplete.

@@ -1,26 +1,28 @@
-"""Converts a checkpoint of taming-transformers or latent-diffusion; opens it safely."""
+"""Safe conversion of a checkpoint of taming-transformers or latent-diffusion."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from autoencoders import weights
+from autoencoders.conversion import official
+from autoencoders.taming import TamingAutoencoder
 from pipeline.errors import JkoflowError, UserError
-
-if TYPE_CHECKING:
-    from autoencoders.taming import TamingAutoencoder
+from pipeline.storage import atomic
 
 
 @dataclass(frozen=True)
-class Converted:
-    """A finished conversion.
+class Conversion:
+    """Result of a conversion.
 
     Attributes:
         path: the written file.
-        sha256: of its content.
-        source_sha256: of the checkpoint it was made from.
-        model: the autoencoder, read back from the written file.
+        sha256: hash of the file.
+        source_sha256: hash of the checkpoint.
+        model: the autoencoder, loaded from the written file.
     """
 
     path: Path
@@ -29,41 +31,35 @@ class Converted:
     model: TamingAutoencoder
 
 
-def convert(
+def convert_checkpoint(
     checkpoint: Path,
     out: Path,
     description: Path,
     image_shape: tuple[int, int, int] | None = None,
     averaged: bool = False,
     half: bool = False,
-) -> Converted:
+) -> Conversion:
     """Write an official checkpoint as safetensors with its architecture and origin.
 
-    The written file is loaded again, and must give the very weights that were read.
+    The written file is loaded again, and must hold the same weights.
 
     Args:
         checkpoint: .ckpt or .safetensors, of a first stage or of a whole model.
-        out: a .safetensors file, for `autoencoder.weights`.
-        description: the model.yaml.
+        out: path of the .safetensors file, for `autoencoder.weights`.
+        description: path of the model.yaml.
         image_shape: (C, H, W) of the images; None takes the yaml's resolution.
-        averaged: take the moving averages kept in the checkpoint.
-        half: store half precision.
+        averaged: whether to read the moving averages in the checkpoint.
+        half: whether to store half precision.
 
     Raises:
-        UserError: `out` is no .safetensors name, or is the checkpoint.
-        ValueError: the checkpoint or the yaml (see `autoencoders.conversion.official`).
-        JkoflowError: what was written does not read back the same.
+        UserError: `out` has another suffix, or is the checkpoint.
+        ValueError: the checkpoint or the yaml is invalid (see `autoencoders.conversion.official`).
+        JkoflowError: the written file holds other weights.
     """
-    import torch
-
-    from autoencoders import weights
-    from autoencoders.conversion import official
-    from pipeline.storage import atomic
-
     if out.suffix != ".safetensors":
-        raise UserError(f"the output must be named *.safetensors, not {out.name}")
+        raise UserError(f"the output is named {out.name}; expected *.safetensors")
     if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
-        raise UserError(f"{out} is the checkpoint itself; choose another name for the output")
+        raise UserError(f"the output {out} is the checkpoint; choose another name")
     model = official.load_official(checkpoint, description, image_shape, averaged)
     origin = atomic.sha256_file(checkpoint)
     notes = {
@@ -78,7 +74,7 @@ def convert(
     dtype = torch.float16 if half else torch.float32
     tensors, metadata = weights.to_tensors(model, dtype, notes)
     digest = atomic.write_tensors(out, tensors, metadata)
-    again = weights.load_weights(out)
-    if not half and again.fingerprint != model.fingerprint:
-        raise JkoflowError(f"{out} does not read back as it was written; check the disk")
-    return Converted(out, digest, origin, again)
+    written = weights.load_weights(out)
+    if not half and written.fingerprint != model.fingerprint:
+        raise JkoflowError(f"{out} holds other weights than were written; check the disk")
+    return Conversion(out, digest, origin, written)

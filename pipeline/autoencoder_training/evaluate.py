@@ -1,4 +1,4 @@
-"""Measures the reconstructions of an autoencoder."""
+"""Evaluation of an autoencoder by its reconstructions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autoencoders.base import Autoencoder, to_float, to_uint8
 from autoencoders.registry import build_autoencoder
 from eval.inception import EXTRACTOR
 from eval.reconstruction import Reconstruction
-from pipeline.autoencoder_training.train import _SHOWN, WEIGHTS, _picture
+from pipeline.autoencoder_training.train import SHOWN, WEIGHTS, write_reconstructions
 from pipeline.config.schema import DataConfig, EncoderConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
@@ -24,8 +24,10 @@ from pipeline.runtime.console import Progress
 from pipeline.runtime.rng import generator
 from pipeline.storage import atomic
 
+_BATCH = 250
 
-def evaluate(
+
+def evaluate_autoencoder(
     data: DataConfig,
     encoder: EncoderConfig,
     reference: str,
@@ -37,53 +39,55 @@ def evaluate(
 ) -> Path:
     """Measure an autoencoder on n images of the test split.
 
-    Writes autoencoder.json (rFID, PSNR, SSIM, codebook perplexity, statistics of the latents)
-    and a before/after picture. PSNR is null when every reconstruction is perfect, SSIM for
-    images smaller than its window of 11 x 11.
+    The function writes autoencoder.json (rFID, PSNR, SSIM, codebook perplexity, statistics of the
+    latents) and a picture of reconstructions. PSNR is null if all reconstructions are exact, and
+    SSIM is null for images smaller than its window of 11 x 11.
 
-    There are two rFIDs: against the reference (`rfid`: the floor of a flow's FID), and against the
-    very images that were reconstructed (`rfid_originals`: what papers on autoencoders report).
+    There are two rFIDs. `rfid` is measured against the reference; it is the floor of a flow's FID.
+    `rfid_originals` is measured against the reconstructed images, as in papers on autoencoders.
 
     Args:
-        data: images; those of the test split are measured.
+        data: the data set; images of its test split are measured.
         encoder: the autoencoder.
         reference: shipped statistics, a .npz, a .safetensors or a folder.
-        n: images.
-        folder: where the results go.
-        accelerator: device and processes.
+        n: number of images.
+        folder: destination of the results.
+        accelerator: device and ranks.
         progress: wraps loops.
-        originals: whether to measure rfid_originals and, of the images themselves, `real_fid`;
-            their features are kept, for other autoencoders.
+        originals: whether to measure `rfid_originals`, and `real_fid` of the images. The features
+            of the images are stored for other autoencoders.
 
     Returns:
         The path of autoencoder.json.
 
     Raises:
-        UserError: n below 2 or above the size of the split, or a folder in which another
-            autoencoder was trained.
+        UserError: n is below 2 or above the size of the split, or another autoencoder was trained
+            in the folder.
     """
     if n < 2:
-        raise UserError(f"an evaluation needs at least 2 images, not {n}")
-    _not_another(encoder, folder)
+        raise UserError(f"n is {n}; expected at least 2 images")
+    _require_own_folder(encoder, folder)
     test = load_images(data.of_split(data.test_split))
     adaptation = Adaptation(encoder.fit, encoder.size, encoder.latents)
     autoencoder = build_autoencoder(encoder.name, encoder.weights, test.shape, adaptation)
     if n > len(test):
-        raise UserError(f"{test.name} ({test.split}) has {len(test)} images, fewer than {n}")
-    maker = FeatureExtractor(accelerator, progress)
-    statistics = maker.reference(reference)
-    measured = _reconstruct(autoencoder, test, n, folder, accelerator, progress)
-    rfid = maker.reconstruction_fid(autoencoder, test, n, statistics)
-    label = {"n": n, "split": test.split, "extractor": EXTRACTOR}
-    against = {"reference": reference, **label}
-    result: dict[str, Any] = {"rfid": {"value": rfid, **against}}
+        raise UserError(
+            f"n is {n}; expected at most {len(test)}, the size of {test.name} ({test.split})"
+        )
+    extractor = FeatureExtractor(accelerator, progress)
+    statistics = extractor.reference(reference)
+    measures = _reconstruct(autoencoder, test, n, folder, accelerator, progress)
+    rfid = extractor.reconstruction_fid(autoencoder, test, n, statistics)
+    protocol = {"n": n, "split": test.split, "extractor": EXTRACTOR}
+    reference_protocol = {"reference": reference, **protocol}
+    result: dict[str, Any] = {"rfid": {"value": rfid, **reference_protocol}}
     if originals:
-        real = maker.real_features(test, n)
-        near = maker.reconstruction_fid(autoencoder, test, n, statistics_of(real))
-        result["rfid_originals"] = {"value": near, **label}
-        result["real_fid"] = {"value": fid_of(real, statistics), **against}
+        real = extractor.real_features(test, n)
+        rfid_originals = extractor.reconstruction_fid(autoencoder, test, n, statistics_of(real))
+        result["rfid_originals"] = {"value": rfid_originals, **protocol}
+        result["real_fid"] = {"value": fid_of(real, statistics), **reference_protocol}
     result |= {
-        **measured,
+        **measures,
         "name": encoder.name,
         "weights": encoder.weights,
         "fingerprint": autoencoder.fingerprint,
@@ -104,31 +108,31 @@ def _reconstruct(
     accelerator: Accelerator,
     progress: Progress,
 ) -> dict[str, Any]:
-    """PSNR, SSIM, codebook use and latent statistics over n images; writes the picture."""
+    """Measure PSNR, SSIM, codebook use and latent statistics on n images; write the picture."""
     autoencoder.to(accelerator.device)  # type: ignore[attr-defined]
-    total, entries = Reconstruction(), int(getattr(autoencoder, "codebook_size", 0))
-    order, starts = subset_indices(images, n), range(0, n, 250)
+    measures, entries = Reconstruction(), int(getattr(autoencoder, "codebook_size", 0))
+    order, starts = subset_indices(images, n), range(0, n, _BATCH)
     for start in progress(starts, len(starts), "reconstruct"):
-        pixels = torch.from_numpy(images.take(order[start : start + 250]))
+        pixels = torch.from_numpy(images.take(order[start : start + _BATCH]))
         moments = autoencoder.encode(to_float(pixels).to(accelerator.device))
         z = moments.sample(generator(0, "reconstruct", start))
-        again = to_uint8(autoencoder.decode(z)).cpu()
+        reconstructions = to_uint8(autoencoder.decode(z)).cpu()
         codes = None
         if entries:
             codes = autoencoder.codes(z).cpu()  # type: ignore[attr-defined]
-        total.add(pixels, again, z.cpu(), codes)
+        measures.add(pixels, reconstructions, z.cpu(), codes)
         if start == 0 and accelerator.is_main_process:
-            _picture(folder, pixels[:_SHOWN], again[:_SHOWN])
-    return total.result(entries)
+            write_reconstructions(folder, pixels[:SHOWN], reconstructions[:SHOWN])
+    return measures.result(entries)
 
 
-def _not_another(encoder: EncoderConfig, folder: Path) -> None:
-    """Refuse to write one autoencoder's numbers beside the weights of another."""
-    trained, weights_ = folder / WEIGHTS, encoder.weights
+def _require_own_folder(encoder: EncoderConfig, folder: Path) -> None:
+    """Check that a folder does not hold the weights of another autoencoder."""
+    trained, weights = folder / WEIGHTS, encoder.weights
     if not trained.is_file():
         return
-    if weights_ is None or Path(weights_).expanduser().resolve() != trained.resolve():
+    if weights is None or Path(weights).expanduser().resolve() != trained.resolve():
         raise UserError(
-            f"{folder} holds a trained autoencoder, but --weights is {weights_}; measure the one "
-            f"there with --weights {trained}, or choose another place with --out"
+            f"--weights is {weights}; expected {trained}, the autoencoder trained in {folder}; "
+            "choose another folder with --out"
         )

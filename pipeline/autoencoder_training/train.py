@@ -1,4 +1,4 @@
-"""`jkoflow autoencoder train | evaluate`: drives the trainer, measures the result."""
+"""Training of an autoencoder, from a configuration to a folder with weights."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ from pipeline.storage.training_log import Journal
 WEIGHTS = "autoencoder.safetensors"
 _CHECKPOINT = "checkpoint.safetensors"
 _LOG_EVERY = 50
-_SHOWN = 32
-_PROBE = 2000
+#: images in the picture of reconstructions
+SHOWN = 32
+#: images for the postprocessing
+_POSTPROCESSING_IMAGES = 2000
 
 
-def train(
+def train_autoencoder(
     config: AutoencoderConfig,
     folder: Path,
     accelerator: Accelerator,
@@ -45,37 +47,37 @@ def train(
     """Train an autoencoder on a data set.
 
     Args:
-        config: its configuration.
-        folder: weights, checkpoint, log, recipe and pictures go here.
-        accelerator: device and processes.
+        config: the configuration.
+        folder: destination of weights, checkpoint, log, configuration and picture.
+        accelerator: device and ranks.
         progress: wraps the loop.
-        resume: continue what is there, which must have been started with the same sections;
-            without it a folder with a training is refused.
+        resume: whether to continue the training in the folder, of the same configuration.
 
     Returns:
-        The path of the finished weights.
+        The path of the weights.
 
     Raises:
-        UserError: images of another shape than the architecture takes, weights to start from that
-            are not there, a training there, or one of another configuration.
+        UserError: the images have another shape than the initial weights take, the initial
+            weights do not exist, or the folder has a training that cannot be continued.
         JkoflowError: the training diverged.
     """
     images = load_images(config.data)
     recipe = config.training
-    start = _start(recipe.start)
+    start = _initial_weights(recipe.start)
     architecture = config.architecture.build(images.shape) if start is None else start.config
     if tuple(architecture.image_shape) != images.shape:
         raise UserError(
-            f"training.start={recipe.start} takes images {tuple(architecture.image_shape)}, but "
-            f"{images.name} has {images.shape}; choose other weights or other data"
+            f"the images of {images.name} have the shape {images.shape}; expected "
+            f"{tuple(architecture.image_shape)}, as training.start={recipe.start} takes; choose "
+            "other weights or other data"
         )
     if architecture.flavour == "gumbel" and not recipe.decoder_only:
         raise UserError(
-            f"training.start={recipe.start} is a gumbel autoencoder, whose encoder is not trained "
-            "here; set training.decoder_only=true, or choose other weights"
+            f"training.start={recipe.start} is of the flavour gumbel; expected kl or vq to train "
+            "an encoder; set training.decoder_only=true, or choose other weights"
         )
     trainer = AutoencoderTrainer(architecture, recipe, accelerator, start)
-    _enter(config, folder, resume, accelerator)
+    _open_folder(config, folder, resume, accelerator)
     images = with_random_access(images, accelerator, progress)
     checkpoint, began, before = folder / _CHECKPOINT, time.monotonic(), 0.0
     if checkpoint.is_file():
@@ -95,10 +97,10 @@ def train(
         journal.rewind(0, trainer.done)
         todo = range(trainer.done, recipe.iterations)
         for step in progress(todo, len(todo), "autoencoder"):
-            chosen = images.take(batches.indices(step, rank, ranks).numpy())
-            drawn = generator(recipe.seed, "autoencoder", step, rank)
+            batch = images.take(batches.indices(step, rank, ranks).numpy())
+            step_generator = generator(recipe.seed, "autoencoder", step, rank)
             try:
-                journal.add(trainer.step(torch.from_numpy(chosen), drawn))
+                journal.add(trainer.step(torch.from_numpy(batch), step_generator))
             except FloatingPointError as error:
                 raise JkoflowError(str(error)) from error
             if trainer.done % _LOG_EVERY == 0 or trainer.done == recipe.iterations:
@@ -113,58 +115,69 @@ def train(
     return folder / WEIGHTS
 
 
-def _start(named: str | None) -> TamingAutoencoder | None:
-    """The weights that a training starts from."""
-    if named is None:
+def _initial_weights(name_or_path: str | None) -> TamingAutoencoder | None:
+    """Load the weights that a training starts from; None without any."""
+    if name_or_path is None:
         return None
     try:
-        return weights.load_weights(weights.locate_weights(named))
+        return weights.load_weights(weights.locate_weights(name_or_path))
     except ValueError as error:
         raise UserError(f"training.start: {error}") from error
 
 
-def _picture(folder: Path, before: Tensor, after: Tensor) -> None:
+def write_reconstructions(folder: Path, images: Tensor, reconstructions: Tensor) -> None:
+    """Write the picture before_after.png.
+
+    Args:
+        folder: its folder.
+        images: uint8 (B, C, H, W).
+        reconstructions: uint8, the same shape.
+    """
     atomic.write_with(
         folder / "before_after.png",
         lambda file: before_after(
-            file, before, after, columns=8, titles=("images", "reconstructions")
+            file, images, reconstructions, columns=8, titles=("images", "reconstructions")
         ),
     )
 
 
-def _enter(
+def _open_folder(
     config: AutoencoderConfig, folder: Path, resume: bool, accelerator: Accelerator
 ) -> None:
+    """Start a folder, or check that its training can be continued; all ranks call it."""
     path = folder / "config.yaml"
-    there = path.is_file()
-    if there and not resume:
+    started = path.is_file()
+    if started and not resume:
         raise UserError(
-            f"there is a training at {folder} already; continue it with --resume, or choose "
-            "another place with --out"
+            f"{folder} has a training; expected an empty folder, or --resume to continue; choose "
+            "another folder with --out"
         )
-    if there:
+    if started:
         _require_same(read_resolved(AutoencoderConfig, path), config, folder)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if not there:
+        if not started:
             start_run(folder, config)
-        elif not (folder / ENVIRONMENT).is_file():  # killed before it was written
+        elif not (folder / ENVIRONMENT).is_file():  # the process stopped before writing it
             write_environment(folder)
     accelerator.wait_for_everyone()
 
 
 def _require_same(old: AutoencoderConfig, new: AutoencoderConfig, folder: Path) -> None:
-    """Refuse to continue under another configuration; also a longer one has another schedule."""
+    """Check that a training continues under the same configuration.
+
+    The number of iterations must not change either, because it determines the schedule.
+    """
     changed = {
         key: values
         for key, values in differences(old, new).items()
         if resume_rule(key, AutoencoderConfig) != "free"
     }
     if changed:
-        told = ", ".join(f"{key}={was} (now {now})" for key, (was, now) in changed.items())
+        settings = ", ".join(f"{key}={was} (now {now})" for key, (was, now) in changed.items())
         raise UserError(
-            f"the training at {folder} was started with {told}; continue it as it was started, "
-            "or train elsewhere with --out"
+            f"the training in {folder} started with {settings}; expected the same settings; "
+            "continue with them, or choose another folder with --out"
         )
 
 
@@ -175,19 +188,20 @@ def _finish(
     images: ImageSet,
     seconds: float,
 ) -> None:
-    """Commit the weights and their card, and a picture of reconstructions."""
+    """Write the weights with their recipe, and a picture of reconstructions."""
     recipe = {
         "data": {"name": images.name, "split": images.split, "fingerprint": images.fingerprint},
         "recipe": to_dict(config.training),
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
     }
-    probe = torch.from_numpy(images.take(subset_indices(images, min(len(images), _PROBE))))
-    finished = trainer.finished(probe)
+    subset = subset_indices(images, min(len(images), _POSTPROCESSING_IMAGES))
+    finished = trainer.finished(torch.from_numpy(images.take(subset)))
     tensors, metadata = weights.to_tensors(finished, recipe=recipe, exact=trainer.untrained)
     atomic.write_tensors(folder / WEIGHTS, tensors, metadata)
     model = weights.load_weights(folder / WEIGHTS)
-    pixels = torch.from_numpy(images.read(0, min(len(images), _SHOWN)))
+    pixels = torch.from_numpy(images.read(0, min(len(images), SHOWN)))
     with torch.inference_mode():
-        again = to_uint8(model.decode(model.encode(to_float(pixels)).sample(generator(0, "card"))))
-    _picture(folder, pixels, again)
+        z = model.encode(to_float(pixels)).sample(generator(0, "card"))
+        reconstructions = to_uint8(model.decode(z))
+    write_reconstructions(folder, pixels, reconstructions)

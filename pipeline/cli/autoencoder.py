@@ -22,13 +22,13 @@ def train_autoencoder_command(
     overrides: SetOption = None,
 ) -> None:
     """Train a small VQ or KL autoencoder."""
-    from pipeline.autoencoder_training.train import train
+    from pipeline.autoencoder_training.train import train_autoencoder
     from pipeline.cli.session import make_accelerator
     from pipeline.runtime.console import progress_bar
 
     settings, accelerator = _load(config, overrides), make_accelerator()
     folder = _folder(out, settings.name)
-    path = train(settings, folder, accelerator, progress_bar, resume)
+    path = train_autoencoder(settings, folder, accelerator, progress_bar, resume)
     if accelerator.is_main_process:
         print(path)
 
@@ -70,7 +70,7 @@ def evaluate_autoencoder_command(
     overrides: SetOption = None,
 ) -> None:
     """Measure an autoencoder: rFID, PSNR, SSIM, codebook use, and a picture of both."""
-    from pipeline.autoencoder_training.evaluate import evaluate
+    from pipeline.autoencoder_training.evaluate import evaluate_autoencoder
     from pipeline.autoencoder_training.train import WEIGHTS
     from pipeline.cli.session import make_accelerator
     from pipeline.config.schema import EncoderConfig
@@ -83,7 +83,7 @@ def evaluate_autoencoder_command(
         weights = str(trained) if trained.is_file() else settings.name
     encoder = EncoderConfig(name=kind, weights=weights, fit=fit)  # type: ignore[arg-type]
     reference = reference or f"{settings.data.name}-train"
-    path = evaluate(
+    path = evaluate_autoencoder(
         settings.data, encoder, reference, n, folder, accelerator, progress_bar, originals
     )
     if accelerator.is_main_process:
@@ -127,11 +127,11 @@ def convert_command(
     ] = False,
 ) -> None:
     """Convert a VQGAN, Gumbel VQGAN or KL checkpoint; runs no code of the checkpoint."""
-    from pipeline.autoencoder_training.convert import convert
+    from pipeline.autoencoder_training.convert import convert_checkpoint
     from pipeline.runtime.console import say
 
     shape = parse_shape(image_shape)
-    done = convert(checkpoint, out, description, shape, averaged, half)
+    done = convert_checkpoint(checkpoint, out, description, shape, averaged, half)
     model = done.model
     count = sum(p.numel() for p in model.parameters())
     say(f"{model.config.flavour} autoencoder, {count:,} parameters")

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from autoencoders.base import to_float, to_uint8
 from autoencoders.weights import load_weights, to_tensors
 from eval.reconstruction import psnr
-from pipeline.autoencoder_training.train import WEIGHTS, train
+from pipeline.autoencoder_training.train import WEIGHTS, train_autoencoder
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
 from pipeline.config import packaged
 from pipeline.config.autoencoder_recipe import AutoencoderConfig
@@ -134,7 +134,7 @@ def test_channels_are_measured_over_all_of_the_set(
         AutoencoderTrainer, "_pruned", lambda _, model, images: seen.append(images) or model
     )
     config = load_recipe(recipe_of(world))
-    train(config, world.root / "ae", Accelerator(cpu=True), quiet, resume=False)
+    train_autoencoder(config, world.root / "ae", Accelerator(cpu=True), quiet, resume=False)
     images = load_images(config.data)
     assert np.array_equal(seen[0].numpy(), images.take(subset_indices(images, 10)))
     assert not np.array_equal(seen[0].numpy(), images.read(0, 10))
@@ -145,7 +145,7 @@ def test_stopped_and_resumed_ends_in_the_same_weights(
     world: World, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, flavour: str
 ) -> None:
     config = load_recipe(recipe_of(world), [f"architecture.flavour={flavour}"])
-    train(config, world.root / "whole", accelerator, quiet, resume=False)
+    train_autoencoder(config, world.root / "whole", accelerator, quiet, resume=False)
 
     class Stopped(Exception):
         pass
@@ -157,9 +157,9 @@ def test_stopped_and_resumed_ends_in_the_same_weights(
             yield item
 
     with pytest.raises(Stopped):
-        train(config, world.root / "again", accelerator, stops, resume=False)  # type: ignore[arg-type]
+        train_autoencoder(config, world.root / "again", accelerator, stops, resume=False)  # type: ignore[arg-type]
     assert not (world.root / "again" / WEIGHTS).exists()
-    train(config, world.root / "again", accelerator, quiet, resume=True)
+    train_autoencoder(config, world.root / "again", accelerator, quiet, resume=True)
     first, second = (
         load_weights(world.root / "whole" / WEIGHTS),
         load_weights(world.root / "again" / WEIGHTS),

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from autoencoders import weights
 from autoencoders.adapt import Adaptation
 from autoencoders.registry import build_autoencoder
-from pipeline.autoencoder_training.convert import convert
+from pipeline.autoencoder_training.convert import convert_checkpoint
 from pipeline.cli.autoencoder import convert_command, parse_shape
 from pipeline.errors import UserError
 from tests.autoencoders.official_layout import (
@@ -67,7 +67,7 @@ def test_the_command_writes_what_the_registry_builds(
 def test_the_origin_is_recorded(made: tuple[Official, Path, Path], tmp_path: Path) -> None:
     _, checkpoint, description = made
     out = tmp_path / "x.safetensors"
-    done = convert(checkpoint, out, description, SHAPE)
+    done = convert_checkpoint(checkpoint, out, description, SHAPE)
     assert done.sha256 == hashlib.sha256(out.read_bytes()).hexdigest()
     with safe_open(out, "pt") as file:
         notes = json.loads(file.metadata()[weights.DESCRIPTION])
@@ -85,15 +85,15 @@ def test_converting_twice_gives_the_same_bytes(
     made: tuple[Official, Path, Path], tmp_path: Path
 ) -> None:
     _, checkpoint, description = made
-    both = [convert(checkpoint, tmp_path / f"{i}.safetensors", description) for i in range(2)]
+    both = [convert_checkpoint(checkpoint, tmp_path / f"{i}.safetensors", description) for i in range(2)]
     assert both[0].sha256 == both[1].sha256
     assert both[0].model.fingerprint == both[1].model.fingerprint
 
 
 def test_half_precision_halves_the_file(made: tuple[Official, Path, Path], tmp_path: Path) -> None:
     _, checkpoint, description = made
-    full = convert(checkpoint, tmp_path / "full.safetensors", description, SHAPE)
-    half = convert(checkpoint, tmp_path / "half.safetensors", description, SHAPE, half=True)
+    full = convert_checkpoint(checkpoint, tmp_path / "full.safetensors", description, SHAPE)
+    half = convert_checkpoint(checkpoint, tmp_path / "half.safetensors", description, SHAPE, half=True)
     sizes = [done.path.stat().st_size for done in (full, half)]
     assert 0.45 < sizes[1] / sizes[0] < 0.6
     for name, tensor in full.model.state_dict().items():
@@ -106,8 +106,8 @@ def test_digits_go_through_a_converted_rgb_autoencoder(
 ) -> None:
     _, checkpoint, description = made
     out = tmp_path / "x.safetensors"
-    convert(checkpoint, out, description, SHAPE)
-    with pytest.raises(ValueError, match=r"x.safetensors: the autoencoder takes .*\(1, 28, 28\)"):
+    convert_checkpoint(checkpoint, out, description, SHAPE)
+    with pytest.raises(ValueError, match=r"x.safetensors: the images .*\(1, 28, 28\)"):
         build_autoencoder("pretrained", str(out), (1, 28, 28))
     for adaptation, shape in (
         (Adaptation("native"), (3, 7, 7)),
@@ -144,16 +144,16 @@ def test_a_malicious_checkpoint_is_refused_and_nothing_is_written(
 
 def test_bad_arguments(made: tuple[Official, Path, Path], tmp_path: Path) -> None:
     _, checkpoint, description = made
-    with pytest.raises(UserError, match=r"must be named \*.safetensors"):
-        convert(checkpoint, tmp_path / "x.ckpt", description)
+    with pytest.raises(UserError, match=r"expected \*.safetensors"):
+        convert_checkpoint(checkpoint, tmp_path / "x.ckpt", description)
     same = tmp_path / "same.safetensors"
     same.write_bytes(checkpoint.read_bytes())
-    with pytest.raises(UserError, match="is the checkpoint itself"):
-        convert(same, same, description)
-    with pytest.raises(ValueError, match="canvas 30x30 cannot be divided"):
-        convert(checkpoint, tmp_path / "x.safetensors", description, (3, 30, 30))
+    with pytest.raises(UserError, match="is the checkpoint; choose another name"):
+        convert_checkpoint(same, same, description)
+    with pytest.raises(ValueError, match="input is 30x30; expected multiples of"):
+        convert_checkpoint(checkpoint, tmp_path / "x.safetensors", description, (3, 30, 30))
     with pytest.raises(ValueError, match="do not fit this architecture: shapes"):
-        convert(checkpoint, tmp_path / "x.safetensors", description, (1, 32, 32))
+        convert_checkpoint(checkpoint, tmp_path / "x.safetensors", description, (1, 32, 32))
     assert not (tmp_path / "x.safetensors").exists()
 
 

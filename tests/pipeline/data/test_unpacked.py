@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
-from pipeline.autoencoder_training.train import train
+from pipeline.autoencoder_training.train import train_autoencoder
 from pipeline.config import packaged
 from pipeline.config.autoencoder_recipe import AutoencoderConfig
 from pipeline.config.load import load
@@ -61,7 +61,7 @@ def test_a_training_opens_every_file_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(imagenet32, "read_batch", counted)
     config = load(AutoencoderConfig, "rgb32-kl", settings, packaged.AUTOENCODERS)
-    train(config, tmp_path / "out", Accelerator(cpu=True), no_bar, False)
+    train_autoencoder(config, tmp_path / "out", Accelerator(cpu=True), no_bar, False)
     assert len(opened) == 11 and set(opened.values()) == {1}
 
 
