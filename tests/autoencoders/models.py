@@ -25,7 +25,7 @@ def model(seed: int = 0, **changes: Any) -> TamingAutoencoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = TamingAutoencoder(config(**changes))
-        if made.quantize is not None:
+        if made.config.flavour == "vq":
             made.quantize.embedding.weight.data.normal_()
     return made
 

@@ -49,7 +49,7 @@ def random_autoencoder(seed: int = 0, **changes: Any) -> TamingAutoencoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TamingAutoencoder(architecture(**changes))
-        if model.quantize is not None:
+        if model.config.flavour == "vq":
             model.quantize.embedding.weight.data.normal_()
     return model.freeze()
 

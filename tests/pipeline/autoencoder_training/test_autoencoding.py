@@ -17,7 +17,6 @@ from autoencoders.base import to_float, to_uint8
 from autoencoders.weights import load_weights, to_tensors
 from eval.reconstruction import psnr
 from pipeline.autoencoder_training.train import WEIGHTS, train_autoencoder
-from pipeline.autoencoder_training.trainer import AutoencoderTrainer
 from pipeline.config import packaged
 from pipeline.config.autoencoder_recipe import AutoencoderConfig
 from pipeline.config.load import load as load_any
@@ -71,7 +70,7 @@ def test_train_then_evaluate(
     assert steps[-1]["step"] == 6 and "discriminator" in steps[-1]
     # a training that is there is not trained over
     code, _, last = say(capsys, "autoencoder", "train", "--config", recipe_of(world), "--out", out)
-    assert code == 2 and "there is a training at" in last and "--resume" in last
+    assert code == 2 and "ae has a training; expected" in last and "--resume" in last
 
     stand_in(monkeypatch)
     reference = world.root / "pictures" / "train"
@@ -104,8 +103,8 @@ def test_train_then_evaluate(
     assert say(capsys, *words[:4], *use[2:])[0] == 0  # what was trained there, by itself
     other = world.settings["autoencoder"]["weights"]
     code, _, last = say(capsys, *words[:4], "--weights", other, *use[2:])
-    assert code == 2 and f"with --weights {out / WEIGHTS}, or choose" in last
-    for n, named in (("1", "at least 2"), ("25", "24 images, fewer than 25")):
+    assert code == 2 and f"expected {out / WEIGHTS}, the autoencoder trained in" in last
+    for n, named in (("1", "at least 2"), ("25", "n is 25; expected at most 24")):
         words[-1] = n
         code, _, last = say(capsys, *words)
         assert code == 2 and named in last
@@ -120,7 +119,7 @@ def test_a_gumbel_autoencoder_is_refused_before_anything_is_written(
     code, _, last = say(
         capsys, "autoencoder", "train", "--config", recipe_of(world), "--out", out, *words
     )
-    assert code == 2 and "is a gumbel autoencoder, whose encoder is not trained here" in last
+    assert code == 2 and "is of the flavour gumbel; expected kl or vq" in last
     assert not out.exists()
 
 
@@ -129,9 +128,10 @@ def test_channels_are_measured_over_all_of_the_set(
 ) -> None:
     """A set may be sorted by class: its first images are no fair sample of it."""
     seen = []
-    monkeypatch.setattr("pipeline.autoencoder_training.train._PROBE", 10)
+    monkeypatch.setattr("pipeline.autoencoder_training.train._POSTPROCESSING_IMAGES", 10)
     monkeypatch.setattr(
-        AutoencoderTrainer, "_pruned", lambda _, model, images: seen.append(images) or model
+        "pipeline.autoencoder_training.trainer.without_unused_channels",
+        lambda model, images, least: seen.append(images) or model,
     )
     config = load_recipe(recipe_of(world))
     train_autoencoder(config, world.root / "ae", Accelerator(cpu=True), quiet, resume=False)
@@ -183,7 +183,7 @@ def test_another_configuration_is_not_continued(
         ("data.limit=20", "data.limit=None (now 20)"),
     ):
         code, _, last = say(capsys, *words, "--set", changed)
-        assert code == 2 and f"was started with {told}; continue it as it was started" in last
+        assert code == 2 and f"started with {told}; expected the same settings" in last
     assert (out / WEIGHTS).read_bytes() == made
 
 
@@ -203,7 +203,7 @@ def test_pictures_of_another_shape(capsys: pytest.CaptureFixture[str], world: Wo
     words = ["autoencoder", "train", "--config", recipe_of(world), "--out", out]
     code, _, last = say(capsys, *words, "--set", "training.start=rgb32-kl")
     assert code == 2
-    assert "training.start=rgb32-kl takes images (3, 32, 32), but folder has (1, 12, 12)" in last
+    assert "have the shape (1, 12, 12); expected (3, 32, 32), as training.start=rgb32-kl" in last
     assert not out.exists()
 
 
@@ -235,7 +235,7 @@ def test_a_handful_of_pictures_is_enough(
     assert load_weights(out / WEIGHTS).fingerprint
 
 
-def test_without_steps_the_mask_is_measured_anew(
+def test_without_steps_only_the_mask_is_measured(
     capsys: pytest.CaptureFixture[str], world: World
 ) -> None:
     """For a decoder that is used on other images than it was trained on: its weights are kept."""
@@ -245,10 +245,12 @@ def test_without_steps_the_mask_is_measured_anew(
     before, dull = load_weights(first / WEIGHTS), world.root / "dull.safetensors"
     for part in before.decoder.conv_out.parameters():
         part.data.mul_(0.1)  # with less detail than any picture
+    for part in before.quant_conv.parameters():
+        part.data[[0, before.config.embed_dim]] = 0.0  # a channel without information
     atomic.write_tensors(dull, *to_tensors(before))
     before = load_weights(dull)
-    # channels that a training would leave out are kept, too
-    recipe = recipe_of(world, iterations=0, start=str(dull), sharpen=True, prune=1e6)
+    # a channel that a training would remove is kept, too
+    recipe = recipe_of(world, iterations=0, start=str(dull), sharpen=True)
     assert say(capsys, *words, recipe, "--out", out)[0] == 0
     after = load_weights(out / WEIGHTS)
     assert before.config.sharpen == 0 < after.config.sharpen

@@ -85,7 +85,10 @@ def test_converting_twice_gives_the_same_bytes(
     made: tuple[Official, Path, Path], tmp_path: Path
 ) -> None:
     _, checkpoint, description = made
-    both = [convert_checkpoint(checkpoint, tmp_path / f"{i}.safetensors", description) for i in range(2)]
+    both = [
+        convert_checkpoint(checkpoint, tmp_path / f"{i}.safetensors", description)
+        for i in range(2)
+    ]
     assert both[0].sha256 == both[1].sha256
     assert both[0].model.fingerprint == both[1].model.fingerprint
 
@@ -93,7 +96,9 @@ def test_converting_twice_gives_the_same_bytes(
 def test_half_precision_halves_the_file(made: tuple[Official, Path, Path], tmp_path: Path) -> None:
     _, checkpoint, description = made
     full = convert_checkpoint(checkpoint, tmp_path / "full.safetensors", description, SHAPE)
-    half = convert_checkpoint(checkpoint, tmp_path / "half.safetensors", description, SHAPE, half=True)
+    half = convert_checkpoint(
+        checkpoint, tmp_path / "half.safetensors", description, SHAPE, half=True
+    )
     sizes = [done.path.stat().st_size for done in (full, half)]
     assert 0.45 < sizes[1] / sizes[0] < 0.6
     for name, tensor in full.model.state_dict().items():
