@@ -174,8 +174,6 @@ def _check_settings(run: Run, settings: EvaluateConfig) -> None:
                 f"not --kid {settings.kid} and -n {settings.n}"
             )
         require_images(at_least(data, settings.kid), settings.kid)
-    if settings.nll < 0:
-        raise UserError(f"evaluate.nll must be at least 0, not {settings.nll}; 0 leaves it out")
     if settings.nll:
         images = held_out_images(data)
         if settings.nll > len(images):

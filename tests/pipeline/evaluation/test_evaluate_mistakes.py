@@ -33,7 +33,7 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
             ["-n", "4", "--set", "evaluate.nll=25"],
             "folder (test) has 24; use --set evaluate.nll=24",
         ),
-        (["-n", "4", "--set", "evaluate.nll=-1"], "evaluate.nll must be at least 0, not -1"),
+        (["-n", "4", "--set", "evaluate.nll=-1"], "evaluate.nll is -1; expected at least 0"),
         (["-n", "4", "--reference", "nowhere"], "nowhere"),
         (["-n", "4", "--set", "train.lr=1"], "no effect here"),
         (["-n", "4", "--nfe-study", "12", "--steps", "2"], "leave --steps and --nfe out"),

@@ -53,10 +53,10 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root))
 
 
-def evaluate(folder: Path, reference: Path | str, **changes: Any) -> dict[str, Any]:
+def evaluate(folder: Path, reference: Path | str, seed: int = 0, **changes: Any) -> dict[str, Any]:
     run = open_run(folder)
     settings = dataclasses.replace(run.config.evaluate, reference=str(reference), **changes)
-    return Evaluator(Accelerator(), quiet).evaluate(plan_of(run), settings)
+    return Evaluator(Accelerator(), quiet).evaluate(plan_of(run, seed=seed), settings)
 
 
 def test_metrics_equal_a_direct_computation(trained: World, folder: Path) -> None:

@@ -97,7 +97,7 @@ def test_from_the_command_line(
     assert say(capsys, *words, other, "--out", tmp_path / "out")[0] == 0
     assert "Not measured" in (tmp_path / "out" / "CARD.md").read_text()
     code, _, error = say(capsys, *words, "mnist-kl-193", "--out", tmp_path / "none")
-    assert code == 2 and "error: --autoencoder: unknown autoencoder weights" in error
+    assert code == 2 and "--autoencoder: the autoencoder weights are 'mnist-kl-193'" in error
     code, _, error = say(capsys, *words, "rgb32-kl", "--out", tmp_path / "none")
-    assert code == 2 and "takes images of shape (3, 32, 32)" in error
+    assert code == 2 and "expected (3, 32, 32), as the autoencoder takes" in error
     assert not (tmp_path / "none").exists()
