@@ -12,14 +12,14 @@ from pipeline.errors import JkoflowError
 from tests.pipeline.asset_server import HALF, THING, Recorder, check_whole, thing, url
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_broke(tmp_path, server):
+def test_an_interrupted_download_resumes(tmp_path, server):
     server.plan = ["break off"]
     assert install_asset(thing(url(server)), tmp_path) == tmp_path / "assets" / "thing"
     assert server.asked == [None, f"bytes={HALF}-"]
     check_whole(tmp_path)
 
 
-def test_a_later_try_goes_on_where_the_earlier_gave_up(tmp_path, server):
+def test_a_later_call_resumes_the_download(tmp_path, server):
     server.plan = ["break off", "404"]
     with pytest.raises(JkoflowError, match="HTTP 404"):
         install_asset(thing(url(server)), tmp_path)
@@ -29,7 +29,7 @@ def test_a_later_try_goes_on_where_the_earlier_gave_up(tmp_path, server):
     check_whole(tmp_path)
 
 
-def test_a_file_that_changed_since_is_fetched_from_its_beginning(tmp_path, server):
+def test_a_changed_file_is_downloaded_from_its_beginning(tmp_path, server):
     server.data, server.etag, server.plan = THING[::-1], '"zero"', ["break off", "404"]
     with pytest.raises(JkoflowError):
         install_asset(thing(url(server)), tmp_path)
@@ -39,14 +39,14 @@ def test_a_file_that_changed_since_is_fetched_from_its_beginning(tmp_path, serve
     check_whole(tmp_path)
 
 
-def test_without_a_validator_nothing_is_resumed(tmp_path, server):
+def test_a_download_without_a_validator_is_not_resumed(tmp_path, server):
     server.etag, server.plan = None, ["break off"]
     install_asset(thing(url(server)), tmp_path)
     assert server.asked == [None, None]
     check_whole(tmp_path)
 
 
-def test_a_server_without_ranges(tmp_path, server):
+def test_a_server_without_ranges_restarts_the_download(tmp_path, server):
     server.plan = ["break off", "no ranges"]
     install_asset(thing(url(server)), tmp_path)
     assert server.asked == [None, f"bytes={HALF}-"]
@@ -54,7 +54,7 @@ def test_a_server_without_ranges(tmp_path, server):
 
 
 @pytest.mark.parametrize("harm", ["flipped", "longer"])
-def test_a_part_that_was_spoilt_meanwhile_costs_a_fresh_download(tmp_path, server, harm):
+def test_a_damaged_partial_file_is_downloaded_again(tmp_path, server, harm):
     server.plan = ["break off", "404"]
     with pytest.raises(JkoflowError):
         install_asset(thing(url(server)), tmp_path)
@@ -67,7 +67,7 @@ def test_a_part_that_was_spoilt_meanwhile_costs_a_fresh_download(tmp_path, serve
     check_whole(tmp_path)
 
 
-def test_a_host_that_never_answers_gives_way_to_the_next_mirror(tmp_path, server):
+def test_the_next_mirror_follows_a_host_that_never_answers(tmp_path, server):
     said: list[str] = []
     blocked = UrlMirror(server.base + "blocked/", ("thing.bin",), answer_seconds=0.2)
     server.plan = ["silent"]
@@ -78,7 +78,7 @@ def test_a_host_that_never_answers_gives_way_to_the_next_mirror(tmp_path, server
     check_whole(tmp_path)
 
 
-def test_a_mirror_with_other_content_gives_way_to_the_next(tmp_path, server):
+def test_the_next_mirror_follows_one_with_other_content(tmp_path, server):
     (tmp_path / "impostor").mkdir()
     (tmp_path / "impostor" / "thing.bin").write_bytes(THING[:-1] + b"?")
 
@@ -92,7 +92,7 @@ def test_a_mirror_with_other_content_gives_way_to_the_next(tmp_path, server):
     check_whole(tmp_path)
 
 
-def test_nothing_listens_there(tmp_path):
+def test_a_refused_connection_is_an_error(tmp_path):
     mirror = UrlMirror("http://127.0.0.1:9/", ("thing.bin",))
     with pytest.raises(JkoflowError, match="Connection refused"):
         install_asset(thing(mirror), tmp_path)

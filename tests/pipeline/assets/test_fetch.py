@@ -20,7 +20,7 @@ from pipeline.storage.paths import data_root
 from tests.pipeline.asset_server import HALF, THING, Recorder, check_whole, thing, url, wait_until
 
 
-def test_total_failure_names_every_mirror_and_what_to_do(tmp_path, server):
+def test_failure_of_all_mirrors_names_each_and_a_remedy(tmp_path, server):
     server.plan = ["404"]
     mirrors = (url(server), Recorder("npm package a@1", "npm is not installed"))
     with pytest.raises(JkoflowError) as caught:
@@ -40,7 +40,7 @@ def test_total_failure_names_every_mirror_and_what_to_do(tmp_path, server):
 
 
 @pytest.mark.parametrize("form", ["file", "folder", "tgz", "zip", "folder of tgz"])
-def test_a_local_path_in_any_form(tmp_path, form):
+def test_a_local_file_folder_or_archive_is_read(tmp_path, form):
     inside = tmp_path / "in" / "deep" / "er"
     inside.mkdir(parents=True)
     (inside / "thing.bin").write_bytes(THING)
@@ -58,7 +58,7 @@ def test_a_local_path_in_any_form(tmp_path, form):
     check_whole(tmp_path / "root")
 
 
-def test_a_wrong_local_path_is_the_callers_mistake(tmp_path):
+def test_a_wrong_local_path_is_a_user_error(tmp_path):
     unused = Recorder("unused")
     with pytest.raises(UserError, match="absent does not exist"):
         install_asset(thing(unused), tmp_path, local=tmp_path / "absent")
@@ -71,7 +71,7 @@ def test_a_wrong_local_path_is_the_callers_mistake(tmp_path):
     assert unused.calls == 0
 
 
-def test_unknown_asset():
+def test_an_unknown_asset_is_a_user_error():
     with pytest.raises(UserError, match="'svhn' is unknown; choose .*mnist, cifar10, inception"):
         fetch_asset("svhn")
 
@@ -79,7 +79,7 @@ def test_unknown_asset():
 # The cache
 
 
-def test_cached_it_needs_no_mirror_and_says_nothing(tmp_path, server):
+def test_a_stored_asset_needs_no_mirror_and_logs_nothing(tmp_path, server):
     install_asset(thing(url(server)), tmp_path)
     never, said = Recorder("never"), []
     install_asset(thing(never), tmp_path, log=said.append)
@@ -87,7 +87,7 @@ def test_cached_it_needs_no_mirror_and_says_nothing(tmp_path, server):
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "missing", "manifest", "other edition"])
-def test_a_damaged_cache_is_found_and_fetched_again(tmp_path, server, harm):
+def test_a_damaged_asset_is_fetched_again(tmp_path, server, harm):
     install_asset(thing(url(server)), tmp_path)
     folder = tmp_path / "assets" / "thing"
     stored, manifest = folder / "stored.bin", folder / "manifest.json"
@@ -112,7 +112,7 @@ def test_a_damaged_cache_is_found_and_fetched_again(tmp_path, server, harm):
 
 
 @pytest.mark.parametrize("when", ["downloading", "storing"])
-def test_a_full_disk_is_one_sentence_and_leaves_no_asset(tmp_path, server, monkeypatch, when):
+def test_a_full_disk_is_one_sentence_and_stores_no_asset(tmp_path, server, monkeypatch, when):
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -128,13 +128,13 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_asset(tmp_path, server, monke
     check_whole(tmp_path)
 
 
-def test_a_root_that_is_a_file(tmp_path):
+def test_a_data_root_that_is_a_file_is_an_error(tmp_path):
     (tmp_path / "root").write_bytes(b"")
     with pytest.raises(JkoflowError, match="set JKOFLOW_HOME to another folder"):
         install_asset(thing(Recorder("a")), tmp_path / "root")
 
 
-def test_the_data_root(monkeypatch, tmp_path):
+def test_data_root_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path / "home"))
     assert data_root() == tmp_path / "home"
     monkeypatch.delenv("JKOFLOW_HOME")
@@ -178,7 +178,7 @@ def test_two_processes_at_once_fetch_once(tmp_path, server):
     check_whole(tmp_path)
 
 
-def test_killed_while_downloading_the_next_process_goes_on(tmp_path, server):
+def test_a_download_resumes_after_its_process_was_killed(tmp_path, server):
     server.plan = ["stall"]
     child = start_child(tmp_path, server.base)
     wait_until(lambda: any(p.stat().st_size >= HALF // 2 for p in tmp_path.rglob("*.part")))

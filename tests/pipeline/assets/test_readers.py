@@ -32,7 +32,7 @@ PUBLISHED_MNIST_MD5 = {
 }
 
 
-def test_mnist_is_the_published_one_and_reads_the_same_gzipped(tmp_path):
+def test_mnist_has_the_published_hash_also_gzipped(tmp_path):
     folder = fetch_asset("mnist")
     (tmp_path / "MNIST" / "raw").mkdir(parents=True)
     for name, md5 in PUBLISHED_MNIST_MD5.items():
@@ -47,7 +47,7 @@ def test_mnist_is_the_published_one_and_reads_the_same_gzipped(tmp_path):
         read_mnist(tmp_path, tmp_path)
 
 
-def test_inception_is_the_same_from_the_layout_of_the_official_file(tmp_path):
+def test_inception_has_the_same_hash_in_the_official_layout(tmp_path):
     path = fetch_asset("inception")
     state = load_file(path)
     weights = [name for name in state if name.endswith("conv.weight")]
@@ -63,7 +63,7 @@ def test_inception_is_the_same_from_the_layout_of_the_official_file(tmp_path):
     assert read_inception(tmp_path, tmp_path).sha256 != content.sha256
 
 
-def test_cifar10_reads_the_same_from_official_batches_and_from_pictures(tmp_path):
+def test_cifar10_has_the_same_hash_from_batches_and_pictures(tmp_path):
     """Both layouts, built here of the same made-up images."""
     random = np.random.default_rng(0)
     official, pictures = tmp_path / "cifar-10-batches-py", tmp_path / "package"
@@ -108,7 +108,7 @@ PUBLISHED_CIFAR10_MD5 = [  # of the official binary batches 1 to 5 and the test 
 
 
 @pytest.mark.network
-def test_cifar10_is_the_official_one_byte_for_byte():
+def test_cifar10_has_the_bytes_of_the_official_archive():
     folder = fetch_asset("cifar10")
     load = {name: np.load(folder / name, mmap_mode="r") for name in CIFAR10_FILES}
     images = np.concatenate([load["train_images.npy"], load["test_images.npy"]])

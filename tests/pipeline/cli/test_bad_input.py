@@ -37,7 +37,7 @@ from tests.pipeline.tiny import World, random_autoencoder, say
         ("velocity.nets=2", "solver.steps must be a multiple of velocity.nets = 2"),
     ],
 )
-def test_settings_out_of_range(
+def test_settings_out_of_range_are_user_errors(
     capsys: pytest.CaptureFixture[str],
     trained: World,
     tmp_path: Path,
@@ -56,7 +56,7 @@ def test_settings_out_of_range(
     "verb", [("generate", "-n", "4"), ("likelihood", "-n", "4"), ("evaluate", "-n", "4"),
              ("train", "--add-blocks", "1")],
 )  # fmt: skip
-def test_a_run_that_lacks_a_block(
+def test_a_run_without_a_block_is_a_user_error(
     capsys: pytest.CaptureFixture[str], trained: World, tmp_path: Path, verb: tuple[str, ...]
 ) -> None:
     run = Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
@@ -66,7 +66,7 @@ def test_a_run_that_lacks_a_block(
     assert last.startswith("error: the run at") and "lacks blocks/block-01.safetensors" in last
 
 
-def test_latents_that_are_not_numbers(capsys: pytest.CaptureFixture[str], world: World) -> None:
+def test_infinite_latents_are_an_error(capsys: pytest.CaptureFixture[str], world: World) -> None:
     """An autoencoder that gives NaN, the only way to NaN from images of whole numbers."""
     model = random_autoencoder()
     model.encoder.conv_in.weight.data[0, 0, 0, 0] = float("nan")

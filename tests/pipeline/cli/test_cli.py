@@ -30,7 +30,7 @@ def assert_sentence(last: str, *words: str) -> None:
         assert word in last, last
 
 
-def test_the_demo_leaves_folders_of_others_alone(
+def test_the_demo_changes_no_other_folder(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "letter.txt").write_text("dear")
@@ -41,7 +41,7 @@ def test_the_demo_leaves_folders_of_others_alone(
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_help_names_every_option(capsys: pytest.CaptureFixture[str], verb: list[str]) -> None:
+def test_help_describes_every_option(capsys: pytest.CaptureFixture[str], verb: list[str]) -> None:
     code, out, _ = say(capsys, *verb, "--help")
     assert code == 0 and "Usage:" in out
     undocumented = [
@@ -79,7 +79,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str], verb: list[
         (["fid", "nowhere", "mnist-train"], ["nowhere"]),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(
+def test_invalid_arguments_are_user_errors(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -93,7 +93,7 @@ def test_settings_that_do_not_fit_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = say(capsys, "--version")
     assert (code, out.strip()) == (0, metadata.version("jkoflow"))
 
@@ -107,7 +107,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], where: st
     assert_sentence(err.strip().splitlines()[-1], "no run at nowhere")
 
 
-def test_an_unforeseen_error_is_one_sentence(
+def test_an_unexpected_error_is_one_sentence(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object, **__: object) -> None:
@@ -119,7 +119,7 @@ def test_an_unforeseen_error_is_one_sentence(
     assert last == "error: RuntimeError: two lines (--debug shows where)"
 
 
-def test_a_full_disk_is_not_the_callers_mistake(
+def test_a_full_disk_has_exit_code_1(
     capsys: pytest.CaptureFixture[str], world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -132,7 +132,7 @@ def test_a_full_disk_is_not_the_callers_mistake(
     assert not [path for cache in world.caches() for path in cache.iterdir()]
 
 
-def test_the_verbs_are_joined_by_files(
+def test_commands_communicate_through_files(
     capsys: pytest.CaptureFixture[str], trained: World, tmp_path: Path
 ) -> None:
     code, out, _ = say(capsys, "encode", "--config", trained.config())
@@ -159,7 +159,9 @@ def test_train_needs_the_cache(capsys: pytest.CaptureFixture[str], world: World)
 
 
 @pytest.mark.parametrize("value", ["0", "-5"])
-def test_no_images_at_all(capsys: pytest.CaptureFixture[str], trained: World, value: str) -> None:
+def test_no_images_is_an_error(
+    capsys: pytest.CaptureFixture[str], trained: World, value: str
+) -> None:
     code, _, last = say(capsys, "generate", "--run", trained.root / "run", "-n", value)
     assert code == 2
     assert_sentence(last, "at least 1", value)
@@ -226,7 +228,7 @@ class TestRunsThatAreThere:
             assert_sentence(last, "is not empty and holds no run")
 
 
-def test_an_interrupted_training_goes_on(trained: World, tmp_path: Path) -> None:
+def test_an_interrupted_training_resumes(trained: World, tmp_path: Path) -> None:
     """Ctrl-C in a real process: exit code 1, a sentence, and the run can be resumed."""
     values = yaml.safe_load(Path(trained.config()).read_text())
     values["train"] |= {"iterations": 100_000, "checkpoint_seconds": 0.2}
@@ -248,7 +250,7 @@ def test_an_interrupted_training_goes_on(trained: World, tmp_path: Path) -> None
     assert re.search(r"0 blocks, .* stopped in time; continue with --resume", err)
 
 
-def test_real_processes_give_the_exit_codes(tmp_path: Path) -> None:
+def test_processes_have_the_exit_codes(tmp_path: Path) -> None:
     process = python("generate", "--run", tmp_path / "nowhere", env={})
     out, err = process.communicate()
     assert (process.returncode, out) == (2, "")

@@ -27,7 +27,7 @@ def mnist() -> ImageSet:
     return load_images(DataConfig(name="mnist"))
 
 
-def test_mnist_train_is_what_everybody_knows(mnist):
+def test_mnist_train_has_the_known_statistics(mnist):
     assert (mnist.name, mnist.split, mnist.shape, len(mnist)) == (
         "mnist",
         "train",
@@ -46,7 +46,7 @@ def test_mnist_train_is_what_everybody_knows(mnist):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_mnist_is_what_torchvision_reads(tmp_path, split):
+def test_mnist_equals_torchvisions(tmp_path, split):
     (tmp_path / "MNIST").mkdir()
     (tmp_path / "MNIST" / "raw").symlink_to(fetch_asset("mnist"))
     reference = theirs.MNIST(str(tmp_path), train=split == "train")
@@ -56,7 +56,7 @@ def test_mnist_is_what_torchvision_reads(tmp_path, split):
 
 
 @pytest.mark.network
-def test_cifar10_is_what_everybody_knows():
+def test_cifar10_has_the_known_statistics():
     train, test = (load_images(DataConfig(name="cifar10", split=s)) for s in ("train", "test"))
     assert (len(train), len(test), train.shape) == (50000, 10000, (3, 32, 32))
     assert train.labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
@@ -66,7 +66,7 @@ def test_cifar10_is_what_everybody_knows():
     assert np.allclose(pixels.std(1) / 255, [0.2470, 0.2435, 0.2616], atol=5e-5)
 
 
-def test_fingerprints_tell_sets_apart_and_stay(mnist):
+def test_fingerprints_are_stable_and_distinct(mnist):
     again = load_images(DataConfig(name="mnist"))
     test = load_images(DataConfig(name="mnist", split="test"))
     some = load_images(DataConfig(name="mnist", limit=100))
@@ -78,7 +78,7 @@ def test_fingerprints_tell_sets_apart_and_stay(mnist):
     assert mnist.fingerprint == "f975853a370052a45bd39b876d9fa44318346b92a852f43ff53d6cb1229de5b9"
 
 
-def test_a_limit_takes_the_first(mnist):
+def test_a_limit_keeps_the_first_images(mnist):
     some = load_images(DataConfig(name="mnist", limit=7))
     assert len(some) == 7 and len(some.labels) == 7
     assert np.array_equal(some.read(0, 7), mnist.read(0, 7))
@@ -94,7 +94,7 @@ def test_read_and_take_agree(mnist):
     assert mnist.read(5, 5).shape == mnist.take(np.array([], int)).shape[:0] + (0, 1, 28, 28)
 
 
-def test_what_is_read_is_the_callers_own():
+def test_images_are_copies():
     images = small()
     images.read(0, 3)[:] = 0
     images.take(np.array([1, 2]))[:] = 0
@@ -102,13 +102,13 @@ def test_what_is_read_is_the_callers_own():
 
 
 @pytest.mark.parametrize("bounds", [(-1, 3), (3, 2), (0, 11), (11, 11)])
-def test_read_stays_inside(bounds):
+def test_read_checks_its_range(bounds):
     with pytest.raises(IndexError, match="made up has 10"):
         small().read(*bounds)
 
 
 @pytest.mark.parametrize("indices", [[-1, 2], [10]])
-def test_take_stays_inside(indices):
+def test_take_checks_its_indices(indices):
     with pytest.raises(IndexError, match="of 10"):
         small().take(np.array(indices))
 
@@ -126,12 +126,12 @@ def test_take_stays_inside(indices):
         ({"name": "folder", "size": 8, "path": "/no/such"}, "data.path is /no/such, not a folder"),
     ],
 )
-def test_bad_settings_are_the_callers_mistake(settings: dict[str, Any], sentence: str):
+def test_invalid_settings_are_user_errors(settings: dict[str, Any], sentence: str):
     with pytest.raises(UserError, match=sentence):
         load_images(DataConfig(**settings))
 
 
-def test_a_damaged_store_is_not_read(tmp_path, monkeypatch):
+def test_a_damaged_asset_is_not_read(tmp_path, monkeypatch):
     """The digits come from what was verified, not from what lies there."""
     stored = fetch_asset("mnist")
     by_hand = tmp_path / "assets" / "mnist" / "by-hand"

@@ -64,7 +64,7 @@ def test_subfolders_are_classes(tmp_path):
     assert load_images(config(tmp_path)).labels is None
 
 
-def test_splits_are_subfolders_or_there_is_only_train(tmp_path, monkeypatch):
+def test_splits_are_subfolders(tmp_path, monkeypatch):
     save(tmp_path / "both", ["train/cat/1.png", "train/dog/1.png", "test/dog/2.png"])
     train, test = (load_images(config(tmp_path / "both", split=s)) for s in ("train", "test"))
     assert (len(train), len(test)) == (2, 1)
@@ -107,7 +107,7 @@ def test_resizing_is_antialiased(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40)])
-def test_the_centre_is_what_stays(size):
+def test_the_centre_square_is_kept(size):
     """A quarter red, a half green, a quarter blue: the centre square is the green."""
     long = np.zeros((20, 40, 3), np.uint8)
     long[:, :10, 0], long[:, 10:30, 1], long[:, 30:, 2] = 200, 200, 200
@@ -121,7 +121,7 @@ def test_the_centre_is_what_stays(size):
     assert np.array_equal(ours.transpose(1, 2, 0), np.asarray(half.crop(box)))
 
 
-def test_enlarging(tmp_path):
+def test_images_are_enlarged(tmp_path):
     noise((3, 5)).save(tmp_path / "small.png")
     flat = np.full((2, 2, 3), 77, np.uint8)
     assert load_images(config(tmp_path, 16)).read(0, 1).shape == (1, 3, 16, 16)
@@ -132,7 +132,7 @@ def pixel(image: Image.Image, mode: str = "RGB") -> list[int]:
     return prepare(image, 1, mode)[:, 0, 0].tolist()
 
 
-def test_modes():
+def test_modes_are_converted():
     assert pixel(Image.new("L", (1, 1), 90)) == [90, 90, 90]
     assert pixel(Image.new("RGB", (1, 1), (255, 0, 0)), "L") == [76]  # 0.299 of red
     assert pixel(Image.new("1", (1, 1), 1)) == [255, 255, 255]
@@ -144,7 +144,7 @@ def test_modes():
     assert pixel(palette) == [10, 20, 30]
 
 
-def test_what_is_transparent_becomes_white():
+def test_transparent_pixels_become_white():
     assert pixel(Image.new("RGBA", (1, 1), (10, 20, 30, 0))) == [255, 255, 255]
     assert pixel(Image.new("RGBA", (1, 1), (10, 20, 30, 255))) == [10, 20, 30]
     assert pixel(Image.new("RGBA", (1, 1), (0, 0, 0, 51))) == [204, 204, 204]
@@ -155,7 +155,7 @@ def test_what_is_transparent_becomes_white():
     assert pixel(palette) == [255, 255, 255]
 
 
-def test_16_bit_png_animations_and_turned_photographs(tmp_path):
+def test_16_bit_images_animations_and_orientations_are_read(tmp_path):
     deep = np.array([[0, 256], [0x7FFF, 0xFFFF]], np.uint16)
     Image.fromarray(deep).save(tmp_path / "a-deep.png")
     frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
@@ -170,7 +170,7 @@ def test_16_bit_png_animations_and_turned_photographs(tmp_path):
     assert np.array_equal(images[2].transpose(1, 2, 0), np.asarray(picture)[::-1, ::-1])
 
 
-def test_grey_on_request(tmp_path):
+def test_mode_l_is_grey(tmp_path):
     save(tmp_path, ["1.png"])
     images = load_images(config(tmp_path, mode="L"))
     assert images.shape == (1, 8, 8)
@@ -194,7 +194,7 @@ def test_an_unreadable_image_is_named(tmp_path, harm):
         images.read(1, 3)
 
 
-def test_a_picture_that_explodes_is_named(tmp_path, monkeypatch):
+def test_a_decompression_bomb_is_named(tmp_path, monkeypatch):
     noise((100, 100)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match="bomb.png"):
@@ -210,13 +210,13 @@ def test_a_picture_that_explodes_is_named(tmp_path, monkeypatch):
         ({}, "has no images; expected files that end in .png"),
     ],
 )
-def test_bad_settings(tmp_path, options, sentence):
+def test_invalid_settings_are_user_errors(tmp_path, options, sentence):
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(UserError, match=sentence):
         load_images(config(tmp_path, **({"size": 8} | options)))
 
 
-def test_fingerprint(tmp_path):
+def test_the_fingerprint_depends_on_content_names_and_settings(tmp_path):
     save(tmp_path / "a", ["1.png", "2.png", "3.png"])
     save(tmp_path / "b", ["1.png", "2.png", "3.png"])
     first = load_images(config(tmp_path / "a")).fingerprint
@@ -230,7 +230,7 @@ def test_fingerprint(tmp_path):
     assert len(prints) == 6
 
 
-def test_contents_are_hashed_once_even_where_the_index_cannot_be_kept(tmp_path, monkeypatch):
+def test_files_are_hashed_once_unless_the_index_is_not_writable(tmp_path, monkeypatch):
     save(tmp_path / "data", ["1.png", "2.png"])
     hashed: list[str] = []
     real = atomic.sha256_file
@@ -248,7 +248,7 @@ def test_contents_are_hashed_once_even_where_the_index_cannot_be_kept(tmp_path, 
     assert load_images(config(tmp_path / "data")).fingerprint == first
 
 
-def test_links_are_followed_and_loops_are_not(tmp_path):
+def test_links_are_followed_without_loops(tmp_path):
     save(tmp_path / "elsewhere", ["1.png", "2.png"])
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "cat").symlink_to(tmp_path / "elsewhere")

@@ -63,7 +63,7 @@ def config(path: Path, split: str = "train", limit: int | None = None) -> DataCo
 
 
 @pytest.mark.parametrize("form", ["npz", "compressed npz", "pickle", "python 2 pickle"])
-def test_every_official_form_gives_the_same(tmp_path, form):
+def test_all_official_layouts_have_the_same_images(tmp_path, form):
     images, labels = make(tmp_path / "data", form)
     ours = load_images(config(tmp_path / "data"))
     assert (len(ours), ours.shape) == (34, (3, 32, 32))
@@ -78,7 +78,7 @@ def test_every_official_form_gives_the_same(tmp_path, form):
         assert np.array_equal(test.read(0, 2), images[:2] // 2)
 
 
-def test_the_folders_of_the_official_archives(tmp_path):
+def test_folders_of_the_official_archives_are_found(tmp_path):
     images, _ = make(tmp_path / "data" / "Imagenet32_train_npz", "npz")
     make(tmp_path / "data" / "Imagenet32_val", "pickle")
     (tmp_path / "data" / "Imagenet32_val" / "train_data_batch_1").unlink()
@@ -86,7 +86,7 @@ def test_the_folders_of_the_official_archives(tmp_path):
     assert len(load_images(config(tmp_path / "data", "test"))) == 2
 
 
-def test_only_the_files_that_hold_the_range_are_opened(tmp_path):
+def test_only_files_of_the_range_are_opened(tmp_path):
     images, _ = make(tmp_path, "npz")
     ours = load_images(config(tmp_path))
     for number in (1, 2, 3, 5, 6, 7, 8, 9, 10):
@@ -96,7 +96,7 @@ def test_only_the_files_that_hold_the_range_are_opened(tmp_path):
         ours.read(12, 14)
 
 
-def test_memory_stays_flat_over_the_files(tmp_path):
+def test_memory_is_constant_over_the_files(tmp_path):
     """Ten files of 12 MB each are read one after the other in far less than their 120 MB."""
     folder = tmp_path / "data"
     folder.mkdir()
@@ -122,7 +122,7 @@ def test_memory_stays_flat_over_the_files(tmp_path):
     assert int(done.stdout) < 40_000  # KiB
 
 
-def test_a_limit_does_not_look_into_later_files(tmp_path, monkeypatch):
+def test_files_after_the_limit_are_not_opened(tmp_path, monkeypatch):
     images, labels = make(tmp_path, "npz")
     seen: list[str] = []
     facts = atomic.sha256_file
@@ -139,7 +139,7 @@ def test_a_limit_does_not_look_into_later_files(tmp_path, monkeypatch):
     assert len(prints) == 5 and [len(s) for s in others] == [7, 9, 33, 34, 34]
 
 
-def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
+def test_the_fingerprint_depends_on_the_content_alone(tmp_path):
     make(tmp_path / "a", "npz")
     make(tmp_path / "b", "npz")
     first = load_images(config(tmp_path / "a")).fingerprint
@@ -152,7 +152,7 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
     assert load_images(config(tmp_path / "a")).fingerprint != first
 
 
-def test_contents_are_hashed_once(tmp_path, monkeypatch):
+def test_files_are_hashed_once(tmp_path, monkeypatch):
     make(tmp_path / "data", "pickle")
     first = load_images(config(tmp_path / "data"))
 
@@ -188,7 +188,7 @@ class Evil:
         return os.system, (f"touch {self.mark}",)
 
 
-def test_a_malicious_batch_is_refused_and_its_payload_never_runs(tmp_path):
+def test_a_malicious_batch_is_an_error_and_runs_no_code(tmp_path):
     make(tmp_path, "pickle")
     evil = {"data": np.zeros((1, 3072), np.uint8), "labels": [1], "mean": Evil(tmp_path / "ran")}
     (tmp_path / "train_data_batch_2").write_bytes(pickle.dumps(evil))
@@ -215,7 +215,7 @@ def flipped(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("harm", [truncated, flipped])
-def test_damaged_npz_is_named(tmp_path, harm):
+def test_a_damaged_npz_is_named(tmp_path, harm):
     make(tmp_path, "npz")
     path = tmp_path / "train_data_batch_1.npz"
     path.write_bytes(harm(path.read_bytes()))
@@ -235,13 +235,13 @@ def test_damaged_npz_is_named(tmp_path, harm):
         ({"data": np.zeros((1, 3072), np.uint8), "labels": [0]}, "integers from 1"),
     ],
 )
-def test_another_layout_is_refused(tmp_path, batch, sentence):
+def test_another_layout_is_a_user_error(tmp_path, batch, sentence):
     np.savez(tmp_path / "val_data.npz", **batch)
     with pytest.raises(UserError, match=sentence):
         load_images(config(tmp_path, "test")).read(0, 1)
 
 
-def test_a_file_that_changes_in_use_is_noticed(tmp_path):
+def test_a_file_that_changes_in_use_is_an_error(tmp_path):
     make(tmp_path, "npz")
     ours = load_images(config(tmp_path))
     batch = {"data": np.zeros((9, 3072), np.uint8), "labels": [1] * 9}
@@ -251,7 +251,7 @@ def test_a_file_that_changes_in_use_is_noticed(tmp_path):
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the stand-in data set is not at {REAL}")
-def test_the_real_stand_in():
+def test_the_stand_in_data_set_is_read():
     train, val = (load_images(config(REAL, split)) for split in ("train", "val"))
     assert (len(train), len(val)) == (12000, 2000)
     with zipfile.ZipFile(REAL / "train_data_batch_6.npz") as archive:
@@ -284,7 +284,7 @@ for limit in (2400, 12000):
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the stand-in data set is not at {REAL}")
-def test_encoding_five_times_as_many_images_takes_no_more_memory():
+def test_memory_of_encoding_is_independent_of_the_number_of_images():
     """All latents are 147 MB, all pixels 37 MB; a file is 4 MB, a shard of latents 7 MB."""
     command = [sys.executable, "-c", ENCODE, str(REAL)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)

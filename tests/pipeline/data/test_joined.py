@@ -19,7 +19,7 @@ def made(count: int, first: int, shape: tuple[int, int, int] = (1, 2, 2)) -> Ima
     return ImageSet(f"set{first}", "train", shape, str(first), count, ArrayPixels(images, labels))
 
 
-def test_images_lie_one_set_behind_the_other():
+def test_images_of_joined_sets_are_concatenated():
     joined = join([made(3, 0), made(4, 100), made(2, 200)])
     assert len(joined) == 9 and joined.name == "set0+set100+set200"
     values = [0, 1, 2, 100, 101, 102, 103, 200, 201]
@@ -29,18 +29,18 @@ def test_images_lie_one_set_behind_the_other():
     assert joined.take(np.array([4]))[:, 0, 0, 0].tolist() == [101]
 
 
-def test_classes_of_different_sets_are_not_mixed():
+def test_joined_sets_have_no_classes():
     assert join([made(3, 0), made(4, 100)]).labels is None
     alone = join([made(3, 0)])
     assert alone.labels is not None and alone.name == "set0"
 
 
-def test_the_fingerprint_knows_sets_and_order():
+def test_the_fingerprint_depends_on_sets_and_order():
     a, b = made(3, 0), made(4, 100)
     assert len({join(p).fingerprint for p in ([a, b], [b, a], [a], [a, a])}) == 4
 
 
-def test_shapes_must_agree():
+def test_joined_sets_need_one_shape():
     with pytest.raises(UserError, match=r"data.also: images of set100 .*sets of one shape"):
         join([made(3, 0), made(4, 100, (3, 2, 2))])
 
@@ -53,7 +53,7 @@ def test_configuration_joins_splits_and_limits_each():
     assert joined.split == "train+test"
 
 
-def test_what_measures_sees_the_first_set_alone():
+def test_evaluation_uses_the_first_set_alone():
     data = DataConfig(name="mnist", also=["mnist/train"])
     assert load_images(data.of_split("test")).fingerprint == (
         load_images(DataConfig(name="mnist", split="test")).fingerprint
@@ -66,6 +66,6 @@ def test_what_measures_sees_the_first_set_alone():
     ("also", "message"),
     [("cifra10", "data set 'cifra10' is unknown"), ("mnist/val", "mnist has no split 'val'")],
 )
-def test_a_wrong_name_is_told(also, message):
+def test_an_unknown_name_is_a_user_error(also, message):
     with pytest.raises(UserError, match=message):
         load_images(DataConfig(name="mnist", also=[also]))

@@ -42,7 +42,7 @@ def moments_of(world: World, images: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return moments.mean.double().numpy(), moments.log_var.double().numpy()
 
 
-def test_holds_the_moments_of_every_image(world: World, accelerator: Accelerator) -> None:
+def test_the_cache_has_moments_of_every_image(world: World, accelerator: Accelerator) -> None:
     cache = encode(read(world), accelerator, quiet)
     mean, log_var = moments_of(world, pictures(40, seed=1))
     np.testing.assert_allclose(cache.reader.field("mean").numpy(), mean, rtol=1e-4, atol=1e-5)
@@ -53,7 +53,7 @@ def test_holds_the_moments_of_every_image(world: World, accelerator: Accelerator
     assert cache.shape == (2, 3, 3) and cache.stochastic and len(cache) == 40
 
 
-def test_standardisation_is_numpys(world: World, accelerator: Accelerator) -> None:
+def test_standardisation_is_numpys_mean_and_std(world: World, accelerator: Accelerator) -> None:
     """Of posterior samples: the variance of the means, and the mean of the variances."""
     cache = encode(read(world), accelerator, quiet)
     mean, log_var = moments_of(world, pictures(40, seed=1))
@@ -64,7 +64,7 @@ def test_standardisation_is_numpys(world: World, accelerator: Accelerator) -> No
     np.testing.assert_allclose(scale.std.numpy(), expected, rtol=1e-4)
 
 
-def test_draws_are_standardised_samples(world: World, accelerator: Accelerator) -> None:
+def test_samples_are_standardised(world: World, accelerator: Accelerator) -> None:
     config = read(world, latents={"draws": 60})
     encode(config, accelerator, quiet)
     stage = LatentSource(config).first_stage(world.root / "run", config, accelerator)
@@ -83,7 +83,7 @@ def test_draws_are_standardised_samples(world: World, accelerator: Accelerator) 
     assert not torch.equal(z[:40], z[40:80])
 
 
-def test_a_shard_of_draws_depends_on_its_number_alone(
+def test_the_samples_of_a_shard_depend_on_its_index_alone(
     world: World, accelerator: Accelerator
 ) -> None:
     config = read(world)
@@ -94,7 +94,7 @@ def test_a_shard_of_draws_depends_on_its_number_alone(
     assert torch.equal(stage.read("z", 32, 48), expected)
 
 
-def test_mirror_images_are_a_second_set(world: World, accelerator: Accelerator) -> None:
+def test_mirror_images_follow_the_images(world: World, accelerator: Accelerator) -> None:
     cache = encode(read(world, latents={"mirror": True}), accelerator, quiet)
     images = pictures(40, seed=1)
     mean, _ = moments_of(world, np.concatenate([images, images[:, :, ::-1]]))
@@ -104,7 +104,7 @@ def test_mirror_images_are_a_second_set(world: World, accelerator: Accelerator) 
     assert np.abs(found[:40] - found[40:]).max() > 0.01
 
 
-def test_known_noise_of_a_deterministic_encoder(world: World, accelerator: Accelerator) -> None:
+def test_a_deterministic_encoder_gets_known_noise(world: World, accelerator: Accelerator) -> None:
     config = read(
         world,
         autoencoder={"name": "identity", "weights": None},
@@ -126,7 +126,7 @@ def test_known_noise_of_a_deterministic_encoder(world: World, accelerator: Accel
     assert torch.equal(first, other)
 
 
-def test_decoding_undoes_standardisation(world: World, accelerator: Accelerator) -> None:
+def test_undo_inverts_apply(world: World, accelerator: Accelerator) -> None:
     cache = encode(read(world), accelerator, quiet)
     model = load_weights(world.root / "autoencoder.safetensors")
     latents = cache.reader.field("mean")
@@ -169,7 +169,7 @@ def cached(world: World, accelerator: Accelerator) -> tuple[World, Path]:
     return world, world.caches()[0]
 
 
-def test_a_second_call_reads_what_is_there(
+def test_a_second_call_reads_the_cache(
     cached: tuple[World, Path], accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world, folder = cached
@@ -181,7 +181,7 @@ def test_a_second_call_reads_what_is_there(
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_shard_is_refused(
+def test_a_damaged_shard_is_a_user_error(
     cached: tuple[World, Path], accelerator: Accelerator, damage: str
 ) -> None:
     world, folder = cached
@@ -197,7 +197,7 @@ def test_a_damaged_shard_is_refused(
             use(read(world))
 
 
-def test_an_unfinished_cache_is_not_trained_on(cached: tuple[World, Path]) -> None:
+def test_an_incomplete_cache_is_not_opened(cached: tuple[World, Path]) -> None:
     world, folder = cached
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="of folder .* does not exist; .*jkoflow encode"):
@@ -221,7 +221,7 @@ def test_another_autoencoder_has_another_cache(
         open_cache(config)
 
 
-def test_what_changes_the_latents_changes_the_key(
+def test_settings_that_change_latents_change_the_key(
     cached: tuple[World, Path], accelerator: Accelerator
 ) -> None:
     world, _ = cached
@@ -251,7 +251,7 @@ def test_what_changes_the_latents_changes_the_key(
         ({"data": {"name": "nothing"}}, r"data set 'nothing' is unknown"),
     ],
 )
-def test_bad_settings_are_refused(
+def test_invalid_settings_are_user_errors(
     world: World, accelerator: Accelerator, sections: dict[str, Any], named: str
 ) -> None:
     with pytest.raises((UserError, ValueError), match=named):

@@ -29,7 +29,7 @@ def own_root(tmp_path, monkeypatch):
     monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path / "home"))
 
 
-def test_the_same_images_without_opening_files_again(tmp_path, monkeypatch):
+def test_the_array_has_the_same_images_and_opens_no_file(tmp_path, monkeypatch):
     images, labels = make(tmp_path / "files", "npz")
     data = DataConfig(name="imagenet32", path=str(tmp_path / "files"))
     packed = load_images(data)
@@ -65,13 +65,13 @@ def test_a_training_opens_every_file_once(tmp_path, monkeypatch):
     assert len(opened) == 11 and set(opened.values()) == {1}
 
 
-def test_a_set_that_is_quick_already_is_left_alone(tmp_path):
+def test_a_set_with_random_access_is_unchanged(tmp_path):
     images = load_images(DataConfig(name="mnist", limit=5))
     assert with_random_access(images, Accelerator(cpu=True), no_bar) is images
     assert not (tmp_path / "home" / "pixels").exists()
 
 
-def test_a_damaged_file_leaves_nothing_behind(tmp_path):
+def test_a_damaged_file_leaves_no_array(tmp_path):
     make(tmp_path / "files", "npz")
     images = load_images(DataConfig(name="imagenet32", path=str(tmp_path / "files")))
     (tmp_path / "files" / "train_data_batch_7.npz").write_bytes(b"no archive")

@@ -93,7 +93,7 @@ def test_train_agrees_up_to_rounding(alone: World, tmp_path: Path) -> None:
         ("autoencoder", "FloatingPointError", ["loss is nan at step 0"]),
     ],
 )
-def test_what_one_process_fails_at_all_raise(
+def test_an_error_of_one_rank_is_raised_on_all(
     tmp_path: Path, job: str, kind: str, words: list[str]
 ) -> None:
     """None is left waiting for the others, and all say the same."""
@@ -106,12 +106,12 @@ def test_what_one_process_fails_at_all_raise(
 @pytest.mark.parametrize(
     ("job", "outcome"), [("first clock", [0, False]), ("second clock", [3, True])]
 )
-def test_all_stop_by_the_clock_of_the_first(tmp_path: Path, job: str, outcome: list[Any]) -> None:
+def test_rank_0_decides_when_all_ranks_stop(tmp_path: Path, job: str, outcome: list[Any]) -> None:
     """None is left in a step that another does not take."""
     assert run_job(job, tmp_path) == [outcome, outcome]
 
 
-def test_networks_trained_apart_are_those_of_one_process(tmp_path: Path) -> None:
+def test_networks_sharded_over_ranks_equal_those_of_one_rank(tmp_path: Path) -> None:
     """With checkpoints, which any number of processes may go on from."""
     source = GaussianSource(count=64)
     for name in ("alone", "stopped"):  # the second goes on where two processes stopped
@@ -141,11 +141,11 @@ def test_networks_trained_apart_are_those_of_one_process(tmp_path: Path) -> None
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-def test_an_ordinary_step_raises_nowhere(tmp_path: Path) -> None:
+def test_a_step_without_error_raises_on_no_rank(tmp_path: Path) -> None:
     assert run_job("ordinary", tmp_path) == [None, None]
 
 
-def test_one_of_several_leaves_with_its_code_and_its_words() -> None:
+def test_a_rank_exits_with_its_code_and_output() -> None:
     """Without the interpreter's own end, so what Python holds back must be written before."""
     words = (
         "import atexit, pipeline.__main__ as m; atexit.register(print, 'taken down');"

@@ -16,7 +16,7 @@ def draw(*parts: int | str) -> torch.Tensor:
     return torch.randn(4, generator=generator(*parts))
 
 
-def test_the_same_in_every_process() -> None:
+def test_a_generator_is_the_same_in_every_process() -> None:
     code = (
         "import torch; from pipeline.runtime.rng import generator; "
         "print(torch.randint(10**9, (5,), generator=generator(3, 'order', 2)).tolist())"
@@ -28,13 +28,13 @@ def test_the_same_in_every_process() -> None:
     assert said.strip() == str(here)
 
 
-def test_other_parts_other_draws() -> None:
+def test_other_parts_give_another_stream() -> None:
     parts = [(0,), (1,), (0, 0), ("0",), (0, "a"), ("a", 0), (0, "a", 1), (12, 3), (1, 23)]
     drawn = {tuple(draw(*p).tolist()) for p in parts}
     assert len(drawn) == len(parts)
 
 
-def test_the_global_state_is_left_alone() -> None:
+def test_the_global_state_is_unchanged() -> None:
     torch.manual_seed(5)
     expected = torch.randn(3)
     torch.manual_seed(5)
@@ -56,7 +56,7 @@ def test_every_epoch_is_a_permutation(count: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_the_shares_of_all_ranks_are_the_batch(ranks: int) -> None:
+def test_the_indices_of_all_ranks_are_the_batch(ranks: int) -> None:
     whole = Batches(50, 10, 0)
     for step in (0, 3, 4, 11):
         shares = [Batches(50, 10, 0).indices(step, rank, ranks) for rank in range(ranks)]
@@ -66,7 +66,7 @@ def test_the_shares_of_all_ranks_are_the_batch(ranks: int) -> None:
         assert torch.equal(together, whole.indices(step))
 
 
-def test_any_step_can_be_drawn_first() -> None:
+def test_any_step_can_be_sampled_first() -> None:
     forwards = Batches(11, 4, 2)
     in_order = [forwards.indices(step) for step in range(9)]
     for step in (8, 0, 5, 2):
@@ -74,7 +74,7 @@ def test_any_step_can_be_drawn_first() -> None:
         assert torch.equal(forwards.indices(step), in_order[step])
 
 
-def test_more_processes_than_samples() -> None:
+def test_more_ranks_than_samples_is_a_user_error() -> None:
     batches = Batches(50, 2, 0)
     assert [len(batches.indices(0, rank, 2)) for rank in range(2)] == [1, 1]
     with pytest.raises(UserError, match="batch_size is 2; expected at least .*3"):

@@ -44,7 +44,7 @@ def temporaries(folder: Path) -> list[Path]:
     return list(folder.glob(f"{atomic.TEMPORARY_PREFIX}*"))
 
 
-def test_returns_the_sha256_of_what_lies_there(tmp_path):
+def test_write_returns_the_sha256_of_the_file(tmp_path):
     path = tmp_path / "new" / "folder" / "file"
     digest = atomic.write_with(path, lambda f: [f.write(b"one "), f.write(memoryview(b"two"))])
     assert path.read_bytes() == b"one two"
@@ -53,14 +53,14 @@ def test_returns_the_sha256_of_what_lies_there(tmp_path):
     atomic.verify_file(path, digest)
 
 
-def test_numpy_writes_through_it(tmp_path):
+def test_numpy_writes_to_the_stream(tmp_path):
     array = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
     digest = atomic.write_with(tmp_path / "a.npy", lambda f: np.lib.format.write_array(f, array))
     assert np.array_equal(np.load(tmp_path / "a.npy"), array)
     assert digest == atomic.sha256_file(tmp_path / "a.npy")
 
 
-def test_tensors_come_back_with_their_bits(tmp_path):
+def test_tensors_are_read_bit_for_bit(tmp_path):
     torch.manual_seed(0)
     tensors = {"a": torch.randn(5, 3).t(), "b": torch.tensor([1, -2])}
     tensors["c"] = torch.tensor(0.1).bfloat16()
@@ -71,7 +71,7 @@ def test_tensors_come_back_with_their_bits(tmp_path):
     }
 
 
-def test_json_comes_back_and_has_no_nan(tmp_path):
+def test_json_is_read_back_and_has_no_nan(tmp_path):
     atomic.write_json(tmp_path / "j", {"a": [1, 0.1, None]})
     assert atomic.read_json(tmp_path / "j", "thing") == {"a": [1, 0.1, None]}
     with pytest.raises(ValueError, match="JSON"):
@@ -80,7 +80,7 @@ def test_json_comes_back_and_has_no_nan(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "empty", "missing", "foreign"])
-def test_damage_is_refused_and_named(tmp_path, harm):
+def test_a_damaged_file_is_named(tmp_path, harm):
     path = tmp_path / "t.safetensors"
     digest = atomic.write_tensors(path, {"a": torch.arange(1000.0)})
     data = bytearray(path.read_bytes())
@@ -111,7 +111,7 @@ def test_damaged_or_absent_json_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
-def test_a_failing_writer_leaves_the_old_file(tmp_path, error):
+def test_a_failed_write_keeps_the_old_file(tmp_path, error):
     path = tmp_path / "file"
     atomic.write_bytes(path, b"old")
 
@@ -125,7 +125,7 @@ def test_a_failing_writer_leaves_the_old_file(tmp_path, error):
     assert temporaries(tmp_path) == []
 
 
-def test_killed_in_the_middle_the_old_file_stands_and_the_rest_is_swept(tmp_path):
+def test_a_killed_write_keeps_the_old_file_and_its_rest_is_removed(tmp_path):
     path = tmp_path / "file"
     atomic.write_bytes(path, b"old")
 
@@ -149,7 +149,7 @@ def test_killed_in_the_middle_the_old_file_stands_and_the_rest_is_swept(tmp_path
     assert path.read_bytes() == b"new"
 
 
-def test_killed_at_any_moment_the_file_is_one_version_or_the_other(tmp_path):
+def test_a_write_killed_at_any_moment_leaves_one_version(tmp_path):
     path = tmp_path / "file"
     versions = [bytes([i]) * (300_000 + i) for i in range(4)]
     allowed = {hashlib.sha256(v).hexdigest() for v in versions}
@@ -174,7 +174,7 @@ def test_killed_at_any_moment_the_file_is_one_version_or_the_other(tmp_path):
     assert temporaries(tmp_path) == []
 
 
-def test_a_file_larger_than_the_disk_allows(tmp_path):
+def test_a_file_beyond_the_size_limit_is_an_error(tmp_path):
     """The kernel refuses in the middle of the file, as a full disk does."""
     path = tmp_path / "file"
     atomic.write_bytes(path, b"old")
@@ -194,7 +194,7 @@ def test_a_file_larger_than_the_disk_allows(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_disk_full_is_one_sentence(tmp_path, monkeypatch):
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     real = open
     monkeypatch.setattr(atomic, "open", lambda _, mode: real("/dev/full", mode), raising=False)
     with pytest.raises(JkoflowError, match=r"could not be written \(No space left on device\)"):
@@ -202,7 +202,7 @@ def test_disk_full_is_one_sentence(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_disk_may_refuse_as_late_as_the_sync(tmp_path, monkeypatch):
+def test_an_error_of_the_sync_is_one_sentence(tmp_path, monkeypatch):
     def refuse(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -213,7 +213,7 @@ def test_the_disk_may_refuse_as_late_as_the_sync(tmp_path, monkeypatch):
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
 
 
-def test_synced_before_it_is_renamed(tmp_path, monkeypatch):
+def test_a_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     """A rename may reach the disk before the data does, unless the data was synced first."""
     order = []
     fsync, replace = os.fsync, os.replace
@@ -229,7 +229,7 @@ def test_a_folder_that_is_a_file_is_one_sentence(tmp_path):
         atomic.write_bytes(tmp_path / "file" / "below", b"x")
 
 
-def test_sweep_spares_other_machines_until_they_are_a_day_old(tmp_path):
+def test_temporaries_of_other_machines_are_kept_for_a_day(tmp_path):
     other = tmp_path / f"{atomic.TEMPORARY_PREFIX}shard-1.safetensors-0123abcd-1-89abcdef"
     odd = tmp_path / f"{atomic.TEMPORARY_PREFIX}x"
     for path in (other, odd):

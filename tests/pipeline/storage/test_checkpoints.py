@@ -40,18 +40,18 @@ STATE: dict[str, Any] = {
 }
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_a_state_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     save_checkpoint(path, STATE)
     assert_equal(load_checkpoint(path), STATE)
 
 
-def test_same_state_same_bytes(tmp_path: Path) -> None:
+def test_equal_states_have_equal_bytes(tmp_path: Path) -> None:
     first, second = save_checkpoint(tmp_path / "a", STATE), save_checkpoint(tmp_path / "b", STATE)
     assert first == second and (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_an_optimiser_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_a_restored_optimiser_continues_bit_for_bit(tmp_path: Path) -> None:
     def training() -> tuple[torch.nn.Linear, torch.optim.Adam]:
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2)
@@ -78,7 +78,7 @@ def test_an_optimiser_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(resumed.weight, whole.weight) and torch.equal(resumed.bias, whole.bias)
 
 
-def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
+def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "state"
     save_checkpoint(path, {"x": torch.arange(4.0), "step": 3})
     whole = path.read_bytes()
@@ -98,7 +98,7 @@ def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -1])
-def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_file_is_a_user_error(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "state"
     save_checkpoint(path, STATE)
     path.write_bytes(path.read_bytes()[:keep])
@@ -106,7 +106,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
         load_checkpoint(path)
 
 
-def test_absent_or_foreign(tmp_path: Path) -> None:
+def test_an_absent_or_other_file_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_checkpoint(tmp_path / "nothing")
     from safetensors.torch import save_file

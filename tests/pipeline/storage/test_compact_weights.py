@@ -26,7 +26,7 @@ def weights() -> dict[str, torch.Tensor]:
     }
 
 
-def test_ten_bits_are_within_half_a_step_of_their_neighbours() -> None:
+def test_ten_bits_round_to_half_a_step() -> None:
     before = weights()
     stored = quantise(before, "int10")
     after = dequantise(stored)
@@ -49,14 +49,14 @@ def test_ten_bits_are_within_half_a_step_of_their_neighbours() -> None:
 
 
 @pytest.mark.parametrize("name", DTYPES)
-def test_what_was_rounded_once_is_rounded_to_itself(name: str) -> None:
+def test_quantisation_is_idempotent(name: str) -> None:
     once = dequantise(quantise(weights(), name))
     again = dequantise(quantise(once, name))
     assert all(torch.equal(once[key].float(), again[key].float()) for key in weights())
 
 
 @pytest.mark.parametrize("name", DTYPES)
-def test_what_cannot_be_rounded_stays(name: str) -> None:
+def test_values_that_overflow_are_unchanged(name: str) -> None:
     tensors = {"large": torch.tensor([1e30, 1.0]), "bad": torch.tensor([[float("nan"), 1.0]])}
     kept = dequantise(quantise(tensors, name))
     torch.testing.assert_close(kept["large"].float(), tensors["large"], rtol=1e-2, atol=0)
@@ -64,7 +64,7 @@ def test_what_cannot_be_rounded_stays(name: str) -> None:
 
 
 @pytest.mark.parametrize("nets", [1, 2])
-def test_a_unet_of_ten_bits_is_nearly_the_same_field(nets: int) -> None:
+def test_a_quantised_unet_has_nearly_the_same_output(nets: int) -> None:
     config = VelocityConfig(
         kind="unet", width=16, depth=1, heads=1, classes=3, nets=nets, zero_init=False
     )

@@ -58,7 +58,7 @@ def flip(path: Path, place: int = -1) -> None:
     path.write_bytes(data)
 
 
-def test_reads_what_was_written(folder: Path) -> None:
+def test_a_store_is_read_back(folder: Path) -> None:
     store = open_store(folder, "store", IDENTITY)
     everything = rows(0, COUNT)
     assert len(store) == COUNT
@@ -79,7 +79,7 @@ def test_any_number_of_processes_writes_the_same_bytes(
     assert content(tmp_path / "other") == content(folder)
 
 
-def test_resumes_at_the_missing_shards(folder: Path) -> None:
+def test_writing_resumes_at_the_missing_shards(folder: Path) -> None:
     expected = content(folder)
     (folder / "manifest.json").unlink()
     (folder / shard_name(1)).unlink()
@@ -92,7 +92,7 @@ def test_resumes_at_the_missing_shards(folder: Path) -> None:
     assert content(folder) == expected
 
 
-def test_a_foreign_shard_is_written_again(folder: Path, tmp_path: Path) -> None:
+def test_a_shard_of_another_store_is_written_again(folder: Path, tmp_path: Path) -> None:
     """Same shapes, another key; and one of ours in the wrong place."""
     write(tmp_path / "foreign", {**IDENTITY, "seed": 4})
     expected = content(folder)
@@ -108,7 +108,7 @@ def test_a_foreign_shard_is_written_again(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "flip header", "truncate", "foreign", "remove"])
-def test_a_damaged_shard_is_refused_by_name(folder: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path, damage: str) -> None:
     path = folder / shard_name(2)
     if damage == "flip":
         flip(path)
@@ -125,7 +125,7 @@ def test_a_damaged_shard_is_refused_by_name(folder: Path, tmp_path: Path, damage
         open_store(folder, "store", IDENTITY)
 
 
-def test_without_its_manifest_it_is_unfinished(folder: Path) -> None:
+def test_a_store_without_manifest_is_incomplete(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="store .* is incomplete"):
         open_store(folder, "store")
@@ -133,7 +133,7 @@ def test_without_its_manifest_it_is_unfinished(folder: Path) -> None:
         open_store(folder / "nowhere", "store")
 
 
-def test_another_identity_is_told_by_what_differs(folder: Path) -> None:
+def test_another_identity_is_named_by_its_differences(folder: Path) -> None:
     with pytest.raises(UserError, match="made from other seed;"):
         open_store(folder, "store", {**IDENTITY, "seed": 4})
     with pytest.raises(UserError, match="made from other kind, more;"):
@@ -141,13 +141,13 @@ def test_another_identity_is_told_by_what_differs(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}', '"\\ud800"'])
-def test_a_damaged_manifest_is_refused(folder: Path, text: str) -> None:
+def test_a_damaged_manifest_is_a_user_error(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=r"manifest|format 1"):
         open_store(folder, "store", IDENTITY)
 
 
-def test_stores_that_differ_in_one_thing(folder: Path, tmp_path: Path) -> None:
+def test_similar_stores_differ_in_one_key(folder: Path, tmp_path: Path) -> None:
     """The longest first; none that is damaged, too short, of other things, or the one itself."""
     place = tmp_path / "place"
     for seed, count in ((1, COUNT), (2, 2 * COUNT), (3, COUNT), (IDENTITY["seed"], COUNT)):
@@ -169,7 +169,7 @@ def test_stores_that_differ_in_one_thing(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(atomic.read_tensors(writer.folder / shard_name(0))["x"], rows(0, SHARD + 1))
 
 
-def test_a_manifest_with_a_missing_entry_is_refused(folder: Path) -> None:
+def test_a_manifest_without_an_entry_is_a_user_error(folder: Path) -> None:
     path = folder / "manifest.json"
     for entry in ("shards", "count", "key"):
         whole = path.read_text()
@@ -190,7 +190,7 @@ def test_extra_entries_are_computed_from_the_samples(tmp_path: Path) -> None:
     assert open_store(tmp_path, "store").manifest["sum"] == expected
 
 
-def test_bad_sizes(tmp_path: Path) -> None:
+def test_invalid_sizes_are_user_errors(tmp_path: Path) -> None:
     for count, size in ((0, 5), (5, 0), (-1, 5)):
         with pytest.raises(UserError, match="expected at least 1"):
             StoreWriter(tmp_path, IDENTITY, count, size)
@@ -200,7 +200,7 @@ def test_bad_sizes(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_key_is_of_the_content_not_of_the_order() -> None:
+def test_the_key_is_independent_of_the_order() -> None:
     assert content_key({"a": 1, "b": [2.5, None]}) == content_key({"b": [2.5, None], "a": 1})
     assert content_key({"a": 1}) != content_key({"a": 2})
     with pytest.raises(ValueError):

@@ -28,7 +28,7 @@ def test_rows_are_means_since_the_last_row(tmp_path: Path) -> None:
     assert second["total"] == pytest.approx(10.0) and "norm" not in second
 
 
-def test_rewinding_drops_later_rows_and_torn_lines(tmp_path: Path) -> None:
+def test_rewinding_drops_later_rows_and_partial_lines(tmp_path: Path) -> None:
     with Journal(tmp_path) as journal:
         for block, step in ((0, 2), (0, 4), (1, 2), (1, 4), (1, 6)):
             journal.add({"total": 1.0})
@@ -51,7 +51,7 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+def test_tensorboard_gets_the_same_values(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with Journal(tmp_path) as journal:

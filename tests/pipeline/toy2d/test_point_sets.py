@@ -34,7 +34,7 @@ def test_points_come_from_the_generator_and_fill_the_window(name):
         assert inside > 0.99 and x.abs().max() > 2.5
 
 
-def test_shapes_are_where_their_formulas_say():
+def test_points_follow_their_formulas():
     moons = draw("two_moons")
     centre = torch.where(moons[:, 1] > 0, -1.0, 1.0)  # the tips, which cross, are left out
     radius = torch.hypot(moons[:, 0] - centre, moons[:, 1] - 0.5 * centre)
@@ -85,7 +85,7 @@ def entropy(name, n):
     return -float(point_set(name).log_density(draw(name, n)).double().mean())
 
 
-def test_known_entropies():
+def test_entropies_equal_closed_forms():
     assert entropy("checkerboard", 1000) == pytest.approx(math.log(32))
     exact = 0.5 * math.log((2 * math.pi * math.e) ** 2 * 24)
     assert entropy("gaussian", 200000) == pytest.approx(exact, abs=0.01)
@@ -115,7 +115,7 @@ def test_a_picture_file_becomes_its_density(tmp_path):
     assert empty.item() == -math.inf
 
 
-def test_transparency_is_paper(tmp_path):
+def test_transparent_pixels_have_no_density(tmp_path):
     rgba = np.zeros((2, 2, 4), np.uint8)
     rgba[0, 0, 3] = 255  # one black pixel, the others transparent
     Image.fromarray(rgba, "RGBA").save(tmp_path / "dot.png")
@@ -134,7 +134,7 @@ def test_transparency_is_paper(tmp_path):
         (lambda folder: PictureDensity.from_ink(np.array([[1.0, -1.0]])), "expected non-negative"),
     ],
 )
-def test_mistakes_are_one_sentence(tmp_path, call, words):
+def test_invalid_settings_are_one_sentence(tmp_path, call, words):
     (tmp_path / "text.png").write_text("no pixels")
     Image.new("L", (3, 3), 255).save(tmp_path / "blank.png")
     with pytest.raises(UserError, match=words) as caught:

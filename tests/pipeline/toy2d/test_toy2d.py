@@ -69,7 +69,7 @@ def test_every_point_set_has_its_configuration():
         PointSource(config)
 
 
-def test_a_run_leaves_its_pictures_and_numbers(finished):
+def test_a_run_writes_pictures_and_metrics(finished):
     folder, metrics = finished
     samples = folder / "samples"
     for name in ("samples", "density", "trajectories", "movement"):
@@ -86,7 +86,7 @@ def test_a_run_leaves_its_pictures_and_numbers(finished):
     assert not list(folder.rglob(f"{atomic.TEMPORARY_PREFIX}*"))
 
 
-def test_a_stopped_run_ends_where_an_unstopped_one_does(finished, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
     config = tiny("gaussian", "train.max_minutes=1e-9")
     metrics, calls = None, 0
     while metrics is None:
@@ -103,7 +103,7 @@ def test_a_run_is_not_overwritten(finished):
         run(tiny(), finished[0])
 
 
-def test_an_unfinished_run_is_finished_by_its_own_verb(tmp_path):
+def test_an_unfinished_run_is_finished_by_its_own_command(tmp_path):
     config = tiny("gaussian", "train.max_minutes=1e-9")
     with contextlib.suppress(JkoflowError):
         run(config, tmp_path / "run")
@@ -111,7 +111,7 @@ def test_an_unfinished_run_is_finished_by_its_own_verb(tmp_path):
         open_run(tmp_path / "run")
 
 
-def test_a_run_goes_on_with_the_points_it_began_with(finished, tmp_path):
+def test_a_resumed_run_keeps_its_points(finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     for change in ("points.train=77", "train.seed=5"):
         with pytest.raises(UserError, match=f"started with {change.partition('=')[0]}="):
@@ -120,7 +120,7 @@ def test_a_run_goes_on_with_the_points_it_began_with(finished, tmp_path):
     assert measured["nll"]["n"] == 50
 
 
-def test_identity_flow_on_the_gaussian_is_measured_right():
+def test_metrics_of_the_identity_flow_equal_closed_forms():
     """z = x: NLL is E[½‖x‖² + log 2π] / 2, the gap KL(N(0, Σ) ‖ N(0, I)) / 2; MMD sees it."""
     flow = fresh_flow((2,), [BlockSpec(VelocityConfig("mlp", width=4, depth=1))])
     source = PointSource(tiny("gaussian", "points.test=4000", "points.compare=400"))
@@ -139,7 +139,7 @@ def test_identity_flow_on_the_gaussian_is_measured_right():
     assert metrics["inversion_mse"] < 1e-10
 
 
-def test_a_point_rounded_across_the_edge_of_its_support_is_left_out():
+def test_points_outside_the_support_are_left_out():
     flow = fresh_flow((2,), [BlockSpec(VelocityConfig("mlp", width=4, depth=1))])
     source = PointSource(tiny("gaussian", "points.test=200", "points.compare=50"))
     whole = measure(flow, source, torch.device("cpu"))
@@ -151,7 +151,7 @@ def test_a_point_rounded_across_the_edge_of_its_support_is_left_out():
         assert metrics[key] == pytest.approx(whole[key], abs=0.05) and metrics[key] != whole[key]
 
 
-def test_points_of_different_uses_are_different_and_repeat():
+def test_points_of_each_use_differ_and_repeat():
     source = PointSource(tiny())
     first, again = source.draw("test", 0, 10), PointSource(tiny()).draw("test", 0, 10)
     assert torch.equal(first, again)
@@ -162,12 +162,12 @@ def test_points_of_different_uses_are_different_and_repeat():
     assert source.manifest()["standardisation"] == {"mean": [0.0, 0.0], "std": [1.0, 1.0]}
 
 
-def test_grid_runs_along_x_first_and_from_below():
+def test_grid_centres_run_along_x_first():
     grid = grid_centres(3, (-3.0, 3.0))
     assert grid[:4].tolist() == [[-2, -2], [0, -2], [2, -2], [-2, 0]]
 
 
-def test_command_line(tmp_path, monkeypatch):
+def test_the_command_trains_measures_and_plots(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sets = [word for value in TINY for word in ("--set", value)]
     result = CliRunner().invoke(app, ["toy2d", "-c", "toy2d/gaussian", *sets])
@@ -187,7 +187,7 @@ def test_command_line(tmp_path, monkeypatch):
         (lambda: PointSource(tiny("gaussian", "data.name=picture")), "data.path is null"),
     ],
 )
-def test_mistakes_are_one_sentence(call, words):
+def test_invalid_settings_are_one_sentence(call, words):
     with pytest.raises(UserError, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
