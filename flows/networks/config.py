@@ -68,7 +68,7 @@ class VelocityConfig:
     image_channels: int = 0
     classes: int = 0
     class_dropout: float = field(default=0.1, compare=False)  # it does not change the network
-    zero_init: bool = True
+    zero_init: bool = field(default=True, metadata={"key": False})  # not a setting of a run
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
