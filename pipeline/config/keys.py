@@ -51,10 +51,9 @@ class Key:
         return type_name(self.kind)
 
 
-@cache
 def keys(schema: type) -> dict[str, Key]:
     """List the keys of a schema by name, those of conditional sections included."""
-    return {key.name: key for key in _keys(schema, "", {})}
+    return _keys_by_name(schema)
 
 
 def count(*schemas: type) -> int:
@@ -78,11 +77,20 @@ def resume_rule(name: str, schema: type = Config) -> str:
     return str(keys(schema)[name].metadata.get("resume", "fixed"))
 
 
-@cache
 def fields_of(schema: type) -> dict[str, Any]:
     """Return the types of a dataclass's fields, in order, without its constants."""
+    return _fields_of(schema)
+
+
+@cache
+def _keys_by_name(schema: type) -> dict[str, Key]:
+    return {key.name: key for key in _keys(schema, "", {})}
+
+
+@cache
+def _fields_of(schema: type) -> dict[str, Any]:
     hints = typing.get_type_hints(schema)
-    items = dataclasses.fields(schema)  # type: ignore[arg-type]
+    items = dataclasses.fields(schema)
     return {item.name: hints[item.name] for item in items if item.metadata.get("key", True)}
 
 
@@ -120,7 +128,7 @@ def type_name(kind: object) -> str:
 def _keys(schema: type, prefix: str, inherited: dict[str, Any]) -> Iterator[Key]:
     meanings = meanings_of(schema)
     hints = fields_of(schema)
-    for item in dataclasses.fields(schema):  # type: ignore[arg-type]
+    for item in dataclasses.fields(schema):
         if item.name not in hints:
             continue
         kind = hints[item.name]

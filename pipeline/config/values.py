@@ -49,7 +49,7 @@ def check_bounds(name: str, value: object, rules: Mapping[str, Any]) -> None:
     if value is None or not bounds:
         return
     several = isinstance(value, (list, tuple))
-    parts = list(value) if several else [value]  # type: ignore[call-overload]
+    parts: list[Any] = list(value) if several else [value]  # type: ignore[call-overload]
     right = all(
         math.isfinite(part) and all(BOUNDS[rule][1](part, bound) for rule, bound in bounds.items())
         for part in parts
