@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flows.errors import FlowError
 from flows.networks.base import Velocity
 from flows.networks.condition import Condition, bind
-from flows.solving.divergence import Divergence
+from flows.solving.divergence import Divergence, Probes
 from flows.solving.integration import Integrator, make_segments
 from flows.solving.solver import SolverConfig
 
@@ -64,7 +64,7 @@ class Block(nn.Module):
         z: Tensor,
         reverse: bool = False,
         divergence: Divergence | None = None,
-        eps: Tensor | None = None,
+        eps: Tensor | Probes | None = None,
         solver: SolverConfig | None = None,
         condition: Condition | None = None,
     ) -> Transport:
@@ -74,7 +74,8 @@ class Block(nn.Module):
             z: samples (B, *shape) at t = 0; with ``reverse`` at t = 1.
             reverse: whether to go from 1 to 0, which is the inverse map.
             divergence: estimator of ∇·v; None skips the log-det.
-            eps: the estimator's probes (n, B, *shape), from ``divergence.draw_probe``.
+            eps: the estimator's probes (n, B, *shape), from ``divergence.draw_probe``; or those of
+                each evaluation, on a fixed grid without the adjoint method.
             solver: overrides the block's own.
             condition: labels, images and guidance of the samples.
 

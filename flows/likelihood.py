@@ -10,7 +10,8 @@ from torch import Tensor
 
 from flows.flow import Flow
 from flows.networks.condition import Condition, in_chunks
-from flows.solving.divergence import Divergence, make_divergence
+from flows.solving.divergence import Divergence
+from flows.solving.estimators import make_divergence
 from flows.solving.solver import SolverConfig
 
 

@@ -12,7 +12,7 @@ from flows.block import Block
 from flows.errors import FlowError
 from flows.networks.base import Velocity, optional
 from flows.networks.condition import Condition
-from flows.solving.divergence import Divergence
+from flows.solving.divergence import Divergence, Probes
 
 INTERPOLANTS = ("linear", "trigonometric")
 
@@ -60,7 +60,7 @@ def jko_loss(
     z: Tensor,
     h: float | None,
     divergence: Divergence,
-    eps: Tensor | None = None,
+    eps: Tensor | Probes | None = None,
     labels: Tensor | None = None,
 ) -> JkoLoss:
     """Compute the objective of one JKO step.
@@ -76,7 +76,8 @@ def jko_loss(
         z: samples (B, *shape), transported by the blocks before it.
         h: step size, positive; None for the free block, which has no movement term.
         divergence: estimator of ∇·v.
-        eps: the estimator's probes (n, B, *shape), held through the solve.
+        eps: the estimator's probes (n, B, *shape), held through the solve, or those of each
+            evaluation.
         labels: int64 (B,), for a block with classes.
 
     Returns:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
-from flows.errors import SolveError
+from flows.errors import FlowError, SolveError
 from flows.networks.base import SmoothPiece, Velocity
 from flows.networks.piecewise import split_steps
-from flows.solving.divergence import Divergence
+from flows.solving.divergence import Divergence, Probes
 from flows.solving.solver import SolverConfig
 
 #: the samples (B, *shape) and, with a divergence, its integrals (n, B)
@@ -51,8 +51,12 @@ class Integrator:
         segments: the segments of the field, in the order of time.
         reverse: whether to go from t = 1 to t = 0.
         divergence: estimator of ∇·v; None solves for the samples alone.
-        eps: the estimator's probes (n, B, *shape).
+        eps: the estimator's probes (n, B, *shape), held through the solve, or those of each
+            evaluation.
         solver: the settings.
+
+    Raises:
+        FlowError: each evaluation has its own probes, but the solver needs held ones.
 
     Attributes:
         check_evaluations: whether every evaluation is checked. An adaptive solver must, because it
@@ -67,9 +71,14 @@ class Integrator:
         segments: Sequence[Segment],
         reverse: bool,
         divergence: Divergence | None,
-        eps: Tensor | None,
+        eps: Tensor | Probes | None,
         solver: SolverConfig,
     ) -> None:
+        if callable(eps) and (solver.adaptive or solver.adjoint):
+            raise FlowError(
+                "an adaptive solver or the adjoint method needs probes that are held through the "
+                "solve, found one for each evaluation; draw them with draw_probe(z, generator)"
+            )
         self.segments = segments[::-1] if reverse else segments
         self.reverse = reverse
         self.divergence = divergence
@@ -204,7 +213,9 @@ class _RightHandSide:
         if integrator.divergence is None:
             rate = (self.velocity(t, z),)
         else:
-            rate = integrator.divergence.estimates(self.velocity, t, z, integrator.eps)
+            eps = integrator.eps
+            probes = eps(integrator.evaluations - 1) if callable(eps) else eps
+            rate = integrator.divergence.estimates(self.velocity, t, z, probes)
         if integrator.check_evaluations:
             self._check("the velocity", rate[0])
             if len(rate) == 2 and not bool(rate[1].isfinite().all()):

@@ -22,7 +22,8 @@ from torch import Tensor
 from autoencoders.base import Moments, to_float
 from eval.plots import before_after
 from flows.likelihood import LogProb, log_prob
-from flows.solving.divergence import Divergence, make_divergence
+from flows.solving.divergence import Divergence
+from flows.solving.estimators import make_divergence
 from flows.solving.solver import SolverConfig
 from pipeline.config.schema import DataConfig
 from pipeline.data.datasets import load_images

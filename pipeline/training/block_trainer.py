@@ -20,7 +20,8 @@ from flows.errors import SolveError
 from flows.networks.condition import Condition
 from flows.networks.image_condition import ImageConditionedNetwork
 from flows.objectives.losses import JkoLoss, LfmLoss, jko_loss
-from flows.solving.divergence import Divergence, make_divergence
+from flows.solving.divergence import Divergence
+from flows.solving.estimators import make_divergence
 from flows.spec import BlockSpec
 from pipeline.config.schema import JkoConfig, MatchingConfig, TrainConfig, of_block
 from pipeline.errors import JkoflowError

@@ -9,7 +9,7 @@ import torch
 
 from flows.errors import SolveError
 from flows.networks.piecewise import aligned_steps
-from flows.solving.divergence import make_divergence
+from flows.solving.estimators import make_divergence
 from flows.solving.solver import FIXED_METHODS, SolverConfig
 from pipeline.errors import JkoflowError
 from pipeline.runtime.console import Progress, say

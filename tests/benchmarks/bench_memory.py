@@ -25,7 +25,7 @@ import torch
 
 from eval.plots import curves
 from flows.networks.config import VelocityConfig
-from flows.solving.divergence import FiniteDifference
+from flows.solving.estimators import FiniteDifference
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec
 from pipeline.config.load import from_resolved, to_dict

@@ -42,7 +42,8 @@ from flows.networks.config import VelocityConfig
 from flows.networks.mlp import MlpVelocity
 from flows.networks.registry import make_velocity
 from flows.objectives.losses import jko_loss
-from flows.solving.divergence import Divergence, FiniteDifference, Hutchinson
+from flows.solving.divergence import Divergence
+from flows.solving.estimators import FiniteDifference, Hutchinson
 from flows.solving.solver import SolverConfig
 from pipeline.runtime.system import keep_freed_memory, peak_memory
 

@@ -15,7 +15,7 @@ from flows.networks.condition import Condition
 from flows.networks.config import VelocityConfig
 from flows.networks.piecewise import PiecewiseVelocity
 from flows.networks.registry import make_velocity
-from flows.solving.divergence import Exact
+from flows.solving.estimators import Exact
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec
 from tests.flows.problems import Affine, fresh_flow

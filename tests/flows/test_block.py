@@ -15,7 +15,7 @@ from flows.block import Block
 from flows.errors import FlowError, SolveError
 from flows.networks.config import VelocityConfig
 from flows.networks.registry import make_velocity
-from flows.solving.divergence import Exact, FiniteDifference, Hutchinson
+from flows.solving.estimators import Exact, FiniteDifference, Hutchinson
 from flows.solving.solver import FIXED_METHODS, SolverConfig
 from tests.flows.problems import (
     PROBLEMS,

@@ -13,7 +13,7 @@ from flows.likelihood import log_prob
 from flows.networks.config import VelocityConfig
 from flows.objectives.losses import jko_loss
 from flows.objectives.schedule import step_sizes, stopping_ratio
-from flows.solving.divergence import Exact
+from flows.solving.estimators import Exact
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
 from tests.flows.closed_form import entropy, jko_iterates, jko_scale, jko_step, kl_to_standard

@@ -15,7 +15,7 @@ from flows.flow import Flow
 from flows.likelihood import log_normal, log_prob
 from flows.networks.config import VelocityConfig
 from flows.refinement import refine_blocks
-from flows.solving.divergence import Hutchinson
+from flows.solving.estimators import Hutchinson
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec
 from tests.flows.problems import Formula, fresh_flow, points, rebuilt

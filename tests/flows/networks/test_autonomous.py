@@ -20,7 +20,7 @@ from flows.networks.base import Velocity
 from flows.networks.config import VelocityConfig
 from flows.networks.registry import KINDS, make_velocity
 from flows.objectives.losses import jko_loss
-from flows.solving.divergence import Exact
+from flows.solving.estimators import Exact
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
 from tests.flows.problems import points

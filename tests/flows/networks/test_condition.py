@@ -17,7 +17,7 @@ from flows.networks.config import VelocityConfig
 from flows.networks.registry import KINDS, make_velocity
 from flows.objectives.coupling import optimal_pairing
 from flows.objectives.losses import jko_loss
-from flows.solving.divergence import Exact, FiniteDifference, Hutchinson
+from flows.solving.estimators import Exact, FiniteDifference, Hutchinson
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec
 from tests.flows.problems import Affine, affine, fresh_flow, points, regression

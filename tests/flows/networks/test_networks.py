@@ -12,7 +12,7 @@ from flows.networks.config import VelocityConfig
 from flows.networks.layers import TimeFeatures
 from flows.networks.piecewise import TimeSlice
 from flows.networks.registry import KINDS, make_velocity
-from flows.solving.divergence import Exact
+from flows.solving.estimators import Exact
 from tests.flows.problems import Breathing, points
 
 SMALL = VelocityConfig(width=8, depth=2, time_features=4, heads=2)

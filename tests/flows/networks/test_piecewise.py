@@ -16,7 +16,7 @@ from flows.networks.config import VelocityConfig
 from flows.networks.piecewise import PiecewiseVelocity, TimeSlice
 from flows.networks.registry import KINDS, make_velocity
 from flows.refinement import refine_blocks
-from flows.solving.divergence import Exact, FiniteDifference, Hutchinson
+from flows.solving.estimators import Exact, FiniteDifference, Hutchinson
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec
 from tests.flows.problems import Coupled, Formula, affine, fresh_flow, points, rebuilt

@@ -12,7 +12,7 @@ from flows.errors import FlowError
 from flows.networks.config import VelocityConfig
 from flows.networks.registry import make_velocity
 from flows.objectives.losses import interpolate, jko_loss, matching_loss, ou_target
-from flows.solving.divergence import Exact, FiniteDifference
+from flows.solving.estimators import Exact, FiniteDifference
 from flows.solving.solver import SolverConfig
 from tests.flows.problems import Formula, affine, block_of, points, regression
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from flows.solving.divergence import make_divergence
+from flows.solving.estimators import make_divergence
 from flows.solving.solver import SolverConfig
 from pipeline.errors import JkoflowError
 from pipeline.runs.manifest import read_manifest

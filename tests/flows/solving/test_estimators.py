@@ -11,7 +11,7 @@ from flows.errors import FlowError
 from flows.networks.base import Velocity
 from flows.networks.config import VelocityConfig
 from flows.networks.registry import KINDS, make_velocity
-from flows.solving.divergence import Exact, FiniteDifference, Hutchinson, make_divergence
+from flows.solving.estimators import Exact, FiniteDifference, Hutchinson, make_divergence
 from tests.flows.problems import Coupled, points
 
 SHAPES = [(2,), (6,), (3, 2), (2, 2, 3)]
