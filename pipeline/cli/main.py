@@ -129,4 +129,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - every error becomes one sentence
         if debug:
             traceback.print_exc()
+        if type(error).__name__ == "NoArgsIsHelpError":  # of typer's own copy of click or another
+            print(error, file=sys.stderr)
         return fail(*explain(error))

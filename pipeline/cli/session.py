@@ -19,8 +19,10 @@ def explain(error: Exception) -> tuple[str, int]:
     """Describe an error in one sentence; return it with the exit code 2 (user error) or 1."""
     if isinstance(error, typer.Abort):
         return INTERRUPTED, 1
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return "no command given; see --help", 2
     if hasattr(error, "format_message"):  # errors of typer, from its own copy of click or another
-        return f"{error.format_message() or 'no command given'}; see --help", 2
+        return f"{error.format_message()}; see --help", 2
     if isinstance(error, JkoflowError):
         return str(error), error.exit_code
     if isinstance(error, (ValueError, FileNotFoundError)):

@@ -243,12 +243,15 @@ def test_settings_that_change_latents_change_the_key(
     ("sections", "named"),
     [
         ({"latents": {"batch_size": 0}}, r"latents\.batch_size is 0; expected at least 1"),
-        ({"latents": {"shard_size": 0}}, r"shard size 0; expected at least 1"),
-        ({"data": {"size": 10}}, r"images of shape \(1, 12, 12\).*\(1, 10, 10\)"),
-        ({"data": {"mode": "RGB"}}, r"images of shape \(1, 12, 12\).*\(3, 12, 12\)"),
-        ({"autoencoder": {"weights": "nothing"}}, r"unknown autoencoder weights 'nothing'"),
-        ({"autoencoder": {"name": "nothing"}}, r"unknown autoencoder 'nothing'"),
-        ({"data": {"name": "nothing"}}, r"data set 'nothing' is unknown"),
+        ({"latents": {"shard_size": 0}}, r"latents\.shard_size is 0; expected at least 1"),
+        ({"data": {"size": 10}}, r"shape \(1, 10, 10\); expected \(1, 12, 12\)"),
+        ({"data": {"mode": "RGB"}}, r"shape \(3, 12, 12\); expected \(1, 12, 12\)"),
+        ({"autoencoder": {"weights": "nothing"}}, r"weights are 'nothing'; expected one of"),
+        ({"autoencoder": {"name": "nothing"}}, r"autoencoder\.name is 'nothing'; expected"),
+        (
+            {"data": {"name": "nothing", "path": None, "size": None, "mode": "RGB"}},
+            r"data set 'nothing' is unknown",
+        ),
     ],
 )
 def test_invalid_settings_are_user_errors(
