@@ -1,6 +1,6 @@
 """Two-dimensional experiments: points → trained flow → pictures and numbers.
 
-Everything lands in the run directory, beside what `train` writes: samples/metrics.json and the
+The run directory also gets, besides the files of `train`: samples/metrics.json and the
 pictures of `pipeline.toy2d.figures`.
 
 Reference: JKO-iFlow, the two-dimensional experiments.

@@ -60,7 +60,7 @@ def point_set(name: str, path: str | Path | None = None) -> PointSet:
 
 
 def two_moons(n: int, generator: torch.Generator) -> Tensor:
-    """Sample two interleaved half circles of radius 2, with noise 0.2."""
+    """Sample points (n, 2) of two interleaved half circles of radius 2, with noise 0.2."""
     angle = math.pi * _uniform(n, generator)
     lower = torch.randint(2, (n,), generator=generator).bool()
     x = torch.where(lower, 1 - angle.cos(), angle.cos()) - 0.5
@@ -69,7 +69,7 @@ def two_moons(n: int, generator: torch.Generator) -> Tensor:
 
 
 def checkerboard(n: int, generator: torch.Generator) -> Tensor:
-    """Sample uniformly on the eight dark squares, of side 2, of a 4 × 4 board on [-4, 4]²."""
+    """Sample points (n, 2) uniformly on the eight dark squares of a 4 × 4 board on [-4, 4]²."""
     row = torch.randint(4, (n,), generator=generator)
     column = 2 * torch.randint(2, (n,), generator=generator) + row % 2
     inside = torch.rand((n, 2), generator=generator)
@@ -87,7 +87,7 @@ _RADIUS, _STD = 4 / math.sqrt(2), 0.5 / math.sqrt(2)
 
 
 def eight_gaussians(n: int, generator: torch.Generator) -> Tensor:
-    """Sample eight Gaussians of standard deviation 0.354 on a circle of radius 2.83."""
+    """Sample points (n, 2) of eight Gaussians of deviation 0.354 on a circle of radius 2.83."""
     centre = _centres()[torch.randint(8, (n,), generator=generator)]
     return centre + _STD * _normal(n, generator)
 
@@ -100,14 +100,14 @@ def eight_gaussians_log_density(points: Tensor) -> Tensor:
 
 
 def swiss_roll(n: int, generator: torch.Generator) -> Tensor:
-    """Sample the spiral r = t / 3.8 for t in [1.5π, 4.5π], with noise 0.15."""
+    """Sample points (n, 2) of the spiral r = t / 3.8, t in [1.5π, 4.5π], with noise 0.15."""
     t = 1.5 * math.pi * (1 + 2 * _uniform(n, generator))
     roll = torch.stack([t * t.cos(), t * t.sin()], dim=1) / 3.8
     return roll + 0.15 * _normal(n, generator)
 
 
 def circles(n: int, generator: torch.Generator) -> Tensor:
-    """Sample two circles of radius 3 and 1.5, with noise 0.2."""
+    """Sample points (n, 2) of two circles of radius 3 and 1.5, with noise 0.2."""
     angle = 2 * math.pi * _uniform(n, generator)
     radius = 1.5 * (1 + torch.randint(2, (n,), generator=generator))
     ring = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
@@ -115,7 +115,7 @@ def circles(n: int, generator: torch.Generator) -> Tensor:
 
 
 def pinwheel(n: int, generator: torch.Generator) -> Tensor:
-    """Sample five arms: Gaussians along the radius, rotated by an angle that grows with it."""
+    """Sample points (n, 2) of five arms: Gaussians along the radius, rotated more the farther out."""
     arm = torch.randint(5, (n,), generator=generator)
     local = _normal(n, generator) * torch.tensor([0.3, 0.1]) + torch.tensor([1.0, 0.0])
     angle = 2 * math.pi * arm / 5 + 0.25 * local[:, 0].exp()
@@ -129,7 +129,7 @@ _COVARIANCE = ((7.0, 5.0), (5.0, 7.0))
 
 
 def gaussian(n: int, generator: torch.Generator) -> Tensor:
-    """Sample N(0, [[7, 5], [5, 7]])."""
+    """Sample points (n, 2) of N(0, [[7, 5], [5, 7]])."""
     root = torch.linalg.cholesky(torch.tensor(_COVARIANCE))
     return _normal(n, generator) @ root.T
 
@@ -143,7 +143,7 @@ def gaussian_log_density(points: Tensor) -> Tensor:
 
 
 def rose(n: int, generator: torch.Generator) -> Tensor:
-    """Sample the density of the rose."""
+    """Sample points (n, 2) of the density of the rose."""
     return rose_density().sample(n, generator)
 
 
@@ -153,7 +153,7 @@ def rose_log_density(points: Tensor) -> Tensor:
 
 
 def tree(n: int, generator: torch.Generator) -> Tensor:
-    """Sample the density of the tree."""
+    """Sample points (n, 2) of the density of the tree."""
     return tree_density().sample(n, generator)
 
 

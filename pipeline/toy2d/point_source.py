@@ -42,7 +42,7 @@ class PointSource:
         self.fingerprint = hashlib.sha256(few.numpy().tobytes()).hexdigest()
 
     def draw(self, use: str, index: int, n: int) -> Tensor:
-        """The n points of a use (train, test, …) and an index; float32 (n, 2)."""
+        """Draw the points of a use (train, test, …) and an index; float32 (n, 2)."""
         parts = (self.seed, "points", self.points.name, use, index)
         return self.points.sample(n, generator(*parts))
 
@@ -65,7 +65,7 @@ class PointSource:
         return ensure_stage(run, identity, self.settings.train, size, make, accelerator)
 
     def manifest(self) -> dict[str, Any]:
-        """The points are not standardised: their scale is part of the experiment."""
+        """Describe the points, whose scale is part of the experiment: they are not standardised."""
         return {
             "standardisation": {"mean": [0.0, 0.0], "std": [1.0, 1.0]},
             "data": {
