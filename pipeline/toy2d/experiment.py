@@ -1,7 +1,7 @@
 """Two-dimensional experiments: points → trained flow → pictures and numbers.
 
-The run directory also gets, besides the files of `train`: samples/metrics.json and the
-pictures of `pipeline.toy2d.figures`.
+The run directory gets the files of `train`, samples/metrics.json, and the pictures of
+`pipeline.toy2d.figures`.
 
 Reference: JKO-iFlow, the two-dimensional experiments.
 """

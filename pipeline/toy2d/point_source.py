@@ -65,7 +65,7 @@ class PointSource:
         return ensure_stage(run, identity, self.settings.train, size, make, accelerator)
 
     def manifest(self) -> dict[str, Any]:
-        """Describe the points, whose scale is part of the experiment: they are not standardised."""
+        """Describe the points; they are not standardised, for their scale matters."""
         return {
             "standardisation": {"mean": [0.0, 0.0], "std": [1.0, 1.0]},
             "data": {
