@@ -53,7 +53,7 @@ def test_an_autoencoder_that_fits_is_left_as_it_is() -> None:
         assert adapt(inner, (3, 32, 32), adaptation) is inner
 
 
-def test_another_shape_is_refused_unless_it_may_be_fitted() -> None:
+def test_another_shape_raises_unless_it_may_be_fitted() -> None:
     with pytest.raises(ValueError, match=r"shape \(1, 28, 28\); expected \(3, 32, 32\)"):
         adapt(model(), (1, 28, 28), Adaptation())
 
@@ -79,7 +79,7 @@ def test_digits_through_an_rgb_autoencoder(size: int, seen: int) -> None:
 
 
 @torch.no_grad()
-def test_what_resizing_alone_loses() -> None:
+def test_the_error_of_resizing_alone() -> None:
     # pixel space, so that nothing but the resizing and the channels can lose anything
     smooth = torch.linspace(-1, 1, 28).expand(2, 1, 28, 28)
     pixels = adapt(IdentityAutoencoder((3, 28, 28)), (1, 28, 28), Adaptation("native"))
@@ -106,7 +106,7 @@ def test_native_encodes_at_the_images_own_size() -> None:
     assert "encoder.down.1.attn.0.q.weight" in inner.state_dict()
 
 
-def test_what_cannot_be_fitted() -> None:
+def test_images_that_cannot_be_fitted_raise() -> None:
     with pytest.raises(ValueError, match="expected multiples of"):
         adapt(model(), (3, 27, 27), Adaptation("native"))
     with pytest.raises(ValueError, match="images have 3 channels; expected 1, or 1 to replicate"):

@@ -202,7 +202,7 @@ def test_a_tiny_autoencoder(tmp_path: Path) -> None:
 
 
 @needs_diffusers
-def test_a_pipeline_folder_and_what_is_refused(tmp_path: Path) -> None:
+def test_a_pipeline_folder_loads_and_other_models_raise(tmp_path: Path) -> None:
     theirs = Official("ldm-kl-f4")
     write_twin(tmp_path / "pipeline" / "vae", theirs, "ldm-kl-f4")
     assert ours.load_diffusers(str(tmp_path / "pipeline"), (32, 32)).latent_shape == (3, 8, 8)
@@ -283,14 +283,14 @@ def busy_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @needs_diffusers
-def test_a_hub_that_cannot_be_had_is_asked_once(busy_hub: list[str]) -> None:
+def test_an_unreachable_hub_gets_one_request(busy_hub: list[str]) -> None:
     with pytest.raises(ValueError, match=r"its hub id \(is there a network\?\): .*503"):
         ours.load_diffusers("nobody/no-such-autoencoder/vae", (32, 32))
     assert busy_hub == ["/nobody/no-such-autoencoder/resolve/main/vae/config.json"]
 
 
 @needs_diffusers
-def test_what_the_hub_sent_before_needs_no_network(
+def test_a_cached_model_needs_no_network(
     busy_hub: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     stored = tmp_path / "models--somebody--model"
@@ -311,7 +311,9 @@ def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
         build_autoencoder("diffusers", "someone/something", SHAPE)
 
 
-def test_what_is_neither_a_folder_nor_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_is_neither_a_folder_nor_a_hub_id_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", sys)
     for source in ("nowhere", "./no/where", "/no/where"):
         with pytest.raises(ValueError, match="neither a folder nor a hub id"):

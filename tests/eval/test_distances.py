@@ -64,7 +64,7 @@ def test_frechet_of_a_set_with_itself_is_zero():
         assert 0 <= frechet_distance(a, a) < 1e-7
 
 
-def test_frechet_refuses_what_cannot_be_compared():
+def test_frechet_of_other_dimensions_or_empty_sets_raises():
     with pytest.raises(ValueError, match="have 2 and 3 dimensions"):
         frechet_distance(GaussianStats(2), GaussianStats(3))
     with pytest.raises(ValueError, match="at least 2 images"):

@@ -32,7 +32,7 @@ def no_network():
     raise AssertionError("statistics need no network")
 
 
-def test_folder_reads_what_pytorch_fid_reads(folder, random_network, random_reference):
+def test_a_folder_gives_the_features_of_pytorch_fid(folder, random_network, random_reference):
     images = FolderImages(folder)
     assert [f.name for f in images.files] == ["a.png", "b.png", "c.png", "d.png", "e.jpg", "f.png"]
     found = torch.cat([random_network.features(batch) for batch in images.batches()])

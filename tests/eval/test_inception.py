@@ -97,6 +97,6 @@ def test_a_list_of_different_sizes_is_as_one_by_one(random_network):
     [torch.rand(2, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8),
      torch.zeros(2, 4, 8, 8, dtype=torch.uint8)],
 )  # fmt: skip
-def test_other_images_are_refused(random_network, bad):
+def test_images_of_another_dtype_or_shape_raise(random_network, bad):
     with pytest.raises(ValueError, match="expected uint8"):
         random_network.features(bad)

@@ -59,7 +59,7 @@ def test_missing_and_misshapen_tensors_are_named(state):
         check_state({**state, key: torch.zeros(7, 7)})
 
 
-def test_damaged_files_are_refused(state, tmp_path):
+def test_damaged_files_raise(state, tmp_path):
     for name in ("a.pth", "a.safetensors"):
         (tmp_path / name).write_bytes(b"not a network")
         with pytest.raises(ValueError, match="Inception weights"):
@@ -71,7 +71,7 @@ def test_damaged_files_are_refused(state, tmp_path):
         read_weights(tmp_path / "absent.pth")
 
 
-def test_a_pickle_that_runs_code_is_refused(tmp_path):
+def test_a_pickle_that_runs_code_raises(tmp_path):
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))

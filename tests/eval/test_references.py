@@ -57,7 +57,7 @@ def test_shipped_references_are_whole(name):
     assert 0.1 < reference.stats.mean.mean() < 1  # pool3 features are averages of ReLUs
 
 
-def test_bad_cards_and_files_are_refused(stats, tmp_path):
+def test_bad_cards_and_files_raise(stats, tmp_path):
     with pytest.raises(ValueError, match="lacks split, content_sha256"):
         reference_bytes(stats, {k: CARD[k] for k in ("dataset", "n", "extractor")})
     with pytest.raises(ValueError, match="n is 399 in the card and 400 in the statistics"):
@@ -71,7 +71,7 @@ def test_bad_cards_and_files_are_refused(stats, tmp_path):
         read_reference(tmp_path / "absent")
 
 
-def test_a_file_of_ones_own_is_a_reference_too(tmp_path):
+def test_a_reference_can_be_loaded_from_any_file(tmp_path):
     rng = np.random.default_rng(0)
     made = stats_from(rng.normal(size=(40, 2048)))
     path = tmp_path / "mine.safetensors"

@@ -230,7 +230,7 @@ def test_a_yaml_that_asks_for_another_network(
         official.architecture_of(official.read_yaml(edited(tmp_path, layout, **values)), SHAPE)
 
 
-def test_usual_values_of_unusual_keys_are_let_be(tmp_path: Path) -> None:
+def test_unusual_keys_may_have_their_usual_values(tmp_path: Path) -> None:
     path = edited(
         tmp_path, "ldm-vq-f4", tanh_out=False, resamp_with_conv=True, attn_type="vanilla"
     )

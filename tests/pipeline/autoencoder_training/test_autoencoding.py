@@ -110,7 +110,7 @@ def test_train_then_evaluate(
         assert code == 2 and named in last
 
 
-def test_a_gumbel_autoencoder_is_refused_before_anything_is_written(
+def test_a_gumbel_encoder_cannot_be_trained(
     capsys: pytest.CaptureFixture[str], world: World
 ) -> None:
     out, weights = world.root / "gumbel", world.root / "gumbel.safetensors"

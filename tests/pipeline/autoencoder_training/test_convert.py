@@ -134,7 +134,7 @@ class Payload:
         return (os.system, (f"echo ran > {self.marker}",))
 
 
-def test_a_malicious_checkpoint_is_refused_and_nothing_is_written(
+def test_a_malicious_checkpoint_raises_and_nothing_is_written(
     made: tuple[Official, Path, Path], tmp_path: Path
 ) -> None:
     theirs, checkpoint, description = made

@@ -54,7 +54,7 @@ def test_a_decoder_alone_is_trained_on(accelerator: Accelerator) -> None:
     assert any(t.dtype == torch.float32 for k, t in stored.items() if k.startswith("encoder."))
 
 
-def test_a_second_stage_resumed_equals_never_stopped(accelerator: Accelerator) -> None:
+def test_a_resumed_second_stage_equals_an_uninterrupted_one(accelerator: Accelerator) -> None:
     start = finished_start(accelerator)
     whole = second_stage(accelerator, start)
     run(whole, 6)

@@ -37,7 +37,7 @@ def test_it_learns(accelerator: Accelerator, flavour: str) -> None:
 @pytest.mark.parametrize(
     ("flavour", "optimizer"), [("kl", "adam"), ("vq", "adam"), ("kl", "muon")]
 )
-def test_resumed_equals_never_stopped(
+def test_a_resumed_training_equals_an_uninterrupted_one(
     accelerator: Accelerator, flavour: str, optimizer: str
 ) -> None:
     recipe: dict[str, Any] = {"adversarial_start": 2, "flip": True, "optimizer": optimizer}
@@ -55,7 +55,7 @@ def test_resumed_equals_never_stopped(
             assert torch.equal(found.state_dict()[key], tensor), f"{name} {key}"
 
 
-def test_the_discriminator_starts_when_told(accelerator: Accelerator) -> None:
+def test_the_discriminator_starts_at_its_step(accelerator: Accelerator) -> None:
     made = trainer(accelerator, adversarial_start=2)
     start = copy.deepcopy(made.discriminator.state_dict())
     terms = run(made, 2)
@@ -174,7 +174,7 @@ def test_every_step_has_the_learning_rates_of_the_schedule(accelerator: Accelera
         assert other == pytest.approx(0.3 * expected)
 
 
-def test_a_loss_that_is_not_finite_is_told(accelerator: Accelerator) -> None:
+def test_a_loss_that_is_not_finite_raises(accelerator: Accelerator) -> None:
     made = trainer(accelerator)
     made.model.decoder.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(
@@ -202,7 +202,7 @@ def test_uneven_shares_give_the_gradient_of_the_whole_batch(accelerator: Acceler
     torch.testing.assert_close(mean_of(ranks), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_bad_recipes_are_told() -> None:
+def test_values_out_of_range_raise() -> None:
     for changes, named in (
         ({"iterations": 0}, "at least 1"),
         ({"precision": "fp8"}, "precision"),
@@ -253,7 +253,7 @@ def test_an_output_beyond_the_grey_levels_is_pulled_back(accelerator: Accelerato
     assert bias[1] < 50.0
 
 
-def test_momentum_is_the_discriminators_unless_told(accelerator: Accelerator) -> None:
+def test_the_default_momentum_is_the_discriminators(accelerator: Accelerator) -> None:
     def weight(discriminator: str, momentum: float | None) -> torch.Tensor:
         made = trainer(accelerator, discriminator=discriminator, momentum=momentum)
         run(made, 3)
@@ -264,7 +264,7 @@ def test_momentum_is_the_discriminators_unless_told(accelerator: Accelerator) ->
         assert not torch.equal(weight(discriminator, None), weight(discriminator, 0.9))
 
 
-def test_a_recipe_says_what_does_not_go_together() -> None:
+def test_settings_that_contradict_each_other_raise() -> None:
     with pytest.raises(ValueError, match="decoder_only needs start"):
         AutoencoderTraining(decoder_only=True)
     with pytest.raises(ValueError, match="patchgan, r1, not 'wgan'"):
