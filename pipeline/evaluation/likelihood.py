@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -248,7 +248,7 @@ def _load(data: DataConfig, settings: LikelihoodSettings, shape: list[int]) -> I
     if settings.folder is None:
         return held_out_images(data)
     channels, height, _ = shape
-    mode = "L" if channels == 1 else "RGB"
+    mode: Literal["L", "RGB"] = "L" if channels == 1 else "RGB"
     return load_images(
         DataConfig(name="folder", path=str(settings.folder), size=height, mode=mode)
     )
