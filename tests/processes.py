@@ -26,7 +26,13 @@ from flows.flow import Flow
 from flows.spec import BlockSpec, build_block
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
 from pipeline.config.autoencoder_recipe import AutoencoderTraining
-from pipeline.config.schema import GenerateConfig, JkoConfig, SamplerConfig, TrainConfig
+from pipeline.config.schema import (
+    GenerateConfig,
+    JkoConfig,
+    MatchingConfig,
+    SamplerConfig,
+    TrainConfig,
+)
 from pipeline.errors import UserError
 from pipeline.evaluation.features import SHARD, FeatureExtractor
 from pipeline.runtime.rng import generator
@@ -36,6 +42,7 @@ from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.train import train
 from tests.autoencoders.models import blobs, config
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
+from tests.pipeline.records import synthetic_manifest
 
 ROOT = Path(__file__).parents[1]
 RANKS = 2
@@ -77,7 +84,8 @@ def block(accelerator: Accelerator, folder: Path, objective: str, size: float) -
     stage = GaussianSource(count=8, bad=3, value=size).first_stage(folder, tiny(), accelerator)
     spec = BlockSpec(velocity=tiny().velocity, h=None, objective=objective)
     made = build_block(spec, (2,), generator(0, "weights", 0))
-    trainer = BlockTrainer(made, spec, stage, TrainConfig(batch_size=8), JkoConfig(), accelerator)
+    options = JkoConfig() if objective == "jko" else MatchingConfig()
+    trainer = BlockTrainer(made, spec, stage, TrainConfig(batch_size=8), options, accelerator)
     try:
         trainer.step()
     except Exception as error:  # noqa: BLE001 - what it is, is the question
@@ -131,7 +139,7 @@ def images(accelerator: Accelerator, folder: Path) -> Any:
     run: Any = SimpleNamespace(
         folder=folder, fingerprint="none", flow=Flow((2,)), autoencoder=lambda: None,
         config=SimpleNamespace(sampler=SamplerConfig("rk4", 1)),
-        manifest={"autoencoder": {"image_shape": [1, 2, 2]}, "blocks": []},
+        manifest=synthetic_manifest("none", (2,)),
     )  # fmt: skip
 
     def sample(*_: Any) -> torch.Tensor:
@@ -158,15 +166,15 @@ def clock(accelerator: Accelerator, folder: Path, ahead: int) -> Any:
     return [done.trained, done.complete]
 
 
-#: two networks, which two processes train apart; clipped, so that the norm of all counts
-APART = ("train.objective=fm", "velocity.kind=mlp", "velocity.width=8", "velocity.depth=1",
+#: two networks in one block; gradients are clipped, so the norm over all of them counts
+NETWORKS = ("train.objective=fm", "velocity.kind=mlp", "velocity.width=8", "velocity.depth=1",
          "velocity.nets=2", "sampler.steps=4", "train.iterations=12", "fm.snapshot_every=5",
          "train.grad_clip=0.5", "train.lr=0.01", "train.ema=0.9", "train.log_every=4")  # fmt: skip
 
 
-def apart(accelerator: Accelerator, folder: Path, halt: bool) -> Any:
-    """Whether a training of two networks ends, and the weights of this process then."""
-    config = tiny(*APART, *(("train.max_minutes=1e-9",) if halt else ()))
+def networks(accelerator: Accelerator, folder: Path, halt: bool) -> Any:
+    """Whether a training of two networks is complete."""
+    config = tiny(*NETWORKS, *(("train.max_minutes=1e-9",) if halt else ()))
     source = GaussianSource(count=64)
     return train(config, folder / "run", accelerator, quiet, True, source).complete
 
@@ -179,8 +187,8 @@ JOBS: dict[str, Callable[[Accelerator, Path], Any]] = {
     "images": images,
     "first clock": partial(clock, ahead=0),
     "second clock": partial(clock, ahead=1),
-    "apart": partial(apart, halt=False),
-    "apart, halted": partial(apart, halt=True),
+    "networks": partial(networks, halt=False),
+    "networks, halted": partial(networks, halt=True),
     "unsolvable": partial(block, objective="jko", size=float("1e38")),
     "infinite": partial(block, objective="lfm", size=1e30),
     "ordinary": partial(block, objective="lfm", size=1.0),

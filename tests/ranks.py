@@ -9,18 +9,24 @@ from torch import Tensor
 class Rank:
     """Stands in for an accelerator.
 
+    Args:
+        rank: of the process.
+        ranks: number of processes.
+        present: sum over ranks that each `reduce(…, "sum")` returns; None returns its input.
+
     Attributes:
-        given: what was to be averaged, in order.
+        given: the tensors to average, in order.
     """
 
-    def __init__(self, rank: int, ranks: int) -> None:
+    def __init__(self, rank: int, ranks: int, present: list[bool] | None = None) -> None:
+        self.present = present
         self.process_index, self.num_processes = rank, ranks
         self.is_main_process, self.device = rank == 0, torch.device("cpu")
         self.given: list[Tensor] = []
 
     def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
         if reduction == "sum":  # by which processes agree on something
-            return tensor
+            return tensor if self.present is None else torch.tensor(self.present).to(tensor)
         assert reduction == "mean"
         self.given.append(tensor.detach().clone().flatten())
         return tensor

@@ -15,18 +15,17 @@ from autoencoders.taming import TamingAutoencoder
 from eval.plots import before_after
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
 from pipeline.config.autoencoder_recipe import AutoencoderConfig
-from pipeline.config.keys import resume_rule
-from pipeline.config.load import differences, read_resolved, to_dict
+from pipeline.config.load import to_dict
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet, with_random_access
 from pipeline.errors import JkoflowError, UserError
 from pipeline.evaluation.real_images import subset_indices
-from pipeline.runs.directory import ENVIRONMENT, start_run, write_environment
+from pipeline.runs.directory import ResumePolicy, RunDirectory
 from pipeline.runtime.console import Progress
 from pipeline.runtime.rng import Batches, generator
 from pipeline.storage import atomic
 from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
-from pipeline.storage.training_log import Journal
+from pipeline.storage.training_log import TrainingLog
 
 WEIGHTS = "autoencoder.safetensors"
 _CHECKPOINT = "checkpoint.safetensors"
@@ -77,7 +76,10 @@ def train_autoencoder(
             "an encoder; set training.decoder_only=true, or choose other weights"
         )
     trainer = AutoencoderTrainer(architecture, recipe, accelerator, start)
-    _open_folder(config, folder, resume, accelerator)
+    policy = ResumePolicy(
+        resume, "jkoflow autoencoder train --out", changes=(), noun="training"
+    )
+    RunDirectory.open_or_create(folder, config, policy, accelerator)
     images = with_random_access(images, accelerator, progress)
     checkpoint, began, before = folder / _CHECKPOINT, time.monotonic(), 0.0
     if checkpoint.is_file():
@@ -93,18 +95,18 @@ def train_autoencoder(
             seconds = before + time.monotonic() - began
             save_checkpoint(checkpoint, {"trainer": trainer.state(), "seconds": seconds})
 
-    with Journal(folder, accelerator.is_main_process) as journal:
-        journal.rewind(0, trainer.done)
+    with TrainingLog(folder, accelerator.is_main_process) as log:
+        log.rewind(0, trainer.done)
         todo = range(trainer.done, recipe.iterations)
         for step in progress(todo, len(todo), "autoencoder"):
             batch = images.take(batches.indices(step, rank, ranks).numpy())
             step_generator = generator(recipe.seed, "autoencoder", step, rank)
             try:
-                journal.add(trainer.step(torch.from_numpy(batch), step_generator))
+                log.add(trainer.step(torch.from_numpy(batch), step_generator))
             except FloatingPointError as error:
                 raise JkoflowError(str(error)) from error
             if trainer.done % _LOG_EVERY == 0 or trainer.done == recipe.iterations:
-                journal.flush(0, trainer.done, trainer.done)
+                log.flush(0, trainer.done, trainer.done)
             if time.monotonic() - saved > recipe.checkpoint_seconds:
                 save()
                 saved = time.monotonic()
@@ -139,46 +141,6 @@ def write_reconstructions(folder: Path, images: Tensor, reconstructions: Tensor)
             file, images, reconstructions, columns=8, titles=("images", "reconstructions")
         ),
     )
-
-
-def _open_folder(
-    config: AutoencoderConfig, folder: Path, resume: bool, accelerator: Accelerator
-) -> None:
-    """Start a folder, or check that its training can be continued; all ranks call it."""
-    path = folder / "config.yaml"
-    started = path.is_file()
-    if started and not resume:
-        raise UserError(
-            f"{folder} has a training; expected an empty folder, or --resume to continue; choose "
-            "another folder with --out"
-        )
-    if started:
-        _require_same(read_resolved(AutoencoderConfig, path), config, folder)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if not started:
-            start_run(folder, config)
-        elif not (folder / ENVIRONMENT).is_file():  # the process stopped before writing it
-            write_environment(folder)
-    accelerator.wait_for_everyone()
-
-
-def _require_same(old: AutoencoderConfig, new: AutoencoderConfig, folder: Path) -> None:
-    """Check that a training continues under the same configuration.
-
-    The number of iterations must not change either, because it determines the schedule.
-    """
-    changed = {
-        key: values
-        for key, values in differences(old, new).items()
-        if resume_rule(key, AutoencoderConfig) != "free"
-    }
-    if changed:
-        settings = ", ".join(f"{key}={was} (now {now})" for key, (was, now) in changed.items())
-        raise UserError(
-            f"the training in {folder} started with {settings}; expected the same settings; "
-            "continue with them, or choose another folder with --out"
-        )
 
 
 def _finish(

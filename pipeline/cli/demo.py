@@ -48,13 +48,13 @@ def run_demo(config: Config, folder: Path, accelerator: Accelerator) -> None:
     from pipeline.assets.fetch import ASSETS, fetch_asset
     from pipeline.data.latent_cache import encode
     from pipeline.evaluation.tables import metrics_line, metrics_table
+    from pipeline.runs.directory import ResumePolicy, RunDirectory
     from pipeline.runs.movement_plot import plot_movement
     from pipeline.runs.run import open_run
     from pipeline.sampling.generate import sample_images
     from pipeline.sampling.image_files import write_grid
     from pipeline.sampling.sampling_plan import SamplingPlan
     from pipeline.storage import atomic
-    from pipeline.training.resume import enter
     from pipeline.training.train import train
 
     if accelerator.num_processes > 1:
@@ -62,7 +62,7 @@ def run_demo(config: Config, folder: Path, accelerator: Accelerator) -> None:
             f"the demo has {accelerator.num_processes} processes; expected 1; use the single "
             "commands on several"
         )
-    enter(config, folder, accelerator, resume=True)
+    RunDirectory.open_or_create(folder, config, ResumePolicy(resume=True), accelerator)
     timer = _StepTimer(folder / "seconds.json")
     for name in ["inception"] + ([config.data.name] if config.data.name in ASSETS else []):
         timer.run(f"fetch {name}", partial(fetch_asset, name))

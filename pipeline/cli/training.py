@@ -55,7 +55,7 @@ def distill_command(
 ) -> None:
     """Distill a run: merge its blocks into fewer that need few solver steps; writes a run."""
     from pipeline.distillation import distill as merging
-    from pipeline.runs.manifest import read_manifest
+    from pipeline.runs.directory import read_manifest
     from pipeline.runs.run import open_run
     from pipeline.toy2d.point_source import PointSource
 
@@ -63,7 +63,7 @@ def distill_command(
     settings = merging.Distillation(pairs, steps, method)
     config = merging.student_config(teacher, settings, overrides or [], max_minutes)
     accelerator = make_accelerator()
-    source = None if "autoencoder" in teacher.manifest else PointSource(config)
+    source = None if teacher.manifest.autoencoder else PointSource(config)
     outcome = merging.distill(
         teacher, out, config, pairs, accelerator, progress_bar, resume, source
     )

@@ -1,13 +1,12 @@
-"""A finished run → a run of fewer blocks that few solver steps can follow.
+"""Distillation: a finished run → a run of fewer blocks, each integrated in few solver steps.
 
-Consecutive blocks of the teacher, T_k … T_{k+c−1}, are merged into one: its velocity is regressed
-on the straight ways from samples z to T_{k+c−1}∘…∘T_k(z) (see
-`pipeline.training.matching_loss.pair_loss`).
-Samples are the training data pushed through the teacher, group by group, so every group is trained
-on what the teacher itself sees, and no error adds up while training. Straight trajectories are
-straight in both directions, and sampling needs the way back; both errors are measured and kept.
+Consecutive blocks T_k … T_{k+c−1} of the teacher are merged into one, whose velocity is regressed
+on the straight paths from samples z to T_{k+c−1}∘…∘T_k(z)
+(`pipeline.distillation.distilled_blocks.pair_loss`). The samples are the training data pushed
+through the teacher, so errors of one merged block do not affect the next. Sampling integrates in
+reverse, so the error is measured in both directions and recorded.
 
-The result is an ordinary run directory; the teacher and its fingerprint are in flow.json.
+The result is an ordinary run directory; flow.json records the teacher's blocks.
 
 Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024), distillation.
 """
@@ -18,40 +17,44 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
 from pipeline.config.load import overridden
 from pipeline.config.schema import Config, SamplerConfig, of_block
 from pipeline.config.validate import check, check_shape
-from pipeline.data.standardisation import Standardisation
-from pipeline.distillation.distiller import Distiller
+from pipeline.distillation.distilled_blocks import (
+    DistilledBlocks,
+    distillation_plan,
+    same_groups,
+    student_manifest,
+)
 from pipeline.errors import UserError
-from pipeline.runs.directory import read_config
-from pipeline.runs.manifest import read_manifest
+from pipeline.runs.directory import ResumePolicy, RunDirectory, write_manifest
+from pipeline.runs.manifest import Manifest
 from pipeline.runs.run import Run, require_latents
 from pipeline.runtime.console import Progress
-from pipeline.storage.training_log import Journal
-from pipeline.training.resume import check_moved, enter
-from pipeline.training.sources import LatentSource, Source
+from pipeline.storage.training_log import TrainingLog
+from pipeline.training.block_source import TrainingContext
+from pipeline.training.pass_trainer import PassTrainer
+from pipeline.training.sources import LatentSource, SampleSource
 from pipeline.training.train import Outcome
 
-#: sections that `--set` may change
+#: sections and keys that `--set` may change
 SECTIONS = ("train", "velocity", "sampler", "generate", "evaluate", "data.path")
-#: a regression step is cheap, and a JKO run's few would not do
+#: of each merged block: a regression needs more steps than a JKO block, and they are cheaper
 ITERATIONS = 5000
 EMA = 0.999
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """What is merged, and how the result is followed.
+    """Settings of a distillation.
 
     Attributes:
-        pairs: blocks merged into one.
-        steps: solver steps a merged block when samples are drawn.
-        method: a fixed-grid solver.
+        pairs: number of blocks merged into one.
+        steps: solver steps of a merged block in sampling.
+        method: of the solver, which has a fixed grid.
     """
 
     pairs: int = 2
@@ -62,13 +65,13 @@ class Distillation:
 def student_config(
     teacher: Run, settings: Distillation, overrides: Sequence[str] = (), max_minutes: float = 0.0
 ) -> Config:
-    """The configuration of the run that comes out.
+    """Return the configuration of the student.
 
     Args:
         teacher: the finished run.
-        settings: what is merged, and the solver that samples.
-        overrides: `section.key=value` of the sections in `SECTIONS`.
-        max_minutes: stop cleanly after so long; 0 runs to the end.
+        settings: of the distillation.
+        overrides: `section.key=value`, of the sections and keys in `SECTIONS`.
+        max_minutes: limit of the training time; 0 is without limit.
 
     Raises:
         UserError: values out of range, another section, or a refiner.
@@ -94,14 +97,16 @@ def student_config(
     )  # fmt: skip
     config = overridden(config, overrides, SECTIONS)
     if config.train.objective != "distill" or config.train.init_from is not None:
-        raise UserError("train.objective and train.init_from have no meaning for distill")
-    given = config.velocity
-    if given.classes != old.velocity.classes or (given.classes and given.class_dropout):
+        raise UserError(
+            "train.objective and train.init_from have no meaning for distill; leave them out"
+        )
+    velocity = config.velocity
+    if velocity.classes != old.velocity.classes or (velocity.classes and velocity.class_dropout):
         raise UserError(
             f"a distilled run has its teacher's velocity.classes, {old.velocity.classes}, and a "
             "velocity.class_dropout of 0; leave both out"
         )
-    if given.image_channels != old.velocity.image_channels:
+    if velocity.image_channels != old.velocity.image_channels:
         raise UserError(
             "a distilled run has its teacher's velocity.image_channels, "
             f"{old.velocity.image_channels}; leave it out"
@@ -118,70 +123,79 @@ def distill(
     accelerator: Accelerator,
     progress: Progress,
     resume: bool = False,
-    source: Source | None = None,
+    source: SampleSource | None = None,
 ) -> Outcome:
-    """Merge the blocks of a run, `pairs` at a time, into the blocks of a new run.
+    """Merge each `pairs` consecutive blocks of a run into one block of a new run.
 
     Args:
         teacher: the finished run.
         folder: the new run directory.
         config: from `student_config`.
-        pairs: blocks merged into one; the last group may be smaller.
-        accelerator: device and processes.
+        pairs: number of blocks merged into one; the last group may be smaller.
+        accelerator: device and ranks.
         progress: wraps loops.
-        resume: continue what is there.
-        source: where the samples come from; None is the latent cache.
-
-    Returns:
-        How it ended.
+        resume: whether to continue a distillation that exists.
+        source: of the samples; None is the latent cache.
 
     Raises:
-        UserError: a run that is there without `resume` or from another teacher, or data that are
-            not the teacher's.
+        UserError: the folder holds a run that may not continue, or the samples are not those of
+            the teacher.
         JkoflowError: a block failed.
     """
-    source = source or LatentSource(config)
-    check_shape(config, tuple(source.shape))
-    _same_data(teacher, source)
-    _require_distilled(folder)
-    there = resume and (folder / "flow.json").is_file()
-    manifest = read_manifest(folder) if there else None
-    merger = Distiller(teacher, pairs, config, folder, source, accelerator, progress, manifest)
-    if resume:
-        check_moved(config, folder, source, accelerator)
-    enter(config, folder, accelerator, resume, option="--out")
-    with Journal(folder, accelerator.is_main_process) as journal:
-        complete = merger.train(merger.plan(), journal)
+    samples = source or LatentSource(config)
+    check_shape(config, tuple(samples.shape))
+    _require_same_data(teacher, samples)
+    count = len(teacher.manifest.blocks)
+    groups = [range(k, min(k + pairs, count)) for k in range(0, count, pairs)]
+    context = TrainingContext(config, folder, samples, accelerator, progress)
+    manifest = student_manifest(teacher, config.name, groups)
+    started = RunDirectory(folder).started if resume else None
+    if started is not None:
+        if started.derived_from is None:
+            raise UserError(
+                f"the run at {folder} is not distilled; choose another place with --out"
+            )
+        if not same_groups(started.derived_from, manifest.derived_from):
+            raise UserError(
+                f"the run at {folder} is distilled from other blocks, or in other groups; "
+                "continue it with those, or distill elsewhere with --out"
+            )
+        manifest = manifest.with_passes(started.passes)
+    command = f"jkoflow distill --run {teacher.folder} --out"
+    policy = ResumePolicy(resume, command, verify=context.verify_samples)
+    RunDirectory.open_or_create(folder, config, policy, accelerator)
+    if not manifest.passes and accelerator.is_main_process:
+        write_manifest(folder, manifest)
+    trainer = PassTrainer(context, manifest, DistilledBlocks(context, teacher, groups))
+    plan = manifest.current if manifest.passes else distillation_plan(config, teacher, groups)
+    with TrainingLog(folder, accelerator.is_main_process) as log:
+        complete = trainer.train(plan, log)
     if complete:
-        merger.tidy()
-    return Outcome(len(merger.current.blocks), complete, merger.trained)
+        trainer.tidy()
+    return Outcome(len(trainer.current.blocks), complete, trainer.trained)
 
 
-def _require_distilled(folder: Path) -> None:
-    """Refuse a folder in which a run was trained, not distilled."""
-    if (folder / "config.yaml").is_file() and read_config(folder).train.objective != "distill":
-        raise UserError(
-            f"there is a run at {folder} already, and it is no distilled one; choose another "
-            "place with --out"
-        )
-
-
-def headline(manifest: dict[str, Any]) -> str:
-    """What became of the blocks, on one line."""
-    rows, taught = manifest["blocks"], manifest["teacher"]
-    worst = [max(row["error"][way] for row in rows) for way in ("forward", "reverse")]
+def headline(manifest: Manifest) -> str:
+    """Describe the distilled blocks on one line."""
+    rows, teacher = manifest.blocks, manifest.derived_from
+    assert teacher is not None
+    worst = [
+        max(row.error[way] for row in rows if row.error is not None)
+        for way in ("forward", "reverse")
+    ]
     return (
-        f"{len(taught['blocks'])} blocks of {taught['name']} in {len(rows)}; largest mean squared "
+        f"{len(teacher.blocks)} blocks of {teacher.name} in {len(rows)}; largest mean squared "
         f"distance from the teacher, per dimension: {worst[0]:.2g} forwards, {worst[1]:.2g} "
         "backwards"
     )
 
 
-def _same_data(teacher: Run, source: Source) -> None:
-    """Refuse data that are standardised otherwise than the teacher's."""
-    ours = Standardisation.from_dict(source.manifest()["standardisation"])
-    if not ours.is_close(teacher.standardisation):
+def _require_same_data(teacher: Run, samples: SampleSource) -> None:
+    """Check that the samples are standardised as the teacher's."""
+    standardisation = samples.manifest(teacher.config.name).standardisation
+    if not standardisation.is_close(teacher.standardisation):
         raise UserError(
-            f"the data at hand are not those that the run at {teacher.folder} was trained on "
-            "(their standardisation differs); encode those, or bring their cache back"
+            f"the latents in the cache are standardised otherwise than those that the run at "
+            f"{teacher.folder} was trained on; encode the images of that run, or bring their "
+            "cache back"
         )

@@ -31,13 +31,13 @@ from pipeline.evaluation.real_images import (
     require_images,
     subset_indices,
 )
-from pipeline.runs.passes import readable
 from pipeline.runs.run import Run
 from pipeline.runtime.system import peak_memory
 from pipeline.sampling.class_labels import condition_of
 from pipeline.sampling.generate import sample_images, stores_to_reuse
 from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage import atomic
+from pipeline.storage.records import to_json
 from pipeline.storage.shards import MANIFEST, StoreReader, open_store
 
 
@@ -139,14 +139,14 @@ def inputs_of(plan: SamplingPlan, settings: EvaluateConfig) -> dict[str, Any]:
     return {
         "evaluate": dataclasses.asdict(settings),
         "batch_size": plan.settings.batch_size,
-        "data": plan.run.manifest["data"],
+        "data": to_json(plan.run.manifest.data),
         **extractor_identity(),
     }
 
 
 def warn_of_other_data(run: Run, reference: str) -> str | None:
     """Return a warning if a reference is of another data set than the run; else None."""
-    reference_data, run_data = _card(reference).get("dataset"), run.manifest["data"]["name"]
+    reference_data, run_data = _card(reference).get("dataset"), run.manifest.data.name
     if reference_data is None or reference_data == run_data:
         return None
     return (
@@ -198,7 +198,7 @@ def _card(reference: str) -> dict[str, Any]:
 def _real_test_fid(run: Run, settings: EvaluateConfig) -> float | None:
     """Look up the FID of n real test images on the card of a reference of the run's data."""
     card = _card(settings.reference)
-    same_content = card.get("content_sha256") == run.manifest["data"].get("fingerprint")
+    same_content = card.get("content_sha256") == run.manifest.data.fingerprint
     named_only = run.config.data.name in ("folder", "imagenet32")  # one name for many data sets
     if (named_only and not same_content) or warn_of_other_data(run, settings.reference):
         return None
@@ -209,10 +209,10 @@ def _real_test_fid(run: Run, settings: EvaluateConfig) -> float | None:
 def _training_cost(run: Run) -> dict[str, Any]:
     """Summarise the training of the blocks that are used."""
     keys = ("objective", "h", "gamma", "movement", "ter", "seconds", "iterations", "parameters")
-    rows = run.manifest["blocks"][: len(run.flow)]
+    rows = run.manifest.blocks[: len(run.flow)]
     return {
-        "blocks": [readable({key: row.get(key) for key in keys}) for row in rows],
-        "train_seconds": sum(row["seconds"] for row in rows),
+        "blocks": [{key: row.report()[key] for key in keys} for row in rows],
+        "train_seconds": sum(row.seconds for row in rows),
     }
 
 

@@ -197,7 +197,7 @@ def rank_images(
             f"-n and --columns must be at least 1, not {settings.n} and {settings.columns}"
         )
     divergence = make_divergence(settings.divergence, probes=settings.probes)
-    images = _load(run.config.data, settings, run.manifest["autoencoder"]["image_shape"])
+    images = _load(run.config.data, settings, run.manifest.require_autoencoder().image_shape)
     if settings.n > len(images):
         raise UserError(
             f"{settings.n} images were asked for, but {images.name} ({images.split}) has "
@@ -240,7 +240,7 @@ def likelihood_line(result: dict[str, Any]) -> str:
     )
 
 
-def _load(data: DataConfig, settings: LikelihoodSettings, shape: list[int]) -> ImageSet:
+def _load(data: DataConfig, settings: LikelihoodSettings, shape: tuple[int, ...]) -> ImageSet:
     if settings.split is not None and settings.folder is not None:
         raise UserError("both --split and --folder are given; leave one of them out")
     if settings.split is not None:

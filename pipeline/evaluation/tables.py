@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.runs.passes import step_of
-
 
 def metrics_line(metrics: dict[str, Any]) -> str:
     """Format FID with its n, reference, seed and floor, and the other metrics, on one line."""
@@ -62,7 +60,7 @@ def metrics_table(metrics: dict[str, Any], seconds: dict[str, float], reused: se
     symbol = "γ" if times else "h"
     lines = [f"block{symbol:>7}   movement (W2)   Ter(k)   seconds   parameters"]
     for index, row in enumerate(metrics["blocks"]):
-        step = step_of(row)
+        step = row["gamma"] if row["h"] is None else row["h"]
         text = "free" if step is None else f"{step:.3g}"
         lines.append(
             f"{index:>5}{text:>7}{row['movement']:>16.3f}{row['ter']:>9.4f}{row['seconds']:>10.1f}"

@@ -35,12 +35,12 @@ def measure_curve(
         UserError: n is below 2, or the run has no snapshots or several blocks.
     """
     run = plan.run
-    if len(run.manifest["blocks"]) != 1:
+    if len(run.manifest.blocks) != 1:
         raise UserError(
             f"a training curve needs a flow of one block, but the run at {run.folder} has "
-            f"{len(run.manifest['blocks'])}; train with train.objective=fm"
+            f"{len(run.manifest.blocks)}; train with train.objective=fm"
         )
-    snapshots = snapshots_of(run.folder, run.manifest["pass"])
+    snapshots = snapshots_of(run.folder)
     if not snapshots:
         raise UserError(
             f"the run at {run.folder} kept no weights during training; train with "
@@ -49,7 +49,7 @@ def measure_curve(
     study = Study(plan, settings, evaluator)
     rows = []
     for snapshot in snapshots:
-        progress = {key: snapshot[key] for key in ("step", "seen", "seconds")}
+        progress = {key: getattr(snapshot, key) for key in ("step", "seen", "seconds")}
         then = dataclasses.replace(plan, run=at_snapshot(run, snapshot))
         rows.append({**progress, **study.measure(then)})
     line = ([row["seen"] for row in rows], [row["fid"] for row in rows])

@@ -26,8 +26,9 @@ from pipeline.errors import UserError
 from pipeline.publishing.model_card import model_card
 from pipeline.publishing.provenance import metrics_of, reference_name, shows_samples_of
 from pipeline.publishing.swap_decoder import with_decoder
-from pipeline.runs.directory import block_file
-from pipeline.runs.manifest import compose, origins_of, passes_of
+from pipeline.runs.directory import block_file, write_manifest
+from pipeline.runs.manifest import ExportRecord, HelperRecord, Manifest
+from pipeline.runs.passes import BlockRow
 from pipeline.runs.run import Run, is_refiner, load_blocks
 from pipeline.runs.zoo import is_shipped
 from pipeline.runtime.rng import generator
@@ -131,9 +132,9 @@ def _require_exportable(plan: SamplingPlan) -> None:
     if guide is None:
         return
     guide.autoencoder()
-    if len(guide.manifest["blocks"]) != len(guide.flow):
+    if len(guide.manifest.blocks) != len(guide.flow):
         raise UserError(
-            f"the guide at {guide.folder} has {len(guide.manifest['blocks'])} blocks and the run "
+            f"the guide at {guide.folder} has {len(guide.manifest.blocks)} blocks and the run "
             f"{len(plan.run.flow)}; an exported run needs a guide of as many blocks as its own"
         )
 
@@ -148,11 +149,12 @@ def _write_export(
     if plan.guide is not None:
         name = _write_helper(plan.guide, str(settings.guide), out / GUIDE, dtype)
         settings = dataclasses.replace(settings, guide=name)
-        manifest["guide"] = _helper_entry(plan.guide)
+        manifest = dataclasses.replace(manifest, guide=_helper_record(plan.guide))
     if plan.refiner is not None:
         name = _write_helper(plan.refiner.run, str(settings.refiner), out / REFINER, dtype)
         settings = dataclasses.replace(settings, refiner=name)
-        manifest["refiner"] = _helper_entry(plan.refiner.run)
+        record = _helper_record(plan.refiner.run)
+        manifest = dataclasses.replace(manifest, refiner=record)
     config = _portable_config(run, manifest, settings)
     atomic.write_bytes(out / "config.yaml", resolved_yaml(config).encode())
     if metrics is not None:
@@ -162,7 +164,7 @@ def _write_export(
         atomic.write_bytes(out / _GRID, grid.read_bytes())
     text = model_card(out.name, config, manifest, plan.identity(), metrics, dtype, change)
     atomic.write_bytes(out / "CARD.md", text.encode())
-    atomic.write_json(out / "flow.json", manifest)
+    write_manifest(out, manifest)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return Exported(out, size, change)
 
@@ -178,31 +180,32 @@ def _write_helper(run: Run, name: str, out: Path, dtype: str) -> str:
     manifest, _ = _write_weights(run, solvers_of(run), out, dtype)
     config = _portable_config(run, manifest, GenerateConfig())
     atomic.write_bytes(out / "config.yaml", resolved_yaml(config).encode())
-    atomic.write_json(out / "flow.json", manifest)
+    write_manifest(out, manifest)
     return out.name
 
 
 def _write_weights(
     run: Run, solvers: list[SolverConfig], out: Path, dtype: str
-) -> tuple[dict[str, Any], float]:
+) -> tuple[Manifest, float]:
     """Write rounded blocks, and the autoencoder if it does not ship with the package.
 
     Returns:
-        The content of flow.json, which is not written yet, and the change by the rounding.
+        The manifest, which is not written yet, and the change by the rounding.
     """
     rows = []
-    for index, (row, block) in enumerate(zip(run.manifest["blocks"], run.flow, strict=True)):
+    for index, (row, block) in enumerate(zip(run.manifest.blocks, run.flow, strict=True)):
         name = block_file(index)
         tensors = quantise(block.state_dict(), dtype)
-        rows.append({**row, "file": name, "sha256": atomic.write_tensors(out / name, tensors)})
+        sha256 = atomic.write_tensors(out / name, tensors)
+        rows.append(dataclasses.replace(row, file=name, sha256=sha256))
     manifest = _manifest(run, rows, dtype, out)
     return manifest, _change(run, load_blocks(out, manifest), solvers)
 
 
-def _portable_config(run: Run, manifest: dict[str, Any], settings: GenerateConfig) -> Config:
+def _portable_config(run: Run, manifest: Manifest, settings: GenerateConfig) -> Config:
     """Remove paths of this machine from a run's configuration."""
     config = run.config
-    weights = manifest["autoencoder"]["weights"]
+    weights = manifest.require_autoencoder().weights
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path=None),
@@ -215,37 +218,45 @@ def _portable_config(run: Run, manifest: dict[str, Any], settings: GenerateConfi
     )
 
 
-def _helper_entry(run: Run) -> dict[str, Any]:
+def _helper_record(run: Run) -> HelperRecord:
     """Return the entry of flow.json that describes a guide or a refiner."""
-    rows = run.manifest["blocks"]
-    sums = {key: sum(row[key] for row in rows) for key in ("parameters", "seconds")}
-    return {"name": run.config.name, "run": run.fingerprint, **sums}
+    rows = run.manifest.blocks
+    parameters, seconds = sum(row.parameters for row in rows), sum(row.seconds for row in rows)
+    return HelperRecord(run.config.name, run.fingerprint, parameters, seconds)
 
 
-def _manifest(run: Run, rows: list[dict[str, Any]], dtype: str, out: Path) -> dict[str, Any]:
-    """Compose flow.json of the pass in use alone, without paths of this machine."""
-    made = ("format", "shape", "passes", "pass", "complete", "flow", "blocks", *HELPERS)
-    about = {key: value for key, value in run.manifest.items() if key not in made}
-    if "init_from" in about:
-        about["init_from"] = {**about["init_from"], "run": about["init_from"]["name"]}
-    if "teacher" in about:
-        about["teacher"] = {**about["teacher"], "run": about["teacher"]["name"]}
-    decoder = about["autoencoder"]["fingerprint"][:12]
-    before = sorted(name for name in origins_of(run.manifest) if name.endswith(decoder))
-    about["exported"] = {"from": run.fingerprint, "before": before, "dtype": dtype}
-    used = passes_of(run.manifest)[run.manifest["pass"]]
-    recipe = dict(used.recipe)
+def _manifest(run: Run, rows: list[BlockRow], dtype: str, out: Path) -> Manifest:
+    """Compose the manifest of the pass in use alone, without paths of this machine."""
+    known, autoencoder = run.manifest, run.manifest.require_autoencoder()
+    start, source = known.init_from, known.derived_from
+    recipe = dict(known.current.recipe)
     if recipe.get("init_from") and not is_shipped(recipe["init_from"]):
-        recipe["init_from"] = about.get("init_from", {}).get("name")
-    alone = dataclasses.replace(used, base=None, kept=0, blocks=rows, recipe=recipe)
-    wanted = about["autoencoder"]
-    if wanted.get("name") == "pretrained" and wanted["weights"] not in shipped_weights():
-        about["autoencoder"] = {**wanted, "weights": AUTOENCODER}
-        if is_refiner(run):  # its autoencoder lies in the run that it refines
-            return compose(about, run.manifest["shape"], [alone])
-        data = locate_weights(str(run.autoencoder_weights())).read_bytes()
-        atomic.write_bytes(out / AUTOENCODER, data)
-    return compose(about, run.manifest["shape"], [alone])
+        recipe["init_from"] = None if start is None else start.name
+    if start is not None:
+        start = dataclasses.replace(start, run=start.name)
+    if source is not None:
+        source = dataclasses.replace(source, run=source.name)
+    decoder = autoencoder.fingerprint[:12]
+    before = sorted(name for name in known.origins if name.endswith(decoder))
+    if autoencoder.name == "pretrained" and autoencoder.weights not in shipped_weights():
+        autoencoder = dataclasses.replace(autoencoder, weights=AUTOENCODER)
+        if not is_refiner(run):  # the autoencoder of a refiner lies in the run that it refines
+            data = locate_weights(str(run.autoencoder_weights())).read_bytes()
+            atomic.write_bytes(out / AUTOENCODER, data)
+    alone = dataclasses.replace(
+        known.current, base=None, kept=0, blocks=tuple(rows), recipe=recipe
+    )
+    return dataclasses.replace(
+        known,
+        autoencoder=autoencoder,
+        init_from=start,
+        derived_from=source,
+        exported=ExportRecord(run.fingerprint, dtype, before),
+        guide=None,
+        refiner=None,
+        passes=(alone,),
+        number=0,
+    )
 
 
 @torch.inference_mode()

@@ -6,7 +6,8 @@ from typing import Any
 
 from pipeline.config.schema import Config
 from pipeline.evaluation.tables import metric_rows
-from pipeline.runs.passes import step_of
+from pipeline.runs.manifest import AutoencoderRecord, HelperRecord, Manifest
+from pipeline.runs.passes import BlockRow
 
 _TO_WRITE = "(to be written)"
 
@@ -14,7 +15,7 @@ _TO_WRITE = "(to be written)"
 def model_card(
     name: str,
     config: Config,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     sampling: dict[str, Any],
     metrics: dict[str, Any] | None,
     dtype: str,
@@ -31,12 +32,12 @@ def model_card(
         dtype: the dtype of the stored weights.
         change: root mean square change of generated latents by the rounding.
     """
-    rows, autoencoder = manifest["blocks"], manifest["autoencoder"]
-    seconds = sum(row["seconds"] for row in rows)
-    parameters = sum(row["parameters"] for row in rows)
+    rows, autoencoder = manifest.blocks, manifest.require_autoencoder()
+    seconds = sum(row.seconds for row in rows)
+    parameters = sum(row.parameters for row in rows)
     facts = [
         ("data", _data(manifest)),
-        ("latents", f"{_autoencoder(autoencoder)}, shape {tuple(manifest['shape'])}"),
+        ("latents", f"{_autoencoder(autoencoder)}, shape {manifest.shape}"),
         ("objective", _objective(config, manifest)),
         ("blocks", f"{len(rows)}, {parameters:,} parameters in all"),
         ("training", f"{seconds:.0f} s of optimiser steps, on {_TO_WRITE}"),
@@ -61,25 +62,24 @@ def model_card(
         "|---|---|---|---|---|---|",
     ]
     lines += [_row(index, row) for index, row in enumerate(rows)]
-    start = manifest.get("init_from")
+    start = manifest.init_from
     recipe = "The whole recipe is config.yaml."
     if start is not None:
-        recipe = f"The recipe is config.yaml, after that of {start['name']}, whose blocks it took."
+        recipe = f"The recipe is config.yaml, after that of {start.name}, whose blocks it took."
     lines += ["", recipe, ""]
     return "\n".join(lines)
 
 
-def _data(manifest: dict[str, Any]) -> str:
-    data = manifest.get("data", {})
-    return f"{data.get('name', 'unknown')} ({data.get('split', 'unknown')})"
+def _data(manifest: Manifest) -> str:
+    return f"{manifest.data.name} ({manifest.data.split})"
 
 
-def _autoencoder(entry: dict[str, Any]) -> str:
-    weights = entry.get("weights") or entry.get("name", "unknown")
-    return f"autoencoder {weights} (fingerprint {entry['fingerprint'][:12]})"
+def _autoencoder(record: AutoencoderRecord) -> str:
+    weights = record.weights or record.name
+    return f"autoencoder {weights} (fingerprint {record.fingerprint[:12]})"
 
 
-def _objective(config: Config, manifest: dict[str, Any]) -> str:
+def _objective(config: Config, manifest: Manifest) -> str:
     train, text = config.train, config.train.objective
     if text != "jko":
         options = config.matching
@@ -87,35 +87,36 @@ def _objective(config: Config, manifest: dict[str, Any]) -> str:
             f", {options.interpolant} interpolant, {options.coupling} coupling, "
             f"{options.times} times"
         )
-    if "teacher" in manifest:
-        teacher = manifest["teacher"]
+    source = manifest.derived_from
+    if source is not None:
+        fingerprint = "-".join(sha256[:12] for sha256 in source.blocks)
         return (
-            f"distilled from {teacher['name']} ({teacher['objective']}, "
-            f"{len(teacher['blocks'])} blocks, fingerprint {teacher['fingerprint']})"
+            f"{source.how} from {source.name} ({source.objective}, {len(source.blocks)} blocks, "
+            f"fingerprint {fingerprint})"
         )
     velocity = config.velocity
     if velocity.classes:
         text += f", {velocity.classes} classes"
         text += f" (left out with {velocity.class_dropout:g})" * (train.objective != "jko")
-    if "init_from" in manifest:
-        start = manifest["init_from"]
-        text += f", started from the blocks of {start['name']} ({start['objective']})"
+    start = manifest.init_from
+    if start is not None:
+        text += f", started from the blocks of {start.name} ({start.objective})"
     return text
 
 
-def _guide(manifest: dict[str, Any], sampling: dict[str, Any]) -> list[tuple[str, str]]:
-    if "guide" not in manifest:
+def _guide(manifest: Manifest, sampling: dict[str, Any]) -> list[tuple[str, str]]:
+    if manifest.guide is None:
         return []
-    text = f"{_helper(manifest['guide'])}; guidance {sampling['guidance']:g}"
+    text = f"{_helper(manifest.guide)}; guidance {sampling['guidance']:g}"
     return [("guide", text)]
 
 
-def _refiner(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    return [("refiner", _helper(manifest["refiner"]))] if "refiner" in manifest else []
+def _refiner(manifest: Manifest) -> list[tuple[str, str]]:
+    return [] if manifest.refiner is None else [("refiner", _helper(manifest.refiner))]
 
 
-def _helper(entry: dict[str, Any]) -> str:
-    return f"{entry['name']}, {entry['parameters']:,} parameters, {entry['seconds']:.0f} s"
+def _helper(record: HelperRecord) -> str:
+    return f"{record.name}, {record.parameters:,} parameters, {record.seconds:.0f} s"
 
 
 def _solvers(solvers: list[dict[str, Any]]) -> str:
@@ -131,13 +132,13 @@ def _solvers(solvers: list[dict[str, Any]]) -> str:
     return f"in the blocks: {'; '.join(texts)}"
 
 
-def _row(index: int, row: dict[str, Any]) -> str:
-    step = step_of(row)
-    symbol = "h" if row.get("gamma") is None else "γ"
+def _row(index: int, row: BlockRow) -> str:
+    step = row.step
+    symbol = "h" if row.gamma is None else "γ"
     text = "free" if step is None else f"{symbol} = {step:.3g}"
     movement, ter = (
-        "" if row.get(key) is None else f"{row[key]:{style}}"
-        for key, style in (("movement", ".3f"), ("ter", ".4f"))
+        "" if value is None else f"{value:{style}}"
+        for value, style in ((row.movement, ".3f"), (row.ter, ".4f"))
     )
-    cells = [str(index), text, movement, ter, str(row["iterations"]), f"{row['seconds']:.0f}"]
+    cells = [str(index), text, movement, ter, str(row.iterations), f"{row.seconds:.0f}"]
     return f"| {' | '.join(cells)} |"

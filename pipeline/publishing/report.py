@@ -17,9 +17,9 @@ from typing import Any
 from eval.pictures import note_of
 from pipeline.config.load import resolved_yaml
 from pipeline.evaluation.tables import metric_rows
-from pipeline.runs.directory import ENVIRONMENT, read_config, resuming
-from pipeline.runs.manifest import fingerprint_of, origins_of, read_manifest
-from pipeline.runs.passes import Row, step_of
+from pipeline.runs.directory import RunDirectory
+from pipeline.runs.manifest import Manifest
+from pipeline.runs.passes import BlockRow
 from pipeline.storage import atomic
 
 REPORT = "report.html"
@@ -58,28 +58,29 @@ def write_report(folder: Path) -> Path:
     Raises:
         UserError: the folder holds no run, no block is finished, or a file is damaged.
     """
-    config, manifest = read_config(folder), read_manifest(folder)
-    points = "autoencoder" not in manifest  # `jkoflow toy2d` writes metrics into samples/
+    directory = RunDirectory(folder)
+    config, manifest = directory.config, directory.manifest
+    points = manifest.autoencoder is None  # `jkoflow toy2d` writes metrics into samples/
     metrics = _read(folder / ("samples" if points else "") / "metrics.json", "metrics")
-    rows = manifest["blocks"]
+    rows = manifest.blocks
     parts = [_section("Blocks", _table(_HEAD, map(_block, range(len(rows)), rows)))]
     if metrics and not _is_current(_run_of(metrics), manifest):
         parts.insert(0, _section("Metrics", _OUTDATED))
     elif metrics:
         parts.insert(0, _section("Metrics", _table((), _metrics(metrics))))
     else:
-        refines = any(row["spec"]["velocity"].get("image_channels") for row in rows)
+        refines = any(row.spec.velocity.image_channels for row in rows)
         parts.insert(0, _section("Metrics", _REFINES if refines else _UNMEASURED))
     parts += [
         _section(path.stem, _origin(path, manifest) + _picture(path))
         for path in _pictures(folder / "samples")
     ]
     parts.append(
-        _section("Environment", _table((), _flat(_read(folder / ENVIRONMENT, "environment"))))
+        _section("Environment", _table((), _flat(directory.environment)))
     )
     parts.append(_section("Configuration", f"<pre>{escape(resolved_yaml(config))}</pre>"))
-    unfinished = f"unfinished; continue it with {resuming(config, folder)}"
-    state = "finished" if manifest["complete"] else unfinished
+    unfinished = f"unfinished; continue it with {directory.resume_command}"
+    state = "finished" if manifest.complete else unfinished
     page = _PAGE.substitute(
         title=escape(f"jkoflow: {config.name}"),
         state=escape(f"{config.train.objective}, {len(rows)} blocks, {state}"),
@@ -106,28 +107,28 @@ def _run_of(measured: dict[str, Any]) -> str | None:
     return fingerprint
 
 
-def _is_current(fingerprint: str | None, manifest: dict[str, Any]) -> bool:
+def _is_current(fingerprint: str | None, manifest: Manifest) -> bool:
     """Whether a fingerprint is that of all blocks of a run; None, as of points, passes."""
-    if fingerprint is None or fingerprint in origins_of(manifest):
+    if fingerprint is None or fingerprint in manifest.origins:
         return True
-    return fingerprint == fingerprint_of(manifest["blocks"], manifest)
+    return fingerprint == manifest.fingerprint()
 
 
 _HEAD = ("block", "step", "movement (W2)", "Ter(k)", *(f"{name}, nats" for name in _TERMS),
          "iterations", "parameters", "seconds")  # fmt: skip
 
 
-def _block(index: int, row: Row) -> list[str]:
-    step, terms = step_of(row), row.get("terms") or {}
-    symbol = "h" if row.get("gamma") is None else "γ"
+def _block(index: int, row: BlockRow) -> list[str]:
+    step, terms = row.step, row.terms or {}
+    symbol = "h" if row.gamma is None else "γ"
     return [
         str(index),
         "free" if step is None else f"{symbol} = {step:.4g}",
-        *("" if row[key] is None else f"{row[key]:.4f}" for key in ("movement", "ter")),
+        *("" if value is None else f"{value:.4f}" for value in (row.movement, row.ter)),
         *(f"{terms[name]:.4f}" if name in terms else "" for name in _TERMS),
-        str(row["iterations"]),
-        f"{row['parameters']:,}",
-        f"{row['seconds']:.1f}",
+        str(row.iterations),
+        f"{row.parameters:,}",
+        f"{row.seconds:.1f}",
     ]
 
 
@@ -167,7 +168,7 @@ def _picture(path: Path) -> str:
     return f'<img alt="{escape(path.name)}" src="data:image/png;base64,{data}">'
 
 
-def _origin(path: Path, manifest: dict[str, Any]) -> str:
+def _origin(path: Path, manifest: Manifest) -> str:
     """Return a warning for a picture that shows samples of other blocks, else nothing."""
     note, file = note_of(path), path.parent.parent / f"{path.stem}.json"
     if path.stem in _MEASUREMENTS and file.is_file():

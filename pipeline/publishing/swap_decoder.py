@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,31 +32,31 @@ def with_decoder(run: Run, weights: str) -> Run:
     Raises:
         UserError: the other autoencoder is not available, or its encoder gives other latents.
     """
-    known = run.manifest["autoencoder"]
+    known = run.manifest.require_autoencoder()
     if weights not in shipped_weights() and Path(weights).exists():
-        weights = str(Path(weights).resolve())  # a bare name could name a file in the run
+        weights = str(Path(weights).resolve())  # a bare name could be name a file in the run
     try:
         other = run.build_autoencoder(weights)
     except (ValueError, OSError) as error:
         raise UserError(f"--autoencoder: {error}") from error
     own = run.autoencoder()
-    shape = (_IMAGES, *known["image_shape"])
+    shape = (_IMAGES, *known.image_shape)
     images = 2 * torch.rand(shape, generator=generator("redecoding")) - 1
     if other.latent_shape != own.latent_shape or not _same(
         own.encode(images), other.encode(images)
     ):
         raise UserError(
-            f"--autoencoder {weights} gives other latents than {known['weights']}, on which the "
+            f"--autoencoder {weights} gives other latents than {known.weights}, on which the "
             f"run at {run.folder} was trained; use one with the same encoder (trained with "
             "training.decoder_only), or encode and train again"
         )
-    entry: dict[str, Any] = {**known, "weights": weights, "fingerprint": other.fingerprint}
+    record = dataclasses.replace(known, weights=weights, fingerprint=other.fingerprint)
     return dataclasses.replace(
         run,
         config=dataclasses.replace(
             run.config, autoencoder=dataclasses.replace(run.config.autoencoder, weights=weights)
         ),
-        manifest={**run.manifest, "autoencoder": entry},
+        manifest=dataclasses.replace(run.manifest, autoencoder=record),
     )
 
 

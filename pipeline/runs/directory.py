@@ -1,48 +1,273 @@
-"""The files of a run directory."""
+"""Run directories: the files of a training, and whether the training may continue there.
+
+config.yaml, environment.json     configuration; versions, machine and command of the training
+start.json                        manifest before the first block is finished
+flow.json                         manifest from then on (see `pipeline.runs.manifest`)
+blocks/block-00.safetensors …     finished blocks; those of later passes in blocks/pass-01/ …
+stages/, checkpoints/             training samples pushed through the blocks; state to resume from
+snapshots/                        averaged weights at regular steps (train.snapshot_every)
+log.jsonl, tensorboard/           log of the training
+samples/, metrics.json            results of `generate` and `evaluate`
+
+An autoencoder's training has config.yaml and environment.json in common with a flow's.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import platform
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 
 from pipeline.config.autoencoder_recipe import AutoencoderConfig
-from pipeline.config.load import read_resolved, resolved_yaml
+from pipeline.config.keys import resume_rule
+from pipeline.config.load import differences, read_resolved, resolved_yaml, with_values
 from pipeline.config.schema import Config
-from pipeline.data.datasets import DATASETS
 from pipeline.errors import UserError
+from pipeline.runs.manifest import FILE, Manifest
 from pipeline.storage import atomic
 
-ENVIRONMENT = "environment.json"
+C = TypeVar("C", Config, AutoencoderConfig)
+
+CONFIG, ENVIRONMENT, START = "config.yaml", "environment.json", "start.json"
+#: command that resumes a run whose environment.json names none
+_COMMAND = "jkoflow train --run"
+#: rules of the keys whose new value config.yaml takes over when a run is resumed, and when blocks
+#: are added (see `pipeline.config.keys.resume_rule`)
+RESUMED, EXTENDED = ("later", "moved"), ("later", "moved", "added")
+
+
+@dataclass(frozen=True)
+class ResumePolicy:
+    """Conditions under which a training may continue in a folder.
+
+    Attributes:
+        resume: whether a training that is there may continue at all.
+        command: that resumes it, up to the folder.
+        changes: rules of the keys whose new value config.yaml takes over. Keys of the rule "free"
+            may always differ, and config.yaml keeps theirs.
+        noun: of the training, in error messages.
+        verify: is called where the data lie elsewhere now; it raises a UserError if they differ.
+    """
+
+    resume: bool
+    command: str = _COMMAND
+    changes: Sequence[str] = RESUMED
+    noun: str = "run"
+    verify: Callable[[], object] | None = None
+
+    @property
+    def option(self) -> str:
+        """The option that names the folder on the command line."""
+        return self.command.rpartition(" ")[2]
+
+
+class RunDirectory:
+    """Folder of a run; each of its files is read once.
+
+    Args:
+        folder: its path.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    @classmethod
+    def open_or_create(
+        cls,
+        folder: Path,
+        config: C,
+        policy: ResumePolicy,
+        accelerator: Accelerator,
+    ) -> RunDirectory:
+        """Create a run directory, or open one where the training may continue.
+
+        config.yaml takes over the values that may change. All ranks call it, and rank 0 writes.
+
+        Args:
+            folder: the run directory.
+            config: of the training.
+            policy: what may differ from the configuration in the folder.
+            accelerator: the ranks.
+
+        Raises:
+            UserError: the folder holds a run that may not continue, or something else.
+        """
+        directory = cls(folder)
+        kept = directory._continued(config, policy)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            atomic.remove_temporaries_below(directory.folder)
+            if kept is not None:
+                directory._write_config(kept)
+            if kept is not None or not (directory.folder / ENVIRONMENT).is_file():
+                directory._write_environment(policy.command)
+        accelerator.wait_for_everyone()
+        return cls(folder)
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder holds a run."""
+        return (self.folder / CONFIG).is_file()
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration; the weights of an exported run are named by their full path.
+
+        Raises:
+            UserError: no run is there, or this version cannot read its configuration.
+        """
+        path = self.folder / CONFIG
+        if not path.is_file():
+            raise UserError(
+                f"no run at {self.folder} (it has no {CONFIG}); train one or check --run"
+            )
+        config = read_resolved(Config, path)
+        weights = self.inside(config.autoencoder.weights)
+        guide, refiner = (
+            self.inside(name, CONFIG) for name in (config.generate.guide, config.generate.refiner)
+        )
+        return dataclasses.replace(
+            config,
+            autoencoder=dataclasses.replace(config.autoencoder, weights=weights),
+            generate=dataclasses.replace(config.generate, guide=guide, refiner=refiner),
+        )
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The manifest, of a run with at least one finished block.
+
+        Raises:
+            UserError: no block is finished, or flow.json is damaged or of another format.
+        """
+        path = self.folder / FILE
+        if not path.is_file():
+            raise UserError(
+                f"the run at {self.folder} has no finished block yet; finish it with "
+                f"`{self.resume_command}`"
+            )
+        return Manifest.from_json(atomic.read_json(path, "flow manifest"), str(path))
+
+    @cached_property
+    def started(self) -> Manifest | None:
+        """The manifest so far: without passes before the first block; None for a new run."""
+        if (self.folder / FILE).is_file():
+            return self.manifest
+        path = self.folder / START
+        if not path.is_file():
+            return None
+        return Manifest.from_json(atomic.read_json(path, "first manifest"), str(path))
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Versions, machine and command of the training; empty if they are not known."""
+        path = self.folder / ENVIRONMENT
+        return dict(atomic.read_json(path, "environment")) if path.is_file() else {}
+
+    @property
+    def resume_command(self) -> str:
+        """The command that finishes the run."""
+        return f"{self.environment.get('command', _COMMAND)} {self.folder} --resume"
+
+    def inside(self, name: str | None, file: str = "") -> str | None:
+        """Return the full path of something inside the folder; other names stay as they are.
+
+        Args:
+            name: of weights, or of a run; an exported run holds them inside.
+            file: that a run inside holds.
+        """
+        path = self.folder / name if name else None
+        return str(path) if path is not None and (path / file).is_file() else name
+
+    def _continued(self, config: C, policy: ResumePolicy) -> C | None:
+        """Return the configuration to write; None if the one in the folder stays."""
+        folder, noun, option = self.folder, policy.noun, policy.option
+        if folder.is_file():
+            raise UserError(
+                f"{folder} is a file; a {noun} is a folder, choose another place with {option}"
+            )
+        if not self.exists:
+            # a run that was killed in its very first commit leaves a temporary only
+            if folder.is_dir() and any(
+                not path.name.startswith(atomic.TEMPORARY_PREFIX) for path in folder.iterdir()
+            ):
+                raise UserError(
+                    f"{folder} is not empty and holds no {noun}; choose another place with "
+                    f"{option}"
+                )
+            return config
+        if not policy.resume:
+            raise UserError(
+                f"there is a {noun} at {folder} already; continue it with --resume, or choose "
+                f"another place with {option}"
+            )
+        schema = type(config)
+        stored = read_resolved(schema, self.folder / CONFIG)
+        changed = differences(stored, config)
+        rules = {key: resume_rule(key, schema) for key in changed}
+        refused = [key for key, rule in rules.items() if rule not in (*policy.changes, "free")]
+        if refused:
+            values = (f"{key}={changed[key][0]} (now {changed[key][1]})" for key in refused)
+            raise UserError(
+                f"the {noun} at {folder} was started with {', '.join(values)}; continue it as it "
+                f"was started, or train elsewhere with {option}"
+            )
+        if policy.verify is not None and "moved" in rules.values():
+            try:
+                policy.verify()
+            except UserError as error:
+                raise UserError(
+                    f"the data at {config.data.path} are not those that the {noun} at {folder} "
+                    "was started with; give the data.path of the same data, or another folder "
+                    f"with {option}"
+                ) from error
+        taken = {key: changed[key][1] for key, rule in rules.items() if rule != "free"}
+        return with_values(stored, taken) if taken else None
+
+    def _write_config(self, config: Config | AutoencoderConfig) -> None:
+        """Write config.yaml; train.max_minutes belongs to a call, not to the run."""
+        if isinstance(config, Config):
+            train = dataclasses.replace(config.train, max_minutes=0.0)
+            config = dataclasses.replace(config, train=train)
+        atomic.write_bytes(self.folder / CONFIG, resolved_yaml(config).encode())
+
+    def _write_environment(self, command: str) -> None:
+        plain = {"command": command, **environment()}
+        atomic.write_json(self.folder / ENVIRONMENT, plain)
+
+
+def read_config(folder: Path) -> Config:
+    """Read the configuration of a run (see `RunDirectory.config`)."""
+    return RunDirectory(folder).config
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a run (see `RunDirectory.manifest`)."""
+    return RunDirectory(folder).manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Commit the manifest: flow.json, or start.json before the first block is finished."""
+    name = FILE if manifest.passes else START
+    atomic.write_json(Path(folder) / name, manifest.to_json())
 
 
 def block_file(index: int, number: int = 0) -> str:
-    """Path of a block of a pass inside a run directory."""
+    """Return the path of a block of a pass inside a run directory."""
     folder = f"blocks/pass-{number:02d}" if number else "blocks"
     return f"{folder}/block-{index:02d}.safetensors"
 
 
-def start_run(folder: Path, config: Config | AutoencoderConfig) -> None:
-    """Write what identifies a run, before anything is trained; not how long one call may take."""
-    if isinstance(config, Config):
-        train = dataclasses.replace(config.train, max_minutes=0.0)
-        config = dataclasses.replace(config, train=train)
-    atomic.write_bytes(folder / "config.yaml", resolved_yaml(config).encode())
-    write_environment(folder)
-
-
-def write_environment(folder: Path) -> None:
-    """Write versions and machine."""
-    atomic.write_json(folder / ENVIRONMENT, environment())
-
-
 def environment() -> dict[str, Any]:
-    """Versions and machine, to be kept with what they made."""
+    """Return versions and machine of this process."""
     names = ("jkoflow", "torch", "torchvision", "torchdiffeq", "accelerate", "taming-transformers")
     versions = {}
     for name in names:
@@ -58,39 +283,3 @@ def environment() -> dict[str, Any]:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions,
     }
-
-
-def read_config(folder: Path) -> Config:
-    """The configuration of a run; what lies in an exported one is named by its path.
-
-    Raises:
-        UserError: not a run directory, or a configuration this version cannot read.
-    """
-    path = Path(folder) / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"no run at {folder} (it has no config.yaml); train one or check --run")
-    config = read_resolved(Config, path)
-    weights = _at_hand(path.parent, config.autoencoder.weights)
-    guide, refiner = (
-        _at_hand(path.parent, name, "config.yaml")
-        for name in (config.generate.guide, config.generate.refiner)
-    )
-    return dataclasses.replace(
-        config,
-        autoencoder=dataclasses.replace(config.autoencoder, weights=weights),
-        generate=dataclasses.replace(config.generate, guide=guide, refiner=refiner),
-    )
-
-
-def _at_hand(folder: Path, name: str | None, file: str = "") -> str | None:
-    """Name or path of weights, or of a run (by a file of it); an exported run has them inside."""
-    inside = folder / name if name else None
-    return str(inside) if inside is not None and (inside / file).is_file() else name
-
-
-def resuming(config: Config, folder: Path) -> str:
-    """The command that finishes a run of a configuration."""
-    if config.train.objective == "distill":
-        return "jkoflow distill … --resume"
-    verb = "train" if config.data.name in DATASETS else "toy2d"
-    return f"jkoflow {verb} --run {folder} --resume"

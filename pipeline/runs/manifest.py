@@ -1,81 +1,299 @@
-"""flow.json: what a run consists of."""
+"""flow.json, the manifest of a run: origin of its samples, and its passes with their blocks.
+
+The manifest is committed after every finished block. One pass is in use: the last complete one,
+or the last one while none is complete. So a run stays usable while a later pass is trained.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from flows.flow import FORMAT as FLOW_FORMAT
+from autoencoders.adapt import Adaptation
+from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
-from pipeline.runs.directory import read_config, resuming
-from pipeline.runs.passes import Pass, Row
-from pipeline.storage import atomic
+from pipeline.runs.passes import BlockRow, Pass, StoredBlock
+from pipeline.storage.records import from_json, to_json
 
+FILE = "flow.json"
 FORMAT = 2
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """flow.json of a run.
+@dataclass(frozen=True)
+class DataRecord:
+    """Data set that a run was trained on.
 
-    Raises:
-        UserError: absent, damaged or of another format.
+    Attributes:
+        name: of the data set.
+        split: of it.
+        fingerprint: sha256 of its content.
+        count: samples, of a set that is generated.
+        seed: of such a set.
     """
-    path = Path(folder) / "flow.json"
-    if not path.is_file():
-        raise UserError(
-            f"the run at {folder} has no finished block yet; finish it with "
-            f"`{resuming(read_config(folder), folder)}`"
-        )
-    manifest: dict[str, Any] = atomic.read_json(path, "flow manifest")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{path} is not of format {FORMAT}; train the run again")
-    return manifest
+
+    name: str
+    split: str
+    fingerprint: str
+    count: int | None = None
+    seed: int | None = None
 
 
-def compose(about: dict[str, Any], shape: Sequence[int], passes: Sequence[Pass]) -> dict[str, Any]:
-    """flow.json of some passes.
+@dataclass(frozen=True)
+class LatentsRecord:
+    """Latents that a run was trained on.
 
-    Args:
-        about: name, standardisation, autoencoder and data.
+    Attributes:
+        key: of their cache.
+        noise: standard deviation of the noise that was added to them.
+        stochastic: whether they were sampled from the encoder's posterior.
+        disturb: largest noise on the latents that a refiner learns from.
+    """
+
+    key: str
+    noise: float
+    stochastic: bool
+    disturb: float | None = None
+
+
+@dataclass(frozen=True)
+class AutoencoderRecord:
+    """Autoencoder of a run's latents.
+
+    Attributes:
+        name: its kind.
+        weights: name or path of its weights; None for a kind without weights.
+        fingerprint: sha256 of weights and structure.
+        image_shape: (C, H, W) of the images.
+        adaptation: how it is fitted to the images.
+    """
+
+    name: str
+    weights: str | None
+    fingerprint: str
+    image_shape: tuple[int, int, int]
+    adaptation: Adaptation
+
+
+@dataclass(frozen=True)
+class ClassesRecord:
+    """Classes of the training samples.
+
+    Attributes:
+        counts: number of samples of each class.
+    """
+
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class WarmStartRecord:
+    """Run whose weights the blocks started from (`--init-from`).
+
+    Attributes:
+        run: its directory, or zoo:NAME.
+        name: of its configuration.
+        objective: that it was trained with.
+        blocks: its blocks.
+    """
+
+    run: str
+    name: str
+    objective: str
+    blocks: tuple[StoredBlock, ...]
+
+
+@dataclass(frozen=True)
+class DerivationRecord:
+    """Run that the blocks of this run were made from, other than by training on samples.
+
+    Attributes:
+        how: past participle that says what was done, such as "distilled".
+        run: directory of the other run.
+        name: of its configuration.
+        objective: that it was trained with.
+        blocks: sha256 of its blocks.
+        groups: its blocks that each block of this run stands for.
+        sampler: its section sampler.
+    """
+
+    how: str
+    run: str
+    name: str
+    objective: str
+    blocks: list[str]
+    groups: list[list[int]]
+    sampler: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """Origin of an exported run.
+
+    Attributes:
+        origin: fingerprint of the run that was exported.
+        before: fingerprints of the runs that one was exported from.
+        dtype: of the stored weights.
+    """
+
+    origin: str = field(metadata={"key": "from"})
+    dtype: str
+    before: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class HelperRecord:
+    """Guide or refiner of an exported run.
+
+    Attributes:
+        name: of its configuration.
+        run: its fingerprint.
+        parameters: number of weights.
+        seconds: of training.
+    """
+
+    name: str
+    run: str
+    parameters: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Content of flow.json.
+
+    Attributes:
+        name: of the run's configuration.
         shape: of one sample.
-        passes: in order, at least one.
+        standardisation: of the samples.
+        data: the data set.
+        latents: None for a run on points.
+        autoencoder: None for a run on points.
+        classes: None for a run without classes.
+        class_names: of the classes, where the data set names them.
+        init_from: the run whose weights the blocks started from; None for none.
+        derived_from: the run that the blocks were made from; None for blocks trained on samples.
+        exported: None for a run that was trained here.
+        guide: of an exported run; None for none.
+        refiner: of an exported run; None for none.
+        passes: in order; empty before the first block is finished.
+        number: the pass in use.
     """
-    whole = [number for number, entry in enumerate(passes) if entry.complete]
-    plain = [dataclasses.asdict(entry) for entry in passes]
-    base = {"format": FORMAT, **about, "shape": list(shape), "passes": plain}
-    return select(base, whole[-1] if whole else len(passes) - 1)
 
+    name: str
+    shape: tuple[int, ...]
+    standardisation: Standardisation
+    data: DataRecord
+    latents: LatentsRecord | None = None
+    autoencoder: AutoencoderRecord | None = None
+    classes: ClassesRecord | None = None
+    class_names: list[str] | None = None
+    init_from: WarmStartRecord | None = None
+    derived_from: DerivationRecord | None = None
+    exported: ExportRecord | None = None
+    guide: HelperRecord | None = None
+    refiner: HelperRecord | None = None
+    passes: tuple[Pass, ...] = ()
+    number: int = field(default=0, metadata={"key": "pass"})
 
-def select(manifest: dict[str, Any], number: int) -> dict[str, Any]:
-    """The manifest with another of its passes at the top.
+    @classmethod
+    def from_json(cls, plain: Any, file: str = FILE) -> Manifest:  # noqa: ANN401 - JSON
+        """Convert the content of flow.json.
 
-    Raises:
-        UserError: there is no such pass.
-    """
-    passes = manifest["passes"]
-    if not 0 <= number < len(passes):
-        raise UserError(f"pass {number} does not exist; the run has {len(passes)}, from 0 on")
-    rows = passes[number]["blocks"]
-    specs = [row["spec"] for row in rows]
-    flow = {"format": FLOW_FORMAT, "shape": manifest["shape"], "blocks": specs}
-    top = {"pass": number, "complete": passes[number]["complete"], "flow": flow, "blocks": rows}
-    return {**manifest, **top}
+        Raises:
+            UserError: another format, no pass, or a key that is missing or of a wrong type.
+        """
+        if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+            raise UserError(
+                f"{file} is not of format {FORMAT}; expected a run of this version; train it again"
+            )
+        manifest = from_json(cls, plain, file)
+        if not 0 <= manifest.number < max(1, len(manifest.passes)):
+            raise UserError(
+                f"pass in {file} is {manifest.number}; expected one of its "
+                f"{len(manifest.passes)} passes; train the run again"
+            )
+        return manifest
 
+    def to_json(self) -> dict[str, Any]:
+        """Convert to the content of flow.json."""
+        return {"format": FORMAT, **to_json(self)}
 
-def passes_of(manifest: dict[str, Any]) -> list[Pass]:
-    """The passes of a manifest."""
-    return [Pass.from_dict(plain) for plain in manifest["passes"]]
+    @property
+    def current(self) -> Pass:
+        """The pass in use."""
+        return self.passes[self.number]
 
+    @property
+    def blocks(self) -> tuple[BlockRow, ...]:
+        """Rows of the blocks in use."""
+        return self.current.blocks
 
-def fingerprint_of(blocks: Sequence[Row], manifest: dict[str, Any]) -> str:
-    """What generated images depend on besides the seed: blocks and autoencoder."""
-    shas = [row["sha256"][:12] for row in blocks]
-    return "-".join([*shas, manifest["autoencoder"]["fingerprint"][:12]])
+    @property
+    def complete(self) -> bool:
+        """Whether the pass in use is finished."""
+        return self.current.complete
 
+    def require_autoencoder(self) -> AutoencoderRecord:
+        """Return the autoencoder of a run on images.
 
-def origins_of(manifest: dict[str, Any]) -> set[str]:
-    """Fingerprints of what a run was exported from, the first of them trained; none for others."""
-    exported = manifest.get("exported", {})
-    return {*exported.get("before", []), *([exported["from"]] if exported else [])}
+        Raises:
+            UserError: the run is on points.
+        """
+        if self.autoencoder is None:
+            raise UserError(
+                f"the run {self.name} is on points; expected a run on images; "
+                "train one by `jkoflow train`"
+            )
+        return self.autoencoder
+
+    def class_counts(self) -> tuple[int, ...]:
+        """Return the number of training samples of each class.
+
+        Raises:
+            UserError: the run has no classes.
+        """
+        if self.classes is None:
+            raise UserError(
+                f"classes is missing in the manifest of {self.name}; expected the counts of a run "
+                "with classes; train the run again"
+            )
+        return tuple(self.classes.counts)
+
+    def fingerprint(self, count: int | None = None) -> str:
+        """Identify what generated images depend on besides the seed: blocks and autoencoder.
+
+        Args:
+            count: number of first blocks in use; None for all.
+        """
+        shas = [row.sha256[:12] for row in self.blocks[:count]]
+        return "-".join([*shas, self.require_autoencoder().fingerprint[:12]])
+
+    @property
+    def origins(self) -> set[str]:
+        """Fingerprints of the runs that this one was exported from; empty for a trained one."""
+        return {self.exported.origin, *self.exported.before} if self.exported else set()
+
+    def with_passes(self, passes: Sequence[Pass]) -> Manifest:
+        """Return the manifest with other passes; the last complete one, or the last, is in use."""
+        complete = [number for number, entry in enumerate(passes) if entry.complete]
+        number = complete[-1] if complete else max(0, len(passes) - 1)
+        return dataclasses.replace(self, passes=tuple(passes), number=number)
+
+    def with_blocks(self, blocks: Sequence[BlockRow]) -> Manifest:
+        """Return the manifest with other blocks in the pass in use."""
+        passes = list(self.passes)
+        passes[self.number] = dataclasses.replace(self.current, blocks=tuple(blocks))
+        return dataclasses.replace(self, passes=tuple(passes))
+
+    def select(self, number: int) -> Manifest:
+        """Return the manifest with another pass in use.
+
+        Raises:
+            UserError: there is no such pass.
+        """
+        if not 0 <= number < len(self.passes):
+            count = len(self.passes)
+            raise UserError(f"pass {number} does not exist; expected 0 to {count - 1}")
+        return dataclasses.replace(self, number=number)

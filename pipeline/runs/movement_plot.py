@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from eval.plots import movement_bars
-from pipeline.runs.passes import Pass, labels
+from pipeline.runs.manifest import Manifest
+from pipeline.runs.passes import labels
 from pipeline.storage import atomic
 
 
-def plot_movement(manifest: dict[str, Any], path: Path) -> None:
-    """Bars of the W2 movement of every block, one shade a complete pass, as PNG.
+def plot_movement(manifest: Manifest, path: Path) -> None:
+    """Plot the W2 movement of every block as bars, one shade for each complete pass, as PNG.
 
     Args:
-        manifest: flow.json, or metrics.json, which knows one pass only.
-        path: where the picture goes.
+        manifest: of the run.
+        path: of the picture.
     """
-    passes = [Pass.from_dict(plain) for plain in manifest.get("passes", [])]
-    names = [
-        (name, entry.blocks)
-        for name, entry in zip(labels(passes), passes, strict=True)
-        if entry.complete
-    ]
-    groups = names or [("Iter 1", manifest["blocks"])]
-    movements = [[row["movement"] for row in rows] for _, rows in groups]
-    titles = [name for name, _ in groups]
+    named = zip(labels(manifest.passes), manifest.passes, strict=True)
+    bars = [(name, entry.summary.movement) for name, entry in named if entry.summary is not None]
+    titles, movements = [name for name, _ in bars], [movement for _, movement in bars]
     atomic.write_with(path, lambda file: movement_bars(file, movements, titles))

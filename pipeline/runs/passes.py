@@ -1,14 +1,14 @@
-"""Passes: which blocks a run trains, in which order, and what each starts from.
+"""Passes: which blocks a run trains, in which order, and which weights each starts from.
 
-A pass is one training of all its blocks. The first is Algorithm 1 of the paper: step sizes by a
-schedule, a stopping rule, every block started from the one before it. Later passes take the
-finished blocks of a pass before them:
+A pass is one training of all its blocks. The first is Algorithm 1 of the paper: step sizes follow
+a schedule with a stopping rule, and every block starts from the one before it. Later passes start
+from the finished blocks of an earlier pass:
 
-reparameterize  new step sizes, which even out the movements; every block trains on
-refine          every block split into c children of step h/c, which train on
-add             further blocks after those with a movement term; the free block is trained anew
+reparameterize  new step sizes equalise the movements; every block continues its training
+refine          every block is split into c children of step h/c, which continue its training
+add             new blocks follow those with a movement term; the free block is trained again
 
-`pipeline.training.planner` decides which comes next.
+`pipeline.training.planner` decides which pass comes next.
 
 Reference: JKO-iFlow, Algorithm 1, progressive reparameterization and refinement.
 """
@@ -18,14 +18,101 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UserError
+from flows.spec import BlockSpec
+from pipeline.storage.records import to_json
 
-Row = dict[str, Any]
+#: entries of a block's row that logs and metrics leave out
+_INTERNAL = ("stage", "spec")
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """File of a finished block, with what is needed to load it.
+
+    Attributes:
+        file: path of its weights inside the run directory.
+        sha256: of that file.
+        h: JKO step size; None for a free block and under flow matching.
+        gamma: Ornstein–Uhlenbeck time; None for a free block and under jko.
+        objective: that the block was trained with.
+        spec: the specification it is built from.
+    """
+
+    file: str
+    sha256: str
+    h: float | None
+    gamma: float | None
+    objective: str
+    spec: BlockSpec
+
+    @property
+    def step(self) -> float | None:
+        """The step that the block took, h or γ; None if it is a free block."""
+        return self.gamma if self.h is None else self.h
+
+
+@dataclass(frozen=True)
+class BlockRow(StoredBlock):
+    """Record of a finished block in flow.json.
+
+    Attributes:
+        iterations: optimiser steps.
+        lr: peak learning rate.
+        movement: W2 movement √E‖T(z) − z‖²; None for a snapshot, as are `ter` and `terms`.
+        ter: the ratio that the stopping rule compares, E‖T(z) − z‖² / E‖T(z)‖².
+        terms: of the objective, nats per sample.
+        seconds: of training.
+        parameters: number of weights.
+        stage: folder of the samples after the block, inside the run directory.
+        error: mean squared distance per dimension to the map that the block was regressed on, by
+            direction; None for a block that was trained on samples.
+    """
+
+    iterations: int
+    lr: float
+    movement: float | None
+    ter: float | None
+    terms: dict[str, float] | None
+    seconds: float
+    parameters: int
+    stage: str
+    error: dict[str, float] | None = None
+
+    def report(self) -> dict[str, Any]:
+        """Return the entries for logs and metrics; steps are rounded to 12 digits.
+
+        flow.json keeps all digits, because later passes compute with them.
+        """
+        plain: dict[str, Any] = to_json(self)
+        for key in ("h", "gamma"):
+            if plain[key] is not None:
+                plain[key] = float(f"{plain[key]:.12g}")
+        return {key: value for key, value in plain.items() if key not in _INTERNAL}
+
+
+@dataclass(frozen=True)
+class PassSummary:
+    """Result of a finished pass.
+
+    Attributes:
+        movement: of each block.
+        spread: standard deviation over mean of the movements of the blocks with a step.
+        objective: E[½‖z_K‖²] + Σ_k (neg_log_det_k + movement_k), nats. Passes with other step
+            sizes weigh the movements differently: compare their NLL.
+        nll: estimate of E[−log p(z_0)], nats.
+        nll_per_dim: nll / D.
+    """
+
+    movement: list[float]
+    spread: float
+    objective: float
+    nll: float
+    nll_per_dim: float
 
 
 @dataclass(frozen=True)
@@ -33,25 +120,24 @@ class Pass:
     """One training of all blocks of a flow: its plan, and the rows of the blocks so far.
 
     Attributes:
-        kind: ordinary, reparameterize, refine, add or distill.
+        kind: ordinary, reparameterize, refine or add; a block source may have a kind of its own.
         h: planned step sizes of the blocks with a movement term; empty under lfm.
         free: whether a free block follows them.
         tolerance: the pass ends before all of `h` when Ter(k) falls below it; None if it may not.
         iterations: optimiser steps of each block, the free one included.
-        substeps: sub-intervals S of each block while it trains, likewise.
+        substeps: sub-intervals S of each block's training grid, the free one included.
+        lr: peak learning rate of each block, the free one included.
         base: number of the pass it starts from; None for the first.
         parts: children that each block with a movement term of the base is split into.
-        own: blocks start from their own weights in the base, not from the block before them.
-        kept: first blocks that are taken over from the pass before as they are.
-        reparameterized: reparameterizations up to this pass.
+        own: whether blocks start from their own weights in the base, not from the block before.
+        kept: number of first blocks that are taken over unchanged from the pass before.
+        reparameterized: number of reparameterizations up to this pass.
         recipe: the train section and the section of the objective that it is trained with.
-        objective: of its blocks, jko, lfm (flow matching is lfm with a free block alone) or
-            distill, whose steps are the sums of those of the blocks that were merged.
-        gamma: lfm: planned times of the blocks before the free one.
-        lr: peak learning rate of each block.
+        objective: of its blocks. Flow matching is lfm with a free block alone.
+        gamma: planned times of the blocks before the free one; empty under jko.
         blocks: a row for each finished block, the kept ones included.
         complete: whether all blocks are finished.
-        summary: once complete: movements, their spread, the objective, the NLL.
+        summary: result of the pass; None until it is complete.
     """
 
     kind: str
@@ -60,58 +146,46 @@ class Pass:
     tolerance: float | None
     iterations: list[int]
     substeps: list[int]
+    lr: list[float]
     base: int | None = None
     parts: int = 1
     own: bool = False
     kept: int = 0
     reparameterized: int = 0
-    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     objective: str = "jko"
-    gamma: list[float] = field(default_factory=list)
-    lr: list[float] = field(default_factory=list)
-    blocks: list[Row] = field(default_factory=list)
+    gamma: list[float] = dataclasses.field(default_factory=list)
+    blocks: tuple[BlockRow, ...] = ()
     complete: bool = False
-    summary: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> Pass:
-        """From an entry of flow.json.
-
-        Raises:
-            UserError: keys that this version does not know, or some missing.
-        """
-        try:
-            return cls(**plain)
-        except TypeError as error:
-            raise UserError(f"a pass in flow.json cannot be read ({error})") from error
+    summary: PassSummary | None = None
 
     @property
     def steps(self) -> list[float]:
-        """What is planned for the blocks before the free one: h_k, or under lfm γ_k."""
+        """The planned steps of the blocks before the free one: h_k, or γ_k under lfm."""
         return self.h or self.gamma
 
     def step(self, index: int) -> float | None:
-        """Step (h or γ) of the next block; None if it is the free block."""
+        """Return the planned step (h or γ) of the next block; None if it is the free block."""
         return None if index >= len(self.steps) or self.stopped else self.steps[index]
 
-    def with_row(self, row: Row) -> Pass:
-        """The pass with one more finished block, which may complete it."""
-        grown = dataclasses.replace(self, blocks=[*self.blocks, row])
-        return dataclasses.replace(grown, complete=step_of(row) is None or grown.exhausted)
+    def with_block(self, row: BlockRow) -> Pass:
+        """Return the pass with one more finished block, which may complete it."""
+        grown = dataclasses.replace(self, blocks=(*self.blocks, row))
+        return dataclasses.replace(grown, complete=row.step is None or grown.exhausted)
 
     @property
     def stopped(self) -> bool:
         """Whether the last finished block hardly moved the samples: Ter(k) < tolerance.
 
-        A JKO step solves a problem to its end, but the diffusion moves samples by O(γ) for short
-        times γ however far they have to go: under lfm Ter(k) / min(1, γ)² is compared.
+        Under lfm, Ter(k) / min(1, γ)² is compared: a diffusion over a short time γ moves samples
+        by O(γ), however far they are from the end.
         """
         if self.tolerance is None or not self.blocks:
             return False
         last = self.blocks[-1]
-        gamma = last.get("gamma")
-        scale = 1.0 if gamma is None else min(1.0, gamma) ** 2
-        return bool(last["ter"] < self.tolerance * scale)
+        assert last.ter is not None
+        scale = 1.0 if last.gamma is None else min(1.0, last.gamma) ** 2
+        return last.ter < self.tolerance * scale
 
     @property
     def exhausted(self) -> bool:
@@ -119,29 +193,18 @@ class Pass:
         return not self.free and (self.stopped or len(self.blocks) >= len(self.steps))
 
     def parent(self, index: int) -> tuple[int, int, int]:
-        """Block of the base that a block starts from, and which child of how many it is."""
+        """Return the block of the base that a block starts from, and its place in the split.
+
+        Returns:
+            index of the block in the base, index among its children, number of children.
+        """
         if index >= len(self.steps):
             return len(self.steps) // self.parts, 0, 1
         return index // self.parts, index % self.parts, self.parts
 
 
-def step_of(row: Row) -> float | None:
-    """The step that a finished block took, h or γ; None if it is a free block."""
-    step: float | None = row["h"] if row["h"] is not None else row.get("gamma")
-    return step
-
-
-def readable(row: Row) -> Row:
-    """The row for logs and metrics: steps without the last digits, where rounding errors show.
-
-    flow.json keeps them, for what is computed from it.
-    """
-    steps = {key: row[key] for key in ("h", "gamma") if row.get(key) is not None}
-    return {**row, **{key: float(f"{value:.12g}") for key, value in steps.items()}}
-
-
 def labels(passes: Sequence[Pass]) -> list[str]:
-    """Names of passes for plots, as in the paper: Iter 1, Iter 2, …, r-Iter 1, …."""
+    """Return names of passes for plots, as in the paper: Iter 1, Iter 2, …, r-Iter 1, …."""
     names, refined, count = [], False, 0
     for entry in passes:
         if entry.kind == "refine" and not refined:
@@ -154,36 +217,24 @@ def labels(passes: Sequence[Pass]) -> list[str]:
     return names
 
 
-def summarise(rows: Sequence[Row], dim: int) -> dict[str, Any]:
-    """What a pass came to.
-
-    `nll` estimates E[−log p(z_0)]; `objective` is E[½‖z_K‖²] + Σ_k (neg_log_det_k + movement_k),
-    the price of the whole way. Passes with other step sizes weigh the way differently: compare
-    their NLL.
+def summarise(rows: Sequence[BlockRow], dim: int) -> PassSummary:
+    """Sum up a finished pass.
 
     Args:
-        rows: of all blocks; each holds its terms on the same samples.
+        rows: of all blocks; the terms of each are measured on the same samples.
         dim: D.
-
-    Returns:
-        movement (one a block), spread (standard deviation over mean of the movements with a
-        step size), objective and nll in nats, nll_per_dim.
     """
-    terms = [row["terms"] for row in rows]
-    stepped = [row["movement"] for row in rows if step_of(row) is not None]
+    terms = [row.terms for row in rows if row.terms is not None]
+    movements = [row.movement for row in rows if row.movement is not None]
+    assert len(terms) == len(movements) == len(rows)
+    stepped = [m for m, row in zip(movements, rows, strict=True) if row.step is not None]
     nll = terms[-1]["potential"] + sum(t["neg_log_det"] for t in terms)
     objective = nll + sum(t.get("movement", 0.0) for t in terms)
     nll += dim / 2 * math.log(2 * math.pi)
-    return {
-        "movement": [row["movement"] for row in rows],
-        "spread": spread(stepped),
-        "objective": objective,
-        "nll": nll,
-        "nll_per_dim": nll / dim,
-    }
+    return PassSummary(movements, spread(stepped), objective, nll, nll / dim)
 
 
 def spread(movements: Sequence[float]) -> float:
-    """Standard deviation over mean: 0 if all blocks move the samples equally far."""
+    """Return standard deviation over mean: 0 if all blocks move the samples equally far."""
     mean = float(np.mean(movements)) if movements else 0.0
     return float(np.std(movements)) / mean if mean > 0 else 0.0

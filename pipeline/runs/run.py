@@ -1,27 +1,11 @@
-"""Run directories: what a training leaves behind, and how it is opened again.
-
-config.yaml, environment.json     what was asked for, and where it ran
-blocks/block-00.safetensors …     finished blocks; those of later passes in blocks/pass-01/ …
-flow.json                         the manifest, committed after every block: the passes, block
-                                  hashes, standardisation, autoencoder, data
-stages/, checkpoints/             training data pushed through the blocks; resume
-snapshots/                        averaged weights on the way (train.snapshot_every)
-log.jsonl, tensorboard/           the course of the training
-samples/, metrics.json            what `generate` and `evaluate` add
-
-`flow.json` lists all passes under `passes`; at its top, `pass`, `complete`, `flow` and `blocks`
-repeat the one that is used: the last complete pass, or the first while that is unfinished. So a
-run stays usable while a later pass is in progress.
-"""
+"""Finished runs, opened for sampling: configuration, manifest, and the flow with its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from autoencoders.adapt import Adaptation
 from autoencoders.base import Autoencoder
 from autoencoders.registry import build_autoencoder
 from flows.block import Block
@@ -30,105 +14,112 @@ from flows.spec import BlockSpec, build_block
 from pipeline.config.schema import Config
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
-from pipeline.runs.directory import _at_hand, read_config, resuming
-from pipeline.runs.manifest import fingerprint_of, origins_of, read_manifest, select
-from pipeline.runs.passes import Row
+from pipeline.runs.directory import RunDirectory
+from pipeline.runs.manifest import Manifest
+from pipeline.runs.passes import StoredBlock
 from pipeline.runs.zoo import locate
 from pipeline.storage import atomic
 from pipeline.storage.compact_weights import dequantise
 
 
-def load_block(folder: Path, row: Row, shape: Sequence[int]) -> tuple[BlockSpec, Block]:
-    """A finished block, frozen, checked against its sha256.
+def load_block(folder: Path, row: StoredBlock, shape: Sequence[int]) -> tuple[BlockSpec, Block]:
+    """Load a finished block, frozen, and check it against its sha256.
 
     Raises:
-        UserError: it is missing, damaged or does not fit.
+        UserError: the file is missing, damaged or does not fit its specification.
     """
-    path = Path(folder) / row["file"]
+    path = Path(folder) / row.file
     if not path.is_file():
         raise UserError(
-            f"the run at {folder} lacks {row['file']}; bring the file back, or train the run again"
+            f"the run at {folder} lacks {row.file}; bring the file back, or train the run again"
         )
-    tensors = dequantise(atomic.read_tensors(path, row["sha256"]))
-    spec = BlockSpec.from_dict(row["spec"])
-    block = build_block(spec, tuple(shape))
+    tensors = dequantise(atomic.read_tensors(path, row.sha256))
+    block = build_block(row.spec, tuple(shape))
     try:
         block.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit the structure in flow.json") from error
-    return spec, block.eval().requires_grad_(False)
+        raise UserError(
+            f"{path} does not fit its specification in flow.json; bring back the file of this "
+            "run, or train the run again"
+        ) from error
+    return row.spec, block.eval().requires_grad_(False)
 
 
-def load_blocks(folder: Path, manifest: dict[str, Any]) -> Flow:
-    """The flow of a manifest, every block checked against its sha256.
+def load_blocks(folder: Path, manifest: Manifest) -> Flow:
+    """Load the flow of a manifest, and check every block against its sha256.
 
     Raises:
         UserError: a block is missing, damaged or does not fit.
     """
-    shape = manifest["shape"]
-    blocks = [load_block(folder, row, shape) for row in manifest["blocks"]]
-    return Flow.from_blocks(shape, blocks).eval().requires_grad_(False)
+    blocks = [load_block(folder, row, manifest.shape) for row in manifest.blocks]
+    return Flow.from_blocks(manifest.shape, blocks).eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, ready to generate.
+    """Finished run with its flow.
 
     Attributes:
         folder: the run directory.
         config: its configuration.
         manifest: its flow.json.
         flow: its blocks, frozen.
-        standardisation: of its latents.
     """
 
     folder: Path
     config: Config
-    manifest: dict[str, Any]
+    manifest: Manifest
     flow: Flow
-    standardisation: Standardisation
+
+    @property
+    def standardisation(self) -> Standardisation:
+        """Standardisation of its samples."""
+        return self.manifest.standardisation
 
     @property
     def fingerprint(self) -> str:
-        """What the generated images depend on besides the seed: blocks and autoencoder."""
-        return fingerprint_of(self.manifest["blocks"][: len(self.flow)], self.manifest)
+        """Fingerprint of the blocks in use and the autoencoder."""
+        return self.manifest.fingerprint(len(self.flow))
 
     @property
     def origins(self) -> set[str]:
-        """Its fingerprint, and those of the same blocks before they were rounded."""
-        return {self.fingerprint, *origins_of(self.manifest)}
+        """Its fingerprint, and those of the runs that it was exported from."""
+        return {self.fingerprint, *self.manifest.origins}
 
     def autoencoder_weights(self) -> str | None:
-        """Name or path of its autoencoder's weights; those of an exported run lie inside it."""
-        return _at_hand(self.folder, self.manifest["autoencoder"]["weights"])
+        """Return name or path of the autoencoder's weights; an exported run may hold them."""
+        return RunDirectory(self.folder).inside(self.manifest.require_autoencoder().weights)
 
     def build_autoencoder(self, weights: str | None) -> Autoencoder:
-        """One of the same kind and for the same images as its own, whatever the weights.
+        """Build an autoencoder of the run's kind and for its images, with any weights.
+
+        Args:
+            weights: their name or path; None for a kind without weights.
 
         Raises:
-            ValueError: weights that do not fit; likewise OSError, for those that are not there.
+            ValueError: the weights do not fit.
+            OSError: the weights cannot be read.
         """
-        known = self.manifest["autoencoder"]
-        shape, adaptation = tuple(known["image_shape"]), Adaptation(**known["adaptation"])
-        return build_autoencoder(known["name"], weights, shape, adaptation)
+        known = self.manifest.require_autoencoder()
+        return build_autoencoder(known.name, weights, known.image_shape, known.adaptation)
 
     def autoencoder(self) -> Autoencoder:
-        """The autoencoder that the run's latents came from.
+        """Load the autoencoder of the run's latents.
 
         Raises:
-            UserError: it is not at hand, or is another one by the same name.
+            UserError: it is not available, or another one has its name.
         """
-        wanted = self.manifest["autoencoder"]
+        wanted = self.manifest.require_autoencoder()
         try:
             model = self.build_autoencoder(self.autoencoder_weights())
         except (ValueError, OSError) as error:
             raise UserError(
-                f"the autoencoder of the run at {self.folder} is not at hand: {error}"
+                f"the autoencoder of the run at {self.folder} is not available: {error}"
             ) from error
-        if model.fingerprint != wanted["fingerprint"]:
+        if model.fingerprint != wanted.fingerprint:
             raise UserError(
                 f"the run at {self.folder} was trained with another autoencoder than "
-                f"{wanted['weights'] or wanted['name']} is now; bring that one back or train again"
+                f"{wanted.weights or wanted.name} is now; bring that one back or train again"
             )
         return model
 
@@ -140,50 +131,56 @@ def open_run(
 
     Args:
         folder: the run directory, or zoo:NAME for a shipped run.
-        blocks: use only the first so many blocks; None wants a finished pass and takes all.
-        number: the pass; None takes the last complete one.
-        images: whether a run on points in the plane is refused.
+        blocks: number of first blocks to use; None is all blocks of a finished pass.
+        number: of the pass; None is the last complete one.
+        images: whether the run must be on images.
 
     Raises:
-        UserError: absent, unfinished or damaged, fewer blocks than asked for, or a run on points.
+        UserError: the run is absent, unfinished, damaged or on points, or has fewer blocks.
     """
     folder = locate(folder)
-    config = read_config(folder)
-    manifest = read_manifest(folder)
-    if images and "autoencoder" not in manifest:
+    directory = RunDirectory(folder)
+    config, manifest = directory.config, directory.manifest
+    if images and manifest.autoencoder is None:
         raise UserError(
-            f"the run at {folder} is of points in the plane, not of images; `jkoflow toy2d "
-            f"--config NAME --run {folder} --resume` measures and draws it"
+            f"the run at {folder} is on points in the plane; expected a run on images; "
+            f"`{directory.resume_command}` measures and plots it"
         )
     if number is not None:
-        manifest = select(manifest, number)
-    count = len(manifest["blocks"])
-    if blocks is None and not manifest["complete"]:
+        manifest = manifest.select(number)
+    count = len(manifest.blocks)
+    if blocks is None and not manifest.complete:
         raise UserError(
             f"the run at {folder} stopped after {count} blocks; finish it with "
-            f"`{resuming(config, folder)}`, or use --blocks {count}"
+            f"`{directory.resume_command}`, or use --blocks {count}"
         )
     if blocks is not None and not 1 <= blocks <= count:
         raise UserError(f"--blocks must lie between 1 and {count} for the run at {folder}")
     used = blocks or count
-    flow = load_blocks(folder, {**manifest, "blocks": manifest["blocks"][:used]})
-    standardisation = Standardisation.from_dict(manifest["standardisation"])
-    return Run(folder, config, manifest, flow, standardisation)
+    flow = load_blocks(folder, manifest.with_blocks(manifest.blocks[:used]))
+    return Run(folder, config, manifest, flow)
 
 
 def is_refiner(run: Run) -> bool:
-    """Whether a run refines images, rather than drawing latents."""
+    """Whether a run refines images; other runs sample latents."""
     return any(spec.velocity.image_channels for spec in run.flow.specs)
 
 
+def same_autoencoder(run: Run, other: Run) -> bool:
+    """Return whether the latents of two runs come from the same autoencoder."""
+    records = (run.manifest.autoencoder, other.manifest.autoencoder)
+    fingerprints = [None if record is None else record.fingerprint for record in records]
+    return fingerprints[0] == fingerprints[1]
+
+
 def require_latents(run: Run) -> None:
-    """Refuse a refiner where a flow of latents is asked for.
+    """Check that a run samples latents.
 
     Raises:
-        UserError: the run is one.
+        UserError: it is a refiner.
     """
     if is_refiner(run):
         raise UserError(
-            f"the run at {run.folder} is a refiner, which draws what is missing from images that "
-            "are there; give it to a run on the same autoencoder by --refiner"
+            f"the run at {run.folder} is a refiner, which samples the detail of decoded images; "
+            "expected a run on latents; give the refiner to one by --refiner"
         )

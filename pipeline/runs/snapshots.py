@@ -1,70 +1,100 @@
-"""Weights that a flow-matching run keeps on its way (train.snapshot_every).
+"""Snapshots: averaged weights of a flow-matching run at regular steps (train.snapshot_every).
 
-snapshots/step-00001000.safetensors …   averaged weights after so many steps
-snapshots/snapshots.json                their sha256, and the samples seen until then
-snapshots/pass-01/ …                    the same of later passes
+snapshots/step-00001000.safetensors …   weights after 1000, … steps
+snapshots/snapshots.json                list of them
 """
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.runs.passes import Row
 from pipeline.runs.run import Run, load_blocks, open_run
 from pipeline.storage import atomic
+from pipeline.storage.records import from_json, to_json
 
-_LIST = "snapshots.json"
+_FOLDER, _LIST = "snapshots", "snapshots.json"
 
 
-def snapshots_of(folder: Path, number: int = 0) -> list[Row]:
-    """What a pass kept, in order: file, sha256, step, seen (samples), seconds (of training)."""
-    path = folder / _place(number) / _LIST
+@dataclass(frozen=True)
+class Snapshot:
+    """Weights of a block in training.
+
+    Attributes:
+        file: path inside the run directory.
+        sha256: of that file.
+        step: optimiser steps.
+        seen: samples until then.
+        seconds: of training until then.
+    """
+
+    file: str
+    sha256: str
+    step: int
+    seen: int
+    seconds: float
+
+
+def snapshot_file(step: int) -> str:
+    """Return the path of the snapshot at an optimiser step inside the run directory."""
+    return f"{_FOLDER}/step-{step:08d}.safetensors"
+
+
+def snapshots_of(folder: Path) -> list[Snapshot]:
+    """Return the snapshots of a run, in order."""
+    path = folder / _FOLDER / _LIST
     if not path.is_file():
         return []
-    listed: list[Row] = atomic.read_json(path, "list of snapshots")
-    return listed
+    rows = atomic.read_json(path, "list of snapshots")
+    return [from_json(Snapshot, row, str(path)) for row in rows]
 
 
-def at_snapshot(run: Run, snapshot: Row) -> Run:
-    """A run as it was at a snapshot: its one block with the weights of then.
+def add_snapshot(folder: Path, snapshot: Snapshot) -> None:
+    """Commit the list of snapshots with one more; later ones of a killed training are dropped."""
+    earlier = [other for other in snapshots_of(folder) if other.step < snapshot.step]
+    atomic.write_json(folder / _FOLDER / _LIST, to_json([*earlier, snapshot]))
+
+
+def at_snapshot(run: Run, snapshot: Snapshot) -> Run:
+    """Return a run as it was at a snapshot: its one block with the weights of that step.
 
     Args:
         run: an open run of one block.
-        snapshot: of its pass, from `snapshots_of`.
+        snapshot: of it, from `snapshots_of`.
 
     Raises:
         UserError: the file is missing or damaged.
     """
-    (row,) = run.manifest["blocks"]
-    kept = {key: snapshot[key] for key in ("file", "sha256", "seconds")}
-    measured = dict.fromkeys(("movement", "ter", "terms"))  # of the finished block, not of this
-    then = {**row, **measured, **kept, "iterations": snapshot["step"]}
-    manifest = {**run.manifest, "blocks": [then]}
+    (row,) = run.manifest.blocks
+    row = dataclasses.replace(
+        row, file=snapshot.file, sha256=snapshot.sha256, seconds=snapshot.seconds,
+        iterations=snapshot.step, movement=None, ter=None, terms=None,
+    )  # fmt: skip
+    manifest = run.manifest.with_blocks([row])
     return dataclasses.replace(run, manifest=manifest, flow=load_blocks(run.folder, manifest))
 
 
 def open_snapshot(folder: Path, step: int) -> Run:
-    """Open a run as it was after so many steps.
+    """Open a run as it was after a number of steps.
 
     Raises:
-        UserError: no finished run, or it did not keep that step.
+        UserError: no finished run of one block, or it has no snapshot of that step.
     """
     run = open_run(folder)
     if len(run.flow) != 1:
         raise UserError(
-            f"only flows of one block keep weights on their way, and the run at {folder} has "
-            f"{len(run.flow)}; leave out @{step}"
+            f"the run at {folder} has {len(run.flow)} blocks; expected a run of one block, which "
+            f"alone has snapshots; leave out @{step}"
         )
-    listed = {row["step"]: row for row in snapshots_of(run.folder, run.manifest["pass"])}
+    snapshots = snapshots_of(run.folder)
+    listed = {snapshot.step: snapshot for snapshot in snapshots}
     if step not in listed:
-        kept = ", ".join(map(str, listed)) or "none (train.snapshot_every keeps some)"
-        raise UserError(f"the run at {folder} kept no weights of step {step}; it kept {kept}")
-    then = at_snapshot(run, listed[step])
-    config = dataclasses.replace(then.config, name=f"{then.config.name}@{step}")
-    return dataclasses.replace(then, config=config)
-
-
-def _place(number: int) -> str:
-    return f"snapshots/pass-{number:02d}" if number else "snapshots"
+        steps = ", ".join(map(str, listed)) or "none (train.snapshot_every makes them)"
+        raise UserError(
+            f"the run at {folder} has no snapshot of step {step}; expected one of {steps}"
+        )
+    opened = at_snapshot(run, listed[step])
+    config = dataclasses.replace(opened.config, name=f"{opened.config.name}@{step}")
+    return dataclasses.replace(opened, config=config)

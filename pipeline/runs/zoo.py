@@ -1,7 +1,7 @@
 """Shipped runs: `zoo:NAME` in place of a run directory.
 
-Package data may lie where nobody can write, so a shipped run is used by way of a copy under the
-data root, made when it is first asked for; pictures and numbers go there.
+Package data may be read-only. So a shipped run is copied under the data root when it is first
+used, and its samples and metrics are written into the copy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MANIFEST = "flow.json"
 
 
 def zoo() -> dict[str, Path]:
-    """Name → folder of the shipped runs."""
+    """Return the folders of the shipped runs by name."""
     root = Path(__file__).parents[1] / "zoo"
     return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{_MANIFEST}"))}
 
@@ -29,7 +29,7 @@ def is_shipped(run: Path | str) -> bool:
 
 
 def locate(run: Path | str) -> Path:
-    """The directory of a run; of a shipped one, its working copy.
+    """Return the directory of a run; for a shipped run, that of its copy.
 
     Args:
         run: a run directory, or zoo:NAME.
@@ -43,15 +43,15 @@ def locate(run: Path | str) -> Path:
     name, known = str(run).removeprefix(PREFIX), zoo()
     if name not in known:
         raise UserError(
-            f"unknown shipped run {str(run)!r}; shipped are {', '.join(known) or 'none yet'}, or "
+            f"unknown shipped run {str(run)!r}; choose one of {', '.join(known) or '(none)'}, or "
             "give the path of a run directory"
         )
     source = known[name]
     files = sorted(path for path in source.rglob("*") if path.is_file())
-    deciding = [path for path in files if path.name in (_MANIFEST, "config.yaml")]
-    parts = {str(path.relative_to(source)): atomic.sha256_file(path) for path in deciding}
+    records = [path for path in files if path.name in (_MANIFEST, "config.yaml")]
+    parts = {str(path.relative_to(source)): atomic.sha256_file(path) for path in records}
     copy = data_root() / "zoo" / f"{name}-{content_key(parts)[:12]}"
-    if not (copy / _MANIFEST).is_file():  # committed last: the copy is whole when it is there
+    if not (copy / _MANIFEST).is_file():  # it is committed last, and marks a complete copy
         for path in sorted(files, key=lambda path: path == source / _MANIFEST):
             atomic.write_bytes(copy / path.relative_to(source), path.read_bytes())
     return copy

@@ -86,12 +86,12 @@ def class_labels_of(run: Run, settings: GenerateConfig) -> ClassLabels | None:
             f"run at {run.folder} was trained with class_dropout=0 (as all jko and all distilled "
             "runs); leave it out, or train under fm or lfm with velocity.class_dropout=0.1"
         )
-    return ClassLabels(tuple(labels or ()), tuple(run.manifest["classes"]["counts"]))
+    return ClassLabels(tuple(labels or ()), run.manifest.class_counts())
 
 
 def class_names_of(run: Run) -> list[str]:
     """Return the names of a run's classes: those of the training folders, or else 0, 1, …."""
-    return run.manifest.get("class_names") or [str(number) for number in range(run.flow.classes)]
+    return run.manifest.class_names or [str(number) for number in range(run.flow.classes)]
 
 
 def parse_classes(run: Run, words: Sequence[str] | None) -> list[int] | None:

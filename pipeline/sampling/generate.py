@@ -77,7 +77,7 @@ def sample_images(
     identity, folder = _identity(plan, n, seed), images_folder(plan, n, seed)
     if (folder / MANIFEST).is_file():
         return open_store(folder, "image store", identity)
-    total = n * math.prod(plan.run.manifest["autoencoder"]["image_shape"])
+    total = n * math.prod(plan.run.manifest.require_autoencoder().image_shape)
     written = sum(path.stat().st_size for path in folder.glob("shard-*"))
     require_disk_space(folder, total - written, f"{n} images")
     # a shard has about two batches: an interruption loses little, and there are few files

@@ -75,7 +75,7 @@ def require_outputs(run: Run, n: int, folder: Path | None, npz: Path | None) -> 
     Raises:
         UserError: the folder holds other files, or a disk is too small.
     """
-    size = math.prod(run.manifest["autoencoder"]["image_shape"])
+    size = math.prod(run.manifest.require_autoencoder().image_shape)
     if folder is not None:
         written = _count_written(folder, n)
         require_disk_space(folder, (n - written) * max(size, _DISK_BLOCK), f"{n} pictures")

@@ -21,7 +21,7 @@ from flows.mixed_precision import in_mixed_precision
 from flows.networks.condition import Condition
 from flows.solving.solver import SolverConfig
 from pipeline.errors import JkoflowError, UserError
-from pipeline.runs.run import Run, is_refiner, open_run
+from pipeline.runs.run import Run, is_refiner, open_run, same_autoencoder
 from pipeline.sampling.solvers import solver_identity
 
 
@@ -104,10 +104,7 @@ def open_refiner(run: Run, name: str, precision: str) -> Refiner:
             f"the run at {name} is no refiner: its network is not conditioned on an image "
             "(velocity.image_channels=0); train one by a configuration such as cifar10-refiner"
         )
-    autoencoders = [
-        each.manifest.get("autoencoder", {}).get("fingerprint") for each in (run, other)
-    ]
-    if autoencoders[0] != autoencoders[1]:
+    if not same_autoencoder(run, other):
         raise UserError(
             f"refiner {name} was trained on images of another autoencoder than that of the run at "
             f"{run.folder}; train one with the same autoencoder.weights"

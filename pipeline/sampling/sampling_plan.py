@@ -26,8 +26,7 @@ from flows.networks.condition import Condition
 from flows.solving.solver import SolverConfig
 from pipeline.config.schema import GenerateConfig
 from pipeline.errors import JkoflowError, UserError
-from pipeline.runs.passes import step_of
-from pipeline.runs.run import Run, open_run, require_latents
+from pipeline.runs.run import Run, open_run, require_latents, same_autoencoder
 from pipeline.runs.snapshots import open_snapshot
 from pipeline.runtime.rng import generator
 from pipeline.sampling.class_labels import ClassLabels, class_labels_of
@@ -135,7 +134,7 @@ class SamplingPlan:
 
     def identity(self) -> dict[str, Any]:
         """Return everything that decides the images except the noise, as JSON values."""
-        used, available = len(self.run.flow), len(self.run.manifest["blocks"])
+        used, available = len(self.run.flow), len(self.run.manifest.blocks)
         guide = self.guide
         return {
             "run": self.run.fingerprint,
@@ -249,10 +248,7 @@ def _open_run_or_snapshot(name: str) -> Run:
 
 def _require_fit(run: Run, guide: Run, name: str) -> None:
     """Refuse a guide of other latents or steps, or one that cannot be evaluated without labels."""
-    encoders = [
-        each.manifest.get("autoencoder", {}).get("fingerprint") for each in (run, guide)
-    ]
-    if encoders[0] != encoders[1] or not run.standardisation.is_close(guide.standardisation):
+    if not same_autoencoder(run, guide) or not run.standardisation.is_close(guide.standardisation):
         raise UserError(
             f"guide {name} was trained on other latents than the run at {run.folder}; train one "
             "on the same data and autoencoder"
@@ -277,9 +273,8 @@ def _same_steps(run: Run, guide: Run) -> bool:
     if run.config.matching.interpolant != guide.config.matching.interpolant:
         return False
     count = len(run.flow)
-    run_rows, guide_rows = (each.manifest["blocks"][:count] for each in (run, guide))
+    run_rows, guide_rows = (each.manifest.blocks[:count] for each in (run, guide))
     return len(run_rows) == len(guide_rows) and all(
-        a.get("objective", "jko") == b.get("objective", "jko")
-        and math.isclose(step_of(a) or 0.0, step_of(b) or 0.0, rel_tol=1e-6)
+        a.objective == b.objective and math.isclose(a.step or 0.0, b.step or 0.0, rel_tol=1e-6)
         for a, b in zip(run_rows, guide_rows, strict=True)
     )

@@ -1,4 +1,4 @@
-"""The course of a training: log.jsonl (always) and TensorBoard, written by the main process."""
+"""Log of a training: log.jsonl and TensorBoard, written by the main process."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.utils.tensorboard import SummaryWriter
 from pipeline.storage import atomic
 
 
-class Journal:
-    """Appends rows to a run's log; a resumed run first drops the rows it will write again.
+class TrainingLog:
+    """Log of a run; a resumed run first drops the rows that it writes again.
 
     Args:
         folder: the run directory.
-        active: False on all processes but the main one: nothing is written.
+        active: whether to write; True on the main process only.
 
     Attributes:
-        number: the pass that rows belong to; set it before they are written.
+        number: of the pass that new rows belong to.
     """
 
     def __init__(self, folder: Path, active: bool = True) -> None:
@@ -32,7 +32,7 @@ class Journal:
         self._count = 0
         self._board = SummaryWriter(str(Path(folder) / "tensorboard")) if active else None
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> TrainingLog:
         return self
 
     def __exit__(
@@ -60,7 +60,7 @@ class Journal:
         atomic.write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode())
 
     def add(self, terms: dict[str, float]) -> None:
-        """Take one step's terms into the running mean of the next row."""
+        """Add the terms of one step to the running means of the next row."""
         self._count += 1
         for name, value in terms.items():
             self._sums[name] += value

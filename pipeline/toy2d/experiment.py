@@ -21,12 +21,13 @@ from flows.likelihood import log_prob
 from flows.solving.solver import SolverConfig
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.runs.manifest import passes_of
-from pipeline.runs.passes import labels, readable
+from pipeline.runs.manifest import Manifest
+from pipeline.runs.passes import labels
 from pipeline.runs.run import Run, open_run
 from pipeline.runtime.console import Progress
 from pipeline.runtime.rng import generator
 from pipeline.storage import atomic
+from pipeline.storage.records import to_json
 from pipeline.toy2d.figures import draw_all
 from pipeline.toy2d.point_source import PointSource
 from pipeline.training.train import train
@@ -60,7 +61,8 @@ def run_experiment(
     if accelerator.num_processes > 1:
         raise UserError("toy2d runs on one process; start it without accelerate launch")
     source = PointSource(config)
-    outcome = train(config, folder, accelerator, progress, resume, source)
+    command = "jkoflow toy2d --run"
+    outcome = train(config, folder, accelerator, progress, resume, source, command=command)
     if not outcome.complete:
         return None
     run = open_run(folder)
@@ -68,10 +70,10 @@ def run_experiment(
     began = time.perf_counter()
     metrics = measure(flow, source, accelerator.device)
     metrics |= {
-        "data": run.manifest["data"],
+        "data": to_json(run.manifest.data),
         "passes": measure_passes(run, source, accelerator.device),
         "blocks": [
-            readable({key: row.get(key) for key in _ROW}) for row in run.manifest["blocks"]
+            {key: row.report()[key] for key in _ROW} for row in run.manifest.blocks
         ],
     }
     draw_all(run, source, folder / "samples", accelerator.device, progress)
@@ -125,14 +127,14 @@ def measure(flow: Flow, source: PointSource, device: torch.device) -> dict[str, 
 
 def measure_passes(run: Run, source: PointSource, device: torch.device) -> list[dict[str, Any]]:
     """NLL and movements of every complete pass on the same fresh points (none if only one)."""
-    passes = passes_of(run.manifest)
+    passes = run.manifest.passes
     rows: list[dict[str, Any]] = []
     for number, (name, each) in enumerate(zip(labels(passes), passes, strict=True)):
         if each.complete and len(passes) > 1:
             flow = open_run(run.folder, number=number).flow.to(device)
             test = source.draw("test", 0, source.settings.test).to(device)
             nll = log_prob(flow, test, divergence="exact").nll_per_dim
-            movement = [row["movement"] for row in each.blocks]
+            movement = [row.movement for row in each.blocks]
             rows.append({"name": name, "nll_per_dim": nll, "h": each.steps, "movement": movement})
     return rows
 
@@ -152,8 +154,7 @@ def experiment_line(metrics: dict[str, Any]) -> str:
     return f"{text}, {metrics['nfe']} evaluations a sample; trained in {seconds:.0f} s"
 
 
-def _training_seconds(manifest: dict[str, Any]) -> float:
+def _training_seconds(manifest: Manifest) -> float:
     """Optimiser time over all passes."""
-    passes = manifest.get("passes") or [manifest]
-    rows = [row for each in passes for row in each["blocks"][each.get("kept", 0) :]]
-    return round(sum(row["seconds"] for row in rows), 1)
+    rows = [row for entry in manifest.passes for row in entry.blocks[entry.kept :]]
+    return round(sum(row.seconds for row in rows), 1)

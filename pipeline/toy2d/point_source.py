@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.config.schema import Config
+from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
+from pipeline.runs.manifest import DataRecord, Manifest
 from pipeline.runtime.rng import generator
 from pipeline.storage.shards import StoreReader, StoreWriter
 from pipeline.toy2d.point_sets import PointSet, point_set
@@ -64,15 +66,17 @@ class PointSource:
         size = config.latents.shard_size
         return ensure_stage(run, identity, self.settings.train, size, make, accelerator)
 
-    def manifest(self) -> dict[str, Any]:
-        """Describe the points; they are not standardised, for their scale matters."""
-        return {
-            "standardisation": {"mean": [0.0, 0.0], "std": [1.0, 1.0]},
-            "data": {
-                "name": self.points.name,
-                "split": "train",
-                "count": self.settings.train,
-                "seed": self.seed,
-                "fingerprint": self.fingerprint,
-            },
-        }
+    def manifest(self, name: str) -> Manifest:
+        """Return the manifest of a run on the points, which are not standardised."""
+        return Manifest(
+            name,
+            self.shape,
+            Standardisation(torch.zeros(2), torch.ones(2)),
+            DataRecord(
+                self.points.name,
+                "train",
+                self.fingerprint,
+                count=self.settings.train,
+                seed=self.seed,
+            ),
+        )

@@ -1,15 +1,15 @@
-"""One optimiser step's loss of a block under (local) flow matching.
+"""Loss of one optimiser step of a block under (local) flow matching.
 
-Nothing is integrated: the block's samples z and their targets z' (see `flows.objectives.losses`)
-are
-joined by an interpolant, and the velocity is regressed on its slope. Noise and times are drawn
-for the whole batch, and each process takes its rows, so that they do not depend on the number of
-processes.
+Nothing is integrated. The block's samples z and their targets z' (`flows.objectives.losses`) are
+joined by an interpolant, and the velocity is regressed on its slope. Noise and times are drawn for
+the whole batch, and each rank takes its rows, so the loss does not depend on the number of ranks.
 
 Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024).
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,109 +18,117 @@ from flows.networks.base import Velocity
 from flows.networks.image_condition import ImageConditionedNetwork
 from flows.objectives.coupling import optimal_pairing
 from flows.objectives.losses import LfmLoss, matching_loss, ou_target
+from flows.spec import BlockSpec
 from pipeline.config.schema import MatchingConfig
 from pipeline.storage.shards import StoreReader
-from pipeline.training.parallel import Rows, every
 
-#: field of a stage: the conditioning image of every sample
+#: field of a stage: the image that each sample is conditioned on
 IMAGE = "image"
+
+
+class Regression(Protocol):
+    """Loss of an objective that integrates nothing."""
+
+    def __call__(
+        self,
+        velocity: Velocity,
+        stage: StoreReader,
+        batch: Tensor,
+        source: torch.Generator,
+        rows: Tensor,
+    ) -> LfmLoss:
+        """Compute the mean loss over this rank's share of a batch.
+
+        Args:
+            velocity: in training.
+            stage: the samples that the block trains on.
+            batch: indices of the samples of the whole batch (B,).
+            source: of noise and times, the same on every rank.
+            rows: positions in `batch` of this rank's samples, int64.
+        """
+
+
+def matching_regression(spec: BlockSpec, options: MatchingConfig) -> Regression:
+    """Return the flow-matching loss of a block.
+
+    Args:
+        spec: of the block: γ and the class dropout.
+        options: interpolant, coupling and times.
+    """
+
+    def regression(
+        velocity: Velocity,
+        stage: StoreReader,
+        batch: Tensor,
+        source: torch.Generator,
+        rows: Tensor,
+    ) -> LfmLoss:
+        dropout = spec.velocity.class_dropout
+        return batch_loss(velocity, stage, batch, spec.gamma, options, source, rows, dropout)
+
+    return regression
 
 
 def batch_loss(
     velocity: Velocity,
     stage: StoreReader,
-    indices: Tensor,
+    batch: Tensor,
     gamma: float | None,
     options: MatchingConfig,
-    drawn: torch.Generator,
-    rows: Rows = every,
+    source: torch.Generator,
+    rows: Tensor | None = None,
     dropout: float = 0.0,
 ) -> LfmLoss:
-    """The regression on this process's share of a batch.
+    """Compute the flow-matching loss on this rank's share of a batch.
 
     Args:
-        velocity: the field in training.
+        velocity: in training.
         stage: the samples that the block trains on.
-        indices: of the whole batch (B,).
-        gamma: Ornstein–Uhlenbeck time of the block; None aims at pure noise.
+        batch: indices of the samples of the whole batch (B,).
+        gamma: Ornstein–Uhlenbeck time of the block; None takes pure noise as the target.
         options: interpolant, coupling and times.
-        drawn: source of noise and times, the same on all processes.
-        rows: which of the samples are this process's.
-        dropout: probability that a sample goes without its class, for a field with classes.
+        source: of noise and times, the same on every rank.
+        rows: positions in `batch` of this rank's samples; None is all.
+        dropout: probability that the class of a sample is left out, for a velocity with classes.
     """
     device = next(velocity.parameters()).device
-    noise = torch.randn((len(indices), *velocity.shape), generator=drawn)
-    t = stratified_times(len(indices), drawn)
+    rows = torch.arange(len(batch)) if rows is None else rows
+    noise = torch.randn((len(batch), *velocity.shape), generator=source)
+    t = stratified_times(len(batch), source)
     if options.times == "logit-normal":
         t = logit_normal(t)
-    mine = rows(t)
-    labels = stage.take("labels", indices) if velocity.classes else None
-    told = labels
+    labels = stage.take("labels", batch) if velocity.classes else None
+    kept_labels = None
     if labels is not None:
-        dropped = torch.rand(len(indices), generator=drawn) < dropout
-        told = labels.masked_fill(dropped, velocity.classes)[mine].to(device)
-    if options.coupling == "ot":  # of the whole batch, on every process: it is one pairing
-        z = stage.take("z", indices).float()
+        dropped = torch.rand(len(batch), generator=source) < dropout
+        kept_labels = labels.masked_fill(dropped, velocity.classes)[rows].to(device)
+    if options.coupling == "ot":  # the pairing is that of the whole batch, on every rank
+        z = stage.take("z", batch).float()
         target = ou_target(z, gamma, noise)
         target = target[optimal_pairing(z, target, labels)]
-        z, target = z[mine], target[mine]
+        z, target = z[rows], target[rows]
     else:
-        z = stage.take("z", indices[mine]).float()
-        target = ou_target(z, gamma, noise[mine])
-    z, target, t = (x.to(device) for x in (z, target, t[mine]))
+        z = stage.take("z", batch[rows]).float()
+        target = ou_target(z, gamma, noise[rows])
+    z, target, t = (tensor.to(device) for tensor in (z, target, t[rows]))
     if isinstance(velocity, ImageConditionedNetwork):
-        velocity = velocity.with_image(stage.take(IMAGE, indices[mine]).float().to(device))
-    return matching_loss(velocity, z, target, t, options.interpolant, told)
+        velocity = velocity.with_image(stage.take(IMAGE, batch[rows]).float().to(device))
+    return matching_loss(velocity, z, target, t, options.interpolant, kept_labels)
 
 
-def pair_loss(
-    velocity: Velocity,
-    stage: StoreReader,
-    indices: Tensor,
-    drawn: torch.Generator,
-    rows: Rows = every,
-) -> LfmLoss:
-    """The regression on the straight ways from samples to where other blocks carry them.
+def stratified_times(count: int, source: torch.Generator) -> Tensor:
+    """Draw stratified uniform times (count,): one in each of `count` equal parts of [0, 1].
 
-    E ‖v(t, (1 − t) z + t T(z)) − (T(z) − z)‖²
-
-    Where the ways do not cross, its minimum is the field of straight trajectories whose map is T:
-    one step of any solver follows it, in either direction.
-
-    Args:
-        velocity: the field in training.
-        stage: pairs, z in the field `z` and T(z) in the field `end`; for a field with classes,
-            these in the field `labels`.
-        indices: of the whole batch (B,).
-        drawn: source of the times, the same on all processes.
-        rows: which of the samples are this process's.
-
-    Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024), distillation; Liu,
-    Gong, Liu, "Flow straight and fast" (2023).
+    The mean of a function over them has a lower variance than over independent times.
     """
-    device = next(velocity.parameters()).device
-    t = stratified_times(len(indices), drawn)
-    mine = rows(t)
-    t, chosen = t[mine], indices[mine]
-    z, end, t = (x.to(device) for x in (stage.take("z", chosen), stage.take("end", chosen), t))
-    labels = stage.take("labels", chosen).to(device) if velocity.classes else None
-    return matching_loss(velocity, z, end, t, labels=labels)
-
-
-def stratified_times(count: int, drawn: torch.Generator) -> Tensor:
-    """Uniform times (count,), one in each of `count` equal parts of [0, 1].
-
-    Each alone is uniform (up to the order, and the samples of a batch are in random order); their
-    mean over a batch varies less than that of independent ones.
-    """
-    return (torch.arange(count) + torch.rand(count, generator=drawn)) / count
+    return (torch.arange(count) + torch.rand(count, generator=source)) / count
 
 
 def logit_normal(u: Tensor) -> Tensor:
-    """Uniform numbers in (0, 1) as logit-normal ones, whose logit is N(0, 1); shape kept.
+    """Map uniform values in (0, 1) to logit-normal ones, whose logit is N(0, 1); same shape.
 
-    The regression weighs the middle of the way more, where noise and data are hardest to tell
-    apart; what it tends to is the same field.
+    The regression then weighs the middle of the interpolant more, where noise and data are hardest
+    to separate. Its minimum is the same velocity.
 
     Reference: Esser et al., "Scaling rectified flow transformers for high-resolution image
     synthesis" (2024), section 3.1.

@@ -1,13 +1,13 @@
-"""What a refiner learns: what a decoder leaves out of an image, given what it decodes.
+"""Sample sources: where the samples of stage 0 come from.
 
-The latents of an image x are drawn from their posterior, disturbed a little, as a flow's own are,
-and decoded to c; the samples of a refiner are the residuals x − c, standardised, with c beside
-each (`flows.networks.image_condition`). They come from the latent cache and the images that it
-was made of.
+`LatentSource` draws the latents of a cache. `ResidualSource` is for refiners: the latents of an
+image x are drawn from their posterior, disturbed by noise, and decoded to c; the samples are the
+standardised residuals x − c, each conditioned on c (`flows.networks.image_condition`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,31 +16,34 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from autoencoders.adapt import Adaptation
 from autoencoders.base import to_float
 from pipeline.config.schema import Config, LatentsConfig
 from pipeline.data.latent_cache import load_images_and_autoencoder, open_cache, read_rows
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
+from pipeline.runs.manifest import AutoencoderRecord, DataRecord, LatentsRecord, Manifest
 from pipeline.runtime.console import progress_bar
 from pipeline.runtime.rng import generator
 from pipeline.storage.shards import Shard, StoreReader, StoreWriter
 from pipeline.training.matching_loss import IMAGE
 from pipeline.training.stages import ensure_stage
 
-#: images that the residuals' mean and deviation are measured on, at each of so many places
-_MEASURED, _PLACES = 50, 20
-_AT_ONCE = 250
-#: of the draws of latents, the same in all runs
+#: images in each part of the cache that the standardisation is measured on, and number of parts
+_IMAGES_PER_PART, _PARTS = 50, 20
+#: images decoded at once
+_BATCH = 250
+#: seed of the draws of latents, the same in all runs
 _SEED = 0
 
 
-class Source(Protocol):
-    """Where a training gets its samples from.
+class SampleSource(Protocol):
+    """Source of the samples of stage 0.
 
     Attributes:
         shape: of one sample, (C_z, H_z, W_z) or (D,).
-        labels: class of each sample that the draws are of, int64 (n,), negative where it has
-            none; None if no sample has one. Asked for only when velocity.classes is set.
+        labels: class of each datum, int64 (n,), negative for an unlabelled one; None if all are
+            unlabelled. It is read only if velocity.classes is set.
     """
 
     shape: tuple[int, ...]
@@ -50,14 +53,18 @@ class Source(Protocol):
         """See the attributes."""
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
-        """Stage 0 of a run, made where it is not there yet."""
+        """Open stage 0 of a run; it is made where it is missing."""
 
-    def manifest(self) -> dict[str, Any]:
-        """Entries of flow.json: standardisation and what the samples came from."""
+    def manifest(self, name: str) -> Manifest:
+        """Return the manifest of a run on these samples, without passes.
+
+        Args:
+            name: of the run's configuration.
+        """
 
 
 class LatentSource:
-    """The latent cache of a configuration.
+    """Draws from the latent cache of a configuration.
 
     Args:
         config: sections data, autoencoder and latents.
@@ -72,31 +79,31 @@ class LatentSource:
 
     @cached_property
     def labels(self) -> torch.Tensor | None:
-        """Of the images, mirror images included."""
+        """Labels of the images, mirror images included."""
         return self.cache.labels()
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
-        """Draws of the latents, `latents.draws` of each."""
+        """See `SampleSource`: `latents.draws` draws of each latent."""
         cache, latents = self.cache, config.latents
         identity = self.identity(latents)
 
         def make(writer: StoreWriter, index: int) -> torch.Tensor:
-            drawn = generator(_SEED, "draw", index)
+            source = generator(_SEED, "draw", index)
             rows = self.rows(*writer.bounds(index))
-            return torch.cat([cache.sample(*each, latents.noise, drawn) for each in rows])
+            return torch.cat([cache.sample(*span, latents.noise, source) for span in rows])
 
-        known = self.labels if config.velocity.classes else None
+        all_labels = self.labels if config.velocity.classes else None
         count, size = len(cache) * latents.draws, latents.shard_size
-        if known is None:
+        if all_labels is None:
             return ensure_stage(run, identity, count, size, make, accelerator)
 
         def labels(first: int, last: int) -> torch.Tensor:
-            return known[torch.arange(first, last) % len(known)]
+            return all_labels[torch.arange(first, last) % len(all_labels)]
 
         return ensure_stage(run, identity, count, size, make, accelerator, labels=labels)
 
     def identity(self, latents: LatentsConfig) -> dict[str, Any]:
-        """What decides the samples of stage 0."""
+        """Return everything that decides the samples of stage 0."""
         return {
             "kind": "stage",
             "stage": 0,
@@ -108,12 +115,15 @@ class LatentSource:
         }
 
     def rows(self, first: int, last: int, most: int | None = None) -> list[tuple[int, int]]:
-        """Rows of the cache that samples [first, last) are draws of, as (start, stop) in order.
+        """Return the rows of the cache that samples [first, last) are draws of.
 
         Args:
-            first: sample; those from the size of the cache on are further draws.
+            first: sample; from the size of the cache on, samples are further draws.
             last: one past the last.
-            most: rows together; None for as many as there are.
+            most: largest number of rows in a span; None is without limit.
+
+        Returns:
+            spans (start, stop) of rows, in order.
         """
         spans = []
         while first < last:
@@ -123,32 +133,26 @@ class LatentSource:
             first += stop - row
         return spans
 
-    def manifest(self) -> dict[str, Any]:
-        """Standardisation, autoencoder and data."""
+    def manifest(self, name: str) -> Manifest:
+        """See `SampleSource`."""
         images, autoencoder = load_images_and_autoencoder(self.config)
-        wanted = self.config.autoencoder
-        named = self.config.velocity.classes and images.class_names
-        return {
-            **({"class_names": list(named)} if named else {}),
-            "standardisation": self.cache.standardisation.to_dict(),
-            "latents": {
-                "key": self.cache.key,
-                "noise": self.config.latents.noise,
-                "stochastic": self.cache.stochastic,
-            },
-            "autoencoder": {
-                "name": self.config.autoencoder.name,
-                "weights": self.config.autoencoder.weights,
-                "fingerprint": autoencoder.fingerprint,
-                "image_shape": list(images.shape),
-                "adaptation": {"fit": wanted.fit, "size": wanted.size, "latents": wanted.latents},
-            },
-            "data": {
-                "name": images.name,
-                "split": images.split,
-                "fingerprint": images.fingerprint,
-            },
-        }
+        settings, classes = self.config.autoencoder, self.config.velocity.classes
+        class_names = list(images.class_names) if classes and images.class_names else None
+        return Manifest(
+            name,
+            self.shape,
+            self.cache.standardisation,
+            DataRecord(images.name, images.split, images.fingerprint),
+            LatentsRecord(self.cache.key, self.config.latents.noise, self.cache.stochastic),
+            AutoencoderRecord(
+                settings.name,
+                settings.weights,
+                autoencoder.fingerprint,
+                images.shape,
+                Adaptation(settings.fit, settings.size, settings.latents),
+            ),
+            class_names=class_names,
+        )
 
 
 class ResidualSource(LatentSource):
@@ -175,35 +179,35 @@ class ResidualSource(LatentSource):
 
     @cached_property
     def standardisation(self) -> Standardisation:
-        """Of the residuals, by channel, to three digits of the deviation.
+        """Standardisation of the residuals, by channel, rounded to three digits of the deviation.
 
-        Measured on images from all over the cache; no more digits, which another processor might
-        find otherwise.
+        It is measured on images from all parts of the cache. Rounding makes it the same on every
+        processor.
         """
-        drawn, parts = generator("residuals"), []
-        for index in progress_bar(range(_PLACES), _PLACES, "measure residuals"):
-            start = index * len(self.cache) // _PLACES
-            stop = min(start + _MEASURED, (index + 1) * len(self.cache) // _PLACES)
+        source, parts = generator("residuals"), []
+        for index in progress_bar(range(_PARTS), _PARTS, "measure residuals"):
+            start = index * len(self.cache) // _PARTS
+            stop = min(start + _IMAGES_PER_PART, (index + 1) * len(self.cache) // _PARTS)
             if start < stop:
-                parts.append(self.pairs(start, stop, drawn))
+                parts.append(self.pairs(start, stop, source))
         x, decoded = (torch.cat(part) for part in zip(*parts, strict=True))
-        off = (x - decoded).double().transpose(0, 1).flatten(1)
-        mean, std = off.mean(1), off.std(1).clamp(min=1e-3)
+        residuals = (x - decoded).double().transpose(0, 1).flatten(1)
+        mean, std = residuals.mean(1), residuals.std(1).clamp(min=1e-3)
         unit = 10.0 ** (torch.floor(torch.log10(std)) - 2)
-        return Standardisation(*((unit * (of / unit).round()).float() for of in (mean, std)))
+        return Standardisation(*((unit * (x / unit).round()).float() for x in (mean, std)))
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
-        """Residuals of `latents.draws` draws of each image's latents, in float16."""
+        """See `SampleSource`: residuals of `latents.draws` draws of each latent, in float16."""
         latents = config.latents
         residuals = self.standardisation.to_dict()
         identity = self.identity(latents) | {"disturb": latents.disturb, "residuals": residuals}
         self.autoencoder.to(accelerator.device)  # type: ignore[attr-defined]
 
         def make(writer: StoreWriter, index: int) -> Shard:
-            drawn = generator(_SEED, "residuals", index)
-            spans, parts = self.rows(*writer.bounds(index), _AT_ONCE), []
+            source = generator(_SEED, "residuals", index)
+            spans, parts = self.rows(*writer.bounds(index), _BATCH), []
             for row, stop in progress_bar(spans, len(spans), f"decode shard {index}"):
-                x, decoded = self.pairs(row, stop, drawn)
+                x, decoded = self.pairs(row, stop, source)
                 z = self.standardisation.apply(x - decoded)
                 parts.append((z.half(), decoded.half()))
             z, decoded = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -212,32 +216,35 @@ class ResidualSource(LatentSource):
         count = len(self.cache) * latents.draws
         return ensure_stage(run, identity, count, latents.shard_size, make, accelerator)
 
-    def manifest(self) -> dict[str, Any]:
-        """As of the latents, with the residuals' own standardisation."""
-        about = super().manifest()
-        about["latents"]["disturb"] = self.config.latents.disturb
-        return about | {"standardisation": self.standardisation.to_dict()}
+    def manifest(self, name: str) -> Manifest:
+        """See `SampleSource`; with the standardisation of the residuals."""
+        manifest = super().manifest(name)
+        assert manifest.latents is not None
+        latents = dataclasses.replace(manifest.latents, disturb=self.config.latents.disturb)
+        return dataclasses.replace(
+            manifest, latents=latents, standardisation=self.standardisation
+        )
 
     @torch.inference_mode()
-    def pairs(self, start: int, stop: int, drawn: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Images and what is decoded from their latents.
+    def pairs(self, start: int, stop: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return images and the decodings of their latents.
 
         Args:
             start: first row of the cache.
             stop: one past the last.
-            drawn: source of what is random in the latents.
+            source: of the posterior draws and the noise.
 
         Returns:
-            Both (stop − start, C, H, W), in [-1, 1]; the second as float16 has it.
+            both (stop − start, C, H, W), in [-1, 1]; the second is rounded to float16.
         """
         latents = self.config.latents
-        z = self.cache.sample(start, stop, latents.noise, drawn)
+        z = self.cache.sample(start, stop, latents.noise, source)
         if latents.disturb:
-            most = latents.disturb * torch.rand((len(z), 1, 1, 1), generator=drawn)
-            z = z + most * torch.randn(z.shape, generator=drawn)
+            most = latents.disturb * torch.rand((len(z), 1, 1, 1), generator=source)
+            z = z + most * torch.randn(z.shape, generator=source)
         device = next(iter(self.autoencoder.parameters()), z).device  # type: ignore[attr-defined]
         z = self.cache.standardisation.undo(z).to(device)
-        decoded = torch.cat([self.autoencoder.decode(part) for part in z.split(_AT_ONCE)])
+        decoded = torch.cat([self.autoencoder.decode(part) for part in z.split(_BATCH)])
         x = to_float(read_rows(self.images, start, stop)[0])
         return x, decoded.cpu().half().float()
 
@@ -255,8 +262,8 @@ def check_labels(labels: Tensor | None, classes: int) -> None:
     if labels is None or int(labels.min()) < 0:
         raise UserError(
             f"velocity.classes = {classes} needs a class for every image, but the data set has no "
-            "labels (none that data.also joins has); sort the images into one subfolder a class, "
-            "or train with velocity.classes=0"
+            "labels (nor has one that data.also joins); sort the images into one subfolder a "
+            "class, or train with velocity.classes=0"
         )
     largest = int(labels.max())
     if largest >= classes:
@@ -267,5 +274,5 @@ def check_labels(labels: Tensor | None, classes: int) -> None:
 
 
 def counts_of(labels: Tensor, classes: int) -> list[int]:
-    """How many samples there are of each class."""
+    """Count the samples of each class."""
     return torch.bincount(labels, minlength=classes).tolist()

@@ -1,9 +1,9 @@
-"""Stage caches: the training latents pushed through the blocks that are finished.
+"""Stages: caches of the training samples, pushed through the finished blocks.
 
-Stage 0 holds draws of the latents (posterior samples, or the latents with their known noise),
-`latents.draws` of each; stage k + 1 is stage k pushed through block k. With classes every sample
-carries its label from stage to stage, and is pushed as one of its class. A block therefore trains
-on a cached array, and its cost does not grow with the number of blocks before it.
+Stage 0 holds `latents.draws` draws of each latent (posterior samples, or the latents plus noise).
+Stage k + 1 is stage k pushed through block k. In a run with classes, every sample keeps its label,
+and the push is conditioned on it. A block therefore trains on a cached array, and its cost does
+not grow with the number of blocks before it.
 
 Reference: JKO-iFlow, Algorithm 1.
 """
@@ -28,19 +28,29 @@ from pipeline.config.schema import Config
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runtime.console import Progress
 from pipeline.runtime.distributed import errors_on_all_ranks
-from pipeline.storage.shards import Shard, StoreReader, StoreWriter, open_store
+from pipeline.storage.shards import MANIFEST, Shard, StoreReader, StoreWriter, open_store
 
 CHUNK = 2000
 
 
 def stage_file(stage: int, number: int = 0) -> str:
-    """Folder of a stage inside a run directory; stage 0 is the same for all passes."""
+    """Return the folder of a stage inside a run directory; all passes share stage 0."""
     name = f"stage-{stage:02d}"
     return f"stages/pass-{number:02d}/{name}" if number and stage else f"stages/{name}"
 
 
+def number_of(stage: StoreReader) -> int:
+    """Return the number of a stage: how many blocks its samples have passed."""
+    return int(stage.manifest["identity"]["stage"])
+
+
+def has_stage(run: Path, stage: int) -> bool:
+    """Return whether a run holds a complete stage of its first pass."""
+    return (stage_folder(run, stage) / MANIFEST).is_file()
+
+
 def stage_folder(run: Path, stage: int, number: int = 0) -> Path:
-    """Where a stage of a pass lies."""
+    """Return the folder of a stage of a pass."""
     return Path(run) / stage_file(stage, number)
 
 
@@ -54,22 +64,22 @@ def next_stage(
     progress: Progress,
     folder: Path | None = None,
 ) -> StoreReader:
-    """Push a stage through a finished block; its manifest records how far the samples moved.
+    """Push a stage through a finished block; the new manifest records the movement.
 
     Args:
         run: the run directory.
-        config: its configuration; `sampler` integrates.
+        config: its configuration; `sampler` is the solver.
         before: the stage that the block was trained on.
         block: the finished block, frozen.
-        sha256: of the block's file, part of the identity.
-        accelerator: device and processes.
+        sha256: of the block's file; it is part of the identity.
+        accelerator: device and ranks.
         progress: wraps the loop over chunks.
-        folder: where the new stage goes; by default where the first pass has it.
+        folder: of the new stage; None is that of the first pass.
 
     Raises:
-        JkoflowError: the block cannot be followed.
+        JkoflowError: the block cannot be integrated.
     """
-    stage = before.manifest["identity"]["stage"] + 1
+    stage = number_of(before) + 1
     solver = config.sampler.of_block(stage - 1)
     identity = {
         "kind": "stage",
@@ -89,8 +99,8 @@ def next_stage(
             return carry(before, bounds, blocks, accelerator, progress, label)
         except SolveError as error:
             raise JkoflowError(
-                f"{error}; the data cannot be pushed through this block: start a new "
-                "run with a lower train.lr, or with more sampler.steps"
+                f"{error}; the samples cannot be pushed through this block; train elsewhere with "
+                "a lower train.lr or more sampler.steps"
             ) from error
 
     size = config.latents.shard_size
@@ -108,33 +118,33 @@ def carry(
     progress: Progress,
     label: str,
 ) -> torch.Tensor:
-    """Some samples of a stage through blocks, chunk by chunk, each sample with its class.
+    """Transport some samples of a stage through blocks, chunk by chunk.
 
     Args:
         before: the stage.
         bounds: first sample, and the one after the last.
-        blocks: with their solvers, by their number in the flow, in order.
-        accelerator: its device.
+        blocks: with their solvers, by their index in the flow, in order.
+        accelerator: the device.
         progress: wraps the loop over chunks.
         label: of that loop.
 
     Returns:
-        The samples at the end (last − first, *shape), on the CPU.
+        the transported samples (last − first, *shape), on the CPU.
 
     Raises:
-        SolveError: with the number of the block that cannot be followed.
+        SolveError: a block cannot be integrated; the error names its index.
     """
     parts, starts = [], range(*bounds, CHUNK)
     classes = any(block.velocity.classes for block, _ in blocks.values())
     for start in progress(starts, len(starts), label):
         stop = min(start + CHUNK, bounds[1])
         z = before.read("z", start, stop).to(accelerator.device)
-        of = Condition(before.read("labels", start, stop)) if classes else None
-        for number, (block, solver) in blocks.items():
+        condition = Condition(before.read("labels", start, stop)) if classes else None
+        for index, (block, solver) in blocks.items():
             try:
-                z = block.transport(z, solver=solver, condition=of).z
+                z = block.transport(z, solver=solver, condition=condition).z
             except SolveError as error:
-                raise error.in_block(number) from error
+                raise error.in_block(index) from error
         parts.append(z.cpu())
     return torch.cat(parts)
 
@@ -154,14 +164,14 @@ def ensure_stage(
 
     Args:
         run: the run directory.
-        identity: with `stage`, the number of the stage, and all that decides its samples.
-        count: samples.
-        shard_size: samples a shard.
-        make: (writer, shard) → the samples of that shard, or with them (`z`) what is beside them.
-        accelerator: processes; rank r writes shards r, r + P, ….
-        before: the stage it was pushed from.
-        folder: where it lies, if not where the first pass has it.
-        labels: (first, last) → the labels of these samples, int64; None for samples without.
+        identity: everything that decides the samples, with the number of the stage in `stage`.
+        count: number of samples.
+        shard_size: samples per shard.
+        make: (writer, shard) → the samples of that shard, or its fields with the samples in `z`.
+        accelerator: the ranks; rank r of R writes shards r, r + R, ….
+        before: the stage it is pushed from; None for stage 0.
+        folder: of the stage; None is that of the first pass.
+        labels: (first, last) → the labels of these samples, int64; None for unlabelled samples.
 
     Raises:
         UserError: the samples of stage 0 hold NaN or infinity.
@@ -170,13 +180,13 @@ def ensure_stage(
     if labels is not None:
         identity = {**identity, "labels": True}
     folder = folder or stage_folder(run, stage)
-    if (folder / "manifest.json").is_file():
+    if (folder / MANIFEST).is_file():
         return open_store(folder, f"stage {stage}", identity)
     writer = StoreWriter(folder, identity, count, shard_size)
     with errors_on_all_ranks(accelerator):
         for index in writer.missing(accelerator.process_index, accelerator.num_processes):
-            made = make(writer, index)
-            fields = made if isinstance(made, dict) else {"z": made}
+            shard = make(writer, index)
+            fields = shard if isinstance(shard, dict) else {"z": shard}
             if before is None:
                 _require_finite(fields["z"], writer.bounds(index)[0])
             classes = {} if labels is None else {"labels": labels(*writer.bounds(index))}
@@ -198,7 +208,7 @@ def _require_finite(z: torch.Tensor, first: int) -> None:
 
 
 def _movement(before: StoreReader | None, after: StoreReader) -> dict[str, float]:
-    """E‖z' − z‖² and E‖z'‖² over all samples, in float64, in shard order."""
+    """Compute E‖z' − z‖² and E‖z'‖² over all samples, in float64, in shard order."""
     moved, norm = 0.0, 0.0
     for index in range(len(after.manifest["shards"])):
         z = after.shard(index)["z"].double().flatten(1)

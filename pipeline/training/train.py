@@ -1,37 +1,46 @@
-"""Trains the flow block by block: latent cache → run directory.
+"""Trains a flow block by block: latent cache → run directory.
 
 For every block: open its stage, train, commit the block, push the stage through it, commit
-flow.json. Each of these steps is skipped when its result is there, so that a killed training,
-run again with `--resume`, ends in the same bytes as one that was never stopped. Later passes
-(`pipeline.training.planner`) do the same over again; until one is complete, the pass before it is
-used.
+flow.json. Each of these steps is skipped when its result exists. So a training that was killed and
+resumed ends in the same bytes as one that was never stopped. Later passes
+(`pipeline.training.planner`) repeat this; until one is complete, the pass before it is in use.
 
 Reference: JKO-iFlow, Algorithm 1.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from pipeline.config.keys import resume_rule
-from pipeline.config.load import differences
 from pipeline.config.schema import Config
-from pipeline.config.validate import check, check_shape, steps
+from pipeline.config.validate import check, check_shape
 from pipeline.errors import UserError
-from pipeline.runs.directory import read_config
-from pipeline.runs.manifest import read_manifest
+from pipeline.runs.directory import (
+    EXTENDED,
+    RESUMED,
+    ResumePolicy,
+    RunDirectory,
+    write_manifest,
+)
+from pipeline.runs.manifest import ClassesRecord, Manifest
 from pipeline.runtime.console import Progress
 from pipeline.runtime.system import keep_freed_memory
-from pipeline.storage.training_log import Journal
-from pipeline.training.pass_trainer import Trainer
+from pipeline.storage.training_log import TrainingLog
+from pipeline.training.block_source import TrainedBlocks, TrainingContext
+from pipeline.training.pass_trainer import PassTrainer
 from pipeline.training.planner import next_pass
-from pipeline.training.resume import check_moved, enter
-from pipeline.training.sources import LatentSource, ResidualSource, Source, check_labels
-
-__all__ = ["Outcome", "check", "steps", "train"]
+from pipeline.training.sources import (
+    LatentSource,
+    ResidualSource,
+    SampleSource,
+    check_labels,
+    counts_of,
+)
+from pipeline.training.warm_start import open_warm_start
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Outcome:
 
     Attributes:
         blocks: finished blocks of the last pass.
-        complete: whether all that was asked for is done (else it can be resumed).
+        complete: whether all passes are finished; if not, the run can be resumed.
         trained: blocks that this call finished.
         passes: passes of the run, an unfinished one included.
     """
@@ -57,27 +66,26 @@ def train(
     accelerator: Accelerator,
     progress: Progress,
     resume: bool,
-    source: Source | None = None,
+    source: SampleSource | None = None,
     *,
     add_blocks: int = 0,
+    command: str = "jkoflow train --run",
 ) -> Outcome:
     """Train a run to its end, or until `train.max_minutes`.
 
     Args:
-        config: the configuration; a run that is continued must have been started with it, but for
-            the passes it asks for, where the images lie, and what `add_blocks` may change.
+        config: the configuration. A run that is continued must have been started with it, except
+            for settings that may change (see `pipeline.config.keys.resume_rule`).
         folder: the run directory.
-        accelerator: device and processes.
+        accelerator: device and ranks.
         progress: wraps loops.
-        resume: continue what is there; without it a run directory with a run is refused.
-        source: where the samples come from; None is the latent cache.
-        add_blocks: add so many blocks to a finished run (implies `resume`).
-
-    Returns:
-        How it ended.
+        resume: whether to continue a run that exists; without it such a run is an error.
+        source: of the samples; None is the latent cache.
+        add_blocks: number of blocks to add to a finished run; implies `resume`.
+        command: that resumes the training, up to the folder.
 
     Raises:
-        UserError: bad configuration, or a run that is there without `resume`.
+        UserError: bad configuration, or a run that may not continue.
         JkoflowError: a block failed.
     """
     check(config)
@@ -88,30 +96,56 @@ def train(
         )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    source = source or (ResidualSource if config.velocity.image_channels else LatentSource)(config)
-    check_shape(config, source.shape)
+    default = ResidualSource if config.velocity.image_channels else LatentSource
+    samples = source or default(config)
+    check_shape(config, samples.shape)
     if config.velocity.classes:
-        check_labels(source.labels, config.velocity.classes)
-    resume = resume or add_blocks > 0
-    there = resume and (folder / "flow.json").is_file()
-    manifest = read_manifest(folder) if there else None
-    trainer = Trainer(config, folder, source, accelerator, progress, manifest)
-    altered: list[str] = []
-    if add_blocks and (folder / "config.yaml").is_file():
-        changed = differences(read_config(folder), config)
-        altered = [name for name in changed if resume_rule(name) == "added"]
-    upcoming = next_pass(config, trainer.passes, add_blocks, altered)
-    if resume:
-        check_moved(config, folder, source, accelerator)
-    enter(config, folder, accelerator, resume, add_blocks > 0)
+        check_labels(samples.labels, config.velocity.classes)
+    context = TrainingContext(config, folder, samples, accelerator, progress)
+    resume = resume or bool(add_blocks)
+    manifest = _manifest(context, RunDirectory(folder).started if resume else None)
+    upcoming = next_pass(config, manifest.passes, add_blocks)
+    adds = bool(add_blocks) and upcoming not in manifest.passes
+    policy = ResumePolicy(
+        resume, command, changes=EXTENDED if adds else RESUMED, verify=context.verify_samples
+    )
+    RunDirectory.open_or_create(folder, config, policy, accelerator)
+    if not manifest.passes and manifest.init_from is not None and accelerator.is_main_process:
+        write_manifest(folder, manifest)
+    trainer = PassTrainer(context, manifest, TrainedBlocks(context, manifest.init_from))
     if upcoming is not None:
-        with Journal(folder, accelerator.is_main_process) as journal:
-            while upcoming is not None and trainer.train(upcoming, journal):
+        with TrainingLog(folder, accelerator.is_main_process) as log:
+            while upcoming is not None and trainer.train(upcoming, log):
                 upcoming = next_pass(config, trainer.passes)
     if upcoming is None:
         trainer.tidy()
     passes = trainer.passes
-    done = len(passes[-1].blocks) if passes else 0
-    return Outcome(done, upcoming is None, trainer.trained, len(passes))
+    finished = len(passes[-1].blocks) if passes else 0
+    return Outcome(finished, upcoming is None, trainer.trained, len(passes))
 
 
+def _manifest(context: TrainingContext, started: Manifest | None) -> Manifest:
+    """Return the manifest to continue, or that of a new run."""
+    config, samples = context.config, context.samples
+    manifest = samples.manifest(config.name)
+    if started is not None:
+        _require_same_scale(context.folder, started, manifest)
+        manifest = dataclasses.replace(started, exported=None)
+    elif config.velocity.classes and samples.labels is not None:
+        counts = counts_of(samples.labels, config.velocity.classes)
+        manifest = dataclasses.replace(manifest, classes=ClassesRecord(counts))
+    run, record = config.train.init_from, manifest.init_from
+    if run is not None and (record is None or record.run != run):
+        record = open_warm_start(run, config.velocity, samples.shape)
+        manifest = dataclasses.replace(manifest, init_from=record)
+    return manifest
+
+
+def _require_same_scale(folder: Path, started: Manifest, found: Manifest) -> None:
+    """Check that the samples are standardised as those of the finished blocks."""
+    if found.standardisation.to_dict() != started.standardisation.to_dict():
+        raise UserError(
+            f"the latents in the cache are standardised otherwise than those that the run at "
+            f"{folder} was trained on; encode with the images, limit and autoencoder of that "
+            "time, or train elsewhere with --run"
+        )

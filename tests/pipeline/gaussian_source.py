@@ -10,9 +10,11 @@ from accelerate import Accelerator
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
+from pipeline.runs.manifest import Manifest
 from pipeline.runtime.rng import generator
 from pipeline.storage.shards import StoreReader, StoreWriter
 from pipeline.training.stages import ensure_stage
+from tests.pipeline.records import synthetic_manifest
 
 #: the covariance of the paper's two-dimensional Gaussian, scaled down
 COVARIANCE = ((1.75, 1.25), (1.25, 1.75))
@@ -81,12 +83,8 @@ class GaussianSource:
         size = config.latents.shard_size
         return ensure_stage(run, identity, self.count, size, make, accelerator)
 
-    def manifest(self) -> dict[str, Any]:
-        ones = [1.0] * self.shape[0]
-        return {
-            "standardisation": {"mean": [0.0] * self.shape[0], "std": ones},
-            "autoencoder": {"fingerprint": "none"},
-        }
+    def manifest(self, name: str) -> Manifest:
+        return synthetic_manifest(name, self.shape)
 
 
 def tiny(*overrides: str) -> Config:

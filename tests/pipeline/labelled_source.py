@@ -10,9 +10,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.config.schema import Config
+from pipeline.runs.manifest import Manifest
 from pipeline.runtime.rng import generator
 from pipeline.storage.shards import StoreReader, StoreWriter
 from pipeline.training.stages import ensure_stage
+from tests.pipeline.records import synthetic_manifest
 
 #: centres of the clusters; the second holds three quarters of the samples
 CENTRES = torch.tensor([[-2.0, 0.5], [2.0, -0.5]])
@@ -48,8 +50,5 @@ class LabelledSource:
         size = config.latents.shard_size
         return ensure_stage(run, identity, self.count, size, make, accelerator, labels=labels)
 
-    def manifest(self) -> dict[str, Any]:
-        return {
-            "standardisation": {"mean": [0.0, 0.0], "std": [1.0, 1.0]},
-            "autoencoder": {"fingerprint": "none"},
-        }
+    def manifest(self, name: str) -> Manifest:
+        return synthetic_manifest(name, self.shape)

@@ -15,10 +15,9 @@ from flows.solving.solver import SolverConfig
 from pipeline.cli.training import _folder
 from pipeline.config.load import load_config
 from pipeline.distillation.distill import Distillation, distill, headline, student_config
-from pipeline.distillation.distiller import _about
+from pipeline.distillation.distilled_blocks import student_manifest
 from pipeline.errors import UserError
-from pipeline.runs.directory import read_config
-from pipeline.runs.manifest import read_manifest
+from pipeline.runs.directory import read_config, read_manifest
 from pipeline.runs.run import Run, open_run
 from pipeline.runs.zoo import zoo
 from pipeline.storage.shards import open_store
@@ -42,7 +41,7 @@ def merge(teacher: Run, folder: Path, *overrides: str, pairs: int = 2, resume: b
     settings = Distillation(pairs, **how)  # type: ignore[arg-type]
     config = student_config(teacher, settings, overrides)
     points = teacher.config.data.name == "two_moons"
-    source = None if points else GaussianSource()
+    source = PointSource(config) if points else GaussianSource()
     return distill(teacher, folder, config, pairs, Accelerator(cpu=True), quiet, resume, source)
 
 
@@ -76,15 +75,15 @@ def test_few_steps_are_worth_many_of_the_teachers(moons: Run, tmp_path: Path) ->
     # what flow.json says of either direction
     stages = [open_store(stage_folder(folder, k), "stage").field("z") for k in (0, 1, 2)]
     for index, block in enumerate(student.flow):
-        row, z, end = student.manifest["blocks"][index], stages[index], stages[index + 1]
+        row, z, end = student.manifest.blocks[index], stages[index], stages[index + 1]
         solver = student.config.sampler.of_block(0)
         assert (solver.method, solver.steps) == ("rk4", 1)
         there = (block.transport(z, solver=solver).z - end).square().mean().item()
         back = (block.transport(end, reverse=True, solver=solver).z - z).square().mean().item()
-        assert row["error"]["forward"] == pytest.approx(there, rel=0.3)
-        assert row["error"]["reverse"] == pytest.approx(back, rel=0.3)
+        assert row.error["forward"] == pytest.approx(there, rel=0.3)
+        assert row.error["reverse"] == pytest.approx(back, rel=0.3)
         moved = float((end - z).square().sum(1).mean())
-        assert row["movement"] ** 2 == pytest.approx(moved, rel=0.2)
+        assert row.movement ** 2 == pytest.approx(moved, rel=0.2)
     assert "4 blocks of two_moons in 2" in headline(student.manifest)
 
 
@@ -100,8 +99,8 @@ def test_a_linear_field_reaches_the_best_regression(gaussian: Run, tmp_path: Pat
     """T(z) = M z and N = M − I give A = N Σ (I + N/2)ᵀ (Σ + (N Σ + Σ Nᵀ)/2 + N Σ Nᵀ/3)⁻¹."""
     merge(gaussian, tmp_path, "train.iterations=300", "train.ema=0", pairs=3, steps=2)
     manifest = read_manifest(tmp_path)
-    (row,) = manifest["blocks"]
-    assert (row["h"], row["gamma"], row["objective"]) == (pytest.approx(1.3), None, "distill")
+    (row,) = manifest.blocks
+    assert (row.h, row.gamma, row.objective) == (pytest.approx(1.3), None, "distill")
     z = open_store(stage_folder(tmp_path, 0), "stage").field("z").double()
     end = gaussian.flow.encode(z.float(), gaussian.config.sampler.of_block(0)).double()
     assert torch.allclose(open_store(stage_folder(tmp_path, 1), "stage").field("z").double(), end)
@@ -117,22 +116,22 @@ def test_a_linear_field_reaches_the_best_regression(gaussian: Run, tmp_path: Pat
 def test_the_steps_of_a_group_add_up(gaussian: Run, moons: Run, tmp_path: Path) -> None:
     quick = ("train.iterations=2",)
     merge(gaussian, tmp_path / "jko", *quick)
-    rows = read_manifest(tmp_path / "jko")["blocks"]
-    assert [row["h"] for row in rows] == [pytest.approx(0.4), pytest.approx(0.9)]
+    rows = read_manifest(tmp_path / "jko").blocks
+    assert [row.h for row in rows] == [pytest.approx(0.4), pytest.approx(0.9)]
     merge(moons, tmp_path / "lfm", *quick, pairs=3)
     manifest = read_manifest(tmp_path / "lfm")
-    assert [row["gamma"] for row in manifest["blocks"]] == [pytest.approx(1.2), None]
-    taught = manifest["teacher"]
-    assert taught["groups"] == [[0, 1, 2], [3]] and taught["objective"] == "lfm"
-    assert taught["blocks"] == [row["sha256"] for row in moons.manifest["blocks"]]
+    assert [row.gamma for row in manifest.blocks] == [pytest.approx(1.2), None]
+    teacher = manifest.derived_from
+    assert teacher.groups == [[0, 1, 2], [3]] and teacher.objective == "lfm"
+    assert teacher.blocks == [row.sha256 for row in moons.manifest.blocks]
     # a merged run can be merged again
     merge(open_run(tmp_path / "lfm"), tmp_path / "again", *quick)
-    assert [row["gamma"] for row in read_manifest(tmp_path / "again")["blocks"]] == [None]
+    assert [row.gamma for row in read_manifest(tmp_path / "again").blocks] == [None]
 
 
 def test_the_classes_keep_their_names(gaussian: Run) -> None:
-    named = replace(gaussian, manifest={**gaussian.manifest, "class_names": ["cat", "dog"]})
-    assert _about(named, "student", [range(2)])["class_names"] == ["cat", "dog"]
+    named = replace(gaussian, manifest=replace(gaussian.manifest, class_names=["cat", "dog"]))
+    assert student_manifest(named, "student", [range(2)]).class_names == ["cat", "dog"]
 
 
 def test_blocks_start_from_the_teachers(gaussian: Run, tmp_path: Path) -> None:
@@ -190,11 +189,12 @@ def test_mistakes_are_told(gaussian: Run, tmp_path: Path) -> None:
         merge(gaussian, tmp_path / "run", *OFTEN, pairs=3, resume=True)
     with pytest.raises(UserError, match=r"started with train\.lr=0\.03 \(now 1\.0\)"):
         merge(gaussian, tmp_path / "run", *OFTEN, "train.lr=1", resume=True)
-    for resume in (False, True):
-        with pytest.raises(UserError, match="it is no distilled one; choose another place"):
-            merge(gaussian, gaussian.folder, *OFTEN, resume=resume)
+    with pytest.raises(UserError, match="there is a run at"):
+        merge(gaussian, gaussian.folder, *OFTEN)
+    with pytest.raises(UserError, match="is not distilled; choose another place with --out"):
+        merge(gaussian, gaussian.folder, *OFTEN, resume=True)
     config = student_config(gaussian, Distillation())
-    with pytest.raises(UserError, match="their standardisation differs"):
+    with pytest.raises(UserError, match="are standardised otherwise than those"):
         source = GaussianSource((*COVARIANCE, (0.0, 0.0)))  # three numbers a sample
         distill(gaussian, tmp_path / "b", config, 2, Accelerator(cpu=True), quiet, source=source)
 
@@ -213,7 +213,7 @@ def test_the_chain_from_pictures(
     assert say(capsys, "export", "-r", out, "--out", tmp_path / "small")[0] == 0
     assert "distilled from tiny (jko, 3 blocks" in (tmp_path / "small" / "CARD.md").read_text()
     shipped = json.loads((tmp_path / "small" / "flow.json").read_text())
-    assert shipped["teacher"]["run"] == "tiny" and str(tmp_path) not in json.dumps(shipped)
+    assert shipped["derived_from"]["run"] == "tiny" and str(tmp_path) not in json.dumps(shipped)
     code, _, last = say(capsys, *words)
     assert code == 2 and last.startswith("error: there is a run at")
     assert last.endswith("choose another place with --out")

@@ -59,12 +59,13 @@ def test_a_reference_of_other_images_gives_a_warning(folder: Path) -> None:
     settings = dataclasses.replace(run.config.evaluate, n=2000, reference="mnist-train")
     assert _real_test_fid(run, settings) is None
     digits = dataclasses.replace(run.config, data=DataConfig("mnist"))
-    named = {"name": "mnist", "fingerprint": run.manifest["data"]["fingerprint"]}
-    digits_run = dataclasses.replace(run, config=digits, manifest={**run.manifest, "data": named})
+    data = dataclasses.replace(run.manifest.data, name="mnist")
+    manifest = dataclasses.replace(run.manifest, data=data)
+    digits_run = dataclasses.replace(run, config=digits, manifest=manifest)
     assert _real_test_fid(digits_run, settings) == pytest.approx(3.657, abs=1e-3)
     assert warn_of_other_data(digits_run, "mnist-train") is None
     assert warn_of_other_data(run, "a folder") is None
-    joined = {**run.manifest, "data": {**named, "name": "folder+mnist"}}
+    joined = dataclasses.replace(manifest, data=dataclasses.replace(data, name="folder+mnist"))
     assert "images are folder+mnist" in str(
         warn_of_other_data(dataclasses.replace(run, manifest=joined), "mnist-train")
     )

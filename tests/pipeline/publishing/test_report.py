@@ -13,7 +13,7 @@ import yaml
 from accelerate import Accelerator
 from PIL import Image
 
-from pipeline.runs.manifest import read_manifest
+from pipeline.runs.directory import read_manifest
 from pipeline.runs.movement_plot import plot_movement
 from pipeline.runs.run import open_run
 from pipeline.training.train import train
@@ -86,10 +86,10 @@ def test_a_report_shows_the_content_of_the_run(
     assert known["versions.torch"] == environment["versions"]["torch"]
     blocks = [row for row in page.rows if len(row) == 10][1:]
     assert [row[1] for row in blocks] == ["h = 0.5", "h = 0.75", "free"]
-    for cells, row in zip(blocks, manifest["blocks"], strict=True):
-        assert cells[2] == f"{row['movement']:.4f}" and cells[9] == f"{row['seconds']:.1f}"
-        assert float(cells[5]) == pytest.approx(row["terms"]["neg_log_det"], abs=1e-4)
-        assert bool(cells[6]) == ("movement" in row["terms"])
+    for cells, row in zip(blocks, manifest.blocks, strict=True):
+        assert cells[2] == f"{row.movement:.4f}" and cells[9] == f"{row.seconds:.1f}"
+        assert float(cells[5]) == pytest.approx(row.terms["neg_log_det"], abs=1e-4)
+        assert bool(cells[6]) == ("movement" in row.terms)
     assert yaml.safe_load(page.pre) == yaml.safe_load((run / "config.yaml").read_text())
     # nothing but the pictures is referred to, and they lie inside
     names = [run / "samples" / name for name in ("grid.png", "movement.png")]

@@ -13,8 +13,7 @@ from autoencoders import weights
 from pipeline.errors import UserError
 from pipeline.publishing.export import export
 from pipeline.publishing.swap_decoder import with_decoder
-from pipeline.runs.directory import read_config
-from pipeline.runs.manifest import read_manifest
+from pipeline.runs.directory import read_config, read_manifest
 from pipeline.runs.run import open_run
 from pipeline.storage import atomic
 from tests.pipeline.drawing import plan_of
@@ -41,11 +40,13 @@ def test_an_exported_run_has_the_new_decoder(run: Path, tmp_path: Path) -> None:
     assert not (out / "metrics.json").exists()
     Path(other).unlink()  # it lies inside
     assert (
-        open_run(out).autoencoder().fingerprint == read_manifest(out)["autoencoder"]["fingerprint"]
+        open_run(out).autoencoder().fingerprint == read_manifest(out).autoencoder.fingerprint
     )
-    assert read_manifest(out)["exported"]["from"] != open_run(run).fingerprint
+    assert read_manifest(out).exported.origin != open_run(run).fingerprint
     assert read_config(out).autoencoder.weights == str(out / "autoencoder.safetensors")
-    assert read_manifest(out)["standardisation"] == read_manifest(run)["standardisation"]
+    assert read_manifest(out).to_json()["standardisation"] == (
+        read_manifest(run).to_json()["standardisation"]
+    )
     assert not torch.equal(pixels(out), pixels(run))
 
 

@@ -12,11 +12,11 @@ from accelerate import Accelerator
 
 from flows.solving.solver import SolverConfig
 from pipeline.errors import UserError
-from pipeline.runs.manifest import passes_of, read_manifest
+from pipeline.runs.directory import read_manifest
 from pipeline.runs.passes import Pass, labels, spread
 from pipeline.runs.run import open_run
 from pipeline.storage.shards import open_store
-from pipeline.training.block_trainer import BlockTrainer, Step
+from pipeline.training.block_trainer import BlockTrainer, StepReport
 from pipeline.training.stages import stage_folder
 from pipeline.training.train import Outcome, train
 from tests.flows.closed_form import GaussianStep, jko_iterates
@@ -59,29 +59,29 @@ def evened(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_pass_reaches_the_exact_jko_steps(evened: Path) -> None:
-    for entry in passes_of(read_manifest(evened)):
+    for entry in read_manifest(evened).passes:
         steps = exact(evened, entry.h)
         movements = [step.squared_movement**0.5 for step in steps]
-        assert entry.summary["movement"] == pytest.approx(movements, rel=0.05)
+        assert entry.summary.movement == pytest.approx(movements, rel=0.05)
         nll = steps[-1].squared_norm / 2 - sum(step.log_det for step in steps)
         nll += torch.tensor(2 * torch.pi).log().item()
-        assert entry.summary["nll"] == pytest.approx(nll, abs=3e-3)
-        assert entry.summary["nll_per_dim"] == entry.summary["nll"] / 2
+        assert entry.summary.nll == pytest.approx(nll, abs=3e-3)
+        assert entry.summary.nll_per_dim == entry.summary.nll / 2
 
 
 def test_reparameterization_evens_out_the_movements(evened: Path) -> None:
-    passes = passes_of(read_manifest(evened))
+    passes = read_manifest(evened).passes
     assert [entry.kind for entry in passes] == ["ordinary"] + 3 * ["reparameterize"]
-    spreads = [entry.summary["spread"] for entry in passes]
+    spreads = [entry.summary.spread for entry in passes]
     assert spreads == sorted(spreads, reverse=True)
     assert spreads[-1] < spreads[0] / 2
-    assert spreads[0] == pytest.approx(spread([row["movement"] for row in passes[0].blocks]))
+    assert spreads[0] == pytest.approx(spread([row.movement for row in passes[0].blocks]))
 
 
 def test_refinement_starts_as_the_same_map(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stand_still(trainer: BlockTrainer) -> Step:
+    def stand_still(trainer: BlockTrainer) -> StepReport:
         trainer.done += 1
-        return Step({"total": 0.0}, 0)
+        return StepReport({"total": 0.0}, 0)
 
     with monkeypatch.context() as patch:
         patch.setattr(BlockTrainer, "step", stand_still)
@@ -97,12 +97,12 @@ def test_refinement_starts_as_the_same_map(again: Path, monkeypatch: pytest.Monk
 
 def test_refinement_lowers_the_nll_and_can_go_on(again: Path) -> None:
     assert run(again, "jko.refine=2", "jko.later_iterations=40").trained == 6
-    first, second = passes_of(read_manifest(again))
-    assert second.summary["nll"] < first.summary["nll"] - 0.01
+    first, second = read_manifest(again).passes
+    assert second.summary.nll < first.summary.nll - 0.01
     exact_nll = exact(again, second.h)[-1].squared_norm / 2
     exact_nll -= sum(step.log_det for step in exact(again, second.h))
-    assert second.summary["objective"] > exact_nll  # the way costs something
-    assert [row["iterations"] for row in second.blocks] == 6 * [40]
+    assert second.summary.objective > exact_nll  # the way costs something
+    assert [row.iterations for row in second.blocks] == 6 * [40]
     assert labels([first, second]) == ["Iter 1", "r-Iter 1"]
     # --refine is counted in all: the same again is nothing to do, 3 is no multiple of 2
     assert run(again, "jko.refine=2").trained == 0
@@ -112,18 +112,18 @@ def test_refinement_lowers_the_nll_and_can_go_on(again: Path) -> None:
     started = again.parent / "started"
     run(started, f"train.init_from={again}", "jko.refine=2", "train.iterations=1",
         resume=False)  # fmt: skip
-    assert [len(made.blocks) for made in passes_of(read_manifest(started))] == [3, 6]
+    assert [len(made.blocks) for made in read_manifest(started).passes] == [3, 6]
 
 
 def test_the_log_names_the_pass_and_the_plot_shows_all(evened: Path) -> None:
     rows = [json.loads(line) for line in (evened / "log.jsonl").read_text().splitlines()]
     assert sorted({row["pass"] for row in rows}) == [0, 1, 2, 3]
     ends = [row for row in rows if row.get("event") == "pass finished"]
-    summaries = [entry.summary for entry in passes_of(read_manifest(evened))]
-    assert [row["movement"] for row in ends] == [one["movement"] for one in summaries]
-    assert [row["nll"] for row in ends] == [one["nll"] for one in summaries]
+    summaries = [entry.summary for entry in read_manifest(evened).passes]
+    assert [row["movement"] for row in ends] == [one.movement for one in summaries]
+    assert [row["nll"] for row in ends] == [one.nll for one in summaries]
     assert (evened / "samples" / "movement.png").read_bytes().startswith(b"\x89PNG")
-    names = labels(passes_of(read_manifest(evened)))
+    names = labels(read_manifest(evened).passes)
     assert names == ["Iter 1", "Iter 2", "Iter 3", "Iter 4"]
 
 
@@ -132,7 +132,7 @@ def test_the_pass_before_is_used_until_a_later_one_is_complete(again: Path) -> N
     outcome = run(again, *in_time)
     assert (outcome.complete, outcome.passes) == (False, 2)
     opened = open_run(again)
-    assert opened.manifest["pass"] == 0 and len(opened.flow) == 3
+    assert opened.manifest.number == 0 and len(opened.flow) == 3
     with pytest.raises(UserError, match="stopped after 0 blocks"):
         open_run(again, number=1)
     with pytest.raises(UserError, match="pass 2 does not exist"):
@@ -141,7 +141,7 @@ def test_the_pass_before_is_used_until_a_later_one_is_complete(again: Path) -> N
     half.mkdir(parents=True)
     (half / "shard-00000.safetensors").write_bytes(b"")
     assert run(again, "jko.reparameterize=1").trained == 3
-    assert open_run(again).manifest["pass"] == 1
+    assert open_run(again).manifest.number == 1
     # nothing is kept but what is used
     stages = {path.name for path in (again / "stages").glob("**/stage-*")}
     assert stages == {"stage-00", "stage-01", "stage-02", "stage-03"}
@@ -167,7 +167,7 @@ def test_killed_in_later_passes_and_resumed_ends_in_the_same_bytes(
     killed = Path(shutil.copytree(again, tmp_path / "killed"))
     run(again, *LATER)
     kill_at((3, 30, 57), _resume, str(killed))
-    assert 1 < len(read_manifest(killed)["passes"])
+    assert 1 < len(read_manifest(killed).passes)
     run(killed, *LATER)
     assert_same_content(killed, again)
 
@@ -175,8 +175,8 @@ def test_killed_in_later_passes_and_resumed_ends_in_the_same_bytes(
 def test_later_passes_keep_their_free_block(tmp_path: Path) -> None:
     few = ("jko.free_block=true", "train.iterations=4", "jko.h=[0.2,0.4]")
     run(tmp_path / "run", *few, "jko.reparameterize=1", "jko.refine=2", resume=False)
-    passes = passes_of(read_manifest(tmp_path / "run"))
-    assert [[row["h"] is None for row in entry.blocks] for entry in passes] == [
+    passes = read_manifest(tmp_path / "run").passes
+    assert [[row.h is None for row in entry.blocks] for entry in passes] == [
         [False, False, True],
         [False, False, True],
         [False, False, False, False, True],
@@ -186,7 +186,7 @@ def test_later_passes_keep_their_free_block(tmp_path: Path) -> None:
 
 def test_labels_follow_the_paper() -> None:
     kinds = ["ordinary", "reparameterize", "refine", "reparameterize", "add", "retrain"]
-    entries = [Pass(kind, [0.5, 0.5, 0.5], False, None, [], [], kept=1) for kind in kinds]
+    entries = [Pass(kind, [0.5, 0.5, 0.5], False, None, [], [], [], kept=1) for kind in kinds]
     assert labels(entries) == [
         "Iter 1",
         "Iter 2",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from autoencoders.base import to_uint8
 from flows.autoguidance import autoguide
 from pipeline.errors import UserError
-from pipeline.runs.manifest import read_manifest
+from pipeline.runs.directory import read_manifest
 from pipeline.runs.run import load_blocks, open_run
 from pipeline.runs.snapshots import open_snapshot, snapshots_of
 from pipeline.runtime.rng import generator
@@ -39,15 +39,15 @@ def test_snapshots_are_the_block_as_it_would_be(tmp_path: Path) -> None:
     """The last one is the block; the one before is what a training on the same course has then."""
     run(tmp_path / "run", *KEPT)
     listed = snapshots_of(tmp_path / "run")
-    assert [(row["step"], row["seen"]) for row in listed] == [(2, 64), (4, 128), (6, 192)]
-    (block,) = read_manifest(tmp_path / "run")["blocks"]
-    assert listed[-1]["sha256"] == block["sha256"] != listed[0]["sha256"]
+    assert [(row.step, row.seen) for row in listed] == [(2, 64), (4, 128), (6, 192)]
+    (block,) = read_manifest(tmp_path / "run").blocks
+    assert listed[-1].sha256 == block.sha256 != listed[0].sha256
     run(tmp_path / "flat", *FM, "train.lr_final=1")
     run(tmp_path / "kept", *KEPT, "train.lr_final=1")
     run(tmp_path / "short", *FM, "train.lr_final=1", "train.iterations=4")
-    (short,) = read_manifest(tmp_path / "short")["blocks"]
-    assert snapshots_of(tmp_path / "kept")[1]["sha256"] == short["sha256"]
-    whole = [read_manifest(tmp_path / name)["blocks"][0]["sha256"] for name in ("flat", "kept")]
+    (short,) = read_manifest(tmp_path / "short").blocks
+    assert snapshots_of(tmp_path / "kept")[1].sha256 == short.sha256
+    whole = [read_manifest(tmp_path / name).blocks[0].sha256 for name in ("flat", "kept")]
     assert whole[0] == whole[1]  # keeping them changes nothing
     assert not (tmp_path / "flat" / "snapshots").exists()
 
@@ -62,7 +62,7 @@ def test_killed_and_resumed_keeps_the_same_snapshots(tmp_path: Path) -> None:
     run(tmp_path / "killed", *KEPT)
     assert_same_content(tmp_path / "killed", tmp_path / "whole")
     whole, killed = snapshots_of(tmp_path / "whole"), snapshots_of(tmp_path / "killed")
-    assert [row["sha256"] for row in killed] == [row["sha256"] for row in whole]
+    assert [row.sha256 for row in killed] == [row.sha256 for row in whole]
 
 
 def test_half_precision_trains_nearly_the_same_field(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_run_is_guided_by_what_it_was(
     assert (found.int() - again.int()).abs().max() <= 1
     code, _, error = say(capsys, "generate", "-r", tmp_path / "out", "--guide",
                          f"{tmp_path / 'out'}@7", "--guidance", "2")  # fmt: skip
-    assert code == 2 and "kept no weights of step 7; it kept none" in error
+    assert code == 2 and "has no snapshot of step 7; expected one of none" in error
 
 
 @pytest.mark.parametrize(

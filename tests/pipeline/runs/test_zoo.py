@@ -18,8 +18,8 @@ from pipeline.config.load import resolved_yaml
 from pipeline.errors import UserError
 from pipeline.publishing.export import _WRITTEN, export
 from pipeline.runs import zoo as shipped
-from pipeline.runs.directory import read_config
-from pipeline.runs.manifest import read_manifest
+from pipeline.runs.directory import read_config, read_manifest, write_manifest
+from pipeline.runs.manifest import ExportRecord
 from pipeline.runs.run import open_run
 from pipeline.sampling.image_files import write_grid
 from pipeline.storage import atomic
@@ -66,11 +66,11 @@ def test_an_export_records_its_origin(run: Path, tmp_path: Path) -> None:
     out = export(plan_of(open_run(run)), tmp_path / "out").folder
     manifest = read_manifest(out)
     first = open_run(run).fingerprint
-    assert manifest["exported"] == {"from": first, "before": [], "dtype": "float16"}
-    assert [row["h"] for row in manifest["blocks"]] == [0.5, 0.75, None]
+    assert manifest.exported == ExportRecord(first, "float16")
+    assert [row.h for row in manifest.blocks] == [0.5, 0.75, None]
     before = read_config(run)
     assert before.data.path is not None  # of this machine, and of no use on another
-    inside = manifest["autoencoder"]["weights"]
+    inside = manifest.autoencoder.weights
     assert inside == "autoencoder.safetensors"
     assert read_config(out) == replace(
         before,
@@ -81,9 +81,9 @@ def test_an_export_records_its_origin(run: Path, tmp_path: Path) -> None:
     # an export can be exported: what was rounded once is rounded to itself
     again = export(plan_of(open_run(out)), tmp_path / "again")
     assert again.change == 0
-    assert read_manifest(again.folder)["exported"]["before"] == [first]
-    assert [row["sha256"] for row in read_manifest(again.folder)["blocks"]] == [
-        row["sha256"] for row in manifest["blocks"]
+    assert read_manifest(again.folder).exported.before == [first]
+    assert [row.sha256 for row in read_manifest(again.folder).blocks] == [
+        row.sha256 for row in manifest.blocks
     ]
 
 
@@ -212,8 +212,8 @@ def test_the_pass_in_use_is_exported(run: Path, trained: World, tmp_path: Path) 
     assert main.main([str(word) for word in words]) == 0
     out = export(plan_of(open_run(run)), tmp_path / "out").folder
     manifest = read_manifest(out)
-    assert len(manifest["passes"]) == 1 and len(manifest["blocks"]) == 5
-    assert [row["file"] for row in manifest["blocks"]] == [
+    assert len(manifest.passes) == 1 and len(manifest.blocks) == 5
+    assert [row.file for row in manifest.blocks] == [
         f"blocks/block-{index:02d}.safetensors" for index in range(5)
     ]
     assert (pixels(out).int() - pixels(run).int()).abs().max() <= 1
@@ -240,9 +240,9 @@ def test_exports_that_are_refused(
         assert code == 2 and error.startswith("error: ") and named in error
     # what it could not be used without is missed before anything is written
     manifest, own = read_manifest(run), tmp_path / "own.safetensors"
-    manifest["autoencoder"]["weights"] = str(own)
-    atomic.write_json(run / "flow.json", manifest)
-    for named in ("is not at hand", "was trained with another autoencoder"):
+    autoencoder = replace(manifest.require_autoencoder(), weights=str(own))
+    write_manifest(run, replace(manifest, autoencoder=autoencoder))
+    for named in ("is not available", "was trained with another autoencoder"):
         code, _, error = say(capsys, "export", "--run", run, "--out", tmp_path / "out")
         assert code == 2 and error.startswith("error: ") and named in error
         write_autoencoder(own, seed=7)
@@ -299,10 +299,10 @@ def test_init_from_takes_a_shipped_run(
     monkeypatch.setenv("JKOFLOW_HOME", str(trained.home))
     words = ("train", "-c", trained.config(), "-r", tmp_path / "new", "--init-from", "zoo:tiny")
     assert say(capsys, *words, "--set", "train.iterations=1")[0] == 0
-    kept = read_manifest(tmp_path / "new")["init_from"]
-    shipped_rows = read_manifest(zoo / "tiny")["blocks"]
-    assert kept["run"] == "zoo:tiny"
-    assert [row["sha256"] for row in kept["blocks"]] == [row["sha256"] for row in shipped_rows]
+    kept = read_manifest(tmp_path / "new").init_from
+    shipped_rows = read_manifest(zoo / "tiny").blocks
+    assert kept.run == "zoo:tiny"
+    assert [row.sha256 for row in kept.blocks] == [row.sha256 for row in shipped_rows]
     shutil.rmtree(trained.home / "zoo")
     # exported, a run has no path of this machine, wherever it came from
     words = ("train", "-c", trained.config(), "-r", tmp_path / "more", "--init-from", zoo / "tiny")
@@ -318,7 +318,7 @@ def test_an_unknown_shipped_name_is_refused(
 ) -> None:
     code, _, error = say(capsys, verb, "--run", "zoo:nothing")
     assert code == 2
-    assert error.startswith("error: unknown shipped run 'zoo:nothing'; shipped are tiny, or")
+    assert error.startswith("error: unknown shipped run 'zoo:nothing'; choose one of tiny, or")
 
 
 def test_a_missing_autoencoder_is_refused(
@@ -327,7 +327,7 @@ def test_a_missing_autoencoder_is_refused(
     (zoo / "tiny" / "autoencoder.safetensors").unlink()
     code, _, error = say(capsys, "generate", "--run", "zoo:tiny", "-n", "4")
     assert code == 2 and error.count(". ") == 0
-    assert error.startswith("error: the autoencoder of the run at ") and "not at hand" in error
+    assert error.startswith("error: the autoencoder of the run at ") and "not available" in error
 
 
 def test_everything_shipped_opens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

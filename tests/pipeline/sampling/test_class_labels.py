@@ -15,7 +15,8 @@ from flows.solving.solver import SolverConfig
 from pipeline.config.schema import GenerateConfig
 from pipeline.distillation.distill import Distillation, distill, student_config
 from pipeline.errors import UserError
-from pipeline.runs.manifest import read_manifest
+from pipeline.runs.directory import read_manifest
+from pipeline.runs.manifest import ClassesRecord
 from pipeline.runs.run import load_blocks, open_run
 from pipeline.runtime.rng import generator
 from pipeline.sampling.class_labels import class_labels_of
@@ -90,7 +91,7 @@ def test_likelihood_given_the_class(learnt: Path) -> None:
 
 def test_class_counts_are_stored(learnt: Path) -> None:
     labels = LabelledSource().clusters
-    assert read_manifest(learnt)["classes"] == {"counts": torch.bincount(labels).tolist()}
+    assert read_manifest(learnt).classes == ClassesRecord(torch.bincount(labels).tolist())
 
 
 def test_a_jko_step_of_every_class(tmp_path: Path) -> None:
@@ -107,8 +108,8 @@ def test_a_jko_step_of_every_class(tmp_path: Path) -> None:
         moved = after.field("z")[labels == label].double()
         torch.testing.assert_close(moved.mean(dim=0), exact.mean, rtol=0, atol=0.05)
         torch.testing.assert_close(moved.T.cov(), exact.covariance, rtol=0, atol=0.08)
-    (row,) = read_manifest(tmp_path)["blocks"]
-    assert row["spec"]["velocity"]["class_dropout"] == 0  # jko never leaves the class out
+    (row,) = read_manifest(tmp_path).blocks
+    assert row.spec.velocity.class_dropout == 0  # jko never leaves the class out
 
 
 # ------------------------------------------------------------------------ stages, resuming, runs
@@ -215,7 +216,7 @@ def test_a_distilled_run_keeps_its_classes(learnt: Path, tmp_path: Path) -> None
     out = distill(teacher, tmp_path, config, 1, place, quiet, source=LabelledSource())
     assert out == Outcome(1, True, 1)
     student = open_run(tmp_path)
-    assert student.manifest["classes"] == teacher.manifest["classes"]
+    assert student.manifest.classes == teacher.manifest.classes
     noise = torch.randn(1000, 2, generator=generator("noise"))
     for label in (0, 1):
         of = Condition(torch.full((1000,), label))

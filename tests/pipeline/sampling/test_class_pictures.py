@@ -23,7 +23,8 @@ from pipeline.config.schema import DataConfig
 from pipeline.data.datasets import load_images
 from pipeline.evaluation.likelihood import latents_of
 from pipeline.evaluation.real_images import held_out_images
-from pipeline.runs.manifest import read_manifest
+from pipeline.runs.directory import read_manifest
+from pipeline.runs.manifest import ClassesRecord
 from pipeline.runs.run import open_run
 from pipeline.runtime.rng import generator
 from pipeline.sampling.class_labels import ClassLabels, condition_of, parse_classes
@@ -68,8 +69,8 @@ def folder(pictured: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_labels_come_from_the_folders(folder: Path) -> None:
-    assert read_manifest(folder)["classes"] == {"counts": [10, 30]}
-    assert read_manifest(folder)["class_names"] == ["a", "b"]
+    assert read_manifest(folder).classes == ClassesRecord([10, 30])
+    assert read_manifest(folder).class_names == ["a", "b"]
     labels = stage(folder, 0).field("labels")  # two draws of each
     assert labels.tolist() == 2 * ([0] * 10 + [1] * 30)
 
@@ -202,7 +203,9 @@ def test_a_class_has_the_name_of_its_folder(folder: Path) -> None:
     run = open_run(folder)
     assert parse_classes(run, ["b", "a", "1"]) == [1, 0, 1]
     # numbers that are names are names
-    digits = dataclasses.replace(run, manifest={**run.manifest, "class_names": ["1", "0"]})
+    digits = dataclasses.replace(
+        run, manifest=dataclasses.replace(run.manifest, class_names=["1", "0"])
+    )
     assert parse_classes(digits, ["1", "0", "all"]) == [0, 1, 0, 1]
 
 
@@ -310,6 +313,6 @@ def test_images_without_classes_are_refused(
 
 def test_a_run_without_classes_has_no_entry_for_them(trained: World) -> None:
     run = open_run(trained.root / "run")
-    assert "classes" not in run.manifest
+    assert run.manifest.classes is None
     assert "labels" not in stage(run.folder, 0).manifest["identity"]
     assert plan_of(run).identity()["classes"] is None

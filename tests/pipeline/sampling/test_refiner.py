@@ -15,7 +15,7 @@ from autoencoders.base import to_float, to_uint8
 from flows.networks.condition import Condition
 from flows.objectives.losses import LfmLoss
 from pipeline.data.datasets import load_images
-from pipeline.runs.manifest import read_manifest
+from pipeline.runs.directory import read_manifest, write_manifest
 from pipeline.runs.run import is_refiner, open_run
 from pipeline.runtime.rng import generator
 from pipeline.sampling.refiner import Refiner
@@ -74,8 +74,8 @@ def test_a_refiner_trains_on_residuals_of_the_decoder(trained: World, refiner: P
     away = [float((decoded[much] - decoded[0.0]).square().mean()) for much in (0.2, 5.0)]
     assert 0 < 9 * away[0] < away[1]
     manifest = read_manifest(refiner)
-    assert manifest["latents"]["disturb"] == 0.2
-    assert manifest["flow"]["blocks"][0]["velocity"]["image_channels"] == 1
+    assert manifest.latents.disturb == 0.2
+    assert manifest.blocks[0].spec.velocity.image_channels == 1
 
 
 def test_ranks_share_a_batch(refiner: Path) -> None:
@@ -85,9 +85,9 @@ def test_ranks_share_a_batch(refiner: Path) -> None:
     chosen = torch.tensor([3, 70, 12, 41, 5, 33])
 
     def loss(start: int, step: int) -> LfmLoss:
-        drawn, recipe = generator("noise"), opened.config.matching
-        rows = lambda t: torch.arange(start, len(t), step)  # noqa: E731
-        return batch_loss(opened.flow[0].velocity, stage, chosen, None, recipe, drawn, rows)
+        source, options = generator("noise"), opened.config.matching
+        rows = torch.arange(start, len(chosen), step)
+        return batch_loss(opened.flow[0].velocity, stage, chosen, None, options, source, rows)
 
     whole, parts = loss(0, 1), [loss(0, 2), loss(1, 2)]
     assert [part.samples for part in parts] == [3, 3]
@@ -182,7 +182,7 @@ def test_an_export_contains_its_refiner(
     words = ("export", "-r", moved, "--out", tmp_path / "bare", "--refiner", "none")
     assert say(capsys, *words)[0] == 0
     assert not (tmp_path / "bare" / "refiner").exists()
-    assert "refiner" not in read_manifest(tmp_path / "bare")
+    assert read_manifest(tmp_path / "bare").refiner is None
     # one that is lost is missed before anything is written
     shutil.rmtree(moved / "refiner")
     for verb in (("generate",), ("export", "--out", tmp_path / "lost")):
@@ -226,7 +226,7 @@ def test_mistakes(
     assert "is no refiner" in refused("generate", "-r", run, "--refiner", run)
     assert "no run at" in refused("generate", "-r", run, "--refiner", tmp_path / "nothing")
     for words in (("generate",), ("evaluate",), ("likelihood",), ("distill", "--out", run / "d")):
-        assert "is a refiner, which draws what is missing" in refused(*words, "-r", refiner)
+        assert "is a refiner, which samples the detail" in refused(*words, "-r", refiner)
     assert "is a refiner" in refused("evaluate", "-r", refiner, "-n", "1000000")  # first of all
     words = ("distill", "-r", run, "--out", tmp_path / "few")
     words += ("--set", "velocity.image_channels=1", "--set", "velocity.kind=conv")
@@ -234,8 +234,8 @@ def test_mistakes(
     assert say(capsys, "report", "-r", refiner)[0] == 0
     assert "a run on the same autoencoder" in (refiner / "report.html").read_text()
     manifest = read_manifest(refiner)
-    manifest["autoencoder"]["fingerprint"] = "f" * 64
-    (refiner / "flow.json").write_text(json.dumps(manifest))
+    other = dataclasses.replace(manifest.require_autoencoder(), fingerprint="f" * 64)
+    write_manifest(refiner, dataclasses.replace(manifest, autoencoder=other))
     error = refused("generate", "-r", run, "--refiner", refiner)
     assert "trained on images of another autoencoder" in error
     for name, change, said in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.config.schema import GenerateConfig
 from pipeline.distillation.distill import Distillation, student_config
 from pipeline.errors import UserError
 from pipeline.publishing.export import export
-from pipeline.runs.manifest import read_manifest
+from pipeline.runs.directory import read_manifest, write_manifest
 from pipeline.runs.run import Run, open_run
 from pipeline.runtime.rng import generator
 from pipeline.sampling.sampling_plan import differences, with_guidance
@@ -128,7 +129,7 @@ def test_an_export_contains_its_guide(
     words = ("export", "-r", moved, "--out", tmp_path / "bare", "--guide", "none")
     assert say(capsys, *words)[0] == 0
     assert not (tmp_path / "bare" / "guide").exists()
-    assert "guide" not in read_manifest(tmp_path / "bare")
+    assert read_manifest(tmp_path / "bare").guide is None
     # a guide that is lost is missed before anything is written
     shutil.rmtree(moved / "guide")
     for verb in (("generate",), ("export", "--out", tmp_path / "lost")):
@@ -208,9 +209,7 @@ def test_mistakes(
     assert "a guide needs a weight" in refused("--guide", guide)
     assert "no run at" in refused("--guide", tmp_path / "nothing", "--guidance", "2")
     points = shutil.copytree(guide, tmp_path / "points")  # a two-dimensional run has none
-    manifest = read_manifest(points)
-    del manifest["autoencoder"]
-    (points / "flow.json").write_text(json.dumps(manifest))
+    write_manifest(points, dataclasses.replace(read_manifest(points), autoencoder=None))
     assert "was trained on other latents" in refused("--guide", points, "--guidance", "2")
     assert "not negative" in refused("--guide", guide, "--guidance", "-1")
     for name, change in (

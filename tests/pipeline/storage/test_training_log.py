@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.storage.training_log import Journal
+from pipeline.storage.training_log import TrainingLog
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -16,12 +16,12 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_rows_are_means_since_the_last_row(tmp_path: Path) -> None:
-    with Journal(tmp_path) as journal:
+    with TrainingLog(tmp_path) as log:
         for total in (1.0, 2.0, 6.0):
-            journal.add({"total": total, "norm": 2 * total})
-        journal.flush(0, 3, 3, seconds=1.5)
-        journal.add({"total": 10.0})
-        journal.flush(0, 4, 4)
+            log.add({"total": total, "norm": 2 * total})
+        log.flush(0, 3, 3, seconds=1.5)
+        log.add({"total": 10.0})
+        log.flush(0, 4, 4)
     first, second = rows(tmp_path)
     assert first["total"] == pytest.approx(3.0) and first["norm"] == pytest.approx(6.0)
     assert (first["block"], first["step"], first["seconds"]) == (0, 3, 1.5)
@@ -29,34 +29,34 @@ def test_rows_are_means_since_the_last_row(tmp_path: Path) -> None:
 
 
 def test_rewinding_drops_later_rows_and_partial_lines(tmp_path: Path) -> None:
-    with Journal(tmp_path) as journal:
+    with TrainingLog(tmp_path) as log:
         for block, step in ((0, 2), (0, 4), (1, 2), (1, 4), (1, 6)):
-            journal.add({"total": 1.0})
-            journal.flush(block, step, step)
+            log.add({"total": 1.0})
+            log.flush(block, step, step)
         with open(tmp_path / "log.jsonl", "a") as file:
             file.write('{"block": 1, "st')
-        journal.rewind(1, 4)
+        log.rewind(1, 4)
         kept = [(row["block"], row["step"]) for row in rows(tmp_path)]
         assert kept == [(0, 2), (0, 4), (1, 2), (1, 4)]
-        journal.add({"total": 1.0})
-        journal.flush(1, 6, 6)
+        log.add({"total": 1.0})
+        log.flush(1, 6, 6)
     assert [r["step"] for r in rows(tmp_path)] == [2, 4, 2, 4, 6]
 
 
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
-    with Journal(tmp_path, active=False) as journal:
-        journal.rewind(0, 0)
-        journal.add({"total": 1.0})
-        journal.flush(0, 1, 1)
+    with TrainingLog(tmp_path, active=False) as log:
+        log.rewind(0, 0)
+        log.add({"total": 1.0})
+        log.flush(0, 1, 1)
     assert not list(tmp_path.iterdir())
 
 
 def test_tensorboard_gets_the_same_values(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with Journal(tmp_path) as journal:
-        journal.add({"total": 4.0})
-        journal.flush(2, 5, 105)
+    with TrainingLog(tmp_path) as log:
+        log.add({"total": 4.0})
+        log.flush(2, 5, 105)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     (point,) = events.Scalars("block-02/total")

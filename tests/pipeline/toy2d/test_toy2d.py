@@ -159,7 +159,8 @@ def test_points_of_each_use_differ_and_repeat():
     other = PointSource(tiny("gaussian", "train.seed=1"))
     assert not torch.equal(first, other.draw("test", 0, 10))
     assert other.fingerprint != source.fingerprint
-    assert source.manifest()["standardisation"] == {"mean": [0.0, 0.0], "std": [1.0, 1.0]}
+    standardisation = source.manifest("points").standardisation.to_dict()
+    assert standardisation == {"mean": [0.0, 0.0], "std": [1.0, 1.0]}
 
 
 def test_grid_centres_run_along_x_first():

@@ -16,13 +16,13 @@ from flows.spec import BlockSpec, build_block
 from pipeline.config.schema import JkoConfig, MatchingConfig, TrainConfig
 from pipeline.runtime.rng import generator
 from pipeline.training.block_trainer import BlockTrainer
-from pipeline.training.diagnostics import Measured, measure
+from pipeline.training.diagnostics import Diagnostics, measure
 from tests.pipeline.gaussian_source import GaussianSource, tiny
 
 PUSH = SolverConfig("rk4", steps=4)  # 16 evaluations
 
 
-def measured(folder: Path, count: int, **changes: Any) -> tuple[Measured, int, list[str]]:
+def measured(folder: Path, count: int, **changes: Any) -> tuple[Diagnostics, int, list[str]]:
     """A new block, v = 0: what it comes to, samples that were followed, labels of the bars."""
     network = VelocityConfig("mlp", width=8, depth=1, nets=changes.pop("nets", 1))
     spec = BlockSpec(network, PUSH, **changes)
@@ -61,7 +61,7 @@ def test_a_large_network_is_measured_on_fewer_samples(
 ) -> None:  # fmt: skip
     network = build_block(BlockSpec(VelocityConfig("mlp", width=8, depth=1), PUSH), (2,))
     size = sum(p.numel() for p in network.parameters())
-    monkeypatch.setattr("pipeline.training.diagnostics._AFFORDED_READS", reads * size)
+    monkeypatch.setattr("pipeline.training.diagnostics._MOST_READS", reads * size)
     found, seen, labels = measured(tmp_path, 5000, **changes)
     assert seen == expected
     assert labels == ["measure block 0"]

@@ -17,8 +17,8 @@ from flows.likelihood import log_prob
 from flows.objectives.losses import ou_target
 from pipeline.errors import JkoflowError, UserError
 from pipeline.evaluation.tables import metrics_table
-from pipeline.runs.manifest import read_manifest
-from pipeline.runs.passes import Pass, readable, step_of
+from pipeline.runs.directory import read_manifest
+from pipeline.runs.passes import Pass
 from pipeline.runs.run import load_blocks, open_run
 from pipeline.runtime.rng import generator
 from pipeline.sampling.solvers import solvers_of
@@ -29,6 +29,7 @@ from pipeline.training.train import Outcome, train
 from tests.flows.closed_form import kl_to_standard
 from tests.pipeline.gaussian_source import COVARIANCE, GaussianSource, quiet, tiny
 from tests.pipeline.killing import assert_same_content, kill_at
+from tests.pipeline.records import block_row
 from tests.pipeline.tiny import World, say
 
 GAMMAS = (0.2, 0.4)
@@ -83,9 +84,9 @@ def test_a_linear_field_reaches_the_best_regression(
 ) -> None:
     chosen = f"{section_of(objective)}.interpolant={interpolant}"
     run(tmp_path, *objective, chosen, "train.iterations=150")
-    rows = read_manifest(tmp_path)["blocks"]
+    rows = read_manifest(tmp_path).blocks
     for index, block in enumerate(load_blocks(tmp_path, read_manifest(tmp_path))):
-        expected = best_matrix(stage(tmp_path, index), rows[index]["gamma"], interpolant)
+        expected = best_matrix(stage(tmp_path, index), rows[index].gamma, interpolant)
         affine: Any = block.velocity
         torch.testing.assert_close(
             affine.affine.weight.double(), expected, rtol=0, atol=0.04, check_dtype=False
@@ -104,10 +105,10 @@ def diffused(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_block_carries_the_data_as_far_as_the_diffusion(diffused: Path) -> None:
     """N(0, Σ) becomes N(0, e^{−2γ} Σ + (1 − e^{−2γ}) I), block after block; then N(0, I)."""
-    rows = read_manifest(diffused)["blocks"]
-    assert [row["gamma"] for row in rows] == [*GAMMAS, None]
-    assert [row["h"] for row in rows] == [None] * 3
-    assert {row["objective"] for row in rows} == {"lfm"}
+    rows = read_manifest(diffused).blocks
+    assert [row.gamma for row in rows] == [*GAMMAS, None]
+    assert [row.h for row in rows] == [None] * 3
+    assert {row.objective for row in rows} == {"lfm"}
     covariance, time = stage(diffused, 0).T.cov(correction=0), 0.0
     identity = torch.eye(2, dtype=torch.float64)
     for index, gamma in enumerate([*GAMMAS, math.inf]):
@@ -128,17 +129,17 @@ def entropy(covariance: Any = COVARIANCE) -> float:
 def test_flow_matching_is_one_block_to_the_standard_normal(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert run(folder, *FM, *CURVED).blocks == 1
-    (row,) = read_manifest(folder)["blocks"]
-    assert (row["h"], row["gamma"], row["objective"]) == (None, None, "lfm")
+    (row,) = read_manifest(folder).blocks
+    assert (row.h, row.gamma, row.objective) == (None, None, "lfm")
     assert not stage_folder(folder, 1).exists()
     end = noise(folder)
     assert kl_to_standard(end.mean(0), end.T.cov(correction=0)) < 0.02
     moved = (end - stage(folder, 0)).square().sum(1).mean().sqrt().item()
-    assert row["movement"] == pytest.approx(moved, rel=0.05)  # of some of the samples
+    assert row.movement == pytest.approx(moved, rel=0.05)  # of some of the samples
     # terms, the summary of the pass, and the exact likelihood agree with the entropy
-    summary = read_manifest(folder)["passes"][0]["summary"]
-    assert summary["nll"] == pytest.approx(row["terms"]["total"] + math.log(2 * math.pi))
-    assert summary["nll"] == pytest.approx(entropy(), abs=0.06)
+    summary = read_manifest(folder).passes[0].summary
+    assert summary.nll == pytest.approx(row.terms["total"] + math.log(2 * math.pi))
+    assert summary.nll == pytest.approx(entropy(), abs=0.06)
     result = log_prob(open_run(folder).flow, stage(folder, 0).float())
     density = torch.distributions.MultivariateNormal(torch.zeros(2), torch.tensor(COVARIANCE))
     gap = density.log_prob(stage(folder, 0).float()) - result.value
@@ -216,9 +217,9 @@ def test_the_target_of_the_free_block_is_the_noise() -> None:
 
 def test_the_rule_compares_movement_per_time() -> None:
     def after(ter: float, gamma: float | None, h: float | None = None) -> bool:
-        row = {"ter": ter, "gamma": gamma, "h": h}
-        plan = Pass("ordinary", [], True, 0.01, [], [], gamma=[0.1, 0.2], objective="lfm")
-        return plan.with_row(row).stopped
+        row = block_row(h=h, gamma=gamma, ter=ter)
+        plan = Pass("ordinary", [], True, 0.01, [], [], [], gamma=[0.1, 0.2], objective="lfm")
+        return plan.with_block(row).stopped
 
     assert not after(0.009, 0.1) and not after(1.1e-4, 0.1)
     assert after(0.9e-4, 0.1)
@@ -230,17 +231,17 @@ def test_the_rule_ends_a_training(tmp_path: Path) -> None:
     quick = ("train.objective=lfm", "train.iterations=2", "lfm.gamma1=0.5")
     rows = run(tmp_path, *quick, "lfm.tolerance=1e3", "lfm.free_block=true").blocks
     assert rows == 2
-    assert [step_of(row) for row in read_manifest(tmp_path)["blocks"]] == [0.5, None]
+    assert [row.step for row in read_manifest(tmp_path).blocks] == [0.5, None]
 
 
 def test_blocks_are_added_with_longer_times(diffused: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(diffused, tmp_path / "run"))
     quick = (*LFM, *CURVED, "lfm.free_block=true", "train.iterations=3", "lfm.rho=1.5")
     assert run(folder, *quick, add_blocks=1) == Outcome(4, True, 2, 2)
-    rows = read_manifest(folder)["blocks"]
-    assert [row["gamma"] for row in rows] == [0.2, 0.4, pytest.approx(0.6), None]
-    before = read_manifest(diffused)["blocks"]
-    assert [row["sha256"] for row in rows[:2]] == [row["sha256"] for row in before[:2]]
+    rows = read_manifest(folder).blocks
+    assert [row.gamma for row in rows] == [0.2, 0.4, pytest.approx(0.6), None]
+    before = read_manifest(diffused).blocks
+    assert [row.sha256 for row in rows[:2]] == [row.sha256 for row in before[:2]]
 
 
 OFTEN = (*LFM, "train.iterations=5", "train.checkpoint_seconds=0", "lfm.free_block=true",
@@ -255,7 +256,7 @@ def test_killed_and_resumed_ends_in_the_same_bytes(tmp_path: Path) -> None:
     run(tmp_path / "whole", *OFTEN)
     killed = tmp_path / "killed"
     kill_at((9, 14), _resume, str(killed))
-    assert not read_manifest(killed)["complete"]
+    assert not read_manifest(killed).complete
     run(killed, *OFTEN)
     assert_same_content(killed, tmp_path / "whole")
 
@@ -295,12 +296,13 @@ def test_people_read_times_without_rounding_errors(tmp_path: Path) -> None:
     """0.1 ρ^k is not exact in binary; flow.json keeps the number that was computed with."""
     quick = ("train.objective=lfm", "lfm.gamma1=0.1", "lfm.max_blocks=1")
     run(tmp_path, *quick, "train.iterations=1")
-    (row,) = read_manifest(tmp_path)["blocks"]
-    assert repr(row["gamma"]) == "0.10000000000000002"
+    (row,) = read_manifest(tmp_path).blocks
+    assert repr(row.gamma) == "0.10000000000000002"
     lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     (told,) = (line for line in lines if line.get("event") == "finished")
     assert repr(told["gamma"]) == "0.1" and told["h"] is None
-    assert readable({"h": 1 / 3, "gamma": None}) == {"h": 0.333333333333, "gamma": None}
+    report = block_row(h=1 / 3, gamma=None, ter=0.0).report()
+    assert (report["h"], report["gamma"]) == (0.333333333333, None)
 
 
 def test_the_chain_from_pictures(

@@ -13,8 +13,7 @@ from flows.errors import FlowError
 from flows.solving.solver import SolverConfig
 from pipeline.cli import main
 from pipeline.errors import UserError
-from pipeline.runs.directory import read_config, start_run
-from pipeline.runs.manifest import read_manifest
+from pipeline.runs.directory import ResumePolicy, RunDirectory, read_config, read_manifest
 from pipeline.runs.run import open_run
 from pipeline.storage.atomic import sha256_file
 from pipeline.training.train import Outcome, train
@@ -47,12 +46,12 @@ def again(finished: Path, tmp_path: Path) -> Path:
 
 
 def hashes(folder: Path) -> list[str]:
-    return [row["sha256"] for row in read_manifest(folder)["blocks"]]
+    return [row.sha256 for row in read_manifest(folder).blocks]
 
 
 def steps(folder: Path) -> list[float | None]:
-    rows = read_manifest(folder)["blocks"]
-    return [None if row["h"] is None else round(row["h"], 9) for row in rows]
+    rows = read_manifest(folder).blocks
+    return [None if row.h is None else round(row.h, 9) for row in rows]
 
 
 def test_added_blocks_come_before_the_free_one(again: Path) -> None:
@@ -104,17 +103,17 @@ def test_blocks_have_their_own_iterations_and_substeps(tmp_path: Path) -> None:
     lists = ("train.iterations=[3,5]", "jko.solver.steps=[3,2]", "jko.max_blocks=3")
     run(tmp_path / "run", *lists)
     opened = open_run(tmp_path / "run")
-    assert [row["iterations"] for row in opened.manifest["blocks"]] == [3, 5, 5, 5]
+    assert [row.iterations for row in opened.manifest.blocks] == [3, 5, 5, 5]
     assert [spec.solver.steps for spec in opened.flow.specs] == [3, 2, 2, 2]
     run(tmp_path / "run", *lists, "jko.refine=2")
     opened = open_run(tmp_path / "run")
     # the children share the grid of their parent, rounded up
     assert [spec.solver.steps for spec in opened.flow.specs] == [2, 2, 1, 1, 1, 1, 2]
-    assert [row["iterations"] for row in opened.manifest["blocks"]] == [3, 3, 5, 5, 5, 5, 5]
+    assert [row.iterations for row in opened.manifest.blocks] == [3, 3, 5, 5, 5, 5, 5]
 
 
 def rates(folder: Path) -> list[float]:
-    return [row["lr"] for row in read_manifest(folder)["blocks"]]
+    return [row.lr for row in read_manifest(folder).blocks]
 
 
 def test_blocks_have_their_own_learning_rates(again: Path, tmp_path: Path) -> None:
@@ -235,7 +234,7 @@ def test_a_missing_block_is_one_sentence(again: Path, capsys: pytest.CaptureFixt
 def test_the_command_says_what_it_needs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start_run(tmp_path / "run", tiny())
+    RunDirectory.open_or_create(tmp_path / "run", tiny(), ResumePolicy(False), Accelerator())
     for words, sentence in {
         ("--run", "RUN", "--reparameterize", "2"): "--run with --resume",
         ("--run", "RUN", "--resume", "--reparameterize", "-2"): "jko.reparameterize is -2",
@@ -250,9 +249,9 @@ def test_the_command_says_what_it_needs(
 
 def test_blocks_are_the_bytes_that_the_manifest_says(again: Path) -> None:
     run(again, add_blocks=1)
-    rows = read_manifest(again)["blocks"]
+    rows = read_manifest(again).blocks
     for row in rows:
-        assert sha256_file(again / row["file"]) == row["sha256"]
+        assert sha256_file(again / row.file) == row.sha256
     # the free block ends the flow: nothing is trained on what it leaves, so that is not kept
-    there = [(again / row["stage"] / "manifest.json").is_file() for row in rows]
-    assert [row["h"] is not None for row in rows] == there == [True, True, True, False]
+    there = [(again / row.stage / "manifest.json").is_file() for row in rows]
+    assert [row.h is not None for row in rows] == there == [True, True, True, False]

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from flows.solving.estimators import make_divergence
 from flows.solving.solver import SolverConfig
 from pipeline.errors import JkoflowError
-from pipeline.runs.manifest import read_manifest
+from pipeline.runs.directory import read_manifest
 from pipeline.runs.run import load_blocks
 from pipeline.storage.shards import open_store
 from pipeline.training.diagnostics import TOLERANCE
@@ -74,7 +74,7 @@ def test_a_block_far_off_its_grid_is_not_kept(
 
 def read_manifest_if_any(folder: Path) -> list[dict[str, Any]]:
     """Blocks that count."""
-    return read_manifest(folder)["blocks"] if (folder / "flow.json").is_file() else []
+    return read_manifest(folder).blocks if (folder / "flow.json").is_file() else []
 
 
 def test_a_coarse_push_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.runs.directory import read_config
-from pipeline.runs.manifest import read_manifest
+from pipeline.runs.directory import read_config, read_manifest
 from pipeline.runs.run import load_blocks, open_run
 from pipeline.training.train import Outcome, train
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
@@ -60,18 +59,18 @@ def test_blocks_start_from_their_counterparts(
     for mine, index in zip(ours, counterparts, strict=True):
         torch.testing.assert_close(mine, theirs[index], rtol=0, atol=1e-9)
     manifest = read_manifest(tmp_path)
-    assert {row["objective"] for row in manifest["blocks"]} == {"jko"}
-    kept, rows = manifest["init_from"], read_manifest(cheap)["blocks"]
-    assert (kept["run"], kept["name"], kept["objective"]) == (str(cheap), "gaussian", "lfm")
-    assert [row["sha256"] for row in kept["blocks"]] == [row["sha256"] for row in rows]
+    assert {row.objective for row in manifest.blocks} == {"jko"}
+    kept, rows = manifest.init_from, read_manifest(cheap).blocks
+    assert (kept.run, kept.name, kept.objective) == (str(cheap), "gaussian", "lfm")
+    assert [row.sha256 for row in kept.blocks] == [row.sha256 for row in rows]
 
 
 def test_a_start_that_is_near_lowers_the_nll(cheap: Path, tmp_path: Path) -> None:
     steps = ("jko.h=[0.1,0.3]", "jko.free_block=true", "train.iterations=5")
     run(tmp_path / "from", *steps, f"train.init_from={cheap}", "train.lr=0.003")
     run(tmp_path / "anew", *steps, "train.lr=0.003")
-    found = [read_manifest(tmp_path / name)["passes"][0]["summary"] for name in ("from", "anew")]
-    assert found[0]["nll"] < found[1]["nll"] - 0.05
+    found = [read_manifest(tmp_path / name).passes[0].summary for name in ("from", "anew")]
+    assert found[0].nll < found[1].nll - 0.05
 
 
 def test_a_resumed_training_needs_the_same_weights(cheap: Path, tmp_path: Path) -> None:
@@ -111,7 +110,7 @@ def test_a_run_is_what_its_finished_blocks_are(cheap: Path, tmp_path: Path) -> N
 
 def _blocks(folder: Path) -> list[object]:
     there = (folder / "flow.json").is_file()
-    return list(read_manifest(folder)["blocks"]) if there else []
+    return list(read_manifest(folder).blocks) if there else []
 
 
 def test_what_cannot_be_a_start(cheap: Path, tmp_path: Path) -> None:
