@@ -1,4 +1,4 @@
-"""One of several processes, played in this one: what it would add to a mean is written down."""
+"""A stand-in for the accelerator of one of several ranks, which records what it averages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Rank:
         self.given: list[Tensor] = []
 
     def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
-        if reduction == "sum":  # by which processes agree on something
+        if reduction == "sum":  # a count over ranks
             return tensor if self.present is None else torch.tensor(self.present).to(tensor)
         assert reduction == "mean"
         self.given.append(tensor.detach().clone().flatten())
@@ -33,5 +33,5 @@ class Rank:
 
 
 def mean_of(ranks: list[Rank]) -> Tensor:
-    """What the processes would have got, all of it in one vector."""
+    """Compute the averages of all ranks, in one vector."""
     return torch.stack([torch.cat(rank.given) for rank in ranks]).mean(0)

@@ -1,4 +1,4 @@
-"""A Source of Gaussian samples with a known covariance, and a configuration that suits it."""
+"""A sample source of Gaussian samples with known covariance, and a configuration for it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class GaussianSource:
     Args:
         covariance: (D, D).
         count: samples.
-        bad: index of a sample that is not like the others, for tests of what must be refused.
+        bad: index of an invalid sample; None for none.
         value: of its first coordinate.
     """
 

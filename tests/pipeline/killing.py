@@ -1,4 +1,4 @@
-"""Trainings that are killed at chosen commits, and what a run holds in the end."""
+"""Trainings that are killed at chosen commits, and the content of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _until(commit: int, work: Callable[..., object], words: Sequence[object]) ->
 
 
 def kill_at(commits: Sequence[int], work: Callable[..., object], *words: object) -> None:
-    """Do the work in a fresh process once a commit, and kill it there.
+    """Do the work in one new process for each commit, and kill it there.
 
     Args:
         commits: even ones are killed after the rename, odd ones before it.
@@ -35,7 +35,7 @@ def kill_at(commits: Sequence[int], work: Callable[..., object], *words: object)
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """All that a run holds that does not tell the time."""
+    """Read everything in a run except times."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -52,7 +52,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def assert_same_content(killed: Path, whole: Path) -> None:
-    """Two runs hold the same bytes."""
+    """Check that two runs have the same bytes."""
     expected, found = content(whole), content(killed)
     assert sorted(found) == sorted(expected)
     assert [name for name in expected if found[name] != expected[name]] == []

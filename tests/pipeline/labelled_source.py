@@ -1,4 +1,4 @@
-"""A Source of two clusters in the plane, each sample with the label of its own."""
+"""A sample source of two labelled clusters in the plane."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LabelledSource:
 
     Args:
         count: samples.
-        known: whether the labels are told.
+        known: whether the samples have labels.
     """
 
     shape: tuple[int, ...] = (2,)

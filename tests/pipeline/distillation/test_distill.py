@@ -54,8 +54,8 @@ def moons(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return open_run(folder)
 
 
-def test_few_steps_are_worth_many_of_the_teachers(moons: Run, tmp_path: Path) -> None:
-    """Four blocks in two. On the same noise, against the teacher solved to 1e-5."""
+def test_few_steps_of_a_merged_block_are_as_accurate_as_many(moons: Run, tmp_path: Path) -> None:
+    """Four blocks become two; the reference is the teacher, integrated to 1e-5."""
     folder = tmp_path / "student"
     assert merge(moons, folder, "train.iterations=1000", "train.ema=0.99") == Outcome(2, True, 2)
     student = open_run(folder)
@@ -160,7 +160,7 @@ def test_killed_and_resumed_ends_in_the_same_bytes(gaussian: Run, tmp_path: Path
     assert_same_content(killed, tmp_path / "whole")
 
 
-def test_mistakes_are_told(gaussian: Run, tmp_path: Path) -> None:
+def test_invalid_settings_and_other_runs_are_errors(gaussian: Run, tmp_path: Path) -> None:
     for how, said in (
         ({"pairs": 0}, "--pairs and --steps must be at least 1, not 0 and 1"),
         ({"steps": 0}, "not 2 and 0"),
@@ -202,7 +202,7 @@ def test_mistakes_are_told(gaussian: Run, tmp_path: Path) -> None:
 def test_the_chain_from_pictures(
     trained: World, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Distil, generate, export: as after a training."""
+    """Distil, generate and export, as for a trained run."""
     out = tmp_path / "run-distilled"  # beside the teacher's where nothing else is said
     words = ["distill", "-r", run, "--set", "train.iterations=5"]
     code, found, last = say(capsys, *words, "--method", "euler", "--steps", "3")

@@ -30,7 +30,7 @@ def run(folder: Path, *overrides: str, resume: bool = True, **request: int) -> O
 
 
 def exact(folder: Path, h: list[float]) -> list[GaussianStep]:
-    """The exact JKO steps of the training samples' own mean and covariance."""
+    """Compute the exact JKO steps from mean and covariance of the training samples."""
     z = open_store(stage_folder(folder, 0), "stage 0").field("z").double()
     return jko_iterates(z.mean(dim=0), z.T.cov(correction=0), h)
 
@@ -95,7 +95,7 @@ def test_refinement_starts_as_the_same_map(again: Path, monkeypatch: pytest.Monk
     assert 0 < (halfway - z).norm() < (before[:1].encode(z, solver) - z).norm()
 
 
-def test_refinement_lowers_the_nll_and_can_go_on(again: Path) -> None:
+def test_refinement_lowers_the_nll_and_may_be_repeated(again: Path) -> None:
     assert run(again, "jko.refine=2", "jko.later_iterations=40").trained == 6
     first, second = read_manifest(again).passes
     assert second.summary.nll < first.summary.nll - 0.01
@@ -127,7 +127,7 @@ def test_the_log_names_the_pass_and_the_plot_shows_all(evened: Path) -> None:
     assert names == ["Iter 1", "Iter 2", "Iter 3", "Iter 4"]
 
 
-def test_the_pass_before_is_used_until_a_later_one_is_complete(again: Path) -> None:
+def test_a_pass_is_in_use_until_a_later_one_is_complete(again: Path) -> None:
     in_time = ("jko.reparameterize=1", "train.max_minutes=1e-9")
     outcome = run(again, *in_time)
     assert (outcome.complete, outcome.passes) == (False, 2)
@@ -172,7 +172,7 @@ def test_killed_in_later_passes_and_resumed_ends_in_the_same_bytes(
     assert_same_content(killed, again)
 
 
-def test_later_passes_keep_their_free_block(tmp_path: Path) -> None:
+def test_later_passes_have_a_free_block_too(tmp_path: Path) -> None:
     few = ("jko.free_block=true", "train.iterations=4", "jko.h=[0.2,0.4]")
     run(tmp_path / "run", *few, "jko.reparameterize=1", "jko.refine=2", resume=False)
     passes = read_manifest(tmp_path / "run").passes

@@ -1,4 +1,4 @@
-"""Weights that flow matching keeps on its way, FID against samples seen, and half precision."""
+"""Snapshots of flow matching, FID against samples seen, and bfloat16."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def run(folder: Path, *overrides: str) -> None:
     train(tiny(*overrides), folder, Accelerator(cpu=True), quiet, True, GaussianSource())
 
 
-def test_snapshots_are_the_block_as_it_would_be(tmp_path: Path) -> None:
-    """The last one is the block; the one before is what a training on the same course has then."""
+def test_snapshots_are_the_averaged_weights(tmp_path: Path) -> None:
+    """The last snapshot is the block; an earlier one is that of a shorter training."""
     run(tmp_path / "run", *KEPT)
     listed = snapshots_of(tmp_path / "run")
     assert [(row.step, row.seen) for row in listed] == [(2, 64), (4, 128), (6, 192)]
@@ -56,7 +56,7 @@ def _resume(folder: str) -> None:
     run(Path(folder), *KEPT)
 
 
-def test_killed_and_resumed_keeps_the_same_snapshots(tmp_path: Path) -> None:
+def test_a_killed_training_resumes_to_the_same_snapshots(tmp_path: Path) -> None:
     run(tmp_path / "whole", *KEPT)
     kill_at((5, 9, 10), _resume, str(tmp_path / "killed"))
     run(tmp_path / "killed", *KEPT)
@@ -126,7 +126,7 @@ def test_a_run_is_guided_by_what_it_was(
         (("train.objective=fm", "fm.snapshot_every=-1"), "is -1; expected at least 0"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(
+def test_invalid_settings_are_errors_before_anything_is_written(
     tmp_path: Path, overrides: tuple[str, ...], named: str
 ) -> None:
     with pytest.raises(UserError, match=named):

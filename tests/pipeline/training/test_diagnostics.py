@@ -1,4 +1,4 @@
-"""On how many samples a finished block is measured, and that they say what it is."""
+"""Number of samples that a finished block is measured on, and the measurements."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PUSH = SolverConfig("rk4", steps=4)  # 16 evaluations
 
 
 def measured(folder: Path, count: int, **changes: Any) -> tuple[Diagnostics, int, list[str]]:
-    """A new block, v = 0: what it comes to, samples that were followed, labels of the bars."""
+    """Measure a new block, v = 0; return diagnostics, number of samples, progress labels."""
     network = VelocityConfig("mlp", width=8, depth=1, nets=changes.pop("nets", 1))
     spec = BlockSpec(network, PUSH, **changes)
     stage = GaussianSource(count=count).first_stage(folder, tiny(), Accelerator())

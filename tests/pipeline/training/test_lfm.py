@@ -1,4 +1,4 @@
-"""Local flow matching and flow matching of Gaussian data, whose way to the noise is known."""
+"""Local flow matching and flow matching of Gaussian data, whose path to noise is known."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def stage(folder: Path, index: int) -> Tensor:
 
 
 def noise(folder: Path) -> Tensor:
-    """Where a finished run carries its data; the last block's samples are not kept."""
+    """Encode the data of a finished run; it stores no samples after the last block."""
     opened = open_run(folder)
     with torch.no_grad():
         return opened.flow.encode(stage(folder, 0).float(), solvers_of(opened)).double()
 
 
 def best_matrix(z: Tensor, gamma: float | None, interpolant: str) -> Tensor:
-    """A of the field A z that regresses best on the slope, from the covariance of its samples.
+    """Compute A of the velocity A z with the least regression loss, from the samples' covariance.
 
     Per eigenvector with variance λ, with a = e^{−γ} and V the variance of the target:
     the mean over t of Cov(slope, I_t) over that of Var(I_t).
@@ -121,7 +121,7 @@ def test_every_block_carries_the_data_as_far_as_the_diffusion(diffused: Path) ->
 
 
 def entropy(covariance: Any = COVARIANCE) -> float:
-    """Of N(0, Σ) in nats: the least NLL."""
+    """Compute the entropy of N(0, Σ) in nats, the least NLL."""
     determinant = torch.tensor(covariance, dtype=torch.float64).det().item()
     return 0.5 * math.log(determinant) + 1 + math.log(2 * math.pi)
 
@@ -148,7 +148,7 @@ def test_flow_matching_is_one_block_to_the_standard_normal(tmp_path: Path) -> No
 
 
 def test_optimal_pairs_lower_the_variance_of_the_regression(diffused: Path) -> None:
-    """At its best a field's loss is the variance left in the slope, which straight pairs lower."""
+    """The least loss of a velocity is the variance left in the slope; ot pairs lower it."""
     first = open_store(stage_folder(diffused, 0), "stage")
     block = load_blocks(diffused, read_manifest(diffused))[0]
 
@@ -277,7 +277,7 @@ def test_killed_and_resumed_ends_in_the_same_bytes(tmp_path: Path) -> None:
         (("fm.times=uniform",), "fm.times=uniform applies to train.objective=fm; this"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(
+def test_invalid_settings_are_errors_before_anything_is_written(
     tmp_path: Path, overrides: tuple[str, ...], named: str
 ) -> None:
     with pytest.raises((UserError, ValueError), match=named):
@@ -293,7 +293,7 @@ def test_a_diverging_regression_names_block_and_step(tmp_path: Path) -> None:
 
 
 def test_people_read_times_without_rounding_errors(tmp_path: Path) -> None:
-    """0.1 ρ^k is not exact in binary; flow.json keeps the number that was computed with."""
+    """0.1 ρ^k is not exact in binary; flow.json has all its digits."""
     quick = ("train.objective=lfm", "lfm.gamma1=0.1", "lfm.max_blocks=1")
     run(tmp_path, *quick, "train.iterations=1")
     (row,) = read_manifest(tmp_path).blocks
@@ -308,7 +308,7 @@ def test_people_read_times_without_rounding_errors(tmp_path: Path) -> None:
 def test_the_chain_from_pictures(
     trained: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Train, generate on a budget, truncate, evaluate: as after a JKO training."""
+    """Train, generate with a budget, truncate and evaluate, as for a JKO run."""
     section, folder = {"gamma": [0.3], "tolerance": 1e-9, "free_block": True}, tmp_path
     config = trained.config("lfm", train={"objective": "lfm"}, lfm=section)
     adaptive = ("--set", "sampler.method=dopri5", "--set", "sampler.steps=4")

@@ -74,7 +74,7 @@ def test_added_blocks_take_given_steps_first(again: Path) -> None:
     assert steps(again) == [0.1, 0.2, 0.7, 1.4, None]
 
 
-def test_a_request_that_was_stopped_goes_on_when_it_is_repeated(again: Path) -> None:
+def test_adding_blocks_resumes_where_it_was_stopped(again: Path) -> None:
     stopped = run(again, "train.max_minutes=1e-9", "train.iterations=6", add_blocks=1)
     assert stopped == Outcome(2, False, 0, 2)
     assert read_config(again).train.max_minutes == 0  # of that call, not of the run
@@ -85,7 +85,7 @@ def test_a_request_that_was_stopped_goes_on_when_it_is_repeated(again: Path) -> 
     assert run(again, "train.iterations=6", add_blocks=1) == Outcome(4, True, 2, 2)
 
 
-def test_an_unfinished_block_goes_on_under_its_own_settings(tmp_path: Path) -> None:
+def test_an_unfinished_added_block_resumes_with_its_own_settings(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(folder, "jko.max_blocks=1", "jko.free_block=false")
     stop = ("jko.max_blocks=1", "jko.free_block=false", "train.max_minutes=1e-9")
@@ -194,7 +194,7 @@ def test_a_file_is_no_run(tmp_path: Path) -> None:
         ("velocity.nets=3", "solver.steps must be a multiple of velocity.nets = 3"),
     ],
 )
-def test_values_out_of_range_are_refused_before_anything_is_written(
+def test_values_out_of_range_are_errors_before_anything_is_written(
     tmp_path: Path, override: str, sentence: str
 ) -> None:
     with pytest.raises((UserError, FlowError), match=sentence):
@@ -202,12 +202,12 @@ def test_values_out_of_range_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_data_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+def test_samples_with_nan_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 of the training samples .* hold NaN .* sample 650"):
         run(tmp_path / "run", bad=650)
 
 
-def test_requests_that_contradict_are_refused(again: Path, tmp_path: Path) -> None:
+def test_blocks_that_cannot_be_added_are_an_error(again: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--add-blocks must be at least 1, not -1"):
         run(again, add_blocks=-1)
     with pytest.raises(UserError, match="added to a finished run only"):

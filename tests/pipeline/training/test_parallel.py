@@ -85,10 +85,10 @@ def test_a_network_without_samples_on_a_rank_has_the_gradient_of_the_batch(
 
 @pytest.mark.parametrize("objective", ["jko", "lfm"])
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_process_without_a_sample_is_refused_on_all(
+def test_more_ranks_than_samples_are_an_error_on_every_rank(
     tmp_path: Path, objective: str, rank: int
 ) -> None:
-    """Under every objective, on those with samples too, before anything is reduced."""
+    """Every objective raises it, on ranks with samples too, before any collective."""
     stage = GaussianSource(count=60).first_stage(tmp_path, tiny(), Accelerator())
     spec = BlockSpec(velocity=tiny().velocity, h=None, objective=objective)
     block, recipe = build_block(spec, (2,), generator(0, "weights", 0)), TrainConfig(batch_size=2)

@@ -39,7 +39,7 @@ def cache_bytes(world: World) -> dict[str, bytes]:
 
 
 def run_content(run: Path) -> dict[str, Any]:
-    """All that a run holds; clocks, TensorBoard's own files and temporaries left out."""
+    """Read everything in a run except clocks, TensorBoard's files and temporaries."""
     content: dict[str, Any] = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
@@ -83,7 +83,7 @@ def again(never_stopped: World, tmp_path: Path) -> World:
 
 
 def until_done(world: World, arguments: list[str | Path], commits: int, seed: int) -> int:
-    """Kill a command at random commits, before or after the rename; returns how many kills."""
+    """Kill a command at random commits, before or after the rename; return the number of kills."""
     chosen = random.Random(seed)
     for kills in range(200):
         number, after = chosen.randint(1, commits), chosen.random() < 0.6
@@ -151,7 +151,7 @@ def kill_processes(
     return met
 
 
-def test_a_killed_process_goes_on(never_stopped: World, again: World, tmp_path: Path) -> None:
+def test_a_killed_process_can_resume(never_stopped: World, again: World, tmp_path: Path) -> None:
     config, run = again.config(**OFTEN), tmp_path / "run"
     encode: list[str | Path] = ["encode", "--config", config]
     kill_processes(again, encode, 1, seed=0, marker=again.home / "latents", longest=0.1)
@@ -204,7 +204,7 @@ def test_a_resumed_run_sweeps_too(never_stopped: World, tmp_path: Path) -> None:
     assert not list(run.rglob(f"{TEMPORARY_PREFIX}*"))
 
 
-def test_a_run_goes_on_where_its_images_have_moved_to(
+def test_a_run_resumes_with_images_that_moved(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, run = world.config(**OFTEN), tmp_path / "run"

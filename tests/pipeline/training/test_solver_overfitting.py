@@ -24,7 +24,7 @@ ONE_BLOCK = ("jko.h=[0.9]", "train.iterations=40")
 
 
 def events(folder: Path, *overrides: str) -> list[dict[str, Any]]:
-    """Train a block; what its log says of its grids."""
+    """Train a block and return the entries of its log about grids."""
     config = tiny(*ONE_BLOCK, *overrides)
     outcome = train(config, folder, Accelerator(), quiet, resume=False, source=GaussianSource())
     assert outcome.complete
@@ -33,7 +33,7 @@ def events(folder: Path, *overrides: str) -> list[dict[str, Any]]:
 
 
 def objective(folder: Path, solver: SolverConfig) -> float:
-    """Of the block, in nats per dimension, over all samples."""
+    """Compute the objective of the block, nats per dimension, over all samples."""
     block = load_blocks(folder, read_manifest(folder))[0]
     z = open_store(folder / "stages" / "stage-00", "stage").field("z")
     with torch.no_grad():
@@ -43,8 +43,10 @@ def objective(folder: Path, solver: SolverConfig) -> float:
     return float((end.z.square().sum(1) / 2 - end.log_det + moved).mean()) / 2
 
 
-def test_a_coarse_grid_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One Euler step takes the trace for log det(I + A), which flatters or slanders the map."""
+def test_a_coarse_training_grid_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One Euler step replaces log det(I + A) by the trace, which may be larger or smaller."""
     coarse = ("jko.solver.method=euler", "jko.solver.steps=1", "sampler.steps=4")
     (row,) = events(tmp_path / "run", *coarse)
     trained = objective(tmp_path / "run", SolverConfig("euler", steps=1))
@@ -59,7 +61,7 @@ def test_a_coarse_grid_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert told.endswith("raise jko.solver.steps")
 
 
-def test_a_block_far_off_its_grid_is_not_kept(
+def test_a_block_that_overfits_its_grid_is_discarded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.training.diagnostics.HOPELESS", TOLERANCE)
@@ -77,7 +79,7 @@ def read_manifest_if_any(folder: Path) -> list[dict[str, Any]]:
     return read_manifest(folder).blocks if (folder / "flow.json").is_file() else []
 
 
-def test_a_coarse_push_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_coarse_sampler_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fine = ("jko.solver.steps=4", "sampler.method=euler", "sampler.steps=1")
     assert len(events(tmp_path / "run", *fine)) == 1
     assert capsys.readouterr().err.strip().endswith("raise sampler.steps")

@@ -1,4 +1,4 @@
-"""Training against closed forms on Gaussian data, and every part of the recipe on its own."""
+"""Training against closed forms on Gaussian data, and every part of the recipe alone."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exact_steps(folder: Path) -> list[GaussianStep]:
-    """The closed form of every block, from the mean and covariance of the samples it is given."""
+    """Compute the closed form of every block from mean and covariance of its samples."""
     steps = []
     for index, row in enumerate(rows_of(folder)):
         z = open_store(folder / "stages" / f"stage-{index:02d}", "stage").field("z").double()
@@ -110,7 +110,7 @@ def test_the_limit_stops_without_a_free_block(tmp_path: Path) -> None:
     assert run(tmp_path / "c", *at_once).blocks == 1
 
 
-def test_a_stop_in_time_goes_on_to_the_same_flow(tmp_path: Path) -> None:
+def test_a_training_stopped_by_time_resumes_to_the_same_flow(tmp_path: Path) -> None:
     quick = ("train.iterations=6",)
     run(tmp_path / "whole", *quick)
     pieces = [run(tmp_path / "pieces", *quick, "train.max_minutes=1e-9") for _ in range(20)]
@@ -144,7 +144,7 @@ def trainer(stage: StoreReader, **changes: Any) -> BlockTrainer:
 
 
 def test_steps_are_adams(stage: StoreReader) -> None:
-    """The same batches, loss and rates, put together by hand."""
+    """A loop written out with the same batches, loss and learning rates."""
     made = trainer(stage)
     block = copy.deepcopy(made.block)
     optimizer = torch.optim.Adam(block.parameters(), RECIPE["lr"])
@@ -181,7 +181,7 @@ def test_the_gradient_is_clipped(stage: StoreReader) -> None:
     assert gradient.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_the_average_is_what_is_kept(stage: StoreReader) -> None:
+def test_the_finished_block_has_the_averaged_weights(stage: StoreReader) -> None:
     made = trainer(stage, ema=0.7)
     follower = Ema(copy.deepcopy(made.block), 0.7)
     for _ in range(5):
@@ -267,7 +267,7 @@ def test_a_step_that_diverges_names_block_and_step(tmp_path: Path) -> None:
 
 
 def test_a_way_back_that_cannot_be_solved_names_block_and_step(stage: StoreReader) -> None:
-    """With the adjoint method the gradient is a solve of its own, with its own allowance."""
+    """The adjoint method integrates for the gradient, with its own limit of evaluations."""
     made = trainer(stage)
     made.block.solver = SolverConfig("dopri5", rtol=1e-7, atol=1e-7, adjoint=True)
     with torch.no_grad():
@@ -314,7 +314,7 @@ def test_bad_settings_leave_nothing_behind(tmp_path: Path, override: str, named:
 
 
 class Scaled(GaussianSource):
-    """Samples that say how they were standardised."""
+    """Samples with a given standardisation."""
 
     def __init__(self, std: float) -> None:
         super().__init__()
@@ -325,7 +325,7 @@ class Scaled(GaussianSource):
         return replace(super().manifest(name), standardisation=standardisation)
 
 
-def test_latents_standardised_otherwise_are_refused(tmp_path: Path) -> None:
+def test_latents_of_another_standardisation_are_an_error(tmp_path: Path) -> None:
     config = tiny("jko.h=[0.3]", "train.iterations=4")
     train(config, tmp_path / "run", Accelerator(), quiet, False, source=Scaled(1.5))
     again = train(config, tmp_path / "run", Accelerator(), quiet, True, source=Scaled(1.5))
