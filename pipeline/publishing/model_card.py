@@ -80,7 +80,8 @@ def _autoencoder(record: AutoencoderRecord) -> str:
 
 
 def _objective(config: Config, manifest: Manifest) -> str:
-    train, text = config.train, config.train.objective
+    train = config.train
+    text: str = train.objective
     if text != "jko":
         options = config.matching
         text += (
