@@ -15,7 +15,7 @@ from pipeline.data.latent_cache import (
     cache_identity,
     load_images_and_autoencoder,
 )
-from pipeline.runs.manifest import passes_of, read_manifest
+from pipeline.runs.directory import RunDirectory
 from pipeline.sampling.generate import images_folder
 from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage.shards import MANIFEST
@@ -51,7 +51,8 @@ def train_lines(config: Config, folder: Path, add_blocks: int = 0) -> list[str]:
         network = make_velocity(config.velocity, shape)
     parameters = sum(p.numel() for p in network.parameters())
     state = "is complete" if (cache / MANIFEST).is_file() else "is absent; run `jkoflow encode`"
-    passes = passes_of(read_manifest(folder)) if (folder / "flow.json").is_file() else []
+    started = RunDirectory(folder).started
+    passes = started.passes if started is not None else ()
     upcoming = next_pass(config, passes, add_blocks)
     lines = [f"latent cache {cache} {state}"]
     if upcoming is None:
@@ -77,14 +78,14 @@ def train_lines(config: Config, folder: Path, add_blocks: int = 0) -> list[str]:
 
 def evaluate_lines(plan: SamplingPlan, settings: EvaluateConfig) -> list[str]:
     """Describe `evaluate`: images to sample, evaluations, and measurements."""
-    shape = plan.run.manifest["autoencoder"]["image_shape"]
+    shape = plan.run.manifest.require_autoencoder().image_shape
     folder = images_folder(plan, settings.n, plan.settings.seed)
     measured = [f"FID against {settings.reference}"]
     measured += ["the reconstruction floor"] * settings.floor
     measured += [f"KID, precision and recall with {settings.kid} real images"] * (settings.kid > 0)
     measured += [f"the likelihood of {settings.nll} images"] * (settings.nll > 0)
     return [
-        f"sample {settings.n} images {tuple(shape)} of {plan.run.folder} with "
+        f"sample {settings.n} images {shape} of {plan.run.folder} with "
         f"{plan.nfe} network evaluations each, seed {plan.settings.seed}",
         _shards(folder, settings.n, None, settings.n * math.prod(shape)),
         f"measure {', '.join(measured)}",

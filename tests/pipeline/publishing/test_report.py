@@ -155,7 +155,7 @@ def test_a_run_on_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert ["nll_per_dim", "1.25"] in report(folder, capsys).rows
     for words in (["generate"], ["evaluate"], ["likelihood"], ["export", "--out", tmp_path / "x"]):
         code, _, last = say(capsys, words[0], "--run", folder, *words[1:])
-        assert code == 2 and last.startswith(f"error: the run at {folder} is of points"), last
+        assert code == 2 and last.startswith(f"error: the run at {folder} is on points"), last
 
 
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

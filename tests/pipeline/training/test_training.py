@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,10 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
 def trainer(stage: StoreReader, **changes: Any) -> BlockTrainer:
     spec = BlockSpec(velocity=tiny().velocity, h=0.5)
     block = build_block(spec, (2,), generator(0, "weights", 0))
-    recipe, options = TrainConfig(**RECIPE | changes), JkoConfig(divergence="exact")
+    names = {field.name for field in fields(TrainConfig)}
+    recipe = TrainConfig(**RECIPE | {key: changes[key] for key in changes if key in names})
+    objective = {key: changes[key] for key in changes if key not in names}
+    options = JkoConfig(**{"divergence": "exact"} | objective)  # type: ignore[arg-type]
     return BlockTrainer(block, spec, stage, recipe, options, Accelerator())
 
 
