@@ -154,7 +154,12 @@ class RunDirectory:
                 f"the run at {self.folder} has no finished block yet; finish it with "
                 f"`{self.resume_command}`"
             )
-        return Manifest.from_json(atomic.read_json(path, "flow manifest"), str(path))
+        manifest = Manifest.from_json(atomic.read_json(path, "flow manifest"), str(path))
+        if not manifest.passes:
+            raise UserError(
+                f"passes in {path} is empty; expected at least one; train the run again"
+            )
+        return manifest
 
     @cached_property
     def started(self) -> Manifest | None:

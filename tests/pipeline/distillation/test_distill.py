@@ -232,4 +232,4 @@ def test_the_chain_from_pictures(
     assert say(capsys, *again, "--set", f"data.path={elsewhere}")[0] == 0
     assert read_config(out).data.path == str(elsewhere)
     code, _, last = say(capsys, "train", "-r", out, "--resume")
-    assert code == 2 and "gone on with, by `jkoflow distill`" in last
+    assert code == 2 and "make and continue distilled runs by `jkoflow distill`" in last

@@ -52,12 +52,17 @@ def _changed(change: Any) -> dict[str, Any]:
     return plain
 
 
+def test_flow_json_without_a_pass_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "flow.json").write_text(json.dumps(_changed(lambda m: m.update(passes=[]))))
+    with pytest.raises(UserError, match="^passes in .*flow.json is empty; expected at least one"):
+        read_manifest(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         (lambda m: m.pop("data"), "data in flow.json is missing; expected a value"),
         (lambda m: m.update(name=3), "name in flow.json is 3; expected a string"),
-        (lambda m: m.update(passes=[]), "pass in flow.json is 0; expected one of its 0 passes"),
         (lambda m: m.update({"pass": 4}), "pass in flow.json is 4; expected one of its 1 passes"),
         (lambda m: m.update({"pass": True}), "pass in flow.json is True; expected an integer"),
         (lambda m: m.update(passes={}), r"passes in flow.json is \{\}; expected a list"),

@@ -333,6 +333,7 @@ def test_the_table_shows_the_times() -> None:
                      "precision": "fp32"},
         "nfe": 1,
         "peak_memory_bytes": 1,
+        "real_test_fid": None,
     }  # fmt: skip
     lines = metrics_table(metrics, {}, set()).splitlines()
     assert lines[0].split()[:2] == ["block", "γ"]

@@ -66,7 +66,7 @@ def test_a_block_that_overfits_its_grid_is_discarded(
 ) -> None:
     monkeypatch.setattr("pipeline.training.diagnostics.HOPELESS", TOLERANCE)
     coarse = ("jko.solver.method=euler", "jko.solver.steps=1", "sampler.steps=4")
-    with pytest.raises(JkoflowError, match="learnt the error of its grid and is not kept"):
+    with pytest.raises(JkoflowError, match="overfits the discretisation error of its grid"):
         events(tmp_path / "run", *coarse)
     assert not read_manifest_if_any(tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
