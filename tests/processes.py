@@ -35,6 +35,7 @@ from pipeline.config.schema import (
 )
 from pipeline.errors import UserError
 from pipeline.evaluation.features import SHARD, FeatureExtractor
+from pipeline.runs.passes import Pass
 from pipeline.runtime.rng import generator
 from pipeline.sampling.generate import sample_images
 from pipeline.sampling.sampling_plan import SamplingPlan
@@ -139,7 +140,9 @@ def images(accelerator: Accelerator, folder: Path) -> Any:
     run: Any = SimpleNamespace(
         folder=folder, fingerprint="none", flow=Flow((2,)), autoencoder=lambda: None,
         config=SimpleNamespace(sampler=SamplerConfig("rk4", 1)),
-        manifest=synthetic_manifest("none", (2,)),
+        manifest=synthetic_manifest("none", (2,)).with_passes(
+            [Pass("ordinary", [], False, None, [], [], [])]
+        ),
     )  # fmt: skip
 
     def sample(*_: Any) -> torch.Tensor:

@@ -136,6 +136,8 @@ class BlockTrainer:
         self.seconds += time.perf_counter() - began
         nfe = loss.nfe if isinstance(loss, JkoLoss) else 1
         terms = loss.per_dim(self.block.velocity.dim)
+        if self.accelerator.num_processes > 1:
+            terms["total"] = total / self.block.velocity.dim  # of the whole batch
         return StepReport(terms | {"grad_norm": norm}, nfe)
 
     def finish(self) -> Block:

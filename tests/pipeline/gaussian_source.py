@@ -91,7 +91,7 @@ def tiny(*overrides: str) -> Config:
     """A configuration that trains linear blocks on it in a second or two: three under jko."""
     chosen = [word for word in overrides if word.startswith("train.objective=")]
     objective = chosen[-1].partition("=")[2] if chosen else "jko"
-    return load_config("smoke", [*TINY, *OBJECTIVES[objective], *overrides])
+    return load_config("smoke", [*TINY, *OBJECTIVES.get(objective, ()), *overrides])
 
 
 def quiet(items: Any, total: int, label: str) -> Any:

@@ -103,7 +103,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], where: st
     words = ["generate", "--run", "nowhere"]
     assert main.main(["--debug", *words] if where == "before" else [*words, "--debug"]) == 2
     err = capsys.readouterr().err
-    assert "Traceback" in err and "read_config" in err
+    assert "Traceback" in err and "runs/directory.py" in err
     assert_sentence(err.strip().splitlines()[-1], "no run at nowhere")
 
 

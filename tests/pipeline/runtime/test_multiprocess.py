@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
+from pipeline.runs.directory import read_manifest
 from pipeline.runtime.rng import generator
 from pipeline.training.train import train
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
@@ -64,18 +65,17 @@ def test_train_agrees_up_to_rounding(alone: World, tmp_path: Path) -> None:
     """
     run = tmp_path / "run"
     launch(alone, "train", "--config", alone.config(), "-r", run)
-    expected = json.loads((alone.root / "run" / "flow.json").read_text())
-    found = json.loads((run / "flow.json").read_text())
-    assert found["complete"] and len(found["blocks"]) == 3
-    assert found["flow"] == expected["flow"]
+    expected, found = read_manifest(alone.root / "run"), read_manifest(run)
+    assert found.complete and len(found.blocks) == 3
+    assert [row.spec for row in found.blocks] == [row.spec for row in expected.blocks]
     moved = 0.0
-    for mine, theirs in zip(found["blocks"], expected["blocks"], strict=True):
-        a, b = load_file(run / mine["file"]), load_file(alone.root / "run" / theirs["file"])
+    for mine, theirs in zip(found.blocks, expected.blocks, strict=True):
+        a, b = load_file(run / mine.file), load_file(alone.root / "run" / theirs.file)
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5)
         moved = max(moved, *(float(tensor.abs().max()) for tensor in a.values()))
-        assert mine["movement"] == pytest.approx(theirs["movement"], rel=1e-3)
-        assert mine["ter"] == pytest.approx(theirs["ter"], rel=1e-3)
+        assert mine.movement == pytest.approx(theirs.movement, rel=1e-3)
+        assert mine.ter == pytest.approx(theirs.ter, rel=1e-3)
     assert moved > 1e-2
     steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     rows = [(row["block"], row["step"]) for row in steps if "event" not in row]

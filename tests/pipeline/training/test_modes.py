@@ -80,7 +80,7 @@ def test_adding_blocks_resumes_where_it_was_stopped(again: Path) -> None:
     assert read_config(again).train.max_minutes == 0  # of that call, not of the run
     with pytest.raises(UserError, match="finish it with --resume"):
         run(again, "train.iterations=6", add_blocks=2)
-    with pytest.raises(UserError, match=r"begun with another train\.iterations; finish them"):
+    with pytest.raises(UserError, match=r"started with train.iterations=6 \(now 7\)"):
         run(again, "train.iterations=7", add_blocks=1)
     assert run(again, "train.iterations=6", add_blocks=1) == Outcome(4, True, 2, 2)
 
@@ -210,7 +210,7 @@ def test_samples_with_nan_are_an_error(tmp_path: Path) -> None:
 def test_blocks_that_cannot_be_added_are_an_error(again: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--add-blocks must be at least 1, not -1"):
         run(again, add_blocks=-1)
-    with pytest.raises(UserError, match="added to a finished run only"):
+    with pytest.raises(UserError, match="blocks are added to a finished run; finish it"):
         run(tmp_path / "none", add_blocks=1)
     with pytest.raises(UserError, match=r"started with sampler.steps=2 \(now 3\)"):
         run(again, "sampler.steps=3", add_blocks=1)

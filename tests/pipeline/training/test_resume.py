@@ -219,7 +219,7 @@ def test_a_run_resumes_with_images_that_moved(
     write_pictures(other / "train", 40, seed=3)
     assert say(capsys, "encode", "-c", config, "--set", f"data.path={other}")[0] == 0
     code, _, last = say(capsys, *resume, f"data.path={other}")
-    assert code == 2 and f"what lies at {other} is not what the run at {run}" in last
+    assert code == 2 and f"the data at {other} are not those that the run at {run}" in last
     assert (run / "config.yaml").read_bytes() == before
 
     assert say(capsys, *resume, f"data.path={moved}")[0] == 0
