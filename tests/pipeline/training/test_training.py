@@ -241,12 +241,17 @@ def test_the_estimators_agree(stage: StoreReader) -> None:
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_block_starts_where_the_one_before_ended(tmp_path: Path, warm: bool) -> None:
     # a learning rate that moves nothing keeps the initial weights
-    still = ("train.lr=1e-12", "train.iterations=1", "velocity.zero_init=false")
-    run(tmp_path / "still", *still, "train.warm_start=false")
+    def still(folder: Path, warm: bool) -> None:
+        word = f"train.warm_start={str(warm).lower()}"
+        config = tiny("train.lr=1e-12", "train.iterations=1", word)
+        config = replace(config, velocity=replace(config.velocity, zero_init=False))
+        train(config, folder, Accelerator(), quiet, resume=True, source=GaussianSource())
+
+    still(tmp_path / "still", warm=False)
     fresh = load_blocks(tmp_path / "still", read_manifest(tmp_path / "still"))
     weights = [torch.cat([p.flatten() for p in block.parameters()]) for block in fresh]
     assert not torch.allclose(weights[0], weights[1], atol=1e-3)  # each has its own start
-    run(tmp_path / "warm", *still, f"train.warm_start={str(warm).lower()}")
+    still(tmp_path / "warm", warm)
     flow = load_blocks(tmp_path / "warm", read_manifest(tmp_path / "warm"))
     found = [torch.cat([p.flatten() for p in block.parameters()]) for block in flow]
     expected = weights[0] if warm else weights[1]
