@@ -54,29 +54,34 @@ def distill_command(
     ] = None,
 ) -> None:
     """Distill a run: merge its blocks into fewer that need few solver steps; writes a run."""
-    from pipeline.distillation import distill as merging
+    from pipeline.distillation.distill import (
+        Distillation,
+        distill,
+        headline,
+        student_config,
+    )
     from pipeline.runs.directory import read_manifest
     from pipeline.runs.run import open_run
     from pipeline.toy2d.point_source import PointSource
 
-    teacher, out = open_run(run), _folder(out, run)
-    settings = merging.Distillation(pairs, steps, method)
-    config = merging.student_config(teacher, settings, overrides or [], max_minutes)
+    teacher, out = open_run(run), student_folder(out, run)
+    settings = Distillation(pairs, steps, method)
+    config = student_config(teacher, settings, overrides or [], max_minutes)
     accelerator = make_accelerator()
     source = None if teacher.manifest.autoencoder else PointSource(config)
-    outcome = merging.distill(
+    outcome = distill(
         teacher, out, config, pairs, accelerator, progress_bar, resume, source
     )
     if accelerator.is_main_process:
         if outcome.complete:
-            say(merging.headline(read_manifest(out)))
+            say(headline(read_manifest(out)))
         else:
             say(f"{outcome.blocks} merged blocks: stopped in time; continue with --resume")
         print(out)
 
 
-def _folder(out: Path | None, run: Path) -> Path:
-    """The new run directory: as asked for, or named after the teacher's and next to it."""
+def student_folder(out: Path | None, run: Path) -> Path:
+    """Return the student's run directory: `--out`, or NAME-distilled next to the teacher."""
     from pipeline.runs.zoo import PREFIX, is_shipped, zoo
 
     if out is not None:
@@ -84,11 +89,11 @@ def _folder(out: Path | None, run: Path) -> Path:
     if is_shipped(run):
         return Path("runs") / f"{str(run).removeprefix(PREFIX)}-distilled"
     folder = run.expanduser()
-    whole = folder.resolve()
-    if whole in {path.resolve() for path in zoo().values()}:  # nothing is written into the package
-        return Path("runs") / f"{whole.name}-distilled"
+    resolved = folder.resolve()
+    if resolved in {path.resolve() for path in zoo().values()}:  # the package stays unchanged
+        return Path("runs") / f"{resolved.name}-distilled"
     if folder.name in ("", ".."):  # such as the current directory
-        folder = whole
+        folder = resolved
     return folder.with_name(f"{folder.name}-distilled")
 
 

@@ -1,1 +1,1 @@
-"""The paper's two-dimensional experiments."""
+"""Two-dimensional experiments of the JKO-iFlow paper."""

@@ -1,4 +1,4 @@
-"""Two-dimensional experiments: points → trained flow → pictures and numbers.
+"""Trains a flow on a two-dimensional point set, measures it and draws its pictures.
 
 The run directory gets the files of `train`, samples/metrics.json, and the pictures of
 `pipeline.toy2d.figures`.
@@ -32,34 +32,38 @@ from pipeline.toy2d.figures import draw_all
 from pipeline.toy2d.point_source import PointSource
 from pipeline.training.train import train
 
-#: kernel widths of the MMD, as fractions of the median distance: detail, and the whole
+#: kernel widths of the MMD as multiples of the median distance, one narrow and one wide
 SCALES = {"0.1*median": 0.1, "median": 1.0}
 _ALPHA = 0.05
-#: what is kept of each block
-_ROW = ("objective", "h", "gamma", "movement", "ter", "iterations", "seconds")
+#: entries of each block in metrics.json
+_BLOCK_KEYS = ("objective", "h", "gamma", "movement", "ter", "iterations", "seconds")
 
 
 def run_experiment(
     config: Config, folder: Path, accelerator: Accelerator, progress: Progress, resume: bool
 ) -> dict[str, Any] | None:
-    """Train an experiment, then measure and draw it.
+    """Train an experiment, measure it and draw its pictures.
 
     Args:
         config: the experiment.
         folder: the run directory.
-        accelerator: one process.
+        accelerator: device; a single process.
         progress: wraps loops.
-        resume: continue what is there; a finished run is only measured and drawn again.
+        resume: continue an unfinished run; a finished run is only measured and drawn again.
 
     Returns:
-        What samples/metrics.json holds; None if `train.max_minutes` came first.
+        The content of samples/metrics.json; None if `train.max_minutes` stopped the training.
 
     Raises:
-        UserError: bad configuration, several processes, or a run that is there already.
+        UserError: the configuration is invalid, there are several processes, or the folder holds
+            a run and `resume` is False.
         JkoflowError: a block failed.
     """
     if accelerator.num_processes > 1:
-        raise UserError("toy2d runs on one process; start it without accelerate launch")
+        raise UserError(
+            f"toy2d has {accelerator.num_processes} processes; expected 1; start it without a "
+            "launcher"
+        )
     source = PointSource(config)
     command = "jkoflow toy2d --run"
     outcome = train(config, folder, accelerator, progress, resume, source, command=command)
@@ -67,40 +71,40 @@ def run_experiment(
         return None
     run = open_run(folder)
     flow = run.flow.to(accelerator.device)
-    began = time.perf_counter()
-    metrics = measure(flow, source, accelerator.device)
+    start = time.perf_counter()
+    metrics = measure_flow(flow, source, accelerator.device)
     metrics |= {
         "data": to_json(run.manifest.data),
         "passes": measure_passes(run, source, accelerator.device),
         "blocks": [
-            {key: row.report()[key] for key in _ROW} for row in run.manifest.blocks
+            {key: row.report()[key] for key in _BLOCK_KEYS} for row in run.manifest.blocks
         ],
     }
     draw_all(run, source, folder / "samples", accelerator.device, progress)
     metrics["seconds"] = {
         "train": _training_seconds(run.manifest),
-        "measure": round(time.perf_counter() - began, 1),
+        "measure": round(time.perf_counter() - start, 1),
     }
     atomic.write_json(folder / "samples" / "metrics.json", metrics)
     return metrics
 
 
 @torch.no_grad()
-def measure(flow: Flow, source: PointSource, device: torch.device) -> dict[str, Any]:
-    """Likelihood and inversion error of fresh points, and MMD of generated ones.
+def measure_flow(flow: Flow, source: PointSource, device: torch.device) -> dict[str, Any]:
+    """Measure NLL and inversion error on new points, and the MMD of generated points.
 
-    The likelihood has the exact divergence and dopri5; MMD² is the biased V-statistic of
-    `eval.mmd`, its threshold the bootstrap's at α = 0.05.
+    The NLL uses the exact divergence and dopri5. MMD² is the biased V-statistic of `eval.mmd`;
+    its threshold is the bootstrap's at α = 0.05.
     """
     settings = source.settings
-    test = source.draw("test", 0, settings.test)
+    test = source.sample("test", 0, settings.test)
     result = log_prob(flow, test.to(device), divergence="exact")
     error = result.inversion_error.double()
     solver = SolverConfig(method="dopri5")
-    sampled = generator(source.seed, "sample", 0)
-    generated = flow.transport(flow.draw_noise(settings.compare, sampled), True, solver)
-    made = generated.z.cpu()
-    fresh = source.draw("compare", 0, settings.compare)
+    noise_generator = generator(source.seed, "sample", 0)
+    generated = flow.transport(flow.draw_noise(settings.compare, noise_generator), True, solver)
+    samples = generated.z.cpu()
+    points = source.sample("compare", 0, settings.compare)
     metrics: dict[str, Any] = {
         "nll_per_dim": result.nll_per_dim,
         "nll": {"n": settings.test, "divergence": "exact", "solver": "dopri5", "nfe": result.nfe},
@@ -110,32 +114,32 @@ def measure(flow: Flow, source: PointSource, device: torch.device) -> dict[str, 
         "seed": source.seed,
     }
     for name, scale in SCALES.items():
-        found = mmd(fresh, made, scale=scale, alpha=_ALPHA, seed=source.seed)
+        result_mmd = mmd(points, samples, scale=scale, alpha=_ALPHA, seed=source.seed)
         metrics["mmd"][name] = {
-            "value": found.value,
-            "threshold": found.threshold,
-            "bandwidth": found.bandwidth,
+            "value": result_mmd.value,
+            "threshold": result_mmd.threshold,
+            "bandwidth": result_mmd.bandwidth,
         }
     if source.points.log_density is not None:
         true = source.points.log_density(test).double().to(device)
-        inside = true.isfinite()  # float32 may round a point across the edge of its support
+        inside = true.isfinite()  # float32 may round a point to outside the support
         metrics["entropy_per_dim"] = -float(true[inside].mean()) / 2
-        # On the same points the noise of the sample cancels: this is KL(data ‖ model) / 2.
+        # KL(data ‖ model) / 2; both terms on the same points, so that sampling noise cancels
         metrics["nll_gap_per_dim"] = float((true - result.value.double())[inside].mean()) / 2
     return metrics
 
 
 def measure_passes(run: Run, source: PointSource, device: torch.device) -> list[dict[str, Any]]:
-    """NLL and movements of every complete pass on the same fresh points (none if only one)."""
+    """Measure NLL and movements of every complete pass on the same points; [] for one pass."""
     passes = run.manifest.passes
     rows: list[dict[str, Any]] = []
-    for number, (name, each) in enumerate(zip(labels(passes), passes, strict=True)):
-        if each.complete and len(passes) > 1:
+    for number, (name, entry) in enumerate(zip(labels(passes), passes, strict=True)):
+        if entry.complete and len(passes) > 1:
             flow = open_run(run.folder, number=number).flow.to(device)
-            test = source.draw("test", 0, source.settings.test).to(device)
+            test = source.sample("test", 0, source.settings.test).to(device)
             nll = log_prob(flow, test, divergence="exact").nll_per_dim
-            movement = [row.movement for row in each.blocks]
-            rows.append({"name": name, "nll_per_dim": nll, "h": each.steps, "movement": movement})
+            movement = [row.movement for row in entry.blocks]
+            rows.append({"name": name, "nll_per_dim": nll, "h": entry.steps, "movement": movement})
     return rows
 
 
@@ -151,10 +155,10 @@ def experiment_line(metrics: dict[str, Any]) -> str:
         text += f"; MMD²({name}) {row['value']:.2e} {sign} τ {row['threshold']:.2e}"
     blocks, seconds = len(metrics["blocks"]), metrics["seconds"]["train"]
     text += f"; inversion MSE {metrics['inversion_mse']:.1e}; {blocks} blocks"
-    return f"{text}, {metrics['nfe']} evaluations a sample; trained in {seconds:.0f} s"
+    return f"{text}, {metrics['nfe']} evaluations per sample; trained in {seconds:.0f} s"
 
 
 def _training_seconds(manifest: Manifest) -> float:
-    """Optimiser time over all passes."""
+    """Sum the training seconds of all blocks over all passes."""
     rows = [row for entry in manifest.passes for row in entry.blocks[entry.kept :]]
     return round(sum(row.seconds for row in rows), 1)

@@ -44,7 +44,7 @@ def draw_all(
         device: device of the flow.
         progress: wraps the loop over the chunks of the density.
     """
-    data = source.draw("pictures", 0, _DOTS)
+    data = source.sample("pictures", 0, _DOTS)
     noise = torch.randn((_DOTS, 2), generator=generator(source.seed, "pictures"))
     limits = window(data)
     samples = run.flow.decode(noise.to(device), _SOLVER).cpu()
@@ -71,7 +71,7 @@ def draw_density(
         for chunk in progress(chunks, len(chunks), "density")
     ]
     log_density = torch.cat(values).view(count, count).numpy()
-    data = source.draw("histogram", 0, 20 * count**2)
+    data = source.sample("histogram", 0, 20 * count**2)
     atomic.write_with(path, lambda f: density(f, data, log_density, limits))
 
 

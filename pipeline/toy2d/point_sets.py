@@ -115,7 +115,7 @@ def circles(n: int, generator: torch.Generator) -> Tensor:
 
 
 def pinwheel(n: int, generator: torch.Generator) -> Tensor:
-    """Sample points (n, 2) of five arms: radial Gaussians, rotated by an angle that grows with r."""
+    """Sample points (n, 2) of five arms: radial Gaussians, rotated by an angle exp(r) / 4."""
     arm = torch.randint(5, (n,), generator=generator)
     local = _normal(n, generator) * torch.tensor([0.3, 0.1]) + torch.tensor([1.0, 0.0])
     angle = 2 * math.pi * arm / 5 + 0.25 * local[:, 0].exp()

@@ -1,4 +1,4 @@
-"""Training samples from a two-dimensional point set."""
+"""Source of training samples from a two-dimensional point set."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pipeline.training.stages import ensure_stage
 
 
 class PointSource:
-    """Seeded points of a two-dimensional set, as a training's source.
+    """Sample source of a two-dimensional point set, seeded by train.seed.
 
     Args:
         config: sections data (name, path) and points, and train.seed.
 
     Raises:
-        UserError: unknown set, unreadable picture, or counts out of range.
+        UserError: the configuration has no points, or the point set is unknown or unreadable.
     """
 
     shape: tuple[int, ...] = (2,)
@@ -35,21 +35,21 @@ class PointSource:
     def __init__(self, config: Config) -> None:
         if config.points is None:
             raise UserError(
-                f"data.name is {config.data.name}; expected a set of points; encode and train on "
-                "images by `jkoflow encode` and `jkoflow train`"
+                f"data.name is {config.data.name}; expected a point set; for images, use `jkoflow "
+                "encode` and `jkoflow train`"
             )
         self.settings, self.seed = config.points, config.train.seed
         self.points: PointSet = point_set(config.data.name, config.data.path)
-        few = self.draw("fingerprint", 0, 64)
-        self.fingerprint = hashlib.sha256(few.numpy().tobytes()).hexdigest()
+        points = self.sample("fingerprint", 0, 64)
+        self.fingerprint = hashlib.sha256(points.numpy().tobytes()).hexdigest()
 
-    def draw(self, use: str, index: int, n: int) -> Tensor:
-        """Draw the points of a use (train, test, …) and an index; float32 (n, 2)."""
+    def sample(self, use: str, index: int, n: int) -> Tensor:
+        """Sample n points, float32 (n, 2), for a use (train, test, …) and an index."""
         parts = (self.seed, "points", self.points.name, use, index)
         return self.points.sample(n, generator(*parts))
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
-        """Stage 0: the training points."""
+        """Write or open stage 0, the training points."""
         identity = {
             "kind": "stage",
             "stage": 0,
@@ -61,7 +61,7 @@ class PointSource:
 
         def make(writer: StoreWriter, index: int) -> Tensor:
             first, last = writer.bounds(index)
-            return self.draw("train", index, last - first)
+            return self.sample("train", index, last - first)
 
         size = config.latents.shard_size
         return ensure_stage(run, identity, self.settings.train, size, make, accelerator)

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from flows.solving.solver import SolverConfig
-from pipeline.cli.training import _folder
+from pipeline.cli.training import student_folder
 from pipeline.config.load import load_config
 from pipeline.distillation.distill import Distillation, distill, headline, student_config
 from pipeline.distillation.distilled_blocks import student_manifest
@@ -224,7 +224,7 @@ def test_the_chain_from_pictures(
         ("elsewhere/mnist/", "elsewhere/mnist-distilled"),
         (run / "blocks" / "..", tmp_path / "run-distilled"),
     ):
-        assert _folder(None, Path(teacher)) == Path(place)
+        assert student_folder(None, Path(teacher)) == Path(place)
     moved = ["--out", tmp_path / "moved", "--set", f"data.path={elsewhere}"]
     assert say(capsys, *words, *moved)[0] == 0
     assert read_config(tmp_path / "moved").data.path == str(elsewhere)

@@ -22,7 +22,7 @@ from pipeline.config.load import load_config
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runs.run import open_run
 from pipeline.storage import atomic
-from pipeline.toy2d.experiment import measure, run_experiment
+from pipeline.toy2d.experiment import measure_flow, run_experiment
 from pipeline.toy2d.figures import grid_centres
 from pipeline.toy2d.point_sets import POINTS
 from pipeline.toy2d.point_source import PointSource
@@ -124,8 +124,8 @@ def test_metrics_of_the_identity_flow_equal_closed_forms():
     """z = x: NLL is E[½‖x‖² + log 2π] / 2, the gap KL(N(0, Σ) ‖ N(0, I)) / 2; MMD sees it."""
     flow = fresh_flow((2,), [BlockSpec(VelocityConfig("mlp", width=4, depth=1))])
     source = PointSource(tiny("gaussian", "points.test=4000", "points.compare=400"))
-    metrics = measure(flow, source, torch.device("cpu"))
-    x = source.draw("test", 0, 4000).double()
+    metrics = measure_flow(flow, source, torch.device("cpu"))
+    x = source.sample("test", 0, 4000).double()
     nll = (x.square().sum(dim=1) / 2 + math.log(2 * math.pi)).mean() / 2
     assert metrics["nll_per_dim"] == pytest.approx(float(nll), rel=1e-5)
     entropy = math.log(2 * math.pi * math.e) / 2 + math.log(24) / 4
@@ -142,22 +142,22 @@ def test_metrics_of_the_identity_flow_equal_closed_forms():
 def test_points_outside_the_support_are_left_out():
     flow = fresh_flow((2,), [BlockSpec(VelocityConfig("mlp", width=4, depth=1))])
     source = PointSource(tiny("gaussian", "points.test=200", "points.compare=50"))
-    whole = measure(flow, source, torch.device("cpu"))
+    whole = measure_flow(flow, source, torch.device("cpu"))
     known = source.points.log_density
     density = lambda x: known(x).index_fill(0, torch.tensor([7]), -math.inf)  # noqa: E731
     source.points = dataclasses.replace(source.points, log_density=density)
-    metrics = measure(flow, source, torch.device("cpu"))
+    metrics = measure_flow(flow, source, torch.device("cpu"))
     for key in ("entropy_per_dim", "nll_gap_per_dim"):
         assert metrics[key] == pytest.approx(whole[key], abs=0.05) and metrics[key] != whole[key]
 
 
 def test_points_of_each_use_differ_and_repeat():
     source = PointSource(tiny())
-    first, again = source.draw("test", 0, 10), PointSource(tiny()).draw("test", 0, 10)
+    first, again = source.sample("test", 0, 10), PointSource(tiny()).sample("test", 0, 10)
     assert torch.equal(first, again)
-    assert not torch.equal(first, source.draw("compare", 0, 10))
+    assert not torch.equal(first, source.sample("compare", 0, 10))
     other = PointSource(tiny("gaussian", "train.seed=1"))
-    assert not torch.equal(first, other.draw("test", 0, 10))
+    assert not torch.equal(first, other.sample("test", 0, 10))
     assert other.fingerprint != source.fingerprint
     standardisation = source.manifest("points").standardisation.to_dict()
     assert standardisation == {"mean": [0.0, 0.0], "std": [1.0, 1.0]}
@@ -200,7 +200,7 @@ def test_a_picture_file_is_a_point_set(tmp_path):
     Image.linear_gradient("L").save(path)
     config = tiny("rose", "data.name=picture", f"data.path={path}")
     source = PointSource(config)
-    assert source.draw("test", 0, 2000)[:, 1].mean() > 1  # the dark half lies on top
+    assert source.sample("test", 0, 2000)[:, 1].mean() > 1  # the dark half lies on top
     before = source.fingerprint
     Image.linear_gradient("L").rotate(180).save(path)
     assert PointSource(config).fingerprint != before
