@@ -25,8 +25,6 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]  # fmt: skip
 SCRIPTS = sorted((ROOT / "docs" / "reproduce").glob("*.sh"))
-#: pages that are made from code, and that a checkout may lack
-GENERATED = {"cli.md", "configuration.md", "architecture.md"}
 BANNED = ("told", "beside", "anew", "at hand", "so many")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -151,8 +149,7 @@ def test_links_resolve(path: Path) -> None:
         file, _, anchor = target.partition("#")
         page = (path.parent / file).resolve() if file else path
         if not page.exists():
-            if page.name not in GENERATED:
-                broken.append(target)
+            broken.append(target)
         elif anchor and anchor not in anchors(page.read_text()):
             broken.append(target)
     assert not broken

@@ -8,25 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.architecture import DOCUMENT, LEVEL, draw
+
 ROOT = Path(__file__).parents[1]
 LEAVES = ("flows", "autoencoders", "eval")
 PACKAGES = (*LEAVES, "pipeline", "configs")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-#: layers of pipeline, bottom first; packages of one layer never import each other
-LAYERS = (
-    ("errors",),
-    ("runtime", "storage"),
-    ("config",),
-    ("assets", "optim"),
-    ("data",),
-    ("runs",),
-    ("sampling", "training"),
-    ("distillation", "evaluation", "toy2d"),
-    ("autoencoder_training", "publishing", "dry_run"),
-    ("cli",),
-    ("__main__", "document"),
-)
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PIPELINE = [path for path in FILES if path.is_relative_to(ROOT / "pipeline")]
 #: the files that may import a library
 IMPORTERS = {
@@ -106,6 +93,10 @@ def test_every_package_has_a_layer() -> None:
 def test_folders_are_small(package: str) -> None:
     folders = {path.parent for path in FILES if path.is_relative_to(ROOT / package)}
     assert {f.name: n for f in folders if (n := len(list(f.glob("[!_]*.py")))) > 12} == {}
+
+
+def test_the_document_is_current() -> None:
+    assert DOCUMENT.read_text() == draw(), "run: python -m tests.architecture"
 
 
 def test_no_circles() -> None:
