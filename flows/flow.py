@@ -18,8 +18,7 @@ from flows.solving.divergence import Divergence
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec
 
-#: format version of a flow's description in flow.json
-FORMAT = 1
+#: samples that a pass holds in memory together
 CHUNK = 4096
 #: one solver for all blocks, or one for each block in the flow's order; None is each block's own
 Solvers = SolverConfig | Sequence[SolverConfig] | None
