@@ -70,7 +70,7 @@ def test_train_then_evaluate(
     assert steps[-1]["step"] == 6 and "discriminator" in steps[-1]
     # a training that is there is not trained over
     code, _, last = say(capsys, "autoencoder", "train", "--config", recipe_of(world), "--out", out)
-    assert code == 2 and "ae has a training; expected" in last and "--resume" in last
+    assert code == 2 and "there is a training at" in last and "--resume" in last
 
     stand_in(monkeypatch)
     reference = world.root / "pictures" / "train"
@@ -183,7 +183,7 @@ def test_another_configuration_is_not_continued(
         ("data.limit=20", "data.limit=None (now 20)"),
     ):
         code, _, last = say(capsys, *words, "--set", changed)
-        assert code == 2 and f"started with {told}; expected the same settings" in last
+        assert code == 2 and f"was started with {told}; continue it as it was started" in last
     assert (out / WEIGHTS).read_bytes() == made
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from pipeline.storage.shards import open_store
 from tests.autoencoders.official_layout import Official, state_of, write_checkpoint, write_yaml
 from tests.pipeline.evaluation.test_evaluator import distance
 from tests.pipeline.glance import stand_in
-from tests.pipeline.tiny import pictures, say
+from tests.pipeline.tiny import ROOT, pictures, say
 
 CONFIG, LAYOUT = "cifar10-ldm-vq-f4", "ldm-vq-f4"
 COUNT = 16
@@ -69,7 +68,7 @@ def test_a_checkpoint_of_vq_f4_becomes_a_generator(
         assert code == 0, last
         return out.splitlines()[-1]
 
-    about = resources.files("configs").joinpath(f"{CONFIG}.yaml").read_text()
+    about = (ROOT / "configs" / "flows" / f"{CONFIG}.yaml").read_text()
     (told,) = re.findall(r"^# +jkoflow (autoencoder convert .*)$", about, re.MULTILINE)
     assert done(*told.split()) == "vq-f4.safetensors"
 

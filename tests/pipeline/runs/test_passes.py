@@ -185,7 +185,7 @@ def test_later_passes_have_a_free_block_too(tmp_path: Path) -> None:
 
 
 def test_labels_follow_the_paper() -> None:
-    kinds = ["ordinary", "reparameterize", "refine", "reparameterize", "add", "retrain"]
+    kinds = ["ordinary", "reparameterize", "refine", "reparameterize", "add"]
     entries = [Pass(kind, [0.5, 0.5, 0.5], False, None, [], [], [], kept=1) for kind in kinds]
     assert labels(entries) == [
         "Iter 1",
@@ -193,5 +193,4 @@ def test_labels_follow_the_paper() -> None:
         "r-Iter 1",
         "r-Iter 2",
         "2 more",
-        "again from 1",
     ]
