@@ -12,14 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-#: folders whose docstrings meet the rules
-CHECKED = (
-    "flows", "autoencoders", "eval", "pipeline/assets", "pipeline/autoencoder_training",
-    "pipeline/cli", "pipeline/data", "pipeline/evaluation", "pipeline/optim",
-    "pipeline/publishing", "pipeline/runtime", "pipeline/sampling", "pipeline/storage",
-    "pipeline/toy2d",
-)  # fmt: skip
+CHECKED = ("flows", "autoencoders", "eval", "pipeline")
 FILES = sorted(path for folder in CHECKED for path in (ROOT / folder).rglob("*.py"))
+#: its keys are those of earlier configurations
+OLD_KEYS = ROOT / "pipeline" / "config" / "moved.py"
 BANNED = ("told", "beside", "at hand", "anew", "so many", "thereby")
 #: words that a sentence may have
 LONGEST = 25
@@ -113,6 +109,8 @@ def test_docstrings(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_banned_words(path: Path) -> None:
+    if path == OLD_KEYS:
+        return
     assert banned(path.read_text()) == []
 
 

@@ -86,8 +86,8 @@ class AutoencoderTraining:
         lr_final: last learning rate, as a fraction of lr.
         warmup: steps of linear warm-up.
         kl_weight: KL: weight of the KL term.
-        kl_warmup: KL: steps over which the weight grows from 0, so that no latent channel is
-            switched off before the decoder has learnt to use it; 0 starts with the full weight.
+        kl_warmup: KL: steps over which the weight grows from 0; 0 starts with the full weight. A
+            slow start keeps latent channels on until the decoder has learnt to use them.
         overshoot_weight: weight of the term that keeps the decoder's output near the grey levels;
             without it the output of a long training runs far beyond them.
         codebook_weight: VQ: weight of the codebook loss.
@@ -95,7 +95,7 @@ class AutoencoderTraining:
             is then used. null starts from random weights.
         decoder_only: train the decoder alone; encoder, latents and codebook stay as they are.
         latent_noise: largest standard deviation of noise on the latents that are decoded in
-            training, in standard deviations of their channel over the batch; each image draws its
+            training, in standard deviations of their channel over the batch. Each image draws its
             own, uniformly from 0 up, because the latents of a flow deviate, too.
         adversarial_weight: weight of the adversarial term; 0 trains no discriminator.
         feature_weight: weight of the feature-matching term.

@@ -106,8 +106,8 @@ class EncoderConfig:
             (a local folder or a hub id; needs the optional extra).
         weights: a shipped name (such as mnist-kl), the path of a .safetensors file, or an argument
             of diffusers.
-        fit: treatment of images whose shape is not the encoder's: exact refuses them, native
-            accepts any size with the same channels, resize scales them and undoes it after
+        fit: treatment of images whose shape is not the encoder's. exact refuses them, and native
+            accepts any size with the same channels. resize scales them and undoes it after
             decoding.
         size: resize: side of the square that the encoder receives; 0 takes its own.
         latents: VQ: pre flows on latents before quantisation, which decoding quantises; quantised
@@ -133,7 +133,7 @@ class LatentsConfig:
             encoder, in units of the standardised latents; likelihoods include it.
         draws: posterior samples (or noisy copies) of every latent that the flow trains on.
         disturb: refiner: largest standard deviation of noise on the standardised latents before
-            they are decoded; every image draws its own, uniformly from 0 up, because the latents
+            they are decoded. Every image draws its own, uniformly from 0 up, because the latents
             of a flow deviate, too.
     """
 
@@ -150,9 +150,10 @@ class TrainConfig:
     """Training of the blocks; the section of the objective (jko, lfm or fm) has the rest.
 
     Attributes:
-        objective: jko (maximum likelihood in JKO steps), lfm (local flow matching: block k is
-            regressed towards the data diffused for a time γ_k), or fm (flow matching: one block
-            from the data to pure noise). Runs of `jkoflow distill` have distill.
+        objective: jko, lfm or fm; runs of `jkoflow distill` have distill. jko is maximum
+            likelihood in JKO steps. lfm is local flow matching: block k is regressed towards the
+            data diffused for a time γ_k. fm is flow matching: one block from the data to pure
+            noise.
         iterations: optimiser steps per block; a list has one value per block, and the last value
             holds for later blocks.
         batch_size: latents per step, over all processes.
@@ -166,7 +167,7 @@ class TrainConfig:
             weights, averages and all integration stay in float32.
         warm_start: start each block from the weights of the block before it.
         init_from: a run whose blocks these blocks start from. It needs the same shape of latents
-            and the same velocity, or a velocity whose width divides this one's (unet, conv,
+            and the same velocity. A width that divides this one's is possible, too (unet, conv,
             resmlp); the field then starts unchanged.
         max_minutes: minutes after which the training stops and can be resumed; 0 has no limit.
         checkpoint_seconds: least time between two checkpoints.
@@ -378,8 +379,8 @@ class EvaluateConfig:
         n: generated images.
         reference: shipped statistics, such as mnist-train, or a .npz, .safetensors or folder.
         floor: measure the reconstruction floor (rFID), too.
-        kid: real images for KID, precision and recall, of the test split, or of the training split
-            if that is too small; 0 uses those whose features are cached, if any.
+        kid: real images for KID, precision and recall; 0 uses those whose features are cached, if
+            any. They are of the test split, or of the training split if that is too small.
         nll: images of the test split whose likelihood is measured; 0 measures none.
     """
 

@@ -45,7 +45,7 @@ class PairReader(StoreReader):
         self.after = after
 
     def take(self, name: str, indices: Tensor) -> Tensor:
-        """See :class:`StoreReader`."""
+        """Return a field (n, *shape) at indices (n,); `end` has the samples after the group."""
         if name == "end":
             return self.after.take("z", indices)
         return super().take(name, indices)
@@ -152,8 +152,8 @@ def pair_loss(
 
         E ‖v(t, (1 − t) z + t T(z)) − (T(z) − z)‖²
 
-    If the paths do not cross, the minimum is a velocity with straight trajectories whose map is T:
-    one step of any solver follows it, in either direction. See
+    If the paths do not cross, the minimum is a velocity with straight trajectories whose map is T.
+    One step of any solver follows it, in either direction. z and T(z) are (B, *shape). See
     `pipeline.training.matching_loss.Regression` for the arguments; `stage` has z in the field `z`
     and T(z) in `end`.
 

@@ -1,13 +1,15 @@
 """Run directories: the files of a training, and whether the training may continue there.
 
-config.yaml, environment.json     configuration; versions, machine and command of the training
-start.json                        manifest before the first block is finished
-flow.json                         manifest from then on (see `pipeline.runs.manifest`)
-blocks/block-00.safetensors …     finished blocks; those of later passes in blocks/pass-01/ …
-stages/, checkpoints/             training samples pushed through the blocks; state to resume from
-snapshots/                        averaged weights at regular steps (train.snapshot_every)
-log.jsonl, tensorboard/           log of the training
-samples/, metrics.json            results of `generate` and `evaluate`
+* config.yaml: the configuration.
+* environment.json: versions, machine and command of the training.
+* start.json: the manifest before the first block is finished.
+* flow.json: the manifest from then on (see `pipeline.runs.manifest`).
+* blocks/block-00.safetensors …: finished blocks; those of later passes are in blocks/pass-01/ ….
+* stages/: training samples pushed through the blocks.
+* checkpoints/: the state to resume from.
+* snapshots/: averaged weights at regular steps (fm.snapshot_every).
+* log.jsonl, tensorboard/: the log of the training.
+* samples/, metrics.json: results of `generate` and `evaluate`.
 
 An autoencoder's training has config.yaml and environment.json in common with a flow's.
 """

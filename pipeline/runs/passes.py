@@ -4,9 +4,9 @@ A pass is one training of all its blocks. The first is Algorithm 1 of the paper:
 a schedule with a stopping rule, and every block starts from the one before it. Later passes start
 from the finished blocks of an earlier pass:
 
-reparameterize  new step sizes equalise the movements; every block continues its training
-refine          every block is split into c children of step h/c, which continue its training
-add             new blocks follow those with a movement term; the free block is trained again
+* reparameterize: new step sizes equalise the movements. Every block continues its training.
+* refine: every block is split into c children of step h/c, which continue its training.
+* add: new blocks follow those with a movement term. The free block is trained again.
 
 `pipeline.training.planner` decides which pass comes next.
 

@@ -162,7 +162,7 @@ def open_run(
 
 
 def is_refiner(run: Run) -> bool:
-    """Whether a run refines images; other runs sample latents."""
+    """Return whether a run refines images; other runs sample latents."""
     return any(spec.velocity.image_channels for spec in run.flow.specs)
 
 

@@ -24,7 +24,7 @@ def zoo() -> dict[str, Path]:
 
 
 def is_shipped(run: Path | str) -> bool:
-    """Whether a run is given as `zoo:NAME`."""
+    """Return whether a run is given as `zoo:NAME`."""
     return str(run).startswith(PREFIX)
 
 

@@ -121,8 +121,8 @@ class BlockSource(Protocol):
 class TrainedBlocks:
     """Blocks that train on the samples which the blocks before them have moved.
 
-    A block starts from its parent in an earlier pass; else from its counterpart in the run given
-    by `--init-from`; else from the block before it; else from random weights.
+    A block starts from its parent in an earlier pass. Without a parent it starts from its
+    counterpart in the run given by `--init-from`, from the block before it, or randomly.
 
     Args:
         context: of the training.
@@ -136,7 +136,7 @@ class TrainedBlocks:
         self._number = 0  # of the pass that the stage belongs to
 
     def initial(self, passes: Sequence[Pass], index: int) -> tuple[BlockSpec, Block]:
-        """See `BlockSource`."""
+        """Build the block with its initial weights."""
         plan, config, shape = passes[-1], self.context.config, self.context.samples.shape
         step = plan.step(index)
         if plan.own:
@@ -160,7 +160,7 @@ class TrainedBlocks:
         return spec, build_block(spec, shape, source)
 
     def samples(self, passes: Sequence[Pass], index: int) -> StoreReader:
-        """See `BlockSource`; pushes the samples through finished blocks where stages are lost."""
+        """Open the stage; push samples through finished blocks where stages are lost."""
         context, number, stage = self.context, len(passes) - 1, self._stage
         if stage is None or number != self._number:
             stage = context.first_stage()
@@ -173,7 +173,7 @@ class TrainedBlocks:
     def finish(
         self, passes: Sequence[Pass], trainer: BlockTrainer, sha256: str, log: TrainingLog
     ) -> Measurement:
-        """See `BlockSource`."""
+        """Measure a finished block, and push the samples through it."""
         solver = self.context.config.sampler.of_block(trainer.index)
         progress = self.context.progress
         measured = measure(trainer, trainer.stage, solver, progress)

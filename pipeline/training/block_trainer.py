@@ -209,11 +209,11 @@ class BlockTrainer:
             raise self._failure(str(error)) from error
 
     def labels(self, rows: Tensor) -> Tensor | None:
-        """Return the classes of some samples, for a block with classes."""
+        """Return the classes (n,) of the samples at rows (n,), for a block with classes."""
         return self.stage.take("labels", rows) if self.block.velocity.classes else None
 
     def condition(self, rows: Tensor) -> Condition | None:
-        """Return classes and images that a conditioned block is given for some samples."""
+        """Return the classes and images that condition the samples at rows (n,)."""
         conditioned = isinstance(self.block.velocity, ImageConditionedNetwork)
         images = self.stage.take(IMAGE, rows).float() if conditioned else None
         labels = self.labels(rows)

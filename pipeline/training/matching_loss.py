@@ -2,7 +2,7 @@
 
 Nothing is integrated. The block's samples z and their targets z' (`flows.objectives.losses`) are
 joined by an interpolant, and the velocity is regressed on its slope. Noise and times are drawn for
-the whole batch, and each rank takes its rows, so the loss does not depend on the number of ranks.
+the whole batch, and each rank takes its rows. So the loss does not depend on the number of ranks.
 
 Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024).
 """

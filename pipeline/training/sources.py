@@ -1,7 +1,7 @@
 """Sample sources: where the samples of stage 0 come from.
 
 `LatentSource` draws the latents of a cache. `ResidualSource` is for refiners: the latents of an
-image x are drawn from their posterior, disturbed by noise, and decoded to c; the samples are the
+image x are drawn from their posterior, disturbed by noise, and decoded to c. The samples are the
 standardised residuals x − c, each conditioned on c (`flows.networks.image_condition`).
 """
 
@@ -50,7 +50,7 @@ class SampleSource(Protocol):
 
     @property
     def labels(self) -> torch.Tensor | None:
-        """See the attributes."""
+        """Return the labels (n,) of all samples; None without classes."""
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
         """Open stage 0 of a run; it is made where it is missing."""
@@ -79,11 +79,11 @@ class LatentSource:
 
     @cached_property
     def labels(self) -> torch.Tensor | None:
-        """Labels of the images, mirror images included."""
+        """Return the labels (n,) of the images, mirror images included."""
         return self.cache.labels()
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
-        """See `SampleSource`: `latents.draws` draws of each latent."""
+        """Open stage 0: `latents.draws` draws of each latent."""
         cache, latents = self.cache, config.latents
         identity = self.identity(latents)
 
@@ -134,7 +134,7 @@ class LatentSource:
         return spans
 
     def manifest(self, name: str) -> Manifest:
-        """See `SampleSource`."""
+        """Return the manifest of a run on these samples, without passes."""
         images, autoencoder = load_images_and_autoencoder(self.config)
         settings, classes = self.config.autoencoder, self.config.velocity.classes
         class_names = list(images.class_names) if classes and images.class_names else None
@@ -197,7 +197,7 @@ class ResidualSource(LatentSource):
         return Standardisation(*((unit * (x / unit).round()).float() for x in (mean, std)))
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
-        """See `SampleSource`: residuals of `latents.draws` draws of each latent, in float16."""
+        """Open stage 0: residuals of `latents.draws` draws of each latent, in float16."""
         latents = config.latents
         residuals = self.standardisation.to_dict()
         identity = self.identity(latents) | {"disturb": latents.disturb, "residuals": residuals}
@@ -217,7 +217,7 @@ class ResidualSource(LatentSource):
         return ensure_stage(run, identity, count, latents.shard_size, make, accelerator)
 
     def manifest(self, name: str) -> Manifest:
-        """See `SampleSource`; with the standardisation of the residuals."""
+        """Return the manifest of a run, with the standardisation of the residuals."""
         manifest = super().manifest(name)
         assert manifest.latents is not None
         latents = dataclasses.replace(manifest.latents, disturb=self.config.latents.disturb)
@@ -274,5 +274,5 @@ def check_labels(labels: Tensor | None, classes: int) -> None:
 
 
 def counts_of(labels: Tensor, classes: int) -> list[int]:
-    """Count the samples of each class."""
+    """Count the samples of each class in labels (n,)."""
     return torch.bincount(labels, minlength=classes).tolist()
