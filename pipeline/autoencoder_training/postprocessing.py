@@ -65,7 +65,7 @@ def select_channels(model: TamingAutoencoder, channels: list[int]) -> TamingAuto
     if not channels:
         raise ValueError(
             f"all {count} latent channels are without information; expected at least one with; "
-            "lower autoencoder_training.kl_weight"
+            "lower training.kl_weight"
         )
     smaller = TamingAutoencoder(replace(model.config, embed_dim=len(channels)))
     tensors = dict(model.state_dict())

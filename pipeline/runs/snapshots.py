@@ -1,4 +1,4 @@
-"""Snapshots: averaged weights of a flow-matching run at regular steps (train.snapshot_every).
+"""Snapshots: averaged weights of a flow-matching run at regular steps (fm.snapshot_every).
 
 snapshots/step-00001000.safetensors …   weights after 1000, … steps
 snapshots/snapshots.json                list of them
@@ -91,7 +91,7 @@ def open_snapshot(folder: Path, step: int) -> Run:
     snapshots = snapshots_of(run.folder)
     listed = {snapshot.step: snapshot for snapshot in snapshots}
     if step not in listed:
-        steps = ", ".join(map(str, listed)) or "none (train.snapshot_every makes them)"
+        steps = ", ".join(map(str, listed)) or "none (fm.snapshot_every makes them)"
         raise UserError(
             f"the run at {folder} has no snapshot of step {step}; expected one of {steps}"
         )
