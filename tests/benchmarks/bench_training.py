@@ -10,7 +10,7 @@ ours         `jko_loss` on a `Block`, the same estimator: both calls in one batc
              backpropagation
 compiled     ours with the network under torch.compile (with --compile)
 derivative   another estimator, the limit of the finite difference: ε·(∂v/∂z)ε with the same ε,
-             by forward mode (`train.divergence=hutchinson` is its kin)
+             by forward mode (`jko.divergence=hutchinson` is its kin)
 
 Every formulation trains in a process of its own, from the same weights, on the same samples and
 probes; the processes take turns step by step, so that what else the machine does falls on all of
