@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -31,3 +34,19 @@ def draw_rademacher(
     device = like.device if generator is None else generator.device
     coin = torch.randint(2, shape, generator=generator, device=device)
     return coin.to(like.dtype).mul_(2).sub_(1).to(like.device)
+
+
+@contextmanager
+def initial_weights(generator: torch.Generator | None) -> Iterator[None]:
+    """Let PyTorch's initialisers draw from a generator, within a ``with`` statement.
+
+    They draw from the global generator, so that is seeded here and restored afterwards. None
+    leaves it as it is.
+    """
+    if generator is None:
+        yield
+        return
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(seed))
+        yield

@@ -16,7 +16,7 @@ LAYERS = (
     ("runtime", "storage"),
     ("config",),
     ("assets", "optim"),
-    ("data",),
+    ("data", "tabular"),
     ("runs",),
     ("sampling", "training"),
     ("distillation", "evaluation", "toy2d"),

@@ -13,6 +13,7 @@ from flows.networks.convnet import ConvVelocity, UNetVelocity
 from flows.networks.image_condition import ImageConditionedNetwork
 from flows.networks.mlp import LinearVelocity, MlpVelocity, ResidualMlpVelocity
 from flows.networks.piecewise import PiecewiseVelocity
+from flows.noise import initial_weights
 
 KINDS: dict[str, Callable[[VelocityConfig, tuple[int, ...]], Velocity]] = {
     "mlp": MlpVelocity,
@@ -45,12 +46,7 @@ def make_velocity(
         raise FlowError(f"unknown velocity {config.kind!r}; choose one of {', '.join(KINDS)}")
     if not shape or min(shape) < 1:
         raise FlowError(f"a sample's shape needs positive sizes, found {tuple(shape)}")
-    if generator is None:
-        return _build(config, tuple(shape))
-    # PyTorch's initialisers draw from the global generator: seed it, and restore it afterwards.
-    seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(seed))
+    with initial_weights(generator):
         return _build(config, tuple(shape))
 
 

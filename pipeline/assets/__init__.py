@@ -1,1 +1,1 @@
-"""Downloads of MNIST, CIFAR-10 and the Inception weights, verified by their hashes."""
+"""Downloads of MNIST, CIFAR-10, POWER and the Inception weights, verified by their hashes."""

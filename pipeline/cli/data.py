@@ -14,7 +14,7 @@ from pipeline.runtime.console import progress_bar, say
 
 def fetch_command(
     assets: Annotated[
-        list[str], typer.Argument(help="mnist, cifar10 or inception; may be repeated.")
+        list[str], typer.Argument(help="mnist, cifar10, inception or power; may be repeated.")
     ],
     source: Annotated[
         Path | None,

@@ -7,7 +7,7 @@ from typing import Any
 
 from flows.solving.solver import ADAPTIVE_METHODS
 from pipeline.config.keys import keys
-from pipeline.config.schema import Config
+from pipeline.config.schema import TABLES, Config
 from pipeline.errors import UserError
 
 Condition = Callable[[Config], bool]
@@ -34,8 +34,8 @@ APPLIES: tuple[tuple[str, Condition, str], ...] = (
     ("data.mode", lambda c: c.data.name == "folder", "data.name=folder"),
     (
         "data.path",
-        lambda c: c.data.name in ("folder", "imagenet32", "picture") or bool(c.data.also),
-        "data.name=folder, imagenet32 or picture",
+        lambda c: c.data.name in ("folder", "imagenet32", "picture", *TABLES) or bool(c.data.also),
+        "data.name=folder, imagenet32, picture or a table",
     ),
     ("autoencoder.size", lambda c: c.autoencoder.fit == "resize", "autoencoder.fit=resize"),
     ("latents.disturb", lambda c: c.velocity.image_channels > 0, "velocity.image_channels"),

@@ -28,8 +28,11 @@ Fit = Literal["exact", "native", "resize"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 #: choices of train.optimizer, and of training.optimizer of an autoencoder
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
-#: data sets of images; every other data.name is a set of points in the plane (`jkoflow toy2d`)
+#: data sets of images
 IMAGE_SETS = ("mnist", "cifar10", "imagenet32", "folder")
+#: tables of numbers (`jkoflow bench tabular`); every other data.name is a set of points in the
+#: plane (`jkoflow toy2d`)
+TABLES = ("power", "gas", "miniboone", "bsds300")
 
 T = TypeVar("T")
 
@@ -72,10 +75,12 @@ class DataConfig:
     """Images, or points in the plane.
 
     Attributes:
-        name: mnist, cifar10, imagenet32 or folder; under `jkoflow toy2d` a set of points.
+        name: mnist, cifar10, imagenet32 or folder; power, gas, miniboone or bsds300 (tables); under
+            `jkoflow toy2d` a set of points.
         split: the split that the flow or the autoencoder trains on.
         test_split: the split that measures reconstruction and likelihood.
-        path: the folder of the images (folder), or of the official files (imagenet32).
+        path: the folder of the images (folder), or of the official files (imagenet32); the file
+            of a table or its folder; the image of data.name=picture.
         size: folder: side of the square that images are resized and centre-cropped to.
         mode: folder: RGB or L (grey).
         limit: number of images that are used of each data set, from the first on; null uses all.
@@ -467,7 +472,7 @@ class Config:
     def has(self, section: str) -> bool:
         """Return whether a section applies: all do but those of other objectives, and points."""
         if section == "points":
-            return self.data.name not in IMAGE_SETS
+            return self.data.name not in (*IMAGE_SETS, *TABLES)
         return section not in SECTIONS or section == self.train.objective
 
     @property
