@@ -1,5 +1,4 @@
 """Evaluation of images: Inception features, distances, reference statistics, figures.
 
-The package does not depend on flows, autoencoders or the pipeline. It shares its name with a
-built-in function, so it is always imported as `from eval.… import …`.
+Its name is that of a built-in function, so it is always imported as `from eval.… import …`.
 """

@@ -1,8 +1,4 @@
-"""Distances between two sets of images, computed from their Inception features.
-
-`frechet_distance` compares Gaussians, `kid` kernel means, `precision_recall` manifolds. For
-samples of a low-dimensional flow see `eval.mmd`.
-"""
+"""Distances between two sets of Inception features: of Gaussians, kernel means and manifolds."""
 
 from __future__ import annotations
 
@@ -19,22 +15,14 @@ _CHUNK = 2048
 
 
 def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
-    """Compute FID, the squared 2-Wasserstein distance of two Gaussians.
+    """Compute FID, the squared 2-Wasserstein distance of two Gaussians of one dimension d, ≥ 0.
 
         d² = |μ_a - μ_b|² + tr S_a + tr S_b - 2 tr (S_a S_b)^½
 
-    S_a S_b has the eigenvalues of the symmetric matrix Lᵀ S_b L, where S_a = L Lᵀ. The trace of
-    the root is the sum of their square roots. L = V √Λ comes from the eigenvectors of S_a;
-    eigenvalues that rounding made negative count as zero. The covariance of n rows has rank n - 1
-    at most, so L keeps n - 1 columns, and the covariance of lower rank is factored. Thus no roots
-    of rounding errors are summed, and no multiple of the identity is added.
-
-    Args:
-        a: statistics of one set.
-        b: statistics of the other, same dimension.
-
-    Returns:
-        d², at least 0.
+    S_a S_b has the eigenvalues of the symmetric matrix Lᵀ S_b L, where S_a = L Lᵀ. L = V √Λ comes
+    from the eigenvectors of S_a; eigenvalues that rounding made negative count as zero. The
+    covariance of n rows has rank n - 1 at most, so L keeps n - 1 columns, and the covariance of
+    lower rank is factored. Thus no roots of rounding errors are summed.
 
     Raises:
         ValueError: the dimensions differ, or a set has fewer than 2 images.
@@ -73,14 +61,7 @@ def _tr_root(first: Array, second: Array, rank: int) -> float:
 
 @dataclass(frozen=True)
 class Kid:
-    """Kernel inception distance: `value` ± `standard_error`.
-
-    Attributes:
-        value: the unbiased squared MMD, averaged over subsets.
-        standard_error: its standard error.
-        subsets: subsets averaged.
-        subset_size: rows in each subset.
-    """
+    """Kernel inception distance `value` ± `standard_error`, averaged over subsets."""
 
     value: float
     standard_error: float
@@ -91,22 +72,16 @@ class Kid:
 def kid(
     x: Features, y: Features, *, subsets: int = 50, subset_size: int = 1000, seed: int = 0
 ) -> Kid:
-    """Compute KID, the unbiased squared MMD with a cubic kernel, averaged over subsets.
+    """Compute KID of features (n_x, d) and (n_y, d): the unbiased squared MMD with a cubic kernel.
 
         k(x, y) = (xᵀy / d + 1)³
         KID = Σ_{i≠j} k(x_i, x_j) / m(m-1) + Σ_{i≠j} k(y_i, y_j) / m(m-1)
               - 2 Σ_{i,j} k(x_i, y_j) / m²
 
-    Each subset takes m rows of each set without replacement. The subsets overlap, so the standard
-    deviation s of their values is not the error of their mean. The delete-(n-m) jackknife
-    s √(m / (n - m)), with n rows in the smaller set, estimates the error for other images.
-
-    Args:
-        x: features (n_x, d).
-        y: features (n_y, d).
-        subsets: how many subsets are averaged, ≥ 2.
-        subset_size: m; at most half of the smaller set is taken.
-        seed: of the choice of subsets.
+    It is averaged over ≥ 2 random subsets of m = `subset_size` rows, at most half of the smaller
+    set. The subsets overlap, so the standard deviation s of their values is not the error of their
+    mean. The delete-(n-m) jackknife s √(m / (n - m)), with n rows in the smaller set, estimates
+    the error for other images.
 
     Raises:
         ValueError: a set has fewer than 4 rows, the shapes do not fit, or fewer than 2 subsets.
@@ -139,27 +114,17 @@ def _cubic_sum(x: Tensor, y: Tensor, drop: bool = False) -> float:
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Precision and recall, fractions in [0, 1].
-
-    Attributes:
-        precision: fraction of generated images inside the manifold of real ones.
-        recall: fraction of real images inside the manifold of generated ones.
-    """
+    """Fractions of generated images inside the manifold of real ones, and the reverse."""
 
     precision: float
     recall: float
 
 
 def precision_recall(real: Features, fake: Features, *, k: int = 3) -> PrecisionRecall:
-    """Estimate precision and recall by the k-nearest-neighbour manifolds.
+    """Estimate precision and recall of features real (n, d) and fake (m, d) by manifolds.
 
     The manifold of a set is the union of balls around its points. The radius of a ball is the
-    distance to the k-th nearest other point.
-
-    Args:
-        real: features (n, d) of real images.
-        fake: features (m, d) of generated images.
-        k: neighbours, ≥ 1.
+    distance to the k-th nearest other point, k ≥ 1.
 
     Raises:
         ValueError: the shapes do not fit, or a set has k rows or fewer.

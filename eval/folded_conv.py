@@ -1,7 +1,7 @@
 """Convolution with its batch norm folded in, which uses oneDNN's own operators on a CPU.
 
-These operators reorder a convolution's weights once and apply the ReLU inside. They are private
-to torch, so they are tested before use; `F.conv2d` is the fallback.
+They reorder the weights once and apply the ReLU inside. They are private to torch, so they are
+tested before use; `F.conv2d` is the fallback.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ class FoldedConv(nn.Module):
 
         y = relu(s·(w ∗ x) + β − s·μ),   s = γ / √(σ² + ε)
 
-    Args:
-        convolutions: one or more `BasicConv2d` (a convolution `conv` without bias and its batch
-            norm `bn`), of one kernel size, stride and padding.
-        relu: whether the ReLU is applied.
+    They are `BasicConv2d` (a convolution `conv` without bias and its batch norm `bn`) of one
+    kernel size, stride and padding.
     """
 
     weight: Tensor
@@ -92,10 +90,7 @@ def _packed_conv(
 
 @lru_cache(maxsize=1)
 def prepacked_works() -> bool:
-    """Test whether this build's private oneDNN operators exist and agree with `F.conv2d`.
-
-    The test runs small convolutions of the kinds that the network has.
-    """
+    """Test whether this build's private oneDNN operators exist and agree with `F.conv2d`."""
     generator = torch.Generator().manual_seed(0)
     for kernel, stride, relu in (((3, 3), 2, True), ((1, 7), 1, True), ((1, 1), 1, False)):
         x = torch.randn(3, 5, 9, 9, generator=generator)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +27,6 @@ class GaussianStats:
 
     Therefore the same rows in the same order give the same bits, however they were batched.
 
-    Args:
-        dim: d, 2048 for Inception features.
-
     Reference: Chan, Golub, LeVeque 1983.
     """
 
@@ -44,12 +40,7 @@ class GaussianStats:
 
     @classmethod
     def from_moments(cls, mean: npt.ArrayLike, cov: npt.ArrayLike, n: int | None) -> GaussianStats:
-        """Build the statistics from a known mean and covariance.
-
-        Args:
-            mean: (d,).
-            cov: (d, d), with divisor n - 1.
-            n: number of rows behind them; None if unknown (then no rows can be added).
+        """Build the statistics from mean (d,) and covariance (d, d) of n rows; n may be unknown.
 
         Raises:
             ValueError: the shapes do not fit, a value is not finite, or n < 2.
@@ -84,11 +75,7 @@ class GaussianStats:
 
     @property
     def cov(self) -> Array:
-        """Covariance (d, d), float64, with divisor n - 1.
-
-        Raises:
-            ValueError: there are fewer than two rows.
-        """
+        """Covariance (d, d), float64, with divisor n - 1; ValueError for fewer than two rows."""
         self._flush()
         if self._n is None:
             return self._scatter.copy()
@@ -137,18 +124,9 @@ class GaussianStats:
         self._n = before + n
         self._waiting, self._count_waiting = [], 0
 
-    def save(self, file: str | Path | IO[bytes]) -> None:
-        """Write `mu`, `sigma` (pytorch-fid's own file) and `n` as .npz.
-
-        Args:
-            file: a path ending in .npz, or a binary file open for writing.
-        """
-        n = {} if self.n is None else {"n": np.int64(self.n)}
-        np.savez(file, mu=self.mean, sigma=self.cov, **n)  # type: ignore[arg-type]
-
     @classmethod
-    def load(cls, file: str | Path | IO[bytes]) -> GaussianStats:
-        """Read statistics from a file of `save` or of pytorch-fid's `--save-stats`.
+    def load(cls, file: str | Path) -> GaussianStats:
+        """Read `mu`, `sigma` and an optional `n` from an .npz of pytorch-fid's `--save-stats`.
 
         Raises:
             FileNotFoundError: the file does not exist.

@@ -1,7 +1,6 @@
 """Image sets on disk, with the same pixels as pytorch-fid reads, and their statistics.
 
-A set is a folder of image files or an .npz with `arr_0`, uint8 (N, H, W, C). Threads read both a
-few batches ahead of the network.
+Threads read a few batches ahead of the network.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ _AHEAD = 3
 class FolderImages:
     """Image files of a folder (without its subfolders), in the order of their names.
 
-    Args:
-        folder: images of any size and mode. Colour is read as RGB, without alpha.
+    Colour is read as RGB, without alpha.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -64,20 +62,13 @@ class FolderImages:
         return len(self.files)
 
     def batches(self, size: int = _BATCH) -> Iterator[Batch]:
-        """Yield the images in order, `size` at a time.
-
-        Raises:
-            ValueError: an image cannot be read; the message names it.
-        """
+        """Yield the images in order, `size` at a time; a ValueError names a damaged one."""
         chunks = (self.files[i : i + size] for i in range(0, len(self.files), size))
         yield from _ahead(chunks, _read_pictures, min(4, os.cpu_count() or 1))
 
 
 class NpzImages:
     """Images of an .npz with `arr_0`, uint8 (N, H, W, 1 or 3), read batch by batch.
-
-    Args:
-        path: the file, compressed or not.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -99,13 +90,7 @@ class NpzImages:
     def _header(self, file: IO[bytes]) -> tuple[int, ...]:
         """Read and check the header of `arr_0`; return its shape (N, H, W, C)."""
         try:
-            version = np.lib.format.read_magic(file)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, fortran, dtype = read(file)
+            shape, fortran, dtype = read_npy_header(file)
         except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{self.path} is damaged: `arr_0` is no array; write it again"
@@ -122,11 +107,7 @@ class NpzImages:
         return self.shape[0]
 
     def batches(self, size: int = _BATCH) -> Iterator[Batch]:
-        """Yield the images in order, `size` at a time.
-
-        Raises:
-            ValueError: the file ends early or is damaged.
-        """
+        """Yield the images in order, `size` at a time; ValueError if the file is damaged."""
         count, height, width, channels = self.shape
         with _archive(self.path) as archive, archive.open("arr_0.npy") as file:
             self._header(file)
@@ -149,13 +130,15 @@ class NpzImages:
             yield from _ahead(rows, read, 1)
 
 
-def open_images(path: str | Path) -> FolderImages | NpzImages:
-    """Open a set of images, a folder or an .npz.
+def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read shape, Fortran order and dtype from the start of a .npy file of format 1 or 2."""
+    format_ = np.lib.format
+    old = format_.read_magic(file) == (1, 0)
+    return (format_.read_array_header_1_0 if old else format_.read_array_header_2_0)(file)
 
-    Raises:
-        FileNotFoundError: the path does not exist.
-        ValueError: it is no such set.
-    """
+
+def open_images(path: str | Path) -> FolderImages | NpzImages:
+    """Open a set of images, a folder or an .npz (see `FolderImages` and `NpzImages`)."""
     path = Path(path)
     if path.is_dir():
         return FolderImages(path)
@@ -181,12 +164,9 @@ def stats_of(
 ) -> GaussianStats:
     """Load or compute the statistics of anything that `jkoflow fid` accepts.
 
-    Args:
-        source: a folder of images, an .npz of images (`arr_0`) or of statistics (`mu`, `sigma`),
-            a .safetensors of `jkoflow reference`, or the name of a shipped reference (a path of
-            that name has priority).
-        network: builds the network; it is only called if there are images.
-        progress: called after each batch.
+    The source is a folder of images, an .npz of images (`arr_0`) or of statistics (`mu`, `sigma`),
+    a .safetensors of `jkoflow reference`, or the name of a shipped reference. A path of that name
+    has priority. `network` is only called if there are images.
 
     Raises:
         FileNotFoundError: the source is neither a path nor a shipped reference.

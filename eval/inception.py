@@ -4,9 +4,7 @@ The folded network is about twice as fast on a CPU. Each change is an identity u
 - The batch norms, constant at evaluation, are folded into the convolutions (in float64).
 - 1x1 convolutions of one input are merged into one convolution.
 - The average pool of a pooling branch follows its 1x1 convolution, where there are fewer channels.
-  Both are linear, and the pool's weights sum to one, so that the bias passes through.
-- Memory is channels-last. On a CPU oneDNN's convolution includes the ReLU and reorders the
-  weights once, and micro-batches fit the cache.
+- Memory is channels-last, and micro-batches fit the cache (see `eval.folded_conv`).
 
 Reference: Heusel et al. 2017; the resize and the network are pytorch-fid's.
 """
@@ -42,24 +40,14 @@ class Inception(nn.Module):
 
     @classmethod
     def from_weights(cls, path: str | Path) -> Self:
-        """Build the network from pytorch-fid's `.pth`, the `.safetensors` or the TorchScript.
-
-        Raises:
-            FileNotFoundError: the file does not exist.
-            ValueError: the file is damaged or holds another network.
-        """
+        """Build the network from any file that `eval.inception_weights.read_weights` reads."""
         return cls(read_weights(path))
 
     @torch.no_grad()
     def features(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        """Compute pool3 features; they do not depend on how images are batched.
+        """Compute pool3 features, float32 (B, 2048); they do not depend on how images are batched.
 
-        Args:
-            images: uint8 (B, C, H, W), C = 1 (repeated to three) or 3, any device; or a
-                sequence of (C, H, W) of different sizes.
-
-        Returns:
-            float32 (B, 2048), on the network's device.
+        Images are uint8 (B, C, H, W), C = 1 (repeated to three) or 3, or a sequence of (C, H, W).
 
         Raises:
             ValueError: the images have another dtype or shape.
@@ -83,11 +71,7 @@ class Inception(nn.Module):
 
 
 class PytorchFidInception(Inception):
-    """pytorch-fid's network as it is, for comparison with the folded one.
-
-    Args:
-        state: weights under torchvision's names (see `eval.inception_weights`).
-    """
+    """pytorch-fid's network as it is, for comparison with the folded one."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -100,11 +84,7 @@ class PytorchFidInception(Inception):
 
 
 class FidInception(Inception):
-    """pytorch-fid's network, folded: the same features up to rounding, in half the time.
-
-    Args:
-        state: weights under torchvision's names (see `eval.inception_weights`).
-    """
+    """pytorch-fid's network, folded: the same features up to rounding, in half the time."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -134,9 +114,8 @@ class Wiring(NamedTuple):
 
     Attributes:
         heads: 1x1 convolutions of the input, which are merged; each starts a branch.
-        branches: for each head the stages that follow. A stage is one convolution, or two of the
-            same input whose outputs are concatenated. Without a stage the head's output is the
-            branch's.
+        branches: for each head the stages that follow: one convolution, or two whose outputs are
+            concatenated. Without a stage the head's output is the branch's.
         pool: `average` (TensorFlow's, which ignores the padding), `max` or `reduce`.
         alone: a convolution of the input that is no head (the reduction block's 3x3).
     """
@@ -179,11 +158,7 @@ _WIRING = {
 
 
 class FoldedBlock(nn.Module):
-    """Inception block: parallel branches of one input, concatenated.
-
-    Args:
-        block: pytorch-fid's or torchvision's block, with its weights.
-    """
+    """Inception block, pytorch-fid's or torchvision's: parallel branches, concatenated."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
 """Weights of the FID Inception network: their files and the hash of their content.
 
-The weights are those of the TensorFlow graph of 2015-12-05, which every FID uses. Tensor names are
-torchvision's, as in pytorch-fid's state dict: `Mixed_5b.branch1x1.conv.weight`,
-`Mixed_5b.branch1x1.bn.running_mean`, … Every batch norm has unit scale and ε = 1e-3.
+The weights are those of the TensorFlow graph of 2015-12-05, which every FID uses. Names are
+torchvision's, as in pytorch-fid's state dict. Every batch norm has unit scale and ε = 1e-3.
 """
 
 from __future__ import annotations
@@ -26,13 +25,9 @@ _SUFFIXES = ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read the network's state dict from any of its files, without executing code in them.
+    """Read the network's float32 state dict without executing code in the file.
 
-    Args:
-        path: pytorch-fid's `.pth`, a `.safetensors` with the same keys, or the TorchScript.
-
-    Returns:
-        float32 tensors on the CPU under torchvision's names, checked to be complete.
+    The file is pytorch-fid's `.pth`, a `.safetensors` with the same keys, or the TorchScript.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -94,8 +89,7 @@ def convert_torchscript(path: str | Path) -> dict[str, Tensor]:
     """Read the TorchScript edition of the network as pytorch-fid's state dict.
 
     Nothing is executed or unpickled. The archive stores weight, beta, mean and variance of the 94
-    convolutions as raw little-endian float32 records `data/0` … `data/375`, in the order of the
-    graph. `weights_sha256` verifies their values.
+    convolutions as raw float32 records `data/0` … `data/375`, in the order of the graph.
 
     Raises:
         ValueError: the archive does not hold these 376 tensors.
@@ -122,11 +116,7 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
     """Hash the weights, independently of the file that held them.
 
     The sha256 covers the sorted keys of the 94 convolutions, each followed by its shape and its
-    little-endian float32 bytes: `conv.weight`, `bn.bias`, `bn.running_mean`,
-    `bn.running_var`. A `bn.weight` is part of the hash only where it is not all ones.
-
-    Raises:
-        ValueError: a tensor is missing or has another shape.
+    little-endian float32 bytes. A `bn.weight` is part of the hash only where it is not all ones.
     """
     state = check_state(state)
     digest = hashlib.sha256()

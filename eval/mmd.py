@@ -15,12 +15,9 @@ _MEDIAN_ROWS = 2000
 
 @dataclass(frozen=True)
 class Mmd:
-    """Squared maximum mean discrepancy of two samples.
+    """Squared MMD of two samples, with the kernel's bandwidth σ.
 
-    Attributes:
-        value: MMD².
-        threshold: above it the test rejects that both samples have one distribution.
-        bandwidth: σ of the kernel.
+    Above `threshold` the test rejects that both samples have one distribution.
     """
 
     value: float
@@ -33,31 +30,21 @@ def mmd(
     y: Tensor | npt.NDArray[np.floating],
     *,
     scale: float = 1.0,
-    bandwidth: float | None = None,
     alpha: float = 0.05,
     resamples: int = 500,
     seed: int = 0,
 ) -> Mmd:
-    """Compute the biased squared MMD with a Gaussian kernel and its bootstrap threshold.
+    """Compute the biased squared MMD of x (n, D) and y (m, D), and its bootstrap threshold.
 
         k(x, y) = exp(-|x - y|² / 2σ²)
         MMD² = Σ k(x_i, x_j) / n² + Σ k(y_i, y_j) / m² - 2 Σ k(x_i, y_j) / nm
 
-    This is a V-statistic: the sums include the diagonals, so MMD² ≥ 0. σ is `bandwidth`, or else
-    `scale` times the median distance within the pooled sample; 0.1 compares details, 1 the overall
-    shape. The bootstrap threshold τ is the 1 - α quantile of MMD² between random divisions of the
-    pool into n and m points. Two samples of one distribution exceed it with probability α.
-    (Resampling with replacement would repeat points, which increases τ at small σ.) With weights w
-    (1/n and -1/m) on the pool, each MMD² is wᵀKw.
-
-    Args:
-        x: first sample (n, D), n ≥ 2.
-        y: second sample (m, D), m ≥ 2.
-        scale: σ over the median distance, > 0.
-        bandwidth: σ, > 0; overrides `scale`.
-        alpha: level α of the test, in (0, 1).
-        resamples: random divisions, ≥ 1.
-        seed: of the divisions.
+    This is a V-statistic: the sums include the diagonals, so MMD² ≥ 0. σ is `scale` times the
+    median distance within the pooled sample; 0.1 compares details, 1 the overall shape. The
+    bootstrap threshold τ is the 1 - α quantile of MMD² between random divisions of the pool into n
+    and m points. Two samples of one distribution exceed it with probability α. (Resampling with
+    replacement would repeat points, which increases τ at small σ.) With weights w (1/n and -1/m)
+    on the pool, each MMD² is wᵀKw.
 
     Raises:
         ValueError: a shape or an argument is out of range, or all points are equal.
@@ -75,7 +62,7 @@ def mmd(
             f"alpha is {alpha} and resamples {resamples}; expected 0 < alpha < 1 and at least 1"
         )
     pool = torch.cat([x, y])
-    sigma = scale * median_distance(pool, seed) if bandwidth is None else bandwidth
+    sigma = scale * median_distance(pool, seed)
     if not sigma > 0:
         raise ValueError(
             f"the bandwidth is {sigma}; expected a positive number; are all points equal?"

@@ -1,7 +1,4 @@
-"""Image grids and animations, without matplotlib; figures with axes are in `eval.plots`.
-
-Every function that writes takes a path or a binary file open for writing.
-"""
+"""Image grids and animations, without matplotlib; figures with axes are in `eval.plots`."""
 
 from __future__ import annotations
 
@@ -22,6 +19,7 @@ from torch import Tensor
 _NOTE = "jkoflow"
 _WHITE = 255
 
+#: a path, or a binary file open for writing
 Target = str | Path | IO[bytes]
 Images = Tensor | npt.NDArray[np.uint8]
 
@@ -29,19 +27,12 @@ Images = Tensor | npt.NDArray[np.uint8]
 def image_grid(
     images: Images, columns: int | None = None, *, padding: int = 2, scale: int = 1
 ) -> Image.Image:
-    """Lay images out row by row on white, with torchvision's `make_grid`.
+    """Lay images, uint8 (N, C, H, W), C = 1 or 3, out on white with torchvision's `make_grid`.
 
-    Args:
-        images: uint8 (N, C, H, W), N ≥ 1, C = 1 or 3.
-        columns: images a row; ⌈√N⌉ by default.
-        padding: pixels between and around the images, before scaling.
-        scale: whole factor by which every pixel is enlarged.
-
-    Returns:
-        A picture of mode L (C = 1) or RGB (C = 3).
+    There are ⌈√N⌉ columns by default. `scale` enlarges every pixel after `padding` was added.
 
     Raises:
-        ValueError: another dtype or shape, or columns, padding or scale out of range.
+        ValueError: another dtype or shape.
     """
     from torchvision.utils import make_grid  # takes seconds to import
 
@@ -57,12 +48,7 @@ def image_grid(
     n, channels = pixels.shape[:2]
     if channels not in (1, 3):
         raise ValueError(f"the images have {channels} channels; expected 1 or 3")
-    columns = math.ceil(math.sqrt(n)) if columns is None else columns
-    if columns < 1 or padding < 0 or scale < 1:
-        raise ValueError(
-            f"columns, padding and scale are {columns}, {padding} and {scale}; expected at least "
-            "1, 0 and 1"
-        )
+    columns = columns or math.ceil(math.sqrt(n))
     if n == 1:  # `make_grid` returns a single image without its padding
         canvas = F.pad(pixels[0], [padding] * 4, value=_WHITE)
     else:
@@ -93,24 +79,16 @@ def note_of(path: str | Path) -> str | None:
 def animation(
     file: Target, frames: Sequence[Image.Image], *, seconds: float = 0.25, hold: float = 1.5
 ) -> None:
-    """Write frames of one size as an endless GIF that pauses on its last frame.
-
-    Args:
-        file: where the GIF goes.
-        frames: two or more pictures of one size.
-        seconds: duration of each frame, at least 0.02.
-        hold: duration of the last frame, at least 0.02.
+    """Write frames as an endless GIF that pauses on its last frame for `hold` seconds.
 
     Raises:
-        ValueError: fewer than two frames, different sizes, or a time too short.
+        ValueError: fewer than two frames, or different sizes.
     """
     if len(frames) < 2 or len({f.size for f in frames}) != 1:
         raise ValueError(
             f"the animation has {len(frames)} frames of {len({f.size for f in frames})} sizes; "
             "expected two or more frames of one size"
         )
-    if min(seconds, hold) < 0.02:
-        raise ValueError(f"a frame lasts {min(seconds, hold)} seconds; expected at least 0.02")
     durations = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * hold)]
     first, *rest = [f if f.mode == "L" else f.convert("RGB") for f in frames]
     first.save(file, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)

@@ -1,12 +1,8 @@
-"""Plots of images, movements and curves, drawn without matplotlib's global state.
-
-Every function that writes takes a path or a binary file open for writing.
-"""
+"""Plots of images, movements and curves, drawn without matplotlib's global state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,16 +23,9 @@ def before_after(
     after: Images,
     *,
     columns: int | None = None,
-    titles: tuple[str, str] = ("before", "after"),
+    titles: tuple[str, str],
 ) -> None:
-    """Write two image grids next to each other, each under its title.
-
-    Args:
-        file: destination of the PNG.
-        before: uint8 (N, C, H, W), such as originals.
-        after: uint8, the same shape, such as reconstructions.
-        columns: images a row.
-        titles: printed above the grids.
+    """Write two image grids, uint8 (N, C, H, W), next to each other, each under its title.
 
     Raises:
         ValueError: the shapes differ, or are not those of images.
@@ -48,7 +37,7 @@ def before_after(
         )
     pictures = [image_grid(images, columns, scale=2) for images in (before, after)]
     height, width = pictures[0].height / 100, pictures[0].width / 100
-    figure = _figure(2 * width + 0.5, height + 0.5)
+    figure = new_figure(2 * width + 0.5, height + 0.5)
     for i, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
         left = (i * (width + 0.3) + 0.1) / (2 * width + 0.5)
         axes = figure.add_axes(
@@ -57,23 +46,13 @@ def before_after(
         axes.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_title(title, fontsize=9)
         axes.axis("off")
-    _save(figure, file, tight=False)
+    save_figure(figure, file, tight=False)
 
 
 def movement_bars(
-    file: Target,
-    movements: Sequence[Sequence[float]],
-    labels: Sequence[str] | None = None,
-    *,
-    title: str = "Movement of each block",
+    file: Target, movements: Sequence[Sequence[float]], labels: Sequence[str]
 ) -> None:
-    """Draw the W2 movement S_k of every block as bars, one group a block.
-
-    Args:
-        file: destination of the PNG.
-        movements: S_1 … S_K of each training pass; K may differ between passes.
-        labels: names of the passes, such as `iter 1`; later passes are darker.
-        title: printed above the plot.
+    """Draw the W2 movements S_1 … S_K of each training pass as bars; later passes are darker.
 
     Raises:
         ValueError: a pass has no movement, or the labels do not match.
@@ -83,12 +62,10 @@ def movement_bars(
             f"the passes have {[len(m) for m in movements]} blocks; expected at least one pass, "
             "and one block in each"
         )
-    labels = [f"iter {i + 1}" for i in range(len(movements))] if labels is None else labels
-    if len(labels) != len(movements):
-        raise ValueError(f"there are {len(labels)} labels; expected {len(movements)}, one a pass")
     passes, blocks = len(movements), max(len(m) for m in movements)
-    figure = _figure(max(4.5, 1.2 + 0.3 * blocks * max(passes, 2)), 3.2)
-    axes = _axes(figure, "block", r"movement $S_k$", title)
+    figure = new_figure(max(4.5, 1.2 + 0.3 * blocks * max(passes, 2)), 3.2)
+    axes = _axes(figure, "block", r"movement $S_k$")
+    axes.set_title("Movement of each block", fontsize=10, loc="left")
     width = 0.8 / passes
     for i, (values, label) in enumerate(zip(movements, labels, strict=True)):
         shade = _DARK if passes == 1 else _LIGHT + (_DARK - _LIGHT) * i / (passes - 1)
@@ -97,8 +74,8 @@ def movement_bars(
     axes.set_xticks(range(1, blocks + 1))
     axes.set_ylim(bottom=0)
     if passes > 1:
-        _legend(axes)
-    _save(figure, file)
+        axes.legend(fontsize=8, frameon=False)
+    save_figure(figure, file)
 
 
 def curves(
@@ -107,61 +84,38 @@ def curves(
     *,
     x_label: str,
     y_label: str,
-    title: str = "",
-    log_y: bool = False,
-    marks: Mapping[str, float] | None = None,
 ) -> None:
-    """Draw named lines in one plot.
-
-    Args:
-        file: destination of the PNG.
-        lines: name to (x, y), each (n,); values that are not finite leave a gap.
-        x_label: label of the x axis.
-        y_label: label of the y axis.
-        title: printed above the plot.
-        log_y: whether the y axis is logarithmic; then all y are positive.
-        marks: name to height of dashed lines (a floor, a threshold).
+    """Draw named lines (x, y), each (n,), in one plot; values that are not finite leave a gap.
 
     Raises:
         ValueError: there is no line, or the lengths of an x and y differ.
     """
     if not lines:
         raise ValueError("there are 0 lines; expected at least one")
-    figure = _figure(5.4, 3.4)
-    axes = _axes(figure, x_label, y_label, title)
+    figure = new_figure(5.4, 3.4)
+    axes = _axes(figure, x_label, y_label)
     for i, (name, (x, y)) in enumerate(lines.items()):
-        xs, ys = np.asarray(x, float), np.asarray(y, float)
-        if xs.shape != ys.shape or xs.ndim != 1:
-            raise ValueError(
-                f"x and y of the line '{name}' have the shapes {xs.shape} and {ys.shape}; "
-                "expected (n,) for both"
-            )
-        few = "o" if len(xs) <= 20 else None
-        axes.plot(xs, ys, marker=few, markersize=4, lw=1.6, label=name, color=_COLOURS[i % 7])
-    for name, height in (marks or {}).items():
-        axes.axhline(height, ls="--", lw=1, color="#777777", label=name)
-    if log_y:
-        axes.set_yscale("log")
+        few = "o" if len(np.asarray(x)) <= 20 else None
+        axes.plot(x, y, marker=few, markersize=4, lw=1.6, label=name, color=_COLOURS[i % 7])
     if all(np.allclose(np.asarray(x, float) % 1, 0) for x, _ in lines.values()):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if marks or len(lines) > 1:
-        _legend(axes)
-    _save(figure, file)
+    if len(lines) > 1:
+        axes.legend(fontsize=8, frameon=False)
+    save_figure(figure, file)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """Create a figure, its size in inches, with its own Agg canvas, outside of pyplot."""
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _axes(figure: Figure, x_label: str, y_label: str, title: str) -> Axes:
-    """Add axes with labels, a title and horizontal lines to a figure."""
+def _axes(figure: Figure, x_label: str, y_label: str) -> Axes:
+    """Add axes with labels and horizontal lines to a figure."""
     axes = figure.add_subplot()
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(y_label, fontsize=9)
-    axes.set_title(title, fontsize=10, loc="left")
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e5e5", lw=0.8)
@@ -169,12 +123,6 @@ def _axes(figure: Figure, x_label: str, y_label: str, title: str) -> Axes:
     return axes
 
 
-def _legend(axes: Axes) -> None:
-    """Add a legend to axes."""
-    axes.legend(fontsize=8, frameon=False)
-
-
-def _save(figure: Figure, file: Target, tight: bool = True) -> None:
+def save_figure(figure: Figure, file: Target, tight: bool = True) -> None:
     """Write a figure as PNG, cropped to its content if `tight`."""
-    options: dict[str, Any] = {"bbox_inches": "tight"} if tight else {}
-    figure.savefig(file, format="png", dpi=150, **options)
+    figure.savefig(file, format="png", dpi=150, bbox_inches="tight" if tight else None)

@@ -1,7 +1,4 @@
-"""Figures of two-dimensional flows: samples, densities and trajectories.
-
-Every function that writes takes a path or a binary file open for writing. Points are (n, 2).
-"""
+"""Figures of two-dimensional flows: samples, densities and trajectories of points (n, 2)."""
 
 from __future__ import annotations
 
@@ -10,25 +7,21 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from eval.pictures import Target
+from eval.plots import new_figure, save_figure
 
 Points = Tensor | npt.NDArray[np.floating]
 
 _DATA, _NOISE = "#0072B2", "#D55E00"
-_INCH = 2.6
+_INCH, _MARGIN, _PIXELS = 2.6, 0.06, 320
 
 
-def window(points: Points, margin: float = 0.06) -> tuple[float, float]:
-    """Compute a square window (low, high), the same on both axes, that excludes outliers.
-
-    Args:
-        points: (n, 2).
-        margin: added on each side, as a fraction of the width.
+def window(points: Points) -> tuple[float, float]:
+    """Compute a square window (low, high) of points (n, 2) that excludes outliers.
 
     Raises:
         ValueError: there are no finite points.
@@ -38,49 +31,30 @@ def window(points: Points, margin: float = 0.06) -> tuple[float, float]:
     if not len(x):
         raise ValueError("there are 0 finite points; expected at least one to compute a window")
     low, high = np.quantile(x, [0.001, 0.999])
-    space = margin * max(high - low, 1e-3)
+    space = _MARGIN * max(high - low, 1e-3)
     return float(low - space), float(high + space)
 
 
 def scatter(
-    file: Target,
-    panels: Sequence[tuple[str, Points]],
-    limits: tuple[float, float],
-    columns: int | None = None,
+    file: Target, panels: Sequence[tuple[str, Points]], limits: tuple[float, float]
 ) -> None:
-    """Draw samples as dots, in one panel for each set.
-
-    Args:
-        file: destination of the PNG.
-        panels: title and points (n, 2) of each.
-        limits: of both axes.
-        columns: panels a row; all in one row by default.
+    """Draw samples as dots, in one panel for each title with its points (n, 2).
 
     Raises:
         ValueError: there is no panel, or points have another shape.
     """
-    figure, axes = _panels(len(panels), columns)
+    figure, axes = _panels(1, len(panels))
     for panel, (title, points) in zip(axes, panels, strict=True):
         _dots(panel, points, _DATA, limits, title)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def density(
-    file: Target,
-    data: Points,
-    log_density: npt.ArrayLike,
-    limits: tuple[float, float],
-    *,
-    titles: tuple[str, str] = ("data", "model density"),
+    file: Target, data: Points, log_density: npt.ArrayLike, limits: tuple[float, float]
 ) -> None:
-    """Draw the histogram of data next to a model's density, with one colour scale.
+    """Draw the histogram of data (n, 2) next to a model's density, with one colour scale.
 
-    Args:
-        file: destination of the PNG.
-        data: (n, 2).
-        log_density: (G, G), log p at the centres of a G × G grid of the window, first row lowest.
-        limits: of both axes.
-        titles: of the two panels.
+    `log_density` (G, G) is log p at the centres of a grid of the window, first row lowest.
 
     Raises:
         ValueError: the density is not square, or the points have another shape.
@@ -94,14 +68,15 @@ def density(
     counted /= len(x) * (edges[1] - edges[0]) ** 2
     # A quantile, so that one very high cell does not make the others white.
     top = float(np.quantile(np.concatenate([counted[counted > 0], values[values > 1e-4]]), 0.99))
-    figure, axes = _panels(2, None, inch=1.5 * _INCH)
-    for panel, picture, title in zip(axes, (counted, values), titles, strict=True):
+    figure, axes = _panels(1, 2, inch=1.5 * _INCH)
+    pictures = {"data": counted, "model density": values}
+    for panel, (title, picture) in zip(axes, pictures.items(), strict=True):
         _bare(panel, limits, title)
         panel.imshow(
             picture, origin="lower", extent=(*limits, *limits), cmap="magma_r", vmin=0, vmax=top,
             interpolation="nearest",
         )  # fmt: skip
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def trajectories(
@@ -110,13 +85,7 @@ def trajectories(
     backward: Sequence[Points],
     limits: tuple[float, float],
 ) -> None:
-    """Draw two rows of panels, data to noise and noise to data, with one panel a block.
-
-    Args:
-        file: destination of the PNG.
-        forward: K + 1 sets of points, z_0 … z_K.
-        backward: K + 1 sets of other points, z_K … z_0.
-        limits: of both axes.
+    """Draw the points z_0 … z_K from data to noise in one row, and z_K … z_0 below.
 
     Raises:
         ValueError: the lengths differ, or are below 2.
@@ -127,7 +96,7 @@ def trajectories(
             "K + 1 ≥ 2 of each"
         )
     count = len(forward)
-    figure, axes = _panels(2 * count, count)
+    figure, axes = _panels(2, count)
     for index, panel in enumerate(axes):
         back = index >= count
         stage = 2 * count - 1 - index if back else index
@@ -137,51 +106,32 @@ def trajectories(
         _dots(panel, points, _NOISE if back else _DATA, limits, title)
     axes[0].set_ylabel("data → noise", fontsize=8)
     axes[count].set_ylabel("noise → data", fontsize=8)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def frames(
-    states: Sequence[Points],
-    limits: tuple[float, float],
-    titles: Sequence[str],
-    *,
-    pixels: int = 320,
+    states: Sequence[Points], limits: tuple[float, float], titles: Sequence[str]
 ) -> list[Image.Image]:
-    """Draw one picture for each state, all of one size, for an animation.
-
-    Args:
-        states: sets of the same points (n, 2) as they move.
-        limits: of both axes.
-        titles: one for each state.
-        pixels: side of a picture.
-
-    Raises:
-        ValueError: the numbers of states and titles differ.
-    """
-    if len(states) != len(titles):
-        raise ValueError(f"there are {len(titles)} titles; expected {len(states)}, one a state")
-    return [_frame(x, limits, t, pixels) for x, t in zip(states, titles, strict=True)]
+    """Draw one picture for each state, points (n, 2), all of one size, for an animation."""
+    return [_frame(points, limits, t) for points, t in zip(states, titles, strict=True)]
 
 
-def _frame(points: Points, limits: tuple[float, float], title: str, pixels: int) -> Image.Image:
-    """Draw points (n, 2) as a picture of (pixels, pixels)."""
-    figure = Figure(figsize=(pixels / 100, pixels / 100), dpi=100, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+def _frame(points: Points, limits: tuple[float, float], title: str) -> Image.Image:
+    """Draw points (n, 2) as a square picture."""
+    figure = new_figure(_PIXELS / 100, _PIXELS / 100)
     axes = figure.add_axes((0.02, 0.02, 0.96, 0.88))
     _dots(axes, points, _DATA, limits, title)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64)
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())  # type: ignore[attr-defined]
+    return Image.fromarray(pixels).convert("RGB").quantize(64)
 
 
-def _panels(count: int, columns: int | None, inch: float = _INCH) -> tuple[Figure, list[Axes]]:
+def _panels(rows: int, columns: int, inch: float = _INCH) -> tuple[Figure, list[Axes]]:
     """Create a figure of square panels, row by row."""
-    if count < 1:
-        raise ValueError(f"there are {count} panels; expected at least one")
-    columns = min(count, columns or count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(inch * columns, inch * rows), dpi=100, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+    if not rows * columns:
+        raise ValueError("there are 0 panels; expected at least one")
+    figure = new_figure(inch * columns, inch * rows)
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
 
 
 def _bare(axes: Axes, limits: tuple[float, float], title: str) -> None:
@@ -214,8 +164,3 @@ def _array(points: Points) -> npt.NDArray[np.float64]:
     if x.ndim != 2 or x.shape[1] != 2:
         raise ValueError(f"the points have the shape {x.shape}; expected (n, 2)")
     return x
-
-
-def _save(figure: Figure, file: Target) -> None:
-    """Write a figure as PNG, cropped to its content."""
-    figure.savefig(file, format="png", dpi=130, bbox_inches="tight")

@@ -1,7 +1,6 @@
 """pytorch-fid's Inception network, which defines the features that FID compares.
 
-`pytorch_fid.inception.fid_inception_v3` downloads its weights while it is built. The network is
-assembled here from the same classes, without weights or with weights from a local file.
+`fid_inception_v3` downloads weights while it is built, so the network is assembled here.
 
 Reference: Heusel et al. 2017 (FID); Szegedy et al. 2016 (Inception v3).
 """
@@ -17,11 +16,10 @@ from torch import Tensor, nn
 
 
 def empty_network() -> Any:  # noqa: ANN401 - torchvision is untyped
-    """Build the network without weights: its tensors are on the meta device.
+    """Build torchvision's `Inception3` with pytorch-fid's blocks, without the classifier.
 
-    Returns:
-        torchvision's `Inception3` with pytorch-fid's blocks and without the classifier. It maps
-        images (B, 3, 299, 299) in [-1, 1] to pool3 features (B, 2048).
+    It maps images (B, 3, 299, 299) in [-1, 1] to pool3 features (B, 2048). Its tensors are on the
+    meta device.
     """
     import pytorch_fid.inception as fid  # both take seconds to import
     import torchvision
@@ -59,12 +57,7 @@ def convolutions() -> dict[str, Any]:
 
 
 def network_from(state: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 - torchvision is untyped
-    """Build the network with weights, which it shares with `state`.
-
-    Args:
-        state: weights and batch norms of the 94 convolutions
-            (see `eval.inception_weights.check_state`).
-    """
+    """Build the network with the weights of `eval.inception_weights.check_state`, shared."""
     network = empty_network()
     counters = {
         f"{name}.bn.num_batches_tracked": torch.tensor(0) for name in convolutions_of(network)

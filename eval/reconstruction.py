@@ -13,14 +13,9 @@ _WINDOW, _SIGMA = 11, 1.5
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Compute the peak signal-to-noise ratio of each pair, 10 log₁₀(255² / MSE), in dB.
+    """Compute 10 log₁₀(255² / MSE) in dB, float64 (B,), of uint8 pairs (B, C, H, W).
 
-    Args:
-        a: uint8 (B, C, H, W).
-        b: uint8, the same shape.
-
-    Returns:
-        float64 (B,); infinite for equal images.
+    It is infinite for equal images.
     """
     mse = ((a.double() - b.double()) ** 2).flatten(1).mean(1)
     return 10.0 * torch.log10(255.0**2 / mse)
@@ -35,16 +30,9 @@ def has_ssim(images: Tensor) -> bool:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Compute the structural similarity of each pair, averaged over pixels and channels.
+    """Compute the structural similarity, float64 (B,) in [-1, 1], of uint8 pairs (B, C, H, W).
 
     The Gaussian window is 11 x 11 with σ = 1.5; K1 = 0.01, K2 = 0.03; there is no padding.
-
-    Args:
-        a: uint8 (B, C, H, W), H and W at least 11.
-        b: uint8, the same shape.
-
-    Returns:
-        float64 (B,), in [-1, 1].
 
     Raises:
         ValueError: the images are smaller than the window.
@@ -75,13 +63,9 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> float:
-    """Compute the perplexity exp(−Σ p log p) of a codebook, p the relative use of its entries.
+    """Compute exp(−Σ p log p) of a codebook from the counts (n_embed,) of its entries.
 
-    Args:
-        counts: (n_embed,), how often each entry was chosen.
-
-    Returns:
-        A number between 1 and n_embed, which it reaches if all entries are used equally.
+    It reaches n_embed if all entries are used equally.
     """
     p = counts.double() / counts.sum()
     p = p[p > 0]
@@ -100,13 +84,9 @@ class Reconstruction:
     def add(
         self, images: Tensor, reconstructions: Tensor, latents: Tensor, codes: Tensor | None
     ) -> None:
-        """Add one batch.
+        """Add a batch: uint8 images and reconstructions (B, C, H, W), latents (B, C_z, H_z, W_z).
 
-        Args:
-            images: uint8 (B, C, H, W).
-            reconstructions: uint8, the same shape.
-            latents: (B, C_z, H_z, W_z).
-            codes: indices of the codebook entries, any shape; None without a codebook.
+        `codes` are indices of codebook entries, of any shape; None without a codebook.
         """
         self.psnr.append(psnr(images, reconstructions))
         if has_ssim(images):
@@ -116,14 +96,11 @@ class Reconstruction:
             self.codes.append(codes.flatten())
 
     def result(self, entries: int) -> dict[str, Any]:
-        """Average over all batches, as JSON values.
+        """Average over all batches, as JSON values; `entries` is the size of the codebook.
 
-        Exact reconstructions have an infinite PSNR. They are counted as `exact`, and `psnr` is
-        the mean of the others, or None without others. `ssim` is None for images smaller than its
+        Exact reconstructions have an infinite PSNR. They are counted as `exact`, and `psnr` is the
+        mean of the others, or None without others. `ssim` is None for images smaller than its
         window.
-
-        Args:
-            entries: size of the codebook.
         """
         signal, z = torch.cat(self.psnr), torch.cat(self.latents).double()
         finite = signal[torch.isfinite(signal)]

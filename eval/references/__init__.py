@@ -1,8 +1,8 @@
 """Reference statistics for FID: the shipped ones and their file format.
 
-A reference is one safetensors file. It holds the mean in float64, the upper triangle of the
-covariance in float32 (8 MB instead of 32), and a card in the metadata. The rounding changes FID by
-less than 1e-6 of its value (by 2e-8 at an FID of 9 between two sets of real MNIST digits).
+A reference is one safetensors file: the mean in float64, the upper triangle of the covariance in
+float32 (8 MB instead of 32), and a card in the metadata. The rounding changes FID by less than
+1e-6 of its value (by 2e-8 at an FID of 9 between two sets of real MNIST digits).
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ _FORMAT = 1
 class Reference:
     """Statistics of a split, and their card.
 
-    Attributes:
-        stats: mean and covariance of the features.
-        card: `dataset`, `split`, `n`, `extractor`, `content_sha256` (of the images or of the
-            extractor's weights), and optional further entries.
+    The card has `dataset`, `split`, `n`, `extractor`, `content_sha256` (of the images or of the
+    extractor's weights), and optional further entries.
     """
 
     stats: GaussianStats
@@ -96,11 +94,7 @@ def read_reference(path: str | Path) -> Reference:
 
 
 def reference_bytes(stats: GaussianStats, card: Mapping[str, Any]) -> bytes:
-    """Encode a reference as the content of its file.
-
-    Args:
-        stats: statistics of the whole split.
-        card: `dataset`, `split`, `n`, `extractor`, `content_sha256`, and optional further entries.
+    """Encode statistics of a whole split and their card as the content of a reference's file.
 
     Raises:
         ValueError: the card lacks an entry, or its n is not that of the statistics.

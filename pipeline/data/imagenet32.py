@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eval.images import read_npy_header
 from pipeline.data.file_index import FileRecord, file_records
 from pipeline.data.image_set import ImageSet, apply_limit, fingerprint
 from pipeline.errors import UserError
@@ -155,11 +156,7 @@ def _count_rows(path: Path) -> FileRecord:
         return {"rows": len(read_batch(path)[0])}
     try:
         with zipfile.ZipFile(path) as archive, archive.open("data.npy") as member:
-            version = np.lib.format.read_magic(member)
-            header = np.lib.format.read_array_header_1_0
-            shape, _, _ = (header if version == (1, 0) else np.lib.format.read_array_header_2_0)(
-                member
-            )
+            shape, _, _ = read_npy_header(member)
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError, zlib.error) as error:
         raise UserError(_not_a_batch(path, str(error))) from error
     return {"rows": int(shape[0]) if shape else 0}

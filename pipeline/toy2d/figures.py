@@ -27,7 +27,6 @@ _DOTS = 4000
 _MOVING = 1500
 #: states per block in the animation
 _STEPS = 4
-_PIXELS = 320
 #: solver of pictures; metrics have the tolerance 1e-5
 _SOLVER = SolverConfig(method="dopri5", rtol=1e-4, atol=1e-4)
 
@@ -101,7 +100,7 @@ def draw_trajectories(
     rest = 4  # frames of the noise
     states = [*encoded, *[encoded[-1]] * rest, *decoded]
     titles = ["data → noise"] * len(encoded) + ["noise"] * rest + ["noise → data"] * len(decoded)
-    pictures = frames(states, limits, titles, pixels=_PIXELS)
+    pictures = frames(states, limits, titles)
     path = folder / "trajectories.gif"
     atomic.write_with(path, lambda f: animation(f, pictures, seconds=0.12, hold=1.5))
 

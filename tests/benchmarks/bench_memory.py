@@ -151,7 +151,6 @@ def main() -> None:
     curves(
         args.out, {line: (list(counts), values) for line, values in megabytes.items()},
         x_label="block k, or number of blocks K", y_label="peak memory (MiB)",
-        title="Memory of training",
     )  # fmt: skip
     print(args.out)
 
