@@ -1,8 +1,8 @@
 """Adaptation of an autoencoder to images of another size or channel count, or to other latents.
 
-Encoding replicates the channel of grey images if the encoder takes more channels, and resizes
-images x (B, C, H, W) to the encoder's size (bilinear, antialiased). Decoding resizes back, and
-averages the channels for grey images. The error of both counts in the reconstruction floor.
+Encoding replicates the channel of grey images if the encoder takes more, and resizes images to its
+size (bilinear, antialiased). Decoding reverts both; their error counts in the reconstruction
+floor.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Adaptation:
             their own size (the networks are convolutional). "resize" resizes them to `size`. The
             last two replicate a grey channel if the encoder takes more.
         size: side of the square images at the encoder ("resize"); 0 takes the size of the weights.
-        latents: "pre", the latents before quantisation, which decoding quantises; or
-            "quantised", the codebook entries, which decoding rounds to the nearest entry.
+        latents: "pre", the latents before quantisation, which decoding quantises; or "quantised",
+            the codebook entries, which decoding rounds to the nearest entry.
     """
 
     fit: str = "exact"
@@ -52,13 +52,10 @@ class Adaptation:
 class AdaptedAutoencoder(nn.Module):
     """Autoencoder with a change of image size, image channels, or kind of latents.
 
-    Args:
-        inner: the autoencoder at its own image shape; it has a codebook if latents are quantised.
-        image_shape: (C, H, W) of the data; C is that of `inner`, or 1.
-        latents: see `Adaptation`.
+    The images (C, H, W) of the data have the channels of `inner`, or 1.
 
     Raises:
-        ValueError: the channels cannot be replicated, or there is no codebook.
+        ValueError: the channels cannot be replicated, or there is no codebook to quantise.
     """
 
     def __init__(
@@ -132,27 +129,21 @@ class AdaptedAutoencoder(nn.Module):
 def adapt(
     autoencoder: Autoencoder, image_shape: tuple[int, int, int], adaptation: Adaptation
 ) -> Autoencoder:
-    """Fit an autoencoder to images of a shape.
+    """Fit an autoencoder to images of a shape (C, H, W) by the changes that are allowed.
 
-    Args:
-        autoencoder: the autoencoder at the shape of its weights.
-        image_shape: (C, H, W) of the data.
-        adaptation: the changes that are allowed.
-
-    Returns:
-        An autoencoder for such images; `autoencoder` itself if nothing has to change.
+    Nothing changes if nothing has to.
 
     Raises:
         ValueError: the shapes differ and fit is "exact", or see `AdaptedAutoencoder`.
     """
-    own = tuple(autoencoder.image_shape)
-    if adaptation.fit == "exact" and own != tuple(image_shape):
+    own = autoencoder.image_shape
+    if adaptation.fit == "exact" and own != image_shape:
         raise ValueError(
-            f"the images of the data set have the shape {tuple(image_shape)}; expected {own}, as "
+            f"the images of the data set have the shape {image_shape}; expected {own}, as "
             "the autoencoder takes; choose another of the two, or set autoencoder.fit=resize or "
             "native"
         )
-    encoded: tuple[int, ...] = own
+    encoded = own
     if adaptation.fit == "native":
         encoded = (own[0], *image_shape[1:])
     elif adaptation.size:
@@ -164,7 +155,7 @@ def adapt(
                 f"images of shape {encoded}"
             )
         autoencoder = autoencoder.reshaped(encoded)
-    if encoded == tuple(image_shape) and adaptation.latents == "pre":
+    if encoded == image_shape and adaptation.latents == "pre":
         return autoencoder
     return AdaptedAutoencoder(autoencoder, image_shape, adaptation.latents)
 

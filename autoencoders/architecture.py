@@ -31,8 +31,8 @@ class TamingConfig:
         n_embed: codebook entries (VQ, Gumbel).
         commitment: weight of the commitment term in the codebook loss (VQ).
         dropout: dropout in the residual blocks.
-        resolution: the input resolution that `attn_resolutions` refers to (the networks are
-            convolutional and take other sizes, too); 0 takes the height of the images.
+        resolution: the input resolution that `attn_resolutions` refers to; 0 takes the height of
+            the images.
         attention: False removes all attention, including the middle.
         levels: darkest and brightest grey level of decoded images, which are clamped to them. FID
             sees differences of a few grey levels between ink or paper and a decoded image.
@@ -123,10 +123,7 @@ class TamingConfig:
 
 
 def config_from_description(description: dict[str, Any]) -> TamingConfig:
-    """Build the architecture from a description (lists become tuples).
-
-    Args:
-        description: returned by `TamingAutoencoder.describe` or `TamingConfig.to_dict`.
+    """Build the architecture from `TamingAutoencoder.describe` or `TamingConfig.to_dict`.
 
     Raises:
         ValueError: a key is unknown or a value out of range.

@@ -1,7 +1,6 @@
 """Protocol of all autoencoders, and their common functions.
 
-An autoencoder maps images x (B, C, H, W), float32 in [-1, 1], to latents and back. Encoding
-returns *moments*: a mean, and for a KL autoencoder the log-variance of its Gaussian posterior.
+Encoding returns *moments*: a mean, and for a KL autoencoder the log-variance of its posterior.
 Latents are those before quantisation: `decode` quantises if the model has a codebook.
 """
 
@@ -17,21 +16,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments of the latents of encoded images.
-
-    Attributes:
-        mean: (B, C_z, H_z, W_z), the latent, or the mean of its posterior.
-        log_var: the same shape, log-variance of the posterior; None for a deterministic encoder.
-    """
+    """Mean of the latents (B, C_z, H_z, W_z), and log-variance if they have a posterior."""
 
     mean: Tensor
     log_var: Tensor | None = None
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Sample latents z = mean + exp(log_var / 2) * noise, (B, C_z, H_z, W_z).
-
-        Without a variance z is the mean.
-        """
+        """Sample z = mean + exp(log_var / 2) * noise, (B, C_z, H_z, W_z); without it the mean."""
         if self.log_var is None:
             return self.mean
         noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype)
@@ -46,8 +37,7 @@ class Autoencoder(Protocol):
         image_shape: (C, H, W) of the images.
         latent_shape: (C_z, H_z, W_z) of the latents.
         stochastic: whether the moments have a log-variance.
-        fingerprint: hex digest of architecture and weights. Autoencoders of one fingerprint
-            encode to the same latents.
+        fingerprint: hex digest of architecture and weights; equal ones encode to the same latents.
     """
 
     image_shape: tuple[int, int, int]
@@ -86,26 +76,18 @@ def module_fingerprint(description: dict[str, Any], module: nn.Module) -> str:
 
 
 def check_images(x: Tensor, image_shape: tuple[int, int, int]) -> None:
-    """Check the shape of images x.
-
-    Raises:
-        ValueError: the shape is not (B, *image_shape).
-    """
-    if x.ndim != 4 or tuple(x.shape[1:]) != image_shape:
-        raise ValueError(
-            f"the images have the shape {tuple(x.shape)}; expected "
-            f"(B, {', '.join(map(str, image_shape))}); choose an autoencoder for such images"
-        )
+    """Raise ValueError unless images x are (B, *image_shape)."""
+    _check(x, image_shape, "images", "choose an autoencoder for such images")
 
 
 def check_latents(z: Tensor, latent_shape: tuple[int, int, int]) -> None:
-    """Check the shape of latents z.
+    """Raise ValueError unless latents z are (B, *latent_shape)."""
+    _check(z, latent_shape, "latents", "use the autoencoder that encoded them")
 
-    Raises:
-        ValueError: the shape is not (B, *latent_shape).
-    """
-    if z.ndim != 4 or tuple(z.shape[1:]) != latent_shape:
+
+def _check(x: Tensor, shape: tuple[int, int, int], what: str, advice: str) -> None:
+    if x.ndim != 4 or tuple(x.shape[1:]) != shape:
         raise ValueError(
-            f"the latents have the shape {tuple(z.shape)}; expected "
-            f"(B, {', '.join(map(str, latent_shape))}); use the autoencoder that encoded them"
+            f"the {what} have the shape {tuple(x.shape)}; expected "
+            f"(B, {', '.join(map(str, shape))}); {advice}"
         )

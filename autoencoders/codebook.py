@@ -10,19 +10,12 @@ _MAX_DISTANCES = 1 << 24
 
 
 def nearest_indices(z: Tensor, entries: Tensor) -> Tensor:
-    """Find the nearest codebook entry of every latent vector.
+    """Find the nearest entry (n_embed, C_z) of every vector of latents (B, C_z, H_z, W_z).
 
         argmin_j ‖z − e_j‖² = argmin_j ‖e_j‖² − 2 z·e_j
 
-    Vectors are processed in slices, because the full table of distances of a 256x256 image and
-    16384 entries would take gigabytes.
-
-    Args:
-        z: (B, C_z, H_z, W_z).
-        entries: (n_embed, C_z).
-
-    Returns:
-        Indices (B, H_z, W_z), int64.
+    The indices are int64 (B, H_z, W_z). Vectors are processed in slices, because the full table of
+    distances of a 256x256 image and 16384 entries would take gigabytes.
     """
     flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
     square = entries.square().sum(1)
@@ -45,10 +38,6 @@ class GumbelQuantizer(nn.Module):
     Training samples an entry from softmax((logits + Gumbel noise) / τ), logits = proj(z). This
     class takes the most likely entry argmax_j logits_j, so that decoding is a function of the
     latent. (The official code samples noise in evaluation, too.)
-
-    Args:
-        n_embed: number of entries.
-        channels: channels of the latents and of the entries.
 
     Reference: Jang, Gu, Poole, "Categorical reparameterization with Gumbel-softmax", 2017.
     """

@@ -4,10 +4,8 @@ diffusers is an optional dependency (`pip install 'jkoflow[diffusers]'`), import
 autoencoder is loaded. Weights are read from safetensors only.
 
 Latents are those of diffusers' pipelines, z = (raw - shift) * scale; decoding reverts this. Scale
-and shift are `scaling_factor` and `shift_factor` of config.json, except for VQModel. That class
-writes 0.18215, the value of Stable Diffusion's KL autoencoder, into every config.json. The latents
-of latent diffusion's VQ models, however, were never scaled. The latents of a VQModel are therefore
-not scaled unless the caller passes a scale. `describe()` states the values.
+and shift are those of config.json. VQModel writes the value of Stable Diffusion's KL autoencoder,
+0.18215, into every config.json, but its latents were never scaled, so its own scale is 1.
 """
 
 from __future__ import annotations
@@ -34,11 +32,8 @@ _HUB_SECONDS = 5.0
 class DiffusersAutoencoder(nn.Module):
     """Autoencoder of the diffusers library behind our protocol, frozen, in float32.
 
-    Args:
-        model: an instance of one of `CLASSES`.
-        size: (H, W) of the images; the networks are convolutional.
-        scale: factor of the latents; None takes that of the model (1 for VQModel, see above).
-        shift: subtracted from the latents before scaling; None takes that of the model.
+    `model` is an instance of one of `CLASSES`, for images of `size` (H, W). Scale and shift are
+    the model's own if they are None.
 
     Raises:
         ValueError: the sides cannot be halved as often as the model requires, the scale is not
@@ -85,11 +80,6 @@ class DiffusersAutoencoder(nn.Module):
 
     def reshaped(self, image_shape: tuple[int, int, int]) -> DiffusersAutoencoder:
         """Return an autoencoder with the same weights for images (C, H, W) of another size."""
-        if image_shape[0] != self.image_shape[0]:
-            raise ValueError(
-                f"the images have {image_shape[0]} channels; expected {self.image_shape[0]}, as "
-                "these weights take"
-            )
         return DiffusersAutoencoder(self.model, image_shape[1:], self.scale, self.shift)
 
     def encode(self, x: Tensor) -> Moments:
@@ -105,20 +95,16 @@ class DiffusersAutoencoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents to images (B, C, H, W) in [-1, 1]; a codebook quantises them first."""
         check_latents(z, self.latent_shape)
-        if self.codebook_size:
-            z = self.nearest(z)
-        return self.decode_entries(z)
+        return self.decode_entries(self.nearest(z) if self.codebook_size else z)
 
     def decode_entries(self, z: Tensor) -> Tensor:
         """Decode latents (B, C_z, H_z, W_z) to images in [-1, 1], without quantising them."""
         return self.decode_quantised(z).clamp(-1.0, 1.0)
 
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise latents to the nearest entries (VQModel).
+        """Quantise latents to the nearest entries (B, C_z, H_z, W_z), scaled like latents.
 
-        Returns:
-            Entries (B, C_z, H_z, W_z), scaled like latents; the codebook loss, a scalar; and the
-            indices (B·H_z·W_z,).
+        The codebook loss, a scalar, and the indices (B·H_z·W_z,) follow.
         """
         raw = z / self.scale + self.shift
         entries = self._entries()
@@ -171,14 +157,10 @@ def load_diffusers(
     scale: float | None = None,
     shift: float | None = None,
 ) -> DiffusersAutoencoder:
-    """Load an autoencoder from a folder or from the hub.
+    """Load an autoencoder from a folder or from the hub, for images of `size` (H, W).
 
-    Args:
-        source: a folder with config.json (or a pipeline's folder with `vae`), or a hub id
-            OWNER/NAME or OWNER/NAME/SUBFOLDER.
-        size: (H, W) of the images; None takes `sample_size` of config.json.
-        scale: see `DiffusersAutoencoder`.
-        shift: see `DiffusersAutoencoder`.
+    The source is a folder with config.json (or a pipeline's folder with `vae`), or a hub id
+    OWNER/NAME or OWNER/NAME/SUBFOLDER. Without a size, `sample_size` of config.json is taken.
 
     Raises:
         ValueError: diffusers is not installed; the source is neither a folder nor a reachable hub
@@ -247,16 +229,14 @@ def _split(source: str) -> tuple[str, str | None]:
     """Split a source into a folder or OWNER/NAME, and a subfolder."""
     folder = Path(source)
     if folder.is_dir():
-        for part in _PARTS:
-            if (
-                not (folder / "config.json").is_file()
-                and (folder / part / "config.json").is_file()
-            ):
-                return source, part
-        return source, None
-    parts = source.split("/")
-    if len(parts) < 2 or source.startswith((".", "/", "~")):
+        if (folder / "config.json").is_file():
+            return source, None
+        parts = (part for part in _PARTS if (folder / part / "config.json").is_file())
+        return source, next(parts, None)
+    owner, _, rest = source.partition("/")
+    name, _, subfolder = rest.partition("/")
+    if not rest or source.startswith((".", "/", "~")):
         raise ValueError(
             f"the source {source!r} is neither a folder nor a hub id (OWNER/NAME); check the path"
         )
-    return "/".join(parts[:2]), "/".join(parts[2:]) or None
+    return f"{owner}/{name}", subfolder or None

@@ -10,11 +10,7 @@ from autoencoders.base import Moments, check_images, check_latents, module_finge
 
 
 class IdentityAutoencoder(nn.Module):
-    """Autoencoder whose latents are the images, in [-1, 1].
-
-    Args:
-        image_shape: (C, H, W).
-    """
+    """Autoencoder whose latents are the images (C, H, W), in [-1, 1]."""
 
     stochastic = False
 

@@ -1,8 +1,6 @@
-"""Registry of autoencoders: an explicit table from names to constructors."""
+"""Autoencoders by name."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from autoencoders import diffusers
 from autoencoders import weights as stored
@@ -10,38 +8,7 @@ from autoencoders.adapt import Adaptation, adapt
 from autoencoders.base import Autoencoder
 from autoencoders.identity import IdentityAutoencoder
 
-
-def _pretrained(
-    weights: str | None, image_shape: tuple[int, int, int], native_size: bool
-) -> Autoencoder:
-    """Load shipped weights or a file."""
-    if weights is None:
-        raise ValueError("autoencoder.weights is null; expected shipped weights or a file")
-    return stored.load_weights(stored.locate_weights(weights))
-
-
-def _diffusers(
-    weights: str | None, image_shape: tuple[int, int, int], native_size: bool
-) -> Autoencoder:
-    """Load an autoencoder of the diffusers library."""
-    if weights is None:
-        raise ValueError("autoencoder.weights is null; expected a folder or a hub id")
-    return diffusers.load_diffusers(weights, None if native_size else image_shape[1:])
-
-
-def _identity(
-    weights: str | None, image_shape: tuple[int, int, int], native_size: bool
-) -> Autoencoder:
-    """Build the identity."""
-    return IdentityAutoencoder(image_shape)
-
-
-#: from weights, the image shape, and whether the image size of the weights is used instead
-CONSTRUCTORS: dict[str, Callable[[str | None, tuple[int, int, int], bool], Autoencoder]] = {
-    "pretrained": _pretrained,
-    "diffusers": _diffusers,
-    "identity": _identity,
-}
+NAMES = ("diffusers", "identity", "pretrained")
 
 
 def build_autoencoder(
@@ -50,26 +17,30 @@ def build_autoencoder(
     image_shape: tuple[int, int, int],
     adaptation: Adaptation | None = None,
 ) -> Autoencoder:
-    """Build the autoencoder of a name for images of a shape.
+    """Build the autoencoder of a name (pretrained, diffusers or identity) for images of a shape.
 
-    Args:
-        name: pretrained, diffusers or identity.
-        weights: a shipped name or a path (pretrained), a folder or a hub id (diffusers).
-        image_shape: (C, H, W) of the images.
-        adaptation: the changes that are allowed if shapes differ; None allows none.
+    `weights` are a shipped name or a path (pretrained), or a folder or a hub id (diffusers). The
+    adaptation is what may change if shapes differ; None allows nothing.
 
     Raises:
         ValueError: the name or the weights are unknown, or the image shapes differ.
     """
-    if name not in CONSTRUCTORS:
-        raise ValueError(
-            f"the autoencoder is {name!r}; expected one of {', '.join(sorted(CONSTRUCTORS))}"
-        )
+    if name not in NAMES:
+        raise ValueError(f"the autoencoder is {name!r}; expected one of {', '.join(NAMES)}")
     adaptation = adaptation or Adaptation()
     side = adaptation.size
-    encoded_shape = (image_shape[0], side, side) if side else image_shape
-    native_size = adaptation.fit == "resize" and not side
-    model = CONSTRUCTORS[name](weights, encoded_shape, native_size)
+    model: Autoencoder
+    if name == "identity":
+        model = IdentityAutoencoder((image_shape[0], side, side) if side else image_shape)
+    elif weights is None:
+        kinds = {"pretrained": "shipped weights or a file", "diffusers": "a folder or a hub id"}
+        raise ValueError(f"autoencoder.weights is null; expected {kinds[name]}")
+    elif name == "pretrained":
+        model = stored.load_weights(stored.locate_weights(weights))
+    else:
+        own_size = adaptation.fit == "resize" and not side  # that of the weights
+        size = (side, side) if side else image_shape[1:]
+        model = diffusers.load_diffusers(weights, None if own_size else size)
     try:
         return adapt(model, image_shape, adaptation)
     except ValueError as error:

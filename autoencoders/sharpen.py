@@ -21,13 +21,9 @@ def sharpen(x: Tensor, strength: float) -> Tensor:
 
 
 def laplacian(x: Tensor) -> Tensor:
-    """Compute the Laplacian: the sum of the four neighbours minus four times the pixel.
+    """Compute the sum of the four neighbours minus four times the pixel of images (B, C, H, W).
 
-    Args:
-        x: (B, C, H, W); its border is repeated.
-
-    Returns:
-        (B, C, H, W).
+    The border is repeated.
     """
     p = F.pad(x, (1, 1, 1, 1), mode="replicate")
     neighbours = p[..., :-2, 1:-1] + p[..., 2:, 1:-1] + p[..., 1:-1, :-2] + p[..., 1:-1, 2:]

@@ -1,17 +1,12 @@
 """VQ, Gumbel and KL autoencoders on the networks of taming-transformers.
 
-The networks and their parameter names are those of the official checkpoints (`encoder.*`,
-`decoder.*`, `quantize.embedding.weight`, `quant_conv.*`, `post_quant_conv.*`; Gumbel:
-`quantize.proj.*`, `quantize.embed.weight`), so that converted and newly trained weights load the
-same way.
+Networks and names of parameters are those of the official checkpoints, so that converted and newly
+trained weights load the same way. There are two exact additions for small images, which decoding
+reverts. `canvas` centres an image on a larger canvas of background (-1). `patch` folds p x p
+pixels into channels, so that most of the network runs at a resolution where CPUs are efficient.
 
-There are two additions for small images. Both are exact, and decoding reverts them. `canvas`
-centres a 28x28 image on a larger canvas of background (-1). `patch` folds p x p pixels into
-channels (pixel-unshuffle), so that most of the network runs at a resolution where CPUs are
-efficient.
-
-Reference: Esser, Rombach, Ommer, "Taming transformers for high-resolution image synthesis",
-CVPR 2021; Rombach et al., "High-resolution image synthesis with latent diffusion", CVPR 2022.
+Reference: Esser, Rombach, Ommer, "Taming transformers for high-resolution image synthesis", CVPR
+2021; Rombach et al., "High-resolution image synthesis with latent diffusion", CVPR 2022.
 """
 
 from __future__ import annotations
@@ -40,9 +35,6 @@ class TamingAutoencoder(nn.Module):
     """VQ, Gumbel or KL autoencoder on taming's networks.
 
     The weights are random until `load_state_dict`; call `freeze` when they are final.
-
-    Args:
-        config: the architecture.
     """
 
     def __init__(self, config: TamingConfig) -> None:
@@ -86,21 +78,13 @@ class TamingAutoencoder(nn.Module):
         return self
 
     def reshaped(self, image_shape: tuple[int, int, int]) -> TamingAutoencoder:
-        """Return an autoencoder with the same weights for images of another size, frozen.
+        """Return an autoencoder with these weights for images (C, H, W) of another size, frozen.
 
-        Attention stays at the same depth.
-
-        Args:
-            image_shape: (C, H, W), with the C of these weights.
+        The channels are those of the weights, and attention stays at the same depth.
 
         Raises:
-            ValueError: the number of channels differs, or the sides cannot be halved often enough.
+            ValueError: the sides cannot be halved often enough.
         """
-        if image_shape[0] != self.image_shape[0]:
-            raise ValueError(
-                f"the images have {image_shape[0]} channels; expected {self.image_shape[0]}, as "
-                "these weights take"
-            )
         resolution = self.config.resolution or self.config.side // self.config.patch
         config = replace(self.config, image_shape=image_shape, canvas=0, resolution=resolution)
         model = TamingAutoencoder(config)
@@ -113,15 +97,10 @@ class TamingAutoencoder(nn.Module):
         return 0 if self.stochastic else self.config.n_embed
 
     def encode(self, x: Tensor) -> Moments:
-        """Encode images to moments: mean and log-variance (KL), or the unquantised latent (VQ).
+        """Encode images (B, C, H, W) in [-1, 1] to moments (B, C_z, H_z, W_z).
 
-        The unquantised latent of a Gumbel model is the argument of its logits (see `logits`).
-
-        Args:
-            x: (B, C, H, W), in [-1, 1].
-
-        Returns:
-            Moments of shape (B, C_z, H_z, W_z).
+        They are mean and log-variance (KL), or the unquantised latent (VQ; Gumbel: input of the
+        logits).
 
         Raises:
             ValueError: the images have another shape.
@@ -134,20 +113,14 @@ class TamingAutoencoder(nn.Module):
         return Moments(mean, log_var.clamp(*_LOG_VAR_RANGE))
 
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise latents to the nearest (VQ) or the most likely (Gumbel) codebook entries.
+        """Quantise latents (B, C_z, H_z, W_z) to the nearest (VQ) or most likely (Gumbel) entries.
 
         With gradients enabled, VQ entries have taming's straight-through gradient, and the loss is
 
             mean ‖sg z − e‖² + β mean ‖z − sg e‖²,   β = `commitment`.
 
-        (In taming 0.0.1 β weights the first term, which contradicts its documentation.)
-
-        Args:
-            z: (B, C_z, H_z, W_z).
-
-        Returns:
-            Quantised latents (B, C_z, H_z, W_z), the codebook loss (scalar; 0 for Gumbel), and
-            the indices (B·H_z·W_z,).
+        In taming 0.0.1 β weights the first term, which contradicts its documentation. The result
+        is the quantised latents, the loss (a scalar; 0 for Gumbel), and the indices (B·H_z·W_z,).
         """
         entries = self._entries()
         if self.config.flavour == "gumbel":
@@ -167,28 +140,16 @@ class TamingAutoencoder(nn.Module):
     def codes(self, z: Tensor, entries: bool = False) -> Tensor:
         """Return the indices (B·H_z·W_z,) of the codebook entries that decoding uses.
 
-        Args:
-            z: (B, C_z, H_z, W_z).
-            entries: whether the latents are codebook entries up to an error (see `nearest`).
+        With `entries` the latents are codebook entries up to an error (see `nearest`).
         """
         return nearest_indices(z, self._entries()).flatten() if entries else self.quantise(z)[2]
 
     def nearest(self, z: Tensor) -> Tensor:
-        """Round latents that are codebook entries up to an error to the nearest entries.
+        """Round latents (B, C_z, H_z, W_z) that are entries up to an error to the nearest entries.
 
-        For VQ this is `quantise`. For Gumbel it is not, because an entry is no argument of the
-        logits.
-
-        Args:
-            z: (B, C_z, H_z, W_z).
+        For Gumbel this is not `quantise`, because an entry is no argument of the logits.
         """
         return look_up(nearest_indices(z, self._entries()), self._entries())
-
-    def logits(self, z: Tensor) -> Tensor:
-        """Compute the logits (B, n_embed, H_z, W_z) of the codebook entries (Gumbel only)."""
-        if self.config.flavour != "gumbel":
-            raise ValueError(f"the flavour is {self.config.flavour}; expected gumbel for logits")
-        return self.quantize.proj(z)
 
     def _entries(self) -> Tensor:
         """Return the codebook (n_embed, C_z)."""
@@ -198,13 +159,9 @@ class TamingAutoencoder(nn.Module):
         return getattr(self.quantize, kind).weight
 
     def decode(self, z: Tensor) -> Tensor:
-        """Decode latents to images; a codebook quantises them first.
+        """Decode latents (B, C_z, H_z, W_z), which a codebook quantises, to images (B, C, H, W).
 
-        Args:
-            z: (B, C_z, H_z, W_z), not standardised.
-
-        Returns:
-            (B, C, H, W), clamped to `config.levels`, and sharpened by `config.sharpen`.
+        The images are clamped to `config.levels`, and sharpened by `config.sharpen`.
 
         Raises:
             ValueError: the latents have another shape.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from autoencoders.architecture import config_from_description
@@ -49,21 +50,12 @@ def to_tensors(
     recipe: dict[str, Any] | None = None,
     exact: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Convert a model to the tensors and metadata of a file.
+    """Convert a model to the tensors (…) and metadata of a safetensors file.
 
     Half precision halves the file. All results refer to the stored weights, because the
     fingerprint of a loaded model is that of the rounded weights. A tensor that would overflow
-    keeps its dtype.
-
-    Args:
-        model: the autoencoder.
-        dtype: of the stored tensors.
-        recipe: JSON values about data and training, stored with the weights.
-        exact: names of tensors that must not change; they keep their dtype if rounding would
-            change them.
-
-    Returns:
-        (tensors, metadata) for a safetensors file.
+    keeps its dtype, and so do those named in `exact` that rounding would change. `recipe` has JSON
+    values about data and training.
     """
     state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     tensors = {k: _stored(v, dtype, k in exact) for k, v in state.items()}
@@ -78,9 +70,9 @@ def load_weights(path: Path) -> TamingAutoencoder:
         ValueError: the file is damaged, holds no autoencoder, or has tensors that do not fit.
     """
     try:
+        tensors = load_file(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is not a complete safetensors file ({error}); download or write it again"
@@ -97,37 +89,21 @@ def load_weights(path: Path) -> TamingAutoencoder:
             f"the description in {path} is damaged; download or write the file again"
         ) from error
     model = TamingAutoencoder(config_from_description(description))
-    fill_weights(model, tensors, str(path))
+    require_fitting(model, tensors, str(path))
+    model.load_state_dict(tensors)  # as float32
     return model.freeze()
 
 
-def fill_weights(model: TamingAutoencoder, tensors: dict[str, Tensor], source: str) -> None:
-    """Load tensors into a model as float32.
+def require_fitting(model: TamingAutoencoder, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check that tensors (…) by name are exactly those of a model; `source` names their origin.
 
     Raises:
         ValueError: a tensor is missing, unexpected, or of another shape; the message names it.
     """
-    require_fitting(
-        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        source,
+    expected, available = (
+        {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for state in (model.state_dict(), tensors)
     )
-    model.load_state_dict({k: v.float() for k, v in tensors.items()})
-
-
-def require_fitting(
-    expected: Mapping[str, tuple[int, ...]], available: Mapping[str, tuple[int, ...]], source: str
-) -> None:
-    """Check that tensors are exactly those of a model.
-
-    Args:
-        expected: shape of every tensor of the model, by name.
-        available: shape of every available tensor, by name.
-        source: their origin, for the message.
-
-    Raises:
-        ValueError: a tensor is missing, unexpected, or of another shape; the message names it.
-    """
     missing = sorted(set(expected) - set(available))
     unexpected = sorted(set(available) - set(expected))
     shapes = [

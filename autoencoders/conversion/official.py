@@ -2,16 +2,13 @@
 
 The input is a `model.yaml` and a checkpoint: a VQGAN or Gumbel VQGAN (taming), or a VQ or KL first
 stage (latent diffusion), alone or as `first_stage_model.*` of a whole model. The yaml is read as
-data; the class that it names determines the flavour. `loss.*` (discriminator, perceptual network)
-and the training state of an averaging codebook are ignored; all other tensors must fit.
-
-Latents are mean and log-variance (KL), or the output of `quant_conv` before quantisation (VQ and
-Gumbel; for Gumbel it is the argument of `TamingAutoencoder.logits`).
+data; the class that it names determines the flavour. `loss.*` and the training state of an
+averaging codebook are ignored; all other tensors must fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from torch import Tensor
 
 from autoencoders import weights
 from autoencoders.architecture import TamingConfig
-from autoencoders.conversion.checkpoint import Checkpoint
+from autoencoders.conversion.checkpoint import read_checkpoint
 from autoencoders.taming import TamingAutoencoder
 
 _NESTED = "first_stage_model."
@@ -45,8 +42,7 @@ _MAX_YAML_BYTES = 1 << 20
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the description of a first stage, `target` and `params`, from a model's yaml.
 
-    Args:
-        path: yaml of the first stage, or of a whole model with a `first_stage_config`.
+    It is the yaml of the first stage, or of a whole model with a `first_stage_config`.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -79,12 +75,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def architecture_of(
     node: Mapping[str, Any], image_shape: tuple[int, int, int] | None = None
 ) -> TamingConfig:
-    """Build the architecture that a yaml describes.
+    """Build the architecture that a yaml describes, from `read_yaml`.
 
-    Args:
-        node: description from `read_yaml`.
-        image_shape: (C, H, W) of the images; None takes the yaml's resolution. Attention stays
-            at the depth that the yaml's resolution determines.
+    Without an image shape (C, H, W) the images have the yaml's resolution. Attention stays at the
+    depth that this resolution determines.
 
     Raises:
         ValueError: a value is missing, of the wrong type, or requires another network.
@@ -122,49 +116,29 @@ def load_official(
     image_shape: tuple[int, int, int] | None = None,
     averaged: bool = False,
 ) -> TamingAutoencoder:
-    """Build the autoencoder of an official checkpoint, frozen, in float32.
+    """Build the autoencoder of an official checkpoint and its model.yaml, frozen, in float32.
 
-    Args:
-        checkpoint: .ckpt (no code of it is run) or .safetensors.
-        description: path of the model.yaml.
-        image_shape: (C, H, W) of the images; None takes the yaml's resolution.
-        averaged: whether to read the moving averages `model_ema.*`. The default is the last
-            weights, which the official code uses.
+    `image_shape` is as in `architecture_of`. `averaged` reads the moving averages `model_ema.*`;
+    the official code uses the last weights.
 
     Raises:
         FileNotFoundError: one of the files does not exist.
         ValueError: the yaml or the checkpoint is invalid, or they do not fit; the message names
             tensors that are missing, unexpected, or of another shape.
     """
-    config = architecture_of(read_yaml(description), image_shape)
-    model = TamingAutoencoder(config)
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    with Checkpoint(checkpoint) as file:
-        keys = _keys_of_first_stage(file.shapes, shapes, str(checkpoint), averaged)
-        weights.require_fitting(
-            shapes,
-            {name: file.shapes[key] for name, key in keys.items()},
-            f"{checkpoint} (described by {description})",
-        )
-        tensors = {name: _finite_float(file.read(key), key) for name, key in keys.items()}
-    model.load_state_dict(tensors)
+    model = TamingAutoencoder(architecture_of(read_yaml(description), image_shape))
+    stored = read_checkpoint(checkpoint)
+    keys = _keys_of_first_stage(stored, model.state_dict(), str(checkpoint), averaged)
+    tensors = {name: stored[key] for name, key in keys.items()}
+    weights.require_fitting(model, tensors, f"{checkpoint} (described by {description})")
+    model.load_state_dict({name: _finite_float(tensors[name], keys[name]) for name in keys})
     return model.freeze()
 
 
 def _keys_of_first_stage(
-    checkpoint: Mapping[str, tuple[int, ...]],
-    model: Mapping[str, tuple[int, ...]],
-    source: str,
-    averaged: bool,
+    checkpoint: Collection[str], model: Collection[str], source: str, averaged: bool
 ) -> dict[str, str]:
-    """Return the checkpoint's key of every tensor of its first stage, by name in our model.
-
-    Args:
-        checkpoint: shapes of the checkpoint's tensors.
-        model: shapes of our model's tensors.
-        source: path of the checkpoint, for the message.
-        averaged: whether to select the moving averages.
-    """
+    """Map the names of the tensors in our model to those in a checkpoint (from `source`)."""
     nested = any(key.startswith(_NESTED + "encoder.") for key in checkpoint)
     prefix = _NESTED if nested else ""
     names = [key.removeprefix(prefix) for key in checkpoint if key.startswith(prefix)]
@@ -197,11 +171,7 @@ def _flavour(target: str, dd: Mapping[str, Any], params: Mapping[str, Any]) -> s
 
 
 def _require_taming_networks(dd: Mapping[str, Any]) -> None:
-    """Check that taming's package can build the networks of a ddconfig.
-
-    Raises:
-        ValueError: a setting requires another network.
-    """
+    """Check that taming's package can build the networks of a ddconfig."""
     unusual = [k for k in dd if k not in _USED and (k not in _USUAL or dd[k] != _USUAL[k])]
     if unusual:
         raise ValueError(

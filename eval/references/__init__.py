@@ -1,8 +1,8 @@
 """Reference statistics for FID: the shipped ones and their file format.
 
-A reference is one safetensors file: the mean in float64, the upper triangle of the covariance in
-float32 (8 MB instead of 32), and a card in the metadata. The rounding changes FID by less than
-1e-6 of its value (by 2e-8 at an FID of 9 between two sets of real MNIST digits).
+A reference is one safetensors file. It holds the mean in float64, the upper triangle of the
+covariance in float32 (8 MB instead of 32), and a card in the metadata. The rounding changes FID by
+less than 1e-6 of its value (by 2e-8 at an FID of 9 between two sets of real MNIST digits).
 """
 
 from __future__ import annotations

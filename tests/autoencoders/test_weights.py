@@ -14,9 +14,9 @@ from autoencoders.identity import IdentityAutoencoder
 from autoencoders.registry import build_autoencoder
 from autoencoders.weights import (
     DESCRIPTION,
-    fill_weights,
     load_weights,
     locate_weights,
+    require_fitting,
     shipped_weights,
     to_tensors,
 )
@@ -79,7 +79,7 @@ def test_keys_that_do_not_fit_are_named() -> None:
     del tensors["quant_conv.bias"]
     tensors["post_quant_conv.weight"] = torch.zeros(3, 5, 1, 1)
     with pytest.raises(ValueError) as caught:
-        fill_weights(made, tensors, "here")
+        require_fitting(made, tensors, "here")
     said = str(caught.value)
     assert "the weights in here do not fit" in said
     assert "missing: quant_conv.bias" in said
@@ -89,7 +89,7 @@ def test_keys_that_do_not_fit_are_named() -> None:
 
 def test_many_faults_are_counted() -> None:
     with pytest.raises(ValueError, match=r"missing: .* and \d+ more"):
-        fill_weights(model(), {}, "here")
+        require_fitting(model(), {}, "here")
 
 
 def test_files_that_are_none(tmp_path: Path, stored: Path) -> None:

@@ -6,7 +6,6 @@ import builtins
 import collections
 import copyreg
 import functools
-import io
 import os
 import pickle
 import struct
@@ -19,9 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from autoencoders.conversion import unpickle
-from autoencoders.conversion.checkpoint import Checkpoint
-from autoencoders.conversion.unpickle import DamagedCheckpointError, Inert, UnsafeCheckpointError
+from autoencoders.conversion.checkpoint import Inert, read_checkpoint
 
 #: what ran, told by functions of this file that a payload calls
 RAN: list[str] = []
@@ -86,7 +83,8 @@ def payloads(marker: Path) -> dict[str, object]:
 
 
 NAMES = [n for n in payloads(Path("x")) if n != "getattr chain"]
-REFUSED = {"os.system", "eval", "exec", "open", "subprocess", "import", "nested reduce"}
+#: torch refuses names of these modules; all others are inert, and the tensors are still read
+REFUSED = {"os.system", "nested reduce", "state"}
 
 
 def write(path: Path, value: object, form: str) -> Path:
@@ -95,8 +93,14 @@ def write(path: Path, value: object, form: str) -> Path:
     return path
 
 
-def read_pickle(data: bytes) -> Any:
-    return unpickle.read_pickle(io.BytesIO(data))[0]
+def rewrite(path: Path, change: Callable[[str, bytes], bytes], compress: bool = False) -> None:
+    """Write a zip checkpoint again with its entries changed."""
+    with zipfile.ZipFile(path) as old:
+        entries = {n: old.read(n) for n in old.namelist()}
+    kind = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w", kind) as new:
+        for name, data in entries.items():
+            new.writestr(name, change(name, data))
 
 
 @pytest.fixture(autouse=True)
@@ -111,13 +115,10 @@ def test_a_payload_never_runs(tmp_path: Path, name: str, form: str) -> None:
     path = write(tmp_path / "bad.ckpt", payloads(marker)[name], form)
     RAN.clear()
     if name in REFUSED:
-        with pytest.raises(
-            UnsafeCheckpointError, match="no checkpoint needs; no code of it has run"
-        ):
-            Checkpoint(path)
+        with pytest.raises(ValueError, match="cannot be used"):
+            read_checkpoint(path)
     else:
-        with Checkpoint(path) as file:  # inert: the tensors beside it are still read
-            assert torch.equal(file.read("encoder.weight"), torch.arange(6.0))
+        assert torch.equal(read_checkpoint(path)["encoder.weight"], torch.arange(6.0))
     assert not RAN and not marker.exists()
 
 
@@ -134,44 +135,33 @@ def test_the_payloads_do_run_when_they_are_trusted(tmp_path: Path, name: str) ->
 
 
 RAW = {
-    # the names come from the memo, so that no string stands before the opcode
     "names from the memo": (
         b"\x80\x04\x8c\x02os\x94\x8c\x06system\x940h\x00h\x01\x93\x8c\x01x\x85R."
     ),
     "dotted name": b"\x80\x04\x8c\x08builtins\x8c\x0ceval.__call__\x93\x8c\x011\x85R.",
-    "python 2 name": b"c__builtin__\neval\n(V1\ntR.",
     "instance opcode": b"(Vx\nios\nsystem\n.",
     "object opcode": b"(cos\nsystem\nVx\no.",
-    "submodule": b"cos.path\nsystem\n(Vx\ntR.",
+    "system of os": b"cos\nsystem\n(X\x01\x00\x00\x00xtR.",
     "extension": b"\x80\x02\x82\x01.",
     "memory": b"Nr\xff\xff\xff\x7f.",
-    "class of ours, attribute": b"ccollections\nOrderedDict\n(N}Vget\nNstb.",
-    "class of ours, inert": b"cx\ny\n(N}V__call__\nNstb.",
+    "attribute of a class": b"cx\ny\n}X\x03\x00\x00\x00getNsb.",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_handmade_opcodes_are_refused(name: str) -> None:
-    with pytest.raises((UnsafeCheckpointError, DamagedCheckpointError)):
-        read_pickle(RAW[name])
-    # the stand-ins are as they were
-    assert isinstance(Inert()(), Inert)
-    assert read_pickle(b"ccollections\nOrderedDict\n)RVa\nI1\ns.").get("a") == 1
+def test_handmade_opcodes_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x.ckpt"
+    torch.save({"w": torch.zeros(5)}, path)
+    rewrite(path, lambda entry, data: RAW[name] if entry.endswith("data.pkl") else data)
+    with pytest.raises(ValueError, match="cannot be used|holds no dictionary"):
+        read_checkpoint(path)
+    assert not hasattr(Inert, "get")
 
 
-def test_unknown_classes_become_inert_and_stay_so() -> None:
-    # build x.y(), fill it as a list, a dictionary, a set; give it a state; call it
-    value = read_pickle(b"cx\ny\n)R(NNe(NNu(N\x90NNsNb)R.")
-    assert isinstance(value, Inert)
-    assert not hasattr(value, "__dict__")
-
-
-def test_a_tensor_cannot_be_larger_than_its_storage(tmp_path: Path) -> None:
-    big = torch.zeros(1).expand(1 << 40)  # a stride of 0: four bytes that claim to be 4 TiB
-    path = tmp_path / "big.ckpt"
-    torch.save({"w": big}, path)
-    with pytest.raises(DamagedCheckpointError, match="exceeds its storage"):
-        Checkpoint(path)
+def test_names_are_bound_for_one_file_only(tmp_path: Path) -> None:
+    before = set(torch.serialization.get_safe_globals())
+    read_checkpoint(write(tmp_path / "x.ckpt", Payload(touch, "own"), "zip"))
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 @pytest.mark.parametrize("form", ["zip", "stream"])
@@ -189,23 +179,16 @@ def test_tensors_come_out_as_torch_itself_reads_them(
     }  # fmt: skip
     path = tmp_path / "x.pt"
     torch.save(tensors, path, _use_new_zipfile_serialization=form == "zip")
-    expected = torch.load(path, weights_only=True)
-    with Checkpoint(path) as file:
-        assert file.form == form
-        assert file.shapes == {k: tuple(v.shape) for k, v in tensors.items()}
-        for name, tensor in expected.items():
-            found = file.read(name)
-            assert found.dtype == dtype and torch.equal(found, tensor.detach())
+    expected, found = torch.load(path, weights_only=True), read_checkpoint(path)
+    assert set(found) == set(tensors)
+    for name, tensor in expected.items():
+        assert found[name].dtype == dtype and torch.equal(found[name], tensor.detach())
 
 
-def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.ckpt"
-    torch.save({"large": torch.zeros(1000), "small": torch.ones(10)}, path)
-    monkeypatch.setattr("autoencoders.conversion.checkpoint.MAX_TENSOR_BYTES", 100)
-    with Checkpoint(path) as file:
-        assert file.read("small").sum() == 10
-        with pytest.raises(ValueError, match="more than 0 GiB of weights"):
-            file.read("large")
+def test_a_defaultdict_beside_the_weights_is_read(tmp_path: Path) -> None:
+    value = collections.defaultdict(list, {"a": 1})
+    path = write(tmp_path / "x.ckpt", value, "zip")
+    assert torch.equal(read_checkpoint(path)["encoder.weight"], torch.arange(6.0))
 
 
 @pytest.mark.parametrize("form", ["zip", "stream", "safetensors"])
@@ -220,31 +203,15 @@ def test_a_file_that_is_cut_off(tmp_path: Path, form: str, share: float) -> None
         torch.save({"w": torch.zeros(5000)}, path, _use_new_zipfile_serialization=form == "zip")
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(DamagedCheckpointError, match="cannot be used: it"):
-        Checkpoint(path)
-
-
-def rewrite(path: Path, change: Callable[[str, bytes], bytes], compress: bool = False) -> None:
-    """Write a zip checkpoint again with its entries changed."""
-    with zipfile.ZipFile(path) as old:
-        entries = {n: old.read(n) for n in old.namelist()}
-    kind = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
-    with zipfile.ZipFile(path, "w", kind) as new:
-        for name, data in entries.items():
-            new.writestr(name, change(name, data))
+    with pytest.raises(ValueError, match="x.ckpt cannot be used"):
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize(
     ("change", "compress", "words"),
     [
-        (
-            lambda n, d: d,
-            True,
-            "or is compressed; expected",
-        ),  # a small file could unfold to any size
-        (lambda n, d: b"big" if n.endswith("byteorder") else d, False, "big-endian"),
-        (lambda n, d: b"" if n.endswith("data.pkl") else d, False, "pickle cannot be read"),
-        (lambda n, d: d[:-4] if "/data/" in n else d, False, "w is incomplete"),
+        (lambda n, d: d, True, "is compressed"),  # a small file could unfold to any size
+        (lambda n, d: b"" if n.endswith("data.pkl") else d, False, "cannot be used"),
         (lambda n, d: b"N." if n.endswith("data.pkl") else d, False, "no dictionary of tensors"),
     ],
 )
@@ -254,29 +221,29 @@ def test_an_archive_that_was_tampered_with(
     path = tmp_path / "x.ckpt"
     torch.save({"w": torch.zeros(50)}, path)
     rewrite(path, change, compress)
-    with pytest.raises(DamagedCheckpointError, match=words), Checkpoint(path) as file:
-        file.read("w")
+    with pytest.raises(ValueError, match=words):
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    "content",
     [
-        (b"", "neither a safetensors file nor a checkpoint"),
-        (b"hello, this is no checkpoint", "neither a safetensors file nor a checkpoint"),
-        (pickle.dumps({"a": 1}), "neither a safetensors file nor a checkpoint"),
-        (struct.pack("<Q", 1 << 40) + b"{", "not a complete safetensors file"),
-        (b"PK\x03\x04" + bytes(100), "truncated or damaged"),
+        b"",
+        b"hello, this is no checkpoint",
+        pickle.dumps({"a": 1}),
+        struct.pack("<Q", 1 << 40) + b"{",
+        b"PK\x03\x04" + bytes(100),
     ],
 )
-def test_files_that_are_no_checkpoint(tmp_path: Path, content: bytes, words: str) -> None:
+def test_files_that_are_no_checkpoint(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.ckpt"
     path.write_bytes(content)
-    with pytest.raises(DamagedCheckpointError, match=words):
-        Checkpoint(path)
+    with pytest.raises(ValueError, match="cannot be used .*expected a safetensors file or"):
+        read_checkpoint(path)
 
 
 def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
-    with pytest.raises(DamagedCheckpointError, match="TorchScript"):
-        Checkpoint(path)
+    with pytest.raises(ValueError, match="cannot be used"):
+        read_checkpoint(path)
