@@ -30,6 +30,7 @@ def mmd(
     y: Tensor | npt.NDArray[np.floating],
     *,
     scale: float = 1.0,
+    bandwidth: float | None = None,
     alpha: float = 0.05,
     resamples: int = 500,
     seed: int = 0,
@@ -39,12 +40,12 @@ def mmd(
         k(x, y) = exp(-|x - y|² / 2σ²)
         MMD² = Σ k(x_i, x_j) / n² + Σ k(y_i, y_j) / m² - 2 Σ k(x_i, y_j) / nm
 
-    This is a V-statistic: the sums include the diagonals, so MMD² ≥ 0. σ is `scale` times the
-    median distance within the pooled sample; 0.1 compares details, 1 the overall shape. The
-    bootstrap threshold τ is the 1 - α quantile of MMD² between random divisions of the pool into n
-    and m points. Two samples of one distribution exceed it with probability α. (Resampling with
-    replacement would repeat points, which increases τ at small σ.) With weights w (1/n and -1/m)
-    on the pool, each MMD² is wᵀKw.
+    This is a V-statistic: the sums include the diagonals, so MMD² ≥ 0. σ is `bandwidth`, or else
+    `scale` times the median distance within the pooled sample; 0.1 compares details, 1 the overall
+    shape. The bootstrap threshold τ is the 1 - α quantile of MMD² between random divisions of the
+    pool into n and m points. Two samples of one distribution exceed it with probability α.
+    (Resampling with replacement would repeat points, which increases τ at small σ.) With weights w
+    (1/n and -1/m) on the pool, each MMD² is wᵀKw.
 
     Raises:
         ValueError: a shape or an argument is out of range, or all points are equal.
@@ -62,7 +63,7 @@ def mmd(
             f"alpha is {alpha} and resamples {resamples}; expected 0 < alpha < 1 and at least 1"
         )
     pool = torch.cat([x, y])
-    sigma = scale * median_distance(pool, seed)
+    sigma = scale * median_distance(pool, seed) if bandwidth is None else bandwidth
     if not sigma > 0:
         raise ValueError(
             f"the bandwidth is {sigma}; expected a positive number; are all points equal?"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 
-#: half the longer side of a picture, in coordinates of the plane
+#: half the side of a picture, in coordinates of the plane
 HALF = 4.0
 _LARGEST = 512
 _SIDE = 256
@@ -27,15 +27,24 @@ _SIDE = 256
 
 @dataclass(frozen=True)
 class PictureDensity:
-    """Density that is constant on every pixel.
+    """Density that is constant on every pixel of a picture that is stretched to [-4, 4]².
+
+    The authors of JKO-iFlow stretch both axes so, too, and take the darkness relative to the
+    lightest pixel. They blur each pixel by a Gaussian of half its size, where this is constant.
 
     Attributes:
         weights: probability of each pixel, float64 (H, W), first row on top, sum 1.
-        pixel: side of a pixel in the plane; the longer side of the picture spans [-4, 4].
+
+    Reference: the released code of JKO-iFlow, `main.py`.
     """
 
     weights: Tensor
-    pixel: float
+
+    @property
+    def pixel(self) -> tuple[float, float]:
+        """The width and the height of a pixel in the plane."""
+        height, width = self.weights.shape
+        return 2 * HALF / width, 2 * HALF / height
 
     @classmethod
     def from_ink(cls, ink: npt.NDArray[np.floating]) -> PictureDensity:
@@ -50,7 +59,7 @@ class PictureDensity:
                 f"ink of shape {ink.shape} is negative, not finite or zero everywhere; expected "
                 "non-negative values with a positive sum"
             )
-        return cls(torch.from_numpy(ink / ink.sum()), 2 * HALF / max(ink.shape))
+        return cls(torch.from_numpy(ink / ink.sum()))
 
     @classmethod
     def from_file(cls, path: Path) -> PictureDensity:
@@ -75,9 +84,12 @@ class PictureDensity:
         paper = Image.new("RGBA", rgba.size, "white")
         grey = Image.alpha_composite(paper, rgba).convert("L")
         grey.thumbnail((_LARGEST, _LARGEST))
-        ink = 255 - np.asarray(grey, np.float64)
+        levels = np.asarray(grey, np.float64)
+        ink = levels.max() - levels
         if not ink.any():
-            raise UserError(f"{path} is blank; expected dark pixels; give another picture")
+            raise UserError(
+                f"{path} is blank, of one colour; expected dark pixels; give another picture"
+            )
         return cls.from_ink(ink)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
@@ -87,19 +99,21 @@ class PictureDensity:
         index = torch.searchsorted(cumulative, levels, right=True).clamp(max=len(cumulative) - 1)
         height, width = self.weights.shape
         jitter = torch.rand((n, 2), generator=generator, dtype=torch.float64)
-        x = (index % width + jitter[:, 0] - width / 2) * self.pixel
-        y = (height / 2 - index // width - jitter[:, 1]) * self.pixel
+        across, down = self.pixel
+        x = (index % width + jitter[:, 0] - width / 2) * across
+        y = (height / 2 - index // width - jitter[:, 1]) * down
         return torch.stack([x, y], dim=1).float()
 
     def log_density(self, points: Tensor) -> Tensor:
         """Return log p at points (n, 2) in nats, float64 (n,); -inf without ink."""
         height, width = self.weights.shape
-        scaled = points.double() / self.pixel
+        across, down = self.pixel
+        scaled = points.double() / torch.tensor([across, down], dtype=torch.float64)
         column = (scaled[:, 0] + width / 2).floor().long()
         row = (height / 2 - scaled[:, 1]).ceil().long() - 1
         inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
         weights = self.weights[row.clamp(0, height - 1), column.clamp(0, width - 1)]
-        density = torch.where(inside, weights, torch.zeros_like(weights)) / self.pixel**2
+        density = torch.where(inside, weights, torch.zeros_like(weights)) / (across * down)
         return density.log()
 
 

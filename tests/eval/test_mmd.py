@@ -29,6 +29,9 @@ def test_two_points_in_closed_form():
     # Samples {0, 0} and {1, 1}: MMD² = 2 - 2 exp(-1 / 2σ²), where the median distance is 1.
     found = mmd(np.zeros((2, 1)), np.ones((2, 1)), scale=2.0)
     assert found.value == pytest.approx(2 - 2 * np.exp(-1 / 8), rel=1e-12)
+    found = mmd(np.zeros((2, 1)), 3 * np.ones((2, 1)), bandwidth=1.0)
+    assert found.value == pytest.approx(2 - 2 * np.exp(-9 / 2), rel=1e-12)
+    assert found.bandwidth == 1
 
 
 def test_median_of_three_points():

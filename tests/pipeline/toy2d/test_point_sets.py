@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from eval.mmd import mmd
 from pipeline.errors import UserError
 from pipeline.toy2d.picture_densities import PictureDensity
 from pipeline.toy2d.point_sets import POINTS, point_set
@@ -103,16 +104,41 @@ def test_a_picture_file_becomes_its_density(tmp_path):
     x = points.sample(30000, torch.Generator().manual_seed(0))
     left = x[:, 0] < 0
     assert left.float().mean() == pytest.approx(1 / 3, abs=0.01)
-    # The longer side spans [-4, 4], so a pixel is 2 wide: second column, upper row.
+    # Both axes span [-4, 4], so a pixel is 2 wide and 4 high: second column, upper row.
     assert x[left].min(dim=0).values.tolist() == pytest.approx([-2, 0], abs=0.01)
-    assert x[left].max(dim=0).values.tolist() == pytest.approx([0, 2], abs=0.01)
-    assert x[~left].min(dim=0).values.tolist() == pytest.approx([2, -2], abs=0.01)
+    assert x[left].max(dim=0).values.tolist() == pytest.approx([0, 4], abs=0.01)
+    assert x[~left].min(dim=0).values.tolist() == pytest.approx([2, -4], abs=0.01)
     torch.testing.assert_close(
         points.log_density(torch.tensor([[-1.0, 1.0], [3.0, -1.0], [1.0, 1.0], [9.0, 0.0]])),
-        torch.tensor([1 / 12, 1 / 6, 0.0, 0.0], dtype=torch.float64).log(),
+        torch.tensor([1 / 24, 1 / 12, 0.0, 0.0], dtype=torch.float64).log(),
     )
     empty = point_set("picture", path).log_density(torch.tensor([[1.0, -1.0]]))
     assert empty.item() == -math.inf
+
+
+def test_darkness_is_relative_to_the_lightest_pixel(tmp_path):
+    path = tmp_path / "grey.png"
+    Image.fromarray(np.array([[200, 100], [200, 200]], np.uint8)).save(path)
+    x = draw("picture", 200, path=path)
+    assert (x[:, 0] >= 0).all() and (x[:, 1] >= 0).all()
+
+
+def test_a_picture_is_the_density_of_the_released_code(tmp_path):
+    """There, a pixel is a Gaussian of half its size around a node of a grid on [-4, 4]²."""
+    y, x = np.mgrid[0:40, 0:64]
+    grey = np.where((x - 20) ** 2 + 2 * (y - 15) ** 2 < 150, 30, 240) - x
+    path = tmp_path / "blob.png"
+    Image.fromarray(grey.astype(np.uint8)).save(path)
+    rng = np.random.default_rng(0)
+    ink = (grey.max() - grey).astype(float).ravel()
+    chosen = rng.choice(ink.size, 2000, p=ink / ink.sum())
+    nodes = np.stack([np.linspace(-4, 4, 64)[chosen % 64], np.linspace(4, -4, 40)[chosen // 64]], 1)
+    theirs = nodes + rng.normal(size=nodes.shape) * [4 / 64, 4 / 40]
+    ours = draw("picture", 2000, path=path)
+    result = mmd(theirs, ours, scale=0.1)
+    assert result.value < result.threshold
+    squashed = mmd(theirs * [1, 40 / 64], ours, scale=0.1)  # without the stretch
+    assert squashed.value > squashed.threshold
 
 
 def test_transparent_pixels_have_no_density(tmp_path):

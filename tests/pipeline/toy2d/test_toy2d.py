@@ -131,11 +131,11 @@ def test_metrics_of_the_identity_flow_equal_closed_forms():
     entropy = math.log(2 * math.pi * math.e) / 2 + math.log(24) / 4
     assert metrics["entropy_per_dim"] == pytest.approx(entropy, abs=0.03)
     assert metrics["nll_gap_per_dim"] == pytest.approx((14 - 2 - math.log(24)) / 4, rel=0.08)
-    for name in ("0.1*median", "median"):
+    for name in ("0.1*median", "median", "1"):
         row = metrics["mmd"][name]
         assert row["value"] > 2 * row["threshold"]
-    widths = [metrics["mmd"][name]["bandwidth"] for name in ("0.1*median", "median")]
-    assert widths[0] == pytest.approx(0.1 * widths[1])
+    widths = [metrics["mmd"][name]["bandwidth"] for name in ("0.1*median", "median", "1")]
+    assert widths[0] == pytest.approx(0.1 * widths[1]) and widths[2] == 1
     assert metrics["inversion_mse"] < 1e-10
 
 
