@@ -132,7 +132,8 @@ def test_a_picture_is_the_density_of_the_released_code(tmp_path):
     rng = np.random.default_rng(0)
     ink = (grey.max() - grey).astype(float).ravel()
     chosen = rng.choice(ink.size, 2000, p=ink / ink.sum())
-    nodes = np.stack([np.linspace(-4, 4, 64)[chosen % 64], np.linspace(4, -4, 40)[chosen // 64]], 1)
+    across, down = np.linspace(-4, 4, 64)[chosen % 64], np.linspace(4, -4, 40)[chosen // 64]
+    nodes = np.stack([across, down], axis=1)
     theirs = nodes + rng.normal(size=nodes.shape) * [4 / 64, 4 / 40]
     ours = draw("picture", 2000, path=path)
     result = mmd(theirs, ours, scale=0.1)
