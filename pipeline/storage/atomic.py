@@ -1,9 +1,8 @@
 """Atomic writes of files, and reads that verify their sha256.
 
-A file is written under a unique temporary name in its own folder, flushed to the disk and then
-renamed. So a file under its final name is complete. Every write returns the sha256 of the
-content, which a manifest stores and a read checks. A folder (run, cache) is complete when its
-manifest exists: the manifest is written last.
+A file is written under a unique temporary name, flushed to the disk and then renamed, so a file
+under its final name is complete. A folder (run, cache) is complete when its manifest exists, which
+is written last.
 """
 
 from __future__ import annotations
@@ -55,14 +54,9 @@ class _HashingFile(io.RawIOBase):
 
 
 def write_with(path: Path, fill: Callable[[IO[bytes]], object]) -> str:
-    """Write a file atomically with the content that `fill` writes.
+    """Write a file atomically with the content that `fill` writes; return its sha256 in hex.
 
-    Args:
-        path: the final name; its folder is created if it is missing.
-        fill: called once with a binary file, open for writing and not seekable.
-
-    Returns:
-        The sha256 of the content, in hex.
+    The folder is created if it is missing. `fill` is called once with a file that cannot seek.
 
     Raises:
         JkoflowError: the disk is full or read-only; no file is left under `path`.
@@ -108,8 +102,7 @@ def write_bytes(path: Path, data: bytes) -> str:
 def write_json(path: Path, value: object) -> str:
     """Write a value atomically as indented JSON and return the sha256 of the file.
 
-    Raises:
-        ValueError: the value holds NaN or infinity, which JSON cannot express.
+    JSON has no NaN and no infinity: they are a ValueError.
     """
     return write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
@@ -117,16 +110,9 @@ def write_json(path: Path, value: object) -> str:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> str:
-    """Write tensors atomically as one safetensors file and return its sha256.
+    """Write tensors (…) atomically as one safetensors file and return its sha256.
 
-    Args:
-        path: the final name.
-        tensors: tensors of any shape by name.
-        metadata: at most one entry, because safetensors writes several in random order, and
-            equal content must give equal bytes.
-
-    Raises:
-        ValueError: more than one metadata entry.
+    Metadata of several entries are a ValueError, because safetensors writes them in random order.
     """
     if metadata and len(metadata) > 1:
         raise ValueError(f"metadata has {len(metadata)} entries; expected at most 1; join them")
@@ -197,9 +183,8 @@ def verify_file(path: Path, sha256: str) -> None:
 def remove_temporaries(folder: Path) -> int:
     """Remove the temporary files of killed processes in a folder; return their number.
 
-    Only names of this module's form count. Files of running processes are kept. Files of other
-    machines are kept until they are a day old, since the nodes of a cluster share folders but
-    not process numbers.
+    Files of running processes are kept, and those of other machines until they are a day old. The
+    nodes of a cluster share folders but not process numbers.
     """
     removed = 0
     for stale in Path(folder).glob(f"{TEMPORARY_PREFIX}*"):

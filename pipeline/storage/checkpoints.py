@@ -1,8 +1,6 @@
 """Checkpoints of a training in progress: a nested state in one safetensors file.
 
-`save_state` of accelerate writes several files without order or fsync; a checkpoint here is one
-file, written atomically. Nothing is pickled: tensors are stored by number, and all other values
-as JSON in the metadata.
+Nothing is pickled: tensors are stored by number, and all other values as JSON in the metadata.
 """
 
 from __future__ import annotations
@@ -24,12 +22,9 @@ _TENSOR = "__tensor__"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> str:
-    """Write a nested state of dicts, lists, tensors, numbers, strings, booleans and None.
+    """Write a nested state of dicts, lists, tensors and JSON values; return the file's sha256.
 
     Keys of a dict may be strings or integers (as in the state of an optimiser).
-
-    Returns:
-        The sha256 of the file.
     """
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_flatten(state, tensors))

@@ -30,11 +30,9 @@ _CLEARED_BITS = 2**9 - 1
 
 
 def quantise(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """Quantise tensors for storage, on the CPU.
+    """Quantise floating-point tensors (…) for storage, on the CPU; `dtype` is a key of `DTYPES`.
 
-    Args:
-        tensors: floating-point tensors of any shape by name.
-        dtype: a key of `DTYPES`. A tensor that would overflow or is not finite is unchanged.
+    A tensor that would overflow or is not finite is unchanged.
     """
     kind = DTYPES[dtype]
     stored: dict[str, Tensor] = {}
@@ -49,11 +47,7 @@ def quantise(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 
 
 def dequantise(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert 10-bit tensors to float32; all other tensors are unchanged.
-
-    Args:
-        stored: the result of `quantise`.
-    """
+    """Convert the 10-bit tensors of `quantise` to float32 (…); all other tensors are unchanged."""
     quantised = {name for name, value in stored.items() if value.dtype == torch.int8}
     parts = {name + part for name in quantised for part in (_SCALE, _REST)}
     return {

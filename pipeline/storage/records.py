@@ -35,13 +35,9 @@ def to_json(value: Any) -> Any:  # noqa: ANN401 - any record
 
 
 def from_json(kind: type[T], value: Any, file: str, key: str = "") -> T:  # noqa: ANN401 - JSON
-    """Convert plain values to a record of a class.
+    """Convert what `to_json` returned to a record of a class.
 
-    Args:
-        kind: the class, or a type of one of its fields.
-        value: what `to_json` returned.
-        file: name of the JSON file, for error messages.
-        key: dotted key of `value` in the file, for error messages.
+    `file` and `key`, dotted, name the place of the value in error messages.
 
     Raises:
         UserError: a key is missing or holds a value of a wrong type; the message names it.

@@ -1,9 +1,9 @@
 """Stores: arrays of many samples as safetensors shards with a manifest.
 
-Every shard is written atomically and carries the key of its store; rank r of P writes the
-shards r, r + P, …. One process writes the manifest last, which makes the store complete. An
-interrupted store resumes at its missing shards. The content of a shard depends on its index
-alone, so that any number of processes writes the same bytes.
+Every shard is written atomically and carries the key of its store; rank r of P writes the shards
+r, r + P, …. The manifest comes last and makes the store complete. An interrupted store resumes at
+its missing shards. The content of a shard depends on its index alone, so any number of processes
+writes the same bytes.
 """
 
 from __future__ import annotations
@@ -42,13 +42,9 @@ def shard_name(index: int) -> str:
 
 
 class StoreWriter:
-    """Writer of a store: missing shards first, then the manifest.
+    """Writer of a store of `count` samples: missing shards first, then the manifest.
 
-    Args:
-        folder: folder of the store.
-        identity: JSON-ready description of the content and its inputs.
-        count: number of samples.
-        shard_size: largest number of samples in a shard.
+    The JSON-ready identity describes the content and its inputs.
 
     Raises:
         UserError: a number is less than 1.
@@ -77,11 +73,9 @@ class StoreWriter:
         return first, min(first + self.shard_size, self.count)
 
     def adopt(self, other: StoreReader, usable: int) -> None:
-        """Copy the shards that another store of the same samples has; one process calls it.
+        """Copy the shards of another store whose first `usable` samples are those of this store.
 
-        Args:
-            other: a complete store whose first samples are those of this store.
-            usable: number of leading samples that are equal.
+        One process calls it.
         """
         if not other.manifest["shards"]:
             return
@@ -118,8 +112,7 @@ class StoreWriter:
     def finish(self, extra: Callable[[StoreReader], dict[str, Any]] | None = None) -> StoreReader:
         """Write the manifest after all shards; one process calls it.
 
-        Args:
-            extra: computes more entries of the manifest (such as mean and std) from the samples.
+        `extra` computes more entries of the manifest (such as mean and std) from the samples.
 
         Raises:
             UserError: a shard is missing.
@@ -166,12 +159,7 @@ class StoreWriter:
 
 
 class StoreReader:
-    """Reader of a complete store by memory maps.
-
-    Args:
-        folder: folder of the store.
-        manifest: its manifest; `open_store` reads and verifies one from the disk.
-    """
+    """Reader of a complete store by memory maps; `open_store` verifies it first."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = Path(folder), manifest
@@ -226,10 +214,7 @@ class StoreReader:
 def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) -> StoreReader:
     """Open a complete store and verify the sha256 of every shard.
 
-    Args:
-        folder: folder of the store.
-        what: name of the store in messages.
-        identity: the expected identity; None accepts any.
+    `what` names the store in messages. An identity of None accepts any.
 
     Raises:
         UserError: the store is absent, incomplete, damaged, or of another format or identity.
@@ -275,15 +260,9 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
 def find_similar_stores(
     folder: Path, identity: dict[str, Any], varying: str, min_count: int = 1
 ) -> list[StoreReader]:
-    """Return the whole stores whose identity differs in one key alone, the longest store first.
+    """Return the whole stores in a folder whose identity differs in one key alone, longest first.
 
-    A damaged store is left out.
-
-    Args:
-        folder: holds one folder for each store.
-        identity: identity of the wanted store.
-        varying: the key whose value must differ.
-        min_count: smallest number of samples.
+    Stores that are damaged or have fewer than `min_count` samples are left out.
     """
     stores = []
     for path in sorted(Path(folder).glob(f"*/{MANIFEST}")):

@@ -17,12 +17,7 @@ from pipeline.storage import atomic
 class TrainingLog:
     """Log of a run; a resumed run first drops the rows that it writes again.
 
-    Args:
-        folder: the run directory.
-        active: whether to write; True on the main process only.
-
-    Attributes:
-        number: of the pass that new rows belong to.
+    Rows belong to the pass `number`. Only the main process is `active` and writes.
     """
 
     def __init__(self, folder: Path, active: bool = True) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.assets.archives import find_files
 from pipeline.assets.catalogue import Asset
 from pipeline.assets.download import DamagedError
-from pipeline.assets.mirrors import MirrorError, UrlMirror
+from pipeline.assets.mirrors import Mirror, MirrorError, web_files
 from pipeline.assets.readers import Content
 
 THING = np.random.default_rng(0).bytes(3_000_000)
@@ -94,8 +94,8 @@ def thing(*mirrors: object) -> Asset:
     )
 
 
-def url(server: http.server.ThreadingHTTPServer, **options: float) -> UrlMirror:
-    return UrlMirror(server.base, ("thing.bin",), **options)
+def url(server: http.server.ThreadingHTTPServer, **options: float) -> Mirror:
+    return web_files(server.base, "thing.bin", **options)
 
 
 class Recorder:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.assets.fetch import install_asset
-from pipeline.assets.mirrors import UrlMirror
+from pipeline.assets.mirrors import web_files
 from pipeline.errors import JkoflowError
 from tests.pipeline.asset_server import HALF, THING, Recorder, check_whole, thing, url
 
@@ -69,7 +69,7 @@ def test_a_damaged_partial_file_is_downloaded_again(tmp_path, server, harm):
 
 def test_the_next_mirror_follows_a_host_that_never_answers(tmp_path, server):
     said: list[str] = []
-    blocked = UrlMirror(server.base + "blocked/", ("thing.bin",), answer_seconds=0.2)
+    blocked = web_files(server.base + "blocked/", "thing.bin", answer_seconds=0.2)
     server.plan = ["silent"]
     install_asset(thing(blocked, url(server)), tmp_path, log=said.append)
     assert f"the thing: not from {blocked.label}: no answer within 0.2 s" in said
@@ -93,6 +93,6 @@ def test_the_next_mirror_follows_one_with_other_content(tmp_path, server):
 
 
 def test_a_refused_connection_is_an_error(tmp_path):
-    mirror = UrlMirror("http://127.0.0.1:9/", ("thing.bin",))
+    mirror = web_files("http://127.0.0.1:9/", "thing.bin")
     with pytest.raises(JkoflowError, match="Connection refused"):
         install_asset(thing(mirror), tmp_path)

@@ -150,9 +150,9 @@ sys.path.insert(0, {repository!r})
 from pathlib import Path
 from tests.pipeline.asset_server import thing
 from pipeline.assets.fetch import install_asset
-from pipeline.assets.mirrors import UrlMirror
+from pipeline.assets.mirrors import web_files
 print("ready", flush=True)
-install_asset(thing(UrlMirror({base!r}, ("thing.bin",))), Path({root!r}))
+install_asset(thing(web_files({base!r}, "thing.bin")), Path({root!r}))
 """
 
 

