@@ -22,31 +22,25 @@ if TYPE_CHECKING:
 SPLITS = ("train", "test")
 
 
-def load_images(data: DataConfig, *, log: Callable[[str], object] = say) -> ImageSet:
+def load_images(data: DataConfig) -> ImageSet:
     """Open a data set; MNIST and CIFAR-10 are fetched if they are not stored.
 
-    Args:
-        data: name, split, path, size, mode and limit (see `pipeline.config.schema`). Size and
-            mode apply to the images of a folder only.
-        log: receives messages about downloads; by default they go to stderr.
-
-    Returns:
-        The images; pixels are read on access.
+    Pixels are read on access. Size and mode apply to the images of a folder only.
 
     Raises:
         UserError: a name or split is unknown, a path, size, mode or limit is invalid, or joined
             sets have different shapes.
         JkoflowError: the data set could not be fetched.
     """
-    parts = [_load_one(data, log)]
+    parts = [_load_one(data)]
     for joined in data.also:
         name, _, split = joined.partition("/")
         part = dataclasses.replace(data, name=name, split=split or data.split, also=[])
-        parts.append(_load_one(part, log))
+        parts.append(_load_one(part))
     return join(parts)
 
 
-def _load_one(data: DataConfig, log: Callable[[str], object]) -> ImageSet:
+def _load_one(data: DataConfig) -> ImageSet:
     """Open one data set without those of `data.also`."""
     if data.name not in DATASETS:
         raise UserError(f"data set {data.name!r} is unknown; choose one of {', '.join(DATASETS)}")
@@ -56,12 +50,12 @@ def _load_one(data: DataConfig, log: Callable[[str], object]) -> ImageSet:
         raise UserError(f"{data.name} has no split {data.split!r}; choose one of {choices}")
     if data.limit is not None and data.limit < 1:
         raise UserError(f"data.limit is {data.limit}; expected 1 or more, or null for all images")
-    return DATASETS[data.name](data, split, log)
+    return DATASETS[data.name](data, split)
 
 
-def _mnist(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageSet:
+def _mnist(data: DataConfig, split: str) -> ImageSet:
     """Open the 60 000 or 10 000 digits (1, 28, 28), mapped from the idx files."""
-    folder = fetch_asset("mnist", log=log)
+    folder = fetch_asset("mnist", log=say)
     stem = "train" if split == "train" else "t10k"
     # Idx format: a header of 16 bytes before the images and of 8 before the labels.
     labels = np.fromfile(folder / f"{stem}-labels-idx1-ubyte", np.uint8, offset=8)
@@ -71,9 +65,9 @@ def _mnist(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageS
     return _of_asset("mnist", split, data.limit, images, labels)
 
 
-def _cifar10(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageSet:
+def _cifar10(data: DataConfig, split: str) -> ImageSet:
     """Open the 50 000 or 10 000 images (3, 32, 32) of ten classes."""
-    folder = fetch_asset("cifar10", log=log)
+    folder = fetch_asset("cifar10", log=say)
     images = np.load(folder / f"{split}_images.npy", mmap_mode="r")
     return _of_asset("cifar10", split, data.limit, images, np.load(folder / f"{split}_labels.npy"))
 
@@ -105,18 +99,18 @@ def _require_folder(data: DataConfig, what: str) -> Path:
     return path
 
 
-def _imagenet32(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageSet:
+def _imagenet32(data: DataConfig, split: str) -> ImageSet:
     """Open ImageNet-32."""
     path = _require_folder(data, "ImageNet-32's official files (train_data_batch_1.npz, …)")
     return load_imagenet32(path, split, data.limit)
 
 
-def _folder(data: DataConfig, split: str, log: Callable[[str], object]) -> ImageSet:
+def _folder(data: DataConfig, split: str) -> ImageSet:
     """Open a folder of images."""
     return load_folder(_require_folder(data, "images"), split, data.size, data.mode, data.limit)
 
 
-DATASETS: dict[str, Callable[[DataConfig, str, Callable[[str], object]], ImageSet]] = {
+DATASETS: dict[str, Callable[[DataConfig, str], ImageSet]] = {
     "mnist": _mnist,
     "cifar10": _cifar10,
     "imagenet32": _imagenet32,

@@ -18,18 +18,10 @@ FileRecord = dict[str, Any]
 def file_records(
     folder: Path, names: Sequence[str], measure: Callable[[Path], FileRecord] | None = None
 ) -> list[FileRecord]:
-    """Return size and sha256 of files, from the index where size and mtime are unchanged.
+    """Return `size`, `sha256` and the entries of `measure` for files, named relative to a folder.
 
-    The index is stored under the data root, since the folder may be read-only. It is a cache:
-    without it, the files are hashed again.
-
-    Args:
-        folder: folder of the files.
-        names: their paths relative to it, with forward slashes.
-        measure: returns further entries of a file's record, JSON values only.
-
-    Returns:
-        For every file a dictionary with `size`, `sha256` and the entries of `measure`.
+    The index has the records of files with unchanged size and mtime. It is stored under the data
+    root, since the folder may be read-only. Without it, the files are hashed again.
 
     Raises:
         UserError: a file cannot be read; the message names it.

@@ -26,17 +26,11 @@ _PREPROCESSING = "centre square, bicubic, alpha on white, first frame; 1"
 def load_folder(
     folder: Path, split: str, size: int | None, mode: str, limit: int | None
 ) -> ImageSet:
-    """Open a folder of images, sorted by their paths in it.
+    """Open a folder of images at any depth, sorted by their paths in it.
 
     Subfolders `train` and `test` (or `val`) are the splits; a folder without them is the train
-    split. If every image is in a subfolder, the subfolders are the classes.
-
-    Args:
-        folder: folder of the images, at any depth.
-        split: "train" or "test".
-        size: side of the images, in pixels (>= 1).
-        mode: "RGB" or "L" (grey).
-        limit: largest number of images; None for all.
+    split. If every image is in a subfolder, the subfolders are the classes. The images get the
+    side `size` in pixels and the mode "RGB" or "L".
 
     Raises:
         UserError: the split does not exist or has no images, or size or mode is invalid.
@@ -111,12 +105,7 @@ def _class_names(names: list[str]) -> tuple[str, ...] | None:
     """Return the sorted top subfolders; None if an image is in none."""
     if not all("/" in name for name in names):
         return None
-    return tuple(sorted({_top_folder(name) for name in names}))
-
-
-def _top_folder(name: str) -> str:
-    """Return the first part of a relative path."""
-    return name.split("/", 1)[0]
+    return tuple(sorted({name.split("/")[0] for name in names}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +130,7 @@ class FolderPixels:
         if self.classes is None:
             return None
         indices = {name: index for index, name in enumerate(self.classes)}
-        return np.array([indices[_top_folder(name)] for name in self.names], np.int64)
+        return np.array([indices[name.split("/")[0]] for name in self.names], np.int64)
 
     def _read_one(self, path: Path) -> np.ndarray:
         """Read an image as uint8 (C, size, size)."""
@@ -156,15 +145,10 @@ class FolderPixels:
 
 
 def prepare(image: Image.Image, size: int, mode: str) -> np.ndarray:
-    """Convert an image to uint8 (C, size, size): its centre square, resized with antialiasing.
+    """Convert an image of any mode to uint8 (C, size, size): its centre square, antialiased.
 
-    The EXIF orientation is applied, an animation is reduced to its first frame, transparent
-    parts become white, and 16-bit values keep their upper 8 bits.
-
-    Args:
-        image: an opened image of any mode and size.
-        size: side of the result in pixels.
-        mode: "RGB" or "L".
+    The EXIF orientation is applied, an animation is reduced to its first frame, transparent parts
+    become white, and 16-bit values keep their upper 8 bits.
 
     Raises:
         ValueError: the image has floating-point pixels, whose range is unknown.

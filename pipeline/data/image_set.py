@@ -22,11 +22,7 @@ from pipeline.storage.paths import data_root
 
 
 class Pixels(Protocol):
-    """Source of the pixels of a data set.
-
-    Attributes:
-        random_access: True if images at any indices are read quickly.
-    """
+    """Source of the pixels of a data set."""
 
     @property
     def random_access(self) -> bool:
@@ -50,12 +46,12 @@ class ImageSet:
         name: "mnist", "cifar10", "imagenet32" or "folder"; names of joined sets have a "+".
         split: "train" or "test".
         shape: (C, H, W) of one image.
-        fingerprint: sha256 (hex) of the content, the split, the preprocessing and the limit;
-            sets of equal fingerprints hold the same images in the same order.
+        fingerprint: sha256 (hex) of content, split, preprocessing and limit; sets of equal
+            fingerprints hold the same images in the same order.
         count: number of images N.
         pixels: source of the pixels.
-        class_names: names of a folder's classes in the order of their indices. The indices
-            belong to this split. None if there are no classes, or they have no names.
+        class_names: names of a folder's classes in the order of their indices. The indices belong
+            to this split.
     """
 
     name: str
@@ -76,14 +72,7 @@ class ImageSet:
         return None if labels is None else np.asarray(labels[: self.count], np.int64)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Read the images start … stop - 1.
-
-        Args:
-            start: in [0, N].
-            stop: in [start, N].
-
-        Returns:
-            A copy, uint8 (stop - start, C, H, W).
+        """Read the images start … stop - 1, a copy, uint8 (stop - start, C, H, W).
 
         Raises:
             IndexError: the range is not within the data set.
@@ -93,13 +82,7 @@ class ImageSet:
         return self._take(np.arange(start, stop))
 
     def take(self, indices: np.ndarray) -> np.ndarray:
-        """Read images at indices in any order; repeated images are read once.
-
-        Args:
-            indices: integers (n,) in [0, N), repeats allowed.
-
-        Returns:
-            uint8 (n, C, H, W).
+        """Read images uint8 (n, C, H, W) at indices (n,) in any order; repeated ones are read once.
 
         Raises:
             IndexError: an index is not within the data set.
@@ -148,8 +131,7 @@ def apply_limit(count: int, limit: int | None) -> tuple[int, dict[str, object]]:
 def join(parts: Sequence[ImageSet]) -> ImageSet:
     """Concatenate data sets; the result has no classes, since the sets number them apart.
 
-    Args:
-        parts: one or more; a single set is returned unchanged.
+    A single set is returned unchanged.
 
     Raises:
         UserError: the images have different shapes.
@@ -198,13 +180,8 @@ _ROWS = 10000
 def with_random_access(images: ImageSet, accelerator: Accelerator, progress: Progress) -> ImageSet:
     """Return the images with fast random access; slow files are copied to one mapped array.
 
-    A random batch of ImageNet-32 would open its ten files, of 128 000 images each, at every
-    step. The array is stored under the data root, 3 072 bytes per image of 3x32x32.
-
-    Args:
-        images: any data set.
-        accelerator: the ranks; the main process writes the array if it is missing.
-        progress: wraps the loop.
+    A random batch of ImageNet-32 would open its ten files, of 128 000 images each, at every step.
+    The main process stores the array under the data root, 3 072 bytes per image of 3x32x32.
 
     Raises:
         JkoflowError: the disk is full or read-only, or a file is damaged.

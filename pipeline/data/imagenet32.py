@@ -16,7 +16,7 @@ from eval.images import read_npy_header
 from pipeline.data.file_index import FileRecord, file_records
 from pipeline.data.image_set import ImageSet, apply_limit, fingerprint
 from pipeline.errors import UserError
-from pipeline.storage.safe_pickle import UnsafePickleError, load_batch
+from pipeline.storage.safe_pickle import load_batch
 
 _TRAIN = tuple(f"train_data_batch_{i}" for i in range(1, 11))
 _VAL = ("val_data",)
@@ -26,11 +26,9 @@ _VALUES = 3 * 32 * 32
 def load_imagenet32(folder: Path, split: str, limit: int | None) -> ImageSet:
     """Open ImageNet-32; the test split is the official validation set.
 
-    Args:
-        folder: holds the files themselves, or `Imagenet32_train_npz`, `Imagenet32_train`,
-            `Imagenet32_val_npz`, `Imagenet32_val` as the official archives unpack.
-        split: "train" or "test".
-        limit: largest number of images; files after the last of them are not opened.
+    The folder holds the files themselves, or `Imagenet32_train_npz`, `Imagenet32_train`,
+    `Imagenet32_val_npz`, `Imagenet32_val` as the official archives unpack. Files after the last
+    image within the limit are not opened.
 
     Raises:
         UserError: files are missing, damaged, or of another layout.
@@ -60,20 +58,18 @@ def _find_files(folder: Path, split: str) -> tuple[Path, tuple[str, ...]]:
     """Find the folder and names of a split's files, npz before pickles, all of one kind."""
     stems = _TRAIN if split == "train" else _VAL
     short = "train" if split == "train" else "val"
-    nearest: tuple[Path, list[str], int] | None = None
-    subfolders = (f"Imagenet32_{short}_npz", f"Imagenet32_{short}")
-    for candidate in (folder, *(folder / name for name in subfolders)):
+    incomplete: list[tuple[Path, list[str]]] = []
+    for candidate in (folder, *(folder / f"Imagenet32_{short}{end}" for end in ("_npz", ""))):
         for ending in (".npz", ""):
             names = tuple(stem + ending for stem in stems)
             missing = [name for name in names if not (candidate / name).is_file()]
             if not missing:
                 return candidate, names
-            if nearest is None or len(missing) < nearest[2]:
-                nearest = (candidate, missing, len(missing))
-    assert nearest is not None
+            incomplete.append((candidate, missing))
+    place, missing = min(incomplete, key=lambda entry: len(entry[1]))
     raise UserError(
-        f"ImageNet-32 {short} is incomplete in {nearest[0]}: {', '.join(nearest[1])} missing; "
-        "unpack its official archives there"
+        f"ImageNet-32 {short} is incomplete in {place}: {', '.join(missing)} missing; unpack its "
+        "official archives there"
     )
 
 
@@ -115,10 +111,7 @@ class BatchFiles:
 
 
 def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read an official file.
-
-    Returns:
-        Images uint8 (n, 3, 32, 32) and classes int64 (n,) from 0.
+    """Read the images uint8 (n, 3, 32, 32) and classes int64 (n,) from 0 of an official file.
 
     Raises:
         UserError: the file is damaged, unsafe or of another layout; the message names it.
@@ -126,14 +119,12 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     batch = _read_arrays(path, ("data", "labels"))
     images = batch.get("data")
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
-        raise UserError(_not_a_batch(path, "it has no uint8 array `data`"))
+        raise _not_a_batch(path, "it has no uint8 array `data`")
     if images.ndim != 2 or images.shape[1] != _VALUES:
-        reason = f"`data` has shape {images.shape}; expected (n, {_VALUES})"
-        raise UserError(_not_a_batch(path, reason))
+        raise _not_a_batch(path, f"`data` has shape {images.shape}; expected (n, {_VALUES})")
     labels = _classes(path, batch.get("labels"))
     if len(labels) != len(images):
-        reason = f"it has {len(images)} images and {len(labels)} labels"
-        raise UserError(_not_a_batch(path, reason))
+        raise _not_a_batch(path, f"it has {len(images)} images and {len(labels)} labels")
     return images.reshape(-1, 3, 32, 32), labels
 
 
@@ -146,7 +137,7 @@ def _classes(path: Path, labels: object) -> np.ndarray:
     """Convert official labels from 1 to classes from 0, int64 (n,)."""
     values = np.asarray(labels)
     if values.ndim != 1 or values.dtype.kind not in "iu" or (len(values) and values.min() < 1):
-        raise UserError(_not_a_batch(path, "its `labels` are not integers from 1"))
+        raise _not_a_batch(path, "its `labels` are not integers from 1")
     return values.astype(np.int64) - 1
 
 
@@ -158,7 +149,7 @@ def _count_rows(path: Path) -> FileRecord:
         with zipfile.ZipFile(path) as archive, archive.open("data.npy") as member:
             shape, _, _ = read_npy_header(member)
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError, zlib.error) as error:
-        raise UserError(_not_a_batch(path, str(error))) from error
+        raise _not_a_batch(path, str(error)) from error
     return {"rows": int(shape[0]) if shape else 0}
 
 
@@ -169,12 +160,11 @@ def _read_arrays(path: Path, wanted: tuple[str, ...]) -> dict[str, object]:
             return dict(load_batch(path))
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in wanted if name in archive.files}
-    except UnsafePickleError as error:
-        raise UserError(_not_a_batch(path, str(error))) from error
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-        raise UserError(_not_a_batch(path, str(error))) from error
+        raise _not_a_batch(path, str(error)) from error
 
 
-def _not_a_batch(path: Path, reason: str) -> str:
-    """Return the message of an error."""
-    return f"{path} is not a batch of ImageNet-32 ({reason}); unpack the official archive again"
+def _not_a_batch(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path} is not a batch of ImageNet-32 ({reason}); unpack the official archive again"
+    )

@@ -2,8 +2,7 @@
 
 A cache is a store of `mean` (n, C_z, H_z, W_z), for a KL autoencoder `log_var` of the same shape,
 and `labels` (n,). With `latents.mirror`, the latents of the n mirror images follow. Its manifest
-holds the standardisation: mean and std of each channel, including the posterior's variance.
-Decoding inverts the standardisation.
+holds the standardisation, whose std includes the posterior's variance.
 """
 
 from __future__ import annotations
@@ -38,11 +37,7 @@ from pipeline.storage.shards import (
 
 
 class LatentCache:
-    """Latent cache of a data set.
-
-    Args:
-        reader: its complete, verified store.
-    """
+    """Latent cache of a data set, from its complete, verified store."""
 
     def __init__(self, reader: StoreReader) -> None:
         self.reader = reader
@@ -63,19 +58,10 @@ class LatentCache:
         return self.reader.take("labels", torch.arange(len(self)))
 
     def sample(self, start: int, stop: int, noise: float, generator: torch.Generator) -> Tensor:
-        """Sample the standardised latents of images [start, stop).
+        """Sample the standardised latents of images [start, stop), float32 (n, C_z, H_z, W_z).
 
         A KL autoencoder's posterior is sampled. Latents of a deterministic encoder get Gaussian
-        noise.
-
-        Args:
-            start: first image.
-            stop: index after the last image.
-            noise: std of the noise for a deterministic encoder, in standardised units.
-            generator: random generator.
-
-        Returns:
-            the latents, float32 (n, C_z, H_z, W_z) with n = stop − start.
+        noise of std `noise`, in standardised units.
         """
         mean = self.reader.read("mean", start, stop)
         if self.stochastic:
@@ -111,13 +97,7 @@ def cache_folder(identity: dict[str, Any]) -> Path:
 def encode(config: Config, accelerator: Accelerator, progress: Progress) -> LatentCache:
     """Encode a data set, or open its cache if it exists; encoding resumes at missing shards.
 
-    Args:
-        config: sections data, autoencoder and latents.
-        accelerator: device and ranks; rank r of P writes the shards r, r + P, ….
-        progress: wraps the loop over batches.
-
-    Returns:
-        The complete, verified cache.
+    Rank r of P writes the shards r, r + P, ….
 
     Raises:
         UserError: the data set, the autoencoder or a size is invalid.
@@ -199,26 +179,16 @@ def _write_shards(
 
 def read_rows(images: ImageSet, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Read images (B, C, H, W) and labels (B,) of rows [start, stop); rows ≥ n are mirrored."""
-    n, rows, labels = len(images), [], []
-    for low, high, mirrored in ((start, min(stop, n), False), (max(start, n), stop, True)):
-        if low < high:
-            offset = n if mirrored else 0
-            x = torch.from_numpy(np.ascontiguousarray(images.read(low - offset, high - offset)))
-            rows.append(x.flip(-1) if mirrored else x)
-            known = images.labels
-            fill = (
-                np.full(high - low, -1) if known is None else known[low - offset : high - offset]
-            )
-            labels.append(torch.from_numpy(np.asarray(fill, np.int64)))
-    return torch.cat(rows), torch.cat(labels)
+    rows = np.arange(start, stop)
+    indices, mirrored = rows % len(images), torch.from_numpy(rows >= len(images))
+    x = torch.from_numpy(images.take(indices))
+    x[mirrored] = x[mirrored].flip(-1)
+    labels = np.full(len(x), -1) if images.labels is None else images.labels[indices]
+    return x, torch.from_numpy(labels)
 
 
 def _to_shard(moments: Moments, labels: Tensor) -> Shard:
-    """Return the fields of a batch on the CPU.
-
-    Raises:
-        UserError: a latent is not finite.
-    """
+    """Return the fields of a batch on the CPU; latents that are not finite are a UserError."""
     if not bool(torch.isfinite(moments.mean).all()):
         raise UserError("latents of the autoencoder are not finite; encode in float32")
     shard = {"mean": moments.mean.float().cpu(), "labels": labels}

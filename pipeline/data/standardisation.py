@@ -10,12 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Standardisation:
-    """Affine map of latents (or points) to the flow's data space, channel by channel.
-
-    Attributes:
-        mean: (C_z,).
-        std: (C_z,), positive.
-    """
+    """Affine map of latents (or points) to the flow's data space, with mean and std (C_z,)."""
 
     mean: Tensor
     std: Tensor

@@ -10,8 +10,6 @@
 * snapshots/: averaged weights at regular steps (fm.snapshot_every).
 * log.jsonl, tensorboard/: the log of the training.
 * samples/, metrics.json: results of `generate` and `evaluate`.
-
-An autoencoder's training has config.yaml and environment.json in common with a flow's.
 """
 
 from __future__ import annotations
@@ -73,11 +71,7 @@ class ResumePolicy:
 
 
 class RunDirectory:
-    """Folder of a run; each of its files is read once.
-
-    Args:
-        folder: its path.
-    """
+    """Folder of a run; each of its files is read once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -93,12 +87,6 @@ class RunDirectory:
         """Create a run directory, or open one where the training may continue.
 
         config.yaml takes over the values that may change. All ranks call it, and rank 0 writes.
-
-        Args:
-            folder: the run directory.
-            config: of the training.
-            policy: what may differ from the configuration in the folder.
-            accelerator: the ranks.
 
         Raises:
             UserError: the folder holds a run that may not continue, or something else.
@@ -185,12 +173,7 @@ class RunDirectory:
         return f"{self.environment.get('command', _COMMAND)} {self.folder} --resume"
 
     def inside(self, name: str | None, file: str = "") -> str | None:
-        """Return the full path of something inside the folder; other names stay as they are.
-
-        Args:
-            name: of weights, or of a run; an exported run holds them inside.
-            file: that a run inside holds.
-        """
+        """Return the full path of weights or a run (with `file`) in the folder, or else the name."""
         path = self.folder / name if name else None
         return str(path) if path is not None and (path / file).is_file() else name
 

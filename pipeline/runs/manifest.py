@@ -23,15 +23,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class DataRecord:
-    """Data set that a run was trained on.
-
-    Attributes:
-        name: of the data set.
-        split: of it.
-        fingerprint: sha256 of its content.
-        count: samples, of a set that is generated.
-        seed: of such a set.
-    """
+    """Data set that a run was trained on; `count` and `seed` are of a set that is generated."""
 
     name: str
     split: str
@@ -59,14 +51,9 @@ class LatentsRecord:
 
 @dataclass(frozen=True)
 class AutoencoderRecord:
-    """Autoencoder of a run's latents.
+    """Autoencoder of a run's latents, for images of shape (C, H, W).
 
-    Attributes:
-        name: its kind.
-        weights: name or path of its weights; None for a kind without weights.
-        fingerprint: sha256 of weights and structure.
-        image_shape: (C, H, W) of the images.
-        adaptation: how it is fitted to the images.
+    Its weights are None for a kind without weights.
     """
 
     name: str
@@ -78,25 +65,14 @@ class AutoencoderRecord:
 
 @dataclass(frozen=True)
 class ClassesRecord:
-    """Classes of the training samples.
-
-    Attributes:
-        counts: number of samples of each class.
-    """
+    """Numbers of training samples of each class."""
 
     counts: list[int]
 
 
 @dataclass(frozen=True)
 class WarmStartRecord:
-    """Run whose weights the blocks started from (`--init-from`).
-
-    Attributes:
-        run: its directory, or zoo:NAME.
-        name: of its configuration.
-        objective: that it was trained with.
-        blocks: its blocks.
-    """
+    """Run, a directory or zoo:NAME, whose weights the blocks started from (`--init-from`)."""
 
     run: str
     name: str
@@ -129,13 +105,7 @@ class DerivationRecord:
 
 @dataclass(frozen=True)
 class ExportRecord:
-    """Origin of an exported run.
-
-    Attributes:
-        origin: fingerprint of the run that was exported.
-        before: fingerprints of the runs that one was exported from.
-        dtype: of the stored weights.
-    """
+    """Origin of an exported run: its fingerprint, and `before` those of the runs it came from."""
 
     origin: str = field(metadata={"key": "from"})
     dtype: str
@@ -144,14 +114,7 @@ class ExportRecord:
 
 @dataclass(frozen=True)
 class HelperRecord:
-    """Guide or refiner of an exported run.
-
-    Attributes:
-        name: of its configuration.
-        run: its fingerprint.
-        parameters: number of weights.
-        seconds: of training.
-    """
+    """Guide or refiner of an exported run: its fingerprint `run`, weights and training time."""
 
     name: str
     run: str
@@ -163,22 +126,8 @@ class HelperRecord:
 class Manifest:
     """Content of flow.json.
 
-    Attributes:
-        name: of the run's configuration.
-        shape: of one sample.
-        standardisation: of the samples.
-        data: the data set.
-        latents: None for a run on points.
-        autoencoder: None for a run on points.
-        classes: None for a run without classes.
-        class_names: of the classes, where the data set names them.
-        init_from: the run whose weights the blocks started from; None for none.
-        derived_from: the run that the blocks were made from; None for blocks trained on samples.
-        exported: None for a run that was trained here.
-        guide: of an exported run; None for none.
-        refiner: of an exported run; None for none.
-        passes: in order; empty before the first block is finished.
-        number: the pass in use.
+    A run on points has no latents and no autoencoder. `init_from`, `derived_from` and `exported`
+    are None for a run that was trained here on samples. Pass `number` is in use.
     """
 
     name: str
@@ -236,11 +185,7 @@ class Manifest:
         return self.current.complete
 
     def require_autoencoder(self) -> AutoencoderRecord:
-        """Return the autoencoder of a run on images.
-
-        Raises:
-            UserError: the run is on points.
-        """
+        """Return the autoencoder of a run on images; a run on points is a UserError."""
         if self.autoencoder is None:
             raise UserError(
                 f"the run {self.name} is on points; expected a run on images; "
@@ -249,11 +194,7 @@ class Manifest:
         return self.autoencoder
 
     def class_counts(self) -> tuple[int, ...]:
-        """Return the number of training samples of each class.
-
-        Raises:
-            UserError: the run has no classes.
-        """
+        """Return the number of training samples of each class; UserError without classes."""
         if self.classes is None:
             raise UserError(
                 f"classes is missing in the manifest of {self.name}; expected the counts of a run "
@@ -262,10 +203,9 @@ class Manifest:
         return tuple(self.classes.counts)
 
     def fingerprint(self, count: int | None = None) -> str:
-        """Identify what generated images depend on besides the seed: blocks and autoencoder.
+        """Identify the first `count` blocks (None for all) and the autoencoder.
 
-        Args:
-            count: number of first blocks in use; None for all.
+        Generated images depend on these and on the seed.
         """
         shas = [row.sha256[:12] for row in self.blocks[:count]]
         return "-".join([*shas, self.require_autoencoder().fingerprint[:12]])
@@ -288,11 +228,7 @@ class Manifest:
         return dataclasses.replace(self, passes=tuple(passes))
 
     def select(self, number: int) -> Manifest:
-        """Return the manifest with another pass in use.
-
-        Raises:
-            UserError: there is no such pass.
-        """
+        """Return the manifest with another pass in use; UserError if there is no such pass."""
         if not 0 <= number < len(self.passes):
             count = len(self.passes)
             raise UserError(f"pass {number} does not exist; expected 0 to {count - 1}")

@@ -11,12 +11,7 @@ from pipeline.storage import atomic
 
 
 def plot_movement(manifest: Manifest, path: Path) -> None:
-    """Plot the W2 movement of every block as bars, one shade for each complete pass, as PNG.
-
-    Args:
-        manifest: of the run.
-        path: of the picture.
-    """
+    """Plot the W2 movement of every block as bars, one shade for each complete pass, as PNG."""
     named = zip(labels(manifest.passes), manifest.passes, strict=True)
     bars = [(name, entry.summary.movement) for name, entry in named if entry.summary is not None]
     titles, movements = [name for name, _ in bars], [movement for _, movement in bars]

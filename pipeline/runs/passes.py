@@ -1,14 +1,11 @@
 """Passes: which blocks a run trains, in which order, and which weights each starts from.
 
-A pass is one training of all its blocks. The first is Algorithm 1 of the paper: step sizes follow
-a schedule with a stopping rule, and every block starts from the one before it. Later passes start
-from the finished blocks of an earlier pass:
+The first pass is Algorithm 1 of the paper: step sizes follow a schedule with a stopping rule, and
+every block starts from the one before it. Later passes start from the blocks of an earlier one:
 
 * reparameterize: new step sizes equalise the movements. Every block continues its training.
 * refine: every block is split into c children of step h/c, which continue its training.
 * add: new blocks follow those with a movement term. The free block is trained again.
-
-`pipeline.training.planner` decides which pass comes next.
 
 Reference: JKO-iFlow, Algorithm 1, progressive reparameterization and refinement.
 """
@@ -69,8 +66,8 @@ class BlockRow(StoredBlock):
         seconds: of training.
         parameters: number of weights.
         stage: folder of the samples after the block, inside the run directory.
-        error: mean squared distance per dimension to the map that the block was regressed on, by
-            direction; None for a block that was trained on samples.
+        error: of a block that was regressed on a map: mean squared distance to it per dimension,
+            by direction.
     """
 
     iterations: int
@@ -125,8 +122,8 @@ class Pass:
         free: whether a free block follows them.
         tolerance: the pass ends before all of `h` when Ter(k) falls below it; None if it may not.
         iterations: optimiser steps of each block, the free one included.
-        substeps: sub-intervals S of each block's training grid, the free one included.
-        lr: peak learning rate of each block, the free one included.
+        substeps: sub-intervals S of each block's training grid.
+        lr: peak learning rate of each block.
         base: number of the pass it starts from; None for the first.
         parts: children that each block with a movement term of the base is split into.
         own: whether blocks start from their own weights in the base, not from the block before.
@@ -193,11 +190,7 @@ class Pass:
         return not self.free and (self.stopped or len(self.blocks) >= len(self.steps))
 
     def parent(self, index: int) -> tuple[int, int, int]:
-        """Return the block of the base that a block starts from, and its place in the split.
-
-        Returns:
-            index of the block in the base, index among its children, number of children.
-        """
+        """Return the block of the base that a block starts from, its part of it, and the parts."""
         if index >= len(self.steps):
             return len(self.steps) // self.parts, 0, 1
         return index // self.parts, index % self.parts, self.parts
@@ -218,12 +211,7 @@ def labels(passes: Sequence[Pass]) -> list[str]:
 
 
 def summarise(rows: Sequence[BlockRow], dim: int) -> PassSummary:
-    """Sum up a finished pass.
-
-    Args:
-        rows: of all blocks; the terms of each are measured on the same samples.
-        dim: D.
-    """
+    """Sum up a finished pass of samples of D dimensions; all terms are of the same samples."""
     terms = [row.terms for row in rows if row.terms is not None]
     movements = [row.movement for row in rows if row.movement is not None]
     assert len(terms) == len(movements) == len(rows)

@@ -57,14 +57,7 @@ def load_blocks(folder: Path, manifest: Manifest) -> Flow:
 
 @dataclass(frozen=True)
 class Run:
-    """Finished run with its flow.
-
-    Attributes:
-        folder: the run directory.
-        config: its configuration.
-        manifest: its flow.json.
-        flow: its blocks, frozen.
-    """
+    """Finished run with its configuration, its manifest and its flow, which is frozen."""
 
     folder: Path
     config: Config
@@ -92,9 +85,6 @@ class Run:
 
     def build_autoencoder(self, weights: str | None) -> Autoencoder:
         """Build an autoencoder of the run's kind and for its images, with any weights.
-
-        Args:
-            weights: their name or path; None for a kind without weights.
 
         Raises:
             ValueError: the weights do not fit.
@@ -127,13 +117,10 @@ class Run:
 def open_run(
     folder: Path, blocks: int | None = None, number: int | None = None, images: bool = False
 ) -> Run:
-    """Open a run.
+    """Open a run, from its directory or zoo:NAME.
 
-    Args:
-        folder: the run directory, or zoo:NAME for a shipped run.
-        blocks: number of first blocks to use; None is all blocks of a finished pass.
-        number: of the pass; None is the last complete one.
-        images: whether the run must be on images.
+    `blocks` is the number of first blocks to use; None is all blocks of a finished pass. `number`
+    is the pass; None is the last complete one. `images` requires a run on images.
 
     Raises:
         UserError: the run is absent, unfinished, damaged or on points, or has fewer blocks.
@@ -168,17 +155,12 @@ def is_refiner(run: Run) -> bool:
 
 def same_autoencoder(run: Run, other: Run) -> bool:
     """Return whether the latents of two runs come from the same autoencoder."""
-    records = (run.manifest.autoencoder, other.manifest.autoencoder)
-    fingerprints = [None if record is None else record.fingerprint for record in records]
-    return fingerprints[0] == fingerprints[1]
+    one, two = (each.manifest.autoencoder for each in (run, other))
+    return (one and one.fingerprint) == (two and two.fingerprint)
 
 
 def require_latents(run: Run) -> None:
-    """Check that a run samples latents.
-
-    Raises:
-        UserError: it is a refiner.
-    """
+    """Raise UserError if a run is a refiner, which samples no latents."""
     if is_refiner(run):
         raise UserError(
             f"the run at {run.folder} is a refiner, which samples the detail of decoded images; "

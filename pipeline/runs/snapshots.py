@@ -1,7 +1,6 @@
 """Snapshots: averaged weights of a flow-matching run at regular steps (fm.snapshot_every).
 
-snapshots/step-00001000.safetensors …   weights after 1000, … steps
-snapshots/snapshots.json                list of them
+snapshots/snapshots.json lists the files snapshots/step-00001000.safetensors, ….
 """
 
 from __future__ import annotations
@@ -20,15 +19,7 @@ _FOLDER, _LIST = "snapshots", "snapshots.json"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Weights of a block in training.
-
-    Attributes:
-        file: path inside the run directory.
-        sha256: of that file.
-        step: optimiser steps.
-        seen: samples until then.
-        seconds: of training until then.
-    """
+    """Weights of a block in training, after `step` optimiser steps on `seen` samples."""
 
     file: str
     sha256: str
@@ -58,15 +49,7 @@ def add_snapshot(folder: Path, snapshot: Snapshot) -> None:
 
 
 def at_snapshot(run: Run, snapshot: Snapshot) -> Run:
-    """Return a run as it was at a snapshot: its one block with the weights of that step.
-
-    Args:
-        run: an open run of one block.
-        snapshot: of it, from `snapshots_of`.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+    """Return a run of one block as it was at a snapshot of it; UserError for a damaged file."""
     (row,) = run.manifest.blocks
     row = dataclasses.replace(
         row, file=snapshot.file, sha256=snapshot.sha256, seconds=snapshot.seconds,

@@ -1,7 +1,6 @@
 """Shipped runs: `zoo:NAME` in place of a run directory.
 
-Package data may be read-only. So a shipped run is copied under the data root when it is first
-used, and its samples and metrics are written into the copy.
+Package data may be read-only, so a shipped run is copied under the data root at its first use.
 """
 
 from __future__ import annotations
@@ -29,10 +28,7 @@ def is_shipped(run: Path | str) -> bool:
 
 
 def locate(run: Path | str) -> Path:
-    """Return the directory of a run; for a shipped run, that of its copy.
-
-    Args:
-        run: a run directory, or zoo:NAME.
+    """Return the directory of a run; for zoo:NAME, that of its copy.
 
     Raises:
         UserError: no shipped run has this name.
