@@ -36,7 +36,7 @@ _CONFIGURATION = """\
 Every command that trains reads one YAML file. Its keys override the defaults, and
 `--set section.key=value` overrides its keys. A run keeps the whole configuration in `config.yaml`.
 
-There are {count} settings in two kinds of files; one that several sections share counts once.
+There are {count} settings in two kinds of files, which share the section `data`.
 
 * `configs/flows/` has flows (`jkoflow encode`, `train`).
 * `configs/toy2d/` has two-dimensional experiments (`jkoflow toy2d`), of the same kind.

@@ -38,28 +38,27 @@ HOME = "JKOFLOW_HOME"  # the variable that moves the data root
 MNIST, SMOKE = "mnist", "smoke"  # packaged configurations
 LIMIT = "data.limit"
 PROMPT = {"train.checkpoint_seconds": 0}  # a checkpoint after every step
-JKO = {"train.iterations": 24, "jko.tolerance": 0}
+JKO = {"train.iterations": 24, "schedule.tolerance": 0}
 PASSES = {
     "train.iterations": 10,
-    "jko.tolerance": 0,
+    "schedule.tolerance": 0,
     "jko.reparameterize": 1,
     "jko.refine": 2,
 }
 LFM = {
-    "jko": "null",
     "train.objective": "lfm",
     "train.iterations": 24,
-    "lfm.max_blocks": 2,
-    "lfm.coupling": "ot",
-    "lfm.interpolant": "trigonometric",
-    "lfm.tolerance": 0,
+    "schedule.max_blocks": 2,
+    "matching.coupling": "ot",
+    "matching.interpolant": "trigonometric",
+    "schedule.tolerance": 0,
 }
 FM = {
-    "jko": "null",
+    "schedule": "null",
     "train.objective": "fm",
     "train.iterations": 12,
     "train.optimizer": "muon",
-    "fm.times": "logit-normal",
+    "matching.times": "logit-normal",
     "train.precision": "bf16",
     "velocity.kind": "unet",
     "velocity.width": 16,

@@ -5,6 +5,7 @@ torchrun --nproc_per_node 2 -m tests.processes JOB FOLDER
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -172,12 +173,13 @@ def clock(accelerator: Accelerator, folder: Path, ahead: int) -> Any:
 #: two networks in one block; gradients are clipped, so the norm over all of them counts
 NETWORKS = ("train.objective=fm", "velocity.kind=mlp", "velocity.width=8", "velocity.depth=1",
          "velocity.nets=2", "sampler.steps=4", "train.iterations=12", "fm.snapshot_every=5",
-         "train.grad_clip=0.5", "train.lr=0.01", "train.ema=0.9", "train.log_every=4")  # fmt: skip
+         "train.lr=0.01", "train.ema=0.9", "train.log_every=4")  # fmt: skip
 
 
 def networks(accelerator: Accelerator, folder: Path, halt: bool) -> Any:
     """Whether a training of two networks is complete."""
     config = tiny(*NETWORKS, *(("train.max_minutes=1e-9",) if halt else ()))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, grad_clip=0.5))
     source = GaussianSource(count=64)
     return train(config, folder / "run", accelerator, quiet, True, source).complete
 

@@ -5,7 +5,7 @@ set -euo pipefail
 jkoflow encode --config mnist-fine
 jkoflow train  --config mnist-fine --run runs/mnist-fine-first
 jkoflow train  --config mnist-fine --run runs/mnist-fine --set train.init_from=runs/mnist-fine-first \
-  --set train.iterations=3600 --set fm.times=uniform --set latents.draws=2
+  --set train.iterations=3600 --set matching.times=uniform --set latents.draws=2
 jkoflow train  --config mnist-fine --run runs/mnist-fine-guide --set name=mnist-fine-guide --set train.init_from=null \
   --set velocity.width=32 --set train.iterations=1000 --set train.batch_size=128
 

@@ -122,7 +122,7 @@ class AutoencoderTraining:
     lr: float = setting(5e-4, above=0)
     momentum: float | None = setting(None, least=0, below=1)
     lr_final: float = constant(0.05)
-    warmup: int = setting(200, least=0)
+    warmup: int = constant(200)
     kl_weight: float = setting(0.7, least=0)
     kl_warmup: int = setting(0, least=0)
     overshoot_weight: float = constant(0.1)

@@ -28,7 +28,6 @@ class Key:
         default: its default.
         meaning: its description.
         metadata: its bounds and its resume rule.
-        defined: class and field that define it, which several sections may share.
     """
 
     name: str
@@ -36,7 +35,6 @@ class Key:
     default: Any
     meaning: str
     metadata: dict[str, Any]
-    defined: tuple[str, str]
 
     @property
     def plain_default(self) -> str:
@@ -57,8 +55,8 @@ def keys(schema: type) -> dict[str, Key]:
 
 
 def count(*schemas: type) -> int:
-    """Count the settings of schemas; a field that several sections share counts once."""
-    return len({key.defined for schema in schemas for key in keys(schema).values()})
+    """Count the distinct keys of schemas."""
+    return len({name for schema in schemas for name in keys(schema)})
 
 
 def resume_rule(name: str, schema: type = Config) -> str:
@@ -142,9 +140,7 @@ def _keys(schema: type, prefix: str, inherited: dict[str, Any]) -> Iterator[Key]
         default = item.default
         if item.default_factory is not dataclasses.MISSING:
             default = item.default_factory()
-        owners = [k for k in schema.__mro__ if item.name in vars(k).get("__annotations__", {})]
-        defined = (owners[0].__qualname__, item.name)
-        yield Key(prefix + item.name, kind, default, meanings.get(item.name, ""), rules, defined)
+        yield Key(prefix + item.name, kind, default, meanings.get(item.name, ""), rules)
 
 
 @cache

@@ -53,7 +53,7 @@ def setting(default: Any, *, resume: str | None = None, **bounds: float) -> Any:
 
 
 def constant(default: Any) -> Any:  # noqa: ANN401
-    """Declare a field that is no key of the configuration: code and tests alone may vary it."""
+    """Declare a field that is no key of a configuration file; code, options and tests set it."""
     return field(default=default, metadata={"key": False})
 
 
@@ -152,7 +152,7 @@ class LatentsConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training of the blocks; the section of the objective (jko, lfm or fm) has the rest.
+    """Training of the blocks; sections that depend on the objective have the rest.
 
     Attributes:
         objective: jko, lfm or fm; runs of `jkoflow distill` have distill. jko is maximum
@@ -188,7 +188,7 @@ class TrainConfig:
     lr_final: float = setting(0.02, least=0, most=1, resume="added")
     warmup: int = setting(50, least=0, resume="added")
     ema: float = setting(0.99, least=0, below=1, resume="added")
-    grad_clip: float = setting(1.0, least=0, resume="added")
+    grad_clip: float = constant(1.0)
     precision: Precision = setting("fp32", resume="added")
     warm_start: bool = setting(True, resume="added")
     init_from: str | None = setting(None, resume="added")
@@ -199,7 +199,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class BlocksConfig:
+class ScheduleConfig:
     """Number of blocks and growth of their steps, h_k under jko and γ_k under lfm.
 
     Attributes:
@@ -240,41 +240,40 @@ class TrainingSolverConfig:
 
 
 @dataclass(frozen=True)
-class JkoConfig(BlocksConfig):
+class JkoConfig:
     """JKO-iFlow: every block maximises likelihood under a penalty on its movement.
 
     Attributes:
-        h0: first JKO step size h_0; h_k = min(ρ^k h_0, h_max).
+        h0: first JKO step size h_0; h_k = min(ρ^k h_0, h_max), where h_max is 5.
         h_max: largest step size.
-        h: explicit step sizes h_0, h_1, …, instead of h0 and max_blocks.
+        h: explicit step sizes h_0, h_1, …, instead of h0 and schedule.max_blocks.
         solver: solver of a block's ODE while the block trains.
-        divergence: estimator of ∇·v while a block trains: exact, hutchinson or finite-difference.
-        probes: random probes of the estimator (hutchinson, finite-difference).
+        divergence: estimator of ∇·v while a block trains: exact, or hutchinson or
+            finite-difference with one random probe a sample.
         jacobian_weight: finite-difference: weight of ∫‖∂v/∂z‖_F² dt, which keeps the field to what
             the training grid resolves where data lie close to a surface.
         reparameterize: number of passes after the first, each with step sizes that even out the
-            movements of the pass before.
+            movements of the pass before, by half.
         eta: fraction of the way to the evened-out steps that such a pass goes.
         refine: children that every block is split into in a last pass; 1 splits nothing.
         later_iterations: optimiser steps per block in later passes; null takes those of the first.
     """
 
     h0: float = setting(0.5, above=0, resume="added")
-    h_max: float = setting(5.0, above=0, resume="added")
+    h_max: float = constant(5.0)
     h: list[float] | None = setting(None, above=0, resume="added")
     solver: TrainingSolverConfig = field(default_factory=TrainingSolverConfig)
     divergence: Divergence = setting("finite-difference", resume="added")
-    probes: int = setting(1, least=1, resume="added")
     jacobian_weight: float = setting(0.0, least=0, resume="added")
     reparameterize: int = setting(0, least=0, resume="later")
-    eta: float = setting(0.5, above=0, most=1, resume="later")
+    eta: float = constant(0.5)
     refine: int = setting(1, least=1, resume="later")
     later_iterations: int | None = setting(None, least=1, resume="later")
 
 
 @dataclass(frozen=True)
 class MatchingConfig:
-    """Regression of a velocity on the path between samples and targets.
+    """Regression of a velocity on the path between samples and targets, under lfm and fm.
 
     Attributes:
         interpolant: path from sample to target: linear or trigonometric.
@@ -290,12 +289,12 @@ class MatchingConfig:
 
 
 @dataclass(frozen=True)
-class LfmConfig(MatchingConfig, BlocksConfig):
+class LfmConfig:
     """Local flow matching: block k is regressed towards the data diffused for a time γ_k.
 
     Attributes:
         gamma1: first Ornstein-Uhlenbeck time; γ_k = gamma1 · ρ^(k−1).
-        gamma: explicit times γ_1, γ_2, …, instead of gamma1 and max_blocks.
+        gamma: explicit times γ_1, γ_2, …, instead of gamma1 and schedule.max_blocks.
     """
 
     gamma1: float = setting(0.1, above=0, resume="added")
@@ -303,7 +302,7 @@ class LfmConfig(MatchingConfig, BlocksConfig):
 
 
 @dataclass(frozen=True)
-class FmConfig(MatchingConfig):
+class FmConfig:
     """Flow matching: one block is regressed towards pure noise.
 
     Attributes:
@@ -347,14 +346,14 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Sampling.
+    """Sampling; options of `generate` and `evaluate` choose seed and classes.
 
     Attributes:
         n: number of images.
         batch_size: images per call of the flow; it decides the noise of each image.
         columns: of the grid.
         seed: of the noise.
-        labels: classes of the images of a class-conditional run, which repeat in this order; null
+        labels: classes of the images of a class-conditional run, which repeat in this order; None
             samples classes as often as they occur in the training data.
         guidance: guidance weight w. A class-conditional run follows v(∅) + w (v(class) − v(∅)); a
             run with a guide, whose velocity is g, follows g + w (v − g). null takes 1, the plain
@@ -367,9 +366,9 @@ class GenerateConfig:
 
     n: int = setting(64, least=1)
     batch_size: int = setting(250, least=1)
-    columns: int = setting(8, least=1)
-    seed: int = 0
-    labels: list[int] | None = None
+    columns: int = constant(8)
+    seed: int = constant(0)
+    labels: list[int] | None = constant(None)
     guidance: float | None = None
     guide: str | None = None
     refiner: str | None = None
@@ -392,7 +391,7 @@ class EvaluateConfig:
     n: int = setting(50000, least=1)
     reference: str = "mnist-train"
     floor: bool = True
-    kid: int = setting(0, least=0)
+    kid: int = constant(0)
     nll: int = setting(256, least=0)
 
 
@@ -408,17 +407,17 @@ class PointsConfig:
     """
 
     train: int = setting(50000, least=2, resume="fixed")
-    test: int = setting(5000, least=2)
-    compare: int = setting(2000, least=2)
-    grid: int = setting(100, least=2)
+    test: int = constant(5000)
+    compare: int = constant(2000)
+    grid: int = constant(100)
 
 
 @dataclass(frozen=True)
 class Config:
     """Configuration of a flow.
 
-    Of the sections jko, lfm and fm only the one of train.objective is there. The section points is
-    there for two-dimensional experiments alone.
+    Which of the sections schedule, matching, jko, lfm and fm are there, train.objective decides.
+    The section points is there for two-dimensional experiments alone.
 
     Attributes:
         name: of the run, whose default directory is runs/NAME.
@@ -427,6 +426,8 @@ class Config:
         latents: latent cache.
         velocity: velocity network of a block.
         train: training of the blocks.
+        schedule: number of blocks and growth of their steps, under jko and lfm.
+        matching: options of the regression, under lfm and fm.
         jko: objective jko.
         lfm: objective lfm.
         fm: objective fm.
@@ -444,6 +445,8 @@ class Config:
         default_factory=VelocityConfig, metadata={"resume": "added", "fixed": ("classes",)}
     )
     train: TrainConfig = field(default_factory=TrainConfig)
+    schedule: ScheduleConfig | None = None
+    matching: MatchingConfig | None = None
     jko: JkoConfig | None = None
     lfm: LfmConfig | None = None
     fm: FmConfig | None = None
@@ -458,7 +461,7 @@ class Config:
         Raises:
             UserError: a section of another objective, or points under images.
         """
-        for name, kind in SECTIONS.items():
+        for name, (kind, _) in SECTIONS.items():
             applies, there = self.has(name), getattr(self, name)
             if applies and there is None:
                 object.__setattr__(self, name, kind())
@@ -473,32 +476,25 @@ class Config:
         """Return whether a section applies: all do but those of other objectives, and points."""
         if section == "points":
             return self.data.name not in (*IMAGE_SETS, *TABLES)
-        return section not in SECTIONS or section == self.train.objective
+        return section not in SECTIONS or self.train.objective in SECTIONS[section][1]
 
     @property
-    def blocks(self) -> BlocksConfig:
-        """The section that says how many blocks there are.
-
-        Raises:
-            UserError: the objective has none (fm and distill).
-        """
-        section = self.jko or self.lfm
-        if section is None:
-            raise UserError(f"train.objective={self.train.objective} has no schedule of blocks")
-        return section
-
-    @property
-    def matching(self) -> MatchingConfig:
+    def regression(self) -> MatchingConfig:
         """The options of the regression; those of distillation are the defaults."""
-        return self.lfm or self.fm or MatchingConfig()
+        return self.matching or MatchingConfig()
 
 
-#: sections that apply under a condition
-SECTIONS = {"jko": JkoConfig, "lfm": LfmConfig, "fm": FmConfig, "points": PointsConfig}
+#: sections that apply under a condition, and the objectives that they belong to
+SECTIONS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "schedule": (ScheduleConfig, ("jko", "lfm")),
+    "matching": (MatchingConfig, ("lfm", "fm")),
+    "jko": (JkoConfig, ("jko",)),
+    "lfm": (LfmConfig, ("lfm",)),
+    "fm": (FmConfig, ("fm",)),
+    "points": (PointsConfig, ()),
+}
 #: their conditions, in words
 WHERE = {
-    "jko": "train.objective=jko",
-    "lfm": "train.objective=lfm",
-    "fm": "train.objective=fm",
-    "points": "`jkoflow toy2d`, where data.name is a set of points",
-}
+    name: f"train.objective={' or '.join(objectives)}"
+    for name, (_, objectives) in SECTIONS.items()
+} | {"points": "`jkoflow toy2d`, where data.name is a set of points"}

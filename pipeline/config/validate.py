@@ -36,12 +36,12 @@ def check(config: Config) -> None:
 
 def _check_refiner(config: Config) -> None:
     """Check that a refiner is trained as one can be."""
-    plain = config.fm is not None and config.fm.coupling == "independent"
+    plain = config.fm is not None and config.regression.coupling == "independent"
     if config.velocity.image_channels and (config.velocity.classes or not plain):
         raise UserError(
             "a refiner (velocity.image_channels) is trained by flow matching, without classes and "
-            "without pairing across images; set train.objective=fm, fm.coupling=independent and "
-            "velocity.classes=0"
+            "without pairing across images; set train.objective=fm, "
+            "matching.coupling=independent and velocity.classes=0"
         )
 
 
@@ -76,7 +76,7 @@ def objective_of(config: Config) -> str:
 
 def ends_free(config: Config) -> bool:
     """Return whether a free block follows those with a step."""
-    return config.fm is not None or config.blocks.free_block
+    return config.schedule is None or config.schedule.free_block
 
 
 def check_shape(config: Config, shape: tuple[int, ...]) -> None:
@@ -91,11 +91,10 @@ def check_shape(config: Config, shape: tuple[int, ...]) -> None:
 
 def steps(config: Config) -> list[float]:
     """Return the steps of the blocks before the free one, given or geometric: h_k or γ_k."""
-    if config.jko is not None:
-        jko = config.jko
-        return jko.h or step_sizes(jko.h0, jko.rho, jko.h_max, jko.max_blocks)
-    if config.lfm is not None:
-        lfm = config.lfm
-        times = gammas(lfm.gamma1, lfm.rho, lfm.max_blocks, free_last=False)
+    schedule, jko, lfm = config.schedule, config.jko, config.lfm
+    if schedule is not None and jko is not None:
+        return jko.h or step_sizes(jko.h0, schedule.rho, jko.h_max, schedule.max_blocks)
+    if schedule is not None and lfm is not None:
+        times = gammas(lfm.gamma1, schedule.rho, schedule.max_blocks, free_last=False)
         return lfm.gamma or [gamma for gamma in times if gamma is not None]
     return []

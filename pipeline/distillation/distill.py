@@ -91,7 +91,8 @@ def student_config(
         velocity = dataclasses.replace(velocity, class_dropout=0.0)
     generate = dataclasses.replace(old.generate, guidance=None, guide=None, refiner=None)
     config = dataclasses.replace(
-        old, name=f"{old.name}-distilled", train=train, jko=None, lfm=None, fm=None,
+        old, name=f"{old.name}-distilled", train=train,
+        schedule=None, matching=None, jko=None, lfm=None, fm=None,
         sampler=SamplerConfig(settings.method, settings.steps), velocity=velocity,
         generate=generate,
     )  # fmt: skip

@@ -83,7 +83,7 @@ def _objective(config: Config, manifest: Manifest) -> str:
     train = config.train
     text: str = train.objective
     if text != "jko":
-        options = config.matching
+        options = config.regression
         text += (
             f", {options.interpolant} interpolant, {options.coupling} coupling, "
             f"{options.times} times"

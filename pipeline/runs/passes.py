@@ -129,7 +129,7 @@ class Pass:
         own: whether blocks start from their own weights in the base, not from the block before.
         kept: number of first blocks that are taken over unchanged from the pass before.
         reparameterized: number of reparameterizations up to this pass.
-        recipe: the train section and the section of the objective that it is trained with.
+        recipe: section train and the sections of the objective that it is trained with.
         objective: of its blocks. Flow matching is lfm with a free block alone.
         gamma: planned times of the blocks before the free one; empty under jko.
         blocks: a row for each finished block, the kept ones included.

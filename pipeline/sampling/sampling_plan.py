@@ -257,7 +257,7 @@ def _require_fit(run: Run, guide: Run, name: str) -> None:
         raise UserError(
             f"guide {name} must have the objective, the interpolant and the steps of the run at "
             f"{run.folder}; train it with the same section {run.config.train.objective} (jko: "
-            "with the run's steps as jko.h, and jko.tolerance=0) and a smaller velocity.width"
+            "with the run's steps as jko.h, and schedule.tolerance=0) and a smaller velocity.width"
         )
     dropout = min(spec.velocity.class_dropout for spec in guide.flow.specs)
     if guide.flow.classes and not dropout:
@@ -270,7 +270,7 @@ def _require_fit(run: Run, guide: Run, name: str) -> None:
 
 def _same_steps(run: Run, guide: Run) -> bool:
     """Whether the blocks of a run that are in use have the steps of the guide's blocks."""
-    if run.config.matching.interpolant != guide.config.matching.interpolant:
+    if run.config.regression.interpolant != guide.config.regression.interpolant:
         return False
     count = len(run.flow)
     run_rows, guide_rows = (each.manifest.blocks[:count] for each in (run, guide))

@@ -91,9 +91,7 @@ class BlockTrainer:
         self.divergence: Divergence | None = None
         self.regression = regression
         if isinstance(options, JkoConfig):
-            self.divergence = make_divergence(
-                options.divergence, probes=options.probes, penalty=options.jacobian_weight
-            )
+            self.divergence = make_divergence(options.divergence, penalty=options.jacobian_weight)
         elif regression is None:
             self.regression = matching_regression(spec, options)
         self.salt = (number,) if number else ()

@@ -93,7 +93,7 @@ class PassTrainer:
             spec,
             stage,
             recipe,
-            self.config.jko or self.config.matching,
+            self.config.jko or self.config.regression,
             self.accelerator,
             self.number,
             self.blocks.regression,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from flows.objectives.schedule import refined_steps, reparameterize, step_sizes
 from pipeline.config.keys import resume_rule
 from pipeline.config.load import to_dict
-from pipeline.config.schema import Config, JkoConfig, of_block
+from pipeline.config.schema import SECTIONS, Config, JkoConfig, of_block
 from pipeline.config.validate import ends_free, objective_of, steps
 from pipeline.errors import UserError
 from pipeline.runs.passes import BlockRow, Pass
@@ -54,7 +54,7 @@ def _ordinary(config: Config) -> Pass:
         "ordinary",
         [],
         free,
-        None if config.fm is not None else config.blocks.tolerance,
+        None if config.schedule is None else config.schedule.tolerance,
         *_efforts(config, count),
         recipe=recipe_of(config),
     )
@@ -151,7 +151,8 @@ def _add(config: Config, passes: Sequence[Pass], count: int) -> Pass:
     listed = explicit[len(planned) : len(planned) + count]
     planned += listed
     if len(listed) < count:
-        rho = config.blocks.rho
+        assert config.schedule is not None  # fm is refused above
+        rho = config.schedule.rho
         if planned:
             first = planned[-1] * rho
         planned += step_sizes(first, rho, limit, count - len(listed))
@@ -188,11 +189,10 @@ def _same_objective(config: Config, last: Pass) -> None:
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
-    """Return the settings that decide the weights: the train section and the objective's."""
+    """Return the settings that decide the weights: section train and those of the objective."""
     plain = to_dict(config)
     train = {k: v for k, v in plain["train"].items() if resume_rule(f"train.{k}") != "free"}
-    objective = config.train.objective
-    return {**train, objective: plain[objective]} if objective in plain else train
+    return {**train, **{name: plain[name] for name in SECTIONS if name in plain}}
 
 
 def _split(passes: Sequence[Pass]) -> int:

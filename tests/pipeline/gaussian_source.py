@@ -20,7 +20,7 @@ from tests.pipeline.records import synthetic_manifest
 COVARIANCE = ((1.75, 1.25), (1.25, 1.75))
 TINY = (
     "name=gaussian",
-    "jko=null",
+    "schedule=null",
     "velocity=null",
     "velocity.kind=linear",
     "latents.shard_size=600",
@@ -34,9 +34,9 @@ TINY = (
 )
 #: settings of the objectives
 OBJECTIVES = {
-    "jko": ("jko.solver.steps=1", "jko.divergence=exact", "jko.h=[0.1,0.3,0.9]", "jko.tolerance=0",
-            "jko.free_block=false"),
-    "lfm": ("lfm.tolerance=0", "lfm.free_block=false"),
+    "jko": ("jko.solver.steps=1", "jko.divergence=exact", "jko.h=[0.1,0.3,0.9]",
+            "schedule.tolerance=0", "schedule.free_block=false"),
+    "lfm": ("schedule.tolerance=0", "schedule.free_block=false"),
     "fm": (),
 }  # fmt: skip
 

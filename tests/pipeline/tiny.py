@@ -29,6 +29,7 @@ from autoencoders.architecture import TamingConfig
 from autoencoders.taming import TamingAutoencoder
 from autoencoders.weights import to_tensors
 from pipeline.cli import main
+from pipeline.config.schema import SECTIONS
 from pipeline.storage import atomic
 
 SIDE = 12
@@ -107,8 +108,9 @@ class World:
         for section, changes in sections.items():
             values[section] = {**values.get(section, {}), **changes}
         objective = values["train"].get("objective", "jko")
-        for other in {"jko", "lfm", "fm"} - {objective, *sections}:
-            values.pop(other, None)
+        for other, (_, objectives) in SECTIONS.items():
+            if objective not in objectives and other not in sections:
+                values.pop(other, None)
         path = self.root / f"{name}.yaml"
         path.write_text(yaml.safe_dump(values))
         return str(path)
@@ -129,10 +131,11 @@ def make_world(root: Path, train: int = 40, test: int = 24) -> World:
         "autoencoder": {"name": "pretrained", "weights": str(weights)},
         "latents": {"shard_size": 16, "batch_size": 8, "draws": 2},
         "velocity": {"kind": "resmlp", "width": 16, "depth": 1, "time_features": 4},
-        "jko": {"max_blocks": 2, "tolerance": 1e-9, "solver": {"method": "rk4", "steps": 1}},
+        "schedule": {"max_blocks": 2, "tolerance": 1e-9},
+        "jko": {"solver": {"method": "rk4", "steps": 1}},
         "sampler": {"method": "rk4", "steps": 2},
         "train": {"iterations": 6, "batch_size": 16, "log_every": 2, "warmup": 2},
-        "generate": {"n": 10, "batch_size": 4, "columns": 3},
+        "generate": {"n": 10, "batch_size": 4},
         "evaluate": {"n": 12, "nll": 4},
     }
     return World(root, settings)

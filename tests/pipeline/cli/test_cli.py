@@ -138,7 +138,7 @@ def test_commands_communicate_through_files(
     code, out, _ = say(capsys, "encode", "--config", trained.config())
     assert (code, out.strip()) == (0, str(trained.caches()[0]))
     run = tmp_path / "run"
-    short = ["--set", "train.iterations=1", "--set", "jko.max_blocks=1"]
+    short = ["--set", "train.iterations=1", "--set", "schedule.max_blocks=1"]
     words = ["train", "--config", trained.config(), "--run", run, *short]
     code, out, last = say(capsys, *words)
     assert (code, out.strip()) == (0, str(run))

@@ -25,8 +25,16 @@ from pipeline.config.load import (
     to_dict,
     with_values,
 )
-from pipeline.config.moved import MOVED, replacement
-from pipeline.config.schema import Config, FmConfig, JkoConfig, TrainConfig, of_block
+from pipeline.config.moved import GONE, MOVED, replacement
+from pipeline.config.schema import (
+    SECTIONS,
+    Config,
+    FmConfig,
+    JkoConfig,
+    MatchingConfig,
+    TrainConfig,
+    of_block,
+)
 from pipeline.config.validate import check
 from pipeline.errors import UserError
 
@@ -81,7 +89,10 @@ def test_only_the_section_of_the_objective_is_there() -> None:
     jko, fm = load_config("mnist"), load_config("mnist-fm")
     assert isinstance(jko.jko, JkoConfig) and jko.fm is None and jko.lfm is None
     assert isinstance(fm.fm, FmConfig) and fm.jko is None
-    assert "jko" in to_dict(jko) and not {"lfm", "fm", "points"} & set(to_dict(jko))
+    assert jko.schedule is not None and jko.matching is None
+    assert fm.schedule is None and fm.matching is not None
+    assert set(SECTIONS) & set(to_dict(jko)) == {"schedule", "jko"}
+    assert set(SECTIONS) & set(to_dict(fm)) == {"matching", "fm"}
     with pytest.raises(UserError, match="section jko applies to train.objective=jko"):
         Config(train=TrainConfig(objective="fm"), jko=JkoConfig())
 
@@ -91,8 +102,8 @@ def test_only_the_section_of_the_objective_is_there() -> None:
     [
         ("mnist-fm", "jko.h0=0.25", r"jko\.h0=0\.25 applies to train\.objective=jko; this "
          r"configuration has train\.objective=fm; remove it .* or set train\.objective=jko"),
-        ("mnist", "train.objective=fm", r"config mnist: jko\.h0=0\.5 applies to train"),
-        ("mnist", "lfm.times=logit-normal", r"applies to train\.objective=lfm"),
+        ("mnist", "train.objective=fm", r"config mnist: schedule\.rho=1\.5 applies to train"),
+        ("mnist", "matching.times=logit-normal", r"applies to train\.objective=lfm"),
         ("mnist", "points.train=5", r"points\.train=5 applies to `jkoflow toy2d`"),
         ("mnist", "data.size=8", r"data\.size=8 applies to data\.name=folder; .*default None"),
         ("mnist", "velocity.heads=2", r"velocity\.heads=2 applies to velocity\.kind=unet"),
@@ -101,7 +112,7 @@ def test_only_the_section_of_the_objective_is_there() -> None:
         ("mnist", "train.precision=bf16", r"applies to train\.objective=lfm or fm"),
         ("cifar10", "velocity.classes=0", r"generate\.guidance=2\.5 applies to velocity\.classes"),
         ("mnist-fm", "velocity.class_dropout=0.5", r"applies to velocity\.classes above 0"),
-        ("demo", "jko.eta=0.7", r"jko\.eta=0\.7 applies to jko\.reparameterize above 0"),
+        ("demo", "jko.later_iterations=7", r"applies to jko\.reparameterize above 0 or jko"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_apply_are_refused(name: str, override: str, named: str) -> None:
@@ -110,8 +121,9 @@ def test_settings_that_do_not_apply_are_refused(name: str, override: str, named:
 
 
 def test_a_section_is_left_out_by_null() -> None:
-    config = load_config("mnist", ["train.objective=fm", "jko=null", "fm.times=logit-normal"])
-    assert config.fm == FmConfig(times="logit-normal")
+    times = "matching.times=logit-normal"
+    config = load_config("mnist", ["train.objective=fm", "jko=null", "schedule=null", times])
+    assert config.matching == MatchingConfig(times="logit-normal")
 
 
 def test_the_table_of_conditions_names_keys() -> None:
@@ -123,14 +135,19 @@ def test_the_table_of_conditions_names_keys() -> None:
 
 def test_old_keys_are_named_with_their_new_place(tmp_path: Path) -> None:
     known = keys(Config)
-    for old, new in MOVED.items():
-        assert old not in known
-        if " " not in new:
-            assert new in known, new
+    sections = {name.partition(".")[0] for name in known}
+    for old in (*MOVED, *GONE):
+        assert old not in known and replacement(old), old
+        assert not old.endswith(".*") or old.removesuffix(".*") not in sections
+    assert all(new in known for new in MOVED.values() if " " not in new and "," not in new)
+    own = keys(AutoencoderConfig)
+    assert not set(own) & (set(MOVED) | set(GONE))
     for key, said in (
         ("push.steps=3", "push.steps is now sampler.steps; rename it"),
-        ("solver.rtol=3", "solver.rtol is no longer a setting; remove it"),
-        ("architecture.ch=64", "architecture.ch is a key of an autoencoder's configuration"),
+        ("solver.rtol=3", "solver.rtol is no setting here: adaptive solvers always have"),
+        ("jko.rho=2", "jko.rho is now schedule.rho; rename it"),
+        ("jko.eta=0.3", "jko.eta is no setting here: a later pass always goes half of the way"),
+        ("architecture.ch=64", "architecture.ch is no setting here: it belongs to an autoencoder"),
         ("velocity.hidden=[4]", "velocity.hidden is now velocity.width and velocity.depth"),
     ):
         with pytest.raises(UserError, match=said.replace("[", r"\[")):
@@ -270,7 +287,7 @@ def test_rules_of_resuming() -> None:
 def test_every_key_has_a_meaning() -> None:
     for schema in (Config, AutoencoderConfig):
         assert all(key.meaning for key in keys(schema).values())
-    assert count(Config, AutoencoderConfig) <= 122
+    assert count(Config, AutoencoderConfig) <= 110
 
 
 def test_a_value_of_a_block() -> None:

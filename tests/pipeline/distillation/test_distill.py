@@ -31,7 +31,7 @@ from tests.pipeline.tiny import World, say
 MOONS = ("points.train=4000", "latents.shard_size=3000", "velocity.width=48", "velocity.depth=2",
          "velocity.activation=tanh", "jko=null", "train.ema=0.9", "train.batch_size=256",
          "train.lr=0.01",
-         "train.warmup=10", "train.iterations=[200]", "lfm.tolerance=0",
+         "train.warmup=10", "train.iterations=[200]", "schedule.tolerance=0",
          "train.objective=lfm", "lfm.gamma=[0.2,0.4,0.6]")  # fmt: skip
 EXACT = SolverConfig("dopri5")
 

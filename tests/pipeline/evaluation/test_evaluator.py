@@ -175,7 +175,7 @@ def test_the_floor_of_the_identity_is_the_fid_of_the_real_images(
 ) -> None:
     path = world.config(
         autoencoder={"name": "identity", "weights": None}, train={"iterations": 1},
-        jko={"max_blocks": 1}, evaluate={"nll": 0},
+        schedule={"max_blocks": 1}, evaluate={"nll": 0},
     )  # fmt: skip
     config = load_config(path)
     encode(config, accelerator, quiet)

@@ -56,7 +56,7 @@ def test_a_run_continues_only_where_that_is_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before  # they decide no weights
 
 
-@pytest.mark.parametrize("key", ["train.lr", "jko.h0", "sampler.steps", "jko.max_blocks"])
+@pytest.mark.parametrize("key", ["train.lr", "jko.h0", "sampler.steps", "schedule.max_blocks"])
 def test_settings_that_decide_the_weights_are_fixed(tmp_path: Path, key: str) -> None:
     enter(tmp_path / "run", tiny())
     with pytest.raises(UserError, match=rf"the run at .* was started with {key}=\S+ \(now 7"):

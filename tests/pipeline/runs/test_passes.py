@@ -173,7 +173,7 @@ def test_killed_in_later_passes_and_resumed_ends_in_the_same_bytes(
 
 
 def test_later_passes_have_a_free_block_too(tmp_path: Path) -> None:
-    few = ("jko.free_block=true", "train.iterations=4", "jko.h=[0.2,0.4]")
+    few = ("schedule.free_block=true", "train.iterations=4", "jko.h=[0.2,0.4]")
     run(tmp_path / "run", *few, "jko.reparameterize=1", "jko.refine=2", resume=False)
     passes = read_manifest(tmp_path / "run").passes
     assert [[row.h is None for row in entry.blocks] for entry in passes] == [

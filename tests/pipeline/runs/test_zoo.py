@@ -276,9 +276,9 @@ def test_a_newer_version_of_a_shipped_run_is_another_copy(zoo: Path) -> None:
     """Other settings of the same blocks count, too."""
     old = shipped.locate("zoo:tiny")
     text = (zoo / "tiny" / "config.yaml").read_text()
-    (zoo / "tiny" / "config.yaml").write_text(text.replace("columns: 3", "columns: 2"))
+    (zoo / "tiny" / "config.yaml").write_text(text.replace("n: 10", "n: 11"))
     new = shipped.locate("zoo:tiny")
-    assert new != old and open_run(new).config.generate.columns == 2
+    assert new != old and open_run(new).config.generate.n == 11
 
 
 def test_the_manifest_of_a_copy_is_written_last(

@@ -32,7 +32,7 @@ CLASSES = ("velocity.classes=2", "train.ema=0.9")
 FM = (*CLASSES, "train.objective=fm", "velocity.kind=mlp", "velocity.width=32",
       "velocity.depth=1", "sampler.steps=8", "train.lr=0.02", "train.iterations=300",
       "train.warmup=10")  # fmt: skip
-LFM = (*CLASSES, "train.objective=lfm", "lfm.gamma=[0.2]", "lfm.free_block=true")
+LFM = (*CLASSES, "train.objective=lfm", "lfm.gamma=[0.2]", "schedule.free_block=true")
 
 
 def run(folder: Path, *overrides: str, known: bool = True, **request: int) -> Outcome:
@@ -139,7 +139,7 @@ def test_labels_travel_with_their_samples(quick: Path) -> None:
             torch.testing.assert_close(stage(quick, index + 1).field("z")[own], moved)
 
 
-OFTEN = (*LFM, "train.iterations=5", "train.checkpoint_seconds=0", "lfm.coupling=ot",
+OFTEN = (*LFM, "train.iterations=5", "train.checkpoint_seconds=0", "matching.coupling=ot",
          "train.batch_size=32", "velocity.class_dropout=0.3")  # fmt: skip
 
 

@@ -294,7 +294,7 @@ def test_guidance_needs_class_dropout(
     jko = {"objective": "jko", "iterations": 1}
     for name, sections in (
         ("never", {"velocity": {"class_dropout": 0.0}}),
-        ("jko", {"train": jko, "jko": {"max_blocks": 1, "free_block": False}}),
+        ("jko", {"train": jko, "schedule": {"max_blocks": 1, "free_block": False}}),
     ):
         config, run = pictured.config(name, **sections), tmp_path / name
         assert say(capsys, "train", "-c", config, "-r", run)[0] == 0

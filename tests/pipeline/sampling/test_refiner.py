@@ -241,7 +241,7 @@ def test_mistakes(
     for name, change, said in (
         ("two", {"velocity": {"kind": "conv", "image_channels": 2}}, "has images of 1 channels"),
         ("jko", {"train": {"objective": "jko"}}, "is trained by flow matching"),
-        ("pairs", {"fm": {"coupling": "ot"}}, "without pairing across"),
+        ("pairs", {"matching": {"coupling": "ot"}}, "without pairing across"),
         ("plain", {"velocity": {"kind": "conv"}}, "applies to velocity.image_channels"),
         ("noise", {"latents": {"disturb": -1.0}}, "latents.disturb is -1.0; expected at least 0"),
         ("kind", {"velocity": {"kind": "resmlp", "image_channels": 1}}, "a single conv or unet"),

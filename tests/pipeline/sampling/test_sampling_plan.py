@@ -213,7 +213,7 @@ def test_mistakes(
     assert "was trained on other latents" in refused("--guide", points, "--guidance", "2")
     assert "not negative" in refused("--guide", guide, "--guidance", "-1")
     for name, change in (
-        ("steps", {"jko": {"max_blocks": 1}}),
+        ("steps", {"schedule": {"max_blocks": 1}}),
         ("fm", {"train": {"objective": "fm", "iterations": 1}}),
     ):
         config = trained.config(name, **change)

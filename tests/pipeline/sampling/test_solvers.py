@@ -139,7 +139,7 @@ def test_solvers_that_do_not_fit_are_refused(
 
 
 def test_a_budget_of_evaluations_is_spent_on_whole_networks(tmp_path: Path) -> None:
-    train(tmp_path / "run", *TWO_NETS, "jko.free_block=false")
+    train(tmp_path / "run", *TWO_NETS, "schedule.free_block=false")
     plan = SamplingPlan.open(open_run(tmp_path / "run"), tiny().generate)
     assert [steps_within(plan, nfe) for nfe in (8, 15, 16)] == [{2}, {2}, {4}]
     with pytest.raises(UserError, match=r"each of 1 blocks of 2 networks \(8\)"):
@@ -147,8 +147,8 @@ def test_a_budget_of_evaluations_is_spent_on_whole_networks(tmp_path: Path) -> N
 
 
 def test_a_budget_includes_the_networks_of_the_guide(tmp_path: Path) -> None:
-    train(tmp_path / "one", "jko.free_block=false", "jko.max_blocks=1")
-    train(tmp_path / "two", *TWO_NETS, "jko.free_block=false")
+    train(tmp_path / "one", "schedule.free_block=false", "schedule.max_blocks=1")
+    train(tmp_path / "two", *TWO_NETS, "schedule.free_block=false")
     opened, settings = open_run(tmp_path / "one"), tiny().generate
     settings = replace(settings, guide=str(tmp_path / "two"), guidance=2.0)
     plan = SamplingPlan.open(opened, settings)

@@ -34,9 +34,6 @@ TINY = [
     "train.iterations=[3,2]",
     "train.batch_size=64",
     "points.train=256",
-    "points.test=64",
-    "points.compare=50",
-    "points.grid=8",
 ]
 
 
@@ -44,8 +41,10 @@ def load(name, overrides=()):
     return load_config(name, overrides, packaged.TOY2D)
 
 
-def tiny(name="gaussian", *more):
-    return load(name, [*TINY, *more])
+def tiny(name="gaussian", *more, **counts):
+    config = load(name, [*TINY, *more])
+    points = dataclasses.replace(config.points, **{"test": 64, "compare": 50, "grid": 8, **counts})
+    return dataclasses.replace(config, points=points)
 
 
 def run(config, folder, resume=False):
@@ -116,14 +115,14 @@ def test_a_resumed_run_keeps_its_points(finished, tmp_path):
     for change in ("points.train=77", "train.seed=5"):
         with pytest.raises(UserError, match=f"started with {change.partition('=')[0]}="):
             run(tiny("gaussian", change), folder, resume=True)
-    measured = run(tiny("gaussian", "points.test=50"), folder, resume=True)
+    measured = run(tiny("gaussian", test=50), folder, resume=True)
     assert measured["nll"]["n"] == 50
 
 
 def test_metrics_of_the_identity_flow_equal_closed_forms():
     """z = x: NLL is E[½‖x‖² + log 2π] / 2, the gap KL(N(0, Σ) ‖ N(0, I)) / 2; MMD sees it."""
     flow = fresh_flow((2,), [BlockSpec(VelocityConfig("mlp", width=4, depth=1))])
-    source = PointSource(tiny("gaussian", "points.test=4000", "points.compare=400"))
+    source = PointSource(tiny("gaussian", test=4000, compare=400))
     metrics = measure_flow(flow, source, torch.device("cpu"))
     x = source.sample("test", 0, 4000).double()
     nll = (x.square().sum(dim=1) / 2 + math.log(2 * math.pi)).mean() / 2
@@ -141,7 +140,7 @@ def test_metrics_of_the_identity_flow_equal_closed_forms():
 
 def test_points_outside_the_support_are_left_out():
     flow = fresh_flow((2,), [BlockSpec(VelocityConfig("mlp", width=4, depth=1))])
-    source = PointSource(tiny("gaussian", "points.test=200", "points.compare=50"))
+    source = PointSource(tiny("gaussian", test=200, compare=50))
     whole = measure_flow(flow, source, torch.device("cpu"))
     known = source.points.log_density
     density = lambda x: known(x).index_fill(0, torch.tensor([7]), -math.inf)  # noqa: E731
@@ -183,7 +182,7 @@ def test_the_command_trains_measures_and_plots(tmp_path, monkeypatch):
         (lambda: load("chess"), "unknown configuration 'chess' in toy2d; .*checkerboard"),
         (lambda: load("mnist"), "flows/mnist is for `jkoflow encode, train`"),
         (lambda: load("rose", ["points.n=3"]), "unknown key points.n"),
-        (lambda: tiny("gaussian", "points.test=1"), "points.test is 1; expected at least 2"),
+        (lambda: tiny("gaussian", "points.train=1"), "points.train is 1; expected at least 2"),
         (lambda: PointSource(tiny("gaussian", "data.name=moon")), "point set 'moon' is unknown"),
         (lambda: PointSource(tiny("gaussian", "data.name=picture")), "data.path is null"),
     ],

@@ -30,7 +30,7 @@ def run(folder: Path, *overrides: str, **request: int) -> Outcome:
 def cheap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two blocks of local flow matching and a free one."""
     folder = tmp_path_factory.mktemp("initial") / "lfm"
-    times = ("train.objective=lfm", "lfm.gamma=[0.1,0.3]", "lfm.free_block=true")
+    times = ("train.objective=lfm", "lfm.gamma=[0.1,0.3]", "schedule.free_block=true")
     run(folder, *times)
     return folder
 
@@ -52,7 +52,7 @@ def weights(folder: Path) -> list[Tensor]:
 def test_blocks_start_from_their_counterparts(
     cheap: Path, tmp_path: Path, h: list[float], free: bool, counterparts: list[int]
 ) -> None:
-    shape = (f"jko.h={h}", f"jko.free_block={str(free).lower()}")
+    shape = (f"jko.h={h}", f"schedule.free_block={str(free).lower()}")
     run(tmp_path, *STILL, *shape, f"train.init_from={cheap}")
     theirs, ours = weights(cheap), weights(tmp_path)
     assert len(ours) == len(counterparts)
@@ -66,7 +66,7 @@ def test_blocks_start_from_their_counterparts(
 
 
 def test_a_start_that_is_near_lowers_the_nll(cheap: Path, tmp_path: Path) -> None:
-    steps = ("jko.h=[0.1,0.3]", "jko.free_block=true", "train.iterations=5")
+    steps = ("jko.h=[0.1,0.3]", "schedule.free_block=true", "train.iterations=5")
     run(tmp_path / "from", *steps, f"train.init_from={cheap}", "train.lr=0.003")
     run(tmp_path / "anew", *steps, "train.lr=0.003")
     found = [read_manifest(tmp_path / name).passes[0].summary for name in ("from", "anew")]
@@ -94,7 +94,7 @@ def test_other_weights_before_the_first_block_is_finished(cheap: Path, tmp_path:
     run(tmp_path / "whole", *start)
     run(tmp_path / "run", *start, "train.max_minutes=1e-9")
     assert _blocks(tmp_path / "run") == []
-    times = ("train.objective=lfm", "lfm.gamma=[0.1,0.3,0.9]", "lfm.free_block=true")
+    times = ("train.objective=lfm", "lfm.gamma=[0.1,0.3,0.9]", "schedule.free_block=true")
     assert run(other, *times, "train.iterations=5", add_blocks=1).complete
     assert run(tmp_path / "run", *start).complete  # with those that it began with
     assert all(map(torch.equal, weights(tmp_path / "run"), weights(tmp_path / "whole")))
