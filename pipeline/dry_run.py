@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from flows.networks.registry import make_velocity
-from pipeline.config.schema import Config, EvaluateConfig
+from pipeline.config.sampling import EvaluateConfig
+from pipeline.config.schema import Config
 from pipeline.config.validate import check
 from pipeline.data.latent_cache import (
     cache_folder,

@@ -27,13 +27,8 @@ from flows.flow import Flow
 from flows.spec import BlockSpec, build_block
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
 from pipeline.config.autoencoder_recipe import AutoencoderTraining
-from pipeline.config.schema import (
-    GenerateConfig,
-    JkoConfig,
-    MatchingConfig,
-    SamplerConfig,
-    TrainConfig,
-)
+from pipeline.config.sampling import GenerateConfig, SamplerConfig
+from pipeline.config.training import JkoConfig, MatchingConfig, TrainConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.features import SHARD, FeatureExtractor
 from pipeline.runs.passes import Pass

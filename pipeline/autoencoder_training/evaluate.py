@@ -14,7 +14,7 @@ from autoencoders.registry import build_autoencoder
 from eval.inception import EXTRACTOR
 from eval.reconstruction import Reconstruction
 from pipeline.autoencoder_training.train import SHOWN, WEIGHTS, write_reconstructions
-from pipeline.config.schema import DataConfig, EncoderConfig
+from pipeline.config.data import DataConfig, EncoderConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
 from pipeline.errors import UserError

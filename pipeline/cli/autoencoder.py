@@ -73,7 +73,7 @@ def evaluate_autoencoder_command(
     from pipeline.autoencoder_training.evaluate import evaluate_autoencoder
     from pipeline.autoencoder_training.train import WEIGHTS
     from pipeline.cli.session import make_accelerator
-    from pipeline.config.schema import EncoderConfig
+    from pipeline.config.data import EncoderConfig
     from pipeline.runtime.console import progress_bar
 
     settings, accelerator = _load(config, overrides), make_accelerator()

@@ -18,7 +18,8 @@ from pipeline.runtime.console import progress_bar
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from pipeline.config.schema import Config, EvaluateConfig
+    from pipeline.config.sampling import EvaluateConfig
+    from pipeline.config.schema import Config
     from pipeline.sampling.sampling_plan import SamplingPlan
 
 #: a step that takes fewer seconds has only found its earlier result

@@ -145,7 +145,7 @@ def train_command(
         raise UserError("--config is missing; give it, or --run with --resume to continue a run")
     else:
         rules = ("later", "moved", "added") if add_blocks else ("later", "moved")
-        allowed = [name for name in keys(Config) if resume_rule(name) in rules]
+        allowed = [name for name in keys(Config) if resume_rule(name, Config) in rules]
         settings = override_settings(read_config(run), overrides, allowed)
     if init_from is None and config is not None:  # a resumed run keeps the path of its start
         init_from = settings.train.init_from

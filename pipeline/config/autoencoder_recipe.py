@@ -6,15 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from autoencoders.architecture import TamingConfig
-from pipeline.config.schema import (
-    OPTIMIZERS,
-    PRECISIONS,
-    DataConfig,
-    Optimizer,
-    Precision,
-    constant,
-    setting,
-)
+from pipeline.config.data import DataConfig
+from pipeline.config.keys import constant, setting
+from pipeline.config.training import OPTIMIZERS, PRECISIONS, Optimizer, Precision
 
 Discriminator = Literal["patchgan", "r1"]
 #: kinds of `pipeline.autoencoder_training.adversary`

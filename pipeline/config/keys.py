@@ -1,4 +1,7 @@
-"""Keys of a configuration, with type, default, meaning and rules, read from the dataclasses."""
+"""Keys of a configuration: how a dataclass declares them, and a list of them with their rules.
+
+A schema is a frozen dataclass. Its fields are keys, or sections if they are dataclasses.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,32 @@ import re
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pipeline.config.schema import Config
-
 #: rules of `resume_rule`
 RULES = ("fixed", "added", "later", "free", "moved")
+
+
+def setting(default: Any, *, resume: str | None = None, **bounds: float) -> Any:  # noqa: ANN401
+    """Declare a key with its rules.
+
+    Args:
+        default: value, or an empty list.
+        resume: rule of the key when a run goes on, see `pipeline.config.keys.resume_rule`.
+        bounds: of the value, or of every value of a list: `least` and `most` (inclusive), `above`
+            and `below` (exclusive).
+    """
+    metadata = {**bounds, **({} if resume is None else {"resume": resume})}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def constant(default: Any) -> Any:  # noqa: ANN401
+    """Declare a field that is no key of a configuration file; code, options and tests set it."""
+    return field(default=default, metadata={"key": False})
 
 
 @dataclass(frozen=True)
@@ -59,7 +80,7 @@ def count(*schemas: type) -> int:
     return len({name for schema in schemas for name in keys(schema)})
 
 
-def resume_rule(name: str, schema: type = Config) -> str:
+def resume_rule(name: str, schema: type) -> str:
     """Return what may become of a key when a run goes on.
 
     Args:

@@ -1,16 +1,16 @@
-"""Conversion of plain values, as YAML has them, to the types and bounds of a schema."""
+"""Values of settings: conversion of plain ones to the types of a schema, and those of a block."""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pipeline.config.keys import Key, options, type_name
 from pipeline.errors import UserError
 
-#: bounds of `pipeline.config.schema.setting`, in words
+#: bounds of `pipeline.config.keys.setting`, in words
 BOUNDS = {
     "least": ("at least", operator.ge),
     "most": ("at most", operator.le),
@@ -18,9 +18,24 @@ BOUNDS = {
     "below": ("below", operator.lt),
 }
 
+T = TypeVar("T")
+
 
 class _MismatchError(Exception):
     """A value of another type."""
+
+
+def of_block(value: T | Sequence[T], index: int) -> T:
+    """Return the value of a block.
+
+    Args:
+        value: one value for all blocks, or a list of one a block, whose last value holds for all
+            later blocks.
+        index: of the block.
+    """
+    if isinstance(value, (list, tuple)):
+        return value[min(index, len(value) - 1)]
+    return value  # type: ignore[return-value]
 
 
 def convert(key: Key, value: object) -> Any:  # noqa: ANN401

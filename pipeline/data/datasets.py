@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.runtime.console import say
 
 if TYPE_CHECKING:
-    from pipeline.config.schema import DataConfig
+    from pipeline.config.data import DataConfig
 
 SPLITS = ("train", "test")
 

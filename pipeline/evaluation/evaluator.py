@@ -15,7 +15,8 @@ from typing import Any
 from eval.gaussian import GaussianStats
 from eval.inception import EXTRACTOR
 from eval.references import is_reference, load_reference
-from pipeline.config.schema import DataConfig, EvaluateConfig
+from pipeline.config.data import DataConfig
+from pipeline.config.sampling import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.features import FeatureExtractor, extractor_identity, fid_of
 from pipeline.evaluation.kid_precision_recall import (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eval.distances import kid, precision_recall
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
 from pipeline.errors import JkoflowError, UserError

@@ -25,7 +25,7 @@ from flows.likelihood import LogProb, log_prob
 from flows.solving.divergence import Divergence
 from flows.solving.estimators import make_divergence
 from flows.solving.solver import SolverConfig
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
 from pipeline.errors import UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.config.schema import EvaluateConfig
+from pipeline.config.sampling import EvaluateConfig
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.study import Study, study_heading
 from pipeline.sampling.sampling_plan import SamplingPlan, differences

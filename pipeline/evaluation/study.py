@@ -9,7 +9,7 @@ from typing import Any
 from eval.gaussian import GaussianStats
 from eval.inception import EXTRACTOR
 from eval.plots import curves
-from pipeline.config.schema import EvaluateConfig
+from pipeline.config.sampling import EvaluateConfig
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.features import fid_of
 from pipeline.evaluation.real_images import require_fid_sample

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pipeline.config.schema import EvaluateConfig
+from pipeline.config.sampling import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.study import Study, study_heading

@@ -21,7 +21,8 @@ from flows.flow import Flow
 from flows.networks.condition import Condition
 from flows.solving.solver import SolverConfig
 from pipeline.config.load import resolved_yaml
-from pipeline.config.schema import Config, GenerateConfig
+from pipeline.config.sampling import GenerateConfig
+from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.publishing.model_card import model_card
 from pipeline.publishing.provenance import metrics_of, reference_name, shows_samples_of

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from pipeline.config.schema import GenerateConfig
+    from pipeline.config.sampling import GenerateConfig
     from pipeline.data.image_set import ImageSet
     from pipeline.runs.run import Run
 

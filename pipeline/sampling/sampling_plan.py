@@ -24,7 +24,7 @@ from flows.flow import Flow
 from flows.mixed_precision import in_mixed_precision
 from flows.networks.condition import Condition
 from flows.solving.solver import SolverConfig
-from pipeline.config.schema import GenerateConfig
+from pipeline.config.sampling import GenerateConfig
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runs.run import Run, open_run, require_latents, same_autoencoder
 from pipeline.runs.snapshots import open_snapshot

@@ -24,7 +24,8 @@ from flows.objectives.losses import JkoLoss, LfmLoss, jko_loss
 from flows.solving.divergence import Divergence
 from flows.solving.estimators import make_divergence
 from flows.spec import BlockSpec
-from pipeline.config.schema import JkoConfig, MatchingConfig, TrainConfig, of_block
+from pipeline.config.training import JkoConfig, MatchingConfig, TrainConfig
+from pipeline.config.values import of_block
 from pipeline.errors import JkoflowError
 from pipeline.optim.ema import Ema
 from pipeline.optim.gradients import average_gradients

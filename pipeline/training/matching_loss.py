@@ -19,7 +19,7 @@ from flows.networks.image_condition import ImageConditionedNetwork
 from flows.objectives.coupling import optimal_pairing
 from flows.objectives.losses import LfmLoss, matching_loss, ou_target
 from flows.spec import BlockSpec
-from pipeline.config.schema import MatchingConfig
+from pipeline.config.training import MatchingConfig
 from pipeline.storage.shards import StoreReader
 
 #: field of a stage: the image that each sample is conditioned on

@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 from flows.objectives.schedule import refined_steps, reparameterize, step_sizes
 from pipeline.config.keys import resume_rule
 from pipeline.config.load import to_dict
-from pipeline.config.schema import SECTIONS, Config, JkoConfig, of_block
+from pipeline.config.schema import SECTIONS, Config
+from pipeline.config.training import JkoConfig
 from pipeline.config.validate import ends_free, objective_of, steps
+from pipeline.config.values import of_block
 from pipeline.errors import UserError
 from pipeline.runs.passes import BlockRow, Pass
 
@@ -191,7 +193,8 @@ def _same_objective(config: Config, last: Pass) -> None:
 def recipe_of(config: Config) -> dict[str, Any]:
     """Return the settings that decide the weights: section train and those of the objective."""
     plain = to_dict(config)
-    train = {k: v for k, v in plain["train"].items() if resume_rule(f"train.{k}") != "free"}
+    free = {key for key in plain["train"] if resume_rule(f"train.{key}", Config) == "free"}
+    train = {key: value for key, value in plain["train"].items() if key not in free}
     return {**train, **{name: plain[name] for name in SECTIONS if name in plain}}
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from autoencoders.adapt import Adaptation
 from autoencoders.base import to_float
-from pipeline.config.schema import Config, LatentsConfig
+from pipeline.config.data import LatentsConfig
+from pipeline.config.schema import Config
 from pipeline.data.latent_cache import load_images_and_autoencoder, open_cache, read_rows
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError

@@ -28,8 +28,10 @@ from flows.networks.config import VelocityConfig
 from flows.solving.estimators import FiniteDifference
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec
+from pipeline.config.data import PointsConfig
 from pipeline.config.load import from_resolved, to_dict
-from pipeline.config.schema import Config, PointsConfig, ScheduleConfig, TrainConfig
+from pipeline.config.schema import Config
+from pipeline.config.training import ScheduleConfig, TrainConfig
 from pipeline.runtime.system import keep_freed_memory, peak_memory
 from tests.flows.problems import fresh_flow
 

@@ -26,16 +26,10 @@ from pipeline.config.load import (
     with_values,
 )
 from pipeline.config.moved import GONE, MOVED, replacement
-from pipeline.config.schema import (
-    SECTIONS,
-    Config,
-    FmConfig,
-    JkoConfig,
-    MatchingConfig,
-    TrainConfig,
-    of_block,
-)
+from pipeline.config.schema import SECTIONS, Config
+from pipeline.config.training import FmConfig, JkoConfig, MatchingConfig, TrainConfig
 from pipeline.config.validate import check
+from pipeline.config.values import of_block
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -275,13 +269,13 @@ def test_differences_and_new_values() -> None:
 
 
 def test_rules_of_resuming() -> None:
-    assert {resume_rule(name) for name in keys(Config)} == set(RULES)
+    assert {resume_rule(name, Config) for name in keys(Config)} == set(RULES)
     for name, rule in (
         ("data.path", "moved"), ("data.test_split", "free"), ("velocity.width", "added"),
         ("velocity.classes", "fixed"), ("sampler.steps", "fixed"), ("jko.refine", "later"),
         ("train.max_minutes", "free"), ("generate.n", "free"), ("points.train", "fixed"),
     ):  # fmt: skip
-        assert resume_rule(name) == rule, name
+        assert resume_rule(name, Config) == rule, name
 
 
 def test_every_key_has_a_meaning() -> None:

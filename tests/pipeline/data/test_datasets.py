@@ -11,7 +11,7 @@ import pytest
 from torchvision import datasets as theirs
 
 from pipeline.assets.fetch import fetch_asset
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ArrayPixels, ImageSet
 from pipeline.errors import UserError

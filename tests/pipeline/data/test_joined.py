@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ArrayPixels, ImageSet, join
 from pipeline.errors import UserError

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from pipeline.autoencoder_training.train import train_autoencoder
 from pipeline.config import packaged
 from pipeline.config.autoencoder_recipe import AutoencoderConfig
+from pipeline.config.data import DataConfig
 from pipeline.config.load import load
-from pipeline.config.schema import DataConfig
 from pipeline.data import imagenet32
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import with_random_access

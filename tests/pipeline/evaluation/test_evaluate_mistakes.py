@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval.references import load_reference
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.evaluation.evaluator import _real_test_fid, warn_of_other_data
 from pipeline.runs.run import open_run
 from tests.pipeline.glance import stand_in

@@ -12,7 +12,7 @@ from torch import Tensor
 from flows.likelihood import log_prob
 from flows.networks.condition import Condition
 from flows.solving.solver import SolverConfig
-from pipeline.config.schema import GenerateConfig
+from pipeline.config.sampling import GenerateConfig
 from pipeline.distillation.distill import Distillation, distill, student_config
 from pipeline.errors import UserError
 from pipeline.runs.directory import read_manifest

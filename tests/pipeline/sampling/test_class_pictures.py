@@ -19,7 +19,7 @@ from autoencoders.base import to_uint8
 from flows.autoguidance import autoguide
 from flows.likelihood import log_prob
 from flows.networks.condition import Condition
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.datasets import load_images
 from pipeline.evaluation.likelihood import latents_of
 from pipeline.evaluation.real_images import held_out_images

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autoencoders.base import to_uint8
 from flows.autoguidance import autoguide
-from pipeline.config.schema import GenerateConfig
+from pipeline.config.sampling import GenerateConfig
 from pipeline.distillation.distill import Distillation, student_config
 from pipeline.errors import UserError
 from pipeline.publishing.export import export

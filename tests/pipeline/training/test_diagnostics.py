@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from flows.networks.config import VelocityConfig
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
-from pipeline.config.schema import JkoConfig, MatchingConfig, TrainConfig
+from pipeline.config.training import JkoConfig, MatchingConfig, TrainConfig
 from pipeline.runtime.rng import generator
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.diagnostics import Diagnostics, measure

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from flows.networks.config import VelocityConfig
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
-from pipeline.config.schema import JkoConfig, MatchingConfig, TrainConfig
+from pipeline.config.training import JkoConfig, MatchingConfig, TrainConfig
 from pipeline.errors import UserError
 from pipeline.runtime.rng import generator
 from pipeline.training.block_trainer import BlockTrainer

@@ -17,7 +17,7 @@ from flows.objectives.losses import jko_loss
 from flows.objectives.schedule import step_sizes
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
-from pipeline.config.schema import JkoConfig, TrainConfig
+from pipeline.config.training import JkoConfig, TrainConfig
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import JkoflowError, UserError
 from pipeline.optim.ema import Ema
