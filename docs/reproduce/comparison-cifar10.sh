@@ -2,7 +2,7 @@
 # docs/comparison.md on CIFAR-10: three objectives, about half an hour of one core each.
 set -euo pipefail
 
-common=(--config cifar10 --set data.limit=20000 --set latents.mirror=false --set velocity.classes=0 --set generate.guidance=null
+common=(--config cifar10 --set data.limit=20000 --set latents.mirror=false --set velocity.classes=0
         --set fm=null --set matching=null --set train.batch_size=64 --set train.warmup=20)
 jkoflow encode "${common[@]}"
 jkoflow train  "${common[@]}" --run runs/c-fm --set train.iterations=10300 --set sampler.steps=24

@@ -5,7 +5,7 @@ set -euo pipefail
 jkoflow encode --config mnist
 jkoflow train  --config mnist --run runs/jko
 jkoflow train  --config mnist-lfm --run runs/lfm
-jkoflow train  --config mnist --run runs/fm --set jko=null --set schedule=null --set train.objective=fm --set train.iterations=1850 \
+jkoflow train  --config mnist --run runs/fm --set train.objective=fm --set train.iterations=1850 \
   --set train.ema=0.999 --set velocity.width=516 --set sampler.steps=16
 
 # JKO with twice the iterations, held to its grid

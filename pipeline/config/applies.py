@@ -1,8 +1,8 @@
-"""Table of the settings that apply only under the value of another setting."""
+"""Settings and sections that apply only under the value of another setting."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flows.solving.solver import ADAPTIVE_METHODS
@@ -11,6 +11,20 @@ from pipeline.config.schema import TABLES, Config
 from pipeline.errors import UserError
 
 Condition = Callable[[Config], bool]
+
+
+class InapplicableError(UserError):
+    """A setting without effect, or the settings of a section that does not apply.
+
+    Args:
+        message: of the error.
+        names: dotted keys.
+        reason: a clause that says what applies where, such as `velocity.heads=4 applies to …`.
+    """
+
+    def __init__(self, message: str, names: Sequence[str], reason: str) -> None:
+        super().__init__(message)
+        self.names, self.reason = names, reason
 
 
 def _adaptive(methods: str | list[str]) -> bool:
@@ -81,7 +95,7 @@ def check_applicable(config: Any) -> None:  # noqa: ANN401 - other schemas have 
     """Refuse settings that have no effect and are not at their default.
 
     Raises:
-        UserError: names the key, its value and the condition.
+        InapplicableError: names the key, its value and the condition.
     """
     if not isinstance(config, Config):
         return
@@ -89,7 +103,9 @@ def check_applicable(config: Any) -> None:  # noqa: ANN401 - other schemas have 
     for name, condition, words in APPLIES:
         value, default = value_of(config, name), known[name].default
         if value is not None and value != default and not condition(config):
-            raise UserError(
-                f"{name}={value} applies to {words}; this configuration has none of that; remove "
-                f"it (default {default})"
+            reason = f"{name}={value} applies to {words}"
+            raise InapplicableError(
+                f"{reason}; this configuration has none of that; remove it (default {default})",
+                [name],
+                reason,
             )

@@ -1,12 +1,13 @@
 """Reads configurations: defaults, then a YAML file of differences, then `--set` overrides.
 
-An unknown key or a wrong value is an error that names the dotted key. `resolved_yaml` gives the
-whole of a configuration, to be kept with what it made.
+An unknown key, a wrong value and a setting without effect are errors that name the dotted key.
+`--set` has precedence: a value of the file that it leaves without effect is left out, with a line.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any, TypeVar
 import yaml
 
 from pipeline.config import packaged
-from pipeline.config.applies import check_applicable
+from pipeline.config.applies import InapplicableError, check_applicable
 from pipeline.config.keys import fields_of, keys, section_of
 from pipeline.config.moved import replacement
 from pipeline.config.schema import WHERE, Config
 from pipeline.config.values import convert
 from pipeline.errors import UserError
+from pipeline.runtime.console import say
 
 S = TypeVar("S")
 
@@ -38,6 +40,10 @@ class _Entry:
     value: Any
     source: str
     text: str | None = None
+
+
+#: values in the order in which they were given, by dotted key
+_Entries = Sequence[tuple[str, _Entry]]
 
 
 def load_config(
@@ -63,10 +69,7 @@ def load_config(
 def load(schema: type[S], name_or_path: str, overrides: Sequence[str], folder: str) -> S:
     """Read a configuration of any schema; see `load_config`."""
     values = read_yaml(packaged.find(name_or_path, folder))
-    entries = [*_entries(values, f"config {name_or_path}"), *_overrides(overrides)]
-    config = _build(schema, entries)
-    check_applicable(config)
-    return config
+    return _resolve(schema, _entries(values, f"config {name_or_path}"), _overrides(overrides))
 
 
 def overridden(config: Config, overrides: Sequence[str], allowed: Sequence[str]) -> Config:
@@ -84,10 +87,7 @@ def overridden(config: Config, overrides: Sequence[str], allowed: Sequence[str])
             )
     if not overrides:
         return config
-    entries = [*_entries(to_dict(config), "config.yaml"), *_overrides(overrides)]
-    changed = _build(Config, entries)
-    check_applicable(changed)
-    return changed
+    return _resolve(Config, _entries(to_dict(config), "config.yaml"), _overrides(overrides))
 
 
 def read_resolved(schema: type[S], path: Path) -> S:
@@ -210,7 +210,41 @@ def _overrides(overrides: Sequence[str]) -> list[tuple[str, _Entry]]:
     return found
 
 
-def _build(schema: type[S], entries: Sequence[tuple[str, _Entry]]) -> S:
+def _resolve(schema: type[S], file: _Entries, given: _Entries) -> S:
+    """Build a configuration of settings that all apply, of a file and of `--set`.
+
+    A value of the file that `--set` leaves without effect is left out, with a line on stderr.
+
+    Raises:
+        UserError: a wrong key or value, or a setting without effect in `--set`, or in the file by
+            itself.
+    """
+    kept, lines = file, list[str]()
+    while True:
+        try:
+            config = _applicable(schema, [*kept, *given])
+        except InapplicableError as error:
+            if set(error.names) & {name for name, _ in given}:
+                raise
+            if not lines:
+                _applicable(schema, file)
+            lines.append(f"{dict(kept)[error.names[0]].source}: {error.reason}; it is left out")
+            kept = [(name, entry) for name, entry in kept if name not in error.names]
+        else:
+            break
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            say(line)
+    return config
+
+
+def _applicable(schema: type[S], entries: _Entries) -> S:
+    config = _build(schema, entries)
+    check_applicable(config)
+    return config
+
+
+def _build(schema: type[S], entries: _Entries) -> S:
     """Convert the values, the last of each key, and build the dataclasses."""
     known, last = keys(schema), dict[str, _Entry]()
     sections = {name.rpartition(".")[0] for name in known} - {""}
@@ -248,16 +282,23 @@ def _takes_text(kind: object) -> bool:
 def _refuse_other_sections(values: dict[str, Any], given: dict[str, _Entry]) -> None:
     """Refuse keys of sections that do not apply under this objective and these data."""
     probe = _make(Config, "", {k: v for k, v in values.items() if k in _DECIDING})
-    for name, value in values.items():
-        section = name.partition(".")[0]
-        if not probe.has(section):
-            here = "train.objective" if section != "points" else "data.name"
-            now = probe.train.objective if section != "points" else probe.data.name
-            raise UserError(
-                f"{given[name].source}: {name}={_shown(value)} applies to {WHERE[section]}; this "
-                f"configuration has {here}={now}; remove it (--set {section}=null removes the "
-                f"section)" + (f" or set {WHERE[section]}" if here != "data.name" else "")
-            )
+    for section in dict.fromkeys(name.partition(".")[0] for name in values):
+        if probe.has(section):
+            continue
+        names = [name for name in values if name.startswith(f"{section}.")]
+        # a key of --set is named before those of the file
+        name = max(names, key=lambda name: given[name].text is not None)
+        here, now = "train.objective", str(probe.train.objective)
+        hint = f" or set {WHERE[section]}"
+        if section == "points":
+            here, now, hint = "data.name", probe.data.name, ""
+        raise InapplicableError(
+            f"{given[name].source}: {name}={_shown(values[name])} applies to {WHERE[section]}; "
+            f"this configuration has {here}={now}; remove it (--set {section}=null removes the "
+            f"section){hint}",
+            names,
+            f"section {section} applies to {WHERE[section]}",
+        )
 
 
 #: keys that decide which sections apply
