@@ -18,12 +18,14 @@ from pipeline.config.autoencoder_recipe import AutoencoderConfig
 from pipeline.config.keys import keys
 from pipeline.config.load import load
 from pipeline.config.schema import SECTIONS, Config
+from tests.benchmarks import study_shapes
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]  # fmt: skip
+CONFIGURATIONS = sorted((ROOT / "configs").rglob("*.yaml"))
 SCRIPTS = sorted((ROOT / "docs" / "reproduce").glob("*.sh"))
 BANNED = ("told", "beside", "anew", "at hand", "so many")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -109,11 +111,22 @@ def mistakes(words: list[str]) -> list[str]:
     return [f"{command.name} has no option {word}" for word in given if word not in known]
 
 
-#: what a command's --config is, where it is not a flow
+#: schema and folder of a command's --config, where it is not a flow
 KINDS = {
     "autoencoder": (AutoencoderConfig, packaged.AUTOENCODERS),
     "toy2d": (Config, packaged.TOY2D),
 }
+
+
+def check_configuration(words: list[str]) -> None:
+    """Resolve the configuration of a command line, unless its name stands for any."""
+    if "--config" not in words:
+        return
+    name = words[words.index("--config") + 1]
+    overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    schema, folder = KINDS.get(words[0], (Config, packaged.FLOWS))
+    if name not in ("C", "NAME", "my.yaml"):
+        load(schema, name, overrides, folder)
 
 
 def unknown_settings(code: str) -> list[str]:
@@ -177,7 +190,9 @@ def test_scripts_are_sound(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_commands_and_settings_of_pages_exist(path: Path) -> None:
     code = code_of(path)
-    assert [mistake for words in commands(code) for mistake in mistakes(words)] == []
+    for words in commands(code):
+        assert mistakes(list(words)) == []
+        check_configuration(words)
     assert unknown_settings(code) == []
 
 
@@ -187,10 +202,23 @@ def test_commands_and_configurations_of_scripts_exist(path: Path, tmp_path: Path
     assert calls
     for words in calls:
         assert mistakes(list(words)) == []
-        if "--config" in words:
-            overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
-            schema, folder = KINDS.get(words[0], (Config, packaged.FLOWS))
-            load(schema, words[words.index("--config") + 1], overrides, folder)
+        check_configuration(words)
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=name_of)
+def test_commands_of_packaged_configurations_exist(path: Path) -> None:
+    head = "\n".join(line[1:] for line in path.read_text().splitlines() if line.startswith("#"))
+    for words in commands(head):
+        assert mistakes(list(words)) == []
+        check_configuration(words)
+
+
+@pytest.mark.parametrize("shape", study_shapes.SHAPES)
+def test_commands_of_the_study_of_shapes_exist(shape: str, tmp_path: Path) -> None:
+    calls = study_shapes.commands(shape, tmp_path, study_shapes.options_of([str(tmp_path)]))
+    for words in (words for calls in calls.values() for words in calls):
+        assert mistakes(list(words)) == []
+        check_configuration(words)
 
 
 def test_the_checks_find_mistakes() -> None:

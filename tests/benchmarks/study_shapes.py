@@ -2,62 +2,73 @@
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.study_shapes OUT [--shapes 3x8x8 …]
 
-For every shape, by the command line: an autoencoder (the recipe of `configs/cifar10.yaml`, but
-shorter and without its adversary), the latents of some images, a class-conditional flow (the UNet
-of that file, on an 8×8 grid throughout), FID of its samples and of reconstructions. A quarter of
-an hour of one core a shape. What OUT holds already is not made again.
+For every shape, by the command line: an autoencoder (the recipe of `rgb32-kl-8x8`, but shorter),
+the latents of some images, a class-conditional flow (the UNet of `cifar10`, on an 8×8 grid
+throughout), FID of its samples and of reconstructions. A quarter of an hour of one core a shape.
+Results that OUT holds already are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-#: what differs: the autoencoder's levels and channels, and the folding of the network's input
-SHAPES = {
-    "3x8x8": ("architecture.ch_mult=[1,1]", "velocity.patch=1"),
-    "12x8x8": ("architecture.ch_mult=[1,1]", "velocity.patch=1"),
-    "3x16x16": ("architecture.ch_mult=[1]", "velocity.patch=2"),
-}
+#: factors of the autoencoder's width, and the folding of the flow's input
+SHAPES = {"3x8x8": ([1, 1], 1), "12x8x8": ([1, 1], 1), "3x16x16": ([1], 2)}
 
 
-def measure(shape: str, out: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Train and measure one shape; figures of the autoencoder and of the flow."""
-    folder, channels = out / shape, shape.split("x")[0]
+def commands(shape: str, folder: Path, options: argparse.Namespace) -> dict[Path, list[list[str]]]:
+    """Return the commands of a shape by the file that the last of them writes."""
+    factors, patch = SHAPES[shape]
     weights = folder / "autoencoder" / "autoencoder.safetensors"
-    common = [
-        *SHAPES[shape],
-        f"architecture.z_channels={channels}", f"architecture.embed_dim={channels}",
-        f"autoencoder_training.iterations={given.autoencoder_steps}",
-        "autoencoder_training.adversarial_weight=0", f"data.limit={given.images}",
-        f"train.iterations={given.flow_steps}", "train.batch_size=64", "train.snapshot_every=0",
-        f"evaluate.n={given.n}", "evaluate.nll=0",
-    ]  # fmt: skip
-    if not weights.is_file():
-        _jkoflow("autoencoder", "train", common, "--out", str(weights.parent))
-    common += [f"autoencoder.weights={weights}"]
-    _jkoflow("encode", "", common)
     run = folder / "run"
-    if not (run / "metrics.json").is_file():
-        _jkoflow("train", "", common, "--run", str(run))
-        subprocess.run(["jkoflow", "evaluate", "--run", str(run)], check=True)
-    measured: dict[str, Any] = json.loads((run / "metrics.json").read_text())
-    return measured
+    autoencoder = with_settings(
+        "rgb32-kl-8x8",
+        f"architecture.width_factors={factors}".replace(" ", ""),
+        f"architecture.channels={shape.split('x')[0]}",
+        f"training.iterations={options.autoencoder_steps}", f"data.limit={options.images}",
+    )  # fmt: skip
+    flow = with_settings(
+        "cifar10",
+        f"autoencoder.weights={weights}", f"velocity.patch={patch}",
+        f"data.limit={options.images}", f"train.iterations={options.flow_steps}",
+        "train.batch_size=64", "fm.snapshot_every=0", "generate.guidance=null",
+        f"evaluate.n={options.n}", "evaluate.nll=0",
+    )  # fmt: skip
+    return {
+        weights: [["autoencoder", "train", *autoencoder, "--out", str(weights.parent)]],
+        run / "metrics.json": [
+            ["encode", *flow],
+            ["train", *flow, "--run", str(run)],
+            ["evaluate", "--run", str(run)],
+        ],
+    }
 
 
-def _jkoflow(verb: str, sub: str, overrides: list[str], *more: str) -> None:
-    changed = [part for override in overrides for part in ("--set", override)]
-    command = ["jkoflow", verb, *([sub] if sub else []), "--config", "cifar10", *changed, *more]
-    print(" ".join(command), flush=True)
-    subprocess.run(command, check=True)
+def with_settings(config: str, *overrides: str) -> list[str]:
+    """Return the options of a configuration with overrides."""
+    return ["--config", config, *(part for each in overrides for part in ("--set", each))]
 
 
-def main() -> None:
-    """Print the metrics of every shape."""
+def measure(shape: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Train and measure one shape; return the metrics of its flow."""
+    metrics: dict[str, Any] = {}
+    for file, calls in commands(shape, folder, options).items():
+        for words in [] if file.is_file() else calls:
+            print(shlex.join(["jkoflow", *words]), file=sys.stderr, flush=True)
+            subprocess.run([sys.executable, "-m", "pipeline", *words], check=True, stdout=2)
+        if file.suffix == ".json":
+            metrics = json.loads(file.read_text())
+    return metrics
+
+
+def options_of(words: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -67,8 +78,15 @@ def main() -> None:
     parser.add_argument("--flow-steps", type=int, default=1200)
     parser.add_argument("--images", type=int, default=30_000)
     parser.add_argument("-n", type=int, default=1000)
-    given = parser.parse_args()
-    rows = {shape: measure(shape, given.out.resolve(), given) for shape in given.shapes}
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Print the metrics of every shape."""
+    options = options_of()
+    rows = {
+        shape: measure(shape, options.out.resolve() / shape, options) for shape in options.shapes
+    }
     json.dump(rows, sys.stdout, indent=2)
 
 
