@@ -8,6 +8,7 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -26,6 +27,7 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]  # fmt: skip
 CONFIGURATIONS = sorted((ROOT / "configs").rglob("*.yaml"))
+PROGRAM: Any = typer.main.get_command(app)
 SCRIPTS = sorted((ROOT / "docs" / "reproduce").glob("*.sh"))
 BANNED = ("told", "beside", "anew", "at hand", "so many")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -101,7 +103,7 @@ def commands(code: str) -> Iterator[list[str]]:
 
 def mistakes(words: list[str]) -> list[str]:
     """What a command line names that does not exist."""
-    command = typer.main.get_command(app)
+    command = PROGRAM
     while words and hasattr(command, "commands"):
         if words[0] not in command.commands:
             return [f"no command {words[0]!r}"]
