@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flows.solving.solver import ADAPTIVE_METHODS
+from pipeline.config.data import TABLES
 from pipeline.config.keys import keys
-from pipeline.config.schema import TABLES, Config
+from pipeline.config.schema import Config
 from pipeline.errors import UserError
 
 Condition = Callable[[Config], bool]

@@ -22,8 +22,8 @@ class DataConfig:
     """Images, or points in the plane.
 
     Attributes:
-        name: mnist, cifar10, imagenet32 or folder; power, gas, miniboone or bsds300 (tables); under
-            `jkoflow toy2d` a set of points.
+        name: mnist, cifar10, imagenet32 or folder; power, gas, miniboone or bsds300 (tables); or
+            a set of points (`jkoflow toy2d`).
         split: the split that the flow or the autoencoder trains on.
         test_split: the split that measures reconstruction and likelihood.
         path: the folder of the images (folder), or of the official files (imagenet32); the file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.config.schema import TABLES, DataConfig
+from pipeline.config.data import TABLES, DataConfig
 from pipeline.errors import UserError
 from pipeline.tabular.bsds300 import load_bsds300
 from pipeline.tabular.gas import load_gas

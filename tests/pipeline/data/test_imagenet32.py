@@ -107,7 +107,7 @@ def test_memory_is_constant_over_the_files(tmp_path):
         )
     code = (
         "import resource, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from pipeline.config.schema import DataConfig\n"
+        "from pipeline.config.data import DataConfig\n"
         "from pipeline.data.datasets import load_images\n"
         "s = load_images(DataConfig(name='imagenet32', path=sys.argv[2]))\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.errors import UserError
 from pipeline.tabular import bsds300, gas, power
 from pipeline.tabular.bsds300 import PatchRows, patch_numbers
