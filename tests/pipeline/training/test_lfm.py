@@ -41,10 +41,6 @@ CURVED = ("velocity.kind=mlp", "velocity.width=32", "velocity.depth=1",
           "train.warmup=10")  # fmt: skip
 
 
-def section_of(objective: tuple[str, ...]) -> str:
-    return objective[0].partition("=")[2]
-
-
 def run(folder: Path, *overrides: str, resume: bool = True, **request: int) -> Outcome:
     config, accelerator = tiny(*overrides), Accelerator(cpu=True)
     return train(config, folder, accelerator, quiet, resume, GaussianSource(), **request)
@@ -82,8 +78,7 @@ def best_matrix(z: Tensor, gamma: float | None, interpolant: str) -> Tensor:
 def test_a_linear_field_reaches_the_best_regression(
     tmp_path: Path, objective: tuple[str, ...], interpolant: str
 ) -> None:
-    chosen = f"{section_of(objective)}.interpolant={interpolant}"
-    run(tmp_path, *objective, chosen, "train.iterations=150")
+    run(tmp_path, *objective, f"matching.interpolant={interpolant}", "train.iterations=150")
     rows = read_manifest(tmp_path).blocks
     for index, block in enumerate(load_blocks(tmp_path, read_manifest(tmp_path))):
         expected = best_matrix(stage(tmp_path, index), rows[index].gamma, interpolant)

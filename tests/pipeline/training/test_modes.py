@@ -216,8 +216,8 @@ def test_blocks_that_cannot_be_added_are_an_error(again: Path, tmp_path: Path) -
     # what added blocks would not use is not written down either
     before = (again / "config.yaml").read_text()
     for key in ("max_blocks=7", "tolerance=0.5", "free_block=false"):
-        with pytest.raises(UserError, match=rf"was started with jko\.{key.split('=')[0]}="):
-            run(again, f"jko.{key}", add_blocks=1)
+        with pytest.raises(UserError, match=rf"was started with schedule\.{key.split('=')[0]}="):
+            run(again, f"schedule.{key}", add_blocks=1)
     assert (again / "config.yaml").read_text() == before
 
 
