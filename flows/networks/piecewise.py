@@ -173,9 +173,9 @@ def split_steps(pieces: Sequence[SmoothPiece], steps: int) -> tuple[int, ...]:
     shares = _split(pieces, steps)
     if shares is None:
         raise FlowError(
-            f"solver.steps = {steps} has a sub-interval that crosses the switch from one network "
-            f"of the block to the next (velocity.nets); take {aligned_steps(pieces, steps)}, or "
-            "an adaptive solver"
+            f"a grid of {steps} steps has a sub-interval that crosses the switch from one network "
+            f"of the block to the next; take {aligned_steps(pieces, steps)}, or an adaptive "
+            "solver"
         )
     return shares
 

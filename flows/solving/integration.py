@@ -164,7 +164,7 @@ class Integrator:
         return {"grid_constructor": nodes}
 
     def _is_sound(self, state: State) -> bool:
-        """Return whether the state is finite and not larger than ``solver.blow_up``."""
+        """Return whether the state is finite and within ``blow_up``."""
         with torch.no_grad():  # a single transfer from the device
             sound = state[0].abs().amax() <= self.solver.blow_up  # False for NaN
             if len(state) == 2:
@@ -177,7 +177,9 @@ class Integrator:
         with torch.no_grad():
             self._integrate(z.detach())
         self.t = 0.0 if self.reverse else 1.0
-        raise self.failure("the end state is not finite or larger than solver.blow_up")
+        raise self.failure(
+            f"the end state is not finite, or a coordinate exceeds {self.solver.blow_up:.3g}"
+        )
 
     def failure(self, reason: str) -> SolveError:
         """Return the error of a failure at the time of the latest evaluation."""
@@ -201,9 +203,9 @@ class _RightHandSide:
         integrator.t = t
         if integrator.evaluations >= allowed:
             raise integrator.failure(
-                f"more than {allowed} evaluations were needed; the field is "
-                "stiff or blows up (train with a smaller learning rate or step h, loosen the "
-                "tolerances, or raise solver.max_evaluations)"
+                f"the solver needs more than {allowed} evaluations, its limit, because the field "
+                "is stiff or blows up; train with a smaller learning rate or step h, or solve on "
+                "a fixed grid"
             )
         integrator.evaluations += 1
         z = state[0]
@@ -229,6 +231,6 @@ class _RightHandSide:
             raise self.integrator.failure(f"{name} is NaN")
         if largest > limit:
             raise self.integrator.failure(
-                f"{name} blows up: a coordinate reaches {largest:.3g}, more than "
-                f"solver.blow_up = {limit:.3g}"
+                f"{name} blows up: a coordinate reaches {largest:.3g}; expected at most "
+                f"{limit:.3g}"
             )

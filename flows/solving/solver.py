@@ -47,14 +47,14 @@ class SolverConfig:
             raise FlowError(f"unknown solver {self.method!r}; choose one of {known}")
         for name in ("steps", "max_evaluations"):
             if getattr(self, name) < 1:
-                raise FlowError(f"solver.{name} must be at least 1, not {getattr(self, name)}")
+                raise FlowError(f"{name} is {getattr(self, name)}; expected at least 1")
         for name in ("rtol", "atol", "blow_up"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise FlowError(f"solver.{name} must be positive, found {getattr(self, name)}")
+                raise FlowError(f"{name} is {getattr(self, name)}; expected a positive value")
         needed = 0 if self.adaptive else FIXED_METHODS[self.method] * self.steps
         if needed > self.max_evaluations:
             raise FlowError(
-                f"solver.steps={self.steps} of {self.method} takes {needed} evaluations; "
+                f"steps={self.steps} of {self.method} takes {needed} evaluations; "
                 f"expected at most {self.max_evaluations}; take fewer steps"
             )
 

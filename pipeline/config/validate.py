@@ -59,9 +59,7 @@ def _check_solvers(config: Config) -> None:
                 try:
                     SolverConfig(method, count)
                 except FlowError as error:
-                    raise UserError(
-                        str(error).replace("solver.steps", f"{section}.steps")
-                    ) from error
+                    raise UserError(f"{section}: {error}") from error
                 if count % nets and method not in ADAPTIVE_METHODS:
                     raise UserError(
                         f"{section}.steps must be a multiple of velocity.nets = {nets}, so that "

@@ -305,10 +305,10 @@ def test_float32_tolerances_below_rounding_still_finish():
     ("changes", "words"),
     [
         ({"method": "rk5"}, "unknown solver 'rk5'"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"rtol": 0.0}, "rtol must be positive"),
-        ({"atol": float("nan")}, "atol must be positive"),
-        ({"max_evaluations": 0}, "max_evaluations must be at least 1"),
+        ({"steps": 0}, "steps is 0; expected at least 1"),
+        ({"rtol": 0.0}, "rtol is 0.0; expected a positive value"),
+        ({"atol": float("nan")}, "atol is nan; expected a positive value"),
+        ({"max_evaluations": 0}, "max_evaluations is 0; expected at least 1"),
         ({"steps": 501}, "steps=501 of rk4 takes 2004 evaluations; expected at most 2000"),
     ],
 )
