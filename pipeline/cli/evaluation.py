@@ -7,27 +7,14 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import (
-    BlocksOption,
-    ConfigOption,
-    DryRunOption,
-    GuidanceOption,
-    GuideOption,
-    MethodOption,
-    NfeOption,
-    RefinerOption,
-    RunOption,
-    SetOption,
-    StepsOption,
-    require_one_budget,
-)
+from pipeline.cli import options
 from pipeline.cli.session import load_settings, make_accelerator, override_settings, replace_given
 from pipeline.errors import UserError
 from pipeline.runtime.console import ImageCounter, progress_bar, say
 
 
 def likelihood_command(
-    run: RunOption,
+    run: options.RunOption,
     split: Annotated[
         str | None,
         typer.Option(help="Split of the run's data set; default: test, if the set has it."),
@@ -43,7 +30,7 @@ def likelihood_command(
         int, typer.Option(help="Probes of a random estimator; 2 or more give a standard error.")
     ] = 1,
     columns: Annotated[int, typer.Option(help="Images per row of the picture.")] = 10,
-    blocks: BlocksOption = None,
+    blocks: options.BlocksOption = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="data.path=DIR: the folder of the images on this machine."),
@@ -90,13 +77,13 @@ def fid_command(
 
 
 def reference_command(
-    config: ConfigOption,
+    config: options.ConfigOption,
     out: Annotated[Path, typer.Argument(help="The .safetensors to write.")],
     test: Annotated[
         list[int] | None,
         typer.Option("--test", help="Record the FID of n real test images; may be repeated."),
     ] = None,
-    overrides: SetOption = None,
+    overrides: options.SetOption = None,
 ) -> None:
     """Compute reference statistics of a split (data.split); resumes when interrupted."""
     from pipeline.evaluation.reference import make_reference
@@ -109,7 +96,7 @@ def reference_command(
 
 
 def evaluate_command(
-    run: RunOption,
+    run: options.RunOption,
     n: Annotated[int | None, typer.Option("-n", help="Number of sampled images.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise.")] = None,
     reference: Annotated[
@@ -126,9 +113,9 @@ def evaluate_command(
             "features of an earlier --kid for any run on the same data.",
         ),
     ] = None,
-    steps: StepsOption = None,
-    method: MethodOption = None,
-    nfe: NfeOption = None,
+    steps: options.StepsOption = None,
+    method: options.MethodOption = None,
+    nfe: options.NfeOption = None,
     nfe_study: Annotated[
         str | None,
         typer.Option(
@@ -145,12 +132,12 @@ def evaluate_command(
             "curve.json and samples/curve.png.",
         ),
     ] = False,
-    guidance: GuidanceOption = None,
-    guide: GuideOption = None,
-    refiner: RefinerOption = None,
-    blocks: BlocksOption = None,
-    overrides: SetOption = None,
-    dry_run: DryRunOption = False,
+    guidance: options.GuidanceOption = None,
+    guide: options.GuideOption = None,
+    refiner: options.RefinerOption = None,
+    blocks: options.BlocksOption = None,
+    overrides: options.SetOption = None,
+    dry_run: options.DryRunOption = False,
 ) -> None:
     """Measure a run: FID, its floor, KID, precision, recall and NLL; writes metrics.json."""
     from pipeline.evaluation import nfe_sweep, training_curve
@@ -165,7 +152,7 @@ def evaluate_command(
     if nfe_study is not None and (steps is not None or nfe is not None):
         raise UserError("--nfe-study chooses the steps; leave --steps and --nfe out")
     if nfe is not None:
-        require_one_budget(steps)
+        options.require_one_budget(steps)
     opened = open_run(run, blocks, images=True)
     sections = ("generate", "sampler", "evaluate", "data.path")
     config = override_settings(opened.config, overrides, sections)

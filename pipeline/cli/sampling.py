@@ -7,29 +7,18 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import (
-    BlocksOption,
-    GuidanceOption,
-    GuideOption,
-    MethodOption,
-    NfeOption,
-    RefinerOption,
-    RunOption,
-    SetOption,
-    StepsOption,
-    require_one_budget,
-)
+from pipeline.cli import options
 from pipeline.cli.session import make_accelerator, override_settings, replace_given
 from pipeline.runtime.console import progress_bar, say
 
 
 def generate_command(
-    run: RunOption,
+    run: options.RunOption,
     n: Annotated[int | None, typer.Option("-n", help="Number of images.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise.")] = None,
-    steps: StepsOption = None,
-    method: MethodOption = None,
-    nfe: NfeOption = None,
+    steps: options.StepsOption = None,
+    method: options.MethodOption = None,
+    nfe: options.NfeOption = None,
     classes: Annotated[
         list[str] | None,
         typer.Option(
@@ -39,10 +28,10 @@ def generate_command(
             "Default: random classes, as frequent as in the training data.",
         ),
     ] = None,
-    guidance: GuidanceOption = None,
-    guide: GuideOption = None,
-    refiner: RefinerOption = None,
-    blocks: BlocksOption = None,
+    guidance: options.GuidanceOption = None,
+    guide: options.GuideOption = None,
+    refiner: options.RefinerOption = None,
+    blocks: options.BlocksOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="The PNG file of the grid.")] = None,
     images: Annotated[
         Path | None, typer.Option("--images", help="Also write every image as a PNG here.")
@@ -50,7 +39,7 @@ def generate_command(
     npz: Annotated[
         Path | None, typer.Option("--npz", help="Also write all images to this .npz (arr_0).")
     ] = None,
-    overrides: SetOption = None,
+    overrides: options.SetOption = None,
 ) -> None:
     """Sample images from a run; writes a grid and, on request, all images."""
     from pipeline.runs.run import open_run
@@ -71,7 +60,7 @@ def generate_command(
     if n is None and several > 1:
         settings = replace_given(settings, n=max(settings.n, several * settings.columns))
     if nfe is not None:
-        require_one_budget(steps)
+        options.require_one_budget(steps)
     plan = SamplingPlan.open(opened, settings)
     if nfe is not None:
         plan = plan.within(nfe)
