@@ -142,12 +142,12 @@ def _sections(schema: type, prefix: str, meaning: str) -> Iterator[str]:
 
 def _keys_of(schema: type, prefix: str) -> list[Key]:
     """The keys of a section itself, with their dotted names."""
-    found = []
+    rows = []
     for key in keys(schema).values():
         if "." not in key.name:
             name = f"{prefix}.{key.name}" if prefix else key.name
-            found.append(dataclasses.replace(key, name=name))
-    return found
+            rows.append(dataclasses.replace(key, name=name))
+    return rows
 
 
 def _table(rows: list[Key]) -> Iterator[str]:

@@ -148,8 +148,8 @@ class Commands:
     def share_assets(self, *names: str) -> None:
         """Link the assets of the ordinary data root into the empty one; fetch absent ones."""
         for name in names:
-            found = Path(self.run("fetch", name, env=self.shared))
-            folder = next(path for path in (found, *found.parents) if path.name == name)
+            asset = Path(self.run("fetch", name, env=self.shared))
+            folder = next(path for path in (asset, *asset.parents) if path.name == name)
             link = self.home / folder.parent.name / name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(folder)
@@ -204,7 +204,7 @@ def latents(commands: Commands) -> Values:
 
 def samples(commands: Commands) -> Values:
     """Draw 64 images of every shipped run."""
-    found: Values = {}
+    values: Values = {}
     for name in SHIPPED:
         file = commands.work / f"{name}.npz"
         commands.run("generate", "--run", f"zoo:{name}", "-n", 64, "--seed", 0, "--npz", file)
@@ -212,8 +212,8 @@ def samples(commands: Commands) -> Values:
             images = archive["arr_0"]
         if images.dtype != np.uint8 or len(images) != 64 or images.min() == images.max():
             raise RuntimeError(f"zoo:{name} gave {images.dtype} {images.shape}, not 64 images")
-        found[name] = digest([images.tobytes()])
-    return found
+        values[name] = digest([images.tobytes()])
+    return values
 
 
 def training(commands: Commands, name: str) -> Values:
@@ -227,17 +227,17 @@ def training(commands: Commands, name: str) -> Values:
     if any(killed.glob(BLOCKS)):
         raise RuntimeError(f"{name} had finished a block before its kill; raise its iterations")
     commands.run("train", "--run", killed, "--resume")
-    found: Values = {}
+    values: Values = {}
     for label, run in (("whole", whole), ("killed", killed)):
         blocks = sorted(run.glob(BLOCKS))
         if len(blocks) != wanted.files:
             raise RuntimeError(f"{name} left {len(blocks)} blocks, not {wanted.files}")
         read = [tensors_of(path) for path in blocks]
         parts = [tensors[key][1] for tensors in read for key in sorted(tensors)]
-        found |= {label: digest(parts), f"{label}, in any order": in_any_order(parts)}
-    if found["killed"] != found["whole"]:
+        values |= {label: digest(parts), f"{label}, in any order": in_any_order(parts)}
+    if values["killed"] != values["whole"]:
         raise RuntimeError(f"{name}: the resumed training differs from the uninterrupted one")
-    return found
+    return values
 
 
 def likelihood(commands: Commands) -> Values:
@@ -245,10 +245,10 @@ def likelihood(commands: Commands) -> Values:
     printed = Path(commands.run("likelihood", "--run", "zoo:mnist", "-n", 8))
     file, mean, rows, index, value = LIKELIHOOD
     result = json.loads((printed.parent / file).read_text())
-    found = {"nats a dimension": repr(result[mean])}
+    values = {"nats a dimension": repr(result[mean])}
     for row in sorted(result[rows], key=lambda row: row[index]):
-        found[f"digit {row[index]}, nats"] = repr(row[value])
-    return found
+        values[f"digit {row[index]}, nats"] = repr(row[value])
+    return values
 
 
 PARTS: dict[str, Callable[[Commands], Values]] = {

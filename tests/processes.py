@@ -62,13 +62,13 @@ def run_job(job: str, folder: Path) -> list[Any]:
 def codebook(accelerator: Accelerator, folder: Path) -> Any:
     """How a codebook starts, and the latents of this process's images that it may start on."""
     recipe = AutoencoderTraining(batch_size=8, lr=1e-12, adversarial_weight=0.0)
-    made = AutoencoderTrainer(config(flavour="vq"), recipe, accelerator)
+    training = AutoencoderTrainer(config(flavour="vq"), recipe, accelerator)
     mine = blobs(8)[accelerator.process_index :: accelerator.num_processes]
     with torch.no_grad():
-        latents = made.model.encode(to_float(mine)).mean.permute(0, 2, 3, 1).reshape(-1, 2)
-    made.step(mine, torch.Generator().manual_seed(accelerator.process_index))
-    assert made.model.quantize is not None
-    entries = made.model.quantize.embedding.weight.detach()
+        latents = training.model.encode(to_float(mine)).mean.permute(0, 2, 3, 1).reshape(-1, 2)
+    training.step(mine, torch.Generator().manual_seed(accelerator.process_index))
+    assert training.model.quantize is not None
+    entries = training.model.quantize.embedding.weight.detach()
     return {"entries": entries.tolist(), "latents": latents.tolist()}
 
 
@@ -80,9 +80,9 @@ def block(accelerator: Accelerator, folder: Path, objective: str, size: float) -
     """How a step ends whose batch holds one sample of a size, on one of the processes."""
     stage = GaussianSource(count=8, bad=3, value=size).first_stage(folder, tiny(), accelerator)
     spec = BlockSpec(velocity=tiny().velocity, h=None, objective=objective)
-    made = build_block(spec, (2,), generator(0, "weights", 0))
+    fresh = build_block(spec, (2,), generator(0, "weights", 0))
     options = JkoConfig() if objective == "jko" else MatchingConfig()
-    trainer = BlockTrainer(made, spec, stage, TrainConfig(batch_size=8), options, accelerator)
+    trainer = BlockTrainer(fresh, spec, stage, TrainConfig(batch_size=8), options, accelerator)
     try:
         trainer.step()
     except Exception as error:  # noqa: BLE001 - what it is, is the question
@@ -93,11 +93,11 @@ def block(accelerator: Accelerator, folder: Path, objective: str, size: float) -
 def autoencoder(accelerator: Accelerator, folder: Path) -> Any:
     """How a step of an autoencoder ends that gives NaN on the second process alone."""
     recipe = AutoencoderTraining(batch_size=8, adversarial_weight=0.0)
-    made = AutoencoderTrainer(config(), recipe, accelerator)
+    training = AutoencoderTrainer(config(), recipe, accelerator)
     if accelerator.process_index == 1:
-        made.model.decoder.conv_out.bias.data.fill_(float("nan"))
+        training.model.decoder.conv_out.bias.data.fill_(float("nan"))
     try:
-        made.step(blobs(4), torch.Generator().manual_seed(0))
+        training.step(blobs(4), torch.Generator().manual_seed(0))
     except Exception as error:  # noqa: BLE001
         return _named(error)
     return None

@@ -70,24 +70,24 @@ def sentences(text: str) -> Iterator[str]:
 
 def mistakes(text: str) -> list[str]:
     """What a module's docstrings lack."""
-    tree, found = ast.parse(text), []
+    tree, errors = ast.parse(text), []
     if not ast.get_docstring(tree):
-        found.append("module: no docstring")
+        errors.append("module: no docstring")
     for node in definitions(tree):
         docstring = ast.get_docstring(node) or ""
         if not docstring:
-            found.append(f"{node.name}: no docstring")
+            errors.append(f"{node.name}: no docstring")
             continue
         if takes_tensors(node) and not _SHAPE.search(docstring):
-            found.append(f"{node.name}: no shape")
+            errors.append(f"{node.name}: no shape")
         first = docstring.split()[0].lower()
         if not isinstance(node, ast.ClassDef) and not is_property(node) and first in NO_VERBS:
-            found.append(f"{node.name}: begins with {first!r}, which is no verb")
+            errors.append(f"{node.name}: begins with {first!r}, which is no verb")
     for node in [tree, *definitions(tree)]:
         for sentence in sentences(ast.get_docstring(node) or ""):
             if len(re.findall(r"[\w’'\-]{2,}", sentence)) > LONGEST:
-                found.append(f"{getattr(node, 'name', 'module')}: long: {sentence}")
-    return found
+                errors.append(f"{getattr(node, 'name', 'module')}: long: {sentence}")
+    return errors
 
 
 def banned(text: str) -> list[str]:

@@ -47,16 +47,16 @@ def prose(text: str) -> str:
 
 def anchors(text: str) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
-    found: set[str] = set()
+    names: set[str] = set()
     for heading in re.findall(r"^#+ (.+)$", text, flags=re.M):
         plain = re.sub(r"[^\w\- ]", "", heading.strip().lower())
         anchor = plain.replace(" ", "-")
         number = 1
-        while anchor in found:
+        while anchor in names:
             anchor = f"{plain.replace(' ', '-')}-{number}"
             number += 1
-        found.add(anchor)
-    return found
+        names.add(anchor)
+    return names
 
 
 def banned(text: str) -> list[str]:
@@ -133,11 +133,11 @@ def check_configuration(words: list[str]) -> None:
 
 def unknown_settings(code: str) -> list[str]:
     """The settings of `--set key=value` that are none; `section.key` stands for any."""
-    found, known = [], {**keys(Config), **keys(AutoencoderConfig), **SECTIONS}
+    unknown, known = [], {**keys(Config), **keys(AutoencoderConfig), **SECTIONS}
     for key in sorted(set(re.findall(r"--set ['\"]?([a-z_0-9.]+)=", code)) - {"section.key"}):
         if key not in known:
-            found.append(key)
-    return found
+            unknown.append(key)
+    return unknown
 
 
 def test_the_readme_fits_two_screens() -> None:
@@ -232,9 +232,9 @@ def test_the_checks_find_mistakes() -> None:
     assert banned("It is TOLD so.") == ["told"] and not banned("`--beside` works")
     assert too_long("x" * 161) == [1] and not too_long("| " + "x" * 161)
     assert anchors("# Why it `fails`: now\n# A\n# A\n") == {"why-it-fails-now", "a", "a-1"}
-    found = list(commands("jkoflow train --run R \\\n  --oops 1  # --no\nx jkoflow y\n"))
-    assert found == [["train", "--run", "R", "--oops", "1"]]
-    assert mistakes(found[0]) == ["train has no option --oops"]
+    calls = list(commands("jkoflow train --run R \\\n  --oops 1  # --no\nx jkoflow y\n"))
+    assert calls == [["train", "--run", "R", "--oops", "1"]]
+    assert mistakes(calls[0]) == ["train has no option --oops"]
     assert mistakes(["tain"]) == ["no command 'tain'"]
     assert mistakes(["autoencoder", "train", "--config", "C"]) == []
     assert unknown_settings("--set train.lr=1 --set 'train.oops=2' --set name=x") == ["train.oops"]

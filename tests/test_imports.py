@@ -54,7 +54,7 @@ def package_of(module: str) -> str | None:
 
 def upwards(own: str, path: Path) -> set[str]:
     """The packages of `pipeline` that a file imports although they do not lie below its own."""
-    found = set()
+    wrong = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -64,8 +64,8 @@ def upwards(own: str, path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module]
         others = {package_of(name) for name in names} - {None, own}
-        found |= {other for other in others if LEVEL[str(other)] >= LEVEL[own]}
-    return {str(other) for other in found}
+        wrong |= {other for other in others if LEVEL[str(other)] >= LEVEL[own]}
+    return {str(other) for other in wrong}
 
 
 @pytest.mark.parametrize("path", PIPELINE, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -129,32 +129,32 @@ def test_all_packages_are_read() -> None:
 
 @pytest.mark.parametrize("package", LEAVES)
 def test_leaves_import_neither_each_other_nor_pipeline(package: str) -> None:
-    found = [
+    wrong = [
         f"{path.relative_to(ROOT)} imports {module}"
         for path in FILES
         for module, _ in imports(path)
         if path.relative_to(ROOT).parts[0] == package and forbidden(package, module)
     ]
-    assert not found
+    assert not wrong
 
 
 @pytest.mark.parametrize("library", IMPORTERS)
 def test_few_files_import_a_library(library: str) -> None:
-    found = {
+    wrong = {
         path.relative_to(ROOT).as_posix()
         for path in FILES
         for module, _ in imports(path)
         if module.partition(".")[0] == library
     }
-    assert found <= IMPORTERS[library]
+    assert wrong <= IMPORTERS[library]
 
 
 def test_eval_is_only_imported_by_name() -> None:
 
-    found = [
+    wrong = [
         f"{path.relative_to(ROOT)}: {module}"
         for path in FILES
         for module, by_name in imports(path)
         if module.partition(".")[0] == "eval" and not (by_name and module.startswith("eval."))
     ]
-    assert not found
+    assert not wrong

@@ -72,9 +72,9 @@ class Divergence(ABC):
     def _require(self, z: Tensor, eps: Tensor | None) -> Tensor:
         expected = (self.probes, *z.shape)
         if eps is None or tuple(eps.shape) != expected:
-            found = "none" if eps is None else tuple(eps.shape)
+            shape = "none" if eps is None else tuple(eps.shape)
             raise FlowError(
-                f"a random divergence needs its probe of shape {expected}, found {found}; "
+                f"a random divergence needs its probe of shape {expected}, found {shape}; "
                 "draw it with draw_probe(z, generator)"
             )
         return eps

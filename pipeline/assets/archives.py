@@ -27,23 +27,23 @@ def find_files(raw: Path, names: Sequence[str], scratch: Path) -> dict[str, Path
     Raises:
         DamagedError: an archive is damaged, and no file was found elsewhere.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     archives: list[Path] = []
     for path in _walk(raw):
         if path.name in names:
-            found.setdefault(path.name, path)
+            files.setdefault(path.name, path)
         elif path.name.endswith(_ARCHIVES):
             archives.append(path)
     damage: DamagedError | None = None
     for archive in archives:
-        missing = [name for name in names if name not in found]
+        missing = [name for name in names if name not in files]
         try:
-            found |= _unpack(archive, missing, scratch) if missing else {}
+            files |= _unpack(archive, missing, scratch) if missing else {}
         except DamagedError as error:  # the archive may belong to another asset
             damage = damage or error
-    if damage is not None and not found:
+    if damage is not None and not files:
         raise damage
-    return found
+    return files
 
 
 def read_bytes(path: Path) -> bytes:
@@ -68,12 +68,12 @@ def _walk(raw: Path) -> Iterator[Path]:
 
 def _unpack(archive: Path, names: Sequence[str], scratch: Path) -> dict[str, Path]:
     """Unpack the wanted members of an archive; return their paths by bare name."""
-    found: dict[str, Path] = {}
+    unpacked: dict[str, Path] = {}
 
     def copy(member: str, stream: IO[bytes]) -> None:
         name = PurePosixPath(member).name
-        found[name] = scratch / f"unpacked-{name}"
-        with stream, open(found[name], "wb") as target:
+        unpacked[name] = scratch / f"unpacked-{name}"
+        with stream, open(unpacked[name], "wb") as target:
             shutil.copyfileobj(stream, target, 1 << 20)
 
     try:
@@ -90,4 +90,4 @@ def _unpack(archive: Path, names: Sequence[str], scratch: Path) -> dict[str, Pat
                         copy(member.name, stream)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DamagedError(f"{archive.name} is damaged ({error})") from error
-    return found
+    return unpacked

@@ -54,10 +54,10 @@ def read_mnist(raw: Path, scratch: Path) -> Content:
         DamagedError: a file is missing or damaged.
     """
     wanted = [name + ending for name in MNIST_FILES for ending in ("", ".gz")]
-    found = find_files(raw, wanted, scratch)
+    files = find_files(raw, wanted, scratch)
     data: dict[str, bytes] = {}
     for name in MNIST_FILES:
-        path = found.get(name) or found.get(name + ".gz")
+        path = files.get(name) or files.get(name + ".gz")
         if path is None:
             raise DamagedError(f"{name} and {name}.gz are missing")
         data[name] = read_bytes(path)
@@ -82,15 +82,15 @@ def read_cifar10(raw: Path, scratch: Path) -> Content:
         DamagedError: a file is missing, damaged or of another layout.
     """
     pictures = [f"{name}.png" for name in _CIFAR10_BATCHES]
-    found = find_files(raw, [*_CIFAR10_BATCHES, *pictures, *_CIFAR10_NPM_LABELS], scratch)
-    if all(name in found for name in _CIFAR10_BATCHES):
-        batches = [_python_batch(found[name]) for name in _CIFAR10_BATCHES]
-    elif all(name in found for name in (*pictures, *_CIFAR10_NPM_LABELS)):
-        labels = [_json_labels(found[name]) for name in _CIFAR10_NPM_LABELS]
+    raw_files = find_files(raw, [*_CIFAR10_BATCHES, *pictures, *_CIFAR10_NPM_LABELS], scratch)
+    if all(name in raw_files for name in _CIFAR10_BATCHES):
+        batches = [_python_batch(raw_files[name]) for name in _CIFAR10_BATCHES]
+    elif all(name in raw_files for name in (*pictures, *_CIFAR10_NPM_LABELS)):
+        labels = [_json_labels(raw_files[name]) for name in _CIFAR10_NPM_LABELS]
         split = [*np.split(labels[0], 5), labels[1]] if len(labels[0]) % 5 == 0 else []
         if [len(part) for part in split] != [10000] * 6:
             raise DamagedError("expected 50000 and 10000 labels")
-        images = [_picture_batch(found[name]) for name in pictures]
+        images = [_picture_batch(raw_files[name]) for name in pictures]
         batches = list(zip(images, split, strict=True))
     else:
         raise DamagedError("data_batch_1 … 5 and test_batch are missing, as are their .png")
@@ -161,10 +161,10 @@ def read_inception(raw: Path, scratch: Path) -> Content:
         DamagedError: the file is missing, damaged or of another network.
     """
     own = [raw.name] if raw.is_file() and raw.suffix in (".pt", ".pth", ".safetensors") else []
-    found = find_files(raw, [*_INCEPTION_RAW, *own], scratch)
-    if not found:
+    files = find_files(raw, [*_INCEPTION_RAW, *own], scratch)
+    if not files:
         raise DamagedError(" and ".join(_INCEPTION_RAW) + " are missing")
-    path = next(iter(found.values()))
+    path = next(iter(files.values()))
     try:
         state = read_weights(path)
         digest = weights_sha256(state)

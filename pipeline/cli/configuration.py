@@ -46,17 +46,17 @@ def list_keys(
     from pipeline.errors import UserError
 
     schemas = (("flows and toy2d", Config), ("autoencoders", AutoencoderConfig))
-    found = 0
+    count = 0
     for title, schema in schemas:
         chosen = [key for name, key in keys(schema).items() if _begins(name, prefix)]
-        if found and chosen:
+        if count and chosen:
             print()
         if chosen:
             print(f"# {title}")
         for key in chosen:
             print(f"{key.name}: {key.type_name}, default {key.plain_default}\n    {key.meaning}")
-        found += len(chosen)
-    if not found:
+        count += len(chosen)
+    if not count:
         raise UserError(f"no key begins with {prefix!r}; expected a section or a key, such as jko")
 
 

@@ -167,12 +167,12 @@ def _keys(schema: type, prefix: str, inherited: dict[str, Any]) -> Iterator[Key]
 @cache
 def meanings_of(schema: type) -> dict[str, str]:
     """Read the descriptions of the fields from the docstrings of a dataclass and its bases."""
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for owner in reversed(schema.__mro__):
         text = inspect.cleandoc(owner.__doc__ or "")
         _, _, body = text.partition("Attributes:\n")
         for name, meaning in re.findall(
             r"^    (\w+): (.*?)(?=^    \w+: |\Z|^\S)", body, re.M | re.S
         ):
-            found[name] = " ".join(meaning.split())
-    return found
+            meanings[name] = " ".join(meaning.split())
+    return meanings

@@ -138,14 +138,14 @@ def with_values(config: S, values: dict[str, Any]) -> S:
 
 def _nested(config: Any, prefix: str) -> dict[str, Any]:  # noqa: ANN401
     """The values of a configuration by dotted key, as they are."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, kind in fields_of(type(config)).items():
         value = getattr(config, name)
         if section_of(kind) is None:
-            found[prefix + name] = value
+            values[prefix + name] = value
         elif value is not None:
-            found |= _nested(value, f"{prefix}{name}.")
-    return found
+            values |= _nested(value, f"{prefix}{name}.")
+    return values
 
 
 def resolved_yaml(config: Any) -> str:  # noqa: ANN401
@@ -192,7 +192,7 @@ def _leaves(values: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
 
 def _overrides(overrides: Sequence[str]) -> list[tuple[str, _Entry]]:
     """The values of `--set`, by dotted key."""
-    found: list[tuple[str, _Entry]] = []
+    entries: list[tuple[str, _Entry]] = []
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
@@ -206,8 +206,8 @@ def _overrides(overrides: Sequence[str]) -> list[tuple[str, _Entry]]:
                 "quote the whole for the shell"
             ) from error
         inner = _leaves(value, f"{key}.") if isinstance(value, dict) and value else [(key, value)]
-        found += [(name, _Entry(part, source, text)) for name, part in inner]
-    return found
+        entries += [(name, _Entry(part, source, text)) for name, part in inner]
+    return entries
 
 
 def _resolve(schema: type[S], file: _Entries, given: _Entries) -> S:

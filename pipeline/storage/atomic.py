@@ -172,10 +172,10 @@ def verify_file(path: Path, sha256: str) -> None:
     """
     if not Path(path).is_file():
         raise UserError(f"{path} is missing; make it again or check the path")
-    found = sha256_file(path)
-    if found != sha256:
+    actual = sha256_file(path)
+    if actual != sha256:
         raise UserError(
-            f"{path} is damaged (sha256 {found[:12]}…, expected {sha256[:12]}…); "
+            f"{path} is damaged (sha256 {actual[:12]}…, expected {sha256[:12]}…); "
             "delete it and make it again"
         )
 

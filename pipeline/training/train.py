@@ -141,9 +141,9 @@ def _manifest(context: TrainingContext, started: Manifest | None) -> Manifest:
     return manifest
 
 
-def _require_same_scale(folder: Path, started: Manifest, found: Manifest) -> None:
+def _require_same_scale(folder: Path, started: Manifest, actual: Manifest) -> None:
     """Check that the samples are standardised as those of the finished blocks."""
-    if found.standardisation.to_dict() != started.standardisation.to_dict():
+    if actual.standardisation.to_dict() != started.standardisation.to_dict():
         raise UserError(
             f"the latents in the cache are standardised otherwise than those that the run at "
             f"{folder} was trained on; encode with the images, limit and autoencoder of that "

@@ -24,10 +24,10 @@ def model(seed: int = 0, **changes: Any) -> TamingAutoencoder:
     """Random weights; a codebook as wide as the latents."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = TamingAutoencoder(config(**changes))
-        if made.config.flavour == "vq":
-            made.quantize.embedding.weight.data.normal_()
-    return made
+        autoencoder = TamingAutoencoder(config(**changes))
+        if autoencoder.config.flavour == "vq":
+            autoencoder.quantize.embedding.weight.data.normal_()
+    return autoencoder
 
 
 def x_of(n: int, seed: int = 0, shape: tuple[int, ...] = (1, 10, 10)) -> torch.Tensor:

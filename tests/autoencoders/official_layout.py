@@ -112,11 +112,11 @@ class Official(nn.Module):
         flat = h.permute(0, 2, 3, 1)
         if self.gumbel:
             weight = self.quantize.proj.weight[:, :, 0, 0]
-            found = (flat @ weight.T + self.quantize.proj.bias).argmax(-1)
-            return self.quantize.embed.weight[found].permute(0, 3, 1, 2).contiguous()
+            indices = (flat @ weight.T + self.quantize.proj.bias).argmax(-1)
+            return self.quantize.embed.weight[indices].permute(0, 3, 1, 2).contiguous()
         entries = self.quantize.embedding.weight
-        found = (flat[..., None, :] - entries).square().sum(-1).argmin(-1)
-        return entries[found].permute(0, 3, 1, 2).contiguous()
+        indices = (flat[..., None, :] - entries).square().sum(-1).argmin(-1)
+        return entries[indices].permute(0, 3, 1, 2).contiguous()
 
     def image(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z)).clamp(-1, 1)

@@ -29,11 +29,11 @@ def model(flavour: str = "vq", image_shape: tuple[int, int, int] = (3, 32, 32)) 
         flavour=flavour, image_shape=image_shape, ch_mult=(1, 2), n_embed=16, resolution=256,
         attn_resolutions=(128,),
     )  # fmt: skip
-    made = TamingAutoencoder(config)
+    autoencoder = TamingAutoencoder(config)
     if flavour != "kl":  # entries as far apart as the latents are
         with torch.no_grad():
-            made._entries().normal_()
-    return made.freeze()
+            autoencoder._entries().normal_()
+    return autoencoder.freeze()
 
 
 def images(n: int, *shape: int) -> Tensor:
@@ -41,9 +41,9 @@ def images(n: int, *shape: int) -> Tensor:
 
 
 def quantised(inner: TamingAutoencoder) -> AdaptedAutoencoder:
-    made = adapt(inner, (3, 32, 32), Adaptation(latents="quantised"))
-    assert isinstance(made, AdaptedAutoencoder)
-    return made
+    autoencoder = adapt(inner, (3, 32, 32), Adaptation(latents="quantised"))
+    assert isinstance(autoencoder, AdaptedAutoencoder)
+    return autoencoder
 
 
 def test_an_autoencoder_that_fits_is_left_as_it_is() -> None:
@@ -180,20 +180,20 @@ def test_quantising_with_and_without_gradients_agree() -> None:
 def test_stored_weights_keep_the_new_parts_of_an_architecture(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = TamingConfig("gumbel", (3, 16, 24), ch_mult=(1, 2), resolution=64, attention=False)
-    made = TamingAutoencoder(config).freeze()
-    tensors, metadata = weights.to_tensors(made, torch.float32)
+    autoencoder = TamingAutoencoder(config).freeze()
+    tensors, metadata = weights.to_tensors(autoencoder, torch.float32)
     (tmp_path / "x.safetensors").write_bytes(save(tensors, metadata))
     again = weights.load_weights(tmp_path / "x.safetensors")
-    assert again.config == config and again.fingerprint == made.fingerprint
+    assert again.config == config and again.fingerprint == autoencoder.fingerprint
     # at their defaults they are no part of a description: older fingerprints stand
     assert {"resolution", "attention"}.isdisjoint(TamingConfig().to_dict())
     assert config_from_description(TamingConfig().to_dict()) == TamingConfig()
 
 
 def test_weights_beyond_half_precision_are_stored_in_full() -> None:
-    made = model("kl")
-    made.quant_conv.weight[0, 0] = 1e6
-    tensors, _ = weights.to_tensors(made)
+    autoencoder = model("kl")
+    autoencoder.quant_conv.weight[0, 0] = 1e6
+    tensors, _ = weights.to_tensors(autoencoder)
     assert tensors["quant_conv.weight"].dtype == torch.float32
     assert tensors["quant_conv.bias"].dtype == torch.float16
     assert all(bool(torch.isfinite(t).all()) for t in tensors.values())

@@ -52,7 +52,7 @@ _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj
 
 def twin_state(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
     """Official names and shapes to those of diffusers."""
-    found = {}
+    renamed = {}
     for key, tensor in state.items():
         for pattern, name in _RENAMED:
             key = re.sub(pattern, name, key)
@@ -63,8 +63,8 @@ def twin_state(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
             key = f"{head}.{_ATTENTION[part]}.{kind}"
             tensor = tensor[:, :, 0, 0] if tensor.ndim == 4 else tensor
         if not key.startswith("loss."):
-            found[key] = tensor
-    return found
+            renamed[key] = tensor
+    return renamed
 
 
 def write_twin(folder: Path, theirs: Official, layout: str, **config: Any) -> Path:
@@ -154,13 +154,13 @@ def test_a_vq_checkpoint_and_its_twin(tmp_path: Path, layout: str, dtype: torch.
 def test_scale_and_shift_of_the_config_are_applied_and_undone(tmp_path: Path) -> None:
     a, b = pair(tmp_path, "ldm-kl-f4", scaling_factor=0.3611, shift_factor=0.1159)
     x = images()
-    raw, found = a.encode(x), b.encode(x)
-    close(found.mean, (raw.mean - 0.1159) * 0.3611)
-    close(found.log_var, raw.log_var + 2 * math.log(0.3611))
+    raw, actual = a.encode(x), b.encode(x)
+    close(actual.mean, (raw.mean - 0.1159) * 0.3611)
+    close(actual.log_var, raw.log_var + 2 * math.log(0.3611))
     # a posterior sample, and not only its mean, is the scaled sample of the raw posterior
-    draws = [m.sample(torch.Generator().manual_seed(5)) for m in (raw, found)]
+    draws = [m.sample(torch.Generator().manual_seed(5)) for m in (raw, actual)]
     close(draws[1], (draws[0] - 0.1159) * 0.3611)
-    close(b.decode(found.mean), a.decode(raw.mean))
+    close(b.decode(actual.mean), a.decode(raw.mean))
     assert (b.describe()["scale"], b.describe()["shift"]) == (0.3611, 0.1159)
 
 
@@ -222,8 +222,10 @@ def test_a_pipeline_folder_loads_and_other_models_raise(tmp_path: Path) -> None:
 def test_resizing_without_a_size_takes_the_models_own(tmp_path: Path) -> None:
     theirs = Official("ldm-kl-f4")
     folder = write_twin(tmp_path / "vae", theirs, "ldm-kl-f4", sample_size=48)
-    made = build_autoencoder("diffusers", str(folder), (1, 28, 28), Adaptation(fit="resize"))
-    assert (made.image_shape, made.latent_shape) == ((1, 28, 28), (3, 12, 12))
+    autoencoder = build_autoencoder(
+        "diffusers", str(folder), (1, 28, 28), Adaptation(fit="resize")
+    )
+    assert (autoencoder.image_shape, autoencoder.latent_shape) == ((1, 28, 28), (3, 12, 12))
     description = json.loads((folder / "config.json").read_text())
     del description["sample_size"]
     (folder / "config.json").write_text(json.dumps(description))
@@ -300,8 +302,8 @@ def test_a_cached_model_needs_no_network(
     (stored / "refs").mkdir()
     (stored / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    found = ours.load_diffusers("somebody/model/vae", (32, 32))
-    assert found.fingerprint == ours.load_diffusers(str(folder), (32, 32)).fingerprint
+    actual = ours.load_diffusers("somebody/model/vae", (32, 32))
+    assert actual.fingerprint == ours.load_diffusers(str(folder), (32, 32)).fingerprint
     assert len(busy_hub) == 1
 
 

@@ -29,26 +29,26 @@ def folded(x: torch.Tensor) -> torch.Tensor:
     return h
 
 
-def taming_parts(made: TamingAutoencoder) -> tuple[Encoder, Decoder]:
+def taming_parts(autoencoder: TamingAutoencoder) -> tuple[Encoder, Decoder]:
     """Taming's own networks, built directly and given the same weights."""
     shared: dict[str, Any] = {
         "ch": 32, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": (), "dropout": 0.0,
         "resolution": 4, "z_channels": 3, "in_channels": 9, "out_ch": 9,
     }  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
-        encoder, decoder = Encoder(double_z=made.stochastic, **shared), Decoder(**shared)
-    encoder.load_state_dict(made.encoder.state_dict())
-    decoder.load_state_dict(made.decoder.state_dict())
+        encoder, decoder = Encoder(double_z=autoencoder.stochastic, **shared), Decoder(**shared)
+    encoder.load_state_dict(autoencoder.encoder.state_dict())
+    decoder.load_state_dict(autoencoder.decoder.state_dict())
     return encoder.eval(), decoder.eval()
 
 
 @pytest.mark.parametrize("flavour", ["kl", "vq"])
 @torch.no_grad()
 def test_encoding_is_tamings(flavour: str) -> None:
-    made, x = model(flavour=flavour).freeze(), x_of(3)
-    encoder, _ = taming_parts(made)
-    expected = made.quant_conv(encoder(folded(x)))
-    moments = made.encode(x)
+    autoencoder, x = model(flavour=flavour).freeze(), x_of(3)
+    encoder, _ = taming_parts(autoencoder)
+    expected = autoencoder.quant_conv(encoder(folded(x)))
+    moments = autoencoder.encode(x)
     if flavour == "vq":
         assert moments.log_var is None and torch.equal(moments.mean, expected)
         return
@@ -60,23 +60,23 @@ def test_encoding_is_tamings(flavour: str) -> None:
 @pytest.mark.parametrize("flavour", ["kl", "vq"])
 @torch.no_grad()
 def test_decoding_is_tamings(flavour: str) -> None:
-    made = model(flavour=flavour).freeze()
+    autoencoder = model(flavour=flavour).freeze()
     z = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
-    _, decoder = taming_parts(made)
-    if made.quantize is not None:
-        code = made.quantize.embedding.weight
+    _, decoder = taming_parts(autoencoder)
+    if autoencoder.quantize is not None:
+        code = autoencoder.quantize.embedding.weight
         flat = z.permute(0, 2, 3, 1).reshape(-1, 2)
         nearest = torch.stack([((code - v) ** 2).sum(1).argmin() for v in flat])
-        assert torch.equal(made.quantise(z)[2], nearest)
+        assert torch.equal(autoencoder.quantise(z)[2], nearest)
         assert len(nearest.unique()) > 2
         z = code[nearest].view(3, 4, 4, 2).permute(0, 3, 1, 2)
-    h = decoder(made.post_quant_conv(z))
+    h = decoder(autoencoder.post_quant_conv(z))
     x = torch.empty(3, 1, 12, 12)
     for row in range(3):
         for column in range(3):
             x[:, 0, row::3, column::3] = h[:, 3 * row + column]
     torch.testing.assert_close(
-        made.decode(z), x[:, :, 1:11, 1:11].clamp(-1, 1), rtol=1e-5, atol=1e-6
+        autoencoder.decode(z), x[:, :, 1:11, 1:11].clamp(-1, 1), rtol=1e-5, atol=1e-6
     )
 
 
@@ -84,33 +84,33 @@ def test_decoding_is_tamings(flavour: str) -> None:
     ("shape", "canvas", "patch"), [((1, 10, 10), 12, 3), ((3, 8, 8), 0, 1), ((2, 6, 8), 8, 2)]
 )
 def test_folding_is_undone_exactly(shape: tuple[int, int, int], canvas: int, patch: int) -> None:
-    made = model(image_shape=shape, canvas=canvas, patch=patch)
+    autoencoder = model(image_shape=shape, canvas=canvas, patch=patch)
     x = x_of(2, shape=shape)
-    h = made._fold(x)
+    h = autoencoder._fold(x)
     side = (canvas or shape[1]) // patch
     assert h.shape == (2, shape[0] * patch**2, side, side)
-    assert torch.equal(made._unfold(h), x)
+    assert torch.equal(autoencoder._unfold(h), x)
 
 
 def test_the_margin_is_background() -> None:
-    made = model()
-    h = made._fold(torch.ones(1, 1, 10, 10))
+    autoencoder = model()
+    h = autoencoder._fold(torch.ones(1, 1, 10, 10))
     canvas = F.pixel_shuffle(h, 3)
     assert canvas.sum() == 10 * 10 - (12 * 12 - 10 * 10)
     assert (canvas[:, :, 0] == -1).all() and (canvas[:, :, :, -1] == -1).all()
 
 
 def test_the_gradient_passes_the_codebook_straight() -> None:
-    made = model(flavour="vq")
+    autoencoder = model(flavour="vq")
     z = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    quantised, loss, _ = made.quantise(z)
+    quantised, loss, _ = autoencoder.quantise(z)
     weights = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(1))
     (gradient,) = torch.autograd.grad((quantised * weights).sum(), z, retain_graph=True)
     assert torch.equal(gradient, weights)
     # the codebook loss pulls both ways: the latents by the commitment's share, the entries fully
     gap = (quantised - z).detach()
     assert loss.item() == pytest.approx(1.25 * gap.square().mean().item(), rel=1e-5)
-    entries = made.quantize.embedding.weight
+    entries = autoencoder.quantize.embedding.weight
     of_latents, of_entries = torch.autograd.grad(loss, (z, entries))
     pull = 2 * gap / gap.numel()
     torch.testing.assert_close(of_latents, -0.25 * pull, rtol=1e-4, atol=1e-8)
@@ -129,21 +129,21 @@ def test_moments_sample_their_posterior() -> None:
 
 
 def test_log_variances_are_clamped() -> None:
-    made = model().freeze()
-    made.quant_conv.bias.data[2:] = torch.tensor([1000.0, -1000.0])
-    log_var = made.encode(x_of(1)).log_var
+    autoencoder = model().freeze()
+    autoencoder.quant_conv.bias.data[2:] = torch.tensor([1000.0, -1000.0])
+    log_var = autoencoder.encode(x_of(1)).log_var
     assert log_var is not None
     assert (log_var[:, 0] == 20).all() and (log_var[:, 1] == -30).all()
 
 
 def test_wrong_shapes_raise() -> None:
-    made = model().freeze()
+    autoencoder = model().freeze()
     with pytest.raises(ValueError, match=r"shape \(2, 3, 10, 10\); expected \(B, 1, 10, 10\)"):
-        made.encode(x_of(2, shape=(3, 10, 10)))
+        autoencoder.encode(x_of(2, shape=(3, 10, 10)))
     with pytest.raises(ValueError, match=r"shape \(2, 2, 4, 5\); expected \(B, 2, 4, 4\)"):
-        made.decode(torch.zeros(2, 2, 4, 5))
+        autoencoder.decode(torch.zeros(2, 2, 4, 5))
     with pytest.raises(ValueError, match="codebook"):
-        made.quantise(torch.zeros(2, 2, 4, 4))
+        autoencoder.quantise(torch.zeros(2, 2, 4, 4))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_impossible_architectures_raise(changes: dict[str, Any], named: str) -> 
 
 
 def test_a_description_is_enough_to_build_it_again() -> None:
-    made = model(flavour="vq", ch_mult=(1, 2))
-    assert config_from_description(made.describe()) == made.config
+    autoencoder = model(flavour="vq", ch_mult=(1, 2))
+    assert config_from_description(autoencoder.describe()) == autoencoder.config
     with pytest.raises(ValueError, match="colour"):
-        config_from_description({**made.describe(), "colour": 1})
+        config_from_description({**autoencoder.describe(), "colour": 1})

@@ -55,11 +55,11 @@ def test_the_fingerprint_is_of_the_stored_weights(stored: Path, tmp_path: Path) 
 def test_the_fingerprint_sees_every_weight_and_the_architecture() -> None:
     seen = {model().freeze().fingerprint}
     for name in ("decoder.conv_out.bias", "quant_conv.weight", "encoder.conv_in.weight"):
-        made = model()
-        made.get_parameter(name).data.view(-1)[0] += 1e-6
-        seen.add(made.freeze().fingerprint)
-    made = model(canvas=12, patch=3, dropout=0.1)  # the same tensors
-    seen.add(made.freeze().fingerprint)
+        autoencoder = model()
+        autoencoder.get_parameter(name).data.view(-1)[0] += 1e-6
+        seen.add(autoencoder.freeze().fingerprint)
+    autoencoder = model(canvas=12, patch=3, dropout=0.1)  # the same tensors
+    seen.add(autoencoder.freeze().fingerprint)
     assert len(seen) == 5
 
 
@@ -73,13 +73,13 @@ def test_the_notes_are_kept(stored: Path) -> None:
 
 
 def test_keys_that_do_not_fit_are_named() -> None:
-    made = model()
-    tensors = dict(made.state_dict())
+    autoencoder = model()
+    tensors = dict(autoencoder.state_dict())
     tensors["decoder.extra"] = torch.zeros(1)
     del tensors["quant_conv.bias"]
     tensors["post_quant_conv.weight"] = torch.zeros(3, 5, 1, 1)
     with pytest.raises(ValueError) as caught:
-        require_fitting(made, tensors, "here")
+        require_fitting(autoencoder, tensors, "here")
     said = str(caught.value)
     assert "the weights in here do not fit" in said
     assert "missing: quant_conv.bias" in said
@@ -131,15 +131,15 @@ def test_the_registry_checks_the_shape(stored: Path) -> None:
 
 
 def test_identity() -> None:
-    made = build_autoencoder("identity", None, (1, 10, 10))
-    assert isinstance(made, IdentityAutoencoder)
+    autoencoder = build_autoencoder("identity", None, (1, 10, 10))
+    assert isinstance(autoencoder, IdentityAutoencoder)
     x = x_of(2)
-    assert torch.equal(made.encode(x).mean, x) and made.encode(x).log_var is None
-    assert torch.equal(made.decode(3 * x), (3 * x).clamp(-1, 1))
-    assert made.fingerprint == build_autoencoder("identity", None, (1, 10, 10)).fingerprint
-    assert made.fingerprint != build_autoencoder("identity", None, (1, 8, 8)).fingerprint
+    assert torch.equal(autoencoder.encode(x).mean, x) and autoencoder.encode(x).log_var is None
+    assert torch.equal(autoencoder.decode(3 * x), (3 * x).clamp(-1, 1))
+    assert autoencoder.fingerprint == build_autoencoder("identity", None, (1, 10, 10)).fingerprint
+    assert autoencoder.fingerprint != build_autoencoder("identity", None, (1, 8, 8)).fingerprint
     with pytest.raises(ValueError, match="the images have the shape"):
-        made.encode(x_of(2, shape=(1, 8, 8)))
+        autoencoder.encode(x_of(2, shape=(1, 8, 8)))
 
 
 def test_pixels_survive_the_round_trip() -> None:
@@ -152,5 +152,7 @@ def test_pixels_survive_the_round_trip() -> None:
 
 
 def test_the_fingerprint_does_not_depend_on_the_order_of_a_description() -> None:
-    made = model()
-    assert module_fingerprint({"a": 1, "b": 2}, made) == module_fingerprint({"b": 2, "a": 1}, made)
+    autoencoder = model()
+    assert module_fingerprint({"a": 1, "b": 2}, autoencoder) == module_fingerprint(
+        {"b": 2, "a": 1}, autoencoder
+    )

@@ -60,8 +60,8 @@ def main() -> None:
             )
             seconds["pytorch-fid"].append(time.perf_counter() - start)
             start = time.perf_counter()
-            found: GaussianStats = compute_stats(images, ours)
-            gap = max(np.abs(found.mean - mean).max(), np.abs(found.cov - cov).max())
+            actual: GaussianStats = compute_stats(images, ours)
+            gap = max(np.abs(actual.mean - mean).max(), np.abs(actual.cov - cov).max())
             seconds["jkoflow"].append(time.perf_counter() - start)
     rates = {k: args.images / statistics.median(v) for k, v in seconds.items()}
     print(f"{args.images} images, {args.rounds} rounds, {torch.get_num_threads()} threads")

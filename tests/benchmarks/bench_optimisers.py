@@ -45,13 +45,13 @@ def autoencoder(kind: str, lr: float, seconds: float) -> tuple[int, float]:
     )  # fmt: skip
     images = load_images(config.data)
     architecture = config.architecture.build(images.shape)
-    made = AutoencoderTrainer(architecture, recipe, Accelerator(cpu=True))
+    training = AutoencoderTrainer(architecture, recipe, Accelerator(cpu=True))
     batches = Batches(len(images), recipe.batch_size, recipe.seed, "autoencoder")
     errors: list[float] = []
     began = time.process_time()
     while time.process_time() - began < seconds:
-        chosen = torch.from_numpy(images.take(batches.indices(made.done).numpy()))
-        terms = made.step(chosen, generator(recipe.seed, "autoencoder", made.done))
+        chosen = torch.from_numpy(images.take(batches.indices(training.done).numpy()))
+        terms = training.step(chosen, generator(recipe.seed, "autoencoder", training.done))
         errors.append(terms["reconstruction"])
     last = errors[-max(1, len(errors) // 4) :]
     return len(errors) * recipe.batch_size, sum(last) / len(last)

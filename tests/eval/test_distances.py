@@ -74,7 +74,7 @@ def test_frechet_of_other_dimensions_or_empty_sets_raises():
 def test_kid_is_the_mean_of_brute_force_subsets():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(30, 5)), rng.normal(size=(24, 5)) + 0.3
-    found = kid(x, y, subsets=3, subset_size=8, seed=4)
+    actual = kid(x, y, subsets=3, subset_size=8, seed=4)
     generator, values = torch.Generator().manual_seed(4), []
     for _ in range(3):
         xs = x[torch.randperm(30, generator=generator)[:8].numpy()]
@@ -83,9 +83,9 @@ def test_kid_is_the_mean_of_brute_force_subsets():
         within = sum(k(s[i], s[j]) for s in (xs, ys) for i in range(8) for j in range(8) if i != j)
         across = sum(k(a, b) for a in xs for b in ys)
         values.append(within / 56 - 2 * across / 64)
-    assert found.value == pytest.approx(np.mean(values), rel=1e-12)
-    assert found.standard_error == pytest.approx(np.std(values, ddof=1) * (8 / 16) ** 0.5)
-    assert (found.subsets, found.subset_size) == (3, 8)
+    assert actual.value == pytest.approx(np.mean(values), rel=1e-12)
+    assert actual.standard_error == pytest.approx(np.std(values, ddof=1) * (8 / 16) ** 0.5)
+    assert (actual.subsets, actual.subset_size) == (3, 8)
 
 
 def test_kid_is_unbiased_and_its_error_is_the_true_one():
@@ -111,10 +111,10 @@ def test_precision_and_recall_equal_brute_force(monkeypatch):
         return np.mean([any(np.linalg.norm(p - b) <= r for b, r in zip(balls, radius, strict=True))
                         for p in points])  # fmt: skip
 
-    found = precision_recall(real, fake)
-    assert found.precision == pytest.approx(inside(fake, real))
-    assert found.recall == pytest.approx(inside(real, fake))
-    assert 0 < found.recall < found.precision < 1
+    actual = precision_recall(real, fake)
+    assert actual.precision == pytest.approx(inside(fake, real))
+    assert actual.recall == pytest.approx(inside(real, fake))
+    assert 0 < actual.recall < actual.precision < 1
 
 
 def test_precision_and_recall_at_their_ends():

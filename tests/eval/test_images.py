@@ -35,11 +35,11 @@ def no_network():
 def test_a_folder_gives_the_features_of_pytorch_fid(folder, random_network, random_reference):
     images = FolderImages(folder)
     assert [f.name for f in images.files] == ["a.png", "b.png", "c.png", "d.png", "e.jpg", "f.png"]
-    found = torch.cat([random_network.features(batch) for batch in images.batches()])
+    actual = torch.cat([random_network.features(batch) for batch in images.batches()])
     # One at a time: pytorch-fid cannot batch different sizes.
     expected = torch.from_numpy(get_activations(images.files, random_reference, 1, num_workers=0))
     torch.testing.assert_close(
-        found.double(), expected, atol=1e-5 * float(expected.abs().max()), rtol=0
+        actual.double(), expected, atol=1e-5 * float(expected.abs().max()), rtol=0
     )
 
 
@@ -59,8 +59,8 @@ def test_npz_streams_the_same_pixels(tmp_path, save, channels):
     images = open_images(tmp_path / "images.npz")
     assert isinstance(images, NpzImages) and len(images) == 23
     for size in (5, 100):
-        found = torch.cat(list(images.batches(size)))
-        assert np.array_equal(found.numpy(), array.transpose(0, 3, 1, 2))
+        actual = torch.cat(list(images.batches(size)))
+        assert np.array_equal(actual.numpy(), array.transpose(0, 3, 1, 2))
 
 
 def test_folder_and_npz_of_the_same_images_agree(tmp_path, random_network):
@@ -84,8 +84,8 @@ def test_statistics_need_no_network(tmp_path):
     rng = np.random.default_rng(0)
     stats = stats_from(rng.normal(size=(5, 2048)))
     np.savez(tmp_path / "s.npz", mu=stats.mean, sigma=stats.cov, n=stats.n)
-    found = stats_of(tmp_path / "s.npz", no_network)
-    assert np.array_equal(found.mean, stats.mean) and found.n == 5
+    actual = stats_of(tmp_path / "s.npz", no_network)
+    assert np.array_equal(actual.mean, stats.mean) and actual.n == 5
     np.savez(tmp_path / "small.npz", mu=np.zeros(64), sigma=np.eye(64))
     with pytest.raises(ValueError, match="have 64 dimensions; expected 2048"):
         stats_of(tmp_path / "small.npz", no_network)

@@ -38,16 +38,16 @@ def test_equals_pytorch_fid(random_network, random_reference, channels, side):
 def test_the_unfolded_network_is_pytorch_fids(random_state, random_reference, channels, side):
     x = images(2, channels, side)
     expected = pytorch_fid_features(random_reference, x)
-    found = PytorchFidInception(random_state).features(x)
-    torch.testing.assert_close(found, expected, atol=1e-6 * float(expected.abs().max()), rtol=0)
+    actual = PytorchFidInception(random_state).features(x)
+    torch.testing.assert_close(actual, expected, atol=1e-6 * float(expected.abs().max()), rtol=0)
 
 
 def test_equals_pytorch_fid_with_the_real_weights(inception_weights, build_reference):
     state = read_weights(inception_weights)
     x = images(8)
     expected = pytorch_fid_features(build_reference(state), x)
-    found = FidInception(state).features(x)
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    actual = FidInception(state).features(x)
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
 
 
 def test_real_weights_have_the_known_content(inception_weights):

@@ -35,9 +35,9 @@ def test_all_three_files_have_one_content(state, tmp_path):
     save_file(state, tmp_path / "weights.safetensors")
     write_torchscript(tmp_path / "script.pt", state)
     for name in ("weights.pth", "weights.safetensors", "script.pt"):
-        found = read_weights(tmp_path / name)
-        assert weights_sha256(found) == weights_sha256(state), name
-        assert all(torch.equal(found[k], state[k]) for k in state), name
+        actual = read_weights(tmp_path / name)
+        assert weights_sha256(actual) == weights_sha256(state), name
+        assert all(torch.equal(actual[k], state[k]) for k in state), name
 
 
 def test_content_sees_every_number(state, random_state):

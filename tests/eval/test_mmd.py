@@ -17,21 +17,21 @@ def test_equals_brute_force(monkeypatch):
     pool = np.concatenate([x, y])
     pairs = [np.linalg.norm(pool[i] - pool[j]) for i in range(21) for j in range(i)]
     for scale in (0.1, 1.0):
-        found = mmd(x, y, scale=scale)
+        actual = mmd(x, y, scale=scale)
         sigma = scale * np.median(pairs)
-        assert found.bandwidth == pytest.approx(sigma)
+        assert actual.bandwidth == pytest.approx(sigma)
         expected = (mean_kernel(x, x, sigma) + mean_kernel(y, y, sigma)
                     - 2 * mean_kernel(x, y, sigma))  # fmt: skip
-        assert found.value == pytest.approx(expected, rel=1e-10)
+        assert actual.value == pytest.approx(expected, rel=1e-10)
 
 
 def test_two_points_in_closed_form():
     # Samples {0, 0} and {1, 1}: MMD² = 2 - 2 exp(-1 / 2σ²), where the median distance is 1.
-    found = mmd(np.zeros((2, 1)), np.ones((2, 1)), scale=2.0)
-    assert found.value == pytest.approx(2 - 2 * np.exp(-1 / 8), rel=1e-12)
-    found = mmd(np.zeros((2, 1)), 3 * np.ones((2, 1)), bandwidth=1.0)
-    assert found.value == pytest.approx(2 - 2 * np.exp(-9 / 2), rel=1e-12)
-    assert found.bandwidth == 1
+    actual = mmd(np.zeros((2, 1)), np.ones((2, 1)), scale=2.0)
+    assert actual.value == pytest.approx(2 - 2 * np.exp(-1 / 8), rel=1e-12)
+    actual = mmd(np.zeros((2, 1)), 3 * np.ones((2, 1)), bandwidth=1.0)
+    assert actual.value == pytest.approx(2 - 2 * np.exp(-9 / 2), rel=1e-12)
+    assert actual.bandwidth == 1
 
 
 def test_median_of_three_points():

@@ -75,34 +75,34 @@ def test_means_over_batches() -> None:
     total = Reconstruction()
     for rows in (slice(0, 2), slice(2, 5)):
         total.add(a[rows], b[rows], z[rows], codes[rows])
-    found = total.result(entries=4)
-    assert found["n"] == 5
-    assert found["psnr"] == pytest.approx(float(psnr(a, b).mean()))
-    assert found["ssim"] == pytest.approx(float(ssim(a, b).mean()))
+    actual = total.result(entries=4)
+    assert actual["n"] == 5
+    assert actual["psnr"] == pytest.approx(float(psnr(a, b).mean()))
+    assert actual["ssim"] == pytest.approx(float(ssim(a, b).mean()))
     wide = z.numpy().astype(np.float64)
-    np.testing.assert_allclose(found["latents"]["mean"], wide.mean((0, 2, 3)), rtol=1e-6)
-    np.testing.assert_allclose(found["latents"]["std"], wide.std((0, 2, 3), ddof=1), rtol=1e-6)
-    assert found["latents"]["largest"] == pytest.approx(np.abs(wide).max())
-    assert found["codebook"]["used"] == 3
+    np.testing.assert_allclose(actual["latents"]["mean"], wide.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(actual["latents"]["std"], wide.std((0, 2, 3), ddof=1), rtol=1e-6)
+    assert actual["latents"]["largest"] == pytest.approx(np.abs(wide).max())
+    assert actual["codebook"]["used"] == 3
     shares = np.array([2, 4, 4]) / 10
     expected = math.exp(-(shares * np.log(shares)).sum())
-    assert found["codebook"]["perplexity"] == pytest.approx(expected)
+    assert actual["codebook"]["perplexity"] == pytest.approx(expected)
 
 
 def test_perfect_reconstructions_have_no_psnr() -> None:
     a, total = images(6, (2, 1, 12, 12)), Reconstruction()
     total.add(a, a, torch.zeros(2, 1, 1, 1), None)
-    found = total.result(entries=0)
-    assert found["psnr"] is None and found["ssim"] == pytest.approx(1.0)
-    assert "codebook" not in found
-    assert (found["n"], found["exact"]) == (2, 2)
+    actual = total.result(entries=0)
+    assert actual["psnr"] is None and actual["ssim"] == pytest.approx(1.0)
+    assert "codebook" not in actual
+    assert (actual["n"], actual["exact"]) == (2, 2)
     b = a.clone()
     b[1] ^= 1
     total = Reconstruction()
     total.add(a, b, torch.zeros(2, 1, 1, 1), None)
-    found = total.result(entries=0)
-    assert found["exact"] == 1
-    assert found["psnr"] == pytest.approx(20 * math.log10(255))
+    actual = total.result(entries=0)
+    assert actual["exact"] == 1
+    assert actual["psnr"] == pytest.approx(20 * math.log10(255))
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 8, 8), (3, 3, 16, 10)])
@@ -111,9 +111,9 @@ def test_images_smaller_than_the_window_have_no_ssim(shape: tuple[int, ...]) -> 
     with pytest.raises(ValueError, match=f"are {shape[2]}x{shape[3]}; expected at least 11x11"):
         ssim(a, b)
     total.add(a, b, torch.zeros(3, 1, 1, 1), None)
-    found = total.result(entries=0)
-    assert found["ssim"] is None
-    assert found["psnr"] == pytest.approx(float(psnr(a, b).mean()))
+    actual = total.result(entries=0)
+    assert actual["ssim"] is None
+    assert actual["psnr"] == pytest.approx(float(psnr(a, b).mean()))
 
 
 def test_the_smallest_images_have_ssim() -> None:

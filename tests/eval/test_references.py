@@ -19,12 +19,12 @@ def stats():
 
 def test_survives_the_file(stats, tmp_path):
     (tmp_path / "r.safetensors").write_bytes(reference_bytes(stats, {**CARD, "note": "é"}))
-    found = read_reference(tmp_path / "r.safetensors")
-    assert found.card == {**CARD, "note": "é"}
-    assert found.stats.n == 400
-    assert np.array_equal(found.stats.mean, stats.mean)
-    assert np.array_equal(found.stats.cov, found.stats.cov.T)
-    np.testing.assert_allclose(found.stats.cov, stats.cov, rtol=1e-7)
+    actual = read_reference(tmp_path / "r.safetensors")
+    assert actual.card == {**CARD, "note": "é"}
+    assert actual.stats.n == 400
+    assert np.array_equal(actual.stats.mean, stats.mean)
+    assert np.array_equal(actual.stats.cov, actual.stats.cov.T)
+    np.testing.assert_allclose(actual.stats.cov, stats.cov, rtol=1e-7)
     assert reference_bytes(stats, CARD) == reference_bytes(stats, CARD)
 
 
@@ -73,11 +73,11 @@ def test_bad_cards_and_files_raise(stats, tmp_path):
 
 def test_a_reference_can_be_loaded_from_any_file(tmp_path):
     rng = np.random.default_rng(0)
-    made = stats_from(rng.normal(size=(40, 2048)))
+    stats = stats_from(rng.normal(size=(40, 2048)))
     path = tmp_path / "mine.safetensors"
-    path.write_bytes(reference_bytes(made, {**CARD, "n": 40}))
-    assert np.array_equal(load_reference(str(path)).stats.mean, made.mean)
-    assert np.array_equal(stats_of(path, no_network).mean, made.mean)
+    path.write_bytes(reference_bytes(stats, {**CARD, "n": 40}))
+    assert np.array_equal(load_reference(str(path)).stats.mean, stats.mean)
+    assert np.array_equal(stats_of(path, no_network).mean, stats.mean)
     small = stats_from(rng.normal(size=(40, 8)))
     path.write_bytes(reference_bytes(small, {**CARD, "n": 40}))
     with pytest.raises(ValueError, match="have 8 dimensions; expected 2048"):

@@ -68,8 +68,8 @@ def test_a_flow_in_half_precision_shares_its_weights_and_meets_the_jumps():
     halved = in_mixed_precision(flow)
     assert [len(block.velocity.smooth_pieces()) for block in halved] == [2, 2]
     assert {p.data_ptr() for p in halved.parameters()} == {p.data_ptr() for p in flow.parameters()}
-    exact, found = flow.decode(z), halved.decode(z)
-    assert found.dtype == torch.float32 and not torch.equal(found, exact)
+    exact, actual = flow.decode(z), halved.decode(z)
+    assert actual.dtype == torch.float32 and not torch.equal(actual, exact)
     # the error is that of the networks, which stays small against what the blocks move
-    assert (found - exact).norm() < 16 * EPS * (exact - z).norm()
+    assert (actual - exact).norm() < 16 * EPS * (exact - z).norm()
     torch.testing.assert_close(flow.decode(z), exact, rtol=0, atol=0)

@@ -76,8 +76,8 @@ def test_wider_and_with_other_classes_at_once() -> None:
     z, t = torch.randn(4, *shape), torch.rand(4)
     none = block.velocity(t, z, torch.full((4,), 5)).detach()
     for label in range(4):
-        found = wide.velocity(t, z, torch.full((4,), label))
-        torch.testing.assert_close(found, none, rtol=1e-4, atol=1e-4 * float(none.abs().max()))
+        actual = wide.velocity(t, z, torch.full((4,), label))
+        torch.testing.assert_close(actual, none, rtol=1e-4, atol=1e-4 * float(none.abs().max()))
 
 
 @pytest.mark.parametrize("width", [16, 32])
@@ -91,10 +91,10 @@ def test_several_networks_start_as_copies_of_one(width: int, part: tuple[float, 
     block.load_state_dict(dict(weights))
     several = dataclasses.replace(config, nets=2, width=width)
     after = dataclasses.replace(spec, velocity=several)
-    made = transform_block(block, spec, after, seeded())
-    assert set(made.state_dict()) == set(build_block(after, shape).state_dict())
+    transformed = transform_block(block, spec, after, seeded())
+    assert set(transformed.state_dict()) == set(build_block(after, shape).state_dict())
     z, t, labels = torch.randn(6, *shape), torch.linspace(0, 0.99, 6), torch.arange(6)
-    ours, theirs = made.velocity(t, z, labels), block.velocity(t, z, labels)
+    ours, theirs = transformed.velocity(t, z, labels), block.velocity(t, z, labels)
     near = 1e-4 * float(theirs.detach().abs().max())
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=near)
 

@@ -75,10 +75,10 @@ def serving() -> Iterator[http.server.ThreadingHTTPServer]:
 
 
 def read_thing(raw: Path, scratch: Path) -> Content:
-    found = find_files(raw, ["thing.bin"], scratch)
-    if not found:
+    files = find_files(raw, ["thing.bin"], scratch)
+    if not files:
         raise DamagedError("thing.bin is missing")
-    data = found["thing.bin"].read_bytes()
+    data = files["thing.bin"].read_bytes()
     return Content(hashlib.sha256(data).hexdigest(), {"stored.bin": lambda f: f.write(data)})
 
 

@@ -42,17 +42,17 @@ def content(folder: Path) -> dict[str, Any]:
             return {k: plain(v) for k, v in value.items() if k != "seconds"}
         return [plain(v) for v in value] if isinstance(value, list) else value
 
-    found: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     for path in folder.rglob("*.*"):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and path.suffix in (".safetensors", ".png", ".yaml"):
-            found[name] = path.read_bytes()
-    found["flow.json"] = plain(json.loads((folder / "flow.json").read_text()))
-    return found
+            files[name] = path.read_bytes()
+    files["flow.json"] = plain(json.loads((folder / "flow.json").read_text()))
+    return files
 
 
 def assert_same_content(killed: Path, whole: Path) -> None:
     """Check that two runs have the same bytes."""
-    expected, found = content(whole), content(killed)
-    assert sorted(found) == sorted(expected)
-    assert [name for name in expected if found[name] != expected[name]] == []
+    expected, actual = content(whole), content(killed)
+    assert sorted(actual) == sorted(expected)
+    assert [name for name in expected if actual[name] != expected[name]] == []

@@ -179,10 +179,10 @@ def test_tensors_come_out_as_torch_itself_reads_them(
     }  # fmt: skip
     path = tmp_path / "x.pt"
     torch.save(tensors, path, _use_new_zipfile_serialization=form == "zip")
-    expected, found = torch.load(path, weights_only=True), read_checkpoint(path)
-    assert set(found) == set(tensors)
+    expected, actual = torch.load(path, weights_only=True), read_checkpoint(path)
+    assert set(actual) == set(tensors)
     for name, tensor in expected.items():
-        assert found[name].dtype == dtype and torch.equal(found[name], tensor.detach())
+        assert actual[name].dtype == dtype and torch.equal(actual[name], tensor.detach())
 
 
 def test_a_defaultdict_beside_the_weights_is_read(tmp_path: Path) -> None:

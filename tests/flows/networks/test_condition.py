@@ -159,17 +159,17 @@ def test_the_density_of_each_class_is_its_gaussian():
         block.load_state_dict({f"velocity.{k}": v for k, v in net.state_dict().items()})
     assert flow.classes == 3
     z = draw(6, 3)
-    found = log_prob(flow, z, solver=FINE, chunk=4, condition=Condition(LABELS))
+    actual = log_prob(flow, z, solver=FINE, chunk=4, condition=Condition(LABELS))
     for row, label in enumerate(LABELS.tolist()):
         step = exact(label, 1.0)
         z_1 = step.exact(z[row : row + 1])
         end, log_det = step.exact(z_1), 2 * step.exact_log_det(z_1)
         normal = torch.distributions.Normal(0.0, 1.0).log_prob(end).sum(dim=1)
-        torch.testing.assert_close(found.value[row : row + 1], normal + log_det)
+        torch.testing.assert_close(actual.value[row : row + 1], normal + log_det)
         torch.testing.assert_close(
             flow.encode(z, FINE, 4, Condition(LABELS))[row : row + 1], end, rtol=1e-6, atol=1e-7
         )
-    assert found.inversion_error.max() < 1e-6
+    assert actual.inversion_error.max() < 1e-6
 
 
 def test_losses_are_those_of_the_bound_field():

@@ -155,10 +155,10 @@ def test_copies_of_a_network_are_its_field(count):
     copies = [copy.deepcopy(one) for _ in range(count)]
     whole, z = Block(PiecewiseVelocity(copies), solver), points(one)
     for reverse in (False, True):
-        found = whole.transport(z, reverse, Exact(), solver=solver)
+        actual = whole.transport(z, reverse, Exact(), solver=solver)
         expected = Block(one).transport(z, reverse, Exact(), solver=solver)
-        torch.testing.assert_close(found.z, expected.z, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(found.log_det, expected.log_det, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(actual.z, expected.z, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(actual.log_det, expected.log_det, rtol=1e-12, atol=1e-12)
 
 
 def test_the_pieces_are_the_networks():

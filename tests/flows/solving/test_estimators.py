@@ -175,10 +175,10 @@ def test_the_penalty_is_the_frobenius_norm_of_the_jacobian():
     t = torch.tensor(0.3, dtype=torch.float64)
     estimator = FiniteDifference(probes=40000, penalty=0.3)
     eps = estimator.draw_probe(z, generator)
-    found = estimator(Linear((4,)), t, z, eps)[1]
+    actual = estimator(Linear((4,)), t, z, eps)[1]
     plain = FiniteDifference(probes=40000)(Linear((4,)), t, z, eps)[1]
     norm = matrix.square().sum()
-    assert torch.allclose(plain - found, 0.3 * norm.expand(2), rtol=0.03)
-    assert torch.allclose(found, (matrix.trace() - 0.3 * norm).expand(2), atol=0.3)
+    assert torch.allclose(plain - actual, 0.3 * norm.expand(2), rtol=0.03)
+    assert torch.allclose(actual, (matrix.trace() - 0.3 * norm).expand(2), atol=0.3)
     with pytest.raises(FlowError, match="penalty"):
         FiniteDifference(penalty=-1.0)

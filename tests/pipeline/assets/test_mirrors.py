@@ -29,8 +29,8 @@ def test_files_of_an_archive_stay_in_the_scratch_folder(tmp_path):
             tar.addfile(entry, io.BytesIO(b"evil"))
     scratch = tmp_path / "b" / "scratch"
     scratch.mkdir(parents=True)
-    found = find_files(archive, ["thing.bin"], scratch)
-    assert found["thing.bin"].parent == scratch
+    actual = find_files(archive, ["thing.bin"], scratch)
+    assert actual["thing.bin"].parent == scratch
     files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     assert files == {"a/evil.tar", "b/scratch/unpacked-thing.bin"}
 
@@ -41,8 +41,8 @@ def test_a_damaged_archive_next_to_whole_files(tmp_path):
         find_files(tmp_path, ["thing.bin"], tmp_path / "scratch")
     (tmp_path / "thing.bin").write_bytes(b"whole")
     names = ["thing.bin", "thing.bin.gz"]  # either would do
-    found = find_files(tmp_path, names, tmp_path / "scratch")
-    assert found == {"thing.bin": tmp_path / "thing.bin"}
+    files = find_files(tmp_path, names, tmp_path / "scratch")
+    assert files == {"thing.bin": tmp_path / "thing.bin"}
 
 
 def play(folder: Path, name: str, script: str) -> str:

@@ -115,5 +115,5 @@ def test_cifar10_has_the_bytes_of_the_official_archive():
     labels = np.concatenate([load["train_labels.npy"], load["test_labels.npy"]])
     assert labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
     records = np.concatenate([labels[:, None], images.reshape(60000, 3072)], axis=1)
-    found = [hashlib.md5(part.tobytes()).hexdigest() for part in np.split(records, 6)]
-    assert found == PUBLISHED_CIFAR10_MD5
+    actual = [hashlib.md5(part.tobytes()).hexdigest() for part in np.split(records, 6)]
+    assert actual == PUBLISHED_CIFAR10_MD5

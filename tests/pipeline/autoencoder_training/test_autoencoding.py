@@ -176,7 +176,7 @@ def test_another_configuration_is_not_continued(
     words.append("--resume")
     assert say(capsys, *words)[0] == 0
     assert say(capsys, *words, "--set", "data.test_split=other")[0] == 0
-    made = (out / WEIGHTS).read_bytes()
+    weights = (out / WEIGHTS).read_bytes()
     for changed, told in (
         ("training.iterations=2", "training.iterations=1 (now 2)"),
         ("architecture.width=64", "architecture.width=32 (now 64)"),
@@ -184,7 +184,7 @@ def test_another_configuration_is_not_continued(
     ):
         code, _, last = say(capsys, *words, "--set", changed)
         assert code == 2 and f"was started with {told}; continue it as it was started" in last
-    assert (out / WEIGHTS).read_bytes() == made
+    assert (out / WEIGHTS).read_bytes() == weights
 
 
 def test_killed_before_its_environment_was_written(world: World) -> None:

@@ -22,12 +22,12 @@ def distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def test_entries_start_at_latent_vectors() -> None:
-    made = model(flavour="vq", n_embed=64)
+    autoencoder = model(flavour="vq", n_embed=64)
     latents = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(3))
-    initialise_codebook(made, latents, torch.Generator().manual_seed(0))
-    assert made.quantize is not None
+    initialise_codebook(autoencoder, latents, torch.Generator().manual_seed(0))
+    assert autoencoder.quantize is not None
     points = {tuple(v.tolist()) for v in latents.permute(0, 2, 3, 1).reshape(-1, 2)}
-    entries = {tuple(v.tolist()) for v in made.quantize.embedding.weight}
+    entries = {tuple(v.tolist()) for v in autoencoder.quantize.embedding.weight}
     assert entries <= points and len(entries) > 30
     for flavour in ("kl", "gumbel"):
         other = TamingAutoencoder(config(flavour=flavour, z_channels=2))
@@ -36,27 +36,27 @@ def test_entries_start_at_latent_vectors() -> None:
 
 
 def test_a_codebook_starts_on_the_first_batch(accelerator: Accelerator) -> None:
-    made = trainer(accelerator, "vq", lr=1e-12, ema=0.0)
+    training = trainer(accelerator, "vq", lr=1e-12, ema=0.0)
     drawn = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        latents = made.model.encode(to_float(blobs(8))).mean
-    made.step(blobs(8), drawn)
-    assert made.model.quantize is not None
+        latents = training.model.encode(to_float(blobs(8))).mean
+    training.step(blobs(8), drawn)
+    assert training.model.quantize is not None
     points = latents.permute(0, 2, 3, 1).reshape(-1, 2)
-    entries = made.model.quantize.embedding.weight.detach()
+    entries = training.model.quantize.embedding.weight.detach()
     assert distances(entries, points).amin(1).max() < 1e-5
-    averaged = made.average.average["quantize.embedding.weight"]
+    averaged = training.average.average["quantize.embedding.weight"]
     assert distances(averaged, points).amin(1).max() < 1e-5
 
 
 def test_half_precision_takes_the_entries_as_they_are(accelerator: Accelerator) -> None:
-    made = trainer(accelerator, "vq", precision="bf16")
-    made.step(blobs(8), torch.Generator().manual_seed(0))
-    quantizer = made.model.quantize
+    training = trainer(accelerator, "vq", precision="bf16")
+    training.step(blobs(8), torch.Generator().manual_seed(0))
+    quantizer = training.model.quantize
     assert quantizer is not None
     x = to_float(blobs(8))
-    with made.loss.autocast(x.device):
-        z, _, _ = made.loss.latents(x, torch.zeros(()), made.done)
+    with training.loss.autocast(x.device):
+        z, _, _ = training.loss.latents(x, torch.zeros(()), training.done)
     points = z.detach().permute(0, 2, 3, 1).reshape(-1, 2)
     entries = quantizer.embedding.weight.detach()
     assert distances(entries, points).amin(0).max() < 1e-6  # bfloat16 would be off by 1e-3

@@ -30,7 +30,7 @@ SHAPE = (3, 32, 32)
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> tuple[Official, Path, Path]:
+def converted(tmp_path: Path) -> tuple[Official, Path, Path]:
     theirs = Official("ldm-vq-f4")
     path = write_checkpoint(tmp_path / "model.ckpt", state_of(theirs, nested=True))
     return theirs, path, write_yaml(tmp_path / "model.yaml", "ldm-vq-f4", nested=True)
@@ -49,9 +49,9 @@ def run(*arguments: object) -> typer.testing.Result:
 
 @torch.no_grad()
 def test_the_command_writes_what_the_registry_builds(
-    made: tuple[Official, Path, Path], tmp_path: Path
+    converted: tuple[Official, Path, Path], tmp_path: Path
 ) -> None:
-    theirs, checkpoint, description = made
+    theirs, checkpoint, description = converted
     out = tmp_path / "clean" / "vq-f4.safetensors"
     result = run(checkpoint, out, "--yaml", description, "--image-shape", "3,32,32")
     assert result.exit_code == 0, result.output
@@ -64,8 +64,8 @@ def test_the_command_writes_what_the_registry_builds(
     torch.testing.assert_close(ours.decode(h), expected, atol=1e-5, rtol=0)
 
 
-def test_the_origin_is_recorded(made: tuple[Official, Path, Path], tmp_path: Path) -> None:
-    _, checkpoint, description = made
+def test_the_origin_is_recorded(converted: tuple[Official, Path, Path], tmp_path: Path) -> None:
+    _, checkpoint, description = converted
     out = tmp_path / "x.safetensors"
     done = convert_checkpoint(checkpoint, out, description, SHAPE)
     assert done.sha256 == hashlib.sha256(out.read_bytes()).hexdigest()
@@ -82,9 +82,9 @@ def test_the_origin_is_recorded(made: tuple[Official, Path, Path], tmp_path: Pat
 
 
 def test_converting_twice_gives_the_same_bytes(
-    made: tuple[Official, Path, Path], tmp_path: Path
+    converted: tuple[Official, Path, Path], tmp_path: Path
 ) -> None:
-    _, checkpoint, description = made
+    _, checkpoint, description = converted
     both = [
         convert_checkpoint(checkpoint, tmp_path / f"{i}.safetensors", description)
         for i in range(2)
@@ -93,8 +93,10 @@ def test_converting_twice_gives_the_same_bytes(
     assert both[0].model.fingerprint == both[1].model.fingerprint
 
 
-def test_half_precision_halves_the_file(made: tuple[Official, Path, Path], tmp_path: Path) -> None:
-    _, checkpoint, description = made
+def test_half_precision_halves_the_file(
+    converted: tuple[Official, Path, Path], tmp_path: Path
+) -> None:
+    _, checkpoint, description = converted
     full = convert_checkpoint(checkpoint, tmp_path / "full.safetensors", description, SHAPE)
     half = convert_checkpoint(
         checkpoint, tmp_path / "half.safetensors", description, SHAPE, half=True
@@ -107,9 +109,9 @@ def test_half_precision_halves_the_file(made: tuple[Official, Path, Path], tmp_p
 
 @torch.no_grad()
 def test_digits_go_through_a_converted_rgb_autoencoder(
-    made: tuple[Official, Path, Path], tmp_path: Path
+    converted: tuple[Official, Path, Path], tmp_path: Path
 ) -> None:
-    _, checkpoint, description = made
+    _, checkpoint, description = converted
     out = tmp_path / "x.safetensors"
     convert_checkpoint(checkpoint, out, description, SHAPE)
     with pytest.raises(ValueError, match=r"x.safetensors: the images .*\(1, 28, 28\)"):
@@ -135,9 +137,9 @@ class Payload:
 
 
 def test_a_malicious_checkpoint_raises_and_nothing_is_written(
-    made: tuple[Official, Path, Path], tmp_path: Path
+    converted: tuple[Official, Path, Path], tmp_path: Path
 ) -> None:
-    theirs, checkpoint, description = made
+    theirs, checkpoint, description = converted
     marker = tmp_path / "marker"
     torch.save({"state_dict": state_of(theirs), "callbacks": Payload(marker)}, checkpoint)
     out = tmp_path / "x.safetensors"
@@ -147,8 +149,8 @@ def test_a_malicious_checkpoint_raises_and_nothing_is_written(
     assert not marker.exists() and not out.exists()
 
 
-def test_bad_arguments(made: tuple[Official, Path, Path], tmp_path: Path) -> None:
-    _, checkpoint, description = made
+def test_bad_arguments(converted: tuple[Official, Path, Path], tmp_path: Path) -> None:
+    _, checkpoint, description = converted
     with pytest.raises(UserError, match=r"expected \*.safetensors"):
         convert_checkpoint(checkpoint, tmp_path / "x.ckpt", description)
     same = tmp_path / "same.safetensors"

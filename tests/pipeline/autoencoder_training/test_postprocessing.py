@@ -18,18 +18,18 @@ from tests.autoencoders.models import blobs, config, model, x_of
 
 @torch.no_grad()
 def test_channels_that_are_not_selected_are_zero() -> None:
-    made, x = model(embed_dim=4).freeze(), x_of(3)
-    slim = select_channels(made, [2, 0])
-    full, kept = made.encode(x), slim.encode(x)
+    autoencoder, x = model(embed_dim=4).freeze(), x_of(3)
+    slim = select_channels(autoencoder, [2, 0])
+    full, kept = autoencoder.encode(x), slim.encode(x)
     assert full.log_var is not None and kept.log_var is not None
     torch.testing.assert_close(kept.mean, full.mean[:, [2, 0]], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(kept.log_var, full.log_var[:, [2, 0]], rtol=1e-5, atol=1e-6)
     z = torch.zeros(3, 4, 4, 4)
     z[:, [2, 0]] = kept.mean
-    torch.testing.assert_close(slim.decode(kept.mean), made.decode(z), rtol=1e-5, atol=1e-6)
-    assert slim.fingerprint not in ("", made.fingerprint)
-    assert select_channels(made, [0, 1, 2, 3]) is made
-    for wrong, channels in ((made, []), (model(flavour="vq").freeze(), [0])):
+    torch.testing.assert_close(slim.decode(kept.mean), autoencoder.decode(z), rtol=1e-5, atol=1e-6)
+    assert slim.fingerprint not in ("", autoencoder.fingerprint)
+    assert select_channels(autoencoder, [0, 1, 2, 3]) is autoencoder
+    for wrong, channels in ((autoencoder, []), (model(flavour="vq").freeze(), [0])):
         with pytest.raises(ValueError, match="expected"):
             select_channels(wrong, channels)
 

@@ -17,9 +17,9 @@ from tests.pipeline.autoencoder_training.trainers import run, trainer
 
 
 def finished_start(accelerator: Accelerator) -> TamingAutoencoder:
-    made = trainer(accelerator)
-    run(made, 3)
-    return made.finished(blobs(16))
+    training = trainer(accelerator)
+    run(training, 3)
+    return training.finished(blobs(16))
 
 
 def second_stage(accelerator: Accelerator, start: TamingAutoencoder) -> AutoencoderTrainer:
@@ -33,11 +33,11 @@ def second_stage(accelerator: Accelerator, start: TamingAutoencoder) -> Autoenco
 
 def test_a_decoder_alone_is_trained_on(accelerator: Accelerator) -> None:
     start = finished_start(accelerator)
-    made = second_stage(accelerator, start)
-    terms = run(made, 5)
+    training = second_stage(accelerator, start)
+    terms = run(training, 5)
     assert "adversarial" not in terms[0] and "matching" not in terms[-1]
     assert {"adversarial", "discriminator", "penalty"} <= set(terms[4])  # R1 at steps 0, 4, 8, …
-    finished = made.finished(blobs(16))
+    finished = training.finished(blobs(16))
     before, after = start.state_dict(), finished.state_dict()
     for key, tensor in before.items():
         kept = key.startswith(("encoder.", "quant_conv."))
@@ -46,7 +46,7 @@ def test_a_decoder_alone_is_trained_on(accelerator: Accelerator) -> None:
     assert torch.equal(finished.encode(x).mean, start.encode(x).mean)
     assert finished.fingerprint != start.fingerprint
     # what was not trained is stored as it was, though half precision would round it
-    stored = to_tensors(finished, exact=made.untrained)[0]
+    stored = to_tensors(finished, exact=training.untrained)[0]
     for key, tensor in before.items():
         if key.startswith(("encoder.", "quant_conv.")):
             assert torch.equal(stored[key].float(), tensor), key
@@ -64,6 +64,6 @@ def test_a_resumed_second_stage_equals_an_uninterrupted_one(accelerator: Acceler
     resumed.load_state(copy.deepcopy(half.state()))
     run(resumed, 3)
     for name in ("model", "average", "discriminator"):
-        found, expected = getattr(resumed, name), getattr(whole, name)
+        actual, expected = getattr(resumed, name), getattr(whole, name)
         for key, tensor in expected.state_dict().items():
-            assert torch.equal(found.state_dict()[key], tensor), f"{name} {key}"
+            assert torch.equal(actual.state_dict()[key], tensor), f"{name} {key}"

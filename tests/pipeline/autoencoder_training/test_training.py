@@ -21,12 +21,12 @@ from tests.ranks import Rank, mean_of
 
 @pytest.mark.parametrize("flavour", ["kl", "vq"])
 def test_it_learns(accelerator: Accelerator, flavour: str) -> None:
-    made = trainer(accelerator, flavour, ema=0.8)
-    terms = run(made, 40)
+    training = trainer(accelerator, flavour, ema=0.8)
+    terms = run(training, 40)
     first = sum(t["reconstruction"] for t in terms[:3]) / 3
     last = sum(t["reconstruction"] for t in terms[-3:]) / 3
     assert last < 0.6 * first
-    finished = made.finished(blobs(16))
+    finished = training.finished(blobs(16))
     x = to_float(blobs(16))
     with torch.no_grad():
         error = (finished.decode(finished.encode(x).mean) - x).abs().mean().item()
@@ -50,38 +50,38 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
     resumed.load_state(state)
     run(resumed, 3)
     for name in ("model", "average", "discriminator"):
-        found, expected = getattr(resumed, name), getattr(whole, name)
+        actual, expected = getattr(resumed, name), getattr(whole, name)
         for key, tensor in expected.state_dict().items():
-            assert torch.equal(found.state_dict()[key], tensor), f"{name} {key}"
+            assert torch.equal(actual.state_dict()[key], tensor), f"{name} {key}"
 
 
 def test_the_discriminator_starts_at_its_step(accelerator: Accelerator) -> None:
-    made = trainer(accelerator, adversarial_start=2)
-    start = copy.deepcopy(made.discriminator.state_dict())
-    terms = run(made, 2)
+    training = trainer(accelerator, adversarial_start=2)
+    start = copy.deepcopy(training.discriminator.state_dict())
+    terms = run(training, 2)
     assert all("discriminator" not in t and "adversarial" not in t for t in terms)
-    for key, tensor in made.discriminator.state_dict().items():
+    for key, tensor in training.discriminator.state_dict().items():
         assert torch.equal(tensor, start[key]), key
-    (third,) = run(made, 1)
+    (third,) = run(training, 1)
     assert {"discriminator", "adversarial", "matching"} <= set(third)
     changed = [
-        k for k, v in made.discriminator.state_dict().items() if not torch.equal(v, start[k])
+        k for k, v in training.discriminator.state_dict().items() if not torch.equal(v, start[k])
     ]
     assert changed
 
 
 def test_without_its_weight_there_is_no_discriminator(accelerator: Accelerator) -> None:
-    made = trainer(accelerator, adversarial_start=0, adversarial_weight=0.0)
-    assert "discriminator" not in run(made, 1)[0]
+    training = trainer(accelerator, adversarial_start=0, adversarial_weight=0.0)
+    assert "discriminator" not in run(training, 1)[0]
 
 
 def test_the_first_discriminator_loss_is_the_hinge(accelerator: Accelerator) -> None:
     """With logits near zero both hinges are near one; half their sum is one."""
-    made = trainer(accelerator, adversarial_start=0)
+    training = trainer(accelerator, adversarial_start=0)
     with torch.no_grad():
-        for parameter in made.discriminator.main[-1].parameters():
+        for parameter in training.discriminator.main[-1].parameters():
             parameter.zero_()
-    assert run(made, 1)[0]["discriminator"] == pytest.approx(1.0)
+    assert run(training, 1)[0]["discriminator"] == pytest.approx(1.0)
 
 
 def test_dropout_follows_from_the_step(accelerator: Accelerator) -> None:
@@ -89,26 +89,26 @@ def test_dropout_follows_from_the_step(accelerator: Accelerator) -> None:
     outcomes = []
     for seed, pause in ((1, False), (2, True)):
         torch.manual_seed(seed)
-        made = AutoencoderTrainer(
+        training = AutoencoderTrainer(
             config(dropout=0.5), AutoencoderTraining(iterations=4, batch_size=8), accelerator
         )
-        run(made, 1)
+        run(training, 1)
         if pause:
             torch.rand(7)
         before = torch.get_rng_state()
-        run(made, 1)
+        run(training, 1)
         assert torch.equal(torch.get_rng_state(), before)
-        outcomes.append(torch.cat([p.detach().flatten() for p in made.model.parameters()]))
+        outcomes.append(torch.cat([p.detach().flatten() for p in training.model.parameters()]))
     assert torch.equal(*outcomes)
 
 
 def test_a_frozen_encoder_drops_nothing(accelerator: Accelerator) -> None:
     recipe = AutoencoderTraining(iterations=4, batch_size=8, start="a file", decoder_only=True)
-    made = AutoencoderTrainer(config(), recipe, accelerator, model(dropout=0.5).freeze())
-    run(made, 1)
+    training = AutoencoderTrainer(config(), recipe, accelerator, model(dropout=0.5).freeze())
+    run(training, 1)
     x = to_float(blobs(8))
-    assert torch.equal(made.model.encode(x).mean, made.model.encode(x).mean)
-    assert made.model.decoder.training
+    assert torch.equal(training.model.encode(x).mean, training.model.encode(x).mean)
+    assert training.model.decoder.training
 
 
 @pytest.mark.parametrize(("discriminator", "side", "layers"), [("r1", 9, 1), ("patchgan", 6, 3)])
@@ -128,16 +128,16 @@ def test_images_that_no_discriminator_can_judge(
 
 
 def test_the_kl_term_is_the_closed_form(accelerator: Accelerator) -> None:
-    made = trainer(accelerator, kl_weight=1.0)
+    training = trainer(accelerator, kl_weight=1.0)
     x = to_float(blobs(8))
     with torch.no_grad():
-        moments = made.model.encode(x)
+        moments = training.model.encode(x)
     assert moments.log_var is not None
     std = (0.5 * moments.log_var).exp()
     exact = torch.distributions.kl_divergence(
         torch.distributions.Normal(moments.mean, std), torch.distributions.Normal(0.0, 1.0)
     )
-    terms = made.step(blobs(8), torch.Generator().manual_seed(0))
+    terms = training.step(blobs(8), torch.Generator().manual_seed(0))
     per_image = exact.sum().item() / 8
     named = [value for name, value in terms.items() if "kl" in name]
     assert any(
@@ -148,48 +148,48 @@ def test_the_kl_term_is_the_closed_form(accelerator: Accelerator) -> None:
 
 
 def test_channels_that_hold_only_noise_are_dropped(accelerator: Accelerator) -> None:
-    made = trainer(accelerator, prune=0.05)
+    training = trainer(accelerator, prune=0.05)
     with torch.no_grad():
-        average = made.average.average
+        average = training.average.average
         weight, bias = average["quant_conv.weight"], average["quant_conv.bias"]
         weight[[1, 3]] = 0.0  # the posterior of channel 1 is N(0, 1) whatever the image
         bias[[1, 3]] = 0.0
         bias[2] = -4.0  # channel 0 is sharp
-    finished = made.finished(blobs(16))
+    finished = training.finished(blobs(16))
     assert finished.latent_shape == (1, 4, 4)
-    made.recipe = AutoencoderTraining(prune=0.0)
-    assert made.finished(blobs(16)).latent_shape == (2, 4, 4)
+    training.recipe = AutoencoderTraining(prune=0.0)
+    assert training.finished(blobs(16)).latent_shape == (2, 4, 4)
 
 
 def test_every_step_has_the_learning_rates_of_the_schedule(accelerator: Accelerator) -> None:
-    made = trainer(
+    training = trainer(
         accelerator, iterations=10, warmup=4, lr=1e-9, lr_final=0.1, discriminator_lr=0.3
     )
     for step in range(10):
-        run(made, 1)
+        run(training, 1)
         cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 10))
         expected = 1e-9 * cosine * min(1.0, (step + 1) / 4)
-        assert made.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
-        other = made.discriminator_optimizer.param_groups[0]["lr"]
+        assert training.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+        other = training.discriminator_optimizer.param_groups[0]["lr"]
         assert other == pytest.approx(0.3 * expected)
 
 
 def test_a_loss_that_is_not_finite_raises(accelerator: Accelerator) -> None:
-    made = trainer(accelerator)
-    made.model.decoder.conv_out.bias.data.fill_(float("nan"))
+    training = trainer(accelerator)
+    training.model.decoder.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(
         FloatingPointError, match="loss is nan at step 0; expected a finite number; lower lr"
     ):
-        run(made, 1)
+        run(training, 1)
 
 
 def test_uneven_shares_give_the_gradient_of_the_whole_batch(accelerator: Accelerator) -> None:
     """Three images over two processes; a VQ autoencoder, which draws no noise."""
 
     def step(on: Any, images: torch.Tensor) -> tuple[AutoencoderTrainer, dict[str, float]]:
-        made = trainer(on, "vq", batch_size=3, adversarial_weight=0.0, overshoot_weight=0.0)
-        made.done = 1  # the codebook has started
-        return made, made.step(images, torch.Generator())
+        training = trainer(on, "vq", batch_size=3, adversarial_weight=0.0, overshoot_weight=0.0)
+        training.done = 1  # the codebook has started
+        return training, training.step(images, torch.Generator())
 
     images = blobs(3)
     whole, terms = step(accelerator, images)
@@ -214,11 +214,11 @@ def test_values_out_of_range_raise() -> None:
 
 def test_the_kl_weight_grows_from_zero(accelerator: Accelerator) -> None:
     """With a warm-up as long as the training, a step's gradient has that step's share of it."""
-    made = trainer(accelerator, kl_weight=0.6, kl_warmup=3, lr=1e-12)
+    training = trainer(accelerator, kl_weight=0.6, kl_warmup=3, lr=1e-12)
     weights = []
     for _ in range(5):
-        weights.append(made.loss.kl_weight(made.done))
-        made.step(blobs(8), torch.Generator().manual_seed(0))
+        weights.append(training.loss.kl_weight(training.done))
+        training.step(blobs(8), torch.Generator().manual_seed(0))
     assert weights == pytest.approx([0.2, 0.4, 0.6, 0.6, 0.6])
     assert trainer(accelerator, kl_weight=0.6).loss.kl_weight(0) == 0.6
     with pytest.raises(ValueError, match="kl_warmup"):
@@ -230,9 +230,9 @@ def test_the_kl_weight_is_the_one_that_trains(accelerator: Accelerator) -> None:
     none, begun, full = (
         trainer(accelerator, kl_weight=w, kl_warmup=n) for w, n in ((0, 0), (9, 10**12), (9, 0))
     )
-    for made in (none, begun, full):
-        run(made, 2)
-    a, b, c = (made.model.decoder.conv_in.weight for made in (none, begun, full))
+    for training in (none, begun, full):
+        run(training, 2)
+    a, b, c = (training.model.decoder.conv_in.weight for training in (none, begun, full))
     assert torch.allclose(a, b, atol=1e-7)
     assert not torch.allclose(a, c, atol=1e-4)
 
@@ -242,22 +242,22 @@ def test_an_output_beyond_the_grey_levels_is_pulled_back(accelerator: Accelerato
     white = torch.full_like(blobs(8), 255)
     bias = []
     for weight in (0.0, 0.01):
-        made = trainer(accelerator, kl_weight=0.0, overshoot_weight=weight, warmup=0)
+        training = trainer(accelerator, kl_weight=0.0, overshoot_weight=weight, warmup=0)
         with torch.no_grad():
-            made.model.decoder.conv_out.bias.fill_(50.0)
-        terms = made.step(white, torch.Generator().manual_seed(0))
+            training.model.decoder.conv_out.bias.fill_(50.0)
+        terms = training.step(white, torch.Generator().manual_seed(0))
         assert terms["reconstruction"] == 0.0
         assert terms["overshoot"] == pytest.approx(49.0**2, rel=0.2)
-        bias.append(made.model.decoder.conv_out.bias.max().item())
+        bias.append(training.model.decoder.conv_out.bias.max().item())
     assert bias[0] == 50.0
     assert bias[1] < 50.0
 
 
 def test_the_default_momentum_is_the_discriminators(accelerator: Accelerator) -> None:
     def weight(discriminator: str, momentum: float | None) -> torch.Tensor:
-        made = trainer(accelerator, discriminator=discriminator, momentum=momentum)
-        run(made, 3)
-        return made.model.decoder.conv_in.weight.detach().clone()
+        training = trainer(accelerator, discriminator=discriminator, momentum=momentum)
+        run(training, 3)
+        return training.model.decoder.conv_in.weight.detach().clone()
 
     for discriminator, own in (("r1", 0.0), ("patchgan", 0.5)):
         assert torch.equal(weight(discriminator, None), weight(discriminator, own))

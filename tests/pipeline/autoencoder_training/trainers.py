@@ -22,10 +22,10 @@ def trainer(accelerator: Accelerator, flavour: str = "kl", **recipe: Any) -> Aut
     )
 
 
-def run(made: AutoencoderTrainer, steps: int) -> list[dict[str, float]]:
+def run(training: AutoencoderTrainer, steps: int) -> list[dict[str, float]]:
     images, terms = blobs(16), []
     for _ in range(steps):
-        drawn = torch.Generator().manual_seed(1000 + made.done)
+        drawn = torch.Generator().manual_seed(1000 + training.done)
         rows = torch.randperm(16, generator=drawn)[:8]
-        terms.append(made.step(images[rows], drawn))
+        terms.append(training.step(images[rows], drawn))
     return terms

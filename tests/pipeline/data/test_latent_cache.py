@@ -99,9 +99,9 @@ def test_mirror_images_follow_the_images(world: World, accelerator: Accelerator)
     images = pictures(40, seed=1)
     mean, _ = moments_of(world, np.concatenate([images, images[:, :, ::-1]]))
     assert len(cache) == 80
-    found = cache.reader.field("mean").numpy()
-    np.testing.assert_allclose(found, mean, rtol=1e-4, atol=1e-5)
-    assert np.abs(found[:40] - found[40:]).max() > 0.01
+    actual = cache.reader.field("mean").numpy()
+    np.testing.assert_allclose(actual, mean, rtol=1e-4, atol=1e-5)
+    assert np.abs(actual[:40] - actual[40:]).max() > 0.01
 
 
 def test_a_deterministic_encoder_gets_known_noise(world: World, accelerator: Accelerator) -> None:

@@ -63,8 +63,8 @@ def test_few_steps_of_a_merged_block_are_as_accurate_as_many(moons: Run, tmp_pat
     exact = moons.flow.decode(noise, EXACT)
 
     def error(run: Run, steps: int) -> tuple[int, float]:
-        made = run.flow.transport(noise, True, SolverConfig("euler", steps=steps))
-        return made.nfe, float((made.z - exact).square().mean())
+        moved = run.flow.transport(noise, True, SolverConfig("euler", steps=steps))
+        return moved.nfe, float((moved.z - exact).square().mean())
 
     for ours, theirs in ((2, 1), (4, 2)):
         (nfe, near), (same, far) = error(student, ours), error(moons, theirs)
@@ -109,8 +109,8 @@ def test_a_linear_field_reaches_the_best_regression(gaussian: Run, tmp_path: Pat
     sigma = z.T.cov(correction=0)
     spread = sigma + (n @ sigma + sigma @ n.T) / 2 + n @ sigma @ n.T / 3
     best = n @ sigma @ (torch.eye(2).double() + n / 2).T @ torch.linalg.inv(spread)
-    found = open_run(tmp_path).flow[0].velocity.affine.weight.double()  # type: ignore[union-attr]
-    torch.testing.assert_close(found, best, rtol=0, atol=0.02)
+    actual = open_run(tmp_path).flow[0].velocity.affine.weight.double()  # type: ignore[union-attr]
+    torch.testing.assert_close(actual, best, rtol=0, atol=0.02)
 
 
 def test_the_steps_of_a_group_add_up(gaussian: Run, moons: Run, tmp_path: Path) -> None:
@@ -205,8 +205,8 @@ def test_the_chain_from_pictures(
     """Distil, generate and export, as for a trained run."""
     out = tmp_path / "run-distilled"  # beside the teacher's where nothing else is said
     words = ["distill", "-r", run, "--set", "train.iterations=5"]
-    code, found, last = say(capsys, *words, "--method", "euler", "--steps", "3")
-    assert code == 0 and found.strip() == str(out)
+    code, actual, last = say(capsys, *words, "--method", "euler", "--steps", "3")
+    assert code == 0 and actual.strip() == str(out)
     assert "3 blocks of tiny in 2" in last
     code, _, last = say(capsys, "generate", "-r", out, "-n", "3")
     assert code == 0 and "6 network evaluations a sample" in last

@@ -309,9 +309,10 @@ def test_with_the_real_network(
     metrics = evaluate(folder, tmp_path / "real.npz", n=10, nll=0, floor=False)
     run = open_run(folder)
     images = sample_images(plan_of(run), 10, 0, Accelerator(), quiet).field("images")
-    made = network.features(images).double()
-    a, b = ((x - x.mean(0)) / 3 for x in (made, real))  # divided by the root of n - 1
-    distance = (made.mean(0) - real.mean(0)).square().sum() + a.square().sum() + b.square().sum()
+    features = network.features(images).double()
+    a, b = ((x - x.mean(0)) / 3 for x in (features, real))  # divided by the root of n - 1
+    distance = (features.mean(0) - real.mean(0)).square().sum()
+    distance += a.square().sum() + b.square().sum()
     distance -= 2 * torch.linalg.matrix_norm(a @ b.T, "nuc")
     assert metrics["fid"]["value"] == pytest.approx(distance.item(), rel=1e-3)
     assert metrics["fid"]["value"] > 1

@@ -30,16 +30,16 @@ def test_statistics_and_card(
     config = load_config(str(world.config()))
     images = load_images(config.data)
     make_reference(config, tmp_path / "own.safetensors", [5], Accelerator(), quiet)
-    found = read_reference(tmp_path / "own.safetensors")
+    actual = read_reference(tmp_path / "own.safetensors")
     features = Glance().features(torch.from_numpy(images.read(0, len(images)))).double().numpy()
-    np.testing.assert_allclose(found.stats.mean, features.mean(0), atol=1e-9)
-    np.testing.assert_allclose(found.stats.cov, np.cov(features, rowvar=False), rtol=1e-5)
-    assert found.card["n"] == len(images)
-    assert found.card["content_sha256"] == images.fingerprint
+    np.testing.assert_allclose(actual.stats.mean, features.mean(0), atol=1e-9)
+    np.testing.assert_allclose(actual.stats.cov, np.cov(features, rowvar=False), rtol=1e-5)
+    assert actual.card["n"] == len(images)
+    assert actual.card["content_sha256"] == images.fingerprint
     held_out = load_images(config.data.__class__(**{**vars(config.data), "split": "test"}))
     test = Glance().features(torch.from_numpy(held_out.take(subset_indices(held_out, 5))))
-    exact = frechet_distance(stats_from(test), found.stats)
-    assert found.card["test_split_fid"]["5"] == pytest.approx(exact, rel=1e-4)
+    exact = frechet_distance(stats_from(test), actual.stats)
+    assert actual.card["test_split_fid"]["5"] == pytest.approx(exact, rel=1e-4)
 
 
 def test_the_fid_of_n_test_images_does_not_depend_on_other_n(
@@ -47,13 +47,13 @@ def test_the_fid_of_n_test_images_does_not_depend_on_other_n(
 ) -> None:
     stand_in(monkeypatch)
     config = load_config(str(world.config()))
-    found = []
+    values = []
     for name, numbers in (("a", [5]), ("b", [5, 20]), ("c", [24, 5])):
         out = tmp_path / f"{name}.safetensors"
         make_reference(config, out, numbers, Accelerator(), quiet)
-        found.append(read_reference(out).card["test_split_fid"])
-    assert found[1]["5"] == pytest.approx(found[0]["5"], rel=1e-6)
-    assert found[2]["5"] == pytest.approx(found[0]["5"], rel=1e-6)
+        values.append(read_reference(out).card["test_split_fid"])
+    assert values[1]["5"] == pytest.approx(values[0]["5"], rel=1e-6)
+    assert values[2]["5"] == pytest.approx(values[0]["5"], rel=1e-6)
     with pytest.raises(UserError, match="25 images were asked for"):
         make_reference(config, tmp_path / "d.safetensors", [25], Accelerator(), quiet)
     for few in (1, 0, -5):

@@ -13,8 +13,8 @@ def rates(steps: int, **settings: float) -> list[float]:
 
 def test_values_of_the_half_cosine() -> None:
     """At 0, 1/3, 1/2 and 2/3 of the training the cosine is 1, 1/2, 0 and -1/2."""
-    found = rates(6, peak=2.0, final=0.2, warmup=0)
-    assert [found[n] for n in (0, 2, 3, 4)] == pytest.approx([2.0, 1.6, 1.2, 0.8])
+    actual = rates(6, peak=2.0, final=0.2, warmup=0)
+    assert [actual[n] for n in (0, 2, 3, 4)] == pytest.approx([2.0, 1.6, 1.2, 0.8])
 
 
 def test_the_last_rates_approach_the_final_fraction() -> None:

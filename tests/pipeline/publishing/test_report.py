@@ -93,8 +93,10 @@ def test_a_report_shows_the_content_of_the_run(
     assert yaml.safe_load(page.pre) == yaml.safe_load((run / "config.yaml").read_text())
     # nothing but the pictures is referred to, and they lie inside
     names = [run / "samples" / name for name in ("grid.png", "movement.png")]
-    found = [base64.b64decode(link.partition("data:image/png;base64,")[2]) for link in page.links]
-    assert found == [path.read_bytes() for path in names]
+    pictures = [
+        base64.b64decode(link.partition("data:image/png;base64,")[2]) for link in page.links
+    ]
+    assert pictures == [path.read_bytes() for path in names]
 
 
 def test_a_run_that_was_not_measured(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,7 @@ def test_refinement_lowers_the_nll_and_may_be_repeated(again: Path) -> None:
     started = again.parent / "started"
     run(started, f"train.init_from={again}", "jko.refine=2", "train.iterations=1",
         resume=False)  # fmt: skip
-    assert [len(made.blocks) for made in read_manifest(started).passes] == [3, 6]
+    assert [len(plan.blocks) for plan in read_manifest(started).passes] == [3, 6]
 
 
 def test_the_log_names_the_pass_and_the_plot_shows_all(evened: Path) -> None:

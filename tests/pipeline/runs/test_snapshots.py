@@ -94,7 +94,7 @@ def test_a_run_is_guided_by_what_it_was(
     then = open_snapshot(folder, 20)
     assert then.fingerprint != opened.fingerprint
     assert open_snapshot(folder, 40).fingerprint == opened.fingerprint
-    found = images(opened, guide=f"{folder}@20", guidance=2.0)
+    guided = images(opened, guide=f"{folder}@20", guidance=2.0)
     noise = [torch.randn(n, 2, 3, 3, generator=generator(0, "sample", k))
              for k, n in enumerate((4, 4, 2))]  # fmt: skip
     led = autoguide(opened.flow, then.flow, 2.0)
@@ -102,15 +102,15 @@ def test_a_run_is_guided_by_what_it_was(
     z = opened.standardisation.undo(led.decode(torch.cat(noise), solver))
     with torch.inference_mode():
         by_hand = to_uint8(opened.autoencoder().decode(z))
-    assert (found.int() - by_hand.int()).abs().max() <= 1
-    assert not torch.equal(found, images(then))
+    assert (guided.int() - by_hand.int()).abs().max() <= 1
+    assert not torch.equal(guided, images(then))
     words = ("export", "-r", folder, "--guide", f"{folder}@20", "--guidance", "2", "--out")
     assert say(capsys, *words, tmp_path / "out")[0] == 0
     assert "| guide | tiny@20, " in (tmp_path / "out" / "CARD.md").read_text()
     assert say(capsys, "report", "-r", tmp_path / "out" / "guide")[0] == 0
     shutil.rmtree(folder)
     again = images(open_run(tmp_path / "out"))
-    assert (found.int() - again.int()).abs().max() <= 1
+    assert (guided.int() - again.int()).abs().max() <= 1
     code, _, error = say(capsys, "generate", "-r", tmp_path / "out", "--guide",
                          f"{tmp_path / 'out'}@7", "--guidance", "2")  # fmt: skip
     assert code == 2 and "has no snapshot of step 7; expected one of none" in error

@@ -49,11 +49,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> World:
 def test_encode_gives_the_same_bytes(alone: World, tmp_path: Path) -> None:
     pair = World(alone.root, alone.settings, tmp_path / "home")
     out = launch(pair, "encode", "--config", pair.config())
-    (expected,), (found,) = alone.caches(), pair.caches()
-    assert out.split() == [str(found)]  # the main process alone speaks
-    assert {path.name for path in found.iterdir()} == {path.name for path in expected.iterdir()}
+    (expected,), (actual,) = alone.caches(), pair.caches()
+    assert out.split() == [str(actual)]  # the main process alone speaks
+    assert {path.name for path in actual.iterdir()} == {path.name for path in expected.iterdir()}
     for path in expected.iterdir():
-        assert (found / path.name).read_bytes() == path.read_bytes(), path.name
+        assert (actual / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_train_agrees_up_to_rounding(alone: World, tmp_path: Path) -> None:
@@ -65,11 +65,11 @@ def test_train_agrees_up_to_rounding(alone: World, tmp_path: Path) -> None:
     """
     run = tmp_path / "run"
     launch(alone, "train", "--config", alone.config(), "-r", run)
-    expected, found = read_manifest(alone.root / "run"), read_manifest(run)
-    assert found.complete and len(found.blocks) == 3
-    assert [row.spec for row in found.blocks] == [row.spec for row in expected.blocks]
+    expected, actual = read_manifest(alone.root / "run"), read_manifest(run)
+    assert actual.complete and len(actual.blocks) == 3
+    assert [row.spec for row in actual.blocks] == [row.spec for row in expected.blocks]
     moved = 0.0
-    for mine, theirs in zip(found.blocks, expected.blocks, strict=True):
+    for mine, theirs in zip(actual.blocks, expected.blocks, strict=True):
         a, b = load_file(run / mine.file), load_file(alone.root / "run" / theirs.file)
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5)
@@ -129,9 +129,9 @@ def test_networks_sharded_over_ranks_equal_those_of_one_rank(tmp_path: Path) -> 
         first = build_block(spec, (2,), generator(0, "weights", 0)).state_dict()
         assert max(float((expected[key] - first[key]).abs().max()) for key in first) > 0.02
         for name in ("stopped", "pair"):
-            found = load_file(tmp_path / name / "run" / file)
+            actual = load_file(tmp_path / name / "run" / file)
             for key in expected:
-                torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(actual[key], expected[key], rtol=1e-3, atol=1e-5)
     logs = [(tmp_path / name / "run" / "log.jsonl").read_text() for name in ("alone", "pair")]
     ours, theirs = ([json.loads(line) for line in log.splitlines()] for log in logs)
     steps = [[row for row in log if "event" not in row] for log in (ours, theirs)]

@@ -82,11 +82,11 @@ def test_samples_without_a_label_follow_all_data(learnt: Path) -> None:
 def test_likelihood_given_the_class(learnt: Path) -> None:
     z, labels = (stage(learnt, 0).field(name)[:200] for name in ("z", "labels"))
     flow = open_run(learnt).flow
-    found = log_prob(flow, z, condition=Condition(labels)).value
+    actual = log_prob(flow, z, condition=Condition(labels)).value
     normal = torch.distributions.Normal(CENTRES[labels], SPREAD).log_prob(z).sum(dim=1)
-    assert (normal - found).mean().abs() < 0.15
+    assert (normal - actual).mean().abs() < 0.15
     wrong = log_prob(flow, z, condition=Condition(1 - labels)).value
-    assert (wrong < found - 5).float().mean() > 0.99
+    assert (wrong < actual - 5).float().mean() > 0.99
 
 
 def test_class_counts_are_stored(learnt: Path) -> None:

@@ -96,12 +96,12 @@ def images(folder: Path, **changes: Any) -> StoreReader:
 
 @pytest.mark.parametrize("guidance", [None, 1.5])
 def test_an_image_has_the_class_asked_for(folder: Path, guidance: float | None) -> None:
-    found = images(folder, n=6, batch_size=4, labels=[1, 0], guidance=guidance)
+    actual = images(folder, n=6, batch_size=4, labels=[1, 0], guidance=guidance)
     by_hand = expected(folder, [1, 0] * 3, guidance or 1.0, 4)
-    assert (found.field("images").int() - by_hand.int()).abs().max() <= 1
-    assert found.manifest["nfe"] == (16 if guidance else 8)
+    assert (actual.field("images").int() - by_hand.int()).abs().max() <= 1
+    assert actual.manifest["nfe"] == (16 if guidance else 8)
     other = images(folder, n=6, batch_size=4, labels=[0], guidance=guidance)
-    assert not torch.equal(found.field("images"), other.field("images"))
+    assert not torch.equal(actual.field("images"), other.field("images"))
 
 
 def test_random_classes_are_as_frequent_as_in_the_data(folder: Path) -> None:
@@ -112,8 +112,8 @@ def test_random_classes_are_as_frequent_as_in_the_data(folder: Path) -> None:
     assert not torch.equal(labels, classes.of_samples(0, 4000, 0, "sample", 1))
     drawn = [classes.of_samples(k, 4, 0, "sample", k // 4) for k in (0, 4)]
     by_hand = expected(folder, torch.cat(drawn).tolist(), 1.0, 4)
-    found = images(folder, n=8, batch_size=4).field("images")
-    assert (found.int() - by_hand.int()).abs().max() <= 1
+    actual = images(folder, n=8, batch_size=4).field("images")
+    assert (actual.int() - by_hand.int()).abs().max() <= 1
 
 
 def test_a_grid_has_one_row_per_class(
@@ -121,14 +121,14 @@ def test_a_grid_has_one_row_per_class(
 ) -> None:
     words = ("generate", "-r", folder, "--out", tmp_path / "g.png", "--npz", tmp_path / "g.npz")
     assert say(capsys, *words, "--class", "all")[0] == 0
-    made = np.load(tmp_path / "g.npz")["arr_0"][..., 0]
-    assert len(made) == 10  # of which two rows of three are shown
+    grid = np.load(tmp_path / "g.npz")["arr_0"][..., 0]
+    assert len(grid) == 10  # of which two rows of three are shown
     picture = np.asarray(Image.open(tmp_path / "g.png").convert("L"))[::2, ::2]
     for row in range(2):
         for column in range(3):
             top, left = 2 + row * 14, 2 + column * 14
             cell = picture[top : top + 12, left : left + 12]
-            assert np.array_equal(cell, made[2 * column + row])
+            assert np.array_equal(cell, grid[2 * column + row])
 
 
 def test_evaluate_likelihood_export(
@@ -154,8 +154,8 @@ def test_evaluate_likelihood_export(
     labels = torch.from_numpy(np.asarray(test.labels[:20]))  # type: ignore[index]
     assert sorted(labels.tolist()) == [0] * 6 + [1] * 14
     by_hand = log_prob(run.flow, z, condition=Condition(labels)).value
-    found = {row["index"]: row["log_prob"] for row in rows}
-    assert [found[k] for k in range(20)] == pytest.approx(by_hand.tolist(), abs=1e-2)
+    actual = {row["index"]: row["log_prob"] for row in rows}
+    assert [actual[k] for k in range(20)] == pytest.approx(by_hand.tolist(), abs=1e-2)
     # an export generates the same
     assert say(capsys, "export", "-r", folder, "--out", tmp_path / "out")[0] == 0
     first, again = (
@@ -175,14 +175,14 @@ def test_classes_of_another_folder_are_matched_by_name(
     shutil.copytree(test / "b", tmp_path / "some" / "b")
     words = ("likelihood", "-r", folder, "--folder", tmp_path / "some", "-n", "14")
     assert say(capsys, *words)[0] == 0
-    found = json.loads((folder / "likelihood.json").read_text())["ranking"]
-    assert {row["label"] for row in found} == {"b"}
+    actual = json.loads((folder / "likelihood.json").read_text())["ranking"]
+    assert {row["label"] for row in actual} == {"b"}
     run = open_run(folder)
     some = load_images(DataConfig("folder", path=str(tmp_path / "some"), size=12, mode="L"))
     assert some.labels is not None and set(some.labels.tolist()) == {0}
     z = latents_of(run, some, np.arange(14), Accelerator(cpu=True), noise(0))
     by_hand = log_prob(run.flow, z, condition=Condition(torch.ones(14).long())).value
-    ranked = {row["index"]: row["log_prob"] for row in found}
+    ranked = {row["index"]: row["log_prob"] for row in actual}
     assert [ranked[k] for k in range(14)] == pytest.approx(by_hand.tolist(), abs=1e-2)
     # so are those of its own test split, of which one may be missing
     config = run.config
@@ -226,16 +226,16 @@ def test_a_guide_without_classes(
     config = pictured.config("all", velocity={"classes": 0}, train={"iterations": 20})
     assert say(capsys, "train", "-c", config, "-r", tmp_path / "all")[0] == 0
     led = {"guide": str(tmp_path / "all"), "guidance": 2.0}
-    found = images(folder, n=8, batch_size=4, labels=[1, 0], **led).field("images")
+    actual = images(folder, n=8, batch_size=4, labels=[1, 0], **led).field("images")
     run, of = open_run(folder), Condition(torch.tensor([1, 0, 1, 0]))
     flow = autoguide(run.flow, open_run(tmp_path / "all").flow, 2.0)
     noise = torch.randn(4, 2, 3, 3, generator=generator(0, "sample", 0))
     with torch.inference_mode():
         z = flow.decode(noise, run.config.sampler.of_block(0), condition=of)
         expected = to_uint8(run.autoencoder().decode(run.standardisation.undo(z)))
-    assert (found[:4].int() - expected.int()).abs().max() <= 1
+    assert (actual[:4].int() - expected.int()).abs().max() <= 1
     plain = images(folder, n=8, batch_size=4, labels=[1, 0]).field("images")
-    assert not torch.equal(plain, found)
+    assert not torch.equal(plain, actual)
     # a guide with classes is asked for that of none, which it must have seen
     config = pictured.config("never", velocity={"class_dropout": 0.0}, train={"iterations": 1})
     assert say(capsys, "train", "-c", config, "-r", tmp_path / "never")[0] == 0

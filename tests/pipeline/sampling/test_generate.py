@@ -64,7 +64,7 @@ def pixels(run: Run, ranks: int = 1, **changes: object) -> torch.Tensor:
 
 def test_an_image_is_decoded_from_inverted_noise(trained: World, folder: Path) -> None:
     run = open_run(folder)
-    found = pixels(run, n=6, batch_size=4)
+    actual = pixels(run, n=6, batch_size=4)
     flow_json = json.loads((folder / "flow.json").read_text())
     scale = Standardisation.from_dict(flow_json["standardisation"])
     model = load_weights(trained.root / "autoencoder.safetensors")
@@ -75,9 +75,9 @@ def test_an_image_is_decoded_from_inverted_noise(trained: World, folder: Path) -
             for block in reversed(list(run.flow)):
                 z = block.transport(z, reverse=True, solver=SolverConfig("rk4", steps=2)).z
             expected.append(to_uint8(model.decode(scale.undo(z))))
-    difference = found.int() - torch.cat(expected).int()
+    difference = actual.int() - torch.cat(expected).int()
     assert difference.abs().max() <= 1  # rounding
-    assert found.float().std() > 1
+    assert actual.float().std() > 1
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -86,9 +86,9 @@ def test_any_number_of_processes(folder: Path, tmp_path: Path, ranks: int) -> No
     expected = images_of(open_run(folder), **settings)
     assert len(expected.manifest["shards"]) == 3
     shutil.copytree(folder, tmp_path / "other", ignore=shutil.ignore_patterns("images-*"))
-    found = images_of(open_run(tmp_path / "other"), ranks, **settings)
-    assert found.manifest == expected.manifest
-    assert torch.equal(found.field("images"), expected.field("images"))
+    actual = images_of(open_run(tmp_path / "other"), ranks, **settings)
+    assert actual.manifest == expected.manifest
+    assert torch.equal(actual.field("images"), expected.field("images"))
 
 
 def test_stored_images_are_reused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,8 +58,8 @@ def test_a_refiner_trains_on_residuals_of_the_decoder(trained: World, refiner: P
     assert residual.dtype == decoded.dtype == torch.float16
     x = to_float(torch.from_numpy(load_images(opened.config.data).read(0, 40)))
     assert len(residual) == 80  # latents.draws = 2
-    made = decoded.float() + opened.standardisation.undo(residual.float())
-    torch.testing.assert_close(made, torch.cat([x, x]), rtol=0, atol=4e-3)
+    refined = decoded.float() + opened.standardisation.undo(residual.float())
+    torch.testing.assert_close(refined, torch.cat([x, x]), rtol=0, atol=4e-3)
     scale = opened.standardisation  # three digits of the deviation, and no more of the mean
     digits = scale.mean / 10 ** (torch.floor(torch.log10(scale.std)) - 2)
     torch.testing.assert_close(digits, digits.round(), rtol=0, atol=1e-3)
@@ -96,7 +96,7 @@ def test_ranks_share_a_batch(refiner: Path) -> None:
 
 def test_refined_images_equal_a_direct_computation(run: Path, refiner: Path) -> None:
     opened, fine = open_run(run), open_run(refiner)
-    plain, found = images(opened), images(opened, refiner=str(refiner))
+    plain, actual = images(opened), images(opened, refiner=str(refiner))
     expected = []
     for k, n in enumerate((4, 4, 2)):  # the noise of the flow, then the other
         drawn = generator(0, "sample", k)
@@ -108,11 +108,11 @@ def test_refined_images_equal_a_direct_computation(run: Path, refiner: Path) -> 
             of = Condition(image=decoded.half().float())
             residual = fine.flow.decode(noise, fine.config.sampler.of_block(0), condition=of)
             expected.append(to_uint8(decoded + fine.standardisation.undo(residual)))
-    assert (found.int() - torch.cat(expected).int()).abs().max() <= 1
-    assert not torch.equal(found, plain)
+    assert (actual.int() - torch.cat(expected).int()).abs().max() <= 1
+    assert not torch.equal(actual, plain)
     assert torch.equal(images(opened), plain)  # and are kept apart
     half = images(opened, refiner=str(refiner), precision="bf16")
-    assert 0 < (half.int() - found.int()).abs().float().mean() < 4
+    assert 0 < (half.int() - actual.int()).abs().float().mean() < 4
 
 
 def test_commands_take_a_refiner(

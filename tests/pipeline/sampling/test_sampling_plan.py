@@ -58,8 +58,8 @@ def test_autoguided_images_equal_a_direct_computation(run: Path, guide: Path) ->
     opened, weak = open_run(run), open_run(guide)
     plain = images(opened)
     for w in (0.0, 1.0, 3.0):
-        found = images(opened, guide=str(guide), guidance=w)
-        assert (found.int() - by_hand(opened, weak, w).int()).abs().max() <= 1
+        actual = images(opened, guide=str(guide), guidance=w)
+        assert (actual.int() - by_hand(opened, weak, w).int()).abs().max() <= 1
     assert not torch.equal(images(opened, guide=str(guide), guidance=3.0), plain)
     assert torch.equal(images(opened, guide=str(guide), guidance=1.0), plain)
 

@@ -56,8 +56,8 @@ def test_every_block_has_its_own_steps(capsys: pytest.CaptureFixture[str], run: 
             z = z - opened.flow[k].velocity(torch.tensor(step / 2**k), z) / 2**k
         return z
 
-    found = torch.from_numpy(np.load(run / "a.npz")["arr_0"])[..., 0]
-    assert (found.int() - by_hand(opened, back).int()).abs().max() <= 1
+    actual = torch.from_numpy(np.load(run / "a.npz")["arr_0"])[..., 0]
+    assert (actual.int() - by_hand(opened, back).int()).abs().max() <= 1
     # an exported run may bring its steps along; an adaptive solver has no use for them
     words = ("--set", "sampler.steps=[1,2,4]", "--method", "dopri5")
     assert say(capsys, "generate", "-r", run, "-n", "6", *words)[0] == 0
@@ -78,15 +78,15 @@ def test_every_block_has_its_own_method(capsys: pytest.CaptureFixture[str], run:
     def back(k: int, z: torch.Tensor) -> torch.Tensor:
         return opened.flow[k].transport(z, reverse=True, solver=solvers[k]).z
 
-    found = torch.from_numpy(np.load(run / "a.npz")["arr_0"])[..., 0]
-    assert torch.equal(found, by_hand(opened, back))
+    actual = torch.from_numpy(np.load(run / "a.npz")["arr_0"])[..., 0]
+    assert torch.equal(actual, by_hand(opened, back))
     # adaptive solvers have no steps
     chosen = with_solver(opened, "2,4", "midpoint,euler")
     grids = [{"method": "midpoint", "steps": 2}, {"method": "euler", "steps": 4}]
 
     def solvers_of(changed: Run) -> list[dict[str, object]]:
-        found: list[dict[str, object]] = plan_of(changed).identity()["solvers"]
-        return found
+        actual: list[dict[str, object]] = plan_of(changed).identity()["solvers"]
+        return actual
 
     assert solvers_of(chosen) == grids
     mixed = solvers_of(with_solver(chosen, None, "dopri5, euler"))

@@ -159,12 +159,12 @@ def test_similar_stores_differ_in_one_key(folder: Path, tmp_path: Path) -> None:
     for name, text in (("a", "[]"), ("b", '{"identity": null}'), ("c", "{")):
         (place / name).mkdir()
         (place / name / "manifest.json").write_text(text)
-    found = find_similar_stores(place, IDENTITY, "seed")
-    assert [store.manifest["identity"]["seed"] for store in found] == [2, 1]
+    similar = find_similar_stores(place, IDENTITY, "seed")
+    assert [store.manifest["identity"]["seed"] for store in similar] == [2, 1]
     long = find_similar_stores(place, IDENTITY, "seed", COUNT + 1)
     assert [len(store) for store in long] == [2 * COUNT]
     writer = StoreWriter(tmp_path / "new", IDENTITY, COUNT, SHARD + 1)
-    writer.adopt(found[1], COUNT - 1)  # shards are of another size here
+    writer.adopt(similar[1], COUNT - 1)  # shards are of another size here
     assert writer.missing() == [writer.shards - 1]
     assert torch.equal(atomic.read_tensors(writer.folder / shard_name(0))["x"], rows(0, SHARD + 1))
 

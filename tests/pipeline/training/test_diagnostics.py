@@ -62,15 +62,15 @@ def test_a_large_network_is_measured_on_fewer_samples(
     network = build_block(BlockSpec(VelocityConfig("mlp", width=8, depth=1), PUSH), (2,))
     size = sum(p.numel() for p in network.parameters())
     monkeypatch.setattr("pipeline.training.diagnostics._MOST_READS", reads * size)
-    found, seen, labels = measured(tmp_path, 5000, **changes)
+    actual, seen, labels = measured(tmp_path, 5000, **changes)
     assert seen == expected
     assert labels == ["measure block 0"]
-    assert found.moved["movement"] == 0
-    norm = found.moved["squared_norm"]
+    assert actual.moved["movement"] == 0
+    norm = actual.moved["squared_norm"]
     assert norm == pytest.approx(3.5, rel=6 * (2 * (3**2 + 0.5**2)) ** 0.5 / 3.5 / expected**0.5)
-    assert found.terms["potential"] == pytest.approx(norm / 2)
-    assert found.terms["total"] == pytest.approx(norm / 2)
-    assert found.terms["neg_log_det"] == 0
+    assert actual.terms["potential"] == pytest.approx(norm / 2)
+    assert actual.terms["total"] == pytest.approx(norm / 2)
+    assert actual.terms["neg_log_det"] == 0
 
 
 def test_of_few_samples_all_are_measured(tmp_path: Path) -> None:

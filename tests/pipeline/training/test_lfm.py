@@ -110,9 +110,9 @@ def test_every_block_carries_the_data_as_far_as_the_diffusion(diffused: Path) ->
         time += gamma
         shrink = math.exp(-2 * time)
         expected = shrink * covariance + (1 - shrink) * identity
-        found = stage(diffused, index + 1) if gamma < math.inf else noise(diffused)
-        torch.testing.assert_close(found.T.cov(correction=0), expected, rtol=0, atol=0.1)
-        assert found.mean(dim=0).abs().max() < 0.1
+        actual = stage(diffused, index + 1) if gamma < math.inf else noise(diffused)
+        torch.testing.assert_close(actual.T.cov(correction=0), expected, rtol=0, atol=0.1)
+        assert actual.mean(dim=0).abs().max() < 0.1
 
 
 def entropy(covariance: Any = COVARIANCE) -> float:
@@ -150,8 +150,8 @@ def test_optimal_pairs_lower_the_variance_of_the_regression(diffused: Path) -> N
     def loss(coupling: str) -> float:
         recipe = tiny(*LFM, f"matching.coupling={coupling}").matching
         drawn = generator("pairs")
-        made = batch_loss(block.velocity, first, torch.arange(400), 0.2, recipe, drawn)  # type: ignore[union-attr]
-        return made.total.item()
+        loss_of_batch = batch_loss(block.velocity, first, torch.arange(400), 0.2, recipe, drawn)  # type: ignore[union-attr]
+        return loss_of_batch.total.item()
 
     assert loss("ot") < 0.9 * loss("independent")
 

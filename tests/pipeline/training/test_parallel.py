@@ -41,8 +41,8 @@ def test_the_gradient_is_that_of_the_whole_batch(
 
     def trained(accelerator: Accelerator | Rank) -> tuple[BlockTrainer, float]:
         block = build_block(spec, (2,), generator(0, "weights", 0))
-        made = BlockTrainer(block, spec, stage, recipe, options, accelerator)  # type: ignore[arg-type]
-        return made, made.step().terms["total"] * made.block.velocity.dim
+        training = BlockTrainer(block, spec, stage, recipe, options, accelerator)  # type: ignore[arg-type]
+        return training, training.step().terms["total"] * training.block.velocity.dim
 
     alone, loss = trained(Accelerator())
     gradients = [p.grad.flatten() for p in alone.parameters if p.grad is not None]

@@ -57,9 +57,9 @@ def run_content(run: Path) -> dict[str, Any]:
     return content
 
 
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert sorted(found) == sorted(expected)
-    different = [name for name in expected if found[name] != expected[name]]
+def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert sorted(actual) == sorted(expected)
+    different = [name for name in expected if actual[name] != expected[name]]
     assert not different
 
 
@@ -224,6 +224,6 @@ def test_a_run_resumes_with_images_that_moved(
 
     assert say(capsys, *resume, f"data.path={moved}")[0] == 0
     assert read_config(run).data.path == str(moved)
-    found, expected = run_content(run), run_content(tmp_path / "whole")
-    assert found.pop("config.yaml") != expected.pop("config.yaml")
-    assert_same(found, expected)
+    actual, expected = run_content(run), run_content(tmp_path / "whole")
+    assert actual.pop("config.yaml") != expected.pop("config.yaml")
+    assert_same(actual, expected)

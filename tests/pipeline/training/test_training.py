@@ -148,30 +148,30 @@ def trainer(stage: StoreReader, **changes: Any) -> BlockTrainer:
 
 def test_steps_are_adams(stage: StoreReader) -> None:
     """A loop written out with the same batches, loss and learning rates."""
-    made = trainer(stage)
-    block = copy.deepcopy(made.block)
+    training = trainer(stage)
+    block = copy.deepcopy(training.block)
     optimizer = torch.optim.Adam(block.parameters(), RECIPE["lr"])
     for step in range(4):
         cosine = 0.5 * (1 + math.cos(math.pi * step / 10))
         optimizer.param_groups[0]["lr"] = 0.02 * (0.1 + 0.9 * cosine)
-        z = stage.field("z")[made.batches.indices(step)]
+        z = stage.field("z")[training.batches.indices(step)]
         optimizer.zero_grad()
-        expected = jko_loss(block, z, 0.5, made.divergence).total
+        expected = jko_loss(block, z, 0.5, training.divergence).total
         expected.backward()
         optimizer.step()
-        found = made.step().terms["total"]
-        assert found == pytest.approx(expected.item() / 2, rel=1e-5)
-    for mine, theirs in zip(made.block.parameters(), block.parameters(), strict=True):
+        actual = training.step().terms["total"]
+        assert actual == pytest.approx(expected.item() / 2, rel=1e-5)
+    for mine, theirs in zip(training.block.parameters(), block.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_every_step_has_the_learning_rate_of_the_schedule(stage: StoreReader) -> None:
-    made = trainer(stage, warmup=4, lr=1e-9)
+    training = trainer(stage, warmup=4, lr=1e-9)
     for step in range(10):
-        made.step()
+        training.step()
         expected = 1e-9 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 10)))
         expected *= min(1, (step + 1) / 4)
-        for group in made.optimizer.param_groups:
+        for group in training.optimizer.param_groups:
             assert group["lr"] == pytest.approx(expected)
 
 
@@ -185,13 +185,13 @@ def test_the_gradient_is_clipped(stage: StoreReader) -> None:
 
 
 def test_the_finished_block_has_the_averaged_weights(stage: StoreReader) -> None:
-    made = trainer(stage, ema=0.7)
-    follower = Ema(copy.deepcopy(made.block), 0.7)
+    training = trainer(stage, ema=0.7)
+    follower = Ema(copy.deepcopy(training.block), 0.7)
     for _ in range(5):
-        made.step()
-        follower.update(made.block)
-    last = copy.deepcopy(made.block.state_dict())
-    kept = made.finish().state_dict()
+        training.step()
+        follower.update(training.block)
+    last = copy.deepcopy(training.block.state_dict())
+    kept = training.finish().state_dict()
     for name, tensor in kept.items():
         assert torch.equal(tensor, follower.state_dict()[f"average.{name}"])
     assert any(not torch.equal(kept[name], last[name]) for name in kept)
@@ -232,10 +232,10 @@ def test_the_estimators_agree(stage: StoreReader) -> None:
     for name in ("hutchinson", "finite-difference"):
         other = trainer(stage, divergence=name, **changes)
         other.block.load_state_dict(weights)
-        found = other.step().terms["neg_log_det"]
+        actual = other.step().terms["neg_log_det"]
         reference = trainer(stage, **changes)
         reference.block.load_state_dict(weights)
-        assert found == pytest.approx(reference.step().terms["neg_log_det"], rel=0.1)
+        assert actual == pytest.approx(reference.step().terms["neg_log_det"], rel=0.1)
 
 
 @pytest.mark.parametrize("warm", [True, False])
@@ -253,9 +253,9 @@ def test_a_block_starts_where_the_one_before_ended(tmp_path: Path, warm: bool) -
     assert not torch.allclose(weights[0], weights[1], atol=1e-3)  # each has its own start
     still(tmp_path / "warm", warm)
     flow = load_blocks(tmp_path / "warm", read_manifest(tmp_path / "warm"))
-    found = [torch.cat([p.flatten() for p in block.parameters()]) for block in flow]
+    actual = [torch.cat([p.flatten() for p in block.parameters()]) for block in flow]
     expected = weights[0] if warm else weights[1]
-    torch.testing.assert_close(found[1], expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(actual[1], expected, rtol=0, atol=1e-9)
 
 
 # ------------------------------------------------------------------------------------- failures
@@ -276,26 +276,26 @@ def test_a_step_that_diverges_names_block_and_step(tmp_path: Path) -> None:
 
 def test_a_way_back_that_cannot_be_solved_names_block_and_step(stage: StoreReader) -> None:
     """The adjoint method integrates for the gradient, with its own limit of evaluations."""
-    made = trainer(stage)
-    made.block.solver = SolverConfig("dopri5", rtol=1e-7, atol=1e-7, adjoint=True)
+    training = trainer(stage)
+    training.block.solver = SolverConfig("dopri5", rtol=1e-7, atol=1e-7, adjoint=True)
     with torch.no_grad():
-        for parameter in made.parameters:
+        for parameter in training.parameters:
             parameter.add_(torch.ones_like(parameter))
-    forwards = made._loss().nfe
-    made.block.solver = replace(made.block.solver, max_evaluations=forwards)
+    forwards = training._loss().nfe
+    training.block.solver = replace(training.block.solver, max_evaluations=forwards)
     with pytest.raises(JkoflowError, match=r"block 0 failed at step 0: .*more than \d+ eval"):
-        made.step()
-    assert made.done == 0
+        training.step()
+    assert training.done == 0
 
 
 def test_nan_weights_name_block_and_step(stage: StoreReader) -> None:
-    made = trainer(stage)
-    made.step()
+    training = trainer(stage)
+    training.step()
     with torch.no_grad():
-        made.parameters[0].fill_(float("nan"))
+        training.parameters[0].fill_(float("nan"))
     with pytest.raises(JkoflowError, match="block 0 failed at step 1"):
-        made.step()
-    assert made.done == 1
+        training.step()
+    assert training.done == 1
 
 
 @pytest.mark.parametrize(

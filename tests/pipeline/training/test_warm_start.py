@@ -69,8 +69,8 @@ def test_a_start_that_is_near_lowers_the_nll(cheap: Path, tmp_path: Path) -> Non
     steps = ("jko.h=[0.1,0.3]", "schedule.free_block=true", "train.iterations=5")
     run(tmp_path / "from", *steps, f"train.init_from={cheap}", "train.lr=0.003")
     run(tmp_path / "anew", *steps, "train.lr=0.003")
-    found = [read_manifest(tmp_path / name).passes[0].summary for name in ("from", "anew")]
-    assert found[0].nll < found[1].nll - 0.05
+    actual = [read_manifest(tmp_path / name).passes[0].summary for name in ("from", "anew")]
+    assert actual[0].nll < actual[1].nll - 0.05
 
 
 def test_a_resumed_training_needs_the_same_weights(cheap: Path, tmp_path: Path) -> None:
