@@ -17,8 +17,6 @@ Coupling = Literal["independent", "ot"]
 Times = Literal["uniform", "logit-normal"]
 Divergence = Literal["exact", "hutchinson", "finite-difference"]
 
-#: choices of every precision, of networks in training and in sampling
-PRECISIONS: tuple[str, ...] = get_args(Precision)
 #: choices of train.optimizer, and of training.optimizer of an autoencoder
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config.autoencoder_recipe import OPTIMIZERS
+from pipeline.config.training import OPTIMIZERS
 
 _MATRICES = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 

@@ -260,5 +260,5 @@ def test_without_steps_only_the_mask_is_measured(
     for given in ({"sharpen": True}, {"start": str(dull)}):
         recipe = recipe_of(world, iterations=0, **given)
         code, _, error = say(capsys, *words, recipe, "--out", no)
-        assert code == 2 and "or iterations 0 with start and sharpen" in error
+        assert code == 2 and "expected at least 1, or training.start and" in error
     assert not no.exists()
