@@ -82,7 +82,7 @@ class ImageSet:
         return self._take(np.arange(start, stop))
 
     def take(self, indices: np.ndarray) -> np.ndarray:
-        """Read images uint8 (n, C, H, W) at indices (n,) in any order; repeated ones are read once.
+        """Read images uint8 (n, C, H, W) at indices (n,) in any order; read repeated ones once.
 
         Raises:
             IndexError: an index is not within the data set.

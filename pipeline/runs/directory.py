@@ -173,7 +173,7 @@ class RunDirectory:
         return f"{self.environment.get('command', _COMMAND)} {self.folder} --resume"
 
     def inside(self, name: str | None, file: str = "") -> str | None:
-        """Return the full path of weights or a run (with `file`) in the folder, or else the name."""
+        """Return the full path of weights or a run (with `file`) in the folder, else the name."""
         path = self.folder / name if name else None
         return str(path) if path is not None and (path / file).is_file() else name
 
