@@ -122,10 +122,10 @@ def test_a_grid_has_one_row_per_class(
     words = ("generate", "-r", folder, "--out", tmp_path / "g.png", "--npz", tmp_path / "g.npz")
     assert say(capsys, *words, "--class", "all")[0] == 0
     grid = np.load(tmp_path / "g.npz")["arr_0"][..., 0]
-    assert len(grid) == 10  # of which two rows of three are shown
+    assert len(grid) == 16  # two rows of eight
     picture = np.asarray(Image.open(tmp_path / "g.png").convert("L"))[::2, ::2]
     for row in range(2):
-        for column in range(3):
+        for column in range(8):
             top, left = 2 + row * 14, 2 + column * 14
             cell = picture[top : top + 12, left : left + 12]
             assert np.array_equal(cell, grid[2 * column + row])
