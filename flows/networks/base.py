@@ -15,12 +15,9 @@ from flows.errors import FlowError
 
 @dataclass(frozen=True)
 class SmoothPiece:
-    """An interval of block time on which a velocity field is smooth.
+    """An interval [start, end] of block time on which a velocity field is smooth.
 
-    Attributes:
-        start: beginning of the interval, in [0, 1).
-        end: end of the interval, in (0, 1].
-        field: v(t, z) for t in [start, end]; its values at both ends are the limits from inside.
+    The values of `field` at both ends are the limits from inside.
     """
 
     start: float
@@ -31,12 +28,9 @@ class SmoothPiece:
 class Velocity(nn.Module, ABC):
     """A velocity field v(t, z) on samples of a fixed shape.
 
-    Samples never interact: row i of v(t, z) depends on row i of z alone. The divergence
-    estimators rely on it, so a network must not use batch normalisation.
-
-    Args:
-        shape: shape of one sample.
-        classes: number of classes that condition the field; 0 for an unconditional field.
+    Samples never interact: row i of v(t, z) depends on row i of z alone. The divergence estimators
+    rely on it, so a network must not use batch normalisation. An unconditional field has 0
+    classes.
     """
 
     def __init__(self, shape: tuple[int, ...], classes: int = 0) -> None:
@@ -61,10 +55,7 @@ class Velocity(nn.Module, ABC):
         """
 
     def with_image(self, image: Tensor) -> Velocity:
-        """Return the field v(t, z | image) of samples with one conditioning image each.
-
-        Args:
-            image: images (B, K, H, W).
+        """Return the field v(t, z | image) of samples with conditioning images (B, K, H, W).
 
         Raises:
             FlowError: the field is not conditioned on images, or the shape does not fit.
@@ -85,19 +76,11 @@ class Velocity(nn.Module, ABC):
     def directional(
         self, t: Tensor, z: Tensor, tangents: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Compute the field and its derivatives (∂v/∂z) ε along n directions for each sample.
+        """Compute the field (B, *shape) and its derivatives (∂v/∂z) ε along n ≥ 1 directions.
 
-        This default uses forward-mode differentiation, vectorised over the directions; a network
-        may override it by a faster chain rule of its own.
-
-        Args:
-            t: 0-d time.
-            z: samples (B, *shape).
-            tangents: directions ε (n, B, *shape), n ≥ 1.
-            labels: int64 (B,), as in :meth:`forward`.
-
-        Returns:
-            v(t, z), (B, *shape), and the derivatives (n, B, *shape).
+        The directions ε and the derivatives are (n, B, *shape), and t is 0-d. This default uses
+        forward-mode differentiation, vectorised over the directions; a network may override it by
+        a faster chain rule of its own.
         """
 
         def push(tangent: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,10 +31,9 @@ class Condition:
     """The condition of n samples: a label and a guidance weight, an image, or both.
 
     Attributes:
-        labels: int64 (n,), class labels from 0; the number of classes is the null label. None for
-            a flow without classes.
+        labels: int64 (n,), class labels from 0; the number of classes is the null label.
         guidance: guidance weight w, finite and not negative; 1 is the conditional field.
-        image: conditioning images (n, K, H, W); None for a flow without.
+        image: conditioning images (n, K, H, W).
 
     Raises:
         FlowError: there is neither label nor image, or the weight is out of range or has no
@@ -65,11 +64,7 @@ class Condition:
 
 
 def check_condition(condition: Condition | None, z: Tensor) -> None:
-    """Check that there is one label or image for each sample.
-
-    Args:
-        condition: the condition; None passes.
-        z: samples (n, *shape).
+    """Check that there is one label or image for each of the samples (n, *shape); None passes.
 
     Raises:
         FlowError: the numbers differ, or the labels are not int64.
@@ -92,15 +87,10 @@ def check_condition(condition: Condition | None, z: Tensor) -> None:
 def in_chunks(
     z: Tensor, condition: Condition | None, size: int
 ) -> Iterator[tuple[Tensor, Condition | None]]:
-    """Yield the samples and their condition in chunks, which bound the memory of a pass.
+    """Yield samples (n, *shape) and their condition in chunks, which bound the memory of a pass.
 
     The whole condition is checked before the first chunk: mismatched numbers of samples and labels
     could agree within a chunk.
-
-    Args:
-        z: samples (n, *shape).
-        condition: their condition; None for an unconditional flow.
-        size: samples in a chunk; the last chunk may have fewer.
 
     Raises:
         FlowError: the condition does not fit the samples.
@@ -112,16 +102,11 @@ def in_chunks(
 
 
 def bind(velocity: Velocity, condition: Condition | None, z: Tensor) -> Velocity:
-    """Return the field v(t, z) of some samples: the velocity given their labels and images.
-
-    Args:
-        velocity: the field v(t, z, y) or v(t, z).
-        condition: the condition of the samples; None for an unconditional velocity.
-        z: the samples (B, *shape).
+    """Return the field v(t, z) of samples (B, *shape): the velocity given labels and images.
 
     Raises:
-        FlowError: labels or images are missing, are given to a velocity without them, do not
-            match the samples in number, or are out of range.
+        FlowError: labels or images are missing, are given to a velocity without them, do not match
+            the samples in number, or are out of range.
     """
     check_condition(condition, z)
     if condition is not None and condition.image is not None:
@@ -146,13 +131,7 @@ def bind(velocity: Velocity, condition: Condition | None, z: Tensor) -> Velocity
 
 
 class ClassConditioned(Velocity):
-    """The field v(t, z) of B samples whose labels are known, with guidance.
-
-    Args:
-        inner: the field v(t, z, y).
-        labels: y, int64 (B,).
-        guidance: guidance weight w.
-    """
+    """The field v(t, z) of B samples with known labels y, int64 (B,), and guidance weight w."""
 
     def __init__(self, inner: Velocity, labels: Tensor, guidance: float = 1.0) -> None:
         super().__init__(inner.shape)

@@ -93,9 +93,5 @@ class VelocityConfig:
             raise FlowError(f"velocity.class_dropout must lie in [0, 1), not {self.class_dropout}")
 
     def activation_or(self, default: str) -> Callable[[Tensor], Tensor]:
-        """Return the chosen activation, elementwise on tensors of any shape (…).
-
-        Args:
-            default: the key of ``ACTIVATIONS`` that ``default`` stands for.
-        """
+        """Return the activation of tensors (…); ``default`` is that of the key given."""
         return ACTIVATIONS[default if self.activation == "default" else self.activation]

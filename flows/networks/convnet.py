@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from flows.errors import FlowError
 from flows.networks.base import Velocity
 from flows.networks.config import VelocityConfig
-from flows.networks.layers import NoFeatures, context_features, zero_
+from flows.networks.layers import ContextFeatures, zero_
 
 #: largest side of a grid on whose upper level the UNet has attention
 _MAX_ATTENTION_SIDE = 8
@@ -24,10 +24,6 @@ class ConvVelocity(Velocity):
     Each layer is x ← σ(conv(x) ⊙ (1 + a(t)) + b(t)), residual from the second on. It has no
     normalisation, so the field is smooth and cheap: the right size for the paper's small latents.
 
-    Args:
-        config: all of it applies but ``heads`` and ``patch``.
-        shape: (C, H, W) of one sample.
-
     Raises:
         FlowError: the shape is not (C, H, W).
     """
@@ -37,8 +33,8 @@ class ConvVelocity(Velocity):
         super().__init__(shape, config.classes)
         channels, width = shape[0], config.width
         self.activation = config.activation_or("softplus20")
-        self.features = context_features(config)
-        if not isinstance(self.features, NoFeatures):
+        self.features = ContextFeatures(config)
+        if not self.features.empty:
             self.modulation = nn.Linear(config.time_features, 2 * width * config.depth)
             zero_(self.modulation)
         self.convs = nn.ModuleList(
@@ -65,11 +61,8 @@ class ConvVelocity(Velocity):
 class ResidualBlock(nn.Module):
     """A residual block x + conv(σ(GN(conv(σ(GN(x)))) ⊙ (1 + a) + b)) with scale a and shift b.
 
-    Args:
-        inputs: channels of x.
-        outputs: channels of the result; where they differ, a 1×1 convolution replaces the skip.
-        embedding: features of the embedding that gives a and b; 0 for a = b = 0.
-        activation: σ.
+    Where outputs and inputs differ, a 1×1 convolution replaces the skip. An embedding of 0
+    features gives a = b = 0.
     """
 
     def __init__(
@@ -100,10 +93,7 @@ class Attention(nn.Module):
     """Residual self-attention over the H·W positions.
 
     It uses plain matrix products, because PyTorch's fused kernels have no forward-mode derivative.
-
-    Args:
-        channels: channels of the grid, a multiple of ``heads``.
-        heads: attention heads.
+    The channels are a multiple of the heads.
     """
 
     def __init__(self, channels: int, heads: int) -> None:
@@ -131,10 +121,6 @@ class UNetVelocity(Velocity):
     W are even, there is a lower level with twice the width. Each level has ``depth`` residual
     blocks each way. The lower level has attention, and so has the upper one on grids up to 8x8.
 
-    Args:
-        config: all of it applies.
-        shape: (C, H, W) of one sample.
-
     Raises:
         FlowError: the shape is not (C, H, W), the patches do not divide it, or the heads do not
             divide the channels.
@@ -160,9 +146,9 @@ class UNetVelocity(Velocity):
                 f"{config.heads} attention heads do not divide"
             )
         self.activation = config.activation_or("silu")
-        self.features = context_features(config)
+        self.features = ContextFeatures(config)
         embedding = 0
-        if not isinstance(self.features, NoFeatures):
+        if not self.features.empty:
             embedding = 4 * width
             self.time = nn.Linear(config.time_features, embedding)
         self.input = nn.Conv2d(channels, width, 3, padding=1)
@@ -211,12 +197,7 @@ class UNetVelocity(Velocity):
 
 
 def _modulate(x: Tensor, modulation: Tensor | None) -> Tensor:
-    """Compute x ⊙ (1 + a) + b for x (B, C, H, W).
-
-    Args:
-        x: features (B, C, H, W).
-        modulation: a and b together, (1, 2C, 1, 1) or (B, 2C, 1, 1); None for a = b = 0.
-    """
+    """Compute x ⊙ (1 + a) + b for x (B, C, H, W) and a and b together, (1 or B, 2C, 1, 1)."""
     if modulation is None:
         return x
     scale, shift = modulation.chunk(2, dim=1)

@@ -1,8 +1,7 @@
 """Velocity fields conditioned on an image: v(t, z | c), c on the grid of the samples.
 
 The network takes samples and images concatenated along the channels, (B, C + K, H, W), and the
-first C channels of its output are the field. Solvers know v(t, z) alone, so the images are bound
-to the field for one pass through a block (:func:`flows.networks.condition.bind`), as labels are.
+first C channels of its output are the field. Images are bound to it for one pass through a block.
 """
 
 from __future__ import annotations
@@ -11,15 +10,11 @@ import torch
 from torch import Tensor
 
 from flows.errors import FlowError
-from flows.networks.base import SmoothPiece, Velocity, optional
+from flows.networks.base import Velocity, optional
 
 
 class ImageConditionedNetwork(Velocity):
-    """A network that needs an image (K, H, W) for each sample (C, H, W).
-
-    Args:
-        inner: the network on C + K channels.
-        channels: K, in [1, C + K − 1].
+    """A network on C + K channels that needs an image (K, H, W) for each sample (C, H, W).
 
     Raises:
         FlowError: K is out of range, or the inner network jumps in time.
@@ -45,10 +40,7 @@ class ImageConditionedNetwork(Velocity):
         )
 
     def with_image(self, image: Tensor) -> Velocity:
-        """Return the field v(t, z | image), which shares the weights.
-
-        Args:
-            image: images (B, K, H, W).
+        """Return the field v(t, z | image) of images (B, K, H, W), which shares the weights.
 
         Raises:
             FlowError: the images have another shape.
@@ -63,12 +55,7 @@ class ImageConditionedNetwork(Velocity):
 
 
 class ImageConditioned(Velocity):
-    """The field v(t, z | c) of B samples whose images c are known.
-
-    Args:
-        inner: the network on C + K channels.
-        image: images c (B, K, H, W).
-    """
+    """The field v(t, z | c) of B samples whose images c (B, K, H, W) are known."""
 
     def __init__(self, inner: Velocity, image: Tensor) -> None:
         shape = (inner.shape[0] - image.shape[1], *inner.shape[1:])
@@ -79,7 +66,3 @@ class ImageConditioned(Velocity):
         """Evaluate the field at z (B, C, H, W), or at m copies (m·B, C, H, W) of the batch."""
         image = self.image.to(z.dtype).repeat(len(z) // len(self.image), 1, 1, 1)
         return self.inner(t, torch.cat([z, image], 1), *optional(labels))[:, : self.shape[0]]
-
-    def smooth_pieces(self) -> tuple[SmoothPiece, ...]:
-        """Return a single piece, because the inner network has no jumps."""
-        return super().smooth_pieces()

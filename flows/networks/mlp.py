@@ -13,17 +13,13 @@ from torch.nn import functional as F
 
 from flows.networks.base import Velocity
 from flows.networks.config import VelocityConfig
-from flows.networks.layers import ClassEmbedding, NoFeatures, context_features, zero_
+from flows.networks.layers import ClassEmbedding, ContextFeatures, zero_
 
 
 class LinearVelocity(Velocity):
     """A linear field v(z) = A z + b, whose Jacobian expm(A) and log-det tr A are known.
 
-    With classes, b depends on the class: v(z, y) = A z + b + e(y).
-
-    Args:
-        config: ``classes`` and ``zero_init`` apply.
-        shape: shape of one sample; samples are flattened to D features.
+    With classes, b depends on the class: v(z, y) = A z + b + e(y). Samples are flattened.
     """
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
@@ -39,16 +35,11 @@ class LinearVelocity(Velocity):
 
 
 class MlpVelocity(Velocity):
-    """A multilayer perceptron on (z, t).
+    """A multilayer perceptron on (z, t), with ``depth`` hidden layers of ``width`` features.
 
-    It has ``depth`` hidden layers of ``width`` features. In the paper's two-dimensional
-    experiments it has 3 of 128, with softplus of β = 20. There, in the authors' released code, it
-    does not see t. With ``autonomous`` it does not see t here either.
-
-    Args:
-        config: ``width``, ``depth``, ``activation``, ``autonomous``, ``classes`` and
-            ``zero_init`` apply.
-        shape: shape of one sample; samples are flattened to D features.
+    In the paper's two-dimensional experiments it has 3 of 128, with softplus of β = 20. There, in
+    the authors' released code, it does not see t. With ``autonomous`` it does not see t here
+    either.
     """
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
@@ -148,12 +139,7 @@ class ResidualLayer(nn.Module):
         self.down = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, modulation: Tensor | None) -> Tensor:
-        """Apply the layer to x (B, W).
-
-        Args:
-            x: the residual stream, (B, W).
-            modulation: a and b together, (1, 2W) or (B, 2W); None for a = b = 0.
-        """
+        """Apply the layer to x (B, W), with a and b together, (1, 2W) or (B, 2W), or a = b = 0."""
         if modulation is None:
             scale = shift = x.new_zeros(1, x.shape[1])
         else:
@@ -168,18 +154,14 @@ class ResidualMlpVelocity(Velocity):
 
     ``depth`` residual layers lie between a linear input map and a linear output map. The residual
     stream is never normalised, so v may grow linearly in z, as the exact field of a Gaussian does.
-
-    Args:
-        config: all of it applies but ``heads``, ``patch`` and ``image_channels``.
-        shape: shape of one sample; samples are flattened to D features.
     """
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
         super().__init__(shape, config.classes)
         width = config.width
         self.activation = config.activation_or("silu")
-        self.features = context_features(config)
-        if not isinstance(self.features, NoFeatures):
+        self.features = ContextFeatures(config)
+        if not self.features.empty:
             self.time = nn.Linear(config.time_features, width)
             self.modulation = nn.Linear(width, 2 * width * config.depth)
             zero_(self.modulation)

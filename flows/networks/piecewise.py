@@ -23,16 +23,9 @@ _SEARCH = 1000
 
 
 class TimeSlice(Velocity):
-    """A part of a block's time, rescaled to [0, 1].
+    """A part [start, start + length] of a block's time, rescaled to [0, 1].
 
         w(t, z) = length · v(start + length · t, z)
-
-    Following w over [0, 1] is following v over [start, start + length].
-
-    Args:
-        inner: v, the field of the whole block.
-        start: beginning of the part, in [0, 1).
-        length: length of the part, in (0, 1 − start].
 
     Raises:
         FlowError: the part does not lie inside [0, 1].
@@ -83,13 +76,8 @@ class PiecewiseVelocity(Velocity):
         v(t, z) = w_j(t, z)  for t in [j/n, (j+1)/n)
 
     All networks see the block's time t, so n copies of one network are the field of that network.
-    The field jumps at t = j/n, where its value is that of the later network.
-
-    Args:
-        nets: the networks of consecutive parts, in order.
-        count: n; None takes the number of networks.
-        first: index j of the first of the networks. A slice of a block holds only the networks
-            that it needs.
+    The field jumps at t = j/n, where its value is that of the later network. A slice of a block
+    holds only the networks that it needs, of which `first` is the index of the first.
     """
 
     def __init__(self, nets: Sequence[Velocity], count: int | None = None, first: int = 0) -> None:
@@ -145,10 +133,7 @@ class PiecewiseVelocity(Velocity):
 def time_slice(velocity: Velocity, start: float, length: float) -> Velocity:
     """Return the part [start, start + length] of a block's time, rescaled to [0, 1].
 
-    Args:
-        velocity: the field of the whole block; it is not copied.
-        start: beginning of the part, in [0, 1).
-        length: length of the part, in (0, 1]; the whole block is returned as it is.
+    The field is not copied; for the whole block it is returned as it is.
     """
     if (start, length) == (0.0, 1.0):
         return velocity
@@ -158,14 +143,7 @@ def time_slice(velocity: Velocity, start: float, length: float) -> Velocity:
 
 
 def split_steps(pieces: Sequence[SmoothPiece], steps: int) -> tuple[int, ...]:
-    """Divide S equal sub-intervals of [0, 1] among the smooth pieces of a field.
-
-    Args:
-        pieces: the smooth pieces, in order.
-        steps: S ≥ 1.
-
-    Returns:
-        the number of sub-intervals on each piece, at least 1.
+    """Divide S ≥ 1 equal sub-intervals of [0, 1] among the smooth pieces of a field, in order.
 
     Raises:
         FlowError: a sub-interval crosses a jump.
@@ -182,10 +160,6 @@ def split_steps(pieces: Sequence[SmoothPiece], steps: int) -> tuple[int, ...]:
 
 def aligned_steps(pieces: Sequence[SmoothPiece], steps: int) -> int:
     """Return the smallest number of sub-intervals ≥ ``steps`` that has a node at every jump.
-
-    Args:
-        pieces: the smooth pieces of a field, in order.
-        steps: lower bound, at least 1.
 
     Raises:
         FlowError: no number within a thousand of ``steps`` has.

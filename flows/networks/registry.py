@@ -31,13 +31,9 @@ def make_velocity(
 ) -> Velocity:
     """Build a freshly initialised velocity network, or ``config.nets`` of them in one block.
 
-    Args:
-        config: kind and sizes.
-        shape: shape of one sample, (D,) or (C, H, W); conv and unet need the second.
-        generator: source of the initial weights; None uses PyTorch's global generator.
-
-    Returns:
-        the network; with ``config.zero_init`` it is v = 0.
+    The shape of a sample is (D,) or (C, H, W); conv and unet need the second. With
+    ``config.zero_init`` the network is v = 0. Without a generator, weights come from PyTorch's
+    own.
 
     Raises:
         FlowError: the kind is unknown, or cannot have samples of this shape.

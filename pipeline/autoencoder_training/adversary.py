@@ -1,15 +1,13 @@
 """Discriminators that distinguish images x from reconstructions x̂, and their losses.
 
-There are two kinds:
-
 * ``patchgan``: taming-transformers' discriminator, with batch normalisation and hinge loss. It
   minimises ½ E max(0, 1 − D(x)) + ½ E max(0, 1 + D(x̂)), the autoencoder −E D(x̂).
-* ``r1``: convolutions without normalisation, with logistic loss. It minimises
-  E softplus(−D(x)) + E softplus(D(x̂)) + γ/2 E‖∇D(x)‖², the autoencoder E softplus(−D(x̂)).
-  The last term bounds the discriminator's gradient at the images, so that a discriminator that is
-  much better than the autoencoder does not degrade the reconstructions.
+* ``r1``: convolutions without normalisation, with logistic loss. It minimises E softplus(−D(x)) +
+  E softplus(D(x̂)) + γ/2 E‖∇D(x)‖², the autoencoder E softplus(−D(x̂)). The last term bounds the
+  gradient at the images, so that a discriminator that is much better than the autoencoder does not
+  degrade the reconstructions.
 
-Both discriminate patches: D(x) is a map of logits, and E averages over images and positions.
+D(x) is a map of logits of patches, and E averages over images and positions.
 
 Reference: Esser et al. 2021 (patchgan); Mescheder, Geiger, Nowozin, "Which training methods for
 GANs do actually converge?", ICML 2018, Eq. (9) (r1).
@@ -32,14 +30,9 @@ _SLOPE = 0.2
 
 
 class Adversary(nn.Module):
-    """Discriminator with its losses.
+    """Discriminator of a kind in `DISCRIMINATORS`, with its losses.
 
-    Args:
-        kind: one of `DISCRIMINATORS`.
-        channels: channels of the images.
-        width: filters of the first convolution.
-        layers: strided convolutions after the first.
-        r1_weight: γ of ``r1``.
+    Its first convolution has `width` filters; `layers` strided ones follow. γ is `r1_weight`.
 
     Raises:
         ValueError: the kind is unknown.
@@ -57,14 +50,7 @@ class Adversary(nn.Module):
         self.main = build(channels, width, layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the logits of images.
-
-        Args:
-            x: (B, C, H, W), in [-1, 1]; even sides for ``r1``.
-
-        Returns:
-            (B, 1, h, w).
-        """
+        """Compute logits (B, 1, h, w) of images (B, C, H, W) in [-1, 1], of even sides for r1."""
         return self.features_and_logits(x)[1]
 
     def features_and_logits(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -102,12 +88,7 @@ class Adversary(nn.Module):
         return -logits.mean() if self.kind == "patchgan" else F.softplus(-logits).mean()
 
     def loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Compute the discriminator's loss without the R1 term, a scalar.
-
-        Args:
-            real: (B, C, H, W), images.
-            fake: (B, C, H, W), reconstructions, detached.
-        """
+        """Compute the loss without R1, a scalar, of images and reconstructions (B, C, H, W)."""
         if self.kind == "patchgan":  # separately, so that batch normalisation does not mix them
             real_logits, fake_logits = self(real).float(), self(fake).float()
             return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
@@ -122,13 +103,7 @@ class Adversary(nn.Module):
 
 
 def _patchgan(channels: int, width: int, layers: int) -> nn.Sequential:
-    """Build taming's PatchGAN discriminator with its own initialisation.
-
-    Args:
-        channels: channels of the images.
-        width: filters of the first convolution.
-        layers: strided convolutions after the first.
-    """
+    """Build taming's PatchGAN discriminator with its own initialisation."""
     network: Any = NLayerDiscriminator(channels, ndf=width, n_layers=layers).apply(weights_init)
     main: nn.Sequential = network.main
     return main
@@ -138,7 +113,7 @@ def _unnormalised(channels: int, width: int, layers: int) -> nn.Sequential:
     """Build a discriminator without normalisation.
 
     It folds 2x2 pixels into channels, applies pairs of convolutions, the second one strided, and
-    computes logits by a 1x1 convolution. Arguments are those of `_patchgan`.
+    computes logits by a 1x1 convolution.
     """
     sizes = [width * 2**index for index in range(layers + 1)]
     parts: list[nn.Module] = [nn.PixelUnshuffle(2)]

@@ -16,14 +16,7 @@ from pipeline.storage import atomic
 
 @dataclass(frozen=True)
 class Conversion:
-    """Result of a conversion.
-
-    Attributes:
-        path: the written file.
-        sha256: hash of the file.
-        source_sha256: hash of the checkpoint.
-        model: the autoencoder, loaded from the written file.
-    """
+    """Written file with its sha256 and that of the checkpoint, and the autoencoder in it."""
 
     path: Path
     sha256: str
@@ -41,19 +34,12 @@ def convert_checkpoint(
 ) -> Conversion:
     """Write an official checkpoint as safetensors with its architecture and origin.
 
-    The written file is loaded again, and must hold the same weights.
-
-    Args:
-        checkpoint: .ckpt or .safetensors, of a first stage or of a whole model.
-        out: path of the .safetensors file, for `autoencoder.weights`.
-        description: path of the model.yaml.
-        image_shape: (C, H, W) of the images; None takes the yaml's resolution.
-        averaged: whether to read the moving averages in the checkpoint.
-        half: whether to store half precision.
+    The written file is loaded again, and must hold the same weights. `half` stores half precision.
+    The other arguments are those of `autoencoders.conversion.official.load_official`.
 
     Raises:
         UserError: `out` has another suffix, or is the checkpoint.
-        ValueError: the checkpoint or the yaml is invalid (see `autoencoders.conversion.official`).
+        ValueError: the checkpoint or the yaml is invalid.
         JkoflowError: the written file holds other weights.
     """
     if out.suffix != ".safetensors":

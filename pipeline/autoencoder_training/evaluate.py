@@ -37,28 +37,14 @@ def evaluate_autoencoder(
     progress: Progress,
     originals: bool = True,
 ) -> Path:
-    """Measure an autoencoder on n images of the test split.
+    """Measure an autoencoder on n images of the test split; return the path of autoencoder.json.
 
-    The function writes autoencoder.json (rFID, PSNR, SSIM, codebook perplexity, statistics of the
-    latents) and a picture of reconstructions. PSNR is null if all reconstructions are exact, and
-    SSIM is null for images smaller than its window of 11 x 11.
+    The file has rFID, PSNR, SSIM, codebook perplexity and statistics of the latents, and a picture
+    of reconstructions is next to it. PSNR is null if all reconstructions are exact, and SSIM is
+    null for images smaller than its window of 11 x 11.
 
-    There are two rFIDs. `rfid` is measured against the reference; it is the floor of a flow's FID.
+    `rfid` is measured against the reference; it is the floor of a flow's FID. With `originals`,
     `rfid_originals` is measured against the reconstructed images, as in papers on autoencoders.
-
-    Args:
-        data: the data set; images of its test split are measured.
-        encoder: the autoencoder.
-        reference: shipped statistics, a .npz, a .safetensors or a folder.
-        n: number of images.
-        folder: destination of the results.
-        accelerator: device and ranks.
-        progress: wraps loops.
-        originals: whether to measure `rfid_originals`, and `real_fid` of the images. The features
-            of the images are stored for other autoencoders.
-
-    Returns:
-        The path of autoencoder.json.
 
     Raises:
         UserError: n is below 2 or above the size of the split, or another autoencoder was trained

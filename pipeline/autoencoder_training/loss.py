@@ -32,13 +32,7 @@ from pipeline.config.autoencoder_recipe import AutoencoderTraining
 
 @dataclass(frozen=True)
 class LossOfBatch:
-    """Loss of a batch.
-
-    Attributes:
-        total: L, a scalar with gradient.
-        terms: its named terms.
-        reconstructions: x̂ (B, C, H, W), with gradient.
-    """
+    """Loss L of a batch, a scalar, its named terms, and x̂ (B, C, H, W), both with gradient."""
 
     total: Tensor
     terms: dict[str, float]
@@ -46,13 +40,7 @@ class LossOfBatch:
 
 
 class AutoencoderLoss:
-    """Loss L of an autoencoder.
-
-    Args:
-        model: the autoencoder.
-        discriminator: the discriminator.
-        recipe: weights of the terms, precision, and the start of the discriminator.
-    """
+    """Loss L of an autoencoder against a discriminator, with the weights of a recipe."""
 
     def __init__(
         self, model: TamingAutoencoder, discriminator: Adversary, recipe: AutoencoderTraining
@@ -62,13 +50,11 @@ class AutoencoderLoss:
     def __call__(
         self, x: Tensor, noise: Tensor, step: int, generator: torch.Generator
     ) -> LossOfBatch:
-        """Compute the loss of a batch.
+        """Compute the loss of images (B, C, H, W) in [-1, 1] at a step of the training.
 
-        Args:
-            x: (B, C, H, W), in [-1, 1].
-            noise: standard normal, (B, C_z, H_z, W_z), of the posterior sample.
-            step: of the training; it determines the KL weight and whether D takes part.
-            generator: draws the noise of `recipe.latent_noise`.
+        The noise (B, C_z, H_z, W_z) of the posterior sample is standard normal. The generator
+        draws the noise of `recipe.latent_noise`. The step determines the KL weight and whether D
+        takes part.
         """
         with self.autocast(x.device):
             with torch.set_grad_enabled(not self.recipe.decoder_only):
@@ -112,12 +98,9 @@ class AutoencoderLoss:
     def latents(
         self, x: Tensor, noise: Tensor, step: int
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Encode images to latents, with the regularisation term and its named parts.
+        """Encode images (B, C, H, W) to latents, with the regularisation term and its named parts.
 
-        Args:
-            x: (B, C, H, W).
-            noise: standard normal, (B, C_z, H_z, W_z); without effect for VQ.
-            step: of the training.
+        The noise (B, C_z, H_z, W_z) is standard normal, and without effect for VQ.
         """
         moments = self.model.encode(x)
         if moments.log_var is None:
@@ -157,7 +140,6 @@ class AutoencoderLoss:
 def _clamp_with_identity_gradient(x: Tensor, limits: tuple[float, float]) -> Tensor:
     """Clamp x with the gradient of the identity.
 
-    A correctly saturated pixel has no loss, however large the output is. A wrongly saturated one
-    still has a gradient.
+    A correctly saturated pixel has no loss; a wrongly saturated one still has a gradient.
     """
     return x + (x.clamp(*limits) - x).detach()

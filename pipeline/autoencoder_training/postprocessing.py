@@ -20,17 +20,10 @@ _HALVINGS = 30
 def without_unused_channels(
     model: TamingAutoencoder, images: Tensor, least_nats: float
 ) -> TamingAutoencoder:
-    """Remove the latent channels of a KL autoencoder that carry no information.
+    """Remove the latent channels of a frozen KL autoencoder with less information than a limit.
 
-    The information of a channel is KL(q(z|x) ‖ N(0, 1)), averaged over images and positions.
-
-    Args:
-        model: a frozen KL autoencoder.
-        images: uint8 (B, C, H, W).
-        least_nats: channels with less information are removed.
-
-    Returns:
-        See `select_channels`.
+    The information of a channel is KL(q(z|x) ‖ N(0, 1)) in nats, averaged over positions and
+    images, uint8 (B, C, H, W). See `select_channels`.
     """
     moments = model.encode(to_float(images))
     assert moments.log_var is not None
@@ -41,18 +34,10 @@ def without_unused_channels(
 
 @torch.no_grad()
 def select_channels(model: TamingAutoencoder, channels: list[int]) -> TamingAutoencoder:
-    """Select latent channels of a KL autoencoder; the others are fixed at zero.
+    """Select latent channels of a frozen KL autoencoder, in order; the others are fixed at zero.
 
     Only the 1x1 convolutions at the latents change. This is exact for channels that are always
-    zero, and harmless for channels that the decoder ignores.
-
-    Args:
-        model: a frozen KL autoencoder.
-        channels: indices of the channels to keep, in order.
-
-    Returns:
-        A new frozen autoencoder with latents (len(channels), H_z, W_z), or `model` itself if all
-        channels are kept.
+    zero, and harmless for channels that the decoder ignores. If all are kept, `model` is returned.
 
     Raises:
         ValueError: the autoencoder has a codebook, or no channel is kept.
@@ -79,16 +64,10 @@ def select_channels(model: TamingAutoencoder, channels: list[int]) -> TamingAuto
 
 @torch.inference_mode()
 def with_unsharp_mask(model: TamingAutoencoder, images: Tensor) -> TamingAutoencoder:
-    """Add the unsharp mask that gives decoded images the detail of the data.
+    """Add the unsharp mask that gives decoded images the detail of training images.
 
-    The latents do not change. Reconstructions are of posterior samples, as those of a flow.
-
-    Args:
-        model: a frozen autoencoder.
-        images: uint8 (B, C, H, W), of the training set.
-
-    Returns:
-        A new frozen autoencoder with `config.sharpen` measured on `images`.
+    The images are uint8 (B, C, H, W). The latents do not change. Reconstructions are of posterior
+    samples, as those of a flow.
     """
     unmasked = _with_strength(model, 0.0)
     x = to_float(images)
@@ -104,19 +83,12 @@ def _with_strength(model: TamingAutoencoder, strength: float) -> TamingAutoencod
 
 
 def mask_strength(decoded: Tensor, images: Tensor, limits: tuple[float, float]) -> float:
-    """Measure the strength a at which decoded images have as much detail as the images.
+    """Measure the strength a at which decoded images x̂ (B, C, H, W) have the detail of images x.
 
         mean|Δ(x̂ − a Δx̂)| = mean|Δx|
 
-    The left side grows with a until pixels saturate, so a is found by bisection.
-
-    Args:
-        decoded: x̂ (B, C, H, W), without a mask, clamped to `limits`.
-        images: x (B, C, H, W), their originals, in [-1, 1].
-        limits: darkest and brightest value of decoded images.
-
-    Returns:
-        a in [0, `MAX_STRENGTH`], rounded to three decimals; 0 if x̂ has enough detail.
+    The left side grows with a until pixels saturate, so a is found by bisection in [0,
+    `MAX_STRENGTH`] and rounded to three decimals. It is 0 if x̂ has enough detail.
     """
     detail = laplacian(images).abs().mean()
 

@@ -43,21 +43,14 @@ def train_autoencoder(
     progress: Progress,
     resume: bool,
 ) -> Path:
-    """Train an autoencoder on a data set.
+    """Train an autoencoder on a data set; return the path of its weights.
 
-    Args:
-        config: the configuration.
-        folder: destination of weights, checkpoint, log, configuration and picture.
-        accelerator: device and ranks.
-        progress: wraps the loop.
-        resume: whether to continue the training in the folder, of the same configuration.
-
-    Returns:
-        The path of the weights.
+    The folder gets weights, checkpoint, log, configuration and picture. `resume` continues the
+    training of the same configuration there.
 
     Raises:
-        UserError: the images have another shape than the initial weights take, the initial
-            weights do not exist, or the folder has a training that cannot be continued.
+        UserError: the images have another shape than the initial weights take, the initial weights
+            do not exist, or the folder has a training that cannot be continued.
         JkoflowError: the training diverged.
     """
     images = load_images(config.data)
@@ -128,13 +121,7 @@ def _initial_weights(name_or_path: str | None) -> TamingAutoencoder | None:
 
 
 def write_reconstructions(folder: Path, images: Tensor, reconstructions: Tensor) -> None:
-    """Write the picture before_after.png.
-
-    Args:
-        folder: its folder.
-        images: uint8 (B, C, H, W).
-        reconstructions: uint8, the same shape.
-    """
+    """Write before_after.png of images and reconstructions, both uint8 (B, C, H, W)."""
     atomic.write_with(
         folder / "before_after.png",
         lambda file: before_after(

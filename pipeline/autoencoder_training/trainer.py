@@ -1,7 +1,6 @@
 """Trains a VQ or KL autoencoder against a discriminator, step by step.
 
-The caller passes images and a generator to every step. If both derive from (seed, step), a
-resumed training equals an uninterrupted one bit by bit.
+If images and generator derive from (seed, step), a resumed training equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -38,14 +37,10 @@ from pipeline.runtime.distributed import sum_over_ranks
 class AutoencoderTrainer:
     """Trainer of an autoencoder: networks, optimisers and the optimiser step.
 
-    Args:
-        architecture: architecture of the autoencoder.
-        recipe: recipe of the training.
-        start: a frozen autoencoder to start from, instead of `architecture` and random weights;
-            its unsharp mask is removed.
-        accelerator: device and ranks. Every rank passes its part of each batch to `step`, and
-            gradients are averaged over the batch. λ (see `AutoencoderLoss`) and the
-            discriminator's batch normalisation use the part of the rank only.
+    A frozen autoencoder `start` replaces `architecture` and random weights; its unsharp mask is
+    removed. Every rank passes its part of each batch to `step`, and gradients are averaged over
+    the batch. λ (see `AutoencoderLoss`) and the discriminator's batch normalisation use the part
+    of the rank only.
 
     Raises:
         ValueError: the discriminator does not take images of this size.
@@ -122,13 +117,9 @@ class AutoencoderTrainer:
     def step(self, images: Tensor, generator: torch.Generator) -> dict[str, float]:
         """Make one step of the autoencoder and, if it takes part, one of the discriminator.
 
-        Args:
-            images: uint8 (B, C, H, W), this rank's part of the batch.
-            generator: draws posterior noise, mirroring and, in the first step of a VQ
-                autoencoder, the codebook.
-
-        Returns:
-            The named terms of the loss on this rank's part of the batch.
+        The images, uint8 (B, C, H, W), are this rank's part of the batch. The generator draws
+        posterior noise, mirroring and, in the first step of a VQ autoencoder, the codebook. The
+        named terms of the loss on this part are returned.
 
         Raises:
             FloatingPointError: the loss is not finite, on this or another rank.
@@ -160,12 +151,7 @@ class AutoencoderTrainer:
         return terms
 
     def finished(self, images: Tensor) -> TamingAutoencoder:
-        """Return the averaged autoencoder, frozen, on the CPU, after postprocessing.
-
-        Args:
-            images: uint8 (B, C, H, W), for the information of the latent channels and the
-                strength of the unsharp mask.
-        """
+        """Return the averaged, frozen autoencoder, postprocessed by images (B, C, H, W)."""
         model = copy.deepcopy(self.model)
         self.average.copy_to(model)
         model = model.cpu().float().freeze()
@@ -191,10 +177,7 @@ class AutoencoderTrainer:
 
     @contextmanager
     def _dropout(self, generator: torch.Generator) -> Iterator[None]:
-        """Derive dropout masks from the step's generator, and leave torch's own state unchanged.
-
-        Without dropout nothing is drawn.
-        """
+        """Derive dropout masks from the step's generator, and keep torch's own state."""
         if not self.model.config.dropout:
             yield
             return
@@ -204,15 +187,7 @@ class AutoencoderTrainer:
             yield
 
     def _prepare(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Convert images to float, mirror half of them if required, and draw posterior noise.
-
-        Args:
-            images: uint8 (B, C, H, W).
-            generator: draws noise and mirroring.
-
-        Returns:
-            Images (B, C, H, W) and noise (B, C_z, H_z, W_z), on the device.
-        """
+        """Convert images to float, mirror half of them if required, and draw posterior noise."""
         x = to_float(images)
         noise = torch.randn((len(x), *self.model.latent_shape), generator=generator)
         if self.recipe.flip:
@@ -257,12 +232,7 @@ class AutoencoderTrainer:
 def initialise_codebook(
     model: TamingAutoencoder, latents: Tensor, generator: torch.Generator
 ) -> None:
-    """Initialise a VQ codebook with random latent vectors of encoded images.
-
-    Args:
-        model: a VQ autoencoder.
-        latents: (B, C_z, H_z, W_z), before quantisation.
-        generator: draws the entries.
+    """Initialise a VQ codebook with random vectors of unquantised latents (B, C_z, H_z, W_z).
 
     Raises:
         ValueError: the autoencoder is of another flavour.

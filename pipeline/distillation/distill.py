@@ -1,12 +1,8 @@
 """Distillation: a finished run → a run of fewer blocks, each integrated in few solver steps.
 
 Consecutive blocks T_k … T_{k+c−1} of the teacher are merged into one, whose velocity is regressed
-on the straight paths from samples z to T_{k+c−1}∘…∘T_k(z)
-(`pipeline.distillation.distilled_blocks.pair_loss`). The samples are the training data pushed
-through the teacher, so errors of one merged block do not affect the next. Sampling integrates in
-reverse, so the error is measured in both directions and recorded.
-
-The result is an ordinary run directory; flow.json records the teacher's blocks.
+on the straight paths from samples z to T_{k+c−1}∘…∘T_k(z). The samples are the training data
+pushed through the teacher, so errors of one merged block do not affect the next.
 
 Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024), distillation.
 """
@@ -51,12 +47,9 @@ EMA = 0.999
 
 @dataclass(frozen=True)
 class Distillation:
-    """Settings of a distillation.
+    """Settings of a distillation: blocks merged into one, and the solver that samples.
 
-    Attributes:
-        pairs: number of blocks merged into one.
-        steps: solver steps of a merged block in sampling.
-        method: of the solver, which has a fixed grid.
+    The solver has a fixed grid of `steps` a merged block.
     """
 
     pairs: int = 2
@@ -67,13 +60,10 @@ class Distillation:
 def student_config(
     teacher: Run, settings: Distillation, overrides: Sequence[str] = (), max_minutes: float = 0.0
 ) -> Config:
-    """Return the configuration of the student.
+    """Return the configuration of the student of a finished run.
 
-    Args:
-        teacher: the finished run.
-        settings: of the distillation.
-        overrides: `section.key=value`, of the sections and keys in `SECTIONS`.
-        max_minutes: limit of the training time; 0 is without limit.
+    The overrides `section.key=value` are of the sections and keys in `SECTIONS`. `max_minutes`
+    limits the training time; 0 is without limit.
 
     Raises:
         UserError: values out of range, another section, or a refiner.
@@ -130,15 +120,8 @@ def distill(
 ) -> Outcome:
     """Merge each `pairs` consecutive blocks of a run into one block of a new run.
 
-    Args:
-        teacher: the finished run.
-        folder: the new run directory.
-        config: from `student_config`.
-        pairs: number of blocks merged into one; the last group may be smaller.
-        accelerator: device and ranks.
-        progress: wraps loops.
-        resume: whether to continue a distillation that exists.
-        source: of the samples; None is the latent cache.
+    The last group may be smaller. The configuration is from `student_config`. Samples come from
+    `source`, or else from the latent cache.
 
     Raises:
         UserError: the folder holds a run that may not continue, or the samples are not those of

@@ -56,11 +56,6 @@ class DistilledBlocks:
     """Source of merged blocks: each is regressed on the map of a group of the teacher's blocks.
 
     See `pipeline.training.block_source.BlockSource` for the methods.
-
-    Args:
-        context: of the student's training.
-        teacher: the finished run.
-        groups: indices of the teacher's blocks that each merged block stands for.
     """
 
     def __init__(self, context: TrainingContext, teacher: Run, groups: Sequence[range]) -> None:
@@ -149,12 +144,12 @@ def pair_loss(
     source: torch.Generator,
     rows: Tensor,
 ) -> LfmLoss:
-    """Compute the regression on straight paths from samples z to their images T(z).
+    """Compute the regression on straight paths from samples z to their images T(z), (B, *shape).
 
         E ‖v(t, (1 − t) z + t T(z)) − (T(z) − z)‖²
 
     If the paths do not cross, the minimum is a velocity with straight trajectories whose map is T.
-    One step of any solver follows it, in either direction. z and T(z) are (B, *shape). See
+    One step of any solver follows it, in either direction. See
     `pipeline.training.matching_loss.Regression` for the arguments; `stage` has z in the field `z`
     and T(z) in `end`.
 
@@ -172,17 +167,10 @@ def pair_loss(
 def measure_map(
     block: Block, pairs: StoreReader, solver: SolverConfig, seed: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Measure the map of a merged block on a fixed set of samples.
+    """Measure the map of a finished block on a fixed set of samples `z` with images `end`.
 
-    Args:
-        block: finished.
-        pairs: samples `z` with their images `end`, and `labels` for a block with classes.
-        solver: that samples.
-        seed: of the choice of samples.
-
-    Returns:
-        movement, squared_movement and squared_norm of the map; and its error, forward and reverse:
-        mean squared distance per dimension to the teacher's.
+    The results are movement, squared_movement and squared_norm of the map; and its error, forward
+    and reverse: mean squared distance per dimension to the teacher's.
 
     Raises:
         JkoflowError: the block cannot be integrated.

@@ -1,7 +1,6 @@
 """Evaluation of a run: FID with its reconstruction floor, KID, precision, recall and NLL.
 
-Features lie in stores: those of sampled images in the run, those of real and reconstructed images
-under the data root. An evaluation therefore resumes, shares features with runs on the same
+Features lie in stores, so an evaluation resumes, shares features with runs on the same
 autoencoder, and does not depend on the number of processes.
 """
 
@@ -46,14 +45,7 @@ class Evaluator(FeatureExtractor):
     """Evaluator of runs; its arguments are those of :class:`FeatureExtractor`."""
 
     def evaluate(self, plan: SamplingPlan, settings: EvaluateConfig) -> dict[str, Any]:
-        """Measure a run and write the result to its metrics.json.
-
-        Args:
-            plan: the run, and how it is sampled.
-            settings: what to measure, on how many images.
-
-        Returns:
-            The content of metrics.json.
+        """Measure a run and write the result to its metrics.json, whose content is returned.
 
         Raises:
             UserError: n is below 2, or a data set has fewer images than the settings ask for.
@@ -103,11 +95,10 @@ class Evaluator(FeatureExtractor):
         return images, features
 
     def floor(self, plan: SamplingPlan, n: int, reference: GaussianStats) -> dict[str, Any]:
-        """Measure the FID of decoded (and refined) latents of real images.
+        """Measure the FID of decoded (and refined) latents of n real images.
 
         A perfect flow would reach this FID. The latents are posterior samples (or carry the
-        configured noise), as in training. The images are n of the test split, or of the training
-        split where the test split is smaller than n.
+        configured noise), as in training. The split is that of `at_least`.
         """
         run = plan.run
         images = at_least(run.config.data, n)

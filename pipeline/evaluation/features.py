@@ -1,17 +1,15 @@
 """Inception features of sampled, reconstructed and real images, in stores.
 
-Features of sampled images lie in the run. Features of reconstructions and of real images lie under
-the data root, so runs with the same autoencoder and data share them. Extraction resumes by shard,
-and its result does not depend on the number of processes.
+Features of sampled images lie in the run, all others under the data root, so that runs share them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -49,14 +47,11 @@ def load_inception(accelerator: Accelerator) -> FidInception:
 class FeatureExtractor:
     """Extractor of Inception features; it loads the network when it first needs it.
 
-    Args:
-        accelerator: device and processes; rank r makes shards r, r + P, ….
-        progress: wraps loops.
+    Rank r makes shards r, r + P, ….
     """
 
     def __init__(self, accelerator: Accelerator, progress: Progress) -> None:
         self.accelerator, self.progress = accelerator, progress
-        self._inception: FidInception | None = None
 
     def reconstruction_fid(
         self,
@@ -68,7 +63,7 @@ class FeatureExtractor:
         standardisation: Standardisation | None = None,
         refiner: Refiner | None = None,
     ) -> float:
-        """rFID(n) of an autoencoder on n images of a set (see `subset_indices`).
+        """Measure rFID(n) of an autoencoder on n images of a set (see `subset_indices`).
 
         Raises:
             UserError: the set has fewer than n images.
@@ -120,12 +115,11 @@ class FeatureExtractor:
 
     def reference(self, name: str) -> GaussianStats:
         """Return the feature statistics of a shipped reference, a folder or a .npz."""
-        return stats_of(name, self._network)
+        return stats_of(name, lambda: self._network)
 
+    @cached_property
     def _network(self) -> FidInception:
-        if self._inception is None:
-            self._inception = load_inception(self.accelerator)
-        return self._inception
+        return load_inception(self.accelerator)
 
     def features(
         self,
@@ -136,15 +130,11 @@ class FeatureExtractor:
         what: str,
         begun: Sequence[tuple[StoreReader, int]] = (),
     ) -> StoreReader:
-        """Extract the features of images, or open the store that has them.
+        """Extract the features of `count` images, or open the store that has them.
 
-        Args:
-            folder: the store.
-            identity: what the features depend on.
-            count: the number of images.
-            make: from (first, last, shard) returns the images [first, last), uint8 (B, C, H, W).
-            what: names the images, in the progress bar.
-            begun: stores with the same first features, each with the number of these features.
+        `make` returns the images [first, last) of a shard, uint8 (B, C, H, W), from (first, last,
+        shard). `begun` are stores with the same first features, each with their number. `what`
+        names the images in the progress bar.
         """
         if (folder / MANIFEST).is_file():
             return open_store(folder, "feature store", identity)
@@ -155,7 +145,7 @@ class FeatureExtractor:
                     writer.adopt(store, same)
         ranks = self.accelerator.num_processes
         missing = writer.missing(self.accelerator.process_index, ranks)
-        network = self._network()
+        network = self._network
         with errors_on_all_ranks(self.accelerator), torch.inference_mode():
             for index in self.progress(missing, len(missing), f"features of {count} {what}"):
                 images = make(*writer.bounds(index), index)
@@ -169,7 +159,7 @@ class FeatureExtractor:
 
 def fid_of(features: StoreReader, reference: GaussianStats) -> float:
     """Compute the FID between features and a reference."""
-    return float(np.float64(frechet_distance(statistics_of(features), reference)))
+    return frechet_distance(statistics_of(features), reference)
 
 
 def statistics_of(features: StoreReader) -> GaussianStats:

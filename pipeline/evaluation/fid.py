@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 from accelerate import Accelerator
 
@@ -28,13 +29,8 @@ def fid_between(
 ) -> float:
     """Compute the FID of two sets: folders, .npz of images or statistics, or shipped references.
 
-    Args:
-        a: the first set.
-        b: the second set.
-        accelerator: device.
-        progress: returns, for the name of a set, the function that is called with the size of
-            every batch.
-        features: the implementation of the Inception network, a key of :data:`NETWORKS`.
+    `features` is a key of :data:`NETWORKS`. `progress` returns, for the name of a set, the
+    function that is called with the size of every batch.
 
     Raises:
         UserError: an unknown implementation.
@@ -43,13 +39,11 @@ def fid_between(
     """
     if features not in NETWORKS:
         raise UserError(f"--features is {features!r}; expected one of {', '.join(NETWORKS)}")
-    networks: list[Inception] = []
 
+    @cache
     def network() -> Inception:
-        if not networks:
-            kind = NETWORKS[features]
-            networks.append(kind.from_weights(inception_weights(accelerator)).to(accelerator.device))
-        return networks[0]
+        weights = inception_weights(accelerator)
+        return NETWORKS[features].from_weights(weights).to(accelerator.device)
 
     first, second = (stats_of(name, network, progress(name)) for name in (a, b))
     return frechet_distance(first, second)

@@ -1,13 +1,13 @@
 """KID, precision and recall of sampled images against real images of the same data set.
 
-Inception is slow on a CPU, so by default only stored features of real images are used.
-`evaluate --kid N` and `reference --test N` extract them from the test split or the training split
-and store them under the data root. Without any, these metrics are left out.
+Inception is slow on a CPU, so by default only stored features of real images are used. `evaluate
+--kid N` and `reference --test N` extract and store them under the data root.
 """
 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,9 @@ LEAST = 4
 def stored_real_features(
     data: DataConfig, extractor: dict[str, str]
 ) -> tuple[ImageSet, StoreReader] | None:
-    """Find stored features of real images, of the test split or else of the training split.
+    """Find real images with the largest complete store of their features, or None.
 
-    Args:
-        data: the data set of a run.
-        extractor: the identity of the network that extracted the features.
-
-    Returns:
-        The images and the largest complete store of their features; None if there is none.
+    They are of the test split or else of the training split, and of the given network.
     """
     stored = _manifests()
     for split in dict.fromkeys((data.test_split, data.split)) if stored else ():
@@ -62,15 +57,9 @@ def stored_real_features(
 def kid_precision_recall(
     images: ImageSet, real: StoreReader, sampled: StoreReader
 ) -> dict[str, Any]:
-    """Compute KID, precision and recall, on equally many images of either set.
+    """Compute the entries kid, precision and recall of metrics.json, on equally many images.
 
-    Args:
-        images: the real images.
-        real: their features (n, 2048).
-        sampled: features of sampled images (m, 2048).
-
-    Returns:
-        The entries kid, precision and recall of metrics.json.
+    The features of the real and the sampled images are (n, 2048) and (m, 2048).
 
     Raises:
         ValueError: a set has fewer than 4 images.
@@ -80,16 +69,12 @@ def kid_precision_recall(
     distance, manifold = kid(a, b), precision_recall(a, b)
     return {
         "kid": {
-            "value": distance.value,
-            "standard_error": distance.standard_error,
-            "subsets": distance.subsets,
-            "subset_size": distance.subset_size,
+            **asdict(distance),
             "n": count,
             "n_real": count,
             "against": f"{images.name} {images.split}",
         },
-        "precision": manifold.precision,
-        "recall": manifold.recall,
+        **asdict(manifold),
     }
 
 

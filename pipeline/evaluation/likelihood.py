@@ -2,8 +2,7 @@
 
 A likelihood is the density of an image's standardised latent under the flow, in nats, given the
 class if the run is class-conditional. A latent is a posterior sample, or carries the configured
-noise, as in training. An adaptive solver integrates the exact divergence, or several random probes
-with a standard error. The inversion error ‖z_0 − T⁻¹(T(z_0))‖ measures the solver.
+noise, as in training. The inversion error ‖z_0 − T⁻¹(T(z_0))‖ measures the solver.
 """
 
 from __future__ import annotations
@@ -47,16 +46,7 @@ _SOLVER = SolverConfig(method="dopri5")
 
 
 def held_out_nll(run: Run, n: int, accelerator: Accelerator) -> dict[str, Any]:
-    """Measure the NLL of n images of the test split.
-
-    Args:
-        run: an open run.
-        n: the number of images.
-        accelerator: device.
-
-    Returns:
-        The entries nll_per_dim and nll of metrics.json.
-    """
+    """Measure the entries nll_per_dim and nll of metrics.json on n images of the test split."""
     images = held_out_images(run.config.data)
     indices = subset_indices(images, n)
     kind = "exact" if run.flow.dim <= EXACT_UP_TO else "hutchinson"
@@ -93,16 +83,10 @@ def log_prob_of_images(
     rngs: tuple[torch.Generator, torch.Generator],
     chunk: int,
 ) -> LogProb:
-    """Compute log p(z) of some images of a set, or log p(z | y) for a class-conditional run.
+    """Compute log p(z) of images (n,) of a set, or log p(z | y) for a class-conditional run.
 
-    Args:
-        run: an open run.
-        images: the set.
-        indices: (n,), of the images.
-        divergence: the estimator of the divergence.
-        accelerator: device.
-        rngs: the sources of the latents' noise and of the probes.
-        chunk: samples that are integrated together.
+    The generators are the sources of the latents' noise and of the probes. `chunk` samples are
+    integrated together.
 
     Raises:
         UserError: images have no class that the run knows, see `condition_of`.
@@ -136,11 +120,7 @@ def latents_of(
     accelerator: Accelerator,
     rng: torch.Generator,
 ) -> Tensor:
-    """Encode images to standardised latents, with the noise that the flow was trained on.
-
-    Returns:
-        float32 (n, *shape), on the CPU.
-    """
+    """Encode images to standardised latents float32 (n, *shape), with the noise of training."""
     moments = _encoded(run, images, indices, accelerator)
     z = run.standardisation.apply(moments.sample(rng).cpu())
     noise = run.config.latents.noise
@@ -176,18 +156,11 @@ def rank_images(
 ) -> dict[str, Any]:
     """Rank images by likelihood; writes likelihood.json and samples/likelihood.png into the run.
 
-    Args:
-        run: an open run.
-        settings: which images, and the estimator.
-        accelerator: device.
-        progress: wraps the loop over chunks.
-
-    Returns:
-        The content of likelihood.json: the summary, and all images, the most likely first.
+    The content of likelihood.json is returned: the summary, and all images, the most likely first.
 
     Raises:
-        UserError: n or columns is below 1, the set has fewer images, both a split and a folder
-            are given, images lack a class for a class-conditional run, or the run is a refiner.
+        UserError: n or columns is below 1, the set has fewer images, both a split and a folder are
+            given, images lack a class for a class-conditional run, or the run is a refiner.
         FlowError: an unknown estimator, or fewer than one probe.
         SolveError: the solver fails.
     """

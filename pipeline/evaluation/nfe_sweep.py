@@ -20,16 +20,8 @@ def sweep_nfe(
 ) -> dict[str, Any]:
     """Measure FID at several budgets; writes nfe.json and samples/nfe.png into the run.
 
-    Rows of an earlier sweep with other solvers stay in the file and in the plot.
-
-    Args:
-        plan: the run, and how it is sampled; its solvers have fixed grids.
-        budgets: network evaluations per sample, separated by commas.
-        settings: n and reference.
-        evaluator: extracts the features.
-
-    Returns:
-        The content of nfe.json: the study's identity, and rows with method, steps, nfe and fid.
+    The budgets are network evaluations per sample, separated by commas. Rows of an earlier sweep
+    with other solvers stay in the file and in the plot.
 
     Raises:
         UserError: n is below 2, a budget is no whole number or too small for one step, or a solver

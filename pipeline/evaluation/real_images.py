@@ -48,11 +48,7 @@ def subset_indices(images: ImageSet, n: int) -> npt.NDArray[np.int64]:
 
 
 def require_images(images: ImageSet, n: int) -> None:
-    """Refuse an n that is larger than a set.
-
-    Raises:
-        UserError: the set has fewer than n images.
-    """
+    """Raise UserError for an n that is larger than a set."""
     if n > len(images):
         raise UserError(
             f"{n} images were asked for, but {images.name} ({images.split}) has {len(images)}; "
@@ -61,10 +57,6 @@ def require_images(images: ImageSet, n: int) -> None:
 
 
 def require_fid_sample(n: int) -> None:
-    """Refuse an n from which no covariance can be estimated.
-
-    Raises:
-        UserError: n is below 2.
-    """
+    """Raise UserError for an n below 2, from which no covariance can be estimated."""
     if n < 2:
         raise UserError(f"FID needs at least 2 images, not {n}; use 2000 or more")

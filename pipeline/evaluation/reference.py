@@ -17,7 +17,7 @@ from pipeline.config.schema import Config
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
 from pipeline.errors import UserError
-from pipeline.evaluation.features import SHARD, FeatureExtractor
+from pipeline.evaluation.features import FeatureExtractor, statistics_of
 from pipeline.evaluation.real_images import require_fid_sample, require_images, subset_indices
 from pipeline.runtime.console import Progress
 from pipeline.storage import atomic
@@ -29,12 +29,7 @@ def make_reference(
 ) -> None:
     """Write the statistics of `data.split`; their card has the FID of real test images.
 
-    Args:
-        config: its section `data` names the split.
-        out: the .safetensors file to write.
-        test: numbers n; the card has the FID of n images of the test split for each.
-        accelerator: device and processes.
-        progress: wraps loops.
+    The card has the FID of n images of the test split for each n of `test`.
 
     Raises:
         UserError: the file is no .safetensors, an n is below 2, or the test split has fewer
@@ -48,7 +43,7 @@ def make_reference(
     for n in test:
         require_fid_sample(n)
         require_images(held_out, n)
-    stats = _stats(extractor.real_features(images, len(images)), len(images))
+    stats = statistics_of(extractor.real_features(images, len(images)))
     card = card_of(images)
     if test:
         features = extractor.real_features(held_out, max(test))
@@ -77,11 +72,4 @@ def _chosen_stats(features: StoreReader, images: ImageSet, n: int) -> GaussianSt
     position[subset_indices(images, len(features))] = np.arange(len(features))
     stats = GaussianStats()
     stats.update(features.take("features", torch.from_numpy(position[subset_indices(images, n)])))
-    return stats
-
-
-def _stats(features: StoreReader, n: int) -> GaussianStats:
-    stats = GaussianStats()
-    for start in range(0, n, SHARD):
-        stats.update(features.read("features", start, min(start + SHARD, n)))
     return stats

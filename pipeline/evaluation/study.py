@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from eval.gaussian import GaussianStats
 from eval.inception import EXTRACTOR
 from eval.plots import curves
 from pipeline.config.sampling import EvaluateConfig
@@ -22,15 +21,8 @@ class Study:
     """Study of several sets of samples that start from the same noise.
 
     Images and features lie in the stores of an evaluation, so a study that is interrupted or
-    extended computes only what is missing.
-
-    Args:
-        plan: the run, and how it is sampled.
-        settings: n and reference.
-        evaluator: extracts the features.
-
-    Attributes:
-        identity: what all rows share, as JSON values; the solvers of `plan` are left out.
+    extended computes only what is missing. `identity` is what all rows share, as JSON values; the
+    solvers of the plan are left out.
 
     Raises:
         UserError: n is below 2.
@@ -43,11 +35,13 @@ class Study:
         self._reference = evaluator.reference(settings.reference)
         sampling = plan.identity()
         del sampling["solvers"]
+        # the content behind the name of a reference may change
+        moments = self._reference.mean.tobytes() + self._reference.cov.tobytes()
         self.identity: dict[str, Any] = {
             "n": settings.n,
             "seed": self._seed,
             "reference": settings.reference,
-            "reference_sha256": _sha256(self._reference),
+            "reference_sha256": hashlib.sha256(moments).hexdigest(),
             "extractor": EXTRACTOR,
             "batch_size": plan.settings.batch_size,
             "sampling": sampling,
@@ -66,17 +60,10 @@ class Study:
         x_label: str,
         **entries: Any,  # noqa: ANN401 - entries of a JSON file
     ) -> dict[str, Any]:
-        """Write the study's file and its plot into the run.
+        """Write the study's file, whose content is returned, and its plot into the run.
 
-        Args:
-            files: the names of both.
-            rows: the measurements.
-            lines: name → (x, FID) of each line of the plot.
-            x_label: the label of the x axis.
-            entries: more entries of the file.
-
-        Returns:
-            The content of the file.
+        `lines` has (x, FID) of each line of the plot by name; `entries` are more entries of the
+        file.
         """
         result = {**self.identity, **entries, "rows": rows}
         if self.evaluator.accelerator.is_main_process:
@@ -92,8 +79,3 @@ def study_heading(result: dict[str, Any]) -> str:
     """Format n, reference, seed and sampling of a study, on one line."""
     text = f"FID(n={result['n']}, {result['reference']}), seed {result['seed']}"
     return text + sampling_text(result["sampling"])
-
-
-def _sha256(stats: GaussianStats) -> str:
-    """Hash mean and covariance, because the content behind a reference's name may change."""
-    return hashlib.sha256(stats.mean.tobytes() + stats.cov.tobytes()).hexdigest()

@@ -30,8 +30,7 @@ def metrics_line(metrics: dict[str, Any]) -> str:
 def sampling_text(sampling: Mapping[str, Any]) -> str:
     """Format guidance, guide, refiner, precision and blocks, as the end of a line.
 
-    Args:
-        sampling: the identity of a sampling plan; its defaults are left out.
+    The defaults of a sampling plan's identity are left out.
     """
     text = ""
     if sampling["classes"] is not None or sampling["guide"] is not None:
@@ -48,12 +47,10 @@ def sampling_text(sampling: Mapping[str, Any]) -> str:
 
 
 def metrics_table(metrics: dict[str, Any], seconds: dict[str, float], reused: set[str]) -> str:
-    """Format the blocks, the metrics and the cost, as aligned text.
+    """Format the blocks, the metrics of metrics.json and the cost, as aligned text.
 
-    Args:
-        metrics: the content of metrics.json.
-        seconds: step → seconds that it took when it was done.
-        reused: steps that an earlier command had done.
+    `seconds` are those of each step when it was done; an earlier command has done those in
+    `reused`.
     """
     first = metrics["blocks"][0]
     times = first.get("objective") == "lfm" or first.get("gamma") is not None

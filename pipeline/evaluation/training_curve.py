@@ -22,14 +22,7 @@ def measure_curve(
 ) -> dict[str, Any]:
     """Measure FID at every snapshot of a run; writes curve.json and samples/curve.png into it.
 
-    Args:
-        plan: a flow-matching run, and how it is sampled.
-        settings: n and reference.
-        evaluator: extracts the features.
-
-    Returns:
-        The content of curve.json: the study's identity, the solver, and rows with step, seen
-        (training samples), seconds (of training), nfe and fid.
+    The rows have step, seen (training samples), seconds (of training), nfe and fid.
 
     Raises:
         UserError: n is below 2, or the run has no snapshots or several blocks.

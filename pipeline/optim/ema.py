@@ -10,50 +10,35 @@ class Ema:
     """Exponential moving average θ̄ ← d θ̄ + (1 − d) θ of a module's parameters θ.
 
     The decay of update n is d_n = min(decay, (1 + n) / (10 + n)), so that the average forgets the
-    initial weights even in a short training.
-
-    Args:
-        module: whose parameters are averaged; the average starts at their present values.
-        decay: limit of d, in [0, 1).
-        warmup: whether d starts small; False uses `decay` from the first update on.
-
-    Attributes:
-        average: θ̄ by parameter name.
-        updates: n, updates so far.
+    initial weights even in a short training. The average starts at the present parameters.
 
     Raises:
         ValueError: the decay lies outside [0, 1).
     """
 
-    def __init__(self, module: nn.Module, decay: float = 0.999, warmup: bool = True) -> None:
+    def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"the EMA decay is {decay}; expected a number in [0, 1)")
-        self.decay = decay
-        self.warmup = warmup
-        self.updates = 0
+        self.decay, self.updates = decay, 0
         self.average = {
             name: parameter.detach().clone() for name, parameter in module.named_parameters()
         }
 
     def current_decay(self) -> float:
         """Return the decay d_n of the next update."""
-        if not self.warmup:
-            return self.decay
         return min(self.decay, (1 + self.updates) / (10 + self.updates))
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Move the average towards the module's present parameters."""
         weight = 1 - self.current_decay()
-        averages, parameters = self._pairs(module)
-        torch._foreach_lerp_(averages, parameters, weight)
+        torch._foreach_lerp_(*self._pairs(module), weight)
         self.updates += 1
 
     @torch.no_grad()
     def restart(self, module: nn.Module) -> None:
         """Set the average to the module's present parameters; the count of updates stays."""
-        averages, parameters = self._pairs(module)
-        torch._foreach_copy_(averages, parameters)
+        torch._foreach_copy_(*self._pairs(module))
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

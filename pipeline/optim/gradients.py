@@ -16,16 +16,9 @@ def average_gradients(
 
         g ← (1/R) Σ_r w_r g_r,   w_r = R · (samples on rank r) / (samples of the batch)
 
-    All ranks call it. A single rank changes nothing.
-
-    Args:
-        accelerator: device and ranks.
-        parameters: the same on every rank. One without a gradient counts as zero and stays so.
-        weight: w_r of this rank; its mean over ranks is 1.
-        loss: mean over the samples of this rank, (1,). A NaN on one rank makes it NaN on all.
-
-    Returns:
-        Mean loss of the whole batch, (1,).
+    All ranks call it with the same parameters; one without a gradient counts as zero. A single
+    rank changes nothing. The loss (1,) is the mean over the samples of this rank; that of the
+    whole batch is returned, (1,). A NaN on one rank makes it NaN on all.
     """
     if accelerator.num_processes == 1:
         return loss

@@ -23,10 +23,7 @@ _MATRICES = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 class MuonAdam:
     """Optimiser with Muon for weights of linear and convolutional layers, and Adam for the rest.
 
-    Args:
-        module: the module in training; parameters without requires_grad are ignored.
-        lr: learning rate of both, on Adam's scale.
-        betas: coefficients of Adam.
+    The learning rate is on Adam's scale. Parameters without requires_grad are ignored.
 
     Raises:
         ValueError: a weight is not contiguous.
@@ -81,13 +78,7 @@ class MuonAdam:
 def make_optimizer(
     kind: str, module: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999)
 ) -> torch.optim.Adam | MuonAdam:
-    """Build an optimiser of the parameters with requires_grad.
-
-    Args:
-        kind: one of `OPTIMIZERS`.
-        module: the module in training, on its device.
-        lr: learning rate.
-        betas: coefficients of Adam.
+    """Build an optimiser, of a kind in `OPTIMIZERS`, of the parameters with requires_grad.
 
     Raises:
         ValueError: the kind is unknown.

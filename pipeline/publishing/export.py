@@ -1,9 +1,8 @@
 """Export: a finished run → a small folder that generates the same images, ready to be shipped.
 
-An export holds flow.json with the pass in use, config.yaml and the blocks in a compact dtype. The
-autoencoder is left out if it ships with the package. It also holds metrics.json, the grid of
-images, guide and refiner, and a model card. Stages, checkpoints, logs and other samples are not
-exported. An export is a run directory itself.
+An export is a run directory itself. It holds the pass in use, the configuration, the blocks in a
+compact dtype, and the autoencoder unless it ships with the package. It also holds metrics.json,
+the grid of images, guide and refiner, and a model card.
 """
 
 from __future__ import annotations
@@ -54,12 +53,9 @@ _COMPARED = 64
 
 @dataclass(frozen=True)
 class Exported:
-    """Result of an export.
+    """Folder of an export, and the size of all its files.
 
-    Attributes:
-        folder: the folder of the export.
-        bytes: the size of all its files.
-        change: root mean square change of generated (standardised) latents by the rounding.
+    `change` is the root mean square change of generated (standardised) latents by the rounding.
     """
 
     folder: Path
@@ -70,14 +66,11 @@ class Exported:
 def export(
     plan: SamplingPlan, out: Path, dtype: str = "float16", autoencoder: str | None = None
 ) -> Exported:
-    """Write the files of a run that are shipped.
+    """Write the files of a finished run that are shipped into an empty or absent folder.
 
-    Args:
-        plan: a finished run, with all its blocks, and how the export samples by default.
-        out: an empty or absent folder.
-        dtype: the dtype of the stored weights, one of `compact_weights.DTYPES`.
-        autoencoder: weights of another autoencoder with the same encoder, whose decoder replaces
-            the run's; metrics and pictures of the run's own decoder are left out.
+    The weights are stored in a dtype of `compact_weights.DTYPES`. `autoencoder` names weights with
+    the same encoder, whose decoder replaces the run's. Metrics and pictures of the run's own
+    decoder are then left out.
 
     Raises:
         UserError: the dtype is unknown, the folder has files, metrics.json is of other blocks or
@@ -87,7 +80,8 @@ def export(
         raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     if out.is_dir():
         atomic.remove_temporaries_below(out)  # temporary files of a killed process
-    if out.exists() and not (out.is_dir() and _unfinished(out)):
+    killed = out.is_dir() and all(_WRITTEN.fullmatch(name) for name in _files(out))
+    if out.exists() and not killed:
         raise UserError(f"{out} exists and is not empty; choose another place with --out")
     _require_exportable(plan)
     if autoencoder is None:
@@ -111,19 +105,8 @@ def _with_decoder(plan: SamplingPlan, autoencoder: str) -> SamplingPlan:
     return dataclasses.replace(plan, run=run, guide=guide, settings=settings)
 
 
-def _unfinished(out: Path) -> bool:
-    """Whether a folder is empty, or holds only files of a killed export."""
-    return all(_WRITTEN.fullmatch(name) for name in _files(out))
-
-
 def _files(out: Path) -> list[str]:
     return [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()]
-
-
-def _clear(out: Path) -> None:
-    """Remove the files of a killed export, because another export may write fewer."""
-    for name in _files(out) if out.is_dir() else ():
-        (out / name).unlink()
 
 
 def _require_exportable(plan: SamplingPlan) -> None:
@@ -145,7 +128,8 @@ def _write_export(
 ) -> Exported:
     """Write an export; flow.json comes last and so marks a complete one."""
     run, settings = plan.run, plan.settings
-    _clear(out)
+    for left in _files(out):  # by a killed export, which may have written more
+        (out / left).unlink()
     manifest, change = _write_weights(run, list(plan.solvers), out, dtype)
     if plan.guide is not None:
         name = _write_helper(plan.guide, str(settings.guide), out / GUIDE, dtype)
@@ -171,10 +155,9 @@ def _write_export(
 
 
 def _write_helper(run: Run, name: str, out: Path, dtype: str) -> str:
-    """Write a guide or a refiner; returns its name in the export's configuration.
+    """Write a guide or a refiner without figures and card; return its name in the configuration.
 
-    A shipped run keeps its name, and nothing is written. The export of the main run has the
-    figures and the card, so a helper has none, and no guide of its own.
+    A shipped run keeps its name, and nothing is written.
     """
     if is_shipped(name):
         return name
@@ -190,8 +173,7 @@ def _write_weights(
 ) -> tuple[Manifest, float]:
     """Write rounded blocks, and the autoencoder if it does not ship with the package.
 
-    Returns:
-        The manifest, which is not written yet, and the change by the rounding.
+    The manifest, which is not written yet, and the change by the rounding are returned.
     """
     rows = []
     for index, (row, block) in enumerate(zip(run.manifest.blocks, run.flow, strict=True)):

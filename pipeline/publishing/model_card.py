@@ -23,27 +23,23 @@ def model_card(
 ) -> str:
     """Write the text of CARD.md, with marks where the author has to complete it.
 
-    Args:
-        name: the name of the exported run.
-        config: its configuration.
-        manifest: the content of its flow.json.
-        sampling: the identity of its sampling plan.
-        metrics: the content of its metrics.json; None if it was not evaluated.
-        dtype: the dtype of the stored weights.
-        change: root mean square change of generated latents by the rounding.
+    `sampling` is the identity of the run's sampling plan, `metrics` the content of metrics.json if
+    it was evaluated. `change` is that of generated latents by the rounding to `dtype`.
     """
     rows, autoencoder = manifest.blocks, manifest.require_autoencoder()
     seconds = sum(row.seconds for row in rows)
     parameters = sum(row.parameters for row in rows)
+    guides = [manifest.guide] if manifest.guide else []
+    refiners = [manifest.refiner] if manifest.refiner else []
     facts = [
-        ("data", _data(manifest)),
+        ("data", f"{manifest.data.name} ({manifest.data.split})"),
         ("latents", f"{_autoencoder(autoencoder)}, shape {manifest.shape}"),
         ("objective", _objective(config, manifest)),
         ("blocks", f"{len(rows)}, {parameters:,} parameters in all"),
         ("training", f"{seconds:.0f} s of optimiser steps, on {_TO_WRITE}"),
         ("sampling", _solvers(sampling["solvers"])),
-        *_guide(manifest, sampling),
-        *_refiner(manifest),
+        *(("guide", f"{_helper(guide)}; guidance {sampling['guidance']:g}") for guide in guides),
+        *(("refiner", _helper(refiner)) for refiner in refiners),
         ("weights", f"{dtype}; rounding moves generated latents by {change:.1e} (RMS, std 1)"),
         ("licence", f"of the weights: {_TO_WRITE}; of the data: {_TO_WRITE}"),
     ]
@@ -68,10 +64,6 @@ def model_card(
         recipe = f"The recipe is config.yaml, after that of {start.name}, whose blocks it took."
     lines += ["", recipe, ""]
     return "\n".join(lines)
-
-
-def _data(manifest: Manifest) -> str:
-    return f"{manifest.data.name} ({manifest.data.split})"
 
 
 def _autoencoder(record: AutoencoderRecord) -> str:
@@ -103,17 +95,6 @@ def _objective(config: Config, manifest: Manifest) -> str:
     if start is not None:
         text += f", started from the blocks of {start.name} ({start.objective})"
     return text
-
-
-def _guide(manifest: Manifest, sampling: dict[str, Any]) -> list[tuple[str, str]]:
-    if manifest.guide is None:
-        return []
-    text = f"{_helper(manifest.guide)}; guidance {sampling['guidance']:g}"
-    return [("guide", text)]
-
-
-def _refiner(manifest: Manifest) -> list[tuple[str, str]]:
-    return [] if manifest.refiner is None else [("refiner", _helper(manifest.refiner))]
 
 
 def _helper(record: HelperRecord) -> str:

@@ -1,7 +1,7 @@
 """Report of a run: report.html, one page that needs no other file.
 
-The report measures nothing. It shows the configuration, the blocks, the pictures of samples/
-(embedded as data URIs), metrics.json and environment.json.
+It shows the configuration, the blocks, the pictures of samples/, metrics.json and
+environment.json.
 """
 
 from __future__ import annotations
@@ -47,13 +47,7 @@ $body
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html into a run.
-
-    Args:
-        folder: a run directory with at least one finished block.
-
-    Returns:
-        The path of the report.
+    """Write report.html into a run with at least one finished block; return its path.
 
     Raises:
         UserError: the folder holds no run, no block is finished, or a file is damaged.

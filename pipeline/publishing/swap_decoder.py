@@ -1,7 +1,6 @@
 """Swap of the decoder: a run gets an autoencoder with the same encoder and a better decoder.
 
-`autoencoder train` with `decoder_only` improves a decoder and keeps the latents, so flows on these
-latents profit without further training.
+`autoencoder train` with `decoder_only` keeps the latents, so flows on them need no training.
 """
 
 from __future__ import annotations
@@ -23,11 +22,7 @@ _TOLERANCE = 1e-3
 
 @torch.inference_mode()
 def with_decoder(run: Run, weights: str) -> Run:
-    """Return a run with the decoder of another autoencoder.
-
-    Args:
-        run: an open run, whose own autoencoder is available.
-        weights: the other autoencoder: a shipped name, a path, or a name that diffusers loads.
+    """Return a run with the decoder of another autoencoder, named as in `build_autoencoder`.
 
     Raises:
         UserError: the other autoencoder is not available, or its encoder gives other latents.

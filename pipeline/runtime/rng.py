@@ -21,12 +21,9 @@ def generator(*parts: int | str) -> torch.Generator:
 
 
 class Batches:
-    """Batches of sample indices; every epoch is a new permutation of all samples.
+    """Batches of `size` of `count` indices; every epoch is a new permutation of all samples.
 
-    Args:
-        count: number of samples.
-        size: samples per batch.
-        parts: parts of the generator's key, such as a seed and a stage.
+    The parts are those of the generator's key, such as a seed and a stage.
     """
 
     def __init__(self, count: int, size: int, *parts: int | str) -> None:
@@ -55,11 +52,7 @@ class Batches:
         return torch.cat(chosen)[rank::ranks]
 
     def require_samples_for_all(self, ranks: int) -> None:
-        """Check that every rank gets a sample of a batch; a mean over no sample is NaN.
-
-        Raises:
-            UserError: there are more ranks than samples in a batch.
-        """
+        """Raise UserError if a rank gets no sample of a batch; a mean over no sample is NaN."""
         if ranks > self.size:
             raise UserError(
                 f"batch_size is {self.size}; expected at least the number of processes ({ranks}); "

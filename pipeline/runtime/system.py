@@ -16,15 +16,9 @@ except ImportError:  # Windows has no such module
 
 
 def require_disk_space(folder: Path, size: int, what: str) -> None:
-    """Check that the disk has room for files before they are made.
+    """Raise UserError if a disk has no room for `size` bytes of files, before they are made.
 
-    Args:
-        folder: folder of the files; it need not exist yet.
-        size: bytes.
-        what: name of the files in the message, a plural.
-
-    Raises:
-        UserError: fewer bytes are free.
+    `what` names the files in the message, a plural.
     """
     existing = folder.absolute()
     while not existing.exists():
@@ -46,13 +40,10 @@ def peak_memory() -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory for the rest of this process.
+    """Make glibc keep freed memory for the rest of this process; return whether it does.
 
-    A training step frees all its activations. By default glibc may return them to the system.
-    Then the next step pays for every page again: up to a fifth of the time of a small network.
-
-    Returns:
-        True if the C library is glibc and accepted the setting; elsewhere nothing changes.
+    A training step frees all its activations. By default glibc may return them to the system. Then
+    the next step pays for every page again: up to a fifth of the time of a small network.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     if not sys.platform.startswith("linux"):

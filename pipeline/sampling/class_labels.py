@@ -1,7 +1,6 @@
 """Class labels of generated samples, and of images whose likelihood is measured.
 
-Generated samples have given classes in turn, or random classes as frequent as in the training
-data. flow.json has the number of training samples of each class.
+Generated samples have given classes in turn, or random ones as frequent as in the training data.
 """
 
 from __future__ import annotations
@@ -42,10 +41,7 @@ class ClassLabels:
     def of_samples(self, first: int, count: int, *seed: int | str) -> Tensor:
         """Return the classes of the samples first … first + count − 1, int64 (count,).
 
-        Args:
-            first: the number of the first sample.
-            count: the number of samples.
-            seed: parts from which randomly chosen classes derive, such as the number of a batch.
+        Randomly chosen classes derive from the parts of the seed, such as the number of a batch.
         """
         if self.in_turn:
             numbers = torch.arange(first, first + count) % len(self.in_turn)
@@ -117,14 +113,9 @@ def parse_classes(run: Run, words: Sequence[str] | None) -> list[int] | None:
 
 
 def condition_of(run: Run, images: ImageSet, indices: npt.NDArray[np.int64]) -> Condition | None:
-    """Return the condition of some images of a set; None for a run without classes.
+    """Return the condition of images (n,) of a set; None for a run without classes.
 
     A folder numbers its own classes, so these are matched with the run's by name.
-
-    Args:
-        run: an open run.
-        images: the set.
-        indices: (n,), of the images.
 
     Raises:
         UserError: an image has no label, or a label that the run does not have.

@@ -1,9 +1,8 @@
 """Sampling: noise goes through the blocks backwards, and the latents are decoded to images.
 
-Images lie in a store inside the run. The store's key derives from everything that decides the
-images: blocks, autoencoder, solvers, n, seed. So images are made once, an interrupted command
-resumes, and any number of processes makes the same images. A store reuses the images of shorter
-and longer stores.
+Images lie in a store inside the run, whose key derives from everything that decides them. So
+images are made once, an interrupted command resumes, and any number of processes makes the same
+images. A store reuses the images of shorter and longer stores.
 """
 
 from __future__ import annotations
@@ -55,17 +54,9 @@ def images_folder(plan: SamplingPlan, n: int, seed: int) -> Path:
 def sample_images(
     plan: SamplingPlan, n: int, seed: int, accelerator: Accelerator, progress: Progress
 ) -> StoreReader:
-    """Sample images, or open those that were sampled earlier.
+    """Sample images, or open those that were sampled earlier; rank r makes shards r, r + P, ….
 
-    Args:
-        plan: the run, and how it is sampled.
-        n: the number of images.
-        seed: the seed of the noise.
-        accelerator: device and processes; rank r makes shards r, r + P, ….
-        progress: wraps the loop over shards.
-
-    Returns:
-        A store with the field `images`, uint8 (n, C, H, W); its manifest has `nfe`.
+    The store has the field `images`, uint8 (n, C, H, W), and its manifest has `nfe`.
 
     Raises:
         UserError: n or the batch size is below 1, or the disk is too small.
@@ -110,12 +101,7 @@ def sample_images(
 
 
 def stores_to_reuse(folder: Path, identity: dict[str, Any]) -> list[tuple[StoreReader, int]]:
-    """Find stores that begin with the same images, each with the number of these images.
-
-    Args:
-        folder: the folder that holds a run's stores.
-        identity: the identity of the store that is to be made.
-    """
+    """Find stores that begin with the same images as an identity's, each with their number."""
     size = identity["batch_size"]  # noise is drawn batch by batch
     if identity["n"] < size:
         return []

@@ -35,15 +35,9 @@ def batches(images: StoreReader, size: int = 500) -> Iterator[Tensor]:
 def write_grid(
     images: StoreReader, path: Path, count: int, columns: int, classes: int = 1
 ) -> None:
-    """Write the first images of a store as one PNG grid.
+    """Write the first `count` images of a store, or fewer, as one PNG grid.
 
-    Args:
-        images: the store.
-        path: the file to write.
-        count: the largest number of images.
-        columns: images per row.
-        classes: the number of classes that the images have in turn; each of several classes has
-            its own row.
+    If the images have several classes in turn, each class has its own row.
 
     Raises:
         UserError: columns is below 1.
@@ -64,13 +58,9 @@ def write_grid(
 
 
 def require_outputs(run: Run, n: int, folder: Path | None, npz: Path | None) -> None:
-    """Refuse outputs that could not be written, before any image is sampled.
+    """Refuse outputs that could not be written, before any of n images is sampled.
 
-    Args:
-        run: the run to be sampled.
-        n: the number of images.
-        folder: the argument of :func:`write_folder`; or None.
-        npz: the argument of :func:`write_npz`; or None.
+    The folder and the npz are those of :func:`write_folder` and :func:`write_npz`.
 
     Raises:
         UserError: the folder holds other files, or a disk is too small.

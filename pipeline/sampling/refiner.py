@@ -1,9 +1,8 @@
 """Refiners: flows in pixel space that sample the detail that a decoder leaves out of an image.
 
 Decoding is many-to-one, so decoded images are smoother than real ones. A refiner is a run with
-`velocity.image_channels` (`pipeline.training.sources`): conditioned on the decoded image c, it
-transports noise to a residual r, and the refined image is c + r. It belongs to one autoencoder and
-serves all flows on that autoencoder.
+`velocity.image_channels`: conditioned on the decoded image c, it transports noise to a residual r,
+and the refined image is c + r. It belongs to one autoencoder and serves all flows on it.
 """
 
 from __future__ import annotations
@@ -27,11 +26,9 @@ from pipeline.sampling.solvers import solver_identity
 
 @dataclass(frozen=True)
 class Refiner:
-    """Refiner of decoded images.
+    """Refiner of decoded images: a run of one block, conditioned on an image.
 
-    Attributes:
-        run: its run, of one block, conditioned on an image.
-        precision: the precision of its network, fp32 or bf16.
+    Its network has the precision fp32 or bf16.
     """
 
     run: Run
@@ -65,15 +62,7 @@ class Refiner:
 
     @torch.inference_mode()
     def sample_detail(self, decoded: Tensor, rng: torch.Generator) -> Tensor:
-        """Add the detail that the decoder left out of images.
-
-        Args:
-            decoded: (B, C, H, W), in [-1, 1].
-            rng: the source of the noise, on the CPU.
-
-        Returns:
-            (B, C, H, W), in [-1, 1].
-        """
+        """Add the detail that the decoder left out of images (B, C, H, W) in [-1, 1]."""
         self.flow.to(decoded.device)
         noise = torch.randn(decoded.shape, generator=rng).to(decoded.device)
         condition = Condition(image=decoded.half().float())  # as in training
@@ -82,12 +71,7 @@ class Refiner:
 
 
 def open_refiner(run: Run, name: str, precision: str) -> Refiner:
-    """Open the refiner of a run's images.
-
-    Args:
-        run: a run on latents.
-        name: the directory of the refiner's run, or zoo:NAME.
-        precision: the precision of its network.
+    """Open the refiner `name`, a run or zoo:NAME, of the images of a run on latents.
 
     Raises:
         UserError: the refiner cannot be opened, is no refiner, or belongs to another autoencoder.

@@ -120,13 +120,7 @@ class SamplingPlan:
         return int(result.nfe) * self.networks_per_evaluation + refiner_nfe
 
     def condition(self, first: int, count: int, *seed: int | str) -> Condition | None:
-        """Return the condition of the samples first … first + count − 1.
-
-        Args:
-            first: the number of the first sample.
-            count: the number of samples.
-            seed: parts from which randomly chosen classes derive.
-        """
+        """Return the condition of the samples first … first + count − 1 (see `ClassLabels`)."""
         if self.labels is None:
             return None
         weight = self.guidance if self.guide is None else 1.0
@@ -150,8 +144,8 @@ class SamplingPlan:
     def differences(self, identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Compare an identity that was written earlier with this plan's, see `differences`.
 
-        An export rounds weights and so changes fingerprints. The fingerprints of this plan's runs
-        before their export count as the present ones.
+        An export changes fingerprints, so those of this plan's runs before it count as the present
+        ones.
         """
         runs = [self.run, self.guide, self.refiner and self.refiner.run]
         renamed = {old: run.fingerprint for run in runs if run for old in run.origins}
@@ -164,10 +158,7 @@ class SamplingPlan:
         return differences(current(dict(identity)), self.identity())
 
     def within(self, nfe: int) -> SamplingPlan:
-        """Return the plan with as many solver steps a block as a budget allows.
-
-        Args:
-            nfe: the largest number of network evaluations per sample.
+        """Return the plan with as many solver steps a block as `nfe` evaluations per sample allow.
 
         Raises:
             UserError: the budget is too small for one step, or a solver is adaptive.
@@ -200,12 +191,7 @@ def with_guidance(
 ) -> GenerateConfig:
     """Apply `--guidance`, `--guide` and `--refiner` to settings; None leaves a setting unchanged.
 
-    Args:
-        settings: the settings of the run.
-        guidance: the weight w.
-        guide: a run, which needs a weight of its own, or `none`, which removes the guide and its
-            weight.
-        refiner: a run with `velocity.image_channels`, or `none`, which removes the refiner.
+    Guide and refiner are runs, or `none`, which removes them. A guide needs a weight of its own.
     """
     if refiner is not None:
         settings = dataclasses.replace(settings, refiner=None if refiner == "none" else refiner)
@@ -219,11 +205,7 @@ def with_guidance(
 
 
 def _open_guide(run: Run, settings: GenerateConfig) -> Run:
-    """Open the guide, cut to the blocks that the run uses.
-
-    Raises:
-        UserError: the guide has no weight, cannot be opened, or does not fit the run.
-    """
+    """Open the guide, cut to the blocks that the run uses; UserError if it does not fit."""
     name = str(settings.guide)
     if settings.guidance is None:
         raise UserError("a guide needs a weight; add --guidance, such as --guidance 2")

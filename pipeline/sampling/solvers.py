@@ -14,11 +14,7 @@ from pipeline.runs.run import Run
 
 
 def solvers_of(run: Run) -> list[SolverConfig]:
-    """Return the solver of each block of a run, data side first.
-
-    Raises:
-        FlowError: too many steps, or an unknown method.
-    """
+    """Return the solver of each block of a run, data side first; FlowError if one is invalid."""
     return run.config.sampler.of_blocks(len(run.flow))
 
 
@@ -38,10 +34,7 @@ def solver_identity(solver: SolverConfig) -> dict[str, Any]:
 def with_solver(run: Run, steps: str | None = None, method: str | None = None) -> Run:
     """Return the run with the solvers of `--steps` and `--method`; None leaves either unchanged.
 
-    Args:
-        run: an open run.
-        steps: one number for all blocks, or one per block separated by commas.
-        method: one method for all blocks, or one per block separated by commas.
+    Each is one value for all blocks, or one per block separated by commas.
 
     Raises:
         UserError: steps are not whole numbers, a method's name is missing, there is not one value
@@ -81,11 +74,7 @@ def _require_one_each(option: str, values: Sequence[object], run: Run) -> None:
 
 
 def whole_numbers(name: str, text: str) -> list[int]:
-    """Numbers of at least 1 separated by commas.
-
-    Raises:
-        UserError: something else.
-    """
+    """Read numbers of at least 1 separated by commas; UserError for something else."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise UserError(
@@ -102,14 +91,10 @@ def budget_steps(
     networks: int,
     refiner_nfe: int,
 ) -> int:
-    """Return the largest number of solver steps a block that a budget of evaluations allows.
+    """Return the most solver steps a block for at most `nfe` network evaluations per sample.
 
-    Args:
-        nfe: the largest number of network evaluations per sample.
-        solvers: the solver of each block, on fixed grids.
-        pieces: the pieces of each block's velocity field.
-        networks: network evaluations that one evaluation of the velocity field takes.
-        refiner_nfe: network evaluations of the refiner per sample.
+    `pieces` are those of each block's velocity field, whose evaluation takes `networks` network
+    evaluations. The refiner takes `refiner_nfe` of the budget.
 
     Raises:
         UserError: the budget is too small for one step, or a solver is adaptive.

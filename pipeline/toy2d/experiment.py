@@ -1,8 +1,5 @@
 """Trains a flow on a two-dimensional point set, measures it and draws its pictures.
 
-The run directory gets the files of `train`, samples/metrics.json, and the pictures of
-`pipeline.toy2d.figures`.
-
 Reference: JKO-iFlow, the two-dimensional experiments.
 """
 
@@ -46,21 +43,14 @@ _BLOCK_KEYS = ("objective", "h", "gamma", "movement", "ter", "iterations", "seco
 def run_experiment(
     config: Config, folder: Path, accelerator: Accelerator, progress: Progress, resume: bool
 ) -> dict[str, Any] | None:
-    """Train an experiment, measure it and draw its pictures.
+    """Train an experiment, measure it and draw its pictures; return samples/metrics.json.
 
-    Args:
-        config: the experiment.
-        folder: the run directory.
-        accelerator: device; a single process.
-        progress: wraps loops.
-        resume: continue an unfinished run; a finished run is only measured and drawn again.
-
-    Returns:
-        The content of samples/metrics.json; None if `train.max_minutes` stopped the training.
+    With `resume` an unfinished run continues, and a finished one is only measured and drawn again.
+    The result is None if `train.max_minutes` stopped the training.
 
     Raises:
-        UserError: the configuration is invalid, there are several processes, or the folder holds
-            a run and `resume` is False.
+        UserError: the configuration is invalid, there are several processes, or the folder holds a
+            run and `resume` is False.
         JkoflowError: a block failed.
     """
     if accelerator.num_processes > 1:

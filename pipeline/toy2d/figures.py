@@ -34,15 +34,7 @@ _SOLVER = SolverConfig(method="dopri5", rtol=1e-4, atol=1e-4)
 def draw_all(
     run: Run, source: PointSource, folder: Path, device: torch.device, progress: Progress
 ) -> None:
-    """Write pictures of samples, density, trajectories (also animated) and movement.
-
-    Args:
-        run: the finished run, its flow on `device`.
-        source: source of its points.
-        folder: folder of the pictures.
-        device: device of the flow.
-        progress: wraps the loop over the chunks of the density.
-    """
+    """Write pictures of samples, density, trajectories (also animated) and movement of a run."""
     data = source.sample("pictures", 0, _DOTS)
     noise = torch.randn((_DOTS, 2), generator=generator(source.seed, "pictures"))
     limits = window(data)
@@ -77,17 +69,10 @@ def draw_density(
 def draw_trajectories(
     flow: Flow, data: Tensor, noise: Tensor, folder: Path, device: torch.device
 ) -> None:
-    """Draw trajectories over the blocks in both directions, as panels and as an animation.
+    """Draw trajectories of data and noise (N, 2) over the blocks, as panels and as an animation.
 
-    States of the animation within a block are states of the ODE, not interpolations: each block
-    is split into children that compose the same map.
-
-    Args:
-        flow: the flow.
-        data: (N, 2).
-        noise: (N, 2).
-        folder: folder of the pictures.
-        device: device of the flow.
+    States of the animation within a block are states of the ODE, not interpolations: each block is
+    split into children that compose the same map.
     """
     forward = [z.cpu() for z in flow.trajectory(data.to(device), solver=_SOLVER)]
     backward = [z.cpu() for z in flow.trajectory(noise.to(device), True, _SOLVER)]

@@ -1,7 +1,6 @@
 """Densities in the plane that are proportional to the darkness of a grey picture.
 
-`PictureDensity` reads an image file; `rose_density` and `tree_density` are pictures drawn by
-formulas, as in the image experiments of the paper.
+`rose_density` and `tree_density` are drawn by formulas, as in the image experiments of the paper.
 """
 
 from __future__ import annotations
@@ -63,11 +62,7 @@ class PictureDensity:
 
     @classmethod
     def from_file(cls, path: Path) -> PictureDensity:
-        """Read an image file of any size and mode.
-
-        Args:
-            path: a format that Pillow reads; transparent pixels become white. Larger pictures
-                are reduced to 512 pixels.
+        """Read an image file of any size and mode, reduced to 512 pixels; transparency is white.
 
         Raises:
             UserError: the file is absent, not an image, or of one colour.

@@ -1,7 +1,7 @@
 """Two-dimensional data sets: seeded samplers and, where known, their log-densities.
 
-Points are float32 (n, 2). Most points of a set are within [-4, 4]², except those of `gaussian`,
-the setting of the released code, with standard deviations 3.5 and 1.4 along the diagonals.
+Most points of a set are within [-4, 4]², except those of `gaussian`, the setting of the released
+code, with standard deviations 3.5 and 1.4 along the diagonals.
 """
 
 from __future__ import annotations
@@ -25,13 +25,7 @@ LogDensity = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PointSet:
-    """Point set: a distribution in the plane.
-
-    Attributes:
-        name: a key of `POINTS`, or `picture`.
-        sample: samples n points, float32 (n, 2), with a generator.
-        log_density: log-density of the distribution; None without a closed form.
-    """
+    """Point set: a distribution in the plane; its log-density is None without a closed form."""
 
     name: str
     sample: Sampler
@@ -39,11 +33,7 @@ class PointSet:
 
 
 def point_set(name: str, path: str | Path | None = None) -> PointSet:
-    """Return the point set of a name.
-
-    Args:
-        name: a key of `POINTS`, or `picture`.
-        path: path of the image file of a picture.
+    """Return the point set of a key of `POINTS`, or of the `picture` in an image file.
 
     Raises:
         UserError: the name is unknown, or the picture has no path or is not readable.
@@ -61,7 +51,7 @@ def point_set(name: str, path: str | Path | None = None) -> PointSet:
 
 def two_moons(n: int, generator: torch.Generator) -> Tensor:
     """Sample points (n, 2) of two interleaved half circles of radius 2, with noise 0.2."""
-    angle = math.pi * _uniform(n, generator)
+    angle = math.pi * torch.rand(n, generator=generator)
     lower = torch.randint(2, (n,), generator=generator).bool()
     x = torch.where(lower, 1 - angle.cos(), angle.cos()) - 0.5
     y = torch.where(lower, 0.5 - angle.sin(), angle.sin()) - 0.25
@@ -83,32 +73,33 @@ def checkerboard_log_density(points: Tensor) -> Tensor:
     return torch.where(dark, -math.log(32), -math.inf).double()
 
 
-_RADIUS, _STD = 4 / math.sqrt(2), 0.5 / math.sqrt(2)
+_STD = 0.5 / math.sqrt(2)
+_ANGLES = torch.arange(8) * (math.pi / 4)
+_CENTRES = 4 / math.sqrt(2) * torch.stack([_ANGLES.cos(), _ANGLES.sin()], dim=1)
 
 
 def eight_gaussians(n: int, generator: torch.Generator) -> Tensor:
     """Sample points (n, 2) of eight Gaussians of deviation 0.354 on a circle of radius 2.83."""
-    centre = _centres()[torch.randint(8, (n,), generator=generator)]
-    return centre + _STD * _normal(n, generator)
+    return _CENTRES[torch.randint(8, (n,), generator=generator)] + _STD * _normal(n, generator)
 
 
 def eight_gaussians_log_density(points: Tensor) -> Tensor:
     """Return the log-density of the mixture in nats, float64 (n,)."""
-    squared = (points.double()[:, None] - _centres().double()).square().sum(dim=2)
+    squared = (points.double()[:, None] - _CENTRES.double()).square().sum(dim=2)
     log_each = -squared / (2 * _STD**2) - math.log(2 * math.pi * _STD**2) - math.log(8)
     return log_each.logsumexp(dim=1)
 
 
 def swiss_roll(n: int, generator: torch.Generator) -> Tensor:
     """Sample points (n, 2) of the spiral r = t / 3.8, t in [1.5π, 4.5π], with noise 0.15."""
-    t = 1.5 * math.pi * (1 + 2 * _uniform(n, generator))
+    t = 1.5 * math.pi * (1 + 2 * torch.rand(n, generator=generator))
     roll = torch.stack([t * t.cos(), t * t.sin()], dim=1) / 3.8
     return roll + 0.15 * _normal(n, generator)
 
 
 def circles(n: int, generator: torch.Generator) -> Tensor:
     """Sample points (n, 2) of two circles of radius 3 and 1.5, with noise 0.2."""
-    angle = 2 * math.pi * _uniform(n, generator)
+    angle = 2 * math.pi * torch.rand(n, generator=generator)
     radius = 1.5 * (1 + torch.randint(2, (n,), generator=generator))
     ring = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
     return ring + 0.2 * _normal(n, generator)
@@ -142,27 +133,12 @@ def gaussian_log_density(points: Tensor) -> Tensor:
     return -(squared + torch.logdet(2 * math.pi * covariance)) / 2
 
 
-def rose(n: int, generator: torch.Generator) -> Tensor:
-    """Sample points (n, 2) of the density of the rose."""
-    return rose_density().sample(n, generator)
+def _of_picture(draw: Callable[[], PictureDensity]) -> tuple[Sampler, LogDensity]:
+    """Return sampler and log-density of a picture, which is drawn at its first use."""
+    return (lambda n, rng: draw().sample(n, rng)), (lambda points: draw().log_density(points))
 
 
-def rose_log_density(points: Tensor) -> Tensor:
-    """Return the log-density of the rose in nats, float64 (n,)."""
-    return rose_density().log_density(points)
-
-
-def tree(n: int, generator: torch.Generator) -> Tensor:
-    """Sample points (n, 2) of the density of the tree."""
-    return tree_density().sample(n, generator)
-
-
-def tree_log_density(points: Tensor) -> Tensor:
-    """Return the log-density of the tree in nats, float64 (n,)."""
-    return tree_density().log_density(points)
-
-
-#: sampler and, where it has a closed form, log-density; a picture is drawn at its first use
+#: sampler and, where it has a closed form, log-density
 POINTS: dict[str, tuple[Sampler, LogDensity | None]] = {
     "two_moons": (two_moons, None),
     "checkerboard": (checkerboard, checkerboard_log_density),
@@ -171,22 +147,11 @@ POINTS: dict[str, tuple[Sampler, LogDensity | None]] = {
     "circles": (circles, None),
     "pinwheel": (pinwheel, None),
     "gaussian": (gaussian, gaussian_log_density),
-    "rose": (rose, rose_log_density),
-    "tree": (tree, tree_log_density),
+    "rose": _of_picture(rose_density),
+    "tree": _of_picture(tree_density),
 }
-
-
-def _uniform(n: int, generator: torch.Generator) -> Tensor:
-    """Sample U(0, 1), float32 (n,)."""
-    return torch.rand(n, generator=generator)
 
 
 def _normal(n: int, generator: torch.Generator) -> Tensor:
     """Sample N(0, I), float32 (n, 2)."""
     return torch.randn((n, 2), generator=generator)
-
-
-def _centres() -> Tensor:
-    """Return the centres of the eight Gaussians, (8, 2)."""
-    angle = torch.arange(8) * (math.pi / 4)
-    return _RADIUS * torch.stack([angle.cos(), angle.sin()], dim=1)

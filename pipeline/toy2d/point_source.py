@@ -22,9 +22,6 @@ from pipeline.training.stages import ensure_stage
 class PointSource:
     """Sample source of a two-dimensional point set, seeded by train.seed.
 
-    Args:
-        config: sections data (name, path) and points, and train.seed.
-
     Raises:
         UserError: the configuration has no points, or the point set is unknown or unreadable.
     """

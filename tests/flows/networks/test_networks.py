@@ -9,7 +9,7 @@ import torch
 
 from flows.errors import FlowError
 from flows.networks.config import VelocityConfig
-from flows.networks.layers import TimeFeatures
+from flows.networks.layers import ContextFeatures
 from flows.networks.piecewise import TimeSlice
 from flows.networks.registry import KINDS, make_velocity
 from flows.solving.estimators import Exact
@@ -102,7 +102,7 @@ def test_time_slice_rescales_time_and_speed():
 
 
 def test_time_features_make_at_most_one_period():
-    features = TimeFeatures(6)
+    features = ContextFeatures(VelocityConfig(time_features=6))
     assert features.omega.tolist() == pytest.approx([1.5708, 3.1416, 6.2832], rel=1e-4)
     assert features(torch.tensor(0.0)).flatten().tolist() == [0, 0, 0, 1, 1, 1]
 
