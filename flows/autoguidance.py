@@ -1,12 +1,9 @@
 """Autoguidance: a flow extrapolated away from a weaker flow, the guide.
 
-Let v be the velocity of a flow, with or without classes, and v_g that of its guide: a smaller
-network, or one trained for less time. Samples follow
+    v_g(t, z) + w (v(t, z, y) − v_g(t, z))
 
-    v_g(t, z) + w (v(t, z, y) − v_g(t, z)).
-
-The guide never sees the class y. With w = 1 this is the flow's own field. With w > 1 it
-extrapolates away from the guide's errors, which are the flow's own, only larger.
+The guide's velocity v_g never sees the class y: it is a smaller network, or one trained for less
+time. w > 1 extrapolates away from its errors, which are the flow's own, only larger.
 
 Reference: Karras et al., "Guiding a diffusion model with a bad version of itself" (2024).
 """
@@ -27,12 +24,9 @@ from flows.networks.piecewise import ROUNDING, aligned_steps
 
 
 class Autoguided(Velocity):
-    """A velocity extrapolated away from that of a guide.
+    """A velocity extrapolated away from that of a guide on the same samples.
 
-    Args:
-        inner: v, with or without classes.
-        guide: v_g on the same samples; if it has classes, it is evaluated at the null label.
-        weight: w, finite and not negative.
+    A guide with classes is evaluated at the null label. The weight w is finite and not negative.
 
     Raises:
         FlowError: the samples have different shapes, or w is out of range.
@@ -72,13 +66,8 @@ class Autoguided(Velocity):
 def autoguide(flow: Flow, guide: Flow, weight: float) -> Flow:
     """Return the flow with each block extrapolated away from the guide's block.
 
-    The result shares the weights of both. A fixed grid gets the least number of sub-intervals
-    that also has a node at the guide's jumps.
-
-    Args:
-        flow: K blocks.
-        guide: K blocks on samples of the same shape.
-        weight: w, finite and not negative.
+    The result shares the weights of both. A fixed grid gets the least number of sub-intervals that
+    also has a node at the guide's jumps.
 
     Raises:
         FlowError: the numbers of blocks or the shapes differ, or w is out of range.

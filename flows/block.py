@@ -21,10 +21,9 @@ from flows.solving.solver import SolverConfig
 
 @dataclass(frozen=True)
 class Transport:
-    """The result of one pass through a block.
+    """The result of one pass through a block: samples (B, *shape) at its other end.
 
     Attributes:
-        z: samples (B, *shape) at the other end of the block.
         log_det: log |det ∂z(end)/∂z(start)| in nats, (B,), for the direction of the pass; None
             without a divergence estimator.
         log_det_probes: the estimates (n, B) by each of n probes, whose mean is ``log_det``.
@@ -38,12 +37,7 @@ class Transport:
 
 
 class Block(nn.Module):
-    """A velocity field and the solver that integrates it.
-
-    Args:
-        velocity: the field v(t, z).
-        solver: the solver of training, and of every pass that gives no other; None takes the
-            default.
+    """A velocity field and the solver that integrates it in training, and where no other is given.
 
     Raises:
         FlowError: a sub-interval of the fixed grid crosses a jump of the field.
@@ -68,20 +62,12 @@ class Block(nn.Module):
         solver: SolverConfig | None = None,
         condition: Condition | None = None,
     ) -> Transport:
-        """Transport samples through the block, differentiably.
+        """Transport samples (B, *shape) through the block, or back with ``reverse``, differentiably.
 
-        Args:
-            z: samples (B, *shape) at t = 0; with ``reverse`` at t = 1.
-            reverse: whether to go from 1 to 0, which is the inverse map.
-            divergence: estimator of ∇·v; None skips the log-det.
-            eps: the estimator's probes (n, B, *shape), from ``divergence.draw_probe``; or those of
-                each evaluation, on a fixed grid without the adjoint method.
-            solver: overrides the block's own.
-            condition: labels, images and guidance of the samples.
-
-        Returns:
-            the samples at the other end and, with a divergence, the log-det of the map:
-            +∫₀¹ ∇·v dt forwards, −∫₀¹ ∇·v dt in reverse.
+        With a divergence estimator the log-det of the map is +∫₀¹ ∇·v dt forwards, −∫₀¹ ∇·v dt in
+        reverse. Its probes ``eps`` (n, B, *shape) are from ``divergence.draw_probe``; or those of
+        each evaluation, on a fixed grid without the adjoint method. ``solver`` overrides the
+        block's own.
 
         Raises:
             FlowError: z has another shape than the velocity's samples, the probes are missing, the

@@ -8,15 +8,10 @@ class FlowError(ValueError):
 
 
 class SolveError(RuntimeError):
-    """A failed solve of a block's neural ODE.
+    """A failed solve of a block's neural ODE, after some evaluations, at block time t in [0, 1].
 
-    All arguments are positional, so that the error can be rebuilt from its ``args`` (pickle).
-
-    Attributes:
-        reason: the cause, as a clause.
-        t: block time in [0, 1] of the failure.
-        evaluations: evaluations of the right-hand side before it.
-        block: index of the block in its flow; None if it is unknown.
+    All arguments are positional, so that the error can be rebuilt from its ``args`` (pickle). The
+    reason is a clause, and the block None if it is unknown.
     """
 
     def __init__(

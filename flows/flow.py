@@ -26,12 +26,7 @@ Solvers = SolverConfig | Sequence[SolverConfig] | None
 
 @dataclass(frozen=True)
 class FlowTransport:
-    """Samples that all blocks have transported.
-
-    Attributes:
-        z: samples (n, *shape) at the other end of the flow.
-        nfe: evaluations of v per sample, summed over the blocks.
-    """
+    """Samples (n, *shape) at the other end of the flow, and evaluations of v per sample."""
 
     z: Tensor
     nfe: int
@@ -44,10 +39,7 @@ class Flow(nn.Module):
 
     Encoding runs left to right, decoding and sampling right to left. No method records gradients:
     training transports samples through one block at a time (:meth:`flows.block.Block.transport`).
-
-    Args:
-        shape: shape of one sample, (D,) or (C, H, W). The flow has no blocks;
-            :meth:`from_blocks` makes one with blocks.
+    Without :meth:`from_blocks` a flow on samples (D,) or (C, H, W) has no blocks.
     """
 
     def __init__(self, shape: Sequence[int]) -> None:
@@ -59,12 +51,7 @@ class Flow(nn.Module):
 
     @classmethod
     def from_blocks(cls, shape: Sequence[int], blocks: Iterable[tuple[BlockSpec, Block]]) -> Flow:
-        """Join blocks into a flow, which shares their weights.
-
-        Args:
-            shape: shape of one sample, (D,) or (C, H, W).
-            blocks: (specification, block) pairs, data side first.
-        """
+        """Join (specification, block) pairs, data side first, into a flow that shares them."""
         flow = cls(shape)
         for spec, block in blocks:
             flow.specs.append(spec)
@@ -118,14 +105,9 @@ class Flow(nn.Module):
         return self.transport(z_K, True, solver, chunk, condition).z
 
     def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw z_K ~ N(0, I), (n, *shape), on the device and in the dtype of the weights.
+        """Draw n ≥ 1 samples z_K ~ N(0, I), (n, *shape), like the weights in device and dtype.
 
-        Args:
-            n: number of samples, at least 1.
-            generator: source of the noise, which may be on another device.
-
-        Raises:
-            FlowError: n < 1.
+        The generator may be on another device. A smaller n is a FlowError.
         """
         if n < 1:
             raise FlowError(f"at least 1 sample must be drawn, not {n}")
@@ -142,8 +124,8 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Draw n samples z_0 (n, *shape): decode z_K ~ N(0, I).
 
-        All noise is drawn before the first chunk, so with a fixed grid the samples do not depend
-        on ``chunk``. See :meth:`draw_noise` and :meth:`transport`.
+        All noise is drawn before the first chunk, so on a fixed grid samples do not depend on
+        ``chunk``.
         """
         return self.decode(self.draw_noise(n, generator), solver, chunk, condition)
 
@@ -156,18 +138,14 @@ class Flow(nn.Module):
         chunk: int = CHUNK,
         condition: Condition | None = None,
     ) -> FlowTransport:
-        """Transport samples through all blocks, a chunk at a time to bound the memory.
+        """Transport samples (n, *shape) through all blocks, ``chunk`` of them in memory together.
 
-        Args:
-            z: z_0 (n, *shape), n ≥ 1; with ``reverse`` z_K.
-            reverse: whether to go from noise to data.
-            solver: overrides the blocks' own; a sequence has one solver for each block.
-            chunk: samples in memory together. Adaptive solvers choose their steps for a chunk.
-            condition: labels, images and guidance of the n samples.
+        ``reverse`` goes from noise to data. ``solver`` overrides the blocks' own; a sequence has
+        one for each block. Adaptive solvers choose their steps for a chunk.
 
         Raises:
-            FlowError: z has another shape, the condition does not fit, or the number of solvers
-                is not that of blocks.
+            FlowError: z has another shape, the condition does not fit, or the number of solvers is
+                not that of blocks.
             SolveError: a block cannot be solved; the error names it.
         """
         self.check_samples(z)
@@ -213,10 +191,9 @@ class Flow(nn.Module):
         eps: Tensor | None = None,
         condition: Condition | None = None,
     ) -> Transport:
-        """Transport samples (B, *shape) through one block; a failure names the block.
+        """Transport samples (B, *shape) through the block of an index; a failure names the block.
 
-        ``index`` is that of the block; the other arguments are those of :meth:`transport` and
-        :meth:`flows.block.Block.transport`.
+        The other arguments are those of :meth:`flows.block.Block.transport`.
         """
         if isinstance(solver, Sequence):
             if len(solver) != len(self):

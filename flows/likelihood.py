@@ -23,9 +23,8 @@ class LogProb:
         value: log p(z_0) in nats, (n,).
         standard_error: standard error of each value over the probes in nats, (n,); None for the
             exact divergence, and for a single probe.
-        inversion_error: ‖z_0 − T⁻¹(T(z_0))‖, (n,).
-        nfe: evaluations of v per sample in the likelihood solve; those of the inversion are not
-            counted.
+        inversion_error: ‖z_0 − T⁻¹(T(z_0))‖, (n,), with the same solver.
+        nfe: evaluations of v per sample in the likelihood solve, without the inversion.
         dim: D.
     """
 
@@ -58,22 +57,12 @@ def log_prob(
     chunk: int = 1024,
     condition: Condition | None = None,
 ) -> LogProb:
-    """Compute log p(z_0) = log N(z_K; 0, I) + Σ_k ∫₀¹ ∇·v_k dt, given labels log p(z_0 | y).
+    """Compute log p(z_0) = log N(z_K; 0, I) + Σ_k ∫₀¹ ∇·v_k dt of samples (n, *shape), n ≥ 1.
 
-    Args:
-        flow: the blocks.
-        z_0: samples (n, *shape), n ≥ 1.
-        divergence: an estimator of ∇·v, or its name.
-        probes: number of probes of an estimator given by its name.
-        solver: the solver; None is dopri5 with tolerance 1e-5. The training grid is too coarse:
-            its log-det is not that of the flow's map.
-        generator: source of the probes, which are drawn for each block and chunk.
-        chunk: samples in memory together; the exact divergence needs D times their memory.
-        condition: labels, images and guidance of the samples.
-
-    Returns:
-        the log-likelihoods in nats, their standard errors over the probes, and the inversion
-        errors ‖z_0 − T⁻¹(T(z_0))‖ with the same solver.
+    Given labels it is log p(z_0 | y). The divergence is an estimator of ∇·v, or its name with a
+    number of probes, which the generator draws for each block and chunk. The default solver is
+    dopri5 with tolerance 1e-5: the training grid is too coarse for the log-det of the flow's map.
+    ``chunk`` samples are in memory together; the exact divergence needs D times their memory.
 
     Raises:
         FlowError: z_0 has another shape, or the condition does not fit.

@@ -13,11 +13,7 @@ from flows.networks.base import SmoothPiece, Velocity, optional
 
 
 class MixedPrecision(Velocity):
-    """A velocity under autocast to bfloat16, whose result has the dtype of the samples.
-
-    Args:
-        inner: the velocity; its weights keep their dtype.
-    """
+    """A velocity under autocast to bfloat16; weights and result keep their dtypes."""
 
     def __init__(self, inner: Velocity) -> None:
         super().__init__(inner.shape, inner.classes)

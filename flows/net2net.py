@@ -35,12 +35,8 @@ _NET_PREFIX = re.compile(r"nets\.\d+\.")
 def widening_factor(narrow: VelocityConfig, wide: VelocityConfig) -> int | None:
     """Return the factor r ≥ 1 by which a network can be widened, or None if it cannot.
 
-    Args:
-        narrow: the present network.
-        wide: the widened network; all but the width must be equal, which is not checked.
-
-    Returns:
-        r; None if the width is not a multiple, or the kind cannot be widened.
+    All but the width must be equal, which is not checked. It cannot be widened to a width that is
+    no multiple, or if its kind does not allow it.
     """
     if wide.width == narrow.width:
         return 1
@@ -60,15 +56,9 @@ def transform_block(
 ) -> Block:
     """Build the block of another specification with the same map.
 
-    Args:
-        block: the present block.
-        before: its specification.
-        after: the new specification; of the velocity only width, classes and nets may differ.
-        generator: source of the random shares of :func:`widen`.
-
-    Returns:
-        the new block, or the present one if the velocities are equal. If the classes differ, every
-        new class starts as the null label did.
+    Of the velocity only width, classes and nets may differ; equal velocities give the present
+    block. If the classes differ, every new class starts as the null label did. The generator is
+    the source of the random shares of :func:`widen`.
     """
     if before.velocity == after.velocity:
         return block
@@ -94,14 +84,9 @@ def widen(
 ) -> dict[str, Tensor]:
     """Compute the weights of a network of r times the width that is the same field.
 
-    Args:
-        state: state dict of the narrow network: weights (outputs, inputs, …) and vectors
-            (features,).
-        network: the wide network of the same kind and depth; its weights are not read.
-        generator: source of the random shares.
-
-    Returns:
-        a state dict that the wide network loads; v(t, z) is unchanged up to rounding.
+    The state dict of the narrow network has weights (outputs, inputs, …) and vectors (features,).
+    The wide network is of the same kind and depth; its weights are not read. v(t, z) is unchanged
+    up to rounding.
     """
     own = network.state_dict()
     wide = {name: _widen(value, own[name].shape, generator) for name, value in state.items()}
@@ -130,10 +115,9 @@ def _widen(value: Tensor, shape: torch.Size, generator: torch.Generator) -> Tens
 
 
 def _rescale_queries(wide: dict[str, Tensor], name: str, factor: int) -> None:
-    """Divide the queries by √r, so that the attention weights stay what they were.
+    """Divide the queries, the first third of the outputs, by √r.
 
-    With r times the features in a head, q·k grows by r and √d by √r. The queries are the first
-    third of the layer's outputs.
+    With r times the features in a head, q·k grows by r and √d by √r, so attention stays the same.
     """
     scale = (1 / factor) ** 0.5
     for part in ("weight", "bias"):

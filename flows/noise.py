@@ -12,12 +12,9 @@ from torch import Tensor
 def draw_gaussian(
     shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw independent N(0, 1) values of the given shape (…).
+    """Draw independent N(0, 1) values of a shape (…), with the device and dtype of ``like``.
 
-    Args:
-        shape: shape of the result.
-        like: tensor whose device and dtype the result has.
-        generator: source, which may be on another device; None uses PyTorch's global generator.
+    The generator may be on another device; None is PyTorch's global generator.
     """
     device = like.device if generator is None else generator.device
     noise = torch.randn(shape, generator=generator, device=device, dtype=like.dtype)
@@ -27,10 +24,7 @@ def draw_gaussian(
 def draw_rademacher(
     shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw independent values −1 or 1 with equal probability, of the given shape (…).
-
-    The arguments are those of :func:`draw_gaussian`.
-    """
+    """Draw independent values −1 or 1 of a shape (…), as :func:`draw_gaussian` does."""
     device = like.device if generator is None else generator.device
     coin = torch.randint(2, shape, generator=generator, device=device)
     return coin.to(like.dtype).mul_(2).sub_(1).to(like.device)

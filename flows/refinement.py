@@ -19,21 +19,13 @@ from flows.spec import BlockSpec
 def split_block(
     spec: BlockSpec, block: Block, c: int, steps: int | None = None
 ) -> list[tuple[BlockSpec, Block]]:
-    """Split a block into c children that together are the same map.
+    """Split a block into c ≥ 1 children that together are the same map, data side first.
 
     Child j follows v on [j/c, (j+1)/c] with step size h/c, so it starts on its parent's
     trajectory. The children have copies of the weights and can be trained separately. A free block
-    (h None) has no step size to divide, so it has a single child.
-
-    Args:
-        spec: the block's specification.
-        block: the block; it does not change.
-        c: number of children, at least 1.
-        steps: sub-intervals of a child; None takes ⌈S/c⌉, or the next larger number whose grid has
-            a node at every switch between several networks.
-
-    Returns:
-        the specifications and blocks of the children, data side first.
+    (h None) has no step size to divide, so it has a single child. A child has ⌈S/c⌉ sub-intervals,
+    or the next larger number whose grid has a node at every switch between networks, unless
+    ``steps`` are given.
 
     Raises:
         FlowError: c < 1.
@@ -55,16 +47,7 @@ def split_block(
 
 
 def refine_blocks(flow: Flow, c: int, steps: int | None = None) -> Flow:
-    """Split every block of a flow into c children; see :func:`split_block`.
-
-    Args:
-        flow: the flow; it does not change.
-        c: children of each block that is not free, at least 1.
-        steps: sub-intervals of a child, as in :func:`split_block`.
-
-    Raises:
-        FlowError: c < 1.
-    """
+    """Split every block of a flow into c children; see :func:`split_block`."""
     pairs = zip(flow.specs, flow, strict=True)
     children = [child for spec, block in pairs for child in split_block(spec, block, c, steps)]
     return Flow.from_blocks(flow.shape, children)

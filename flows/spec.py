@@ -67,12 +67,7 @@ class BlockSpec:
         return (self.start, self.length) != (0.0, 1.0)
 
     def child(self, index: int, children: int) -> BlockSpec:
-        """Return the specification of one of the equal parts of this block.
-
-        Args:
-            index: the part, from 0.
-            children: number of parts.
-        """
+        """Return the specification of one of the equal parts of this block, counted from 0."""
         return replace(
             self,
             h=None if self.h is None else self.h / children,
@@ -95,11 +90,7 @@ class BlockSpec:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> BlockSpec:
-        """Build a specification from :meth:`to_dict`; a missing key takes its default.
-
-        Raises:
-            FlowError: a key is unknown, or a value is out of range.
-        """
+        """Build a specification from :meth:`to_dict`; an unknown key is a FlowError."""
         plain = dict(plain)
         for name, kind in (("velocity", VelocityConfig), ("solver", SolverConfig)):
             if name in plain:
@@ -110,12 +101,7 @@ class BlockSpec:
 def build_block(
     spec: BlockSpec, shape: tuple[int, ...], generator: torch.Generator | None = None
 ) -> Block:
-    """Build a freshly initialised block.
-
-    Args:
-        spec: the block's specification.
-        shape: shape of one sample, (D,) or (C, H, W).
-        generator: source of the initial weights; None uses PyTorch's global generator.
+    """Build a freshly initialised block on samples (D,) or (C, H, W); see `make_velocity`.
 
     Raises:
         FlowError: the network cannot have samples of this shape, or a sub-interval of the solver

@@ -10,16 +10,11 @@ from pipeline.optim.optimisers import MuonAdam
 
 
 def warmup_cosine(step: int, steps: int, *, peak: float, final: float, warmup: int) -> float:
-    """Compute the learning rate of a step.
+    """Compute the learning rate of step n of N, from a peak η to a fraction f of it.
 
         η_n = η · (f + (1 − f) · ½ (1 + cos(π n / N))) · min(1, (n + 1) / w)
 
-    Args:
-        step: n, from 0 to N − 1.
-        steps: N, length of the training.
-        peak: η.
-        final: f, the last learning rate as a fraction of the peak.
-        warmup: w, steps of linear warm-up; 0 and 1 are without.
+    w are the steps of linear warm-up; 0 and 1 are without.
     """
     cosine = 0.5 * (1.0 + math.cos(math.pi * step / steps))
     return peak * (final + (1.0 - final) * cosine) * min(1.0, (step + 1) / max(1, warmup))
