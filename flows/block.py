@@ -62,7 +62,7 @@ class Block(nn.Module):
         solver: SolverConfig | None = None,
         condition: Condition | None = None,
     ) -> Transport:
-        """Transport samples (B, *shape) through the block, or back with ``reverse``, differentiably.
+        """Transport samples (B, *shape) through the block, differentiably; ``reverse`` goes back.
 
         With a divergence estimator the log-det of the map is +∫₀¹ ∇·v dt forwards, −∫₀¹ ∇·v dt in
         reverse. Its probes ``eps`` (n, B, *shape) are from ``divergence.draw_probe``; or those of

@@ -83,11 +83,6 @@ def _silent(_: str) -> None:
     """Ignore a message."""
 
 
-def asset_sha256(name: str) -> str:
-    """Return the sha256 of an asset's content, equal for all mirrors."""
-    return ASSETS[name].sha256
-
-
 def _is_stored(asset: Asset, folder: Path, log: Log) -> bool:
     """Return whether the stored files are complete and of this asset; log the reason if not."""
     manifest_path = folder / _MANIFEST

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.assets.fetch import asset_sha256, fetch_asset
+from pipeline.assets.catalogue import ASSETS
+from pipeline.assets.fetch import fetch_asset
 from pipeline.data.image_folder import load_folder
 from pipeline.data.image_set import ArrayPixels, ImageSet, apply_limit, fingerprint, join
 from pipeline.data.imagenet32 import load_imagenet32
@@ -77,7 +78,7 @@ def _of_asset(
 ) -> ImageSet:
     """Return the images of an asset, arrays (N, C, H, W) and (N,) uint8, as an image set."""
     count, extra = apply_limit(len(images), limit)
-    content = {"name": name, "split": split, "content": asset_sha256(name)}
+    content = {"name": name, "split": split, "content": ASSETS[name].sha256}
     _, channels, height, width = images.shape
     return ImageSet(
         name=name,

@@ -120,7 +120,7 @@ class Evaluator(FeatureExtractor):
         if n:
             images = at_least(data, n)
             return kid_precision_recall(images, self.real_features(images, n), sampled)
-        stored = stored_real_features(data, extractor_identity())
+        stored = stored_real_features(data)
         if stored is None or len(sampled) < LEAST:
             return {}
         return kid_precision_recall(*stored, sampled)

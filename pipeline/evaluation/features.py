@@ -19,7 +19,8 @@ from eval.distances import frechet_distance
 from eval.gaussian import GaussianStats
 from eval.images import stats_of
 from eval.inception import EXTRACTOR, FidInception
-from pipeline.assets.fetch import asset_sha256, fetch_asset
+from pipeline.assets.catalogue import ASSETS
+from pipeline.assets.fetch import fetch_asset
 from pipeline.data.image_set import ImageSet
 from pipeline.data.standardisation import Standardisation
 from pipeline.evaluation.real_images import ORDER, subset_indices
@@ -101,13 +102,7 @@ class FeatureExtractor:
     def real_features(self, images: ImageSet, n: int) -> StoreReader:
         """Extract the features of n real images of a set, in the order of `subset_indices`."""
         order = subset_indices(images, n)
-        identity = {
-            "kind": "real",
-            "data": images.fingerprint,
-            "n": n,
-            "order": ORDER,
-            **extractor_identity(),
-        }
+        identity = real_features_identity(images, n)
         folder = data_root() / "features" / f"real-{content_key(identity)}"
         return self.features(
             folder, identity, n, lambda a, b, _: torch.from_numpy(images.take(order[a:b])), "real"
@@ -172,4 +167,10 @@ def statistics_of(features: StoreReader) -> GaussianStats:
 
 def extractor_identity() -> dict[str, str]:
     """Return the name of the network and the sha256 of its weights, for the keys of stores."""
-    return {"extractor": EXTRACTOR, "weights": asset_sha256("inception")[:16]}
+    return {"extractor": EXTRACTOR, "weights": ASSETS["inception"].sha256[:16]}
+
+
+def real_features_identity(images: ImageSet, n: int | None = None) -> dict[str, Any]:
+    """Return the identity of the store of features of n real images."""
+    content = {"kind": "real", "data": images.fingerprint, "n": n, "order": ORDER}
+    return content | extractor_identity()

@@ -6,9 +6,7 @@ Inception is slow on a CPU, so by default only stored features of real images ar
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +16,11 @@ from eval.distances import kid, precision_recall
 from pipeline.config.data import DataConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
-from pipeline.errors import JkoflowError, UserError
+from pipeline.errors import JkoflowError
+from pipeline.evaluation.features import real_features_identity
 from pipeline.runtime.rng import generator
-from pipeline.storage import atomic
 from pipeline.storage.paths import data_root
-from pipeline.storage.shards import MANIFEST, StoreReader, open_store
+from pipeline.storage.shards import StoreReader, find_similar_stores
 
 #: the most images of either set; 10 000 x 2 048 floats take 80 MB, and the cost is quadratic
 MOST = 10_000
@@ -30,27 +28,18 @@ MOST = 10_000
 LEAST = 4
 
 
-def stored_real_features(
-    data: DataConfig, extractor: dict[str, str]
-) -> tuple[ImageSet, StoreReader] | None:
-    """Find real images with the largest complete store of their features, or None.
-
-    They are of the test split or else of the training split, and of the given network.
-    """
-    stored = _manifests()
-    for split in dict.fromkeys((data.test_split, data.split)) if stored else ():
+def stored_real_features(data: DataConfig) -> tuple[ImageSet, StoreReader] | None:
+    """Find real images, of the test or else of the training split, with their most features."""
+    folder = data_root() / "features"
+    splits = dict.fromkeys((data.test_split, data.split))
+    for split in splits if any(folder.glob("real-*")) else ():
         try:
             images = load_images(data.of_split(split))
         except (JkoflowError, OSError):  # these metrics are optional
             continue
-        wanted = {"kind": "real", "data": images.fingerprint, **extractor}
-        stores = [(int(m["count"]), folder) for folder, m in stored if _agrees(m, wanted)]
-        for count, folder in sorted(stores, reverse=True):
-            if count >= LEAST:
-                try:
-                    return images, open_store(folder, "features")
-                except UserError:  # a damaged store is passed over
-                    continue
+        stores = find_similar_stores(folder, real_features_identity(images), "n", LEAST)
+        if stores:
+            return images, stores[0]
     return None
 
 
@@ -84,19 +73,3 @@ def _rows(features: StoreReader, count: int) -> Tensor:
         return features.field("features")
     order = torch.randperm(len(features), generator=generator(0, "rows"))
     return features.take("features", order[:count].sort().values)
-
-
-def _manifests() -> list[tuple[Path, dict[str, Any]]]:
-    """List the stores of features of real images, with manifests; damaged ones are left out."""
-    stores = []
-    for path in sorted((data_root() / "features").glob(f"real-*/{MANIFEST}")):
-        with contextlib.suppress(JkoflowError):
-            manifest = atomic.read_json(path, "manifest of the features")
-            if isinstance(manifest, dict):
-                stores.append((path.parent, manifest))
-    return stores
-
-
-def _agrees(manifest: dict[str, Any], wanted: dict[str, str]) -> bool:
-    identity = manifest.get("identity", {})
-    return all(identity.get(key) == value for key, value in wanted.items())

@@ -42,31 +42,22 @@ def from_json(kind: type[T], value: Any, file: str, key: str = "") -> T:  # noqa
     Raises:
         UserError: a key is missing or holds a value of a wrong type; the message names it.
     """
-    result: T = _decode(kind, value, _Place(file, key))
+    try:
+        result: T = _decode(kind, value, key)
+    except _MismatchError as error:
+        place, problem, expected = error.args
+        place = f"{place} in {file}" if place else file
+        raise UserError(
+            f"{place} is {problem}; expected {expected}; restore the file or make it again"
+        ) from error
     return result
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Place of a value in a JSON file."""
-
-    file: str
-    key: str
-
-    def under(self, name: str) -> _Place:
-        return _Place(self.file, f"{self.key}.{name}" if self.key else name)
-
-    def item(self, index: int) -> _Place:
-        return _Place(self.file, f"{self.key}[{index}]")
-
-    def error(self, problem: str, expected: str) -> UserError:
-        subject = f"{self.key} in {self.file}" if self.key else self.file
-        return UserError(
-            f"{subject} is {problem}; expected {expected}; restore the file or make it again"
-        )
+class _MismatchError(Exception):
+    """Mismatch of a value and its type: the value's key, the problem, and what is expected."""
 
 
-def _decode(kind: Any, value: Any, place: _Place) -> Any:  # noqa: ANN401 - any type
+def _decode(kind: Any, value: Any, key: str) -> Any:  # noqa: ANN401 - any type
     origin, members = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
@@ -75,46 +66,51 @@ def _decode(kind: Any, value: Any, place: _Place) -> Any:  # noqa: ANN401 - any 
             return None
         inner = [member for member in members if member is not type(None)]
         if len(inner) == 1:
-            return _decode(inner[0], value, place)
+            return _decode(inner[0], value, key)
         raise TypeError(f"records hold no union such as {kind}")
     if origin is list or origin is tuple:
         if not isinstance(value, list):
-            raise place.error(repr(value), "a list")
-        return origin(_decode(members[0], item, place.item(i)) for i, item in enumerate(value))
+            raise _MismatchError(key, repr(value), "a list")
+        return origin(_decode(members[0], item, f"{key}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            raise place.error(repr(value), "an object")
-        return {name: _decode(members[1], item, place.under(name)) for name, item in value.items()}
+            raise _MismatchError(key, repr(value), "an object")
+        return {name: _decode(members[1], item, _under(key, name)) for name, item in value.items()}
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _decode_record(kind, value, place)
+        return _decode_record(kind, value, key)
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         names = {float: "a number", int: "an integer", str: "a string", bool: "true or false"}
-        raise place.error(repr(value), names[kind])
+        raise _MismatchError(key, repr(value), names[kind])
     return value
 
 
-def _decode_record(kind: type[Any], value: Any, place: _Place) -> Any:  # noqa: ANN401
+def _decode_record(kind: type[Any], value: Any, key: str) -> Any:  # noqa: ANN401
     if not isinstance(value, dict):
-        raise place.error(repr(value), "an object")
+        raise _MismatchError(key, repr(value), "an object")
     if hasattr(kind, "from_dict"):
         try:
             return kind.from_dict(value)
         except KeyError as error:
-            raise place.under(str(error.args[0])).error("missing", "a value") from error
+            missing = _under(key, str(error.args[0]))
+            raise _MismatchError(missing, "missing", "a value") from error
         except (FlowError, TypeError, ValueError) as error:
-            raise place.error(f"not readable ({error})", f"a {kind.__name__}") from error
+            raise _MismatchError(key, f"not readable ({error})", f"a {kind.__name__}") from error
     hints, values = typing.get_type_hints(kind), {}
     for field in dataclasses.fields(kind):
-        key = _key(field)
-        if key in value:
-            values[field.name] = _decode(hints[field.name], value[key], place.under(key))
+        name, place = _key(field), _under(key, _key(field))
+        if name in value:
+            values[field.name] = _decode(hints[field.name], value[name], place)
         elif field.default is field.default_factory is dataclasses.MISSING:
-            raise place.under(key).error("missing", "a value")
+            raise _MismatchError(place, "missing", "a value")
     try:
         return kind(**values)
     except ValueError as error:
-        raise place.error(f"not readable ({error})", f"a {kind.__name__}") from error
+        raise _MismatchError(key, f"not readable ({error})", f"a {kind.__name__}") from error
+
+
+def _under(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
 
 
 def _key(field: dataclasses.Field[Any]) -> str:

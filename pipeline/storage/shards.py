@@ -175,8 +175,7 @@ class StoreReader:
 
     def field(self, name: str) -> Tensor:
         """Return one field of all samples (n, …), in memory."""
-        parts = [self.shard(i)[name] for i in range(len(self.manifest["shards"]))]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return self.read(name, 0, len(self))
 
     def take(self, name: str, indices: Tensor) -> Tensor:
         """Return the samples (m, …) of a field at indices (m,) in any order."""
