@@ -8,23 +8,8 @@ from typing import Any
 
 def metrics_line(metrics: dict[str, Any]) -> str:
     """Format FID with its n, reference, seed and floor, and the other metrics, on one line."""
-    fid = metrics["fid"]
-    text = f"FID(n={fid['n']}, {fid['reference']}) = {fid['value']:.2f}, seed {fid['seed']}"
-    text += sampling_text(metrics["sampling"])
-    if "rfid" in metrics:
-        text += f"; reconstruction floor {metrics['rfid']['value']:.2f}"
-    if metrics["real_test_fid"] is not None:
-        text += f"; real test images {metrics['real_test_fid']:.2f}"
-    if "kid" in metrics:
-        kid = metrics["kid"]
-        text += (
-            f"; KID {kid['value']:.5f} ± {kid['standard_error']:.5f}, precision "
-            f"{metrics['precision']:.3f}, recall {metrics['recall']:.3f} ({kid['against']}, "
-            f"n={kid['n']})"
-        )
-    if "nll_per_dim" in metrics:
-        text += f"; NLL {metrics['nll_per_dim']:.3f} nats per latent dimension"
-    return f"{text}; {metrics['nfe']} evaluations a sample ({fid['extractor']})"
+    rows = [f"{name} {value}" for name, value in metric_rows(metrics)]
+    return "; ".join(" ".join(row.split()) for row in rows)
 
 
 def sampling_text(sampling: Mapping[str, Any]) -> str:

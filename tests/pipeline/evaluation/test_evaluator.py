@@ -164,9 +164,9 @@ def test_an_evaluation_uses_the_given_solver(
     words += ["--set", "evaluate.floor=false", "--set", "evaluate.nll=0"]
     words[6] = words[6] / "train"
     code, _, last = say(capsys, *words, "--method", "euler", "--steps", "1,2,4")
-    assert code == 0 and "; 7 evaluations a sample" in last
+    assert code == 0 and "; NFE a sample 7" in last
     code, _, last = say(capsys, *words, "--method", "midpoint", "--nfe", "14")
-    assert code == 0 and "; 12 evaluations a sample" in last
+    assert code == 0 and "; NFE a sample 12" in last
     assert json.loads((folder / "metrics.json").read_text())["nfe"] == 12
 
 
@@ -225,7 +225,7 @@ def test_stored_real_features_are_used_by_default(
     inside = (across <= radius).any(dim=1).double().mean().item()
     assert metrics["precision"] == pytest.approx(inside)
     said = metrics_line(metrics)
-    assert f"precision {inside:.3f}" in said and "(folder test, n=18)" in said
+    assert f"precision / recall {inside:.3f} / " in said and "(folder test, n=18)" in said
 
 
 def test_the_floor_takes_the_larger_split(trained: World, folder: Path) -> None:
@@ -293,7 +293,7 @@ def test_the_printed_line_has_n_and_the_reference(
     code, out, last = say(capsys, *words)
     assert code == 0 and out.strip() == str(folder / "metrics.json")
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert f"FID(n=12, {reference}) = {metrics['fid']['value']:.2f}, seed 2" in last
+    assert f"FID(n=12, {reference}) {metrics['fid']['value']:.2f} (seed 2" in last
 
 
 def test_with_the_real_network(
