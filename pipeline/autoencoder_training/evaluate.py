@@ -8,18 +8,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from autoencoders.adapt import Adaptation
 from autoencoders.base import Autoencoder, to_float, to_uint8
-from autoencoders.registry import build_autoencoder
 from eval.inception import EXTRACTOR
 from eval.reconstruction import Reconstruction
 from pipeline.autoencoder_training.train import SHOWN, WEIGHTS, write_reconstructions
 from pipeline.config.data import DataConfig, EncoderConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
+from pipeline.data.latent_cache import build_encoder
 from pipeline.errors import UserError
 from pipeline.evaluation.features import FeatureExtractor, fid_of, statistics_of
-from pipeline.evaluation.real_images import subset_indices
+from pipeline.evaluation.real_images import require_fid_sample, require_images, subset_indices
 from pipeline.runtime.console import Progress
 from pipeline.runtime.rng import generator
 from pipeline.storage import atomic
@@ -50,16 +49,11 @@ def evaluate_autoencoder(
         UserError: n is below 2 or above the size of the split, or another autoencoder was trained
             in the folder.
     """
-    if n < 2:
-        raise UserError(f"n is {n}; expected at least 2 images")
+    require_fid_sample(n)
     _require_own_folder(encoder, folder)
     test = load_images(data.of_split(data.test_split))
-    adaptation = Adaptation(encoder.fit, encoder.size, encoder.latents)
-    autoencoder = build_autoencoder(encoder.name, encoder.weights, test.shape, adaptation)
-    if n > len(test):
-        raise UserError(
-            f"n is {n}; expected at most {len(test)}, the size of {test.name} ({test.split})"
-        )
+    autoencoder = build_encoder(encoder, test.shape)
+    require_images(test, n)
     extractor = FeatureExtractor(accelerator, progress)
     statistics = extractor.reference(reference)
     measures = _reconstruct(autoencoder, test, n, folder, accelerator, progress)

@@ -18,7 +18,7 @@ from torch import Tensor
 from autoencoders.adapt import Adaptation
 from autoencoders.base import Autoencoder, Moments, to_float
 from autoencoders.registry import build_autoencoder
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, EncoderConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
 from pipeline.data.standardisation import Standardisation
@@ -144,9 +144,13 @@ def open_cache(config: Config) -> LatentCache:
 def load_images_and_autoencoder(config: Config) -> tuple[ImageSet, Autoencoder]:
     """Open the data set and build the autoencoder of a configuration for its images."""
     images = load_images(config.data)
-    settings = config.autoencoder
+    return images, build_encoder(config.autoencoder, images.shape)
+
+
+def build_encoder(settings: EncoderConfig, image_shape: tuple[int, int, int]) -> Autoencoder:
+    """Build the autoencoder of some settings for images of a shape (C, H, W)."""
     adaptation = Adaptation(settings.fit, settings.size, settings.latents)
-    return images, build_autoencoder(settings.name, settings.weights, images.shape, adaptation)
+    return build_autoencoder(settings.name, settings.weights, image_shape, adaptation)
 
 
 @torch.inference_mode()

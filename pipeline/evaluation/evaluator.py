@@ -152,13 +152,8 @@ def _check_settings(run: Run, settings: EvaluateConfig) -> None:
     """Refuse settings that ask for more images than a data set has, before anything is sampled."""
     data = run.config.data
     if settings.floor:
-        images = at_least(data, settings.n)
-        if settings.n > len(images):
-            raise UserError(
-                f"the reconstruction floor needs n = {settings.n} real images, but {images.name} "
-                f"({images.split}) has {len(images)}; ask for fewer with -n, or leave it out with "
-                "--set evaluate.floor=false"
-            )
+        advice = "ask for fewer, or leave the floor out with --set evaluate.floor=false"
+        require_images(at_least(data, settings.n), settings.n, advice)
     if settings.kid:
         if min(settings.kid, settings.n) < LEAST:
             raise UserError(
@@ -168,12 +163,8 @@ def _check_settings(run: Run, settings: EvaluateConfig) -> None:
         require_images(at_least(data, settings.kid), settings.kid)
     if settings.nll:
         images = held_out_images(data)
-        if settings.nll > len(images):
-            raise UserError(
-                f"evaluate.nll asks for the likelihood of {settings.nll} images, but "
-                f"{images.name} ({images.split}) has {len(images)}; use --set "
-                f"evaluate.nll={len(images)}, or 0 to leave it out"
-            )
+        advice = f"use --set evaluate.nll={len(images)}, or 0 to leave the likelihood out"
+        require_images(images, settings.nll, advice)
         condition_of(run, images, subset_indices(images, settings.nll))
 
 

@@ -29,7 +29,7 @@ from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
 from pipeline.errors import UserError
 from pipeline.evaluation.features import SHARD
-from pipeline.evaluation.real_images import held_out_images, subset_indices
+from pipeline.evaluation.real_images import held_out_images, require_images, subset_indices
 from pipeline.runs.run import Run, require_latents
 from pipeline.runtime.console import Progress
 from pipeline.runtime.rng import generator
@@ -171,11 +171,7 @@ def rank_images(
         )
     divergence = make_divergence(settings.divergence, probes=settings.probes)
     images = _load(run.config.data, settings, run.manifest.require_autoencoder().image_shape)
-    if settings.n > len(images):
-        raise UserError(
-            f"{settings.n} images were asked for, but {images.name} ({images.split}) has "
-            f"{len(images)}; ask for fewer with -n"
-        )
+    require_images(images, settings.n)
     probes = generator(0, "likelihood", "probes")
     starts, parts = range(0, settings.n, _CHUNK), []
     for start in progress(starts, len(starts), f"likelihood of {settings.n} images"):

@@ -47,12 +47,12 @@ def subset_indices(images: ImageSet, n: int) -> npt.NDArray[np.int64]:
     return torch.randperm(len(images), generator=generator(0, ORDER))[:n].numpy()
 
 
-def require_images(images: ImageSet, n: int) -> None:
+def require_images(images: ImageSet, n: int, advice: str = "ask for fewer") -> None:
     """Raise UserError for an n that is larger than a set."""
     if n > len(images):
         raise UserError(
             f"{n} images were asked for, but {images.name} ({images.split}) has {len(images)}; "
-            "ask for fewer"
+            f"{advice}"
         )
 
 

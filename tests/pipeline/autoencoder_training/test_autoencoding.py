@@ -104,7 +104,7 @@ def test_train_then_evaluate(
     other = world.settings["autoencoder"]["weights"]
     code, _, last = say(capsys, *words[:4], "--weights", other, *use[2:])
     assert code == 2 and f"expected {out / WEIGHTS}, the autoencoder trained in" in last
-    for n, named in (("1", "at least 2"), ("25", "n is 25; expected at most 24")):
+    for n, named in (("1", "at least 2"), ("25", "25 images were asked for")):
         words[-1] = n
         code, _, last = say(capsys, *words)
         assert code == 2 and named in last

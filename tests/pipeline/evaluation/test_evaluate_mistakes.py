@@ -24,7 +24,7 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "said"),
     [
         (["-n", "1"], "at least 2 images, not 1"),
-        (["-n", "41"], "needs n = 41 real images, but folder (train) has 40"),
+        (["-n", "41"], "41 images were asked for, but folder (train) has 40"),
         (["-n", "4", "--steps", "2", "--nfe", "12"], "--steps and --nfe both choose"),
         (["-n", "20", "--kid", "3"], "at least 4 images of either kind, not --kid 3 and -n 20"),
         (["-n", "3", "--kid", "20"], "not --kid 20 and -n 3"),
