@@ -1,12 +1,7 @@
-"""Unsharp masking of decoded images.
+"""Unsharp masking of decoded images, x̂ ← x̂ − a Δx̂.
 
 An autoencoder trained on |x − x̂| decodes the median of the images that share a latent, which is
-smoother than each of them. The mask adds a multiple of the Laplacian Δ:
-
-    x̂ ← x̂ − a Δx̂
-
-Δ has five points, and the border is repeated. Latents do not depend on the mask.
-`pipeline.autoencoder_training.postprocessing` measures the strength a.
+smoother than each of them. Latents do not depend on the mask.
 """
 
 from __future__ import annotations

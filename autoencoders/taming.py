@@ -1,9 +1,9 @@
 """VQ, Gumbel and KL autoencoders on the networks of taming-transformers.
 
-Networks and names of parameters are those of the official checkpoints, so that converted and newly
-trained weights load the same way. There are two exact additions for small images, which decoding
-reverts. `canvas` centres an image on a larger canvas of background (-1). `patch` folds p x p
-pixels into channels, so that most of the network runs at a resolution where CPUs are efficient.
+Names of parameters are those of official checkpoints. There are two exact additions for small
+images, which decoding reverts. `canvas` centres an image on a larger canvas of background (-1).
+`patch` folds p x p pixels into channels, so that most of the network runs at a resolution where
+CPUs are efficient.
 
 Reference: Esser, Rombach, Ommer, "Taming transformers for high-resolution image synthesis", CVPR
 2021; Rombach et al., "High-resolution image synthesis with latent diffusion", CVPR 2022.

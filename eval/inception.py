@@ -1,10 +1,8 @@
 """Inception features for FID: pytorch-fid's network, as it is or folded into a faster one.
 
-The folded network is about twice as fast on a CPU. Each change is an identity up to rounding:
-- The batch norms, constant at evaluation, are folded into the convolutions (in float64).
-- 1x1 convolutions of one input are merged into one convolution.
-- The average pool of a pooling branch follows its 1x1 convolution, where there are fewer channels.
-- Memory is channels-last, and micro-batches fit the cache (see `eval.folded_conv`).
+The folded network is about twice as fast on a CPU, and equal up to rounding. Batch norms are
+folded into convolutions, and 1x1 convolutions of one input are merged. An average pool follows its
+1x1 convolution, where there are fewer channels. Memory is channels-last.
 
 Reference: Heusel et al. 2017; the resize and the network are pytorch-fid's.
 """

@@ -1,13 +1,9 @@
 """Conditions of samples, and the velocity fields that follow from them.
 
-A network with classes evaluates v(t, z, y). Solvers and divergence estimators know v(t, z) alone,
-so the labels y are bound to the field for one pass through a block. With guidance weight w the
-field is
+Solvers know v(t, z) alone, so labels y are bound to the field v(t, z, y) for one pass. With
+guidance weight w and the null label ∅ the field is
 
-    v(t, z, ∅) + w (v(t, z, y) − v(t, z, ∅)),
-
-where ∅ is the null label: w = 1 is the conditional field, and w > 1 extrapolates from it.
-Conditioning images are bound in the same way (:mod:`flows.networks.image_condition`).
+    v(t, z, ∅) + w (v(t, z, y) − v(t, z, ∅)).
 
 Reference: Ho, Salimans, "Classifier-free diffusion guidance" (2022); Zheng et al., "Guided flows
 for generative modeling and decision making" (2023) for velocity fields.

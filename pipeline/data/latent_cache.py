@@ -28,6 +28,7 @@ from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.storage.paths import data_root
 from pipeline.storage.shards import (
     FORMAT,
+    MANIFEST,
     Shard,
     StoreReader,
     StoreWriter,
@@ -105,21 +106,18 @@ def encode(config: Config, accelerator: Accelerator, progress: Progress) -> Late
     images, autoencoder = load_images_and_autoencoder(config)
     identity = cache_identity(config, images, autoencoder)
     folder = cache_folder(identity)
-    if (folder / "manifest.json").is_file():
+    if (folder / MANIFEST).is_file():
         return LatentCache(open_store(folder, "latent cache", identity))
     if config.latents.batch_size < 1:
         raise UserError(f"latents.batch_size is {config.latents.batch_size}; expected at least 1")
     total = len(images) * (2 if config.latents.mirror else 1)
     writer = StoreWriter(folder, identity, total, config.latents.shard_size)
+    size = config.latents.batch_size
     with errors_on_all_ranks(accelerator):
-        _write_shards(
-            writer, images, autoencoder, config.latents.batch_size, accelerator, progress
-        )
+        _write_shards(writer, images, autoencoder, size, accelerator, progress)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        writer.finish(
-            lambda reader: {"standardisation": _compute_standardisation(reader).to_dict()}
-        )
+        writer.finish(lambda store: {"standardisation": _compute_standardisation(store).to_dict()})
     accelerator.wait_for_everyone()
     return LatentCache(open_store(folder, "latent cache", identity))
 
@@ -133,7 +131,7 @@ def open_cache(config: Config) -> LatentCache:
     images, autoencoder = load_images_and_autoencoder(config)
     identity = cache_identity(config, images, autoencoder)
     folder = cache_folder(identity)
-    if not (folder / "manifest.json").is_file():
+    if not (folder / MANIFEST).is_file():
         raise UserError(
             f"latent cache {folder} of {images.name} ({images.split}) does not exist; run "
             "`jkoflow encode` with the same configuration first"

@@ -1,11 +1,10 @@
 """Optimisers of all trainings: Adam, or Muon for weight matrices and Adam for the rest.
 
 Muon orthogonalises the step of every matrix, so that it learns all directions at one pace. A
-convolution's weight is treated as a matrix of (outputs, inputs · kernel positions). The
-implementation is PyTorch's, with its scale of steps for Adam's learning rates.
+convolution's weight is a matrix of (outputs, inputs · kernel positions).
 
 Reference: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025,
-arXiv:2502.16982, section 2.2 for the scale.
+arXiv:2502.16982, section 2.2 for the scale of steps.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Reference: JKO-iFlow, the two-dimensional experiments.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from flows.likelihood import log_prob
 from flows.solving.solver import SolverConfig
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.runs.manifest import Manifest
 from pipeline.runs.passes import labels
 from pipeline.runs.run import Run, open_run
 from pipeline.runtime.console import Progress
@@ -75,8 +75,9 @@ def run_experiment(
         ],
     }
     draw_all(run, source, folder / "samples", accelerator.device, progress)
+    trained = [row for entry in run.manifest.passes for row in entry.blocks[entry.kept :]]
     metrics["seconds"] = {
-        "train": _training_seconds(run.manifest),
+        "train": round(sum(row.seconds for row in trained), 1),
         "measure": round(time.perf_counter() - start, 1),
     }
     atomic.write_json(folder / "samples" / "metrics.json", metrics)
@@ -108,12 +109,8 @@ def measure_flow(flow: Flow, source: PointSource, device: torch.device) -> dict[
         "seed": source.seed,
     }
     for name, kernel in KERNELS.items():
-        result_mmd = mmd(points, samples, **kernel, alpha=_ALPHA, seed=source.seed)  # type: ignore[arg-type]
-        metrics["mmd"][name] = {
-            "value": result_mmd.value,
-            "threshold": result_mmd.threshold,
-            "bandwidth": result_mmd.bandwidth,
-        }
+        found = mmd(points, samples, **kernel, alpha=_ALPHA, seed=source.seed)  # type: ignore[arg-type]
+        metrics["mmd"][name] = dataclasses.asdict(found)
     if source.points.log_density is not None:
         true = source.points.log_density(test).double().to(device)
         inside = true.isfinite()  # float32 may round a point to outside the support
@@ -150,9 +147,3 @@ def experiment_line(metrics: dict[str, Any]) -> str:
     blocks, seconds = len(metrics["blocks"]), metrics["seconds"]["train"]
     text += f"; inversion MSE {metrics['inversion_mse']:.1e}; {blocks} blocks"
     return f"{text}, {metrics['nfe']} evaluations per sample; trained in {seconds:.0f} s"
-
-
-def _training_seconds(manifest: Manifest) -> float:
-    """Sum the training seconds of all blocks over all passes."""
-    rows = [row for entry in manifest.passes for row in entry.blocks[entry.kept :]]
-    return round(sum(row.seconds for row in rows), 1)
