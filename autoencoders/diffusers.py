@@ -32,21 +32,14 @@ _HUB_SECONDS = 5.0
 class DiffusersAutoencoder(nn.Module):
     """Autoencoder of the diffusers library behind our protocol, frozen, in float32.
 
-    `model` is an instance of one of `CLASSES`, for images of `size` (H, W). Scale and shift are
-    the model's own if they are None.
+    The model is an instance of one of `CLASSES`, for images of `size` (H, W).
 
     Raises:
         ValueError: the sides cannot be halved as often as the model requires, the scale is not
             positive, or the model decodes indices.
     """
 
-    def __init__(
-        self,
-        model: Any,  # noqa: ANN401 - diffusers is imported late
-        size: tuple[int, int],
-        scale: float | None = None,
-        shift: float | None = None,
-    ) -> None:
+    def __init__(self, model: Any, size: tuple[int, int]) -> None:  # noqa: ANN401
         super().__init__()
         config = dict(model.config)
         self.model = model.float().eval().requires_grad_(False)
@@ -58,10 +51,9 @@ class DiffusersAutoencoder(nn.Module):
                 "lookup_from_codebook is true; expected a VQModel that decodes latents"
             )
         self.codebook_size: int = config["num_vq_embeddings"] if vq else 0
-        own_scale = 1.0 if vq else config.get("scaling_factor")
-        own_shift = 0.0 if vq else config.get("shift_factor")
-        self.scale = float((1.0 if own_scale is None else own_scale) if scale is None else scale)
-        self.shift = float((own_shift or 0.0) if shift is None else shift)
+        own = {} if vq else config
+        scale, shift = own.get("scaling_factor"), own.get("shift_factor")
+        self.scale, self.shift = float(1.0 if scale is None else scale), float(shift or 0.0)
         if not self.scale > 0.0 or not math.isfinite(self.scale + self.shift):
             raise ValueError(
                 f"scale is {self.scale} and shift {self.shift}; expected finite numbers, scale > 0"
@@ -80,7 +72,7 @@ class DiffusersAutoencoder(nn.Module):
 
     def reshaped(self, image_shape: tuple[int, int, int]) -> DiffusersAutoencoder:
         """Return an autoencoder with the same weights for images (C, H, W) of another size."""
-        return DiffusersAutoencoder(self.model, image_shape[1:], self.scale, self.shift)
+        return DiffusersAutoencoder(self.model, image_shape[1:])
 
     def encode(self, x: Tensor) -> Moments:
         """Encode images (B, C, H, W) in [-1, 1] to scaled moments; VQ: to unquantised latents."""
@@ -102,16 +94,14 @@ class DiffusersAutoencoder(nn.Module):
         return self.decode_quantised(z).clamp(-1.0, 1.0)
 
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise latents to the nearest entries (B, C_z, H_z, W_z), scaled like latents.
+        """Quantise latents (B, C_z, H_z, W_z) to the nearest entries (VQModel).
 
         The codebook loss, a scalar, and the indices (B·H_z·W_z,) follow.
         """
-        raw = z / self.scale + self.shift
         entries = self._entries()
-        indices = nearest_indices(raw, entries)
+        indices = nearest_indices(z, entries)
         chosen = look_up(indices, entries)
-        loss = (1.0 + _COMMITMENT) * F.mse_loss(chosen, raw)
-        return self._scaled(chosen), loss, indices.flatten()
+        return chosen, (1.0 + _COMMITMENT) * F.mse_loss(chosen, z), indices.flatten()
 
     def codes(self, z: Tensor, entries: bool = False) -> Tensor:
         """Return the indices (B·H_z·W_z,) of the entries nearest to latents."""
@@ -145,18 +135,13 @@ class DiffusersAutoencoder(nn.Module):
         return (raw - self.shift) * self.scale
 
     def _entries(self) -> Tensor:
-        """Return the codebook (num_vq_embeddings, C_z), unscaled."""
+        """Return the codebook (num_vq_embeddings, C_z)."""
         if not self.codebook_size:
             raise ValueError(f"the autoencoder is a {self.kind}; expected a VQModel to quantise")
         return self.model.quantize.embedding.weight
 
 
-def load_diffusers(
-    source: str,
-    size: tuple[int, int] | None,
-    scale: float | None = None,
-    shift: float | None = None,
-) -> DiffusersAutoencoder:
+def load_diffusers(source: str, size: tuple[int, int] | None) -> DiffusersAutoencoder:
     """Load an autoencoder from a folder or from the hub, for images of `size` (H, W).
 
     The source is a folder with config.json (or a pipeline's folder with `vae`), or a hub id
@@ -195,7 +180,7 @@ def load_diffusers(
         raise ValueError(
             f"the diffusers autoencoder {source!r} could not be loaded from its {kind}: {reason}"
         ) from error
-    return DiffusersAutoencoder(model, size or _own_size(config, source), scale, shift)
+    return DiffusersAutoencoder(model, size or _own_size(config, source))
 
 
 def _own_size(config: dict[str, Any], source: str) -> tuple[int, int]:

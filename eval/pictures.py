@@ -17,19 +17,17 @@ from torch import Tensor
 
 #: key of the text chunk inside a PNG
 _NOTE = "jkoflow"
-_WHITE = 255
+_WHITE, _PADDING = 255, 2
 
 #: a path, or a binary file open for writing
 Target = str | Path | IO[bytes]
 Images = Tensor | npt.NDArray[np.uint8]
 
 
-def image_grid(
-    images: Images, columns: int | None = None, *, padding: int = 2, scale: int = 1
-) -> Image.Image:
+def image_grid(images: Images, columns: int | None = None, *, scale: int = 1) -> Image.Image:
     """Lay images, uint8 (N, C, H, W), C = 1 or 3, out on white with torchvision's `make_grid`.
 
-    There are ⌈√N⌉ columns by default. `scale` enlarges every pixel after `padding` was added.
+    There are ⌈√N⌉ columns by default. `scale` enlarges every pixel.
 
     Raises:
         ValueError: another dtype or shape.
@@ -50,9 +48,9 @@ def image_grid(
         raise ValueError(f"the images have {channels} channels; expected 1 or 3")
     columns = columns or math.ceil(math.sqrt(n))
     if n == 1:  # `make_grid` returns a single image without its padding
-        canvas = F.pad(pixels[0], [padding] * 4, value=_WHITE)
+        canvas = F.pad(pixels[0], [_PADDING] * 4, value=_WHITE)
     else:
-        canvas = make_grid(pixels, nrow=columns, padding=padding, pad_value=_WHITE)[:channels]
+        canvas = make_grid(pixels, nrow=columns, padding=_PADDING, pad_value=_WHITE)[:channels]
     array = canvas.permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
     return Image.fromarray(array[:, :, 0] if channels == 1 else array)
 

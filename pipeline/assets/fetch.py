@@ -38,9 +38,7 @@ _verified: dict[Path, tuple[object, ...]] = {}
 Log = Callable[[str], object]
 
 
-def fetch_asset(
-    name: str, *, root: Path | None = None, local: Path | None = None, log: Log = print
-) -> Path:
+def fetch_asset(name: str, *, local: Path | None = None, log: Log = print) -> Path:
     """Fetch an asset, a key of `ASSETS`, unless it is stored already, and verify it.
 
     A file, archive or folder `local` replaces the mirrors. The result is the folder of the stored
@@ -52,7 +50,7 @@ def fetch_asset(
     """
     if name not in ASSETS:
         raise UserError(f"asset {name!r} is unknown; choose one of {', '.join(ASSETS)}")
-    return install_asset(ASSETS[name], root or data_root(), local=local, log=log)
+    return install_asset(ASSETS[name], data_root(), local=local, log=log)
 
 
 def install_asset(

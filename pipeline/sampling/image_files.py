@@ -24,12 +24,13 @@ from pipeline.storage.shards import StoreReader
 _NAME = "{:06d}.png"
 #: bytes that the smallest file takes on most disks
 _DISK_BLOCK = 4096
+_BATCH = 500
 
 
-def batches(images: StoreReader, size: int = 500) -> Iterator[Tensor]:
-    """Yield the images of a store in order, in batches uint8 (B, C, H, W), B ≤ size."""
-    for start in range(0, len(images), size):
-        yield images.read("images", start, min(start + size, len(images)))
+def batches(images: StoreReader) -> Iterator[Tensor]:
+    """Yield the images of a store in order, in batches uint8 (B, C, H, W)."""
+    for start in range(0, len(images), _BATCH):
+        yield images.read("images", start, min(start + _BATCH, len(images)))
 
 
 def write_grid(

@@ -34,16 +34,14 @@ def to_json(value: Any) -> Any:  # noqa: ANN401 - any record
     return [to_json(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def from_json(kind: type[T], value: Any, file: str, key: str = "") -> T:  # noqa: ANN401 - JSON
-    """Convert what `to_json` returned to a record of a class.
-
-    `file` and `key`, dotted, name the place of the value in error messages.
+def from_json(kind: type[T], value: Any, file: str) -> T:  # noqa: ANN401 - JSON
+    """Convert what `to_json` returned, from a file, to a record of a class.
 
     Raises:
         UserError: a key is missing or holds a value of a wrong type; the message names it.
     """
     try:
-        result: T = _decode(kind, value, key)
+        result: T = _decode(kind, value, "")
     except _MismatchError as error:
         place, problem, expected = error.args
         place = f"{place} in {file}" if place else file

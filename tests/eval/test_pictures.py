@@ -18,13 +18,13 @@ def blocks(n, channels=1):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grid_puts_every_pixel_in_its_place(channels):
-    picture = pictures.image_grid(torch.from_numpy(blocks(5, channels)), 3, padding=1, scale=2)
+    picture = pictures.image_grid(torch.from_numpy(blocks(5, channels)), 3, scale=2)
     assert picture.mode == ("L" if channels == 1 else "RGB")
     values = np.asarray(picture.convert("L"))[::2, ::2]
-    expected = np.full((2 * 4 + 1, 3 * 3 + 1), 255)
+    expected = np.full((2 * 5 + 2, 3 * 4 + 2), 255)
     for i in range(5):
         row, column = divmod(i, 3)
-        expected[4 * row + 1 : 4 * row + 4, 3 * column + 1 : 3 * column + 3] = i + 1
+        expected[5 * row + 2 : 5 * row + 5, 4 * column + 2 : 4 * column + 4] = i + 1
     assert np.array_equal(values, expected)
     assert pictures.image_grid(blocks(9)).size == (3 * 4 + 2, 3 * 5 + 2)  # 3 columns by default
 
@@ -49,7 +49,7 @@ def test_animation_keeps_frames_and_times(tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_single_image_has_its_padding(channels):
-    picture = pictures.image_grid(blocks(1, channels), padding=2)
+    picture = pictures.image_grid(blocks(1, channels))
     assert picture.mode == ("L" if channels == 1 else "RGB")
     expected = np.full((3 + 4, 2 + 4), 255)
     expected[2:5, 2:4] = 1
