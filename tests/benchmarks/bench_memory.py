@@ -3,9 +3,8 @@
     python -m tests.benchmarks.bench_memory [--blocks 16] [--out memory.png]
 
 The setting of the released two-dimensional code: MLP 128-128-128, batch 2000, RK4 with S = 3,
-finite differences. Block-wise: a run grows by one block a time through
-`pipeline.training.train.train`,
-every block in a fresh process, which reads its stage from the disk. Jointly: one objective over
+finite differences. Block-wise: a run grows by one block a time, every block in a fresh process,
+which reads its stage from the disk. Jointly: one objective over
 K blocks, differentiated through all of them, in a fresh process for each K. Printed is the
 largest resident memory of the process, less what it held when the training began.
 """
@@ -19,7 +18,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,14 +26,18 @@ from flows.networks.config import VelocityConfig
 from flows.solving.estimators import FiniteDifference
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec
-from pipeline.config.data import PointsConfig
-from pipeline.config.load import from_resolved, to_dict
+from pipeline.config.data import DataConfig, PointsConfig
 from pipeline.config.schema import Config
-from pipeline.config.training import ScheduleConfig, TrainConfig
+from pipeline.config.training import (
+    JkoConfig,
+    ScheduleConfig,
+    TrainConfig,
+    TrainingSolverConfig,
+)
 from pipeline.runtime.system import keep_freed_memory, peak_memory
 from tests.flows.problems import fresh_flow
 
-#: where the plot goes unless told otherwise; runs/ is not kept with the project
+#: default file of the plot; runs/ is not kept with the project
 OUT = Path("runs/bench/memory.png")
 NETWORK = VelocityConfig("mlp", width=128, depth=3)
 H, BATCH, STEPS, ITERATIONS = 0.5, 2000, 3, 3
@@ -52,19 +54,15 @@ def resident() -> int:
 
 def settings() -> Config:
     """A run that starts with one block and has no free block."""
-    base = to_dict(Config())
-    base["data"]["name"] = "two_moons"
-    changes: dict[str, Any] = {
-        "name": "memory",
-        "points": to_dict(PointsConfig(train=10000)),
-        "velocity": to_dict(NETWORK),
-        "solver": to_dict(SolverConfig("rk4", STEPS)),
-        "schedule": to_dict(
-            ScheduleConfig(h0=H, rho=1.0, max_blocks=1, tolerance=0.0, free_block=False)
-        ),
-        "train": to_dict(TrainConfig(iterations=ITERATIONS, batch_size=BATCH)),
-    }
-    return from_resolved({**base, **changes})
+    return Config(
+        name="memory",
+        data=DataConfig(name="two_moons"),
+        points=PointsConfig(train=10000),
+        velocity=NETWORK,
+        schedule=ScheduleConfig(rho=1.0, max_blocks=1, tolerance=0.0, free_block=False),
+        jko=JkoConfig(h0=H, solver=TrainingSolverConfig("rk4", STEPS)),
+        train=TrainConfig(iterations=ITERATIONS, batch_size=BATCH),
+    )
 
 
 def train_one_more(folder: Path) -> dict[str, float]:
