@@ -14,7 +14,7 @@ import typer
 from pipeline.cli.main import app
 from pipeline.config import packaged
 from pipeline.config.applies import APPLIES
-from pipeline.config.autoencoder_recipe import AutoencoderConfig
+from pipeline.config.autoencoder import AutoencoderConfig
 from pipeline.config.keys import Key, count, fields_of, keys, section_of
 from pipeline.config.schema import WHERE, Config
 

@@ -26,7 +26,7 @@ from flows.errors import SolveError
 from flows.flow import Flow
 from flows.spec import BlockSpec, build_block
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
-from pipeline.config.autoencoder_recipe import AutoencoderTraining
+from pipeline.config.autoencoder import AutoencoderTraining
 from pipeline.config.sampling import GenerateConfig, SamplerConfig
 from pipeline.config.training import JkoConfig, MatchingConfig, TrainConfig
 from pipeline.errors import UserError

@@ -15,7 +15,7 @@ import typer
 
 from pipeline.cli.main import app
 from pipeline.config import packaged
-from pipeline.config.autoencoder_recipe import AutoencoderConfig
+from pipeline.config.autoencoder import AutoencoderConfig
 from pipeline.config.keys import keys
 from pipeline.config.load import load
 from pipeline.config.schema import SECTIONS, Config

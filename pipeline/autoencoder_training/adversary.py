@@ -22,7 +22,7 @@ from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config.autoencoder_recipe import DISCRIMINATORS
+from pipeline.config.autoencoder import DISCRIMINATORS
 
 #: the R1 term is computed at every R1_EVERY-th step, with R1_EVERY times its weight
 R1_EVERY = 4

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from autoencoders.taming import TamingAutoencoder
 from pipeline.autoencoder_training.adversary import Adversary
-from pipeline.config.autoencoder_recipe import AutoencoderTraining
+from pipeline.config.autoencoder import AutoencoderTraining
 
 
 @dataclass(frozen=True)

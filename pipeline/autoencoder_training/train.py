@@ -14,7 +14,7 @@ from autoencoders.base import to_float, to_uint8
 from autoencoders.taming import TamingAutoencoder
 from eval.plots import before_after
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
-from pipeline.config.autoencoder_recipe import AutoencoderConfig
+from pipeline.config.autoencoder import AutoencoderConfig
 from pipeline.config.load import to_dict
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet, with_random_access

@@ -26,7 +26,7 @@ from pipeline.autoencoder_training.postprocessing import (
     with_unsharp_mask,
     without_unused_channels,
 )
-from pipeline.config.autoencoder_recipe import AutoencoderTraining
+from pipeline.config.autoencoder import AutoencoderTraining
 from pipeline.optim.ema import Ema
 from pipeline.optim.gradients import average_gradients
 from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine

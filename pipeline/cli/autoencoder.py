@@ -92,7 +92,7 @@ def evaluate_autoencoder_command(
 
 def _load(config: str, overrides: list[str] | None) -> Any:  # noqa: ANN401 - imported late
     from pipeline.config import packaged
-    from pipeline.config.autoencoder_recipe import AutoencoderConfig
+    from pipeline.config.autoencoder import AutoencoderConfig
     from pipeline.config.load import load
 
     return load(AutoencoderConfig, config, overrides or [], packaged.AUTOENCODERS)

@@ -40,7 +40,7 @@ def list_keys(
     ] = "",
 ) -> None:
     """Print every key with its type, default and meaning."""
-    from pipeline.config.autoencoder_recipe import AutoencoderConfig
+    from pipeline.config.autoencoder import AutoencoderConfig
     from pipeline.config.keys import keys
     from pipeline.config.schema import Config
     from pipeline.errors import UserError
@@ -75,7 +75,7 @@ def compare_configurations(a: NameArgument, b: NameArgument) -> None:
 def _load(name: str, overrides: list[str] | None) -> Any:  # noqa: ANN401 - imported late
     """Read a packaged configuration of any folder, a file, or that of a run directory."""
     from pipeline.config import packaged
-    from pipeline.config.autoencoder_recipe import AutoencoderConfig
+    from pipeline.config.autoencoder import AutoencoderConfig
     from pipeline.config.load import load
     from pipeline.config.schema import Config
 

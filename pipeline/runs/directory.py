@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 
-from pipeline.config.autoencoder_recipe import AutoencoderConfig
+from pipeline.config.autoencoder import AutoencoderConfig
 from pipeline.config.keys import resume_rule
 from pipeline.config.load import differences, read_resolved, resolved_yaml, with_values
 from pipeline.config.schema import Config

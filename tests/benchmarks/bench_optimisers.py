@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from flows.networks.registry import make_velocity
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
 from pipeline.config import packaged
-from pipeline.config.autoencoder_recipe import AutoencoderConfig
+from pipeline.config.autoencoder import AutoencoderConfig
 from pipeline.config.load import load, load_config
 from pipeline.data.datasets import load_images
 from pipeline.optim.learning_rate import set_learning_rate

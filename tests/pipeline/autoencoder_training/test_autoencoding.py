@@ -18,7 +18,7 @@ from autoencoders.weights import load_weights, to_tensors
 from eval.reconstruction import psnr
 from pipeline.autoencoder_training.train import WEIGHTS, train_autoencoder
 from pipeline.config import packaged
-from pipeline.config.autoencoder_recipe import AutoencoderConfig
+from pipeline.config.autoencoder import AutoencoderConfig
 from pipeline.config.load import load as load_any
 from pipeline.data.datasets import load_images
 from pipeline.evaluation.real_images import subset_indices

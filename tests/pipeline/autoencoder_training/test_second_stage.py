@@ -11,7 +11,7 @@ from autoencoders.base import to_float
 from autoencoders.taming import TamingAutoencoder
 from autoencoders.weights import to_tensors
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
-from pipeline.config.autoencoder_recipe import AutoencoderTraining
+from pipeline.config.autoencoder import AutoencoderTraining
 from tests.autoencoders.models import blobs, config
 from tests.pipeline.autoencoder_training.trainers import run, trainer
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from autoencoders.base import to_float
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
-from pipeline.config.autoencoder_recipe import AutoencoderTraining
+from pipeline.config.autoencoder import AutoencoderTraining
 from tests.autoencoders.models import blobs, config, model
 from tests.pipeline.autoencoder_training.trainers import run, trainer
 from tests.ranks import Rank, mean_of

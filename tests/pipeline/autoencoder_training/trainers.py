@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
-from pipeline.config.autoencoder_recipe import AutoencoderTraining
+from pipeline.config.autoencoder import AutoencoderTraining
 from tests.autoencoders.models import blobs, config
 
 

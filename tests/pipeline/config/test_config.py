@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.config import packaged
 from pipeline.config.applies import APPLIES
-from pipeline.config.autoencoder_recipe import AutoencoderConfig
+from pipeline.config.autoencoder import AutoencoderConfig
 from pipeline.config.keys import RULES, count, keys, resume_rule
 from pipeline.config.load import (
     differences,

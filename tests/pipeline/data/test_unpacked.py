@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from pipeline.autoencoder_training.train import train_autoencoder
 from pipeline.config import packaged
-from pipeline.config.autoencoder_recipe import AutoencoderConfig
+from pipeline.config.autoencoder import AutoencoderConfig
 from pipeline.config.data import DataConfig
 from pipeline.config.load import load
 from pipeline.data import imagenet32
