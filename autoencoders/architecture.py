@@ -8,6 +8,13 @@ from typing import Any
 FLAVOURS = ("kl", "vq", "gumbel")
 # taming's group norms have 32 groups, so every width must be a multiple of 32
 _GROUPS = 32
+_LEVELS = 12
+#: largest values of the sizes
+_LARGEST = {
+    "image_shape": 2**14, "canvas": 2**14, "patch": 2**8, "ch": 2**13, "ch_mult": 2**6,
+    "num_res_blocks": 2**6, "attn_resolutions": 2**14, "z_channels": 2**12, "embed_dim": 2**12,
+    "n_embed": 2**20, "resolution": 2**14,
+}  # fmt: skip
 # a description omits these values, so that the shipped weights keep their fingerprints
 _OMITTED = {"resolution": 0, "attention": True, "levels": (0, 255), "sharpen": 0.0}
 
@@ -58,6 +65,16 @@ class TamingConfig:
     sharpen: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, most in _LARGEST.items():
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else (value,)
+            if not all(type(part) is int and 0 <= part <= most for part in values):
+                raise ValueError(f"{name} is {value!r}; expected integers from 0 to {most}")
+        if not 1 <= len(self.ch_mult) <= _LEVELS or len(self.image_shape) != 3:
+            raise ValueError(
+                f"ch_mult is {self.ch_mult} and image_shape {self.image_shape}; expected 1 to "
+                f"{_LEVELS} multipliers and (C, H, W)"
+            )
         if self.flavour not in FLAVOURS:
             raise ValueError(f"flavour is {self.flavour!r}; expected one of {', '.join(FLAVOURS)}")
         if self.ch < _GROUPS or self.ch % _GROUPS:

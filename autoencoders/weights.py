@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autoencoders.architecture import config_from_description
 from autoencoders.taming import TamingAutoencoder
+from integrity.digests import BLANK, check_file, is_shipped
 
 #: key of the metadata entry that holds the architecture and the recipe
 DESCRIPTION = "jkoflow.autoencoder"
@@ -59,7 +60,7 @@ def to_tensors(
     """
     state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     tensors = {k: _stored(v, dtype, k in exact) for k, v in state.items()}
-    notes = {"architecture": model.describe(), "recipe": recipe or {}}
+    notes = {"architecture": model.describe(), "recipe": recipe or {}, "seal": BLANK}
     return tensors, {DESCRIPTION: json.dumps(notes)}
 
 
@@ -67,7 +68,8 @@ def load_weights(path: Path) -> TamingAutoencoder:
     """Build the autoencoder that a file describes, with its weights, frozen.
 
     Raises:
-        ValueError: the file is damaged, holds no autoencoder, or has tensors that do not fit.
+        ValueError: the file differs from its digest, holds no autoencoder, or has tensors that do
+            not fit.
     """
     try:
         tensors = load_file(path)
@@ -82,13 +84,18 @@ def load_weights(path: Path) -> TamingAutoencoder:
             f"{path} holds no jkoflow autoencoder; expected a file of `jkoflow autoencoder train` "
             "or `convert`"
         )
+    check_file(path)
     try:
         description: dict[str, Any] = dict(json.loads(metadata[DESCRIPTION])["architecture"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"the description in {path} is damaged; download or write the file again"
         ) from error
-    model = TamingAutoencoder(config_from_description(description))
+    config = config_from_description(description)
+    if not is_shipped(path):  # a description may claim a network of any size
+        with torch.device("meta"):
+            require_fitting(TamingAutoencoder(config), tensors, str(path))
+    model = TamingAutoencoder(config)
     require_fitting(model, tensors, str(path))
     model.load_state_dict(tensors)  # as float32
     return model.freeze()

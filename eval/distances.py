@@ -12,6 +12,10 @@ from torch import Tensor
 from eval.gaussian import Array, Features, GaussianStats
 
 _CHUNK = 2048
+#: rounding errors of a covariance and of d², relative to traces: float32 files reach 1e-7
+_ROUNDING = 1e-6
+#: fraction of a trace that a sample covariance may have outside its rank
+_OUTSIDE_RANK = 1e-3
 
 
 def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
@@ -25,7 +29,8 @@ def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
     lower rank is factored. Thus no roots of rounding errors are summed.
 
     Raises:
-        ValueError: the dimensions differ, or a set has fewer than 2 images.
+        ValueError: the dimensions differ, a set has fewer than 2 images, or a covariance is not
+            symmetric, not positive semidefinite, or of a higher rank than n - 1.
 
     Reference: Dowson, Landau 1982; Heusel et al. 2017.
     """
@@ -39,8 +44,14 @@ def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
     else:
         root = _tr_root(cov_a, cov_b, _rank(a))
     shift = a.mean - b.mean
-    distance = shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * root
-    return max(float(distance), 0.0)
+    traces = np.trace(cov_a) + np.trace(cov_b)
+    distance = float(shift @ shift + traces - 2 * root)
+    if distance < -_ROUNDING * traces:
+        raise ValueError(
+            f"the FID is {distance:.6g}; expected at least 0; the statistics are damaged, compute "
+            "them again"
+        )
+    return max(distance, 0.0)
 
 
 def _rank(stats: GaussianStats) -> int:
@@ -52,11 +63,44 @@ def _tr_root(first: Array, second: Array, rank: int) -> float:
     """Compute tr (first · second)^½ of two covariances (d, d); `rank` bounds the first's."""
     dim = len(first)
     keep = None if rank == dim else (dim - rank, dim - 1)
+    _require_symmetric(first)
+    _require_semidefinite(second)
     values, vectors = scipy.linalg.eigh(first, subset_by_index=keep, driver="evr")
+    trace = np.trace(first)
+    if values[0] < -_ROUNDING * trace:
+        raise _covariance_error("has negative eigenvalues")
+    if trace - values.sum() > _OUTSIDE_RANK * trace:
+        raise ValueError(
+            f"a covariance of n = {rank + 1} images has a higher rank than {rank}; expected the n "
+            "of its images; compute the statistics again"
+        )
     factor = vectors * np.sqrt(values.clip(min=0))
     product = factor.T @ second @ factor
     roots = scipy.linalg.eigvalsh(product, overwrite_a=True, check_finite=False)
     return float(np.sqrt(roots.clip(min=0)).sum())
+
+
+def _require_symmetric(cov: Array) -> None:
+    """Check that a covariance (d, d) is symmetric up to rounding."""
+    if np.abs(cov - cov.T).max() > _ROUNDING * np.trace(cov):
+        raise _covariance_error("is not symmetric")
+
+
+def _require_semidefinite(cov: Array) -> None:
+    """Check that a covariance (d, d) is symmetric and positive semidefinite up to rounding."""
+    _require_symmetric(cov)
+    shift = max(_ROUNDING * np.trace(cov), np.finfo(np.float64).tiny)
+    try:
+        scipy.linalg.cholesky(cov + shift * np.eye(len(cov)), overwrite_a=True)
+    except scipy.linalg.LinAlgError:
+        raise _covariance_error("has negative eigenvalues") from None
+
+
+def _covariance_error(fault: str) -> ValueError:
+    return ValueError(
+        f"a covariance {fault}; expected a symmetric positive semidefinite matrix; the statistics "
+        "are damaged, compute them again"
+    )
 
 
 @dataclass(frozen=True)
@@ -178,5 +222,9 @@ def _pair(x: Features, y: Features, least: int) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"the sets have {len(first)} and {len(second)} images; expected at least {least} each"
         )
-    dtype = torch.promote_types(first.dtype, second.dtype)
+    if not (bool(first.isfinite().all()) and bool(second.isfinite().all())):
+        raise ValueError(
+            "the features contain NaN or infinity; expected finite values; check the images"
+        )
+    dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
     return first.to(dtype), second.to(dtype)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+
+from integrity.limits import require_archive_size
 
 Array = npt.NDArray[np.float64]
 Features = Tensor | npt.NDArray[np.floating]
@@ -89,8 +92,9 @@ class GaussianStats:
         Raises:
             ValueError: the shape does not fit, a feature is not finite, or n is unknown.
         """
-        array = features.detach().cpu().numpy() if isinstance(features, Tensor) else features
-        rows = np.array(array, np.float64)
+        if isinstance(features, Tensor):  # numpy has no bfloat16
+            features = features.detach().cpu().double().numpy()
+        rows = np.array(features, np.float64)
         if rows.ndim != 2 or rows.shape[1] != self.dim:
             raise ValueError(f"the features have the shape {rows.shape}; expected (B, {self.dim})")
         if not np.isfinite(rows).all():
@@ -134,12 +138,13 @@ class GaussianStats:
         """
         try:
             with np.load(file, allow_pickle=False) as archive:
+                require_archive_size(archive.zip, file)
                 n = int(archive["n"]) if "n" in archive else None
                 mean, cov = archive["mu"], archive["sigma"]
         except FileNotFoundError as error:
             raise FileNotFoundError(f"no statistics at {file}; check the path") from error
-        except (KeyError, ValueError, EOFError, OSError, AttributeError, TypeError,
-                zipfile.BadZipFile) as error:  # fmt: skip
+        except (KeyError, ValueError, EOFError, OSError, AttributeError, TypeError, RuntimeError,
+                NotImplementedError, zlib.error, zipfile.BadZipFile) as error:  # fmt: skip
             raise ValueError(
                 f"{file} is not an .npz of statistics; expected the arrays `mu` and `sigma`"
             ) from error

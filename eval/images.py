@@ -17,12 +17,13 @@ from typing import IO, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from eval.gaussian import GaussianStats
 from eval.inception import FEATURES, Inception
 from eval.references import is_reference, load_reference, read_reference, reference_names
+from integrity.limits import require_size
+from integrity.pictures import open_picture
 
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 """pytorch-fid's extensions, here in upper and lower case."""
@@ -35,6 +36,9 @@ BatchCallback = Callable[[int], None]
 
 Job = TypeVar("Job")
 
+#: errors of a damaged or encrypted archive
+_DAMAGE = (ValueError, EOFError, OSError, RuntimeError, NotImplementedError, zlib.error,
+           zipfile.BadZipFile)  # fmt: skip
 _BATCH = 50
 _AHEAD = 3
 
@@ -83,19 +87,29 @@ class NpzImages:
                     f"{self.path} has no array `arr_0`; expected an .npz of images, `arr_0` uint8 "
                     "(N, H, W, 1 or 3)"
                 )
-            with archive.open("arr_0.npy") as file:
-                self.shape = self._header(file)
+            self.shape = self._read_header(archive)
         _require_two(self.shape[0], self.path)
+
+    def _read_header(self, archive: zipfile.ZipFile) -> tuple[int, ...]:
+        """Return the shape (N, H, W, C) of `arr_0`."""
+        try:
+            file = archive.open("arr_0.npy")
+        except _DAMAGE as error:
+            raise ValueError(
+                f"{self.path} is damaged or encrypted ({error}); write it again"
+            ) from error
+        with file:
+            return self._header(file)
 
     def _header(self, file: IO[bytes]) -> tuple[int, ...]:
         """Read and check the header of `arr_0`; return its shape (N, H, W, C)."""
         try:
             shape, fortran, dtype = read_npy_header(file)
-        except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
             raise ValueError(
                 f"{self.path} is damaged: `arr_0` is no array; write it again"
             ) from error
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran:
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran or 0 in shape:
             raise ValueError(
                 f"`arr_0` of {self.path} is {dtype} {shape}"
                 f"{' in Fortran order' if fortran else ''}; expected uint8 (N, H, W, 1 or 3) in "
@@ -114,9 +128,10 @@ class NpzImages:
 
             def read(rows: int) -> Tensor:
                 expected = rows * height * width * channels
+                require_size(expected, f"a batch of {self.path}")
                 try:
                     raw = file.read(expected)
-                except (EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
+                except _DAMAGE as error:
                     raise ValueError(f"{self.path} is damaged; write it again") from error
                 if len(raw) != expected:
                     raise ValueError(
@@ -232,10 +247,9 @@ def _read_pictures(files: list[Path]) -> Batch:
 def _read_picture(file: Path) -> Tensor:
     """Read an image file as uint8 (C, H, W); grey keeps one channel, all others become RGB."""
     try:
-        with Image.open(file) as picture:
+        with open_picture(file) as picture:
             pixels = np.array(picture if picture.mode == "L" else picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
-            Image.DecompressionBombError) as error:  # fmt: skip
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
         raise ValueError(f"cannot read the image {file} ({error}); remove or repair it") from error
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(pixels))

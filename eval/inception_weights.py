@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eval.pytorch_fid import convolutions
+from integrity.limits import require_archive_size
 
 #: tensors of a convolution, in the order of the TorchScript archive
 _SUFFIXES = ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")
@@ -97,6 +98,7 @@ def convert_torchscript(path: str | Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     try:
         with zipfile.ZipFile(path) as archive:
+            require_archive_size(archive, path)
             root = next(n.split("/")[0] for n in archive.namelist() if "/code/" in n)
             for i, (name, convolution) in enumerate(convolutions().items()):
                 for j, suffix in enumerate(_SUFFIXES):

@@ -15,6 +15,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from integrity.pictures import open_picture
+
 #: key of the text chunk inside a PNG
 _NOTE = "jkoflow"
 _WHITE, _PADDING = 255, 2
@@ -67,9 +69,9 @@ def save_png(image: Image.Image, file: Target, note: str | None = None) -> None:
 def note_of(path: str | Path) -> str | None:
     """Read the note in a PNG's metadata; None without a note or a readable picture."""
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             note = image.info.get(_NOTE)
-    except OSError:
+    except (OSError, ValueError):
         return None
     return note if isinstance(note, str) else None
 

@@ -4,6 +4,7 @@ Python puts the working directory first on its path here, so that a folder `pipe
 hides this package. The script `jkoflow` has no such risk.
 """
 
+import importlib
 import logging
 import os
 import sys
@@ -17,7 +18,7 @@ _HOME = Path(__file__).resolve().parents[1]
 if __name__ == "__main__" and not sys.flags.safe_path and Path(sys.path[0]).resolve() != _HOME:
     del sys.path[0]
 
-from pipeline.cli.main import main  # noqa: E402
+from pipeline.runtime import signals  # noqa: E402
 
 
 def leave(code: int) -> NoReturn:
@@ -35,5 +36,11 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def run() -> NoReturn:
+    """Run the command line and end this process; signals are handled before all imports."""
+    signals.install()
+    leave(importlib.import_module("pipeline.cli.main").main())
+
+
 if __name__ == "__main__":
-    leave(main())
+    run()

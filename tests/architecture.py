@@ -35,7 +35,7 @@ Three leaves hold the methods and know nothing of each other: `flows` (mathemati
 (images to latents and back) and `eval` (metrics). Only `pipeline` imports them.
 `pipeline` is a stack of packages. A package imports only from layers below its own, and packages
 of one layer never import each other. `tests/test_imports.py` reads every import and fails on any
-other arrow, and on circles.
+other arrow, and on circles. Below them all, `integrity` checks files by their hashes.
 
 """
 
@@ -51,10 +51,10 @@ def draw() -> str:
     lines = ["```"]
     for level in range(len(LAYERS) - 1, -1, -1):
         lines.append(f"{level + 1:2}  {'   '.join(LAYERS[level])}")
-    lines += [" 0  flows | autoencoders | eval", "```", ""]
+    lines += [" 0  flows | autoencoders | eval", "    integrity", "```", ""]
     names = [name for layer in reversed(LAYERS) for name in layer]
     folders = [ROOT / "pipeline" / name for name in names]
-    for top in ("flows", "autoencoders", "eval"):
+    for top in ("flows", "autoencoders", "eval", "integrity"):
         folders += sorted({path.parent for path in (ROOT / top).rglob("*.py")})
     for folder in folders:
         name = folder.relative_to(ROOT).as_posix()

@@ -12,7 +12,9 @@ from tests.architecture import DOCUMENT, LEVEL, draw
 
 ROOT = Path(__file__).parents[1]
 LEAVES = ("flows", "autoencoders", "eval")
-PACKAGES = (*LEAVES, "pipeline", "configs")
+#: packages that every other may import
+SHARED = ("configs", "integrity")
+PACKAGES = (*LEAVES, "pipeline", *SHARED)
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 PIPELINE = [path for path in FILES if path.is_relative_to(ROOT / "pipeline")]
 #: the files that may import a library
@@ -43,7 +45,7 @@ def modules(text: str, tmp_path: Path) -> list[tuple[str, bool]]:
 def forbidden(package: str, module: str) -> bool:
     """Whether a file of `package` may not import `module`."""
     top = module.partition(".")[0]
-    return package != "pipeline" and top in PACKAGES and top not in (package, "configs")
+    return package != "pipeline" and top in PACKAGES and top not in (package, *SHARED)
 
 
 def package_of(module: str) -> str | None:
@@ -127,7 +129,7 @@ def test_all_packages_are_read() -> None:
     assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(PACKAGES)
 
 
-@pytest.mark.parametrize("package", LEAVES)
+@pytest.mark.parametrize("package", (*LEAVES, *SHARED))
 def test_leaves_import_neither_each_other_nor_pipeline(package: str) -> None:
     wrong = [
         f"{path.relative_to(ROOT)} imports {module}"

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from eval.gaussian import GaussianStats
+from integrity.digests import BLANK, check_file, stamp
 
 _FOLDER = Path(__file__).parent
 _SUFFIX = ".safetensors"
@@ -82,15 +83,18 @@ def read_reference(path: str | Path) -> Reference:
         card = json.loads(metadata["card"])
         if card.pop("format") != _FORMAT:
             raise ValueError("another format")
+        card.pop("seal", None)
         dim = len(mean)
         cov = np.zeros((dim, dim))
         cov[np.triu_indices(dim)] = upper
         cov += np.triu(cov, 1).T
-        return Reference(GaussianStats.from_moments(mean, cov, card["n"]), card)
+        reference = Reference(GaussianStats.from_moments(mean, cov, card["n"]), card)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ValueError(
             f"{path} is not a complete file of reference statistics; write it again"
         ) from error
+    check_file(path)
+    return reference
 
 
 def reference_bytes(stats: GaussianStats, card: Mapping[str, Any]) -> bytes:
@@ -113,4 +117,4 @@ def reference_bytes(stats: GaussianStats, card: Mapping[str, Any]) -> bytes:
         )
     tensors = {"mean": torch.from_numpy(stats.mean), "cov_upper": torch.from_numpy(upper)}
     # safetensors writes several metadata keys in random order; one key makes bytes repeatable.
-    return save(tensors, {"card": json.dumps({**card, "format": _FORMAT})})
+    return stamp(save(tensors, {"card": json.dumps({**card, "format": _FORMAT, "seal": BLANK})}))

@@ -72,15 +72,22 @@ class VelocityConfig:
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
-        for name, least in (("width", 1), ("depth", 1), ("patch", 1), ("nets", 1),
-                            ("heads", 0), ("classes", 0), ("image_channels", 0)):  # fmt: skip
+        for name, least, most in (
+            ("width", 1, 2**16), ("depth", 1, 2**10), ("patch", 1, 2**10), ("nets", 1, 2**10),
+            ("heads", 0, 2**10), ("classes", 0, 2**20), ("image_channels", 0, 2**10),
+            ("time_features", 2, 2**12),
+        ):  # fmt: skip
             value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise FlowError(f"velocity.{name} must be an integer, not {value!r}")
             if value < least:
                 raise FlowError(f"velocity.{name} must be at least {least}, not {value}")
+            if value > most:
+                raise FlowError(f"velocity.{name} must be at most {most}, not {value}")
         if self.activation not in ("default", *ACTIVATIONS):
             known = ", ".join(("default", *ACTIVATIONS))
             raise FlowError(f"unknown activation {self.activation!r}; choose one of {known}")
-        if self.time_features < 2 or self.time_features % 2:
+        if self.time_features % 2:
             raise FlowError(
                 f"velocity.time_features must be even and at least 2, not {self.time_features}"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import lzma
 import os
 import shutil
 import tarfile
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from integrity.limits import limit, require_archive_size, require_size
 from pipeline.assets.download import DamagedError
 
 _ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip", ".whl")
@@ -47,10 +49,20 @@ def find_files(raw: Path, names: Sequence[str], scratch: Path) -> dict[str, Path
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file, decompressed if its name ends in `.gz`; a damaged one is a DamagedError."""
+    """Read a file; decompress it if its name ends in `.gz`.
+
+    Raises:
+        DamagedError: the file is damaged or larger than the limit.
+    """
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        require_size(path.stat().st_size, path)
+        if path.suffix != ".gz":
+            return path.read_bytes()
+        with gzip.open(path) as file:
+            data = file.read(limit() + 1)
+        require_size(len(data), path)
+        return data
+    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
         raise DamagedError(f"{path.name} is damaged ({error})") from error
 
 
@@ -79,15 +91,18 @@ def _unpack(archive: Path, names: Sequence[str], scratch: Path) -> dict[str, Pat
     try:
         if archive.suffix in (".zip", ".whl"):
             with zipfile.ZipFile(archive) as zipped:
+                require_archive_size(zipped, archive)
                 for entry in zipped.infolist():
                     if PurePosixPath(entry.filename).name in names and not entry.is_dir():
                         copy(entry.filename, zipped.open(entry))
         else:
             with tarfile.open(archive) as tar:
                 for member in tar:
+                    require_size(member.offset_data + member.size, archive)
                     stream = tar.extractfile(member) if member.isfile() else None
                     if stream is not None and PurePosixPath(member.name).name in names:
                         copy(member.name, stream)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, gzip.BadGzipFile,
+            lzma.LZMAError, RuntimeError, ValueError) as error:  # fmt: skip
         raise DamagedError(f"{archive.name} is damaged ({error})") from error
     return unpacked

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image
 from safetensors.torch import save
 
 from eval.inception_weights import read_weights, weights_sha256
+from integrity.pictures import open_picture
 from pipeline.assets.archives import find_files, read_bytes
 from pipeline.assets.download import DamagedError
 from pipeline.storage.safe_pickle import UnsafePickleError, load_batch
@@ -127,7 +127,7 @@ def _python_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _picture_batch(path: Path) -> np.ndarray:
     """Read a picture of the npm package, whose rows are images, as (10000, 3, 32, 32)."""
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             rows = np.asarray(picture)
     except (OSError, SyntaxError, ValueError) as error:
         raise DamagedError(f"{path.name} is damaged ({error})") from error

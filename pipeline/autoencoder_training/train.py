@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from pipeline.data.image_set import ImageSet, with_random_access
 from pipeline.errors import JkoflowError, UserError
 from pipeline.evaluation.real_images import subset_indices
 from pipeline.runs.directory import ResumePolicy, RunDirectory
+from pipeline.runtime import signals
 from pipeline.runtime.console import Progress
+from pipeline.runtime.distributed import broadcast_decision
 from pipeline.runtime.rng import Batches, generator
 from pipeline.storage import atomic
 from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
@@ -88,7 +91,7 @@ def train_autoencoder(
             seconds = before + time.monotonic() - began
             save_checkpoint(checkpoint, {"trainer": trainer.state(), "seconds": seconds})
 
-    with TrainingLog(folder, accelerator.is_main_process) as log:
+    with TrainingLog(folder, accelerator.is_main_process) as log, signals.deferred():
         log.rewind(0, trainer.done)
         todo = range(trainer.done, recipe.iterations)
         for step in progress(todo, len(todo), "autoencoder"):
@@ -100,10 +103,14 @@ def train_autoencoder(
                 raise JkoflowError(str(error)) from error
             if trainer.done % _LOG_EVERY == 0 or trainer.done == recipe.iterations:
                 log.flush(0, trainer.done, trainer.done)
-            if time.monotonic() - saved > recipe.checkpoint_seconds:
+            halt = broadcast_decision(accelerator, signals.pending())
+            if halt or time.monotonic() - saved > recipe.checkpoint_seconds:
                 save()
                 saved = time.monotonic()
-    save()
+            if halt:
+                signals.raise_pending()
+                raise signals.Interrupted(signal.SIGTERM)  # rank 0 has the signal
+        save()
     if accelerator.is_main_process:
         _finish(config, folder, trainer, images, before + time.monotonic() - began)
     accelerator.wait_for_everyone()

@@ -25,7 +25,8 @@ from pipeline.cli import (
     toy2d,
     training,
 )
-from pipeline.cli.session import INTERRUPTED, explain, fail
+from pipeline.cli.session import explain, fail
+from pipeline.runtime import signals
 
 app = typer.Typer(
     name="jkoflow",
@@ -115,20 +116,35 @@ for group_name, (group_help, commands) in GROUPS.items():
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0, 2 for a mistake of the caller, else 1."""
+    """Run the command line and return the exit code.
+
+    It is 0, 2 for a mistake of the caller, 128 + n for signal n, or 1 for another failure.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
+    restore = signals.install(_discard_temporaries)
     try:
         code = app(given, standalone_mode=False)
         if code == _TYPER_INTERRUPTED:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
+    except signals.Interrupted as stop:
+        return fail(str(stop), stop.code)
     except KeyboardInterrupt:
-        return fail(INTERRUPTED, 1)
+        return fail(signals.SENTENCE, _TYPER_INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - every error becomes one sentence
         if debug:
             traceback.print_exc()
         if type(error).__name__ == "NoArgsIsHelpError":  # of typer's own copy of click or another
             print(error, file=sys.stderr)
         return fail(*explain(error))
+    finally:
+        restore()
+
+
+def _discard_temporaries() -> None:
+    """Remove the files that this process has begun and not finished."""
+    atomic = sys.modules.get("pipeline.storage.atomic")  # which it may not have imported yet
+    if atomic is not None:
+        atomic.discard_temporaries()

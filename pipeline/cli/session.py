@@ -9,16 +9,13 @@ from typing import Any
 import typer
 
 from pipeline.errors import JkoflowError
-
-INTERRUPTED = (
-    "interrupted; finished steps are kept; run the same command again (train: with --resume)"
-)
+from pipeline.runtime.signals import SENTENCE
 
 
 def explain(error: Exception) -> tuple[str, int]:
     """Describe an error in one sentence; return it with the exit code 2 (user error) or 1."""
     if isinstance(error, typer.Abort):
-        return INTERRUPTED, 1
+        return SENTENCE, 130
     if type(error).__name__ == "NoArgsIsHelpError":
         return "no command given; see --help", 2
     if hasattr(error, "format_message"):  # errors of typer, from its own copy of click or another

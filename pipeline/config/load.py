@@ -23,8 +23,11 @@ from pipeline.config.schema import WHERE, Config
 from pipeline.config.values import convert
 from pipeline.errors import UserError
 from pipeline.runtime.console import say
+from pipeline.storage import seal
 
 S = TypeVar("S")
+#: values of a YAML file, those of its aliases counted as often as they stand for some
+_MOST_VALUES = 10_000
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,10 @@ def read_resolved(schema: type[S], path: Path) -> S:
     """Read the whole configuration that `resolved_yaml` wrote, such as a run's config.yaml.
 
     Raises:
-        UserError: unreadable YAML, an unknown key or a wrong value.
+        UserError: unreadable YAML, an unknown key, a wrong value, or a file that differs from the
+            seal above it.
     """
+    seal.check(path)
     return _build(schema, _entries(read_yaml(path), str(path)))
 
 
@@ -160,8 +165,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or holds something else.
     """
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = _plain_yaml(path.read_text())
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not readable YAML: {reason}") from error
     if values is None:
@@ -169,6 +174,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold sections with keys, not {type(values).__name__}")
     return values
+
+
+def _plain_yaml(text: str) -> Any:  # noqa: ANN401
+    """Read YAML whose aliases expand to a bounded number of values.
+
+    Raises:
+        ValueError: an alias contains itself, or there are more than `_MOST_VALUES` values.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node | None) -> int:
+        if not isinstance(node, yaml.CollectionNode):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = _MOST_VALUES  # while its parts are counted: an alias of itself
+            parts = [part for pair in node.value for part in pair] if isinstance(
+                node, yaml.MappingNode
+            ) else node.value  # fmt: skip
+            sizes[id(node)] = 1 + sum(size(part) for part in parts)
+        return sizes[id(node)]
+
+    if size(yaml.compose(text, yaml.SafeLoader)) > _MOST_VALUES:
+        raise ValueError(f"it has more than {_MOST_VALUES} values; expected a configuration")
+    return yaml.safe_load(text)
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
@@ -199,8 +228,8 @@ def _overrides(overrides: Sequence[str]) -> list[tuple[str, _Entry]]:
             raise UserError(f"--set takes section.key=value, not {override!r}")
         source = f"--set {override}"
         try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as error:
+            value = _plain_yaml(text) if text else ""
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(
                 f"{source}: its value is not readable YAML; close its brackets and quotes, and "
                 "quote the whole for the shell"

@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageOps
 
+from integrity.pictures import open_picture
 from pipeline.data.file_index import file_records
 from pipeline.data.image_set import ImageSet, apply_limit, fingerprint
 from pipeline.errors import UserError
@@ -97,7 +98,8 @@ def _list_images(folder: Path) -> list[str]:
         relative = Path(subfolder).relative_to(folder)
         for name in files:
             if name.lower().endswith(ENDINGS) and not name.startswith("."):
-                names.append((relative / name).as_posix())
+                if os.path.isfile(os.path.join(subfolder, name)):  # not a FIFO or a device
+                    names.append((relative / name).as_posix())
     return sorted(names)
 
 
@@ -135,7 +137,7 @@ class FolderPixels:
     def _read_one(self, path: Path) -> np.ndarray:
         """Read an image as uint8 (C, size, size)."""
         try:
-            with Image.open(path) as image:
+            with open_picture(path) as image:
                 return prepare(image, self.size, self.mode)
         # Decoders raise many kinds of errors for damaged files.
         except Exception as error:

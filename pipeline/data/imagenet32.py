@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.images import read_npy_header
+from integrity.limits import require_archive_size
 from pipeline.data.file_index import FileRecord, file_records
 from pipeline.data.image_set import ImageSet, apply_limit, fingerprint
 from pipeline.errors import UserError
@@ -21,6 +22,9 @@ from pipeline.storage.safe_pickle import load_batch
 _TRAIN = tuple(f"train_data_batch_{i}" for i in range(1, 11))
 _VAL = ("val_data",)
 _VALUES = 3 * 32 * 32
+#: errors of a damaged or encrypted archive
+_DAMAGE = (ValueError, KeyError, EOFError, OSError, RuntimeError, NotImplementedError,
+           AttributeError, zlib.error, zipfile.BadZipFile)  # fmt: skip
 
 
 def load_imagenet32(folder: Path, split: str, limit: int | None) -> ImageSet:
@@ -148,7 +152,7 @@ def _count_rows(path: Path) -> FileRecord:
     try:
         with zipfile.ZipFile(path) as archive, archive.open("data.npy") as member:
             shape, _, _ = read_npy_header(member)
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, zlib.error) as error:
+    except _DAMAGE as error:
         raise _not_a_batch(path, str(error)) from error
     return {"rows": int(shape[0]) if shape else 0}
 
@@ -159,8 +163,9 @@ def _read_arrays(path: Path, wanted: tuple[str, ...]) -> dict[str, object]:
         if path.suffix != ".npz":
             return dict(load_batch(path))
         with np.load(path, allow_pickle=False) as archive:
+            require_archive_size(archive.zip, path)
             return {name: archive[name] for name in wanted if name in archive.files}
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+    except _DAMAGE as error:
         raise _not_a_batch(path, str(error)) from error
 
 

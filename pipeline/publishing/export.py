@@ -34,7 +34,7 @@ from pipeline.runs.zoo import is_shipped
 from pipeline.runtime.rng import generator
 from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.sampling.solvers import solvers_of
-from pipeline.storage import atomic
+from pipeline.storage import atomic, seal
 from pipeline.storage.compact_weights import DTYPES, quantise
 
 AUTOENCODER = "autoencoder.safetensors"
@@ -45,7 +45,7 @@ _GRID = "samples/grid.png"
 _INSIDE = r"blocks/block-\d+\.safetensors|autoencoder\.safetensors|config\.yaml"
 #: the files that an export writes before its flow.json
 _WRITTEN = re.compile(
-    rf"{_INSIDE}|metrics\.json|CARD\.md|samples/grid\.png"
+    rf"{_INSIDE}|{seal.NAME}|metrics\.json|CARD\.md|samples/grid\.png"
     rf"|({GUIDE}|{REFINER})/({_INSIDE}|flow\.json)"
 )
 _COMPARED = 64
@@ -130,6 +130,7 @@ def _write_export(
     run, settings = plan.run, plan.settings
     for left in _files(out):  # by a killed export, which may have written more
         (out / left).unlink()
+    seal.start(out)
     manifest, change = _write_weights(run, list(plan.solvers), out, dtype)
     if plan.guide is not None:
         name = _write_helper(plan.guide, str(settings.guide), out / GUIDE, dtype)

@@ -1,5 +1,6 @@
 """Run directories: the files of a training, and whether the training may continue there.
 
+* SHA256SUMS: the sha256 of all files but the log, written with each (see `pipeline.storage.seal`).
 * config.yaml: the configuration.
 * environment.json: versions, machine and command of the training.
 * start.json: the manifest before the first block is finished.
@@ -33,7 +34,7 @@ from pipeline.config.load import differences, read_resolved, resolved_yaml, with
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.runs.manifest import FILE, Manifest
-from pipeline.storage import atomic
+from pipeline.storage import atomic, seal
 
 C = TypeVar("C", Config, AutoencoderConfig)
 
@@ -95,6 +96,7 @@ class RunDirectory:
         kept = directory._continued(config, policy)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            seal.start(directory.folder)
             atomic.remove_temporaries_below(directory.folder)
             if kept is not None:
                 directory._write_config(kept)
@@ -120,6 +122,7 @@ class RunDirectory:
             raise UserError(
                 f"no run at {self.folder} (it has no {CONFIG}); train one or check --run"
             )
+        seal.require(self.folder, "the run at")
         config = read_resolved(Config, path)
         weights = self.inside(config.autoencoder.weights)
         guide, refiner = (
@@ -144,6 +147,7 @@ class RunDirectory:
                 f"the run at {self.folder} has no finished block yet; finish it with "
                 f"`{self.resume_command}`"
             )
+        seal.require(self.folder, "the run at")
         manifest = Manifest.from_json(atomic.read_json(path, "flow manifest"), str(path))
         if not manifest.passes:
             raise UserError(
@@ -185,9 +189,10 @@ class RunDirectory:
                 f"{folder} is a file; a {noun} is a folder, choose another place with {option}"
             )
         if not self.exists:
-            # a run that was killed in its very first commit leaves a temporary only
+            # a run that was killed in its very first commit leaves a seal and a temporary only
             if folder.is_dir() and any(
-                not path.name.startswith(atomic.TEMPORARY_PREFIX) for path in folder.iterdir()
+                not path.name.startswith((atomic.TEMPORARY_PREFIX, seal.NAME))
+                for path in folder.iterdir()
             ):
                 raise UserError(
                     f"{folder} is not empty and holds no {noun}; choose another place with "
@@ -199,6 +204,7 @@ class RunDirectory:
                 f"there is a {noun} at {folder} already; continue it with --resume, or choose "
                 f"another place with {option}"
             )
+        seal.require(folder, f"the {noun} at")
         schema = type(config)
         stored = read_resolved(schema, self.folder / CONFIG)
         changed = differences(stored, config)

@@ -16,6 +16,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,17 @@ from pipeline.storage.records import to_json
 
 #: entries of a block's row that logs and metrics leave out
 _INTERNAL = ("stage", "spec")
+
+
+def require_inside(name: str) -> None:
+    """Check a path that is relative to a run directory.
+
+    Raises:
+        ValueError: it may lead out of the directory.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith(("/", "~")) or ".." in parts or "\\" in name or "\0" in name:
+        raise ValueError(f"the path {name!r} may lead out of the run; expected one inside")
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,9 @@ class StoredBlock:
     gamma: float | None
     objective: str
     spec: BlockSpec
+
+    def __post_init__(self) -> None:
+        require_inside(self.file)
 
     @property
     def step(self) -> float | None:
@@ -79,6 +94,10 @@ class BlockRow(StoredBlock):
     parameters: int
     stage: str
     error: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_inside(self.stage)
 
     def report(self) -> dict[str, Any]:
         """Return the entries for logs and metrics; steps are rounded to 12 digits.

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from autoencoders.base import Autoencoder
 from autoencoders.registry import build_autoencoder
 from flows.block import Block
@@ -34,14 +36,15 @@ def load_block(folder: Path, row: StoredBlock, shape: Sequence[int]) -> tuple[Bl
             f"the run at {folder} lacks {row.file}; bring the file back, or train the run again"
         )
     tensors = dequantise(atomic.read_tensors(path, row.sha256))
-    block = build_block(row.spec, tuple(shape))
-    try:
-        block.load_state_dict(tensors)
-    except RuntimeError as error:
+    with torch.device("meta"):  # a specification may claim a network of any size
+        expected = build_block(row.spec, tuple(shape)).state_dict()
+    if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in tensors.items()}:
         raise UserError(
             f"{path} does not fit its specification in flow.json; bring back the file of this "
             "run, or train the run again"
-        ) from error
+        )
+    block = build_block(row.spec, tuple(shape))
+    block.load_state_dict(tensors)
     return row.spec, block.eval().requires_grad_(False)
 
 

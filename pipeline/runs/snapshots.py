@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.runs.passes import require_inside
 from pipeline.runs.run import Run, load_blocks, open_run
 from pipeline.storage import atomic
 from pipeline.storage.records import from_json, to_json
@@ -26,6 +27,9 @@ class Snapshot:
     step: int
     seen: int
     seconds: float
+
+    def __post_init__(self) -> None:
+        require_inside(self.file)
 
 
 def snapshot_file(step: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.storage import atomic
+from pipeline.storage import atomic, seal
 from pipeline.storage.paths import data_root
 from pipeline.storage.shards import content_key
 
@@ -31,7 +31,7 @@ def locate(run: Path | str) -> Path:
     """Return the directory of a run; for zoo:NAME, that of its copy.
 
     Raises:
-        UserError: no shipped run has this name.
+        UserError: no shipped run has this name, or a shipped file is damaged.
         JkoflowError: the copy could not be written.
     """
     if not is_shipped(run):
@@ -43,11 +43,14 @@ def locate(run: Path | str) -> Path:
             "give the path of a run directory"
         )
     source = known[name]
-    files = sorted(path for path in source.rglob("*") if path.is_file())
+    files = sorted(path for path in source.rglob("*") if path.is_file() and path.name != seal.NAME)
     records = [path for path in files if path.name in (_MANIFEST, "config.yaml")]
     parts = {str(path.relative_to(source)): atomic.sha256_file(path) for path in records}
     copy = data_root() / "zoo" / f"{name}-{content_key(parts)[:12]}"
-    if not (copy / _MANIFEST).is_file():  # it is committed last, and marks a complete copy
+    # the manifest is committed last, and marks a complete copy
+    if not ((copy / _MANIFEST).is_file() and (copy / seal.NAME).is_file()):
+        seal.start(copy)
         for path in sorted(files, key=lambda path: path == source / _MANIFEST):
+            seal.check(path)
             atomic.write_bytes(copy / path.relative_to(source), path.read_bytes())
     return copy

@@ -1,8 +1,9 @@
 """Atomic writes of files, and reads that verify their sha256.
 
 A file is written under a unique temporary name, flushed to the disk and then renamed, so a file
-under its final name is complete. A folder (run, cache) is complete when its manifest exists, which
-is written last.
+under its final name is complete. Files below a sealed folder are recorded in its seal and checked
+against it (`pipeline.storage.seal`). A folder (run, cache) is complete when its manifest exists,
+which is written last.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from integrity.digests import sha256_file, stamp
 from pipeline.errors import JkoflowError, UserError
+from pipeline.storage import seal
 
 TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY_NAME = re.compile(
     re.escape(TEMPORARY_PREFIX) + r".+-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}"
 )
-_CHUNK = 1 << 20
 _ABANDONED_SECONDS = 24 * 3600
+#: temporary files that this process writes at the moment
+_open_temporaries: set[Path] = set()
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
@@ -53,24 +57,33 @@ class _HashingFile(io.RawIOBase):
         return self.inner.write(data)
 
 
-def write_with(path: Path, fill: Callable[[IO[bytes]], object]) -> str:
+def write_with(
+    path: Path, fill: Callable[[IO[bytes]], object], sealed: bool = True
+) -> str:
     """Write a file atomically with the content that `fill` writes; return its sha256 in hex.
 
-    The folder is created if it is missing. `fill` is called once with a file that cannot seek.
+    The folder is created if it is missing. `fill` is called once with a file that cannot seek. The
+    seal above the file records it, unless `sealed` is False, as for a file that grows.
 
     Raises:
+        UserError: a folder, a device or a pipe has this name.
         JkoflowError: the disk is full or read-only; no file is left under `path`.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file; expected one or none; choose another name")
     unique = f"{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}-{unique}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _open_temporaries.add(temporary)
         with open(temporary, "wb") as raw:
             hashing = _HashingFile(raw)
             fill(hashing)  # type: ignore[arg-type]
             raw.flush()
             os.fsync(raw.fileno())
+        if sealed:
+            seal.record(path, hashing.hash.hexdigest())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -81,6 +94,7 @@ def write_with(path: Path, fill: Callable[[IO[bytes]], object]) -> str:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        _open_temporaries.discard(temporary)
     return hashing.hash.hexdigest()
 
 
@@ -94,9 +108,9 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes) -> str:
+def write_bytes(path: Path, data: bytes, sealed: bool = True) -> str:
     """Write bytes atomically and return their sha256 (see `write_with`)."""
-    return write_with(path, lambda file: file.write(data))
+    return write_with(path, lambda file: file.write(data), sealed)
 
 
 def write_json(path: Path, value: object) -> str:
@@ -104,7 +118,16 @@ def write_json(path: Path, value: object) -> str:
 
     JSON has no NaN and no infinity: they are a ValueError.
     """
-    return write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    return write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: object) -> bytes:
+    """Encode a value as `write_json` does.
+
+    Raises:
+        ValueError: the value holds NaN or infinity.
+    """
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def write_tensors(
@@ -113,31 +136,34 @@ def write_tensors(
     """Write tensors (…) atomically as one safetensors file and return its sha256.
 
     Metadata of several entries are a ValueError, because safetensors writes them in random order.
+    The digest of the file is filled into them where they have `integrity.digests.BLANK`.
     """
     if metadata and len(metadata) > 1:
         raise ValueError(f"metadata has {len(metadata)} entries; expected at most 1; join them")
     clean = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    return write_bytes(path, save(clean, dict(metadata) if metadata else None))
+    return write_bytes(path, stamp(save(clean, dict(metadata) if metadata else None)))
 
 
 def read_json(path: Path, what: str) -> Any:  # noqa: ANN401 - JSON is untyped
     """Read a JSON file; `what` is its name in the message of an error.
 
     Raises:
-        UserError: the file is absent or is not JSON.
+        UserError: the file is absent, is not JSON, or differs from the seal above it.
     """
     try:
-        return json.loads(Path(path).read_text())
+        data = Path(path).read_bytes()
+        seal.check(path, data)
+        return json.loads(data)
     except FileNotFoundError as error:
         raise UserError(f"{what} {path} does not exist; check the path") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(
             f"{what} {path} is not readable JSON ({error}); it is damaged; make it again"
         ) from error
 
 
 def read_tensors(path: Path, sha256: str | None = None) -> dict[str, torch.Tensor]:
-    """Read a safetensors file and verify its `sha256` if one is given.
+    """Read a safetensors file and verify its `sha256`; None is one of the seal above the file.
 
     Raises:
         UserError: the file is absent or damaged, or its hash differs.
@@ -147,21 +173,14 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, torch.Tenso
         raise UserError(f"{path} is missing; make it again or check the path")
     if sha256 is not None:
         verify_file(path, sha256)
+    else:
+        seal.check(path)
     try:
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(
             f"{path} is not a complete safetensors file ({error}); delete it and make it again"
         ) from error
-
-
-def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file's content, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def verify_file(path: Path, sha256: str) -> None:
@@ -199,6 +218,13 @@ def remove_temporaries_below(folder: Path) -> int:
     """Remove the temporary files of killed processes in a folder and its subfolders."""
     below = [path for path in Path(folder).rglob("*") if path.is_dir()]
     return sum(remove_temporaries(path) for path in (Path(folder), *below))
+
+
+def discard_temporaries() -> None:
+    """Remove the files that this process has begun, before a signal ends it."""
+    for temporary in tuple(_open_temporaries):
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _abandoned(temporary: Path) -> bool:

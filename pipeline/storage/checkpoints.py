@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.storage import atomic
+from pipeline.storage import atomic, seal
 
 _STATE = "jkoflow.state"
 _TENSOR = "__tensor__"
@@ -36,10 +36,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read the state that `save_checkpoint` wrote.
 
     Raises:
-        UserError: the file is absent, damaged or not a checkpoint.
+        UserError: the file is absent, damaged, not a checkpoint, or of another run.
     """
     if not Path(path).is_file():
         raise UserError(f"checkpoint {path} does not exist; check the path")
+    seal.check(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -2,25 +2,36 @@
 
 A pickle is a program that calls functions by name. This reader resolves only the names by which
 numpy rebuilds arrays and numbers. Any other name raises an error before code of the pickle runs.
+The work that a pickle may ask for is bounded (`integrity.pickles`).
 """
 
 from __future__ import annotations
 
-import pickle
-import pickletools
+import io
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from integrity.limits import require_size
+from integrity.pickles import BoundedUnpickler
+
 #: numpy's functions in a pickled array, a pickled number, and an array of protocol 5
 _RECONSTRUCT: Any = np.empty(0).__reduce__()[0]
 _SCALAR: Any = np.float64().__reduce__()[0]
 _FROM_BUFFER: Any = np.empty(1).__reduce_ex__(5)[0]
+_LONGEST_CODE = 8
 
 
 class UnsafePickleError(ValueError):
     """Error of a pickle that is damaged or holds other objects than arrays and containers."""
+
+
+def _dtype(code: object, *_: object) -> np.dtype:
+    """Return the dtype of a short text; numpy would parse nested tuples without end."""
+    if not isinstance(code, (str, bytes)) or len(code) > _LONGEST_CODE:
+        raise UnsafePickleError("a dtype is not of numpy's form")
+    return np.dtype(code.decode("ascii") if isinstance(code, bytes) else code)
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -30,7 +41,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-class _BatchUnpickler(pickle.Unpickler):
+class _BatchUnpickler(BoundedUnpickler):
     """Unpickler of arrays, numbers, strings and containers."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -38,7 +49,7 @@ class _BatchUnpickler(pickle.Unpickler):
         # functions of this object, so that a pickle cannot change those of numpy
         self.known: dict[tuple[str, str], object] = {
             ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
+            ("numpy", "dtype"): lambda *a: _dtype(*a),
             ("_codecs", "encode"): lambda text, encoding: _encode(text, encoding),
             ("builtins", "bytes"): lambda: b"",  # `bytes()` under protocol 2
             ("__builtin__", "bytes"): lambda: b"",
@@ -55,27 +66,18 @@ class _BatchUnpickler(pickle.Unpickler):
         return self.known[module, name]
 
 
-def _require_small_memo(file: IO[bytes]) -> None:
-    """Check that memo indices are not larger than the pickle, which would exhaust memory."""
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
-            raise UnsafePickleError("it asks for more memory than it needs")
-
-
 def load_batch(path: Path) -> dict[str, Any]:
     """Read a pickled dictionary of numeric arrays, numbers, strings and lists.
 
     The file was written by Python 2 or 3, with any protocol. Keys become strings.
 
     Raises:
-        UnsafePickleError: the pickle is damaged, not a dictionary, or asks for another name. No
-            code of the pickle has run.
+        UnsafePickleError: the pickle is damaged, not a dictionary, asks for another name, or for
+            more work than an array needs. No code of the pickle has run.
     """
     try:
-        with open(path, "rb") as file:
-            _require_small_memo(file)
-            file.seek(0)
-            batch = _BatchUnpickler(file).load()
+        require_size(path.stat().st_size, path)
+        batch = _BatchUnpickler(io.BytesIO(path.read_bytes())).load()
     except UnsafePickleError:
         raise
     except Exception as error:  # noqa: BLE001 - a damaged pickle can raise any error

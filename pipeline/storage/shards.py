@@ -1,9 +1,10 @@
 """Stores: arrays of many samples as safetensors shards with a manifest.
 
-Every shard is written atomically and carries the key of its store; rank r of P writes the shards
-r, r + P, …. The manifest comes last and makes the store complete. An interrupted store resumes at
-its missing shards. The content of a shard depends on its index alone, so any number of processes
-writes the same bytes.
+Every shard is written atomically, is recorded in the seal of its folder, and carries the key of
+its store; rank r of P writes the shards r, r + P, …. The manifest comes last and makes the store
+complete. An interrupted store resumes at its missing shards; one that differs from the seal counts
+as missing. The content of a shard depends on its index alone, so any number of processes writes
+the same bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.storage import atomic
+from pipeline.storage import atomic, seal
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -105,6 +106,7 @@ class StoreWriter:
                 raise UserError(
                     f"{name} of shard {index} has {len(tensor)} samples; expected {last - first}"
                 )
+        seal.start(self.folder)
         atomic.write_tensors(
             self.folder / shard_name(index), tensors, {_OWNER: self._owner(index)}
         )
@@ -120,12 +122,11 @@ class StoreWriter:
         rows = []
         for index in range(self.shards):
             path = self.folder / shard_name(index)
-            if not self._is_complete(index):
+            sha256 = self._sha256(index)
+            if sha256 is None:
                 raise UserError(f"{path} is missing or damaged; run the same command again")
             first, last = self.bounds(index)
-            rows.append(
-                {"file": path.name, "count": last - first, "sha256": atomic.sha256_file(path)}
-            )
+            rows.append({"file": path.name, "count": last - first, "sha256": sha256})
         manifest = {
             "format": FORMAT,
             "key": self.key,
@@ -136,7 +137,11 @@ class StoreWriter:
         }
         if extra is not None:
             manifest |= extra(StoreReader(self.folder, manifest))
-        atomic.write_json(self.folder / MANIFEST, manifest)
+        text = atomic.json_bytes(manifest)
+        sums = {str(row["file"]): str(row["sha256"]) for row in rows}
+        sums[MANIFEST] = hashlib.sha256(text).hexdigest()
+        atomic.write_bytes(self.folder / seal.NAME, seal.lines(sums))
+        atomic.write_bytes(self.folder / MANIFEST, text, sealed=False)  # its line is there
         return StoreReader(self.folder, manifest)
 
     def _owner(self, index: int) -> str:
@@ -144,18 +149,25 @@ class StoreWriter:
         return f"{self.key}/{index}"
 
     def _is_complete(self, index: int) -> bool:
-        """Return whether a shard exists, belongs to this store and has its number of samples."""
+        return self._sha256(index) is not None
+
+    def _sha256(self, index: int) -> str | None:
+        """Return the sha256 of a shard that is as it was written; None if another must be.
+
+        The shard belongs to this store, has its number of samples, and is in the seal.
+        """
         path = self.folder / shard_name(index)
         if not path.is_file():
-            return False
+            return None
         first, last = self.bounds(index)
         with contextlib.suppress(SafetensorError, OSError, ValueError):
             with safe_open(path, "pt") as file:
                 meta = file.metadata() or {}
                 sizes = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
-            if meta.get(_OWNER) == self._owner(index):
-                return sizes == {last - first}
-        return False
+            sha256 = atomic.sha256_file(path)
+            if meta.get(_OWNER) == self._owner(index) and sizes == {last - first}:
+                return sha256 if seal.is_whole(path, sha256) else None
+        return None
 
 
 class StoreReader:
@@ -225,6 +237,7 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
         raise UserError(
             f"{what} {folder} is incomplete; run the command that makes it again"
         )
+    seal.require(folder, what)
     manifest = atomic.read_json(folder / MANIFEST, f"manifest of {what}")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(

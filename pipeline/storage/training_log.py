@@ -46,7 +46,7 @@ class TrainingLog:
             at = (row.get("pass", 0), row.get("block", -1), row.get("step", 0))
             if at <= (self.number, block, step):
                 kept.append(line)
-        atomic.write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode())
+        atomic.write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode(), sealed=False)
 
     def add(self, terms: dict[str, float]) -> None:
         """Add the terms of one step to the running means of the next row."""

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw, ImageFilter, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
+from integrity.pictures import open_picture
 from pipeline.errors import UserError
 
 #: half the side of a picture, in coordinates of the plane
@@ -68,11 +69,11 @@ class PictureDensity:
             UserError: the file is absent, not an image, or of one colour.
         """
         try:
-            with Image.open(path) as file:
+            with open_picture(path) as file:
                 rgba = file.convert("RGBA")
         except FileNotFoundError as error:
             raise UserError(f"picture {path} does not exist; check data.path") from error
-        except (UnidentifiedImageError, OSError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"{path} is not a readable picture; expected an image file; check data.path"
             ) from error

@@ -16,6 +16,7 @@ from pipeline.runs.manifest import Manifest
 from pipeline.runs.movement_plot import plot_movement
 from pipeline.runs.passes import BlockRow, Pass, summarise
 from pipeline.runs.snapshots import Snapshot, add_snapshot, snapshot_file
+from pipeline.runtime import signals
 from pipeline.runtime.distributed import broadcast_decision
 from pipeline.storage import atomic
 from pipeline.storage.records import to_json
@@ -127,23 +128,24 @@ class PassTrainer:
         step, symbol = trainer.spec.step, "γ" if trainer.spec.h is None else "h"
         kind = "free" if step is None else f"{symbol}={step:.3g}"
         name = f"pass {self.number} block {index}" if self.number else f"block {index}"
-        for _ in self.context.progress(remaining, len(remaining), f"{name} ({kind})"):
-            log.add(trainer.step().terms)
-            if trainer.done % recipe.log_every == 0 or trainer.done == trainer.iterations:
-                seconds = round(trainer.seconds, 3)
-                log.flush(index, trainer.done, before + trainer.done, seconds=seconds)
-            if snapshot_every and trainer.done % snapshot_every == 0:
-                save_snapshot(self.folder, trainer)
-            out_of_time = recipe.max_minutes > 0 and broadcast_decision(
-                self.accelerator, time.monotonic() > self.deadline
-            )
-            due = out_of_time or time.monotonic() - saved > recipe.checkpoint_seconds
-            if broadcast_decision(self.accelerator, due):
-                trainer.save(path)
-                saved = time.monotonic()
-            if out_of_time:
-                return False
-        trainer.save(path)
+        with signals.deferred():
+            for _ in self.context.progress(remaining, len(remaining), f"{name} ({kind})"):
+                log.add(trainer.step().terms)
+                if trainer.done % recipe.log_every == 0 or trainer.done == trainer.iterations:
+                    seconds = round(trainer.seconds, 3)
+                    log.flush(index, trainer.done, before + trainer.done, seconds=seconds)
+                if snapshot_every and trainer.done % snapshot_every == 0:
+                    save_snapshot(self.folder, trainer)
+                now = time.monotonic()
+                out_of_time = recipe.max_minutes > 0 and now > self.deadline
+                halt = out_of_time or signals.pending()
+                due = halt or now - saved > recipe.checkpoint_seconds
+                if broadcast_decision(self.accelerator, due):
+                    trainer.save(path)
+                    saved = time.monotonic()
+                    if broadcast_decision(self.accelerator, halt):
+                        return False
+            trainer.save(path)
         return True
 
     def _checkpoint_file(self, index: int) -> Path:

@@ -19,6 +19,7 @@ from autoencoders.codebook import look_up, nearest_indices
 from autoencoders.identity import IdentityAutoencoder
 from autoencoders.registry import build_autoencoder
 from autoencoders.taming import TamingAutoencoder
+from integrity.digests import stamp
 
 
 def model(flavour: str = "vq", image_shape: tuple[int, int, int] = (3, 32, 32)) -> (
@@ -182,7 +183,7 @@ def test_stored_weights_keep_the_new_parts_of_an_architecture(tmp_path: Path) ->
     config = TamingConfig("gumbel", (3, 16, 24), ch_mult=(1, 2), resolution=64, attention=False)
     autoencoder = TamingAutoencoder(config).freeze()
     tensors, metadata = weights.to_tensors(autoencoder, torch.float32)
-    (tmp_path / "x.safetensors").write_bytes(save(tensors, metadata))
+    (tmp_path / "x.safetensors").write_bytes(stamp(save(tensors, metadata)))
     again = weights.load_weights(tmp_path / "x.safetensors")
     assert again.config == config and again.fingerprint == autoencoder.fingerprint
     # at their defaults they are no part of a description: older fingerprints stand

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from autoencoders.base import module_fingerprint, to_float, to_uint8
 from autoencoders.identity import IdentityAutoencoder
@@ -20,6 +20,7 @@ from autoencoders.weights import (
     shipped_weights,
     to_tensors,
 )
+from integrity.digests import BLANK, stamp
 from tests.autoencoders.models import model, x_of
 
 
@@ -27,7 +28,7 @@ from tests.autoencoders.models import model, x_of
 def stored(tmp_path: Path) -> Path:
     path = tmp_path / "some.safetensors"
     tensors, metadata = to_tensors(model().freeze(), recipe={"seconds": 3})
-    save_file(tensors, path, metadata)
+    path.write_bytes(stamp(save(tensors, metadata)))
     return path
 
 
@@ -48,7 +49,7 @@ def test_the_fingerprint_is_of_the_stored_weights(stored: Path, tmp_path: Path) 
     assert first.fingerprint == load_weights(stored).fingerprint
     assert first.fingerprint != model().freeze().fingerprint  # which are not rounded
     again = tmp_path / "again.safetensors"
-    save_file(*to_tensors(first)[:1], again, to_tensors(first)[1])
+    again.write_bytes(stamp(save(*to_tensors(first))))
     assert load_weights(again).fingerprint == first.fingerprint
 
 
@@ -103,9 +104,13 @@ def test_files_that_are_none(tmp_path: Path, stored: Path) -> None:
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="holds no jkoflow autoencoder"):
         load_weights(path)
+    save_file({"x": torch.zeros(1)}, path, {DESCRIPTION: "{}"})
+    with pytest.raises(ValueError, match="holds no digest of its content"):
+        load_weights(path)
     for metadata in ("{", "{}", "[]", '{"architecture": 1}', '{"architecture": {"colour": 1}}'):
-        save_file({"x": torch.zeros(1)}, path, {DESCRIPTION: metadata})
-        with pytest.raises(ValueError):
+        notes = {DESCRIPTION: metadata, "seal": BLANK}
+        path.write_bytes(stamp(save({"x": torch.zeros(1)}, notes)))
+        with pytest.raises(ValueError, match="description|unknown|colour"):
             load_weights(path)
 
 

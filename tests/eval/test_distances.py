@@ -6,6 +6,7 @@ import scipy.linalg
 import torch
 from pytorch_fid import fid_score
 
+from eval import distances
 from eval.distances import frechet_distance, kid, precision_recall
 from eval.gaussian import GaussianStats
 from tests.eval.moments import stats_from
@@ -138,3 +139,53 @@ def test_bad_sets_are_named():
         precision_recall(x, x[:3])
     with pytest.raises(ValueError, match="k is 0; expected at least 1"):
         precision_recall(x, x, k=0)
+
+
+def test_a_covariance_that_is_none_is_refused():
+    rng = np.random.default_rng(0)
+    good = stats_from(rng.normal(size=(400, 20)))
+    negative, skew = good.cov, good.cov
+    negative[3, 3] = -1.0
+    skew[0, 1] += 0.5
+    for cov, fault in ((negative, "has negative eigenvalues"), (skew, "is not symmetric")):
+        for n in (400, 100):  # it is the first matrix and the second
+            bad = GaussianStats.from_moments(good.mean, cov, n)
+            for pair in ((bad, good), (good, bad)):
+                with pytest.raises(ValueError, match=fault):
+                    frechet_distance(*pair)
+
+
+def test_an_n_below_the_rank_is_refused():
+    good = stats_from(np.random.default_rng(0).normal(size=(400, 20)))
+    few = GaussianStats.from_moments(good.mean, good.cov, 10)
+    with pytest.raises(ValueError, match="n = 10 images has a higher rank than 9"):
+        frechet_distance(few, good)
+
+
+def test_a_distance_below_rounding_is_refused(monkeypatch):
+    good = stats_from(np.random.default_rng(0).normal(size=(400, 20)))
+    assert frechet_distance(good, good) < 1e-9
+    real = distances._tr_root
+    monkeypatch.setattr(distances, "_tr_root", lambda *a: real(*a) + 0.01)
+    with pytest.raises(ValueError, match="the FID is -0.02; expected at least 0"):
+        frechet_distance(good, good)
+
+
+@pytest.mark.parametrize("measure", [kid, precision_recall])
+def test_features_that_are_not_finite_are_refused(measure):
+    good = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    for value in (float("nan"), float("inf")):
+        bad = good.clone()
+        bad[3, 1] = value
+        for pair in ((good, bad), (bad, good)):
+            with pytest.raises(ValueError, match="NaN or infinity"):
+                measure(*pair)
+
+
+def test_features_in_bfloat16_are_read():
+    features = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    stats = GaussianStats(4)
+    stats.update(features)
+    expected = stats_from(features.double().numpy())
+    assert np.array_equal(stats.cov, expected.cov)
+    assert kid(features, features[:30]) == kid(features.float(), features[:30].float())

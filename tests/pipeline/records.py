@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from flows.spec import BlockSpec
 from pipeline.data.standardisation import Standardisation
 from pipeline.runs.manifest import AutoencoderRecord, DataRecord, Manifest
 from pipeline.runs.passes import BlockRow
+from pipeline.storage import atomic
 
 
 def synthetic_manifest(name: str, shape: tuple[int, ...]) -> Manifest:
@@ -22,6 +24,11 @@ def synthetic_manifest(name: str, shape: tuple[int, ...]) -> Manifest:
         DataRecord("synthetic", "train", "none"),
         autoencoder=AutoencoderRecord("none", None, "none", (1, 2, 2), Adaptation()),
     )
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Write a file of a run as jkoflow writes it, so that its seal knows the new content."""
+    atomic.write_bytes(path, text.encode())
 
 
 def block_row(h: float | None, gamma: float | None, **values: Any) -> BlockRow:

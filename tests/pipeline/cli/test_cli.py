@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from pipeline.cli import main
+from tests.pipeline.records import rewrite
 from tests.pipeline.tiny import World, python, say
 
 VERBS = (
@@ -211,7 +212,7 @@ class TestRunsThatAreThere:
         assert say(capsys, *words)[0] == 0
         manifest = json.loads((run / "flow.json").read_text())
         manifest["standardisation"]["mean"][0] += 0.5
-        (run / "flow.json").write_text(json.dumps(manifest))
+        rewrite(run / "flow.json", json.dumps(manifest))
         code, _, last = say(capsys, *words)
         assert code == 2
         assert_sentence(last, "are standardised otherwise than those", str(run), "--run")
@@ -229,18 +230,19 @@ class TestRunsThatAreThere:
 
 
 def test_an_interrupted_training_resumes(trained: World, tmp_path: Path) -> None:
-    """Ctrl-C in a real process: exit code 1, a sentence, and the run can be resumed."""
+    """SIGTERM in a real process: a checkpoint, a sentence, and the run can be resumed."""
     values = yaml.safe_load(Path(trained.config()).read_text())
-    values["train"] |= {"iterations": 100_000, "checkpoint_seconds": 0.2}
+    values["train"] |= {"iterations": 100_000, "log_every": 1}
     config = tmp_path / "long.yaml"
     config.write_text(yaml.safe_dump(values))
     run = tmp_path / "run"
     process = python("train", "--config", config, "--run", run, env=trained.environment)
-    while process.poll() is None and not list(run.glob("checkpoints/block-*")):
+    while process.poll() is None and not (run / "log.jsonl").is_file():
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 1
+    assert not list(run.glob("checkpoints/*"))
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143 and list(run.glob("checkpoints/block-00.safetensors"))
     assert_sentence(err.strip().splitlines()[-1], "interrupted", "with --resume")
     assert "Traceback" not in err
     words = ["train", "--run", run, "--resume", "--max-minutes", "0.0001"]

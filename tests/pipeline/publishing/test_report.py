@@ -19,6 +19,7 @@ from pipeline.runs.run import open_run
 from pipeline.training.train import train
 from tests.pipeline.drawing import plan_of
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
+from tests.pipeline.records import rewrite
 from tests.pipeline.tiny import say
 
 
@@ -75,7 +76,7 @@ def test_a_report_shows_the_content_of_the_run(
         "train_seconds": 12.5,
         "peak_memory_bytes": 3 * 2**29,
     }
-    (run / "metrics.json").write_text(json.dumps(metrics))
+    rewrite(run / "metrics.json", json.dumps(metrics))
     page = report(run, capsys)
     known = {row[0]: row[1] for row in page.rows if len(row) == 2}
     assert known["FID(n=40, <digits>)"] == "7.12   (seed 3)"
@@ -113,7 +114,7 @@ def test_metrics_of_other_blocks_are_not_shown(
     metrics = {"fid": fid, "real_test_fid": None, "nfe": 24}
     for blocks, shown in ((None, True), (1, False)):
         sampling = plan_of(open_run(run, blocks)).identity()
-        (run / "metrics.json").write_text(json.dumps({**metrics, "sampling": sampling}))
+        rewrite(run / "metrics.json", json.dumps({**metrics, "sampling": sampling}))
         page = report(run, capsys)
         assert any("FID" in cell for row in page.rows for cell in row) == shown
         assert ("These metrics are of other blocks" in (run / "report.html").read_text()) != shown
@@ -140,7 +141,7 @@ def test_a_plot_of_other_blocks_has_a_warning(
         measured = {"run": opened.fingerprint}
         if name != "likelihood":
             measured = {"sampling": plan_of(opened).identity()}
-        (run / f"{name}.json").write_text(json.dumps(measured))
+        rewrite(run / f"{name}.json", json.dumps(measured))
         report(run, capsys)
         assert ("Sampled from other blocks" in (run / "report.html").read_text()) == warned
 
@@ -151,9 +152,9 @@ def test_a_run_on_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     train(tiny(), folder, Accelerator(), quiet, True, GaussianSource())
     manifest = json.loads((folder / "flow.json").read_text())
     del manifest["autoencoder"]  # which that source pretends to have
-    (folder / "flow.json").write_text(json.dumps(manifest))
+    rewrite(folder / "flow.json", json.dumps(manifest))
     (folder / "samples").mkdir(exist_ok=True)
-    (folder / "samples" / "metrics.json").write_text(json.dumps({"nll_per_dim": 1.25, "nfe": 9}))
+    rewrite(folder / "samples" / "metrics.json", json.dumps({"nll_per_dim": 1.25, "nfe": 9}))
     assert ["nll_per_dim", "1.25"] in report(folder, capsys).rows
     for words in (["generate"], ["evaluate"], ["likelihood"], ["export", "--out", tmp_path / "x"]):
         code, _, last = say(capsys, words[0], "--run", folder, *words[1:])

@@ -17,6 +17,7 @@ from pipeline.runs.directory import read_config, read_manifest
 from pipeline.runs.run import open_run
 from pipeline.storage import atomic
 from tests.pipeline.drawing import plan_of
+from tests.pipeline.records import rewrite
 from tests.pipeline.runs.test_zoo import pixels
 from tests.pipeline.tiny import World, say
 
@@ -35,7 +36,7 @@ def changed(run: Path, out: Path, part: str) -> str:
 
 def test_an_exported_run_has_the_new_decoder(run: Path, tmp_path: Path) -> None:
     other = changed(run, tmp_path / "better.safetensors", "decoder")
-    (run / "metrics.json").write_text('{"run": "of the old decoder"}')
+    rewrite(run / "metrics.json", '{"run": "of the old decoder"}')
     out = export(plan_of(open_run(run)), tmp_path / "out", "float32", other).folder
     assert not (out / "metrics.json").exists()
     Path(other).unlink()  # it lies inside
@@ -55,7 +56,7 @@ def test_the_same_autoencoder_by_another_name_keeps_the_metrics(run: Path, tmp_p
     fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3}
     sampling = plan_of(own).identity()
     metrics = {"sampling": sampling, "nfe": 24, "fid": fid, "real_test_fid": None}
-    (run / "metrics.json").write_text(json.dumps(metrics))
+    rewrite(run / "metrics.json", json.dumps(metrics))
     moved = shutil.copy(str(own.autoencoder_weights()), tmp_path / "moved.safetensors")
     out = export(plan_of(own), tmp_path / "out", "float32", str(moved)).folder
     assert json.loads((out / "metrics.json").read_text()) == metrics

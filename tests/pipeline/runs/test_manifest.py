@@ -13,7 +13,8 @@ from pipeline.runs.directory import read_manifest, write_manifest
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.passes import Pass
 from pipeline.runs.zoo import zoo
-from tests.pipeline.records import block_row, synthetic_manifest
+from pipeline.storage import seal
+from tests.pipeline.records import block_row, rewrite, synthetic_manifest
 
 SHIPPED = sorted(path for folder in zoo().values() for path in folder.rglob("flow.json"))
 
@@ -28,6 +29,7 @@ def manifest() -> Manifest:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.relative_to(path.parents[2]))
 def test_shipped_manifests_survive_reading_and_writing(path: Path, tmp_path: Path) -> None:
     before = read_manifest(path.parent)
+    seal.start(tmp_path)
     write_manifest(tmp_path, before)
     assert read_manifest(tmp_path).to_json() == before.to_json()
     stored, plain = json.loads(path.read_text()), before.to_json()
@@ -53,7 +55,8 @@ def _changed(change: Any) -> dict[str, Any]:
 
 
 def test_flow_json_without_a_pass_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "flow.json").write_text(json.dumps(_changed(lambda m: m.update(passes=[]))))
+    seal.start(tmp_path)
+    rewrite(tmp_path / "flow.json", json.dumps(_changed(lambda m: m.update(passes=[]))))
     with pytest.raises(UserError, match="^passes in .*flow.json is empty; expected at least one"):
         read_manifest(tmp_path)
 

@@ -22,8 +22,9 @@ from pipeline.runs.directory import read_config, read_manifest, write_manifest
 from pipeline.runs.manifest import ExportRecord
 from pipeline.runs.run import open_run
 from pipeline.sampling.image_files import write_grid
-from pipeline.storage import atomic
+from pipeline.storage import atomic, seal
 from tests.pipeline.drawing import images, plan_of, store_of
+from tests.pipeline.records import rewrite
 from tests.pipeline.tiny import World, say, write_autoencoder
 
 
@@ -52,7 +53,7 @@ def test_an_export_gives_the_same_pictures(run: Path, tmp_path: Path) -> None:
     assert (pixels(half.folder).int() - expected.int()).abs().max() <= 1  # a grey level of 256
     assert whole.change == 0 and 0 < half.change < 1e-3
     blocks = [f"blocks/block-{index:02d}.safetensors" for index in range(3)]
-    kept = {*blocks, "flow.json", "config.yaml", "CARD.md", "autoencoder.safetensors"}
+    kept = {*blocks, seal.NAME, "flow.json", "config.yaml", "CARD.md", "autoencoder.safetensors"}
     shutil.rmtree(half.folder / "samples")
     assert files(half.folder) == kept
     sizes = [(folder / blocks[0]).stat().st_size for folder in (half.folder, run)]
@@ -96,7 +97,7 @@ def test_the_card_has_the_metrics(run: Path, tmp_path: Path) -> None:
         "nfe": 24,
         "sampling": plan_of(open_run(run)).identity(),
     }
-    (run / "metrics.json").write_text(json.dumps(metrics))
+    rewrite(run / "metrics.json", json.dumps(metrics))
     out = export(plan_of(open_run(run)), tmp_path / "measured").folder
     text = (out / "CARD.md").read_text()
     assert text.startswith("# measured\n")
@@ -113,16 +114,16 @@ def test_the_card_has_the_metrics(run: Path, tmp_path: Path) -> None:
     reference = str(tmp_path / "own.safetensors")
     settings = read_config(run)
     settings = replace(settings, evaluate=replace(settings.evaluate, reference=reference))
-    (run / "config.yaml").write_text(resolved_yaml(settings))
+    rewrite(run / "config.yaml", resolved_yaml(settings))
     placed = {"fid": metrics["fid"] | {"reference": reference}}
-    (run / "metrics.json").write_text(json.dumps(metrics | placed))
+    rewrite(run / "metrics.json", json.dumps(metrics | placed))
     out = export(plan_of(open_run(run)), tmp_path / "placed").folder
     assert read_config(out).evaluate.reference == "own.safetensors"
     for file in ("config.yaml", "metrics.json", "CARD.md"):
         text = (out / file).read_text()
         assert "own.safetensors" in text and str(tmp_path) not in text
     other = {**metrics["sampling"], "run": "another"}
-    (run / "metrics.json").write_text(json.dumps(metrics | {"sampling": other}))
+    rewrite(run / "metrics.json", json.dumps(metrics | {"sampling": other}))
     with pytest.raises(UserError, match="measured on other blocks"):
         export(plan_of(open_run(run)), tmp_path / "stale")
     assert not (tmp_path / "stale").exists()
@@ -134,12 +135,12 @@ def test_metrics_and_pictures_of_another_plan_are_not_exported(run: Path, tmp_pa
     opened = plan_of(open_run(run))
     with_guide = plan_of(opened.run, guide=str(guide), guidance=3.0)
     metrics = {"fid": fid, "real_test_fid": None, "nfe": 24, "sampling": opened.identity()}
-    (run / "metrics.json").write_text(json.dumps(metrics))
+    rewrite(run / "metrics.json", json.dumps(metrics))
     with pytest.raises(UserError, match=r"guidance 1\.0, but .* samples with guidance 3\.0"):
         export(with_guide, tmp_path / "guided")
     assert not (tmp_path / "guided").exists()
     sampling = with_guide.identity()
-    (run / "metrics.json").write_text(json.dumps(metrics | {"sampling": sampling}))
+    rewrite(run / "metrics.json", json.dumps(metrics | {"sampling": sampling}))
     export(with_guide, tmp_path / "guided")
     with pytest.raises(UserError, match=r"with guidance 3\.0, but .* with guidance 1\.0;"):
         export(opened, tmp_path / "plain")
@@ -149,7 +150,7 @@ def test_metrics_and_pictures_of_another_plan_are_not_exported(run: Path, tmp_pa
         ({"classes": [3]}, r"classes \[3\], but .* classes None"),
         ({"solvers": [{"method": "euler", "steps": 1}]}, "solvers .*euler.*, but .*rk4"),
     ):
-        (run / "metrics.json").write_text(json.dumps(metrics | {"sampling": sampling | changed}))
+        rewrite(run / "metrics.json", json.dumps(metrics | {"sampling": sampling | changed}))
         with pytest.raises(UserError, match=said):
             export(with_guide, tmp_path / "otherwise")
     (run / "metrics.json").unlink()
@@ -190,8 +191,9 @@ def test_files_of_a_killed_export_are_removed(run: Path, tmp_path: Path) -> None
     before = files(out)
     (out / "flow.json").unlink()
     shutil.copytree(tmp_path / "out", out / "guide")
-    (out / "guide" / "CARD.md").unlink()
-    (out / "metrics.json").write_text("{}")
+    for name in ("CARD.md", seal.NAME):
+        (out / "guide" / name).unlink()
+    rewrite(out / "metrics.json", "{}")
     (out / "blocks" / "block-07.safetensors").write_bytes(b"of another run")
     half = subprocess.Popen([sys.executable, "-c", ""])
     half.wait()
@@ -276,7 +278,7 @@ def test_a_newer_version_of_a_shipped_run_is_another_copy(zoo: Path) -> None:
     """Other settings of the same blocks count, too."""
     old = shipped.locate("zoo:tiny")
     text = (zoo / "tiny" / "config.yaml").read_text()
-    (zoo / "tiny" / "config.yaml").write_text(text.replace("n: 10", "n: 11"))
+    rewrite(zoo / "tiny" / "config.yaml", text.replace("n: 10", "n: 11"))
     new = shipped.locate("zoo:tiny")
     assert new != old and open_run(new).config.generate.n == 11
 

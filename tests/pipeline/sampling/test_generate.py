@@ -27,6 +27,7 @@ from pipeline.storage import atomic
 from pipeline.storage.shards import StoreReader
 from tests.pipeline.drawing import plan_of
 from tests.pipeline.gaussian_source import quiet
+from tests.pipeline.records import rewrite
 from tests.pipeline.tiny import World, say, write_autoencoder
 
 
@@ -245,14 +246,14 @@ def test_a_block_of_another_run(capsys: pytest.CaptureFixture[str], folder: Path
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}'])
 def test_a_damaged_manifest(capsys: pytest.CaptureFixture[str], folder: Path, text: str) -> None:
-    (folder / "flow.json").write_text(text)
+    rewrite(folder / "flow.json", text)
     refuse(capsys, folder, "flow.json")
 
 
 def test_a_damaged_configuration(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    (folder / "config.yaml").write_text("a: [")
+    rewrite(folder / "config.yaml", "a: [")
     refuse(capsys, folder, "config.yaml is not readable YAML")
-    (folder / "config.yaml").write_text("colour: red")
+    rewrite(folder / "config.yaml", "colour: red")
     refuse(capsys, folder, "unknown key colour")
 
 
@@ -262,10 +263,10 @@ def test_another_autoencoder_of_the_same_name_is_refused(
     path = folder / "flow.json"
     other = write_autoencoder(tmp_path / "other.safetensors", seed=5)
     weights = str(trained.root / "autoencoder.safetensors")
-    path.write_text(path.read_text().replace(weights, str(other)))
+    rewrite(path, path.read_text().replace(weights, str(other)))
     code, _, last = say(capsys, "generate", "--run", folder, "-n", "2")
     assert code == 2 and "trained with another autoencoder" in last
-    path.write_text(path.read_text().replace(str(other), str(tmp_path / "gone.safetensors")))
+    rewrite(path, path.read_text().replace(str(other), str(tmp_path / "gone.safetensors")))
     code, _, last = say(capsys, "generate", "--run", folder, "-n", "2")
     assert code == 2 and "gone.safetensors" in last
 

@@ -25,6 +25,7 @@ from pipeline.training.matching_loss import IMAGE, batch_loss
 from pipeline.training.sources import ResidualSource
 from tests.pipeline.drawing import images, plan_of
 from tests.pipeline.glance import stand_in
+from tests.pipeline.records import rewrite
 from tests.pipeline.tiny import World, run_child, say, write_autoencoder
 
 SECTIONS: dict[str, Any] = {
@@ -198,13 +199,13 @@ def test_metrics_of_another_refiner_solver_are_not_exported(
     plan = plan_of(opened, refiner=str(refiner))
     fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3}
     metrics = {"fid": fid, "real_test_fid": None, "nfe": 30, "sampling": plan.identity()}
-    (run / "metrics.json").write_text(json.dumps(metrics))
+    rewrite(run / "metrics.json", json.dumps(metrics))
     words = ("export", "-r", run, "--refiner", refiner, "--out")
     assert say(capsys, *words, tmp_path / "out")[0] == 0
     text = (refiner / "config.yaml").read_text()
     assert text.count("  method: midpoint\n  steps: 3\n") == 1
     fewer = text.replace("  method: midpoint\n  steps: 3\n", "  method: midpoint\n  steps: 2\n")
-    (refiner / "config.yaml").write_text(fewer)
+    rewrite(refiner / "config.yaml", fewer)
     code, _, error = say(capsys, *words, tmp_path / "fewer")
     assert code == 2 and "measured with refiner {'name': 'fine'," in error
     assert "'steps': 3}, but" in error

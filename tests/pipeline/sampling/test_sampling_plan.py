@@ -23,6 +23,7 @@ from pipeline.runtime.rng import generator
 from pipeline.sampling.sampling_plan import differences, with_guidance
 from tests.pipeline.drawing import images, plan_of
 from tests.pipeline.glance import stand_in
+from tests.pipeline.records import rewrite
 from tests.pipeline.tiny import World, run_child, say, write_autoencoder
 
 
@@ -103,7 +104,7 @@ def test_an_export_contains_its_guide(
     run: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = images(open_run(run), guide=str(guide), guidance=2.0)
-    (guide / "metrics.json").write_text('{"run": "before it was rounded"}')
+    rewrite(guide / "metrics.json", '{"run": "before it was rounded"}')
     assert say(capsys, "generate", "-r", guide)[0] == 0  # a grid of its own
     words = ("export", "-r", run, "--out", tmp_path / "out", "--guide", guide)
     assert "a guide needs a weight" in say(capsys, *words)[2]
@@ -148,7 +149,7 @@ def test_metrics_and_pictures_survive_repeated_exports(
     plan = plan_of(opened, guidance=2.0, guide=str(guide))
     fid = {"n": 40, "reference": "digits", "value": 7.125, "seed": 3}
     metrics = {"fid": fid, "real_test_fid": None, "nfe": 48, "sampling": plan.identity()}
-    (run / "metrics.json").write_text(json.dumps(metrics))
+    rewrite(run / "metrics.json", json.dumps(metrics))
     led = ("--guide", guide, "--guidance", "2")
     assert say(capsys, "generate", "-r", run, "-n", "4", *led)[0] == 0
     drawn = (run / "samples" / "grid.png").read_bytes()

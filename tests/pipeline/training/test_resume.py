@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.runs.directory import read_config
+from pipeline.storage import seal
 from pipeline.storage.atomic import TEMPORARY_PREFIX
 from tests.pipeline.tiny import (
     World,
@@ -39,12 +40,12 @@ def cache_bytes(world: World) -> dict[str, bytes]:
 
 
 def run_content(run: Path) -> dict[str, Any]:
-    """Read everything in a run except clocks, TensorBoard's files and temporaries."""
+    """Read everything in a run except clocks, TensorBoard's files, the seal and temporaries."""
     content: dict[str, Any] = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
         litter = path.name.startswith(TEMPORARY_PREFIX)
-        if path.is_dir() or name.startswith("tensorboard") or litter:
+        if path.is_dir() or name.startswith(("tensorboard", seal.NAME)) or litter:
             continue
         if name == "flow.json":
             content[name] = without_clocks(json.loads(path.read_text()))
@@ -115,7 +116,7 @@ def test_train_killed_after_its_first_commit(never_stopped: World, tmp_path: Pat
     process = child(arguments, never_stopped.environment, die_at=1)
     process.start()
     process.join()
-    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in run.iterdir()) == [seal.NAME, "config.yaml"]
     run_child(*arguments, env=never_stopped.environment)
     assert_same(run_content(run), run_content(never_stopped.root / "run"))
 

@@ -15,6 +15,7 @@ from pipeline.runs.directory import read_config, read_manifest
 from pipeline.runs.run import load_blocks, open_run
 from pipeline.training.train import Outcome, train
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
+from tests.pipeline.records import rewrite
 from tests.pipeline.tiny import World, say
 
 #: a learning rate that moves nothing keeps the initial weights
@@ -104,7 +105,7 @@ def test_a_run_is_what_its_finished_blocks_are(cheap: Path, tmp_path: Path) -> N
     other = Path(shutil.copytree(cheap, tmp_path / "lfm"))
     text = (other / "config.yaml").read_text()
     assert text.count("  kind: linear\n") == 1
-    (other / "config.yaml").write_text(text.replace("  kind: linear\n", "  kind: mlp\n"))
+    rewrite(other / "config.yaml", text.replace("  kind: linear\n", "  kind: mlp\n"))
     assert run(tmp_path / "run", "train.iterations=3", f"train.init_from={other}").complete
 
 

@@ -1,0 +1,1 @@
+"""Hashes of files: the list of the shipped ones, and digests inside single files."""

@@ -1,0 +1,39 @@
+"""Opens image files of unknown origin: formats without programs, and a bounded size."""
+
+from __future__ import annotations
+
+import stat
+import warnings
+from pathlib import Path
+
+from PIL import Image
+
+from integrity.limits import require_size
+
+#: formats that Pillow decodes itself; others, such as EPS, start an interpreter
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+#: of an image in memory, with its copies while it is converted, in each of four threads
+_BYTES_PER_PIXEL = 32
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Open an image file, a context manager; its pixels are not decoded yet.
+
+    Raises:
+        OSError: it is not a regular file, or not an image of one of `FORMATS`.
+        ValueError: its pixels exceed the limit of `integrity.limits`.
+    """
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise OSError(f"{path} is not a regular file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            picture = Image.open(path, formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise ValueError(str(error)) from error
+    try:
+        require_size(picture.width * picture.height * _BYTES_PER_PIXEL, path)
+    except ValueError:
+        picture.close()
+        raise
+    return picture

@@ -1,0 +1,118 @@
+"""Seals: the sha256 of every file of a run or a store, in one file of its folder.
+
+The seal is the file `SHA256SUMS`. A line is appended and flushed to the disk before the file of
+that line gets its name, so a kill loses neither. A name has several lines if its file was written
+several times. A process that is killed between line and rename leaves an earlier content, so every
+content of a line counts as whole. Shipped files have their lines in `integrity/SHA256SUMS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from integrity.digests import check_shipped, is_shipped, sha256_file
+from pipeline.errors import UserError
+
+NAME = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+
+
+def start(folder: Path) -> None:
+    """Create the seal of a folder, unless it has one."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / NAME).touch()
+
+
+def folder_of(path: Path) -> Path | None:
+    """Return the nearest folder above a file that has a seal; None if there is none."""
+    parents = Path(path).absolute().parents
+    return next((folder for folder in parents if (folder / NAME).is_file()), None)
+
+
+def record(path: Path, sha256: str) -> None:
+    """Append a file to the seal above it, if there is one."""
+    folder = folder_of(path)
+    if folder is None or Path(path).name == NAME:
+        return
+    name = Path(path).absolute().relative_to(folder).as_posix()
+    descriptor = os.open(folder / NAME, os.O_WRONLY | os.O_APPEND)
+    try:
+        # the first line break ends a line that a killed process left unfinished
+        os.write(descriptor, f"\n{sha256}  {name}\n".encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def recorded(folder: Path) -> dict[str, list[str]]:
+    """Return the sha256 of every content that a sealed folder's files had, by name."""
+    sums: dict[str, list[str]] = {}
+    for line in (Path(folder) / NAME).read_text(errors="replace").splitlines():
+        match = _LINE.fullmatch(line)
+        if match is not None:
+            sums.setdefault(match[2], []).append(match[1])
+    return sums
+
+
+def lines(sums: dict[str, str]) -> bytes:
+    """Return the content of the seal of a folder whose files do not change again."""
+    return "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items()).encode()
+
+
+def is_whole(path: Path, sha256: str | None = None) -> bool:
+    """Return whether a file has a content that the seal above it holds.
+
+    Args:
+        path: of a file below a sealed folder.
+        sha256: of its content; None hashes the file.
+    """
+    folder = folder_of(path)
+    if folder is None:
+        return False
+    known = recorded(folder).get(Path(path).absolute().relative_to(folder).as_posix(), [])
+    with contextlib.suppress(OSError):
+        return (sha256 or sha256_file(path)) in known
+    return False
+
+
+def check(path: Path, data: bytes | None = None) -> None:
+    """Check a file against its seal; one that lies below no seal is not checked.
+
+    Args:
+        path: of the file.
+        data: its content, if it was read already.
+
+    Raises:
+        UserError: the file differs from its seal, or the seal does not have it.
+    """
+    folder = folder_of(path)
+    if folder is None:
+        if is_shipped(path):
+            try:
+                check_shipped(path)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+        return
+    if not is_whole(path, None if data is None else hashlib.sha256(data).hexdigest()):
+        raise UserError(
+            f"{path} is damaged or foreign; expected a sha256 in {folder / NAME}; see what is "
+            f"broken by `jkoflow verify {folder}`, and mend it by --repair"
+        )
+
+
+def require(folder: Path, what: str) -> None:
+    """Check that a folder is sealed or shipped.
+
+    Raises:
+        UserError: it is not.
+    """
+    inside = Path(folder) / "flow.json"
+    if folder_of(inside) is None and not is_shipped(inside):
+        raise UserError(
+            f"{what} {folder} has no seal; expected {NAME} in it, as this version writes; seal "
+            f"its files as they are by `jkoflow verify {folder} --seal`"
+        )
