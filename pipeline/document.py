@@ -73,8 +73,9 @@ is installed with `--install-completion`.
 searches the working directory first there: use `jkoflow` in a folder that has its own `pipeline/`.
 
 stdout has the path of the result, stderr progress and one sentence per error. The exit code is 0
-on success, 2 for a mistake of the caller, and 1 for any other failure. `--debug` shows the
-traceback of an error.
+on success, 2 for a mistake of the caller, and 1 for any other failure. After SIGINT, SIGTERM or
+SIGHUP it is 130, 143 or 129; a training saves a checkpoint first. `--debug` shows the traceback of
+an error.
 """
 
 

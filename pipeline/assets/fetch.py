@@ -81,6 +81,22 @@ def _silent(_: str) -> None:
     """Ignore a message."""
 
 
+def broken_files(name: str, root: Path | None = None) -> list[Path]:
+    """Return the files of a stored asset that are missing or damaged; the manifest is one."""
+    asset = ASSETS[name]
+    folder = (root or data_root()) / "assets" / name
+    if _is_stored(asset, folder, _silent):
+        return []
+    broken = []
+    for file in asset.stored:
+        try:
+            manifest = atomic.read_json(folder / _MANIFEST, "manifest")
+            _verify(folder / file, str(manifest["files"][file]))
+        except (UserError, KeyError, TypeError):
+            broken.append(folder / file)
+    return broken or [folder / _MANIFEST]
+
+
 def _is_stored(asset: Asset, folder: Path, log: Log) -> bool:
     """Return whether the stored files are complete and of this asset; log the reason if not."""
     manifest_path = folder / _MANIFEST

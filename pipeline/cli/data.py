@@ -1,4 +1,4 @@
-"""`jkoflow fetch` and `jkoflow encode`."""
+"""`jkoflow fetch`, `jkoflow encode` and `jkoflow verify`."""
 
 from __future__ import annotations
 
@@ -43,3 +43,44 @@ def encode_command(
     if accelerator.is_main_process:
         say(f"{len(cache)} latents of shape {tuple(cache.shape)}")
         print(cache.reader.folder)
+
+
+def verify_command(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Runs, caches, zoo:NAME, assets, or files of weights and statistics. Default: "
+            "the installation."
+        ),
+    ] = None,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="Take broken files from the package or a mirror; remove those that a command "
+            "makes again, and name the command.",
+        ),
+    ] = False,
+    as_it_is: Annotated[
+        bool, typer.Option("--seal", help="Seal folders of an earlier version as they are.")
+    ] = False,
+) -> None:
+    """Hash every file and compare it with its seal; the exit code is 1 if a file is broken."""
+    from pipeline.errors import JkoflowError
+    from pipeline.runs import verify
+
+    if as_it_is:
+        for path in paths or []:
+            print(f"{path}: {verify.seal_as_it_is(Path(path))} files sealed")
+        return
+    faults = [fault for path in paths or [] for fault in verify.verify(path)]
+    if not paths:
+        faults = verify.verify_installation()
+    for line in verify.repair(faults) if repair else map(str, faults):
+        print(line)
+    left = [fault for fault in faults if not (repair and verify.mended(fault))]
+    if left:
+        raise JkoflowError(
+            f"{len(left)} file{'s are' if len(left) > 1 else ' is'} broken; see the list above"
+        )
+    say(f"{len(faults)} broken files mended" if faults else "every file is whole")

@@ -81,6 +81,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "reference": evaluation.reference_command,
     "likelihood": evaluation.likelihood_command,
     "export": publishing.export_command,
+    "verify": data.verify_command,
     "report": publishing.report_command,
     "distill": training.distill_command,
     "toy2d": toy2d.toy2d_command,

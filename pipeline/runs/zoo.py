@@ -27,6 +27,21 @@ def is_shipped(run: Path | str) -> bool:
     return str(run).startswith(PREFIX)
 
 
+def source_of(run: str) -> Path:
+    """Return the folder in the package of a run that is given as `zoo:NAME`.
+
+    Raises:
+        UserError: no shipped run has this name.
+    """
+    name, known = run.removeprefix(PREFIX), zoo()
+    if name not in known:
+        raise UserError(
+            f"unknown shipped run {run!r}; choose one of {', '.join(known) or '(none)'}, or give "
+            "the path of a run directory"
+        )
+    return known[name]
+
+
 def locate(run: Path | str) -> Path:
     """Return the directory of a run; for zoo:NAME, that of its copy.
 
@@ -36,13 +51,7 @@ def locate(run: Path | str) -> Path:
     """
     if not is_shipped(run):
         return Path(run).expanduser()
-    name, known = str(run).removeprefix(PREFIX), zoo()
-    if name not in known:
-        raise UserError(
-            f"unknown shipped run {str(run)!r}; choose one of {', '.join(known) or '(none)'}, or "
-            "give the path of a run directory"
-        )
-    source = known[name]
+    name, source = str(run).removeprefix(PREFIX), source_of(str(run))
     files = sorted(path for path in source.rglob("*") if path.is_file() and path.name != seal.NAME)
     records = [path for path in files if path.name in (_MANIFEST, "config.yaml")]
     parts = {str(path.relative_to(source)): atomic.sha256_file(path) for path in records}

@@ -179,7 +179,7 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, torch.Tenso
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(
-            f"{path} is not a complete safetensors file ({error}); delete it and make it again"
+            f"{path} is not a complete safetensors file ({error}); {seal.advice(path)}"
         ) from error
 
 
@@ -195,7 +195,7 @@ def verify_file(path: Path, sha256: str) -> None:
     if actual != sha256:
         raise UserError(
             f"{path} is damaged (sha256 {actual[:12]}…, expected {sha256[:12]}…); "
-            "delete it and make it again"
+            f"{seal.advice(path)}"
         )
 
 

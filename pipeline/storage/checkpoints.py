@@ -52,7 +52,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return state
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise UserError(
-            f"checkpoint {path} is damaged ({error}); delete it, and the block starts again"
+            f"checkpoint {path} is damaged ({error}); {seal.advice(path)}, and the block starts "
+            "again"
         ) from error
 
 

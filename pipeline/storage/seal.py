@@ -99,9 +99,14 @@ def check(path: Path, data: bytes | None = None) -> None:
         return
     if not is_whole(path, None if data is None else hashlib.sha256(data).hexdigest()):
         raise UserError(
-            f"{path} is damaged or foreign; expected a sha256 in {folder / NAME}; see what is "
-            f"broken by `jkoflow verify {folder}`, and mend it by --repair"
+            f"{path} is damaged or foreign; expected a sha256 in {folder / NAME}; {advice(path)}"
         )
+
+
+def advice(path: Path) -> str:
+    """Return what to do about a damaged file, as the end of a message."""
+    folder = folder_of(path) or Path(path).parent
+    return f"see what is broken by `jkoflow verify {folder}`, and mend it by --repair"
 
 
 def require(folder: Path, what: str) -> None:

@@ -255,16 +255,16 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
         complete = False
     if not complete:
         raise UserError(
-            f"manifest of {what} {folder} is damaged; delete it and run the command that makes it "
-            "again"
+            f"manifest of {what} {folder} is damaged; run `jkoflow verify {folder} --repair`, and "
+            "then the command that makes it"
         )
     for name, _, sha256 in rows:
         try:
             atomic.verify_file(folder / name, sha256)
         except UserError as error:  # a deleted shard alone would not be made again
             raise UserError(
-                f"{name} of {what} {folder} is missing or damaged; delete this folder and run the "
-                "command that makes it again"
+                f"{name} of {what} {folder} is missing or damaged; run `jkoflow verify {folder} "
+                "--repair`, and then the command that makes it"
             ) from error
     return StoreReader(folder, manifest)
 
