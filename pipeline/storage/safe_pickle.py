@@ -27,11 +27,12 @@ class UnsafePickleError(ValueError):
     """Error of a pickle that is damaged or holds other objects than arrays and containers."""
 
 
-def _dtype(code: object, *_: object) -> np.dtype:
+def _dtype(code: object, align: object = False, copy: object = False) -> np.dtype:
     """Return the dtype of a short text; numpy would parse nested tuples without end."""
     if not isinstance(code, (str, bytes)) or len(code) > _LONGEST_CODE:
         raise UnsafePickleError("a dtype is not of numpy's form")
-    return np.dtype(code.decode("ascii") if isinstance(code, bytes) else code)
+    name = code.decode("ascii") if isinstance(code, bytes) else code
+    return np.dtype(name, bool(align), bool(copy))
 
 
 def _encode(text: str, encoding: str) -> bytes:

@@ -121,7 +121,7 @@ def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path, damage: str) -> 
         shutil.copy(tmp_path / "foreign" / path.name, path)
     else:
         path.unlink()
-    with pytest.raises(UserError, match=r"shard-00002\.safetensors of .* jkoflow verify"):
+    with pytest.raises(UserError, match=r"shard-00002\.safetensors of .*`jkoflow verify"):
         open_store(folder, "store", IDENTITY)
 
 
