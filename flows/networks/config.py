@@ -37,8 +37,9 @@ class VelocityConfig:
             mlp and conv, silu for resmlp and unet.
         time_features: sines and cosines of t that resmlp, conv and unet see; an even number.
         autonomous: whether the field does not depend on t, so that the network has no time
-            features. Under jko a field that depends on t can raise the log-det of the training
-            grid without bound while its map stays the same.
+            features. The default is true under jko and false under other objectives. Under jko a
+            field that depends on t can raise the log-det of the training grid without bound while
+            its map stays the same.
         heads: attention heads of the unet, at its lower level, and at its upper one on grids of
             at most 8x8; 0 leaves attention out.
         patch: side p of the p x p patches that the unet folds into channels, and unfolds at its

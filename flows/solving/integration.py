@@ -74,7 +74,7 @@ class Integrator:
         eps: Tensor | Probes | None,
         solver: SolverConfig,
     ) -> None:
-        if callable(eps) and (solver.adaptive or solver.adjoint):
+        if callable(eps) and not solver.allows_probes_per_evaluation:
             raise FlowError(
                 "an adaptive solver or the adjoint method needs probes that are held through the "
                 "solve, found one for each evaluation; draw them with draw_probe(z, generator)"
@@ -214,6 +214,8 @@ class _RightHandSide:
         rate: State
         if integrator.divergence is None:
             rate = (self.velocity(t, z),)
+        elif not integrator.solver.weights_divergence(integrator.evaluations - 1):
+            rate = (self.velocity(t, z), torch.zeros_like(state[1]))
         else:
             eps = integrator.eps
             probes = eps(integrator.evaluations - 1) if callable(eps) else eps

@@ -8,6 +8,8 @@ from flows.errors import FlowError
 
 #: methods on a fixed grid and their evaluations per step (torchdiffeq's rk4 is the 3/8 rule)
 FIXED_METHODS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
+#: stages of a step whose slope has weight 0 in the method's sum (heun3: 1/4, 0, 3/4)
+UNWEIGHTED_STAGES = {"midpoint": (0,), "heun3": (1,)}
 ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
 
@@ -62,3 +64,20 @@ class SolverConfig:
     def adaptive(self) -> bool:
         """Return whether the method chooses its own steps."""
         return self.method in ADAPTIVE_METHODS
+
+    @property
+    def allows_probes_per_evaluation(self) -> bool:
+        """Return whether each evaluation may have its own probes of a random divergence."""
+        return not (self.adaptive or self.adjoint)
+
+    def weights_divergence(self, evaluation: int) -> bool:
+        """Return whether the divergence at an evaluation has a weight in the log-det.
+
+        The adjoint method differentiates every evaluation, so that it needs all of them.
+
+        Args:
+            evaluation: its number in the solve, from 0.
+        """
+        if self.adjoint or self.method not in UNWEIGHTED_STAGES:
+            return True
+        return evaluation % FIXED_METHODS[self.method] not in UNWEIGHTED_STAGES[self.method]

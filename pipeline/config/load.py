@@ -29,6 +29,9 @@ S = TypeVar("S")
 #: values of a YAML file, those of its aliases counted as often as they stand for some
 _MOST_VALUES = 10_000
 
+#: key whose default depends on the objective: true under jko
+AUTONOMOUS = "velocity.autonomous"
+
 
 @dataclass(frozen=True)
 class _Entry:
@@ -72,7 +75,11 @@ def load_config(
 def load(schema: type[S], name_or_path: str, overrides: Sequence[str], folder: str) -> S:
     """Read a configuration of any schema; see `load_config`."""
     values = read_yaml(packaged.find(name_or_path, folder))
-    return _resolve(schema, _entries(values, f"config {name_or_path}"), _overrides(overrides))
+    file, given = _entries(values, f"config {name_or_path}"), _overrides(overrides)
+    config = _resolve(schema, file, given)
+    if isinstance(config, Config) and all(name != AUTONOMOUS for name, _ in [*file, *given]):
+        return with_values(config, {AUTONOMOUS: config.train.objective == "jko"})
+    return config
 
 
 def overridden(config: Config, overrides: Sequence[str], allowed: Sequence[str]) -> Config:

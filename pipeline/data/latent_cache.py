@@ -71,6 +71,18 @@ class LatentCache:
         z = self.standardisation.apply(mean)
         return z + noise * torch.randn(z.shape, generator=generator) if noise > 0 else z
 
+    def moments(self, start: int, stop: int, noise: float) -> tuple[Tensor, Tensor]:
+        """Return the mean and the standard deviation of what `sample` draws.
+
+        The arguments are those of `sample`. Both results are float32 (n, C_z, H_z, W_z), in
+        standardised units, with n = stop − start.
+        """
+        mean = self.standardisation.apply(self.reader.read("mean", start, stop))
+        if not self.stochastic:
+            return mean, torch.full_like(mean, noise)
+        std = (self.reader.read("log_var", start, stop) / 2).exp()
+        return mean, self.standardisation.scale(std)
+
 
 def cache_identity(config: Config, images: ImageSet, autoencoder: Autoencoder) -> dict[str, Any]:
     """Return the identity of a cache: its content and its inputs."""

@@ -19,6 +19,10 @@ class Standardisation:
         """Standardise latents (B, C_z, H_z, W_z) or vectors (B, D)."""
         return (latents - self._broadcast(self.mean, latents)) / self._broadcast(self.std, latents)
 
+    def scale(self, std: Tensor) -> Tensor:
+        """Scale standard deviations of latents (B, C_z, H_z, W_z) as `apply` scales latents."""
+        return std / self._broadcast(self.std, std)
+
     def undo(self, z: Tensor) -> Tensor:
         """Invert `apply` on z, (B, C_z, H_z, W_z) or (B, D)."""
         return z * self._broadcast(self.std, z) + self._broadcast(self.mean, z)

@@ -15,6 +15,7 @@ from typing import Protocol
 from accelerate import Accelerator
 
 from flows.block import Block
+from flows.freezing import freeze_block
 from flows.net2net import becomes_several, transform_block, widening_factor
 from flows.refinement import split_block
 from flows.spec import BlockSpec, build_block
@@ -33,7 +34,7 @@ from pipeline.training.diagnostics import check_grid, measure
 from pipeline.training.matching_loss import Regression
 from pipeline.training.sources import SampleSource
 from pipeline.training.stages import has_stage, next_stage, number_of, stage_file
-from pipeline.training.warm_start import initial_row
+from pipeline.training.warm_start import freezes, initial_row, shares_time
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,8 @@ class TrainedBlocks:
         folder, start = self._start(plan, index, free=step is None)
         if start is not None:
             before, block = load_block(folder, start, shape)
+            if freezes(before.velocity, spec.velocity.autonomous):
+                block, before = freeze_block(block, before, *self._interval(plan, index))
             if _extends(before, spec):
                 spec = dataclasses.replace(spec, start=before.start, length=before.length)
                 block = transform_block(block, before, spec, source)
@@ -184,8 +187,7 @@ class TrainedBlocks:
             moved = self._stage.manifest
         with errors_on_all_ranks(self.context.accelerator):
             if self.context.accelerator.is_main_process:
-                total = measured.terms["total"]
-                check_grid(trainer, trainer.stage, solver, total, log, progress)
+                check_grid(trainer, trainer.stage, solver, log, progress)
         return Measurement(moved, measured.terms)
 
     def _push(self, stage: StoreReader, block: Block, sha256: str, name: str) -> StoreReader:
@@ -218,11 +220,21 @@ class TrainedBlocks:
         """Return the run and the block that the next one starts from; None for random weights."""
         train = self.context.config.train
         if train.init_from is not None and self.warm_start is not None:
-            row = initial_row(self.warm_start, index, free)
+            autonomous = self.context.config.velocity.autonomous
+            row = initial_row(self.warm_start, index, free, autonomous)
             if row is not None:
                 return locate(train.init_from), row
         warm = train.warm_start and index > 0
         return self.context.folder, plan.blocks[index - 1] if warm else None
+
+
+    def _interval(self, plan: Pass, index: int) -> tuple[float, float]:
+        """Return the part of a time-dependent block's time that an autonomous block starts as."""
+        assert self.warm_start is not None
+        if not shares_time(self.warm_start, True):
+            return 0.0, 1.0
+        count = len(plan.steps) + plan.free
+        return index / count, (index + 1) / count
 
 
 def _extends(before: BlockSpec, spec: BlockSpec) -> bool:

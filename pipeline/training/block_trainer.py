@@ -21,7 +21,7 @@ from flows.errors import SolveError
 from flows.networks.condition import Condition
 from flows.networks.image_condition import ImageConditionedNetwork
 from flows.objectives.losses import JkoLoss, LfmLoss, jko_loss
-from flows.solving.divergence import Divergence
+from flows.solving.divergence import Divergence, Probes
 from flows.solving.estimators import make_divergence
 from flows.spec import BlockSpec
 from pipeline.config.training import JkoConfig, MatchingConfig, TrainConfig
@@ -92,7 +92,9 @@ class BlockTrainer:
         self.divergence: Divergence | None = None
         self.regression = regression
         if isinstance(options, JkoConfig):
-            self.divergence = make_divergence(options.divergence, penalty=options.jacobian_weight)
+            self.divergence = make_divergence(
+                options.divergence, noise="rademacher", penalty=options.jacobian_weight
+            )
         elif regression is None:
             self.regression = matching_regression(spec, options)
         self.salt = (number,) if number else ()
@@ -198,7 +200,7 @@ class BlockTrainer:
             with torch.autocast(device, torch.bfloat16, enabled=half):
                 return self.regression(self.block.velocity, self.stage, batch, source, rows)
         rows = self.batches.indices(self.done, rank, ranks)
-        z, labels = self.stage.take("z", rows), self.labels(rows)
+        z, labels = self._samples(rows, rank, ranks), self.labels(rows)
         probe = self._probe(z, rank, ranks)
         z = z.to(self.accelerator.device)
         assert self.divergence is not None
@@ -206,6 +208,15 @@ class BlockTrainer:
             return jko_loss(self.block, z, self.spec.h, self.divergence, probe, labels)
         except SolveError as error:
             raise self._failure(str(error)) from error
+
+    def _samples(self, rows: Tensor, rank: int, ranks: int) -> Tensor:
+        """Return this rank's samples of the batch; they are drawn again if moments are known."""
+        if not self.stage.manifest["identity"].get("moments"):
+            return self.stage.take("z", rows)
+        mean, std = self.stage.take("mean", rows), self.stage.take("std", rows)
+        source = generator(self.recipe.seed, "posterior", self.index, self.done, *self.salt)
+        noise = torch.randn(self.recipe.batch_size, *mean.shape[1:], generator=source)
+        return mean + std * noise[rank::ranks]
 
     def labels(self, rows: Tensor) -> Tensor | None:
         """Return the classes (n,) of the samples at rows (n,), for a block with classes."""
@@ -218,15 +229,24 @@ class BlockTrainer:
         labels = self.labels(rows)
         return None if labels is None and images is None else Condition(labels, image=images)
 
-    def _probe(self, z: Tensor, rank: int, ranks: int) -> Tensor | None:
-        """Draw the probe of the whole batch and return this rank's rows of it."""
-        source = generator(self.recipe.seed, "probe", self.index, self.done, *self.salt)
+    def _probe(self, z: Tensor, rank: int, ranks: int) -> Tensor | Probes | None:
+        """Return this rank's rows of the probes, which are drawn for the whole batch.
+
+        On a fixed grid each evaluation has its own, from (seed, block, step, evaluation).
+        """
         whole = z.new_empty(()).expand(self.recipe.batch_size, *z.shape[1:])
-        assert self.divergence is not None
-        eps = self.divergence.draw_probe(whole, source)
-        if eps is None:
+        divergence = self.divergence
+        assert divergence is not None
+
+        def draw(*evaluation: int) -> Tensor:
+            place = (self.index, self.done, *self.salt, *evaluation)
+            eps = divergence.draw_probe(whole, generator(self.recipe.seed, "probe", *place))
+            assert eps is not None
+            return eps[:, rank::ranks][:, : len(z)].to(self.accelerator.device)
+
+        if not divergence.random:
             return None
-        return eps[:, rank::ranks][:, : len(z)].to(self.accelerator.device)
+        return draw if self.block.solver.allows_probes_per_evaluation else draw()
 
     def _average_gradients(self, loss: JkoLoss | LfmLoss | None) -> tuple[float, float]:
         """Average the gradients over ranks and clip them.

@@ -84,14 +84,25 @@ class LatentSource:
         return self.cache.labels()
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
-        """Open stage 0: `latents.draws` draws of each latent."""
+        """Open stage 0: `latents.draws` draws of each latent.
+
+        Under jko it holds the mean and the standard deviation of every draw, too, where they are
+        random. The first block draws its samples again in every batch.
+        """
         cache, latents = self.cache, config.latents
         identity = self.identity(latents)
+        random = config.jko is not None and (cache.stochastic or latents.noise > 0)
+        if random:
+            identity["moments"] = True
 
-        def make(writer: StoreWriter, index: int) -> torch.Tensor:
+        def make(writer: StoreWriter, index: int) -> Shard:
             source = generator(_SEED, "draw", index)
             rows = self.rows(*writer.bounds(index))
-            return torch.cat([cache.sample(*span, latents.noise, source) for span in rows])
+            shard = {"z": torch.cat([cache.sample(*span, latents.noise, source) for span in rows])}
+            if random:
+                moments = [cache.moments(*span, latents.noise) for span in rows]
+                shard["mean"], shard["std"] = map(torch.cat, zip(*moments, strict=True))
+            return shard
 
         all_labels = self.labels if config.velocity.classes else None
         count, size = len(cache) * latents.draws, latents.shard_size

@@ -27,7 +27,7 @@ from pipeline.runs.directory import (
     write_manifest,
 )
 from pipeline.runs.manifest import ClassesRecord, Manifest
-from pipeline.runtime.console import Progress
+from pipeline.runtime.console import Progress, say
 from pipeline.runtime.system import keep_freed_memory
 from pipeline.storage.training_log import TrainingLog
 from pipeline.training.block_source import TrainedBlocks, TrainingContext
@@ -93,6 +93,11 @@ def train(
         raise UserError(
             "train.objective is distill; expected jko, lfm or fm; make and continue distilled "
             "runs by `jkoflow distill`"
+        )
+    if config.jko is not None and not config.velocity.autonomous and accelerator.is_main_process:
+        say(
+            "warning: velocity.autonomous=false under train.objective=jko: a field that depends "
+            "on t can overfit the error of its training grid without bound"
         )
     if accelerator.device.type == "cpu":
         keep_freed_memory()

@@ -4,8 +4,9 @@ Block k starts from block k of the other run, and the free block from its free b
 without a counterpart starts as it would without the other run. A network may start from one with
 other classes, or without classes: every class then starts as the absent label. A network r times
 as wide starts as the same velocity (Net2Net). Several networks in one block (`velocity.nets`)
-start as copies of one. The manifest records the sha256 of the weights, and a resumed training
-checks them.
+start as copies of one. An autonomous network starts as the time-dependent one at the middle of its
+time (`flows.freezing`). K blocks share the time of a run of one block in equal parts. The manifest
+records the sha256 of the weights, and a resumed training checks them.
 """
 
 from __future__ import annotations
@@ -59,18 +60,34 @@ def open_warm_start(
     return WarmStartRecord(run, config.name, config.train.objective, blocks)
 
 
-def initial_row(start: WarmStartRecord, index: int, free: bool) -> StoredBlock | None:
+def initial_row(
+    start: WarmStartRecord, index: int, free: bool, autonomous: bool = False
+) -> StoredBlock | None:
     """Return the block of the other run that a block starts from; None if there is none.
 
     Args:
         start: from `open_warm_start`.
         index: of the block to train.
         free: whether it is the free block.
+        autonomous: whether its network is.
     """
     rows = start.blocks
+    if shares_time(start, autonomous):
+        return rows[0]
     if free and rows[-1].step is None:
         return rows[-1]
     return rows[index] if index < len(rows) else None
+
+
+def shares_time(start: WarmStartRecord, autonomous: bool) -> bool:
+    """Return whether autonomous blocks share the time of the only block of the other run."""
+    return autonomous and len(start.blocks) == 1 and freezes(start.blocks[0].spec.velocity, True)
+
+
+def freezes(before: VelocityConfig, autonomous: bool) -> bool:
+    """Return whether a network starts as a time-dependent one at a fixed time."""
+    single = before.nets == 1 and not before.image_channels
+    return autonomous and not before.autonomous and single
 
 
 def _differences(start: VelocityConfig, wanted: VelocityConfig) -> list[str]:
@@ -85,6 +102,8 @@ def _differences(start: VelocityConfig, wanted: VelocityConfig) -> list[str]:
         free.append("width")
     if becomes_several(start, wanted):
         free.append("nets")
+    if freezes(start, wanted.autonomous):
+        free.append("autonomous")
     twice = dataclasses.replace(start, width=2 * start.width)
     advice = {"width": "; a multiple of it would do"} if widening_factor(start, twice) else {}
     return [

@@ -10,23 +10,24 @@ from flows.block import Block
 from flows.errors import FlowError
 from flows.networks.config import VelocityConfig
 from flows.networks.registry import make_velocity
-from flows.solving.estimators import FiniteDifference, make_divergence
-from flows.solving.solver import SolverConfig
+from flows.solving.estimators import Exact, FiniteDifference, make_divergence
+from flows.solving.solver import FIXED_METHODS, SolverConfig
 from tests.flows.problems import points
 
 MLP = VelocityConfig("mlp", width=8, depth=2, autonomous=True, zero_init=False)
 
 
 @pytest.mark.parametrize(
-    ("method", "steps", "count"),
+    ("method", "steps", "evaluations"),
     [
-        ("rk4", 2, 8),
-        ("midpoint", 3, 6),
-        ("heun2", 1, 2),
-        ("euler", 2, 2),
+        ("rk4", 2, list(range(8))),
+        ("midpoint", 3, [1, 3, 5]),
+        ("heun2", 1, [0, 1]),
+        ("heun3", 2, [0, 2, 3, 5]),
+        ("euler", 2, [0, 1]),
     ],
 )
-def test_every_evaluation_has_its_probes(method, steps, count):
+def test_every_evaluation_with_a_weight_has_its_probes(method, steps, evaluations):
     """With the same probe each time the log-det is that of a held one, stage for stage."""
     block = Block(make_velocity(MLP, (3,)).double(), SolverConfig(method, steps=steps))
     z, divergence = points(block.velocity, batch=4), make_divergence("hutchinson")
@@ -40,7 +41,21 @@ def test_every_evaluation_has_its_probes(method, steps, count):
     fresh = block.transport(z, divergence=divergence, eps=draw)
     held = block.transport(z, divergence=divergence, eps=eps)
     assert torch.equal(fresh.log_det, held.log_det) and torch.equal(fresh.z, held.z)
-    assert seen == list(range(count)) and fresh.nfe == count
+    assert seen == evaluations and fresh.nfe == steps * FIXED_METHODS[method]
+
+
+@pytest.mark.parametrize("method", ["midpoint", "heun3"])
+def test_stages_without_weight_need_no_divergence(method, monkeypatch):
+    block = Block(make_velocity(MLP, (3,)).double(), SolverConfig(method, steps=2))
+    z = points(block.velocity, batch=4)
+    fewer = block.transport(z, divergence=Exact()).log_det
+    monkeypatch.setattr("flows.solving.solver.UNWEIGHTED_STAGES", {})
+    torch.testing.assert_close(fewer, block.transport(z, divergence=Exact()).log_det)
+
+
+def test_the_adjoint_method_needs_every_divergence():
+    solver = SolverConfig("midpoint", steps=2, adjoint=True)
+    assert all(solver.weights_divergence(evaluation) for evaluation in range(4))
 
 
 def test_fresh_probes_are_unbiased():

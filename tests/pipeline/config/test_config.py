@@ -61,7 +61,29 @@ def test_files_hold_differences_only(tmp_path: Path) -> None:
     default = Config()
     assert config.latents == default.latents
     assert dataclasses.replace(config.train, lr=default.train.lr) == default.train
-    assert load_config(write(tmp_path, "")) == default
+    assert load_config(write(tmp_path, "")) == with_values(
+        default, {"velocity.autonomous": True}
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "autonomous"),
+    [
+        ([], True),
+        (["velocity.autonomous=false"], False),
+        (["train.objective=lfm"], False),
+        (["train.objective=fm"], False),
+        (["train.objective=lfm", "velocity.autonomous=true"], True),
+    ],
+)
+def test_blocks_of_jko_are_autonomous_by_default(
+    tmp_path: Path, overrides: list[str], autonomous: bool
+) -> None:
+    config = load_config(write(tmp_path, "train: {lr: 2}\n"), overrides)
+    assert config.velocity.autonomous is autonomous
+    stored = tmp_path / "config.yaml"
+    stored.write_text(resolved_yaml(config))
+    assert read_resolved(Config, stored) == config
 
 
 def test_overrides_are_applied_in_order(tmp_path: Path) -> None:

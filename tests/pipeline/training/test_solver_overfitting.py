@@ -44,21 +44,30 @@ def objective(folder: Path, solver: SolverConfig) -> float:
 
 
 def test_a_coarse_training_grid_is_a_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One Euler step replaces log det(I + A) by the trace, which may be larger or smaller."""
+    monkeypatch.setattr("pipeline.training.diagnostics._COMPARED", 1500)  # all samples
     coarse = ("jko.solver.method=euler", "jko.solver.steps=1", "sampler.steps=4")
     (row,) = events(tmp_path / "run", *coarse)
     trained = objective(tmp_path / "run", SolverConfig("euler", steps=1))
-    pushed = objective(tmp_path / "run", SolverConfig("rk4", steps=4))
-    assert abs(trained - pushed) > 2 * TOLERANCE
+    reference = objective(tmp_path / "run", SolverConfig("rk4", steps=8))
+    assert abs(trained - reference) > 2 * TOLERANCE
     assert row["block"] == 0 and row["step"] == 40
     assert row["training_grid"] == pytest.approx(trained, rel=1e-4)
-    assert row["push_solver"] == pytest.approx(pushed, rel=1e-4)
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
-    assert f"block 0's objective is {row['training_grid']:.4f}" in told
-    assert f"but {row['push_solver']:.4f} with the sampler (rk4, steps=4)" in told
-    assert told.endswith("raise jko.solver.steps")
+    assert row["finer_grid"] == pytest.approx(reference, rel=1e-4)
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
+    assert f"block 0's objective is {row['training_grid']:.4f}" in warning
+    assert f"but {row['finer_grid']:.4f} on a finer grid (rk4, steps=8)" in warning
+    assert warning.endswith("raise jko.solver.steps")
+
+
+def test_a_sampler_as_coarse_as_the_training_grid_is_a_warning(tmp_path: Path) -> None:
+    """The sampler has the same error, so that a comparison with it alone would show none."""
+    coarse = ("jko.solver.method=euler", "jko.solver.steps=1", "sampler.method=euler")
+    (row,) = events(tmp_path / "run", *coarse, "sampler.steps=1")
+    assert row["training_grid"] == row["push_solver"]
+    assert abs(row["training_grid"] - row["finer_grid"]) > TOLERANCE
 
 
 def test_a_block_that_overfits_its_grid_is_discarded(

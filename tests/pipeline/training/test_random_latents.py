@@ -1,0 +1,105 @@
+"""The first block of jko draws the posterior sample of every latent again in each batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from flows.networks.config import VelocityConfig
+from flows.spec import BlockSpec, build_block
+from pipeline.config.load import load_config
+from pipeline.config.training import JkoConfig, TrainConfig
+from pipeline.data.latent_cache import encode, open_cache
+from pipeline.runtime.rng import generator
+from pipeline.storage.shards import StoreReader, StoreWriter
+from pipeline.training.block_trainer import BlockTrainer
+from pipeline.training.sources import LatentSource
+from pipeline.training.stages import ensure_stage
+from tests.pipeline.gaussian_source import quiet
+from tests.pipeline.tiny import World
+
+COUNT, BATCH = 30, 20
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
+    """Means 0, 10, 20, … with standard deviations 0.5 and 2; the draws themselves are 0."""
+
+    def make(writer: StoreWriter, index: int) -> dict[str, torch.Tensor]:
+        mean = 10 * torch.arange(COUNT)[:, None].expand(COUNT, 2).float()
+        std = torch.tensor([0.5, 2.0]).expand(COUNT, 2)
+        return {"z": torch.zeros(COUNT, 2), "mean": mean.contiguous(), "std": std.contiguous()}
+
+    identity = {"kind": "stage", "stage": 0, "shape": [2], "moments": True}
+    folder = tmp_path_factory.mktemp("fresh")
+    return ensure_stage(folder, identity, COUNT, COUNT, make, Accelerator())
+
+
+def trainer(stage: StoreReader, seed: int = 0) -> BlockTrainer:
+    spec = BlockSpec(VelocityConfig("linear"), h=0.5)
+    recipe = TrainConfig(batch_size=BATCH, seed=seed)
+    block = build_block(spec, (2,))
+    return BlockTrainer(block, spec, stage, recipe, JkoConfig(), Accelerator())
+
+
+def test_every_step_draws_around_the_means(stage: StoreReader) -> None:
+    block_trainer, scores = trainer(stage), []
+    for step in range(200):
+        block_trainer.done = step
+        rows = block_trainer.batches.indices(step)
+        z = block_trainer._samples(rows, 0, 1)
+        scores.append((z - 10 * rows[:, None]) / torch.tensor([0.5, 2.0]))
+        assert torch.equal(z, block_trainer._samples(rows, 0, 1))  # a resumed step draws the same
+    score = torch.stack(scores).flatten(0, 1)
+    assert len(score.unique()) > 0.9 * score.numel()  # equal but by rounding
+    torch.testing.assert_close(score.mean(0), torch.zeros(2), atol=0.07, rtol=0)
+    torch.testing.assert_close(score.std(0), torch.ones(2), atol=0.05, rtol=0)
+    assert not torch.equal(trainer(stage, seed=1)._samples(rows, 0, 1), z)
+
+
+def test_processes_share_the_batch(stage: StoreReader) -> None:
+    block_trainer = trainer(stage)
+    whole = block_trainer._samples(block_trainer.batches.indices(0), 0, 1)
+    for rank in range(3):
+        share = block_trainer._samples(block_trainer.batches.indices(0, rank, 3), rank, 3)
+        assert torch.equal(share, whole[rank::3])
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        (("train.objective=jko",), True),
+        (("jko=null", "train.objective=fm"), False),
+    ],
+)
+def test_the_first_stage_holds_the_moments(
+    world: World, accelerator: Accelerator, tmp_path: Path, settings: tuple[str, ...], kept: bool
+) -> None:
+    config = load_config(world.config(), [*settings, "latents.draws=2"])
+    encode(config, accelerator, quiet)
+    cache = open_cache(config)
+    stage = LatentSource(config).first_stage(tmp_path, config, accelerator)
+    assert bool(stage.manifest["identity"].get("moments")) is kept
+    if not kept:
+        return
+    size = len(cache)
+    first = min(size, config.latents.shard_size)
+    source = generator(0, "draw", 0)
+    noise = torch.randn((first, *cache.shape), generator=source)
+    z, mean, std = (stage.field(name) for name in ("z", "mean", "std"))
+    assert len(z) == 2 * size
+    torch.testing.assert_close(z[:first], mean[:first] + std[:first] * noise)
+    assert torch.equal(mean[:size], mean[size:]) and torch.equal(std[:size], std[size:])
+
+
+def test_a_known_noise_is_drawn_again_likewise(world: World, accelerator: Accelerator) -> None:
+    config = load_config(world.config())
+    encode(config, accelerator, quiet)
+    cache = open_cache(config)
+    cache.stochastic = False
+    mean, std = cache.moments(0, 5, 0.25)
+    plain = cache.sample(0, 5, 0.0, generator("none"))
+    assert torch.equal(mean, plain) and torch.equal(std, torch.full_like(mean, 0.25))
