@@ -17,7 +17,7 @@ import yaml
 
 from pipeline.config import packaged
 from pipeline.config.applies import InapplicableError, check_applicable
-from pipeline.config.keys import fields_of, keys, section_of
+from pipeline.config.keys import fields_of, keys, options, section_of
 from pipeline.config.moved import replacement
 from pipeline.config.schema import WHERE, Config
 from pipeline.config.values import convert
@@ -310,8 +310,6 @@ def _build(schema: type[S], entries: _Entries) -> S:
 
 
 def _takes_text(kind: object) -> bool:
-    from pipeline.config.keys import options
-
     return str in options(kind) and not {int, float, bool} & set(options(kind))
 
 
