@@ -23,7 +23,8 @@ from integrity.pickles import BoundedUnpickler, require_small_key
 _STATE_KEYS = ("state_dict", "model")
 #: pickles at the start of torch's older stream format, before the bytes of its tensors
 _STREAM_PICKLES = 5
-_REASON = "WeightsUnpickler error: "
+#: what PyTorch's error says besides the reason
+_REASON, _PREFACE = "WeightsUnpickler error: ", ("Weights only load failed", "Please file")
 
 
 class Inert:
@@ -57,7 +58,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         else:
             state = _load_pickled(path, zipped=head[:4] == b"PK\x03\x04")
     except Exception as error:  # noqa: BLE001 - a damaged file can raise any error
-        reason = (str(error).rpartition(_REASON)[2].strip() or repr(error)).split("\n")[0]
+        lines = str(error).replace(_REASON, "\n").split("\n")
+        reason = next((x for x in lines if x.strip() and not x.startswith(_PREFACE)), repr(error))
         raise ValueError(
             f"{path} cannot be used ({reason}); expected a safetensors file or a checkpoint of "
             "torch.save; download it again"
