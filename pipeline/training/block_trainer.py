@@ -6,6 +6,7 @@ its share of each batch, and gradients are averaged over ranks.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -103,6 +104,8 @@ class BlockTrainer:
         self.batches.require_samples_for_all(accelerator.num_processes)
         self.done = 0
         self.seconds = 0.0
+        self.stopped = False
+        self._sound: dict[str, Tensor] | None = None
 
     def step(self) -> StepReport:
         """Make one optimiser step.
@@ -141,9 +144,30 @@ class BlockTrainer:
             terms["total"] = total / self.block.velocity.dim  # of the whole batch
         return StepReport(terms | {"grad_norm": norm}, nfe)
 
+    @property
+    def can_return(self) -> bool:
+        """Whether there are earlier weights to return to."""
+        return self._sound is not None
+
+    def keep(self) -> None:
+        """Keep the present averaged weights, so that `stop` can return to them."""
+        self._sound = {name: value.clone() for name, value in self.weights().items()}
+
+    def stop(self) -> None:
+        """End the training of the block with the weights that were kept last."""
+        self.stopped = True
+
+    def snapshot(self) -> Block:
+        """Return a frozen copy of the block with its present averaged weights."""
+        block = copy.deepcopy(self.block).eval().requires_grad_(False)
+        block.load_state_dict(self.weights())
+        return block
+
     def finish(self) -> Block:
         """Return the trained block with its averaged weights, frozen."""
-        if self.average is not None:
+        if self.stopped and self._sound is not None:
+            self.block.load_state_dict(self._sound)
+        elif self.average is not None:
             self.average.copy_to(self.block)
         return self.block.eval().requires_grad_(False)
 
@@ -162,6 +186,8 @@ class BlockTrainer:
             "block": self.block.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average else None,
+            "sound": self._sound,
+            "stopped": self.stopped,
         }
         save_checkpoint(path, state)
 
@@ -173,6 +199,7 @@ class BlockTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        self._sound, self.stopped = state["sound"], state["stopped"]
 
     def _loss_or_failure(self) -> tuple[JkoLoss | LfmLoss | None, JkoflowError | None]:
         """Compute the objective on this rank's share of the batch, or catch its error."""

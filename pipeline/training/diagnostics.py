@@ -6,10 +6,13 @@ All are measured on a fixed set of samples.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from flows.block import Block
 from flows.errors import SolveError
 from flows.networks.piecewise import aligned_steps
 from flows.solving.estimators import make_divergence
@@ -32,8 +35,10 @@ _MOST_READS = 2**35
 _LEAST_SAMPLES = 256
 #: largest D whose divergence is exact
 _EXACT_UP_TO = 16
-#: samples on which grids are compared
-_COMPARED = 256
+#: samples on which grids are compared after the training of a block, and during it
+_COMPARED, _COMPARED_IN_TRAINING = 256, 64
+#: comparisons of grids during the training of a block, and least steps between two
+_CHECKS, _LEAST_STEPS = 10, 100
 #: least number of samples in a batch of a measurement
 _BATCH = 64
 #: largest difference of the objective between two grids without a warning, nats per dimension;
@@ -63,6 +68,7 @@ def measure(
     push: SolverConfig,
     progress: Progress,
     samples: int = _SAMPLES,
+    block: Block | None = None,
 ) -> Diagnostics:
     """Measure the terms of a finished block's objective, and its movement.
 
@@ -77,11 +83,12 @@ def measure(
         push: the solver; a fixed grid replaces an adaptive one.
         progress: wraps the loop over batches.
         samples: largest number of samples.
+        block: with other weights; None takes the trainer's.
 
     Raises:
         JkoflowError: the block cannot be integrated.
     """
-    block, recipe, device = trainer.block, trainer.recipe, trainer.accelerator.device
+    block, recipe, device = block or trainer.block, trainer.recipe, trainer.accelerator.device
     divergence = make_divergence("exact" if block.velocity.dim <= _EXACT_UP_TO else "hutchinson")
     steps = aligned_steps(block.velocity.smooth_pieces(), 8)
     solver = SolverConfig(method="rk4", steps=steps) if push.adaptive else push
@@ -183,12 +190,48 @@ def check_grid(
     return True
 
 
+def overfits_grid(trainer: BlockTrainer, push: SolverConfig) -> bool:
+    """Return whether a block in training has begun to overfit the error of its grid.
+
+    The comparison is that of `check_grid`, with fewer samples and the present averaged weights.
+    Weights without a difference beyond `TOLERANCE` are kept in the trainer. Without kept weights
+    the result is False, so that a training never ends at its first comparison.
+
+    Args:
+        trainer: of the block.
+        push: the sampler of the block.
+    """
+    grid, dim = trainer.block.solver, trainer.block.velocity.dim
+    block, few = trainer.snapshot(), _COMPARED_IN_TRAINING
+    trained, reference = (
+        measure(trainer, trainer.stage, solver, _no_bar, few, block).terms["total"] / dim
+        for solver in (grid, finer_grid(trainer, push))
+    )
+    if abs(trained - reference) <= TOLERANCE:
+        trainer.keep()
+        return False
+    return trainer.can_return
+
+
+def compares_grids(trainer: BlockTrainer) -> bool:
+    """Return whether the grids of a block in training are compared after its present step."""
+    if trainer.spec.objective != "jko" or trainer.block.solver.adaptive:
+        return False
+    every = max(_LEAST_STEPS, trainer.iterations // _CHECKS)
+    last = trainer.done == trainer.iterations and trainer.can_return
+    return last or trainer.done % every == 0
+
+
 def finer_grid(trainer: BlockTrainer, push: SolverConfig) -> SolverConfig:
     """Return RK4 with at least twice the evaluations of the training grid and of the sampler."""
     most = max(_evaluations(each) for each in (trainer.block.solver, push) if not each.adaptive)
     steps = max(2, math.ceil(2 * most / FIXED_METHODS["rk4"]))
     pieces = trainer.block.velocity.smooth_pieces()
     return SolverConfig(method="rk4", steps=aligned_steps(pieces, steps))
+
+
+def _no_bar(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
+    return items
 
 
 def _evaluations(solver: SolverConfig) -> int:

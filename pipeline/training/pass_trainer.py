@@ -17,12 +17,14 @@ from pipeline.runs.movement_plot import plot_movement
 from pipeline.runs.passes import BlockRow, Pass, summarise
 from pipeline.runs.snapshots import Snapshot, add_snapshot, snapshot_file
 from pipeline.runtime import signals
+from pipeline.runtime.console import say
 from pipeline.runtime.distributed import broadcast_decision
 from pipeline.storage import atomic
 from pipeline.storage.records import to_json
 from pipeline.storage.training_log import TrainingLog
 from pipeline.training.block_source import BlockSource, Measurement, TrainingContext
 from pipeline.training.block_trainer import BlockTrainer
+from pipeline.training.diagnostics import compares_grids, overfits_grid
 from pipeline.training.stages import stage_file
 
 
@@ -124,7 +126,7 @@ class PassTrainer:
         saved = time.monotonic()
         before = sum(self.current.iterations[:index])
         snapshot_every = self.config.fm.snapshot_every if self.config.fm is not None else 0
-        remaining = range(trainer.done, trainer.iterations)
+        remaining = range(trainer.done, trainer.done if trainer.stopped else trainer.iterations)
         step, symbol = trainer.spec.step, "γ" if trainer.spec.h is None else "h"
         kind = "free" if step is None else f"{symbol}={step:.3g}"
         name = f"pass {self.number} block {index}" if self.number else f"block {index}"
@@ -134,6 +136,8 @@ class PassTrainer:
                 if trainer.done % recipe.log_every == 0 or trainer.done == trainer.iterations:
                     seconds = round(trainer.seconds, 3)
                     log.flush(index, trainer.done, before + trainer.done, seconds=seconds)
+                if compares_grids(trainer) and self._has_overfit(trainer, log):
+                    break
                 if snapshot_every and trainer.done % snapshot_every == 0:
                     save_snapshot(self.folder, trainer)
                 now = time.monotonic()
@@ -146,6 +150,21 @@ class PassTrainer:
                     if broadcast_decision(self.accelerator, halt):
                         return False
             trainer.save(path)
+        return True
+
+    def _has_overfit(self, trainer: BlockTrainer, log: TrainingLog) -> bool:
+        """Stop a block that overfits the error of its training grid, at its last sound weights."""
+        sampler = self.config.sampler.of_block(trainer.index)
+        if not broadcast_decision(self.accelerator, overfits_grid(trainer, sampler)):
+            return False
+        trainer.stop()
+        if self.accelerator.is_main_process:
+            event = "stopped: the block overfits its training grid"
+            log.write({"block": trainer.index, "step": trainer.done, "event": event})
+            say(
+                f"block {trainer.index} overfits the error of its training grid at step "
+                f"{trainer.done}; it ends with the weights of the comparison before"
+            )
         return True
 
     def _checkpoint_file(self, index: int) -> Path:

@@ -83,6 +83,32 @@ def test_a_block_that_overfits_its_grid_is_discarded(
     assert "finished" not in [row.get("event") for row in rows]
 
 
+COARSE = ("jko.solver.method=euler", "jko.solver.steps=1", "sampler.steps=4", *ONE_BLOCK)
+
+
+def train_coarse(folder: Path, *overrides: str) -> bool:
+    """Train on a grid that the field overfits; return whether the training is complete."""
+    config, source = tiny(*COARSE, *overrides), GaussianSource()
+    return train(config, folder, Accelerator(), quiet, True, source).complete
+
+
+def test_training_ends_before_a_block_overfits_its_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.training.diagnostics._LEAST_STEPS", 2)
+    monkeypatch.setattr("pipeline.training.diagnostics._CHECKS", 20)
+    assert train_coarse(tmp_path / "run")
+    (row,) = read_manifest(tmp_path / "run").blocks
+    assert 2 < row.iterations < 40
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    events = [entry.get("event") for entry in rows]
+    assert "stopped: the block overfits its training grid" in events and "grids agree" in events
+    assert f"training grid at step {row.iterations}" in capsys.readouterr().err
+    while not train_coarse(tmp_path / "resumed", "train.max_minutes=1e-9"):
+        pass
+    assert read_manifest(tmp_path / "resumed").blocks[0].sha256 == row.sha256
+
+
 def read_manifest_if_any(folder: Path) -> list[dict[str, Any]]:
     """Blocks that count."""
     return read_manifest(folder).blocks if (folder / "flow.json").is_file() else []
