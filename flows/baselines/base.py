@@ -78,6 +78,9 @@ class DensityModel(nn.Module, ABC):
         """
         raise FlowError(f"{type(self).__name__} has no loss of one batch; train it by its blocks")
 
+    def refresh(self) -> None:
+        """Bring what follows from the weights up to date, after other weights were copied in."""
+
     def decode(self, z_K: Tensor) -> Tensor:
         """Map noise z_K (n, D) to data z_0 (n, D), without gradients.
 

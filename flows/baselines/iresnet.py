@@ -154,20 +154,23 @@ class IResNet(ResidualFlow):
     ) -> None:
         with initial_weights(generator):
             layers = [
-                ResidualBlock(LipschitzMlp(config, dim), Affine(dim))
-                for _ in range(config.blocks)
+                ResidualBlock(LipschitzMlp(config, dim), Affine(dim)) for _ in range(config.blocks)
             ]
         super().__init__(dim, layers, config.fixed_point)
         self.config = config
+
+    def refresh(self, iterations: int = 100) -> None:
+        """Estimate the spectral norms of the present weights by power iterations."""
+        for module in self.modules():
+            if isinstance(module, SpectralLinear):
+                module.iterate(iterations)
 
     def loss(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Compute the negative log-likelihood of a batch z (B, D), a scalar in nats.
 
         The first batch initialises the affine maps.
         """
-        for module in self.modules():
-            if isinstance(module, SpectralLinear):
-                module.iterate(self.config.power_iterations)
+        self.refresh(self.config.power_iterations)
         log_det = z.new_zeros(len(z))
         for layer in self.layers:
             assert isinstance(layer, ResidualBlock) and layer.affine is not None

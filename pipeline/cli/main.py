@@ -16,6 +16,7 @@ import typer
 
 from pipeline.cli import (
     autoencoder,
+    bench,
     configuration,
     data,
     demo,
@@ -85,6 +86,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": publishing.report_command,
     "distill": training.distill_command,
     "toy2d": toy2d.toy2d_command,
+    "bench": bench.bench_command,
 }
 #: name → help and commands of every group
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {

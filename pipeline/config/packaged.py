@@ -7,13 +7,14 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 #: folders of packaged configurations, each of a kind
-FLOWS, AUTOENCODERS, TOY2D = "flows", "autoencoders", "toy2d"
-FOLDERS = (FLOWS, AUTOENCODERS, TOY2D)
+FLOWS, AUTOENCODERS, TOY2D, TABULAR = "flows", "autoencoders", "toy2d", "tabular"
+FOLDERS = (FLOWS, AUTOENCODERS, TOY2D, TABULAR)
 #: commands that take them
 VERBS = {
     FLOWS: "jkoflow encode, train",
     AUTOENCODERS: "jkoflow autoencoder train",
     TOY2D: "jkoflow toy2d",
+    TABULAR: "jkoflow bench tabular",
 }
 ROOT = Path(__file__).resolve().parents[2] / "configs"
 

@@ -115,9 +115,7 @@ def load_bsds300(path: str | None) -> Table:
     ones = torch.ones(SIDE**2 - 1)
     sample = PatchRows("train", groups["train"], _PART, ones).read(0, _PART)
     scale = sample.std(dim=0)
-    rows = {
-        split: PatchRows(split, groups[split], COUNTS[split], scale) for split in SPLITS
-    }
+    rows = {split: PatchRows(split, groups[split], COUNTS[split], scale) for split in SPLITS}
     note = (
         f"{COUNTS['train']:,} / {COUNTS['validation']:,} / {COUNTS['test']:,} patches at other "
         "places of the same photographs; the literature's patches cannot be had to the row"

@@ -1,0 +1,283 @@
+"""Runs a benchmark: every model on every data set and seed, each once.
+
+The folder has bench.json (the settings that all rows share), one folder for each training with its
+row.json, weights and samples, and the table and plots of what is finished. A benchmark that was
+interrupted, or gets further models, data sets or seeds, trains only what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from flows.baselines.base import DensityModel
+from flows.baselines.registry import config_to_dict
+from flows.errors import SolveError
+from pipeline.bench.budget import Budget
+from pipeline.bench.figures import draw_curves, draw_samples
+from pipeline.bench.measure import KEPT, measure
+from pipeline.bench.models import BLOCKWISE, TITLES, check_models
+from pipeline.bench.problem import DEFAULTS, HeldOut, Problem, open_problem, problem_config
+from pipeline.bench.results import Point, Row, markdown, table_csv
+from pipeline.bench.training import Checkpoint, Training
+from pipeline.config.schema import Config
+from pipeline.errors import JkoflowError, UserError
+from pipeline.runtime.console import Progress, say
+from pipeline.storage import atomic
+from pipeline.storage.records import from_json, to_json
+
+SETTINGS, ROW, SAMPLES = "bench.json", "row.json", "samples.safetensors"
+#: parameters of every model, unless the caller chooses: those of the paper's smallest models
+PARAMETERS = {"toy2d": 35_000, "tabular": 76_000}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark.
+
+    Attributes:
+        suite: toy2d or tabular.
+        models: keys of `pipeline.bench.models.TITLES`.
+        data: data sets; () takes those of the suite.
+        budget: of every training.
+        seeds: number of seeds, from 0.
+        parameters: the most that a model may have; None takes those of the suite.
+        overrides: `section.key=value` for the configurations.
+        held_out: sizes of the held-out samples of tables.
+    """
+
+    suite: str
+    models: tuple[str, ...]
+    data: tuple[str, ...]
+    budget: Budget
+    seeds: int = 3
+    parameters: int | None = None
+    overrides: tuple[str, ...] = ()
+    held_out: HeldOut = field(default_factory=HeldOut)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The data sets."""
+        return self.data or DEFAULTS[self.suite]
+
+    @property
+    def most(self) -> int:
+        """The most parameters that a model may have."""
+        return PARAMETERS[self.suite] if self.parameters is None else self.parameters
+
+    def configs(self) -> dict[str, Config]:
+        """Return the configuration of each data set, of seed 0.
+
+        Raises:
+            UserError: a name, a number or a setting is wrong.
+        """
+        check_models(self.models)
+        if self.seeds < 1:
+            raise UserError(f"--seeds is {self.seeds}; expected at least 1")
+        configs = {n: problem_config(self.suite, n, self.overrides, 0) for n in self.names}
+        for name, config in configs.items():
+            if config.jko is None:
+                raise UserError(
+                    f"the configuration of {name} has train.objective={config.train.objective}; "
+                    "expected jko, from which lfm and fm follow; remove it and choose --models"
+                )
+        return configs
+
+    def settings(self) -> dict[str, Any]:
+        """Return what all rows share, for bench.json."""
+        return {
+            "suite": self.suite,
+            "budget": str(self.budget),
+            "parameters": self.most,
+            "overrides": list(self.overrides),
+            "held_out": to_json(self.held_out),
+        }
+
+
+def run_bench(
+    bench: Bench,
+    folder: Path,
+    accelerator: Accelerator,
+    progress: Progress,
+    published: bool = False,
+) -> list[Row]:
+    """Train and measure what is missing; write the table after each training, plots at the end.
+
+    Args:
+        bench: the benchmark.
+        folder: of its files.
+        accelerator: device; a single process.
+        progress: wraps loops.
+        published: whether the table has the published figures.
+
+    Returns:
+        the rows of all trainings in the folder. A training that fails has a row with its error,
+        and is tried again by the next call.
+
+    Raises:
+        UserError: a setting is wrong, the data are missing, or the folder holds rows of other
+            settings.
+    """
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"bench has {accelerator.num_processes} processes; expected 1; start it without a "
+            "launcher"
+        )
+    configs = bench.configs()
+    _require_same_settings(folder / SETTINGS, bench.settings())
+    training = Training(bench.budget, bench.most, accelerator, progress)
+    for seed in range(bench.seeds):
+        for data in configs:
+            missing = [m for m in bench.models if not _is_done(_cell(folder, data, m, seed))]
+            if not missing:
+                continue
+            config = problem_config(bench.suite, data, bench.overrides, seed)
+            problem = open_problem(config, bench.held_out)
+            for model in missing:
+                say(f"{TITLES[model]} on {data}, seed {seed}, {bench.budget}")
+                _run_cell(training, model, problem, _cell(folder, data, model, seed))
+                write_tables(folder, published)
+    rows = write_tables(folder, published)
+    draw_plots(folder, rows)
+    return rows
+
+
+def write_tables(folder: Path, published: bool = False) -> list[Row]:
+    """Write table.md and table.csv of all rows in a folder; return the rows.
+
+    Raises:
+        UserError: the folder has no benchmark, or a row is damaged.
+    """
+    settings = atomic.read_json(folder / SETTINGS, "benchmark")
+    rows = read_rows(folder)
+    budget, most = settings["budget"], settings["parameters"]
+    sentences = [
+        f"Suite {settings['suite']}; every model has {budget} of training and at most {most:,} "
+        "parameters. All have Adam, one learning rate, batch size and schedule, and no search."
+    ]
+    if settings["overrides"]:
+        sentences.append(f"Settings: {', '.join(settings['overrides'])}.")
+    text = markdown(rows, sentences, published)
+    atomic.write_bytes(folder / "table.md", text.encode())
+    atomic.write_bytes(folder / "table.csv", table_csv(rows).encode())
+    return rows
+
+
+def draw_plots(folder: Path, rows: Sequence[Row]) -> None:
+    """Draw the plots of all rows into the folder plots of a benchmark."""
+    for data in dict.fromkeys(row.data for row in rows):
+        group = [row for row in rows if row.data == data]
+        draw_curves(folder / "plots", data, group)
+        _draw_samples(folder, data, group)
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Read the rows of a benchmark, by data set, model and seed.
+
+    Raises:
+        UserError: a row is damaged.
+    """
+    order = list(TITLES)
+    rows = [
+        from_json(Row, atomic.read_json(path, "row"), str(path))
+        for path in sorted(folder.glob(f"*/*/seed-*/{ROW}"))
+    ]
+    return sorted(rows, key=lambda row: (row.data, order.index(row.model), row.seed))
+
+
+def _run_cell(training: Training, model: str, problem: Problem, cell: Path) -> None:
+    """Train and measure one model; a failure of the training becomes its row."""
+    device, points = training.accelerator.device, list[Point]()
+
+    def record(checkpoint: Checkpoint) -> None:
+        try:
+            metrics, _ = measure(checkpoint.model, problem, device, quick=True)
+        except (JkoflowError, SolveError) as error:
+            say(f"not measured at batch {checkpoint.batches}: {error}")
+            return
+        points.append(Point(checkpoint.seconds, checkpoint.batches, metrics.nll, metrics.mmd_m))
+
+    seed = problem.config.train.seed
+    row = Row(problem.name, model, seed, problem.note)
+    try:
+        trained = training.train(model, problem, cell / "training", record)
+        metrics, samples = measure(trained.model, problem, device)
+    except UserError:
+        raise
+    except (JkoflowError, SolveError) as error:
+        say(f"failed: {error}")
+        failed = Row(problem.name, model, seed, problem.note, error=str(error))
+        atomic.write_json(cell / ROW, to_json(failed))
+        return
+    compare = problem.compare[:KEPT]
+    atomic.write_tensors(cell / SAMPLES, {"samples": samples[:KEPT], "data": compare})
+    _save(trained.model, model, cell)
+    row = Row(
+        problem.name,
+        model,
+        seed,
+        problem.note,
+        parameters=trained.parameters,
+        width=trained.width,
+        seconds=round(trained.seconds, 3),
+        overhead=round(trained.overhead, 3),
+        batches=trained.batches,
+        measured=metrics,
+        curve=tuple(points),
+    )
+    atomic.write_json(cell / ROW, to_json(row))
+
+
+def _save(model: DensityModel, name: str, cell: Path) -> None:
+    """Write the configuration and the weights of a baseline; a run directory has the others'."""
+    if name not in BLOCKWISE:
+        described = {"model": name, "dim": model.dim, "config": config_to_dict(model.config)}
+        atomic.write_tensors(cell / "model.safetensors", model.state_dict())
+        atomic.write_json(cell / "model.json", described)
+
+
+def _draw_samples(folder: Path, data: str, rows: Sequence[Row]) -> None:
+    """Draw the samples of the least seed of each model, if the data are points in the plane."""
+    samples, real = {}, None
+    for row in rows:
+        path = _cell(folder, data, row.model, row.seed) / SAMPLES
+        if row.model not in samples and path.is_file():
+            tensors = atomic.read_tensors(path)
+            if tensors["data"].shape[1] == 2:
+                samples[row.model], real = tensors["samples"], tensors["data"]
+    if real is not None:
+        draw_samples(folder / "plots", data, real, samples)
+
+
+def _cell(folder: Path, data: str, model: str, seed: int) -> Path:
+    return folder / data / model / f"seed-{seed}"
+
+
+def _is_done(cell: Path) -> bool:
+    """Return whether a training has a row without an error."""
+    path = cell / ROW
+    return (
+        path.is_file() and from_json(Row, atomic.read_json(path, "row"), str(path)).error is None
+    )
+
+
+def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a new benchmark; check that an old one has the same.
+
+    Raises:
+        UserError: they differ.
+    """
+    if not path.is_file():
+        atomic.write_json(path, settings)
+        return
+    known = atomic.read_json(path, "benchmark")
+    for name, value in settings.items():
+        if known.get(name) != value:
+            raise UserError(
+                f"{name} of the benchmark at {path.parent} is {known.get(name)!r}; this call has "
+                f"{value!r}; rows of one table share it; give another --run"
+            )

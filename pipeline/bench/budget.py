@@ -1,0 +1,52 @@
+"""The budget of every training of a benchmark: optimiser seconds, or batches."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pipeline.errors import UserError
+
+_FORM = re.compile(r"(\d+(?:\.\d+)?)\s*(s|seconds|b|batches)")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Budget of one training.
+
+    Attributes:
+        amount: seconds of the optimiser's steps, or batches; positive.
+        unit: seconds or batches.
+    """
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read a budget such as `60s`, `60 seconds`, `2000b` or `2000 batches`.
+
+        Raises:
+            UserError: the text has another form, or the amount is 0.
+        """
+        match = _FORM.fullmatch(text.strip())
+        if match is None:
+            raise UserError(
+                f"--budget is {text!r}; expected a number with its unit, such as 60s or "
+                "2000batches"
+            )
+        amount, unit = float(match[1]), "seconds" if match[2].startswith("s") else "batches"
+        if amount <= 0 or (unit == "batches" and amount != int(amount)):
+            raise UserError(
+                f"--budget is {text}; expected more than 0 seconds, or a whole number of batches "
+                "from 1 on"
+            )
+        return cls(amount, unit)
+
+    def __str__(self) -> str:
+        """Return the budget in words."""
+        return f"{self.amount:g} {self.unit}"
+
+    def spent(self, batches: int, seconds: float) -> float:
+        """Return the fraction of the budget that a training has used."""
+        return (seconds if self.unit == "seconds" else batches) / self.amount

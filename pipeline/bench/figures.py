@@ -1,0 +1,54 @@
+"""Plots of a benchmark: metrics against seconds, and samples of all models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from eval.plots import curves
+from eval.plots2d import scatter, window
+from pipeline.bench.models import TITLES
+from pipeline.bench.results import Row
+from pipeline.storage import atomic
+
+#: metrics that have a plot: attribute of a point, and label
+_METRICS = {"nll": "NLL (nats per sample)", "mmd_m": "MMD² (median distance)"}
+
+
+def draw_curves(folder: Path, data: str, rows: Sequence[Row]) -> None:
+    """Plot NLL and MMD against the optimiser's seconds, one line for each model.
+
+    Args:
+        folder: of the plots.
+        data: the data set.
+        rows: its rows; of each model the one with the least seed is drawn.
+    """
+    first: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: row.seed):
+        if row.measured is not None:
+            first.setdefault(row.model, row)
+    for name, label in _METRICS.items():
+        lines = {}
+        for model, row in first.items():
+            ends = [(row.seconds, getattr(row.measured, name))]
+            points = [(point.seconds, getattr(point, name)) for point in row.curve] + ends
+            known = [(x, y) for x, y in points if y is not None]
+            if known:
+                x, y = zip(*known, strict=True)
+                lines[TITLES[model]] = (x, y)
+        if lines:
+            axes = {"x_label": "seconds of the optimiser", "y_label": label}
+            path = folder / f"{data}-{name.partition('_')[0]}.png"
+            atomic.write_with(path, lambda file, lines=lines, axes=axes: curves(  # type: ignore[misc]
+                file, lines, **axes
+            ))  # fmt: skip
+
+
+def draw_samples(folder: Path, data: str, real: Tensor, samples: Mapping[str, Tensor]) -> None:
+    """Draw held-out points (n, 2), and the samples (m, 2) of every model next to them."""
+    panels = [("data", real), *((TITLES[model], z) for model, z in samples.items())]
+    limits = window(real)
+    path = folder / f"{data}-samples.png"
+    atomic.write_with(path, lambda file: scatter(file, panels, limits))

@@ -1,0 +1,143 @@
+"""The models of a benchmark, and the width that gives each a wanted number of parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+
+from flows.baselines.ffjord import FfjordConfig
+from flows.baselines.ignn import IgnnConfig
+from flows.baselines.iresnet import IResNetConfig
+from flows.baselines.otflow import OtFlowConfig
+from flows.baselines.registry import BASELINES, make_baseline
+from flows.baselines.score_sde import ScoreSdeConfig
+from flows.networks.config import VelocityConfig
+from flows.networks.registry import make_velocity
+from pipeline.config.schema import Config, FmConfig, LfmConfig, Objective
+from pipeline.config.validate import steps
+from pipeline.errors import UserError
+
+#: models that are trained block by block, by the pipeline of images
+BLOCKWISE = {"jko": "JKO-iFlow", "lfm": "local flow matching", "fm": "flow matching"}
+TITLES = {**BLOCKWISE, **{name: baseline.title for name, baseline in BASELINES.items()}}
+#: residual blocks of i-ResNet and IGNN
+_RESIDUAL_BLOCKS = 8
+_WIDEST = 4096
+
+
+def check_models(names: Sequence[str]) -> None:
+    """Check the names of models.
+
+    Raises:
+        UserError: one is unknown or named twice, or there is none.
+    """
+    for name in names:
+        if name not in TITLES:
+            raise UserError(f"model {name!r} is unknown; choose from {', '.join(TITLES)}")
+    if not names or len(set(names)) != len(names):
+        raise UserError(
+            f"--models is {','.join(names)!r}; expected at least one name, each of them once"
+        )
+
+
+def blockwise_config(config: Config, objective: str, width: int, batches: int) -> Config:
+    """Return the configuration of jko, lfm or fm with all networks of one width.
+
+    JKO blocks do not see the time. The number of blocks is fixed, so that the parameters are
+    known. Batches are split as the configuration of JKO splits its iterations, for lfm evenly.
+
+    Args:
+        config: of jko.
+        objective: jko, lfm or fm.
+        width: of every network.
+        batches: of all blocks together, at least one for each.
+
+    Raises:
+        UserError: there are fewer batches than blocks.
+    """
+    assert config.jko is not None
+    blocks = block_count(config, objective)
+    if batches < blocks:
+        raise UserError(
+            f"the budget is {batches} batches for {blocks} blocks of {objective}; expected at "
+            "least one for each; raise --budget"
+        )
+    given = config.train.iterations
+    shares = [given] if isinstance(given, int) else list(given)
+    if objective != "jko":
+        shares = [1]
+    shares = [shares[min(index, len(shares) - 1)] for index in range(blocks)]
+    iterations = [max(1, int(batches * share / sum(shares))) for share in shares]
+    iterations[0] += batches - sum(iterations)
+    kind = cast(Objective, objective)
+    train = dataclasses.replace(config.train, objective=kind, iterations=iterations)
+    velocity = dataclasses.replace(config.velocity, width=width, autonomous=objective == "jko")
+    changed: dict[str, Any] = {"jko": dataclasses.replace(config.jko, tolerance=0.0)}
+    if objective == "lfm":
+        section = LfmConfig(max_blocks=blocks - 1, tolerance=0.0)
+        changed = {"jko": None, "lfm": section}
+    elif objective == "fm":
+        changed = {"jko": None, "fm": FmConfig()}
+    return dataclasses.replace(config, train=train, velocity=velocity, **changed)
+
+
+def block_count(config: Config, objective: str) -> int:
+    """Return the number of blocks of jko and lfm under a configuration of jko; 1 for fm."""
+    assert config.jko is not None
+    return 1 if objective == "fm" else len(steps(config)) + config.jko.free_block
+
+
+def baseline_config(name: str, width: int, depth: int) -> Any:  # noqa: ANN401
+    """Return the configuration of a baseline with networks of a width.
+
+    Args:
+        name: a key of `flows.baselines.registry.BASELINES`.
+        width: hidden features.
+        depth: hidden layers of the networks of FFJORD and ScoreSDE; the others have their own.
+    """
+    if name == "ffjord":
+        return FfjordConfig(VelocityConfig("mlp", width, depth, "tanh"))
+    if name == "otflow":
+        return OtFlowConfig(width=width)
+    if name == "ignn":
+        return IgnnConfig(VelocityConfig("mlp", width, 2, autonomous=True), _RESIDUAL_BLOCKS)
+    if name == "iresnet":
+        return IResNetConfig(width=width, blocks=_RESIDUAL_BLOCKS)
+    return ScoreSdeConfig(VelocityConfig("resmlp", width, depth))
+
+
+def parameter_count(name: str, config: Config, dim: int, width: int) -> int:
+    """Count the parameters of a model of a width; no memory is spent."""
+    with torch.device("meta"):
+        if name in BLOCKWISE:
+            blocks = block_count(config, name)
+            velocity = blockwise_config(config, name, width, blocks).velocity
+            return blocks * sum(p.numel() for p in make_velocity(velocity, (dim,)).parameters())
+        model = make_baseline(name, baseline_config(name, width, config.velocity.depth), dim)
+        return model.parameter_count
+
+
+def width_for(name: str, config: Config, dim: int, parameters: int) -> int:
+    """Return the largest width with which a model has at most some number of parameters.
+
+    Raises:
+        UserError: the model has more with a width of 1.
+    """
+    return _largest(lambda width: parameter_count(name, config, dim, width), parameters, name)
+
+
+def _largest(count: Callable[[int], int], most: int, name: str) -> int:
+    low, high = 1, 2
+    if count(low) > most:
+        raise UserError(
+            f"--parameters is {most}, but {name} of width 1 has {count(low)}; raise it"
+        )
+    while high < _WIDEST and count(high) <= most:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) <= most else (low, middle)
+    return low

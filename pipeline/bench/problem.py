@@ -1,0 +1,169 @@
+"""Problems of a benchmark: a data set with its training samples and its held-out samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipeline.config import packaged
+from pipeline.config.load import load_config, with_values
+from pipeline.config.schema import TABLES, Config
+from pipeline.data.standardisation import Standardisation
+from pipeline.errors import UserError
+from pipeline.runs.manifest import DataRecord, Manifest
+from pipeline.runtime.rng import Batches
+from pipeline.runtime.system import require_disk_space
+from pipeline.storage.shards import StoreReader, StoreWriter
+from pipeline.tabular.load import load_table
+from pipeline.tabular.table import Table
+from pipeline.toy2d.point_sets import POINTS
+from pipeline.toy2d.point_source import PointSource
+from pipeline.training.sources import SampleSource
+from pipeline.training.stages import ensure_stage
+
+#: suites: their folders of configurations, the data sets of a bench that names none, and all
+SUITES = {"toy2d": packaged.TOY2D, "tabular": packaged.TABULAR}
+DEFAULTS = {"toy2d": ("checkerboard", "8gaussians", "rose", "tree"), "tabular": TABLES}
+CHOICES = {"toy2d": (*POINTS, "picture"), "tabular": TABLES}
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Sizes of the held-out samples of a table.
+
+    Attributes:
+        test: rows that measure the likelihood.
+        compare: rows that the MMD compares with as many samples.
+    """
+
+    test: int = 5000
+    compare: int = 2000
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Data set of a benchmark under one seed.
+
+    Attributes:
+        name: of the data set.
+        config: configuration of JKO-iFlow on it.
+        source: training samples.
+        test: held-out samples (n, D) of the likelihood.
+        compare: held-out samples (m, D) of the MMD.
+        log_scale: nats that the NLL in the data's units has beyond that of the samples.
+        note: origin and split of the data.
+    """
+
+    name: str
+    config: Config
+    source: SampleSource
+    test: Tensor
+    compare: Tensor
+    log_scale: float
+    note: str
+
+    @property
+    def dim(self) -> int:
+        """Return D."""
+        return self.source.shape[0]
+
+
+def problem_config(suite: str, name: str, overrides: Sequence[str], seed: int) -> Config:
+    """Return the packaged configuration of a data set, with overrides and a seed.
+
+    Raises:
+        UserError: the suite, the data set or a setting is unknown.
+    """
+    if suite not in SUITES:
+        raise UserError(f"suite {suite!r} is unknown; choose one of {', '.join(SUITES)}")
+    if name not in CHOICES[suite]:
+        known = ", ".join(CHOICES[suite])
+        raise UserError(f"data set {name!r} is not in {suite}; choose one of {known}")
+    base, more = name, list(overrides)
+    if name == "picture":
+        base, more = "rose", ["data.name=picture", "name=picture", *more]
+    return with_values(load_config(base, more, SUITES[suite]), {"train.seed": seed})
+
+
+def open_problem(config: Config, held_out: HeldOut | None = None) -> Problem:
+    """Open the data of a configuration.
+
+    Args:
+        config: of a set of points or a table.
+        held_out: sizes of a table's held-out samples; points have theirs in the section points.
+
+    Raises:
+        UserError: the data are missing, damaged or too few.
+        JkoflowError: a package could not be fetched.
+    """
+    if config.data.name not in TABLES:
+        points = PointSource(config)
+        test = points.sample("test", 0, points.settings.test)
+        compare = points.sample("compare", 0, points.settings.compare)
+        note = f"{points.settings.train:,} training points, generated"
+        return Problem(config.data.name, config, points, test, compare, 0.0, note)
+    table, sizes = load_table(config.data), held_out or HeldOut()
+    rows = table.rows["test"]
+    test = rows.read(0, min(sizes.test, len(rows)))
+    compare = rows.read(max(0, len(rows) - sizes.compare), len(rows))
+    note = f"{table.source}; {table.split}"
+    source = TableSource(config, table)
+    return Problem(table.name, config, source, test, compare, table.log_scale, note)
+
+
+class TableSource:
+    """Sample source of the training rows of a table, the first `data.limit` of them.
+
+    Args:
+        config: sections data and latents.
+        table: the table.
+    """
+
+    labels: Tensor | None = None
+
+    def __init__(self, config: Config, table: Table) -> None:
+        self.table = table
+        rows = table.rows["train"]
+        self.count = min(config.data.limit or len(rows), len(rows))
+        self.shape: tuple[int, ...] = (table.dim,)
+
+    def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
+        """Write or open stage 0, the training rows.
+
+        Raises:
+            UserError: the disk has no room for them.
+        """
+        identity: dict[str, Any] = {
+            "kind": "stage",
+            "stage": 0,
+            "table": self.table.name,
+            "fingerprint": self.table.fingerprint,
+            "shape": list(self.shape),
+        }
+
+        def make(writer: StoreWriter, index: int) -> Tensor:
+            return self.table.rows["train"].read(*writer.bounds(index))
+
+        require_disk_space(run, _FLOAT * self.count * self.table.dim, "the training rows")
+        size = config.latents.shard_size
+        return ensure_stage(run, identity, self.count, size, make, accelerator)
+
+    def manifest(self, name: str) -> Manifest:
+        """Return the manifest of a run on the rows, which are standardised already."""
+        table, dim = self.table, self.table.dim
+        record = DataRecord(table.name, "train", table.fingerprint, count=self.count)
+        return Manifest(
+            name, self.shape, Standardisation(torch.zeros(dim), torch.ones(dim)), record
+        )
+
+
+def batches_of(stage: StoreReader, config: Config) -> Batches:
+    """Return the batches of a training on a stage, seeded as those of a block's training."""
+    return Batches(len(stage), config.train.batch_size, config.train.seed, "block", 0)

@@ -1,0 +1,236 @@
+"""Trains one model of a benchmark on one problem within a budget."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from flows.baselines.base import DensityModel
+from flows.baselines.cnf import FlowModel
+from flows.baselines.registry import make_baseline
+from flows.errors import SolveError
+from pipeline.bench.budget import Budget
+from pipeline.bench.models import (
+    BLOCKWISE,
+    baseline_config,
+    block_count,
+    blockwise_config,
+    width_for,
+)
+from pipeline.bench.problem import Problem, batches_of
+from pipeline.errors import JkoflowError
+from pipeline.optim.ema import Ema
+from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
+from pipeline.runs.directory import CONFIG, read_config
+from pipeline.runs.run import open_run
+from pipeline.runtime.console import Progress
+from pipeline.runtime.rng import generator
+from pipeline.training.train import train
+
+#: parts of the budget after which a model is measured
+_PARTS = 4
+#: steps of the schedule, whatever the budget
+_SCHEDULE = 10_000
+#: batches of the training that finds the seconds of a batch
+_PROBE = 20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in training, to be measured.
+
+    Attributes:
+        model: with its averaged weights.
+        seconds: of the optimiser so far.
+        batches: so far.
+    """
+
+    model: DensityModel
+    seconds: float
+    batches: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model.
+
+    Attributes:
+        model: with its averaged weights.
+        seconds: of the optimiser's steps.
+        overhead: further seconds of training, in which samples are pushed through blocks.
+        batches: of all blocks together.
+        parameters: trainable numbers.
+        width: hidden features of its networks.
+    """
+
+    model: DensityModel
+    seconds: float
+    overhead: float
+    batches: int
+    parameters: int
+    width: int
+
+
+#: measures a checkpoint
+Measure = Callable[[Checkpoint], None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How all models of a benchmark are trained.
+
+    Attributes:
+        budget: of each.
+        parameters: the most that a model may have.
+        accelerator: device; a single process.
+        progress: wraps loops.
+    """
+
+    budget: Budget
+    parameters: int
+    accelerator: Accelerator
+    progress: Progress
+
+    def train(self, name: str, problem: Problem, folder: Path, measure: Measure) -> Trained:
+        """Train a model.
+
+        Args:
+            name: a key of `pipeline.bench.models.TITLES`.
+            problem: the data.
+            folder: of the training's files.
+            measure: is called with the model as it is after each part of the training.
+
+        Raises:
+            UserError: the budget or the number of parameters is too small.
+            JkoflowError: the training failed.
+        """
+        width = width_for(name, problem.config, problem.dim, self.parameters)
+        if name in BLOCKWISE:
+            return self._train_blocks(name, width, problem, folder, measure)
+        return self._train_baseline(name, width, problem, folder, measure)
+
+    # ---------------------------------------------------------------- block by block
+
+    def _train_blocks(
+        self, name: str, width: int, problem: Problem, folder: Path, measure: Measure
+    ) -> Trained:
+        """Train jko, lfm or fm by `pipeline.training`; a run that stopped goes on."""
+        if (folder / CONFIG).is_file():
+            config = read_config(folder)
+        else:
+            batches = self._batches(name, width, problem)
+            config = blockwise_config(problem.config, name, width, batches)
+        began = time.perf_counter()
+        train(config, folder, self.accelerator, self.progress, True, problem.source)
+        elapsed = time.perf_counter() - began
+        run = open_run(folder)
+        run.flow.to(self.accelerator.device)
+        rows = run.manifest.blocks
+        seconds = done = 0.0
+        for count, row in enumerate(rows, start=1):
+            seconds, done = seconds + row.seconds, done + row.iterations
+            if count < len(rows):
+                measure(Checkpoint(FlowModel(run.flow[:count]), seconds, int(done)))
+        remove_samples(folder)
+        parameters = sum(row.parameters for row in rows)
+        overhead = max(0.0, elapsed - seconds)
+        return Trained(FlowModel(run.flow), seconds, overhead, int(done), parameters, width)
+
+    def _batches(self, name: str, width: int, problem: Problem) -> int:
+        """Return the batches that the budget allows; a short training finds their seconds."""
+        if self.budget.unit == "batches":
+            return int(self.budget.amount)
+        blocks = block_count(problem.config, name)
+        config = blockwise_config(problem.config, name, width, blocks * _PROBE)
+        with tempfile.TemporaryDirectory(prefix="jkoflow-bench-") as scratch:
+            run = Path(scratch)
+            train(config, run, self.accelerator, self.progress, False, problem.source)
+            rows = open_run(run).manifest.blocks
+        per_batch = sum(row.seconds for row in rows) / sum(row.iterations for row in rows)
+        return max(blocks, int(self.budget.amount / per_batch))
+
+    # ---------------------------------------------------------------- all weights together
+
+    def _train_baseline(
+        self, name: str, width: int, problem: Problem, folder: Path, measure: Measure
+    ) -> Trained:
+        """Train a baseline by Adam, with the learning rate, clipping and average of the blocks."""
+        config, recipe = problem.config, problem.config.train
+        device = self.accelerator.device
+        settings = baseline_config(name, width, config.velocity.depth)
+        weights = generator(recipe.seed, "bench", name, "weights")
+        model = make_baseline(name, settings, problem.dim, weights).to(device)
+        stage = problem.source.first_stage(folder, config, self.accelerator)
+        batches, average = batches_of(stage, config), Ema(model, recipe.ema)
+        peak = recipe.lr if isinstance(recipe.lr, float) else recipe.lr[0]
+        optimizer = torch.optim.Adam(model.parameters(), peak)
+        seconds, done, part = 0.0, 0, 1
+        while (spent := self.budget.spent(done, seconds)) < 1:
+            if spent >= part / _PARTS:
+                measure(Checkpoint(_averaged(model, average), seconds, done))
+                part += 1
+            began = time.perf_counter()
+            z = stage.take("z", batches.indices(done)).to(device)
+            lr = warmup_cosine(
+                int(spent * _SCHEDULE), _SCHEDULE, peak=peak, final=recipe.lr_final, warmup=0
+            ) * min(1.0, (done + 1) / max(1, recipe.warmup))
+            set_learning_rate(optimizer, lr)
+            noise = generator(recipe.seed, "bench", name, "noise", done)
+            self._step(model, optimizer, z, noise, recipe.grad_clip, done)
+            average.update(model)
+            done, seconds = done + 1, seconds + time.perf_counter() - began
+        remove_samples(folder)
+        final = _averaged(model, average)
+        return Trained(final, seconds, 0.0, done, model.parameter_count, width)
+
+    @staticmethod
+    def _step(
+        model: DensityModel,
+        optimizer: torch.optim.Adam,
+        z: torch.Tensor,
+        noise: torch.Generator,
+        clip: float,
+        done: int,
+    ) -> None:
+        """Make one optimiser step.
+
+        Raises:
+            JkoflowError: the loss or its gradient is not finite, or an ODE cannot be solved.
+        """
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            loss = model.loss(z, noise)
+            loss.backward()
+        except SolveError as error:
+            raise JkoflowError(f"training failed at step {done}: {error}") from error
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else math.inf)
+        value, size = float(loss.detach()), float(norm)
+        if not (math.isfinite(value) and math.isfinite(size)):
+            raise JkoflowError(
+                f"training failed at step {done}: the loss is {value}, its gradient's norm "
+                f"{size}; lower train.lr"
+            )
+        optimizer.step()
+
+
+def _averaged(model: DensityModel, average: Ema) -> DensityModel:
+    """Return a copy of a model with its averaged weights."""
+    shadow = copy.deepcopy(model).eval().requires_grad_(False)
+    average.copy_to(shadow)
+    shadow.refresh()
+    return shadow
+
+
+def remove_samples(folder: Path) -> None:
+    """Remove the training samples of a finished training, which its data set gives again."""
+    shutil.rmtree(folder / "stages", ignore_errors=True)

@@ -1,0 +1,83 @@
+"""`jkoflow bench`: models of one size and budget on data sets of the literature, as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import SetOption
+
+
+def bench_command(
+    suite: Annotated[
+        str, typer.Argument(help="toy2d (points in the plane) or tabular (tables of numbers).")
+    ],
+    budget: Annotated[
+        str,
+        typer.Option("--budget", help="Training of every model, such as 60s or 2000batches."),
+    ],
+    models: Annotated[
+        str,
+        typer.Option(
+            "--models",
+            help="Models: jko, lfm, fm, ffjord, otflow, ignn, iresnet and scoresde.",
+        ),
+    ] = "jko,lfm,fm,ffjord,otflow,ignn,iresnet,scoresde",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="Data sets; default checkerboard,8gaussians,rose,tree or "
+            "power,gas,miniboone,bsds300.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Number of seeds, from 0.")] = 3,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run", "-r", help="Folder; default runs/bench-SUITE. Finished rows there are kept."
+        ),
+    ] = None,
+    parameters: Annotated[
+        int | None,
+        typer.Option("--parameters", help="Most parameters of a model; default 35000 or 76000."),
+    ] = None,
+    test: Annotated[
+        int, typer.Option("--test", help="tabular: held-out rows that measure the likelihood.")
+    ] = 5000,
+    published: Annotated[
+        bool, typer.Option("--published", help="Print the paper's figures below ours.")
+    ] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Train models within one budget and compare NLL, MMD and time; trains only missing rows."""
+    from pipeline.bench.bench import Bench, run_bench
+    from pipeline.bench.budget import Budget
+    from pipeline.bench.problem import SUITES, HeldOut
+    from pipeline.cli.session import make_accelerator
+    from pipeline.errors import UserError
+    from pipeline.runtime.console import progress_bar
+
+    if suite not in SUITES:
+        raise UserError(f"suite {suite!r} is unknown; choose one of {', '.join(SUITES)}")
+    if test < 2:
+        raise UserError(f"--test is {test}; expected at least 2")
+    bench = Bench(
+        suite,
+        _names(models),
+        _names(data or ""),
+        Budget.parse(budget),
+        seeds,
+        parameters,
+        tuple(overrides or ()),
+        HeldOut(test=test),
+    )
+    folder = run if run is not None else Path("runs") / f"bench-{suite}"
+    run_bench(bench, folder, make_accelerator(), progress_bar, published)
+    print(folder / "table.md")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

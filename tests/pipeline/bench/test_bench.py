@@ -1,0 +1,304 @@
+"""`jkoflow bench`: rows, resuming, failures, budgets, sizes, and mistakes."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from typer.testing import CliRunner
+
+from flows.baselines.base import Decoded
+from flows.baselines.cnf import FlowModel
+from flows.baselines.ignn import Ignn, IgnnConfig
+from flows.baselines.registry import config_from_dict, make_baseline
+from flows.networks.config import VelocityConfig
+from pipeline.bench import bench as bench_module
+from pipeline.bench.bench import Bench, read_rows, run_bench
+from pipeline.bench.budget import Budget
+from pipeline.bench.measure import Measured, measure
+from pipeline.bench.models import TITLES, blockwise_config, parameter_count, width_for
+from pipeline.bench.problem import open_problem, problem_config
+from pipeline.bench.results import Row, markdown, table_csv
+from pipeline.cli.main import app
+from pipeline.errors import JkoflowError, UserError
+from pipeline.storage import atomic
+from tests.flows.problems import fresh_flow
+
+TINY = (
+    "points.train=300", "points.test=60", "points.compare=40", "train.batch_size=50",
+    "jko.h=[0.5]", "velocity.depth=1",
+)  # fmt: skip
+CPU = torch.device("cpu")
+
+
+def tiny(*models: str, **changes) -> Bench:
+    values = {"data": ("8gaussians",), "budget": Budget(4, "batches"), "seeds": 1,
+              "parameters": 400, "overrides": TINY}  # fmt: skip
+    return Bench("toy2d", models, **{**values, **changes})
+
+
+def run(bench: Bench, folder, plots: bool = False) -> list[Row]:
+    with pytest.MonkeyPatch.context() as patch:
+        if not plots:
+            patch.setattr(bench_module, "draw_plots", lambda *_: None)
+        return run_bench(bench, folder, Accelerator(cpu=True), lambda items, *_: items)
+
+
+def files(folder) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench") / "toy"
+    return folder, run(tiny(*TITLES), folder, plots=True)
+
+
+def test_every_model_has_a_row_with_its_budget(finished) -> None:
+    folder, rows = finished
+    assert [row.model for row in rows] == list(TITLES)
+    for row in rows:
+        assert row.error is None and row.measured is not None
+        assert row.batches == 4 and 0 < row.parameters <= 400 and row.seconds > 0
+        assert math.isfinite(row.measured.nll) and row.measured.nll_error > 0
+        assert row.measured.n == 60 and row.measured.compare == 40
+    lines = (folder / "table.md").read_text().splitlines()
+    assert sum(line.startswith("| ") for line in lines) == len(TITLES) + 1
+    with (folder / "table.csv").open() as file:
+        read = list(csv.DictReader(file))
+    assert [float(line["nll"]) for line in read] == [row.measured.nll for row in rows]
+    for name in ("8gaussians-nll", "8gaussians-mmd", "8gaussians-samples"):
+        with Image.open(folder / "plots" / f"{name}.png") as picture:
+            assert min(picture.size) > 100
+
+
+def test_a_saved_baseline_is_the_measured_model(finished) -> None:
+    folder, rows = finished
+    problem = open_problem(problem_config("toy2d", "8gaussians", TINY, 0))
+    for row in rows[3:]:
+        cell = folder / "8gaussians" / row.model / "seed-0"
+        described = json.loads((cell / "model.json").read_text())
+        config = config_from_dict(described["model"], described["config"])
+        model = make_baseline(described["model"], config, described["dim"])
+        model.load_state_dict(atomic.read_tensors(cell / "model.safetensors"))
+        again, samples = measure(model, problem, CPU)
+        assert again == row.measured
+        torch.testing.assert_close(
+            samples, atomic.read_tensors(cell / "samples.safetensors")["samples"]
+        )
+
+
+def test_rows_are_added_and_none_is_repeated(finished, tmp_path) -> None:
+    first = run(tiny("otflow"), tmp_path / "b")
+    kept = files(tmp_path / "b" / "8gaussians")
+    more = run(tiny("otflow", "scoresde", data=("8gaussians", "gaussian")), tmp_path / "b")
+    assert len(more) == 4 and first[0] in more
+    assert kept.items() <= files(tmp_path / "b" / "8gaussians").items()
+    assert first[0].measured == finished[1][list(TITLES).index("otflow")].measured
+    several = run(tiny("otflow", seeds=2), tmp_path / "b")
+    assert {row.seed for row in several if row.model == "otflow"} == {0, 1}
+    table = (tmp_path / "b" / "table.md").read_text()
+    assert table.count("±") >= 4 and "## gaussian" in table
+
+
+def test_a_failed_training_is_a_row_and_is_tried_again(tmp_path, monkeypatch) -> None:
+    def broken(*_args, **_kwargs):
+        raise JkoflowError("block 0 failed at step 2: the loss is nan; lower train.lr")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_module.Training, "train", broken)
+        rows = run(tiny("otflow", "jko"), tmp_path / "b")
+    assert [row.error is None for row in rows] == [False, False]
+    assert "failed: block 0 failed at step 2" in (tmp_path / "b" / "table.md").read_text()
+    rows = run(tiny("otflow"), tmp_path / "b")
+    assert {row.model: row.error is None for row in rows} == {"jko": False, "otflow": True}
+
+
+def test_an_interrupted_training_by_blocks_goes_on(finished, tmp_path, monkeypatch) -> None:
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_module, "measure", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny("jko"), tmp_path / "b")
+    rows = run(tiny("jko"), tmp_path / "b")
+    assert rows[0].measured == finished[1][0].measured
+
+
+def test_a_budget_of_seconds_is_kept(tmp_path) -> None:
+    rows = run(tiny("otflow", "fm", budget=Budget(0.4, "seconds")), tmp_path / "b")
+    for row in rows:
+        assert row.batches > 4
+        assert 0.1 < row.seconds < 3
+    otflow = next(row for row in rows if row.model == "otflow")
+    assert [point.seconds for point in otflow.curve] == sorted(p.seconds for p in otflow.curve)
+    assert 1 <= len(otflow.curve) <= 3 and otflow.seconds >= 0.4
+
+
+# ---------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize("name", TITLES)
+@pytest.mark.parametrize("suite", [("toy2d", "rose", 2, 35_000), ("tabular", "power", 6, 76_000)])
+def test_models_have_at_most_the_parameters_that_are_wanted(name, suite) -> None:
+    config = problem_config(suite[0], suite[1], (), 0)
+    width = width_for(name, config, suite[2], suite[3])
+    count = parameter_count(name, config, suite[2], width)
+    assert 0.9 * suite[3] < count <= suite[3] < parameter_count(name, config, suite[2], width + 1)
+
+
+def test_batches_are_split_over_blocks() -> None:
+    config = problem_config("toy2d", "rose", (), 0)
+    assert config.train.iterations == [2000, 1200, 1000, 1000]
+    jko = blockwise_config(config, "jko", 8, 521)
+    assert sum(jko.train.iterations) == 521 and jko.train.iterations[1:] == [120, 100, 100]
+    assert jko.velocity.autonomous and jko.jko.tolerance == 0
+    lfm = blockwise_config(config, "lfm", 8, 400)
+    assert lfm.train.iterations == [100] * 4 and lfm.lfm.max_blocks == 3 and lfm.jko is None
+    fm = blockwise_config(config, "fm", 8, 400)
+    assert fm.train.iterations == [400] and not fm.velocity.autonomous
+    with pytest.raises(UserError, match="3 batches for 4 blocks"):
+        blockwise_config(config, "jko", 8, 3)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def test_the_identity_measures_as_the_normal_distribution() -> None:
+    problem = open_problem(problem_config("toy2d", "gaussian", ("points.test=400",), 0))
+    model = FlowModel(fresh_flow((2,), []))
+    model.flow.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
+    measured, samples = measure(model, problem, CPU)
+    nll = problem.test.double().square().sum(1) / 2 + math.log(2 * math.pi)
+    assert measured.nll == pytest.approx(float(nll.mean()), rel=1e-6)
+    assert measured.nll_error == pytest.approx(float(nll.std()) / 20, rel=1e-5)
+    assert len(samples) == 2000 and measured.failures == 0
+    assert measured.mmd_m > measured.thresholds[0] and measured.mmd_1 > measured.thresholds[1]
+    scaled = dataclasses.replace(problem, log_scale=-3.5)
+    assert measure(model, scaled, CPU)[0].nll == pytest.approx(measured.nll - 3.5)
+
+
+def test_samples_without_an_inverse_are_counted_and_left_out(monkeypatch) -> None:
+    problem = open_problem(problem_config("toy2d", "gaussian", TINY, 0))
+    model = Ignn(IgnnConfig(VelocityConfig("mlp", 8, 1, autonomous=True), 1), 2)
+    whole, samples = measure(model, problem, CPU)
+
+    def half(noise):
+        keep = torch.arange(len(noise)) % 2 == 0
+        return Decoded(torch.where(keep[:, None], noise, torch.nan), keep, 7)
+
+    monkeypatch.setattr(model, "decode_checked", half)
+    measured, found = measure(model, problem, CPU)
+    assert whole.failures == 0 and measured.failures == 0.5
+    torch.testing.assert_close(found, samples[::2])
+    nothing = lambda noise: Decoded(noise, torch.zeros(len(noise), dtype=torch.bool), 7)  # noqa: E731
+    monkeypatch.setattr(model, "decode_checked", nothing)
+    measured, _ = measure(model, problem, CPU)
+    assert measured.mmd_m is None and measured.mmd_1 is None and measured.failures == 1
+
+
+# ---------------------------------------------------------------- tables
+
+
+def row(model: str, seed: int, nll: float, **changes) -> Row:
+    measured = Measured(nll, 0.25, 1e-3 * (seed + 1), None, [1e-3], 0.125, 0.0, 9, 60, 40)
+    values = {"parameters": 1234, "seconds": 2.0, "batches": 4, "measured": measured}
+    return Row("power", model, seed, "rows", **{**values, **changes})
+
+
+def test_the_table_has_means_and_deviations() -> None:
+    rows = [row("jko", 0, 1.0, overhead=0.5), row("jko", 1, 2.0), row("otflow", 0, 3.0),
+            row("fm", 0, 0.0, measured=None, error="no luck")]  # fmt: skip
+    text = markdown(rows, ["Settings."], published=True)
+    line = "| JKO-iFlow | 1.500 ± 0.707 | 1.50e-03 ± 7.07e-04 | – | 1,234 | 2.0 + 0.2 | 4 |"
+    assert line in text
+    assert "| OT-Flow | 3.000 (± 0.250) | 1.00e-03 | – |" in text
+    assert "| flow matching | failed |" in text and "seed 0: failed: no luck" in text
+    assert "JKO-iFlow, seed 1: the inverse of 12.50% of 40 samples was not found" in text
+    assert "| *JKO-iFlow, published* | -0.12 |" in text and "arXiv:2212.14424" in text
+    assert "published" not in markdown(rows, [])
+    lines = list(csv.DictReader(io.StringIO(table_csv(rows))))
+    assert lines[0]["seconds_per_batch"] == "0.5" and lines[3]["error"] == "no luck"
+    assert lines[3]["nll"] == "" and lines[1]["failures"] == "0.125"
+
+
+# ---------------------------------------------------------------- tables of numbers
+
+
+def test_a_table_is_trained_and_measured(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "data.npy", rng.normal(size=(600, 43)))
+    settings = (f"data.path={tmp_path}", "train.batch_size=40", "jko.h=[0.5]", "data.limit=200")
+    bench = Bench("tabular", ("jko", "otflow"), ("miniboone",), Budget(2, "batches"), 1, 9000,
+                  settings)  # fmt: skip
+    rows = run(bench, tmp_path / "b")
+    for result in rows:
+        assert result.error is None and result.measured is not None
+        # 43 independent standard normals
+        assert result.measured.nll == pytest.approx(43 * 1.4189, abs=4)
+        assert "for tests alone" in result.note
+    assert not list((tmp_path / "b").rglob("stage-*"))
+    assert not (tmp_path / "b" / "plots" / "miniboone-samples.png").exists()
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("0s", "more than 0"), ("0 batches", "more than 0"), ("2.5b", "whole number"),
+     ("60", "with its unit"), ("-3s", "with its unit"), ("1h", "with its unit")],
+)  # fmt: skip
+def test_bad_budgets_are_one_sentence(text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Budget.parse(text)
+
+
+def test_budgets_have_two_units() -> None:
+    assert Budget.parse("1.5 seconds") == Budget(1.5, "seconds")
+    assert str(Budget.parse("2000b")) == "2000 batches"
+    assert Budget(10, "batches").spent(5, 99.0) == 0.5
+    assert Budget(10, "seconds").spent(5, 2.5) == 0.25
+
+
+def test_mistakes_are_one_sentence_and_leave_rows(finished, tmp_path) -> None:
+    folder, rows = finished
+    cases = [
+        (tiny("jko", "glow"), "model 'glow' is unknown"),
+        (tiny(), "at least one name"),
+        (tiny("jko", "jko"), "each of them once"),
+        (tiny("jko", data=("moons",)), "data set 'moons' is not in toy2d"),
+        (tiny("jko", seeds=0), "--seeds is 0"),
+        (tiny("jko", budget=Budget(9, "batches")), "budget of the benchmark"),
+        (tiny("jko", overrides=(*TINY, "train.lr=0.1")), "overrides of the benchmark"),
+        (tiny("jko", overrides=(*TINY, "train.objective=fm")), "expected jko|applies to"),
+    ]
+    for bench, words in cases:
+        with pytest.raises(UserError, match=words):
+            run(bench, folder)
+    with pytest.raises(UserError, match="--parameters is 3"):
+        run(tiny("jko", parameters=3), tmp_path / "b")
+    assert read_rows(folder) == rows
+
+
+def test_the_command_line(tmp_path) -> None:
+    settings = [word for setting in TINY for word in ("--set", setting)]
+    call = ["bench", "toy2d", "--models", "otflow", "--data", "gaussian", "--seeds", "1",
+            "--budget", "3b", "--parameters", "300", "--run", str(tmp_path / "b")]  # fmt: skip
+    result = CliRunner().invoke(app, [*call, *settings], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1] == str(tmp_path / "b" / "table.md")
+    assert read_rows(tmp_path / "b")[0].batches == 3
+    for words, message in ((["bench", "images", "--budget", "3b"], "suite 'images' is unknown"),
+                           ([*call, "--test", "1"], "--test is 1")):  # fmt: skip
+        failed = CliRunner().invoke(app, words)
+        assert isinstance(failed.exception, UserError) and message in str(failed.exception)
