@@ -17,6 +17,8 @@ from flows.noise import draw_rademacher, initial_weights
 
 #: estimators of the log-determinant in training
 ESTIMATORS = ("truncated", "roulette")
+#: power iterations on weights that none were made on
+_START = 60
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class SpectralLinear(nn.Linear):
         self.right: Tensor
         self.register_buffer("left", F.normalize(torch.ones(outputs), dim=0))
         self.register_buffer("right", F.normalize(torch.ones(inputs), dim=0))
-        self.iterate(100)
+        if not self.weight.is_meta:
+            self.iterate(_START)
 
     @torch.no_grad()
     def iterate(self, count: int) -> None:
@@ -159,7 +162,7 @@ class IResNet(ResidualFlow):
         super().__init__(dim, layers, config.fixed_point)
         self.config = config
 
-    def refresh(self, iterations: int = 100) -> None:
+    def refresh(self, iterations: int = _START) -> None:
         """Estimate the spectral norms of the present weights by power iterations."""
         for module in self.modules():
             if isinstance(module, SpectralLinear):

@@ -1,7 +1,7 @@
 """Runs a benchmark: every model on every data set and seed, each once.
 
-The folder has bench.json (the settings that all rows share), one folder for each training with its
-row.json, weights and samples, and the table and plots of what is finished. A benchmark that was
+The folder has bench.json, the settings that all rows share, and table and plots of what is
+finished. Each training has a folder with its row.json, weights and samples. A benchmark that was
 interrupted, or gets further models, data sets or seeds, trains only what is missing.
 """
 
@@ -47,7 +47,7 @@ class Bench:
         seeds: number of seeds, from 0.
         parameters: the most that a model may have; None takes those of the suite.
         overrides: `section.key=value` for the configurations.
-        held_out: sizes of the held-out samples of tables.
+        held_out: sizes of the held-out samples.
     """
 
     suite: str

@@ -16,8 +16,9 @@ from flows.baselines.registry import BASELINES, make_baseline
 from flows.baselines.score_sde import ScoreSdeConfig
 from flows.networks.config import VelocityConfig
 from flows.networks.registry import make_velocity
-from pipeline.config.schema import Config, FmConfig, LfmConfig, Objective
-from pipeline.config.validate import steps
+from pipeline.config.schema import Config
+from pipeline.config.training import FmConfig, LfmConfig, Objective, ScheduleConfig
+from pipeline.config.validate import ends_free, steps
 from pipeline.errors import UserError
 
 #: models that are trained block by block, by the pipeline of images
@@ -58,7 +59,7 @@ def blockwise_config(config: Config, objective: str, width: int, batches: int) -
     Raises:
         UserError: there are fewer batches than blocks.
     """
-    assert config.jko is not None
+    assert config.schedule is not None
     blocks = block_count(config, objective)
     if batches < blocks:
         raise UserError(
@@ -75,19 +76,18 @@ def blockwise_config(config: Config, objective: str, width: int, batches: int) -
     kind = cast(Objective, objective)
     train = dataclasses.replace(config.train, objective=kind, iterations=iterations)
     velocity = dataclasses.replace(config.velocity, width=width, autonomous=objective == "jko")
-    changed: dict[str, Any] = {"jko": dataclasses.replace(config.jko, tolerance=0.0)}
+    changed: dict[str, Any] = {"schedule": dataclasses.replace(config.schedule, tolerance=0.0)}
     if objective == "lfm":
-        section = LfmConfig(max_blocks=blocks - 1, tolerance=0.0)
-        changed = {"jko": None, "lfm": section}
+        schedule = ScheduleConfig(max_blocks=blocks - 1, tolerance=0.0)
+        changed = {"jko": None, "lfm": LfmConfig(), "schedule": schedule}
     elif objective == "fm":
-        changed = {"jko": None, "fm": FmConfig()}
+        changed = {"jko": None, "fm": FmConfig(), "schedule": None}
     return dataclasses.replace(config, train=train, velocity=velocity, **changed)
 
 
 def block_count(config: Config, objective: str) -> int:
     """Return the number of blocks of jko and lfm under a configuration of jko; 1 for fm."""
-    assert config.jko is not None
-    return 1 if objective == "fm" else len(steps(config)) + config.jko.free_block
+    return 1 if objective == "fm" else len(steps(config)) + ends_free(config)
 
 
 def baseline_config(name: str, width: int, depth: int) -> Any:  # noqa: ANN401

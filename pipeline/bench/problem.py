@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.config import packaged
+from pipeline.config.data import TABLES
 from pipeline.config.load import load_config, with_values
-from pipeline.config.schema import TABLES, Config
+from pipeline.config.schema import Config
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runs.manifest import DataRecord, Manifest
@@ -36,11 +37,11 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Sizes of the held-out samples of a table.
+    """Sizes of the held-out samples; a table that has fewer rows gives those it has.
 
     Attributes:
-        test: rows that measure the likelihood.
-        compare: rows that the MMD compares with as many samples.
+        test: samples that measure the likelihood.
+        compare: samples that the MMD compares with as many generated ones.
     """
 
     test: int = 5000
@@ -97,19 +98,20 @@ def open_problem(config: Config, held_out: HeldOut | None = None) -> Problem:
 
     Args:
         config: of a set of points or a table.
-        held_out: sizes of a table's held-out samples; points have theirs in the section points.
+        held_out: sizes of the held-out samples.
 
     Raises:
         UserError: the data are missing, damaged or too few.
         JkoflowError: a package could not be fetched.
     """
+    sizes = held_out or HeldOut()
     if config.data.name not in TABLES:
         points = PointSource(config)
-        test = points.sample("test", 0, points.settings.test)
-        compare = points.sample("compare", 0, points.settings.compare)
+        test = points.sample("test", 0, sizes.test)
+        compare = points.sample("compare", 0, sizes.compare)
         note = f"{points.settings.train:,} training points, generated"
         return Problem(config.data.name, config, points, test, compare, 0.0, note)
-    table, sizes = load_table(config.data), held_out or HeldOut()
+    table = load_table(config.data)
     rows = table.rows["test"]
     test = rows.read(0, min(sizes.test, len(rows)))
     compare = rows.read(max(0, len(rows) - sizes.compare), len(rows))

@@ -16,14 +16,13 @@ import typer
 
 from pipeline.cli import (
     autoencoder,
-    bench,
     configuration,
     data,
     demo,
     evaluation,
+    experiments,
     publishing,
     sampling,
-    toy2d,
     training,
 )
 from pipeline.cli.session import explain, fail
@@ -85,8 +84,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "verify": data.verify_command,
     "report": publishing.report_command,
     "distill": training.distill_command,
-    "toy2d": toy2d.toy2d_command,
-    "bench": bench.bench_command,
+    "toy2d": experiments.toy2d_command,
+    "bench": experiments.bench_command,
 }
 #: name → help and commands of every group
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {

@@ -7,6 +7,7 @@ noise, as in training. The inversion error ‖z_0 − T⁻¹(T(z_0))‖ measures
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,15 +56,14 @@ def held_out_nll(run: Run, n: int, accelerator: Accelerator) -> dict[str, Any]:
         run, images, indices, divergence, accelerator, (rng, rng), chunk=SHARD
     )
     summary = _summary([result])
-    random = {} if kind == "exact" else {
-        "probes": PROBES, "standard_error": summary["standard_error"]
-    }  # fmt: skip
+    random = {} if kind == "exact" else {"probes": PROBES, "probe_error": summary["probe_error"]}
     return {
         "nll_per_dim": summary["nll_per_dim"],
         "nll": {
             "n": n,
             "split": images.split,
-            "unit": "nats per latent dimension",
+            "image_error": summary["image_error"],
+            "unit": _unit(run),
             "divergence": kind,
             **random,
             "solver": _SOLVER.method,
@@ -185,7 +185,7 @@ def rank_images(
         "blocks": len(run.flow),
         "n": settings.n,
         "data": f"{images.name} {images.split}",
-        "unit": "nats, standardised latents",
+        "unit": _unit(run),
         **_summary(parts),
         "divergence": settings.divergence,
         "probes": 1 if settings.divergence == "exact" else settings.probes,
@@ -198,13 +198,25 @@ def rank_images(
     return result
 
 
+def _unit(run: Run) -> str:
+    """Return what a NLL per dimension is of."""
+    what = "latents"
+    if run.manifest.latents is not None and run.manifest.latents.stochastic:
+        what = "posterior samples of latents"
+    elif run.config.latents.noise > 0:
+        what = f"latents with noise {run.config.latents.noise:g}"
+    return f"nats per dimension, standardised {what}"
+
+
 def likelihood_line(result: dict[str, Any]) -> str:
     """Format the mean with its error, the solver and the data, on one line."""
-    text = f"NLL(n={result['n']}, {result['data']}) = {result['nll_per_dim']:.4f} nats a dimension"
-    if result["standard_error"] is not None:
-        text += f" ± {result['standard_error']:.4f} (probes)"
+    text = f"NLL(n={result['n']}, {result['data']}) = {result['nll_per_dim']:.4f}"
+    if result["image_error"] is not None:
+        text += f" ± {result['image_error']:.4f} (images)"
+    if result["probe_error"] is not None:
+        text += f" ± {result['probe_error']:.4f} (probes)"
     return (
-        f"{text}; {result['divergence']} divergence, {result['solver']}, "
+        f"{text} {result['unit']}; {result['divergence']} divergence, {result['solver']}, "
         f"{result['nfe']} evaluations a sample, inversion MSE {result['inversion_mse']:.1e}"
     )
 
@@ -232,14 +244,19 @@ def _joined(parts: Sequence[LogProb]) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def _summary(parts: Sequence[LogProb]) -> dict[str, Any]:
-    """Average over images; the standard error is that of nll_per_dim over the probes."""
+    """Average over images; the errors are standard errors of nll_per_dim.
+
+    The error over images is that of the mean of these n images as an estimate for all images, with
+    the probes' part in it. The error over probes is that part alone.
+    """
     values, inversions, errors = _joined(parts)
     n, dim = len(values), parts[0].dim
     spread = None if errors is None else float(errors.square().sum().sqrt()) / n / dim
     return {
         "dim": dim,
         "nll_per_dim": -float(values.mean()) / dim,
-        "standard_error": spread,
+        "image_error": float(values.std()) / math.sqrt(n) / dim if n > 1 else None,
+        "probe_error": spread,
         "nfe": round(sum(part.nfe * len(part.value) for part in parts) / n),
         "inversion_mse": float(inversions.square().mean()) / dim,
     }

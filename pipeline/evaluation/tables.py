@@ -75,7 +75,18 @@ def metric_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("precision / recall", f"{pair}   {note}"))
     if "nll_per_dim" in metrics:
         nll = metrics["nll"]
-        note = f"nats a latent dimension, n={nll['n']}, inversion MSE {nll['inversion_mse']:.1e}"
-        rows.append(("NLL per dim", f"{metrics['nll_per_dim']:.3f}   ({note})"))
+        rows.append(
+            ("NLL per dim", f"{_nll_text(metrics)}, inversion MSE {nll['inversion_mse']:.1e}")
+        )
     rows.append(("NFE a sample", str(metrics["nfe"])))
     return rows
+
+
+def _nll_text(metrics: Mapping[str, Any]) -> str:
+    """Format the NLL per dimension with its standard errors, its unit and its n."""
+    nll = metrics["nll"]
+    text = f"{metrics['nll_per_dim']:.3f}"
+    for name in ("image", "probe"):
+        if nll.get(f"{name}_error") is not None:
+            text += f" ± {nll[f'{name}_error']:.4f} ({name}s)"
+    return f"{text} {nll['unit']}, n={nll['n']}"

@@ -120,8 +120,9 @@ def test_nll_in_many_dimensions_uses_probes(
     monkeypatch.setattr("pipeline.evaluation.likelihood.EXACT_UP_TO", 17)  # D is 18
     probed = evaluate(folder, reference, n=4, nll=12, floor=False)
     assert (probed["nll"]["divergence"], probed["nll"]["probes"]) == ("hutchinson", 16)
-    error = probed["nll"]["standard_error"]
+    error = probed["nll"]["probe_error"]
     assert 0 < error < 0.05
+    assert probed["nll"]["image_error"] > 0 and "probe_error" not in exact["nll"]
     assert probed["nll_per_dim"] == pytest.approx(exact["nll_per_dim"], abs=4 * error)
     assert probed["nll_per_dim"] != exact["nll_per_dim"]
 

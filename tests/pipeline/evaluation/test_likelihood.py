@@ -44,7 +44,11 @@ def test_the_ranking_has_the_exact_likelihoods(run: Run) -> None:
     values = [row["log_prob"] for row in rows]
     assert values == sorted(values, reverse=True)
     assert result["nll_per_dim"] == pytest.approx(-sum(values) / 20 / 18)
-    assert result["standard_error"] is None and result["inversion_mse"] < 1e-8
+    error = np.std(np.array(values), ddof=1) / np.sqrt(20) / 18
+    assert result["image_error"] == pytest.approx(error, rel=1e-6)
+    unit = "nats per dimension, standardised posterior samples of latents"
+    assert result["unit"] in (unit, "nats per dimension, standardised latents")
+    assert result["probe_error"] is None and result["inversion_mse"] < 1e-8
     picture = Image.open(run.folder / "samples" / "likelihood.png")
     assert picture.width > 2 * 10 * SIDE
 
@@ -53,8 +57,8 @@ def test_probes_give_a_standard_error_that_covers_the_exact_value(run: Run) -> N
     exact = rank_images(run, LikelihoodSettings(n=20), Accelerator(), quiet)["nll_per_dim"]
     estimate = rank_images(run, LikelihoodSettings(n=20, divergence="hutchinson", probes=8),
                     Accelerator(), quiet)  # fmt: skip
-    assert estimate["probes"] == 8 and estimate["standard_error"] > 0
-    assert abs(estimate["nll_per_dim"] - exact) < 5 * estimate["standard_error"] + 1e-6
+    assert estimate["probes"] == 8 and estimate["probe_error"] > 0
+    assert abs(estimate["nll_per_dim"] - exact) < 5 * estimate["probe_error"] + 1e-6
     assert all(row["standard_error"] > 0 for row in estimate["ranking"])
 
 

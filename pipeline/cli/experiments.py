@@ -1,4 +1,4 @@
-"""`jkoflow bench`: models of one size and budget on data sets of the literature, as a table."""
+"""`jkoflow toy2d` and `jkoflow bench`: the paper's two-dimensional experiments and its tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,43 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import SetOption
+from pipeline.cli.options import OptionalConfigOption, ResumeOption, SetOption
+from pipeline.errors import UserError
+
+#: folder of the packaged configurations, and prefix of a run directory
+FOLDER = "toy2d"
+
+
+def toy2d_command(
+    config: OptionalConfigOption = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", "-r", help="Run directory; default runs/toy2d-NAME.")
+    ] = None,
+    resume: ResumeOption = False,
+    overrides: SetOption = None,
+) -> None:
+    """Train a flow on points in the plane, measure and plot it; writes samples/ of the run."""
+    from pipeline.cli.session import make_accelerator
+    from pipeline.config.load import load_config
+    from pipeline.runs.directory import read_config
+    from pipeline.runtime.console import progress_bar, say
+    from pipeline.toy2d.experiment import experiment_line, run_experiment
+
+    if config is not None:
+        settings = load_config(config, overrides or [], FOLDER)
+    elif run is None or not resume:
+        raise UserError("--config is missing; give it, or --run with --resume to continue a run")
+    elif overrides:
+        raise UserError("--set goes with --config; a resumed run keeps its configuration")
+    else:
+        settings = read_config(run)
+    folder = run if run is not None else Path("runs") / f"{FOLDER}-{settings.name}"
+    metrics = run_experiment(settings, folder, make_accelerator(), progress_bar, resume)
+    if metrics is None:
+        say("stopped by train.max_minutes; continue with --resume")
+    else:
+        say(experiment_line(metrics))
+    print(folder / "samples")
 
 
 def bench_command(
@@ -45,7 +81,7 @@ def bench_command(
         typer.Option("--parameters", help="Most parameters of a model; default 35000 or 76000."),
     ] = None,
     test: Annotated[
-        int, typer.Option("--test", help="tabular: held-out rows that measure the likelihood.")
+        int, typer.Option("--test", help="Held-out samples that measure the likelihood.")
     ] = 5000,
     published: Annotated[
         bool, typer.Option("--published", help="Print the paper's figures below ours.")
@@ -57,7 +93,6 @@ def bench_command(
     from pipeline.bench.budget import Budget
     from pipeline.bench.problem import SUITES, HeldOut
     from pipeline.cli.session import make_accelerator
-    from pipeline.errors import UserError
     from pipeline.runtime.console import progress_bar
 
     if suite not in SUITES:
