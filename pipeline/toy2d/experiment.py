@@ -102,7 +102,14 @@ def measure_flow(flow: Flow, source: PointSource, device: torch.device) -> dict[
     points = source.sample("compare", 0, settings.compare)
     metrics: dict[str, Any] = {
         "nll_per_dim": result.nll_per_dim,
-        "nll": {"n": settings.test, "divergence": "exact", "solver": "dopri5", "nfe": result.nfe},
+        "nll": {
+            "n": settings.test,
+            "unit": "nats per dimension, points",
+            "point_error": float(result.value.double().std()) / settings.test**0.5 / result.dim,
+            "divergence": "exact",
+            "solver": "dopri5",
+            "nfe": result.nfe,
+        },
         "inversion_mse": float(error.square().mean()) / result.dim,
         "mmd": {"n": settings.compare, "alpha": _ALPHA},
         "nfe": generated.nfe,
@@ -136,7 +143,9 @@ def measure_passes(run: Run, source: PointSource, device: torch.device) -> list[
 
 def experiment_line(metrics: dict[str, Any]) -> str:
     """Return the metrics on one line."""
-    text = f"NLL {metrics['nll_per_dim']:.4f} nats per dimension (n={metrics['nll']['n']})"
+    nll = metrics["nll"]
+    text = f"NLL {metrics['nll_per_dim']:.4f} ± {nll['point_error']:.4f} (points) {nll['unit']}, "
+    text += f"n={nll['n']}"
     if "entropy_per_dim" in metrics:
         entropy, gap = metrics["entropy_per_dim"], metrics["nll_gap_per_dim"]
         text += f", entropy {entropy:.4f}, gap {gap:.4f}"

@@ -378,6 +378,24 @@ def test_the_transport_cost_counts_movements() -> None:
     torch.testing.assert_close(model.loss(z), expected)
 
 
+def test_the_gradient_of_ignn_is_that_of_its_loss() -> None:
+    """The default network has a chain rule of its own, whose derivative training takes."""
+    config = IgnnConfig(VelocityConfig("mlp", 6, 2, autonomous=True, zero_init=False), 2)
+    model, z = Ignn(config, 2, rng(1)).double(), normal(5)
+    model.loss(z).backward()
+    for parameter in model.parameters():
+        direction = torch.randn(parameter.shape, generator=rng(2), dtype=torch.float64)
+        assert parameter.grad is not None
+        expected = float((parameter.grad * direction).sum())
+        with torch.no_grad():
+            parameter.add_(1e-5 * direction)
+            high = float(model.loss(z))
+            parameter.sub_(2e-5 * direction)
+            low = float(model.loss(z))
+            parameter.add_(1e-5 * direction)
+        assert (high - low) / 2e-5 == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
 def test_affine_maps_start_standardised_once() -> None:
     model = IResNet(IResNetConfig(width=4, blocks=1), 2)
     layer = model.layers[0]

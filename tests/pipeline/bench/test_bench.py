@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -252,6 +253,16 @@ def test_a_table_is_trained_and_measured(tmp_path) -> None:
         assert "for tests alone" in result.note
     assert not list((tmp_path / "b").rglob("stage-*"))
     assert not (tmp_path / "b" / "plots" / "miniboone-samples.png").exists()
+
+
+def test_a_disk_without_room_for_the_rows_is_named(tmp_path, monkeypatch) -> None:
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).normal(size=(600, 43)))
+    full = SimpleNamespace(free=1000)
+    monkeypatch.setattr("pipeline.runtime.system.shutil.disk_usage", lambda _: full)
+    settings = (f"data.path={tmp_path}", "train.batch_size=40")
+    bench = Bench("tabular", ("otflow",), ("miniboone",), Budget(2, "batches"), 1, 9000, settings)
+    with pytest.raises(UserError, match="the training rows need about"):
+        run(bench, tmp_path / "b")
 
 
 # ---------------------------------------------------------------- mistakes

@@ -125,7 +125,10 @@ def test_metrics_of_the_identity_flow_equal_closed_forms():
     source = PointSource(tiny("gaussian", test=4000, compare=400))
     metrics = measure_flow(flow, source, torch.device("cpu"))
     x = source.sample("test", 0, 4000).double()
-    nll = (x.square().sum(dim=1) / 2 + math.log(2 * math.pi)).mean() / 2
+    each = (x.square().sum(dim=1) / 2 + math.log(2 * math.pi)) / 2
+    nll = each.mean()
+    error = float(each.std()) / math.sqrt(4000)
+    assert metrics["nll"]["point_error"] == pytest.approx(error, rel=1e-4)
     assert metrics["nll_per_dim"] == pytest.approx(float(nll), rel=1e-5)
     entropy = math.log(2 * math.pi * math.e) / 2 + math.log(24) / 4
     assert metrics["entropy_per_dim"] == pytest.approx(entropy, abs=0.03)
