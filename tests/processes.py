@@ -28,6 +28,7 @@ from flows.spec import BlockSpec, build_block
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
 from pipeline.config.autoencoder import AutoencoderTraining
 from pipeline.config.sampling import GenerateConfig, SamplerConfig
+from pipeline.config.schema import Config
 from pipeline.config.training import JkoConfig, MatchingConfig, TrainConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.features import SHARD, FeatureExtractor
@@ -165,16 +166,21 @@ def clock(accelerator: Accelerator, folder: Path, ahead: int) -> Any:
     return [done.trained, done.complete]
 
 
-#: two networks in one block; gradients are clipped, so the norm over all of them counts
+#: two networks in one block
 NETWORKS = ("train.objective=fm", "velocity.kind=mlp", "velocity.width=8", "velocity.depth=1",
          "velocity.nets=2", "sampler.steps=4", "train.iterations=12", "fm.snapshot_every=5",
          "train.lr=0.01", "train.ema=0.9", "train.log_every=4")  # fmt: skip
 
 
+def two_networks(*overrides: str) -> Config:
+    """A configuration of two networks whose gradients are clipped by the norm over both."""
+    config = tiny(*NETWORKS, *overrides)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, grad_clip=0.5))
+
+
 def networks(accelerator: Accelerator, folder: Path, halt: bool) -> Any:
     """Whether a training of two networks is complete."""
-    config = tiny(*NETWORKS, *(("train.max_minutes=1e-9",) if halt else ()))
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, grad_clip=0.5))
+    config = two_networks(*(("train.max_minutes=1e-9",) if halt else ()))
     source = GaussianSource(count=64)
     return train(config, folder / "run", accelerator, quiet, True, source).complete
 

@@ -202,16 +202,6 @@ def test_uneven_shares_give_the_gradient_of_the_whole_batch(accelerator: Acceler
     torch.testing.assert_close(mean_of(ranks), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_values_out_of_range_raise() -> None:
-    for changes, named in (
-        ({"iterations": 0}, "at least 1"),
-        ({"precision": "fp8"}, "precision"),
-        ({"ema": 1.0}, "ema"),
-    ):
-        with pytest.raises(ValueError, match=named):
-            AutoencoderTraining(**changes)
-
-
 def test_the_kl_weight_grows_from_zero(accelerator: Accelerator) -> None:
     """With a warm-up as long as the training, a step's gradient has that step's share of it."""
     training = trainer(accelerator, kl_weight=0.6, kl_warmup=3, lr=1e-12)
@@ -221,8 +211,6 @@ def test_the_kl_weight_grows_from_zero(accelerator: Accelerator) -> None:
         training.step(blobs(8), torch.Generator().manual_seed(0))
     assert weights == pytest.approx([0.2, 0.4, 0.6, 0.6, 0.6])
     assert trainer(accelerator, kl_weight=0.6).loss.kl_weight(0) == 0.6
-    with pytest.raises(ValueError, match="kl_warmup"):
-        AutoencoderTraining(kl_warmup=-1)
 
 
 def test_the_kl_weight_is_the_one_that_trains(accelerator: Accelerator) -> None:
@@ -265,7 +253,7 @@ def test_the_default_momentum_is_the_discriminators(accelerator: Accelerator) ->
 
 
 def test_settings_that_contradict_each_other_raise() -> None:
-    with pytest.raises(ValueError, match="decoder_only needs start"):
+    with pytest.raises(ValueError, match="decoder_only needs training.start"):
         AutoencoderTraining(decoder_only=True)
     with pytest.raises(ValueError, match="iterations is 0; expected at least 1, or"):
         AutoencoderTraining(iterations=0, sharpen=True)

@@ -19,9 +19,9 @@ from flows.spec import BlockSpec, build_block
 from pipeline.runs.directory import read_manifest
 from pipeline.runtime.rng import generator
 from pipeline.training.train import train
-from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
+from tests.pipeline.gaussian_source import GaussianSource, quiet
 from tests.pipeline.tiny import ROOT, World, make_world, run_child
-from tests.processes import NETWORKS, run_job
+from tests.processes import run_job, two_networks
 
 
 def launch(world: World, *arguments: str | Path) -> str:
@@ -118,14 +118,14 @@ def test_networks_sharded_over_ranks_equal_those_of_one_rank(tmp_path: Path) -> 
         (tmp_path / name).mkdir()
         if name == "stopped":
             assert run_job("networks, halted", tmp_path / name) == [False, False]
-        done = train(tiny(*NETWORKS), tmp_path / name / "run", Accelerator(), quiet, True, source)
+        done = train(two_networks(), tmp_path / name / "run", Accelerator(), quiet, True, source)
         assert done.complete
     (tmp_path / "pair").mkdir()
     assert run_job("networks", tmp_path / "pair") == [True, True]
     files = ("blocks/block-00.safetensors", "snapshots/step-00000005.safetensors")
     for file in files:
         expected = load_file(tmp_path / "alone" / "run" / file)
-        spec = BlockSpec(tiny(*NETWORKS).velocity, SolverConfig("rk4", 4))
+        spec = BlockSpec(two_networks().velocity, SolverConfig("rk4", 4))
         first = build_block(spec, (2,), generator(0, "weights", 0)).state_dict()
         assert max(float((expected[key] - first[key]).abs().max()) for key in first) > 0.02
         for name in ("stopped", "pair"):
