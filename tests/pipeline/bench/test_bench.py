@@ -174,6 +174,16 @@ def test_batches_are_split_over_blocks() -> None:
         blockwise_config(config, "jko", 8, 3)
 
 
+def test_a_picture_is_a_problem(tmp_path) -> None:
+    levels = np.full((4, 8), 255, np.uint8)
+    levels[0, 0] = 0  # the upper left corner
+    Image.fromarray(levels).save(tmp_path / "dot.png")
+    config = problem_config("toy2d", "picture", [f"data.path={tmp_path / 'dot.png'}"], 3)
+    problem = open_problem(config, FEW)
+    assert config.name == "picture" and config.train.seed == 3
+    assert (problem.test[:, 0] <= -3).all() and (problem.test[:, 1] >= 2).all()
+
+
 # ---------------------------------------------------------------- measuring
 
 
