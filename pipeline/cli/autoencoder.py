@@ -24,11 +24,13 @@ def train_autoencoder_command(
     """Train a small VQ or KL autoencoder."""
     from pipeline.autoencoder_training.train import train_autoencoder
     from pipeline.cli.session import make_accelerator
+    from pipeline.data.one_writer import one_writer
     from pipeline.runtime.console import progress_bar
 
     settings, accelerator = _load(config, overrides), make_accelerator()
     folder = _folder(out, settings.name)
-    path = train_autoencoder(settings, folder, accelerator, progress_bar, resume)
+    with one_writer(folder, "the training at", accelerator):
+        path = train_autoencoder(settings, folder, accelerator, progress_bar, resume)
     if accelerator.is_main_process:
         print(path)
 

@@ -32,7 +32,11 @@ def demo_command(
     overrides: SetOption = None,
 ) -> None:
     """Fetch, encode, train, generate and evaluate on MNIST; repeats no finished step."""
-    run_demo(load_settings(config, overrides), run, make_accelerator())
+    from pipeline.data.one_writer import one_writer
+
+    accelerator = make_accelerator()
+    with one_writer(run, "the run at", accelerator):
+        run_demo(load_settings(config, overrides), run, accelerator)
 
 
 def run_demo(config: Config, folder: Path, accelerator: Accelerator) -> None:

@@ -25,6 +25,7 @@ def toy2d_command(
     """Train a flow on points in the plane, measure and plot it; writes samples/ of the run."""
     from pipeline.cli.session import make_accelerator
     from pipeline.config.load import load_config
+    from pipeline.data.one_writer import one_writer
     from pipeline.runs.directory import read_config
     from pipeline.runtime.console import progress_bar, say
     from pipeline.toy2d.experiment import experiment_line, run_experiment
@@ -38,7 +39,9 @@ def toy2d_command(
     else:
         settings = read_config(run)
     folder = run if run is not None else Path("runs") / f"{FOLDER}-{settings.name}"
-    metrics = run_experiment(settings, folder, make_accelerator(), progress_bar, resume)
+    accelerator = make_accelerator()
+    with one_writer(folder, "the run at", accelerator):
+        metrics = run_experiment(settings, folder, accelerator, progress_bar, resume)
     if metrics is None:
         say("stopped by train.max_minutes; continue with --resume")
     else:

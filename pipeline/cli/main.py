@@ -146,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _discard_temporaries() -> None:
-    """Remove the files that this process has begun and not finished."""
-    atomic = sys.modules.get("pipeline.storage.atomic")  # which it may not have imported yet
-    if atomic is not None:
-        atomic.discard_temporaries()
+    """Remove the files and locks of this process, as far as it has imported their modules."""
+    for name, function in (("atomic", "discard_temporaries"), ("lock", "release_all")):
+        module = sys.modules.get(f"pipeline.storage.{name}")
+        if module is not None:
+            getattr(module, function)()

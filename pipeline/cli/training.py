@@ -54,6 +54,7 @@ def distill_command(
     ] = None,
 ) -> None:
     """Distill a run: merge its blocks into fewer that need few solver steps; writes a run."""
+    from pipeline.data.one_writer import one_writer
     from pipeline.distillation.distill import (
         Distillation,
         distill,
@@ -69,9 +70,10 @@ def distill_command(
     config = student_config(teacher, settings, overrides or [], max_minutes)
     accelerator = make_accelerator()
     source = None if teacher.manifest.autoencoder else PointSource(config)
-    outcome = distill(
-        teacher, out, config, pairs, accelerator, progress_bar, resume, source
-    )
+    with one_writer(out, "the run at", accelerator):
+        outcome = distill(
+            teacher, out, config, pairs, accelerator, progress_bar, resume, source
+        )
     if accelerator.is_main_process:
         if outcome.complete:
             say(headline(read_manifest(out)))
@@ -132,6 +134,7 @@ def train_command(
     """Train a flow on a latent cache, block by block; writes a run directory."""
     from pipeline.config.keys import keys, resume_rule
     from pipeline.config.schema import Config
+    from pipeline.data.one_writer import one_writer
     from pipeline.runs.directory import read_config
     from pipeline.runs.zoo import is_shipped
     from pipeline.training.train import train
@@ -158,7 +161,10 @@ def train_command(
 
         return print("\n".join(train_lines(settings, folder, add_blocks)))
     accelerator = make_accelerator()
-    outcome = train(settings, folder, accelerator, progress_bar, resume, add_blocks=add_blocks)
+    with one_writer(folder, "the run at", accelerator):
+        outcome = train(
+            settings, folder, accelerator, progress_bar, resume, add_blocks=add_blocks
+        )
     if accelerator.is_main_process:
         state = "finished" if outcome.complete else "stopped in time; continue with --resume"
         times = f" in pass {outcome.passes - 1}" if outcome.passes > 1 else ""

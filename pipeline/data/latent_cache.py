@@ -21,6 +21,7 @@ from autoencoders.registry import build_autoencoder
 from pipeline.config.schema import Config, EncoderConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
+from pipeline.data.one_writer import one_writer
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runtime.console import Progress
@@ -122,6 +123,22 @@ def encode(config: Config, accelerator: Accelerator, progress: Progress) -> Late
         return LatentCache(open_store(folder, "latent cache", identity))
     if config.latents.batch_size < 1:
         raise UserError(f"latents.batch_size is {config.latents.batch_size}; expected at least 1")
+    with one_writer(folder, "latent cache", accelerator, wait=True):
+        if not (folder / MANIFEST).is_file():
+            _encode(config, identity, images, autoencoder, accelerator, progress)
+    return LatentCache(open_store(folder, "latent cache", identity))
+
+
+def _encode(
+    config: Config,
+    identity: dict[str, Any],
+    images: ImageSet,
+    autoencoder: Autoencoder,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> None:
+    """Write the missing shards of a cache, and its manifest."""
+    folder = cache_folder(identity)
     total = len(images) * (2 if config.latents.mirror else 1)
     writer = StoreWriter(folder, identity, total, config.latents.shard_size)
     size = config.latents.batch_size
@@ -131,7 +148,6 @@ def encode(config: Config, accelerator: Accelerator, progress: Progress) -> Late
     if accelerator.is_main_process:
         writer.finish(lambda store: {"standardisation": _compute_standardisation(store).to_dict()})
     accelerator.wait_for_everyone()
-    return LatentCache(open_store(folder, "latent cache", identity))
 
 
 def open_cache(config: Config) -> LatentCache:

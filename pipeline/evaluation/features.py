@@ -22,6 +22,7 @@ from eval.inception import EXTRACTOR, FidInception
 from pipeline.assets.catalogue import ASSETS
 from pipeline.assets.fetch import fetch_asset
 from pipeline.data.image_set import ImageSet
+from pipeline.data.one_writer import one_writer
 from pipeline.data.standardisation import Standardisation
 from pipeline.evaluation.real_images import ORDER, subset_indices
 from pipeline.runtime.console import Progress, say
@@ -131,9 +132,20 @@ class FeatureExtractor:
         shard). `begun` are stores with the same first features, each with their number. `what`
         names the images in the progress bar.
         """
-        if (folder / MANIFEST).is_file():
-            return open_store(folder, "feature store", identity)
-        writer = StoreWriter(folder, identity, count, SHARD)
+        if not (folder / MANIFEST).is_file():
+            with one_writer(folder, "feature store", self.accelerator, wait=True):
+                if not (folder / MANIFEST).is_file():
+                    self._extract(StoreWriter(folder, identity, count, SHARD), make, what, begun)
+        return open_store(folder, "feature store", identity)
+
+    def _extract(
+        self,
+        writer: StoreWriter,
+        make: Callable[[int, int, int], Tensor],
+        what: str,
+        begun: Sequence[tuple[StoreReader, int]],
+    ) -> None:
+        """Write the missing shards of a store of features, and its manifest."""
         with errors_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
                 for store, same in begun:
@@ -142,14 +154,14 @@ class FeatureExtractor:
         missing = writer.missing(self.accelerator.process_index, ranks)
         network = self._network
         with errors_on_all_ranks(self.accelerator), torch.inference_mode():
-            for index in self.progress(missing, len(missing), f"features of {count} {what}"):
+            label = f"features of {writer.count} {what}"
+            for index in self.progress(missing, len(missing), label):
                 images = make(*writer.bounds(index), index)
                 writer.write(index, {"features": network.features(images)})
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             writer.finish()
         self.accelerator.wait_for_everyone()
-        return open_store(folder, "feature store", identity)
 
 
 def fid_of(features: StoreReader, reference: GaussianStats) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autoencoders.base import Autoencoder, to_uint8
 from flows.networks.condition import Condition
+from pipeline.data.one_writer import one_writer
 from pipeline.errors import UserError
 from pipeline.runtime.console import Progress
 from pipeline.runtime.distributed import errors_on_all_ranks
@@ -62,6 +63,16 @@ def sample_images(
         UserError: n or the batch size is below 1, or the disk is too small.
         SolveError: a solver fails.
     """
+    folder = images_folder(plan, n, seed)
+    if (folder / MANIFEST).is_file():
+        return _sample_images(plan, n, seed, accelerator, progress)
+    with one_writer(folder, "image store", accelerator, wait=True):
+        return _sample_images(plan, n, seed, accelerator, progress)
+
+
+def _sample_images(
+    plan: SamplingPlan, n: int, seed: int, accelerator: Accelerator, progress: Progress
+) -> StoreReader:
     size = plan.settings.batch_size
     if n < 1 or size < 1:
         raise UserError(f"n and generate.batch_size must be at least 1, not {n} and {size}")

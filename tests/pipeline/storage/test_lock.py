@@ -1,0 +1,104 @@
+"""One process at a time writes a folder, and the lock of a dead one is taken over."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import JkoflowError
+from pipeline.storage import lock
+
+ROOT = Path(__file__).parents[3]
+COUNT = """
+import sys, time
+from pathlib import Path
+from pipeline.storage.lock import locked
+folder = Path(sys.argv[1])
+for _ in range(5):
+    with locked(folder, "the run at", wait=lambda _: None):
+        number = int((folder / "number").read_text())
+        time.sleep(0.002)
+        (folder / "number").write_text(str(number + 1))
+"""
+HOLD = """
+import sys, time
+from pathlib import Path
+from pipeline.storage.lock import locked
+with locked(Path(sys.argv[1]), "the run at"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def start(code: str, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_processes_take_turns(folder: Path, links: bool) -> None:
+    (folder / "number").write_text("0")
+    code = COUNT if links else f"import os\ndel os.link\n{COUNT}"
+    code = code.replace("del os.link", "def link(*_): raise OSError(95, 'no')\nos.link = link")
+    processes = [start(code, folder) for _ in range(6)]
+    assert [process.wait() for process in processes] == [0] * 6
+    assert (folder / "number").read_text() == "30"
+    assert [path.name for path in folder.parent.iterdir()] == ["run"]
+
+
+def test_the_second_ends_with_a_sentence_until_the_first_is_dead(folder: Path) -> None:
+    holder = start(HOLD, folder)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    owner = f"is in use by process {holder.pid} on .* since [0-9]+ s; wait for its end"
+    with pytest.raises(JkoflowError, match=owner):
+        with lock.locked(folder, "the run at"):
+            pass
+    holder.kill()
+    holder.wait()
+    with lock.locked(folder, "the run at"):
+        with lock.locked(folder, "the run at"):  # again, in the same process
+            pass
+        assert lock.lock_file(folder).is_file()
+    assert not lock.lock_file(folder).exists()
+
+
+def owner(**changes: Any) -> str:
+    return json.dumps({**lock._owner(os.getppid()), **changes})
+
+
+def test_whose_lock_is_stale(folder: Path) -> None:
+    path = lock.lock_file(folder)
+    for text, age, stale in (
+        (owner(), 0, False),  # the parent of this process runs
+        (owner(start="1"), 0, True),  # another process has its number now
+        (owner(pid=2**22 + 1), 0, True),
+        (owner(host="elsewhere"), 10, False),
+        (owner(host="elsewhere"), 1000, True),
+        ("damaged", 10, False),
+        ("damaged", 1000, True),
+    ):
+        path.write_text(text)
+        os.utime(path, (time.time() - age,) * 2)
+        try:
+            with lock.locked(folder, "the run at"):
+                assert stale, text
+        except JkoflowError as error:
+            assert not stale and str(error).startswith("the run at")
+        path.unlink(missing_ok=True)
+    assert platform.node() == lock._owner(1)["host"]
