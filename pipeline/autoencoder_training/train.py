@@ -86,13 +86,16 @@ def train_autoencoder(
     rank, ranks = accelerator.process_index, accelerator.num_processes
     saved = began
 
-    def save() -> None:
+    def save(log: TrainingLog) -> None:
         if accelerator.is_main_process:
             seconds = before + time.monotonic() - began
-            save_checkpoint(checkpoint, {"trainer": trainer.state(), "seconds": seconds})
+            state = {"trainer": trainer.state(), "seconds": seconds, "log": log.state()}
+            save_checkpoint(checkpoint, state)
 
     with TrainingLog(folder, accelerator.is_main_process) as log, signals.deferred():
         log.rewind(0, trainer.done)
+        if trainer.done:
+            log.restore(state["log"])
         todo = range(trainer.done, recipe.iterations)
         for step in progress(todo, len(todo), "autoencoder"):
             batch = images.take(batches.indices(step, rank, ranks).numpy())
@@ -105,14 +108,16 @@ def train_autoencoder(
                 log.flush(0, trainer.done, trainer.done)
             halt = broadcast_decision(accelerator, signals.pending())
             if halt or time.monotonic() - saved > recipe.checkpoint_seconds:
-                save()
+                save(log)
                 saved = time.monotonic()
             if halt:
                 signals.raise_pending()
                 raise signals.Interrupted(signal.SIGTERM)  # rank 0 has the signal
-        save()
+        save(log)
+        seconds = round(before + time.monotonic() - began, 1)
+        log.write({"block": 0, "step": trainer.done, "event": "finished", "seconds": seconds})
     if accelerator.is_main_process:
-        _finish(config, folder, trainer, images, before + time.monotonic() - began)
+        _finish(config, folder, trainer, images)
     accelerator.wait_for_everyone()
     return folder / WEIGHTS
 
@@ -142,13 +147,11 @@ def _finish(
     folder: Path,
     trainer: AutoencoderTrainer,
     images: ImageSet,
-    seconds: float,
 ) -> None:
     """Write the weights with their recipe, and a picture of reconstructions."""
     recipe = {
         "data": {"name": images.name, "split": images.split, "fingerprint": images.fingerprint},
         "recipe": to_dict(config.training),
-        "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
     }
     subset = subset_indices(images, min(len(images), _POSTPROCESSING_IMAGES))

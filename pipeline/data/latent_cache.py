@@ -7,6 +7,7 @@ holds the standardisation, whose std includes the posterior's variance.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runtime.console import Progress
 from pipeline.runtime.distributed import errors_on_all_ranks
+from pipeline.runtime.system import require_disk_space
 from pipeline.storage.paths import data_root
 from pipeline.storage.shards import (
     FORMAT,
@@ -36,6 +38,8 @@ from pipeline.storage.shards import (
     content_key,
     open_store,
 )
+
+_FLOAT = 4
 
 
 class LatentCache:
@@ -140,6 +144,10 @@ def _encode(
     """Write the missing shards of a cache, and its manifest."""
     folder = cache_folder(identity)
     total = len(images) * (2 if config.latents.mirror else 1)
+    values = math.prod(autoencoder.latent_shape) * (2 if autoencoder.stochastic else 1)
+    written = sum(path.stat().st_size for path in folder.glob("shard-*"))
+    size = _FLOAT * total * values - written
+    require_disk_space(folder, size, f"the latents of {total} images")
     writer = StoreWriter(folder, identity, total, config.latents.shard_size)
     size = config.latents.batch_size
     with errors_on_all_ranks(accelerator):

@@ -32,6 +32,7 @@ from pipeline.evaluation.real_images import (
     subset_indices,
 )
 from pipeline.runs.run import Run
+from pipeline.runtime.console import say
 from pipeline.runtime.system import peak_memory
 from pipeline.sampling.class_labels import condition_of
 from pipeline.sampling.generate import sample_images, stores_to_reuse
@@ -78,7 +79,7 @@ class Evaluator(FeatureExtractor):
             "inputs": inputs_of(plan, settings),
         }
         if self.accelerator.is_main_process:
-            atomic.write_json(run.folder / "metrics.json", metrics)
+            atomic.write_json(_metrics_file(run, metrics), metrics)
         return metrics
 
     def sample_features(
@@ -176,6 +177,20 @@ def _card(reference: str) -> dict[str, Any]:
         return load_reference(reference).card
     except ValueError:
         return {}
+
+
+def _metrics_file(run: Run, metrics: dict[str, Any]) -> Path:
+    """Return metrics.json; another name where it holds the same run's FID of more images."""
+    path, n = run.folder / "metrics.json", metrics["fid"]["n"]
+    if path.is_file():
+        earlier = atomic.read_json(path, "metrics")
+        same = earlier.get("sampling") == metrics["sampling"]
+        if same and earlier["fid"]["reference"] == metrics["fid"]["reference"] and (
+            earlier["fid"]["n"] > n
+        ):
+            path = path.with_name(f"metrics-{n}.json")
+            say(f"metrics.json keeps the FID of {earlier['fid']['n']} images; see {path.name}")
+    return path
 
 
 def _real_test_fid(run: Run, settings: EvaluateConfig) -> float | None:

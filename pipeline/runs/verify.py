@@ -204,7 +204,9 @@ def _fault(folder: Path, name: str, problem: str) -> Fault:
     is_store = name == MANIFEST or name.startswith("shard-")
     if is_store and folder.parent.name == "latents":
         return Fault(path, problem, "make it again by `jkoflow encode` with its --config", True)
-    if is_store and "stages" in folder.parts or name.startswith("checkpoints/"):
+    if is_store and "stages" in folder.parts:
+        return Fault(path, problem, "the training that needs it makes it again", True)
+    if name.startswith("checkpoints/"):
         command = RunDirectory(run).resume_command
         return Fault(path, problem, f"make it again by `{command}`", True)
     if is_store and "features" in folder.parts or name in ("metrics.json", "report.html"):

@@ -54,6 +54,15 @@ class TrainingLog:
         for name, value in terms.items():
             self._sums[name] += value
 
+    def state(self) -> dict[str, Any]:
+        """Return the sums since the last row, which belong to a checkpoint."""
+        return {"sums": dict(self._sums), "count": self._count}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from the sums of a checkpoint, so that the next row is the same."""
+        self._sums = defaultdict(float, state["sums"])
+        self._count = state["count"]
+
     def mean(self) -> dict[str, float]:
         """Return the running means since the last row."""
         return {name: total / max(self._count, 1) for name, total in self._sums.items()}

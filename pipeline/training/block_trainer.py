@@ -176,8 +176,8 @@ class BlockTrainer:
         averages = self.average.average if self.average is not None else {}
         return {**self.block.state_dict(), **averages}
 
-    def save(self, path: Path) -> None:
-        """Commit a checkpoint; all ranks call it, and rank 0 writes."""
+    def save(self, path: Path, log: dict[str, Any] | None = None) -> None:
+        """Commit a checkpoint with the state of the log; all ranks call it, and rank 0 writes."""
         if not self.accelerator.is_main_process:
             return
         state: dict[str, Any] = {
@@ -188,11 +188,12 @@ class BlockTrainer:
             "average": self.average.state_dict() if self.average else None,
             "sound": self._sound,
             "stopped": self.stopped,
+            "log": log,
         }
         save_checkpoint(path, state)
 
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint."""
+    def load(self, path: Path) -> dict[str, Any] | None:
+        """Continue from a checkpoint; return the state of the log."""
         state = load_checkpoint(path)
         self.done, self.seconds = state["step"], state["seconds"]
         self.block.load_state_dict(state["block"])
@@ -200,6 +201,8 @@ class BlockTrainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self._sound, self.stopped = state["sound"], state["stopped"]
+        log: dict[str, Any] | None = state["log"]
+        return log
 
     def _loss_or_failure(self) -> tuple[JkoLoss | LfmLoss | None, JkoflowError | None]:
         """Compute the objective on this rank's share of the batch, or catch its error."""

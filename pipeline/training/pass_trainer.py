@@ -120,9 +120,10 @@ class PassTrainer:
         """Run the optimiser to its end, with checkpoints; return False when the time is up."""
         recipe, index = trainer.recipe, trainer.index
         path = self._checkpoint_file(index)
-        if path.is_file():
-            trainer.load(path)
+        state = trainer.load(path) if path.is_file() else None
         log.rewind(index, trainer.done)
+        if state is not None:
+            log.restore(state)
         saved = time.monotonic()
         before = sum(self.current.iterations[:index])
         snapshot_every = self.config.fm.snapshot_every if self.config.fm is not None else 0
@@ -145,11 +146,11 @@ class PassTrainer:
                 halt = out_of_time or signals.pending()
                 due = halt or now - saved > recipe.checkpoint_seconds
                 if broadcast_decision(self.accelerator, due):
-                    trainer.save(path)
+                    trainer.save(path, log.state())
                     saved = time.monotonic()
                     if broadcast_decision(self.accelerator, halt):
                         return False
-            trainer.save(path)
+            trainer.save(path, log.state())
         return True
 
     def _has_overfit(self, trainer: BlockTrainer, log: TrainingLog) -> bool:

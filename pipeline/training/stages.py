@@ -28,9 +28,11 @@ from pipeline.config.schema import Config
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runtime.console import Progress
 from pipeline.runtime.distributed import errors_on_all_ranks
+from pipeline.runtime.system import require_disk_space
 from pipeline.storage.shards import MANIFEST, Shard, StoreReader, StoreWriter, open_store
 
 CHUNK = 2000
+_FLOAT = 4
 
 
 def stage_file(stage: int, number: int = 0) -> str:
@@ -182,6 +184,11 @@ def ensure_stage(
     folder = folder or stage_folder(run, stage)
     if (folder / MANIFEST).is_file():
         return open_store(folder, f"stage {stage}", identity)
+    shape = identity.get("shape")
+    if shape is not None:
+        written = sum(path.stat().st_size for path in folder.glob("shard-*"))
+        size = _FLOAT * count * math.prod(shape) - written
+        require_disk_space(folder, size, f"the samples of stage {stage}")
     writer = StoreWriter(folder, identity, count, shard_size)
     with errors_on_all_ranks(accelerator):
         for index in writer.missing(accelerator.process_index, accelerator.num_processes):

@@ -66,7 +66,10 @@ def test_train_then_evaluate(
     model = load_weights(out / WEIGHTS)
     assert model.config.ch == 32 and model.latent_shape == (2, 3, 3)
     assert (out / "before_after.png").read_bytes().startswith(b"\x89PNG")
-    steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    *steps, end = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert end["event"] == "finished" and end["seconds"] > 0
+    notes = (out / WEIGHTS).read_bytes()[:20_000]
+    assert b'\\"parameters' in notes and b'\\"seconds' not in notes  # no clock in the weights
     assert steps[-1]["step"] == 6 and "discriminator" in steps[-1]
     # a training that is there is not trained over
     code, _, last = say(capsys, "autoencoder", "train", "--config", recipe_of(world), "--out", out)

@@ -193,7 +193,7 @@ def test_a_damaged_shard_is_a_user_error(
     else:
         path.write_bytes(data if damage == "flip" else data[:-4])
     for use in (open_cache, lambda config: encode(config, accelerator, quiet)):
-        with pytest.raises(UserError, match=r"shard-00001\.safetensors of .* delete this folder"):
+        with pytest.raises(UserError, match=r"shard-00001\.safetensors of .*`jkoflow verify"):
             use(read(world))
 
 

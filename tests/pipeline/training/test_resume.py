@@ -51,8 +51,7 @@ def run_content(run: Path) -> dict[str, Any]:
             content[name] = without_clocks(json.loads(path.read_text()))
         elif name == "log.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            # a row is a mean since the last one: after a resumption over fewer steps
-            content[name] = [(row["block"], row["step"]) for row in rows if "event" not in row]
+            content[name] = [without_clocks(row) for row in rows if "event" not in row]
         else:
             content[name] = path.read_bytes()
     return content
