@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test slow bench clean
+.PHONY: setup demo test test-faults slow bench clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,10 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# damages and kills by the thousand; an hour on two cores
+test-faults: setup
+	$(BIN)/python -m tests.faults
 
 slow: setup
 	$(BIN)/python -m pytest -m slow

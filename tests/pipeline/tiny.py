@@ -117,7 +117,7 @@ class World:
 
     def caches(self) -> list[Path]:
         """The latent caches."""
-        return sorted((self.home / "latents").iterdir())
+        return sorted(p for p in (self.home / "latents").iterdir() if p.is_dir())
 
 
 def make_world(root: Path, train: int = 40, test: int = 24) -> World:
