@@ -68,7 +68,7 @@ def build(root: Path) -> World:
     run_child("encode", "-c", config, env=world.environment)
     run_child("train", "-c", config, "-r", run, env=world.environment)
     run_child("generate", "-r", run, "-n", "4", env=world.environment)
-    process = child(["train", "-c", config, "-r", root / "begun"], world.environment, die_at=9)
+    process = child(["train", "-c", config, "-r", root / "begun"], world.environment, die_at=13)
     process.start()
     process.join()  # it leaves a checkpoint
     stats = stats_from(np.random.default_rng(0).normal(size=(40, 8)))
