@@ -36,7 +36,7 @@ def test_metrics_and_grids_record_the_precision(
     reference = trained.root / "pictures" / "train"
     words = ("evaluate", "-r", run, "--reference", reference, "-n", "8")
     code, _, said = say(capsys, *words, *HALF)
-    assert code == 0 and "seed 0, in bf16;" in said
+    assert code == 0 and "seed 0, in bf16)" in said
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["sampling"]["precision"] == "bf16"
     # what was measured so is not shipped with a run that draws otherwise

@@ -130,7 +130,7 @@ def test_commands_take_a_refiner(
     reference = trained.root / "pictures" / "train"
     words = ("evaluate", "-r", run, "--reference", reference, "-n", "8")
     code, _, said = say(capsys, *words, "--refiner", refiner)
-    assert code == 0 and "seed 0, refined by fine;" in said
+    assert code == 0 and "seed 0, refined by fine)" in said
     metrics = json.loads((run / "metrics.json").read_text())
     who = open_run(refiner).fingerprint
     assert metrics["sampling"]["refiner"] == {

@@ -86,7 +86,7 @@ def test_commands_take_a_guide(
     reference = trained.root / "pictures" / "train"
     words = ("evaluate", "-r", run, "--reference", reference, "-n", "8")
     code, _, said = say(capsys, *words, *led)
-    assert code == 0 and "seed 0, guidance 2 by weak;" in said
+    assert code == 0 and "seed 0, guidance 2 by weak)" in said
     metrics = json.loads((run / "metrics.json").read_text())
     who = {"name": "weak", "run": open_run(guide).fingerprint}
     assert metrics["sampling"]["guide"] == who and metrics["nfe"] == 48
