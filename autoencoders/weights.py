@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from autoencoders.architecture import config_from_description
+from autoencoders.architecture import TamingConfig, config_from_description
 from autoencoders.taming import TamingAutoencoder
-from integrity.digests import BLANK, check_file, is_shipped
+from integrity.digests import BLANK, check_file
 
 #: key of the metadata entry that holds the architecture and the recipe
 DESCRIPTION = "jkoflow.autoencoder"
@@ -92,13 +92,34 @@ def load_weights(path: Path) -> TamingAutoencoder:
             f"the description in {path} is damaged; download or write the file again"
         ) from error
     config = config_from_description(description)
-    if not is_shipped(path):  # a description may claim a network of any size
-        with torch.device("meta"):
-            require_fitting(TamingAutoencoder(config), tensors, str(path))
+    _require_size(config, tensors, str(path))
     model = TamingAutoencoder(config)
     require_fitting(model, tensors, str(path))
     model.load_state_dict(tensors)  # as float32
     return model.freeze()
+
+
+def _require_size(config: TamingConfig, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check that an architecture is no larger than its tensors (…), before it is built.
+
+    Its widest level has a convolution of width² · 9 weights.
+
+    Raises:
+        ValueError: it is larger.
+    """
+    width = config.ch * max(config.ch_mult)
+    sizes = [
+        9 * width**2, config.image_shape[0] * config.patch**2 * config.ch,
+        config.z_channels * config.embed_dim, config.z_channels * width,
+    ]  # fmt: skip
+    if config.flavour != "kl":
+        sizes.append(config.n_embed * config.embed_dim)
+    largest = max((tensor.numel() for tensor in tensors.values()), default=0)
+    blocks = config.num_res_blocks * len(config.ch_mult)
+    if max(sizes) > largest or blocks > len(tensors):
+        raise ValueError(
+            f"the weights in {source} do not fit this architecture: it is larger than they are"
+        )
 
 
 def require_fitting(model: TamingAutoencoder, tensors: Mapping[str, Tensor], source: str) -> None:

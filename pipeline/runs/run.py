@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from autoencoders.base import Autoencoder
 from autoencoders.registry import build_autoencoder
 from flows.block import Block
 from flows.flow import Flow
+from flows.networks.config import VelocityConfig
 from flows.spec import BlockSpec, build_block
 from pipeline.config.schema import Config
 from pipeline.data.standardisation import Standardisation
@@ -36,16 +37,35 @@ def load_block(folder: Path, row: StoredBlock, shape: Sequence[int]) -> tuple[Bl
             f"the run at {folder} lacks {row.file}; bring the file back, or train the run again"
         )
     tensors = dequantise(atomic.read_tensors(path, row.sha256))
-    with torch.device("meta"):  # a specification may claim a network of any size
-        expected = build_block(row.spec, tuple(shape)).state_dict()
-    if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in tensors.items()}:
+    try:
+        _require_size(row.spec.velocity, shape, tensors)
+        block = build_block(row.spec, tuple(shape))
+        block.load_state_dict(tensors)
+    except RuntimeError as error:
         raise UserError(
             f"{path} does not fit its specification in flow.json; bring back the file of this "
             "run, or train the run again"
-        )
-    block = build_block(row.spec, tuple(shape))
-    block.load_state_dict(tensors)
+        ) from error
     return row.spec, block.eval().requires_grad_(False)
+
+
+def _require_size(
+    velocity: VelocityConfig, shape: Sequence[int], tensors: dict[str, Tensor]
+) -> None:
+    """Check that a specification claims no larger network than the file has, before it is built.
+
+    The largest tensor has at least width² elements if there are several layers, and at least as
+    many as there are products of the width with channels, patches or features of a sample.
+    """
+    if velocity.kind == "linear":  # it has neither width nor depth
+        sizes = [shape[0]]
+    else:
+        layers = velocity.width if velocity.depth > 1 else 1
+        sizes = [velocity.width * layers, velocity.width * shape[0], velocity.classes]
+        sizes.append(velocity.width * velocity.patch**2 if velocity.kind == "unet" else 1)
+    largest = max((tensor.numel() for tensor in tensors.values()), default=0)
+    if max(sizes) > largest or velocity.depth * velocity.nets > 4 * len(tensors):
+        raise RuntimeError("the network is larger than its file")
 
 
 def load_blocks(folder: Path, manifest: Manifest) -> Flow:
