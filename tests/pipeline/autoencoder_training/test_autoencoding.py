@@ -38,8 +38,8 @@ from tests.pipeline.tiny import (
 )
 
 RECIPE = {
-    "iterations": 6, "batch_size": 8, "warmup": 1, "adversarial_start": 3, "kl_weight": 0.0,
-    "discriminator_width": 4, "discriminator_layers": 1, "lr": 2e-3,
+    "iterations": 6, "batch_size": 8, "adversarial_start": 3, "kl_weight": 0.0,
+    "discriminator_width": 4, "discriminator_layers": 1, "lr": 6e-2,
 }  # fmt: skip
 SHAPE = {"patch": 4, "width": 32, "width_factors": [1], "channels": 2, "codebook": 16}
 

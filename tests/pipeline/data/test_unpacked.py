@@ -48,7 +48,7 @@ def test_the_array_has_the_same_images_and_opens_no_file(tmp_path, monkeypatch):
 def test_a_training_opens_every_file_once(tmp_path, monkeypatch):
     make(tmp_path / "files", "npz")
     shape = ("patch=8", "width=32", "width_factors=[1]", "channels=2")
-    recipe = ("iterations=5", "batch_size=8", "warmup=1", "adversarial_weight=0")
+    recipe = ("iterations=5", "batch_size=8", "adversarial_weight=0")
     settings = ["data.name=imagenet32", f"data.path={tmp_path / 'files'}",
                 "data.also=[imagenet32/test]"]  # fmt: skip
     settings += [f"architecture.{word}" for word in shape]
