@@ -11,6 +11,9 @@ from pipeline.cli.options import ConfigOption, DryRunOption, SetOption
 from pipeline.cli.session import load_settings, make_accelerator
 from pipeline.runtime.console import progress_bar, say
 
+#: dB below which decoded images are hardly those that were encoded
+_LEAST_PSNR = 15.0
+
 
 def fetch_command(
     assets: Annotated[
@@ -32,15 +35,23 @@ def encode_command(
     config: ConfigOption, overrides: SetOption = None, dry_run: DryRunOption = False
 ) -> None:
     """Encode a data set into the latent cache; resumes when interrupted."""
-    from pipeline.data.latent_cache import encode
+    from pipeline.data.latent_cache import encode, reconstruction_psnr
 
+    settings = load_settings(config, overrides)
     if dry_run:
         from pipeline.dry_run import encode_lines
 
-        return print("\n".join(encode_lines(load_settings(config, overrides))))
+        return print("\n".join(encode_lines(settings)))
     accelerator = make_accelerator()
-    cache = encode(load_settings(config, overrides), accelerator, progress_bar)
+    cache = encode(settings, accelerator, progress_bar)
     if accelerator.is_main_process:
+        psnr = reconstruction_psnr(settings)
+        say(f"reconstructions of the first images have a PSNR of {psnr:.1f} dB")
+        if psnr < _LEAST_PSNR:
+            say(
+                f"warning: this autoencoder does not suit these images (expected at least "
+                f"{_LEAST_PSNR:g} dB); choose another, or train one by `jkoflow autoencoder train`"
+            )
         say(f"{len(cache)} latents of shape {tuple(cache.shape)}")
         print(cache.reader.folder)
 

@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoders.adapt import Adaptation
-from autoencoders.base import Autoencoder, Moments, to_float
+from autoencoders.base import Autoencoder, Moments, to_float, to_uint8
 from autoencoders.registry import build_autoencoder
+from eval.reconstruction import psnr
 from pipeline.config.schema import Config, EncoderConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
@@ -40,6 +41,8 @@ from pipeline.storage.shards import (
 )
 
 _FLOAT = 4
+#: images whose reconstructions are measured
+_MEASURED = 64
 
 
 class LatentCache:
@@ -156,6 +159,18 @@ def _encode(
     if accelerator.is_main_process:
         writer.finish(lambda store: {"standardisation": _compute_standardisation(store).to_dict()})
     accelerator.wait_for_everyone()
+
+
+@torch.inference_mode()
+def reconstruction_psnr(config: Config) -> float:
+    """Return the mean PSNR in dB of the reconstructions of a data set's first images.
+
+    It shows an autoencoder that was trained on other images before a flow is trained.
+    """
+    images, autoencoder = load_images_and_autoencoder(config)
+    x = torch.from_numpy(np.ascontiguousarray(images.read(0, min(len(images), _MEASURED))))
+    decoded = to_uint8(autoencoder.decode(autoencoder.encode(to_float(x)).mean))
+    return float(psnr(x, decoded).mean())
 
 
 def open_cache(config: Config) -> LatentCache:

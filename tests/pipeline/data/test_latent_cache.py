@@ -15,9 +15,10 @@ from accelerate import Accelerator
 
 from autoencoders.base import to_float
 from autoencoders.weights import load_weights
+from pipeline.cli import main
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
-from pipeline.data.latent_cache import LatentCache, encode, open_cache
+from pipeline.data.latent_cache import LatentCache, encode, open_cache, reconstruction_psnr
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runtime.rng import generator
@@ -260,3 +261,14 @@ def test_invalid_settings_are_user_errors(
     with pytest.raises((UserError, ValueError), match=named):
         encode(read(world, **sections), accelerator, quiet)
     assert not (world.home / "latents").exists()
+
+
+def test_an_autoencoder_of_other_images_is_noticed(
+    cached: tuple[World, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The random autoencoder of these tests reconstructs nothing; the identity everything."""
+    world, _ = cached
+    main.main(["encode", "--config", world.config()])
+    assert "warning: this autoencoder does not suit these images" in capsys.readouterr().err
+    assert reconstruction_psnr(read(world)) < 15
+    assert reconstruction_psnr(read(world, autoencoder={"name": "identity", "weights": None})) > 60

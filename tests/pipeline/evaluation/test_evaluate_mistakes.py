@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from eval.references import load_reference
 from pipeline.config.data import DataConfig
-from pipeline.evaluation.evaluator import _real_test_fid, warn_of_other_data
+from pipeline.evaluation.evaluator import _metrics_file, _real_test_fid, warn_of_other_data
 from pipeline.runs.run import open_run
 from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import World, say
@@ -71,3 +74,16 @@ def test_a_reference_of_other_images_gives_a_warning(folder: Path) -> None:
     )
     warning = warn_of_other_data(run, "mnist-train")
     assert warning is not None and "is of mnist, but the run's images are folder" in warning
+
+
+def test_metrics_of_more_images_are_kept(tmp_path: Path) -> None:
+    run: Any = SimpleNamespace(folder=tmp_path)
+
+    def metrics(n: int, sampling: str = "same") -> dict[str, Any]:
+        return {"fid": {"n": n, "reference": "digits"}, "sampling": sampling}
+
+    assert _metrics_file(run, metrics(8)).name == "metrics.json"
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics(10_000)))
+    assert _metrics_file(run, metrics(8)).name == "metrics-8.json"
+    for other in (metrics(10_000), metrics(20_000), metrics(8, "of other blocks")):
+        assert _metrics_file(run, other).name == "metrics.json"
