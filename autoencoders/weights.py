@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autoencoders.architecture import TamingConfig, config_from_description
 from autoencoders.taming import TamingAutoencoder
-from integrity.digests import BLANK, check_file
+from pipeline.integrity.digests import BLANK, check_file
 
 #: key of the metadata entry that holds the architecture and the recipe
 DESCRIPTION = "jkoflow.autoencoder"

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from integrity.limits import require_archive_size
+from pipeline.integrity.limits import require_archive_size
 
 Array = npt.NDArray[np.float64]
 Features = Tensor | npt.NDArray[np.floating]

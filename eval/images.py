@@ -22,8 +22,8 @@ from torch import Tensor
 from eval.gaussian import GaussianStats
 from eval.inception import FEATURES, Inception
 from eval.references import is_reference, load_reference, read_reference, reference_names
-from integrity.limits import require_size
-from integrity.pictures import open_picture
+from pipeline.integrity.limits import require_size
+from pipeline.integrity.pictures import open_picture
 
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 """pytorch-fid's extensions, here in upper and lower case."""

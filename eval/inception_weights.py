@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eval.pytorch_fid import convolutions
-from integrity.limits import require_archive_size
+from pipeline.integrity.limits import require_archive_size
 
 #: tensors of a convolution, in the order of the TorchScript archive
 _SUFFIXES = ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")

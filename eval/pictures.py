@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from integrity.pictures import open_picture
+from pipeline.integrity.pictures import open_picture
 
 #: key of the text chunk inside a PNG
 _NOTE = "jkoflow"

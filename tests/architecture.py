@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "architecture.md"
 #: layers of pipeline, bottom first; packages of one layer never import each other
 LAYERS = (
-    ("errors",),
+    ("errors", "integrity"),
     ("runtime", "storage"),
     ("config",),
     ("assets", "optim"),
@@ -35,7 +35,8 @@ Three leaves hold the methods and know nothing of each other: `flows` (mathemati
 (images to latents and back) and `eval` (metrics). Only `pipeline` imports them.
 `pipeline` is a stack of packages. A package imports only from layers below its own, and packages
 of one layer never import each other. `tests/test_imports.py` reads every import and fails on any
-other arrow, and on circles. Below them all, `integrity` checks files by their hashes.
+other arrow, and on circles. The leaves import one package of it,
+`pipeline/integrity`, which checks files by their hashes.
 
 """
 
@@ -51,10 +52,10 @@ def draw() -> str:
     lines = ["```"]
     for level in range(len(LAYERS) - 1, -1, -1):
         lines.append(f"{level + 1:2}  {'   '.join(LAYERS[level])}")
-    lines += [" 0  flows | autoencoders | eval", "    integrity", "```", ""]
+    lines += [" 0  flows | autoencoders | eval", "```", ""]
     names = [name for layer in reversed(LAYERS) for name in layer]
     folders = [ROOT / "pipeline" / name for name in names]
-    for top in ("flows", "autoencoders", "eval", "integrity"):
+    for top in ("flows", "autoencoders", "eval"):
         folders += sorted({path.parent for path in (ROOT / top).rglob("*.py")})
     for folder in folders:
         name = folder.relative_to(ROOT).as_posix()

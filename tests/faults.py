@@ -25,9 +25,9 @@ import numpy as np
 
 from autoencoders.weights import load_weights
 from eval.references import read_reference, reference_bytes
-from integrity.digests import check_file
 from pipeline.cli import main
 from pipeline.errors import UserError
+from pipeline.integrity.digests import check_file
 from pipeline.runs import verify
 from pipeline.runs.zoo import locate
 from pipeline.storage import seal

@@ -1,10 +1,10 @@
-"""Writes integrity/SHA256SUMS, the list of the shipped files: python -m tests.shipped"""
+"""Writes pipeline/integrity/SHA256SUMS, the list of the shipped files: python -m tests.shipped"""
 
 from __future__ import annotations
 
 import hashlib
 
-from integrity.digests import HOME, LIST
+from pipeline.integrity.digests import HOME, LIST
 
 FOLDERS = ("autoencoders/pretrained", "eval/references", "pipeline/zoo")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PACKAGES = ("autoencoders", "configs", "eval", "flows", "integrity", "pipeline")
+PACKAGES = ("autoencoders", "configs", "eval", "flows", "pipeline")
 
 
 def test_every_data_file_is_package_data() -> None:

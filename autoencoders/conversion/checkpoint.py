@@ -2,7 +2,7 @@
 
 PyTorch's restricted unpickler (`weights_only`) builds tensors and containers, and refuses names of
 dangerous modules. All other names (Lightning's callbacks, optimisers) are bound to `Inert`. A
-survey before that bounds the work that the pickles ask for (`integrity.pickles`).
+survey before that bounds the work that the pickles ask for (`pipeline.integrity.pickles`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from integrity.pickles import BoundedUnpickler, require_small_key
+from pipeline.integrity.pickles import BoundedUnpickler, require_small_key
 
 _STATE_KEYS = ("state_dict", "model")
 #: pickles at the start of torch's older stream format, before the bytes of its tensors

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from eval.gaussian import GaussianStats
-from integrity.digests import BLANK, check_file, stamp
+from pipeline.integrity.digests import BLANK, check_file, stamp
 
 _FOLDER = Path(__file__).parent
 _SUFFIX = ".safetensors"

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from integrity.limits import limit, require_archive_size, require_size
 from pipeline.assets.download import DamagedError
+from pipeline.integrity.limits import limit, require_archive_size, require_size
 
 _ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip", ".whl")
 _DEPTH = 3

@@ -16,9 +16,9 @@ import numpy as np
 from safetensors.torch import save
 
 from eval.inception_weights import read_weights, weights_sha256
-from integrity.pictures import open_picture
 from pipeline.assets.archives import find_files, read_bytes
 from pipeline.assets.download import DamagedError
+from pipeline.integrity.pictures import open_picture
 from pipeline.storage.safe_pickle import UnsafePickleError, load_batch
 
 MNIST_FILES = (

@@ -11,10 +11,10 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from integrity.pictures import open_picture
 from pipeline.data.file_index import file_records
 from pipeline.data.image_set import ImageSet, apply_limit, fingerprint
 from pipeline.errors import UserError
+from pipeline.integrity.pictures import open_picture
 
 ENDINGS = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from integrity.digests import HOME, check_file, check_shipped, sha256_file, shipped
 from pipeline.assets.catalogue import ASSETS
 from pipeline.assets.fetch import broken_files, fetch_asset
 from pipeline.errors import UserError
+from pipeline.integrity.digests import HOME, check_file, check_shipped, sha256_file, shipped
 from pipeline.runs.directory import CONFIG, RunDirectory
 from pipeline.runs.manifest import FILE
 from pipeline.runs.zoo import is_shipped, locate, source_of

@@ -25,8 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from integrity.digests import sha256_file, stamp
 from pipeline.errors import JkoflowError, UserError
+from pipeline.integrity.digests import sha256_file, stamp
 from pipeline.storage import seal
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -136,7 +136,7 @@ def write_tensors(
     """Write tensors (…) atomically as one safetensors file and return its sha256.
 
     Metadata of several entries are a ValueError, because safetensors writes them in random order.
-    The digest of the file is filled into them where they have `integrity.digests.BLANK`.
+    The digest of the file is filled into them where they have `pipeline.integrity.digests.BLANK`.
     """
     if metadata and len(metadata) > 1:
         raise ValueError(f"metadata has {len(metadata)} entries; expected at most 1; join them")

@@ -2,7 +2,7 @@
 
 A pickle is a program that calls functions by name. This reader resolves only the names by which
 numpy rebuilds arrays and numbers. Any other name raises an error before code of the pickle runs.
-The work that a pickle may ask for is bounded (`integrity.pickles`).
+The work that a pickle may ask for is bounded (`pipeline.integrity.pickles`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from integrity.limits import require_size
-from integrity.pickles import BoundedUnpickler
+from pipeline.integrity.limits import require_size
+from pipeline.integrity.pickles import BoundedUnpickler
 
 #: numpy's functions in a pickled array, a pickled number, and an array of protocol 5
 _RECONSTRUCT: Any = np.empty(0).__reduce__()[0]

@@ -3,7 +3,8 @@
 The seal is the file `SHA256SUMS`. A line is appended and flushed to the disk before the file of
 that line gets its name, so a kill loses neither. A name has several lines if its file was written
 several times. A process that is killed between line and rename leaves an earlier content, so every
-content of a line counts as whole. Shipped files have their lines in `integrity/SHA256SUMS`.
+content of a line counts as whole. The lines of shipped files are in
+`pipeline/integrity/SHA256SUMS`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import os
 import re
 from pathlib import Path
 
-from integrity.digests import check_shipped, is_shipped, sha256_file
 from pipeline.errors import UserError
+from pipeline.integrity.digests import check_shipped, is_shipped, sha256_file
 
 NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")

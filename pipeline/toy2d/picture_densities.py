@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
-from integrity.pictures import open_picture
 from pipeline.errors import UserError
+from pipeline.integrity.pictures import open_picture
 
 #: half the side of a picture, in coordinates of the plane
 HALF = 4.0

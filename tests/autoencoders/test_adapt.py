@@ -19,7 +19,7 @@ from autoencoders.codebook import look_up, nearest_indices
 from autoencoders.identity import IdentityAutoencoder
 from autoencoders.registry import build_autoencoder
 from autoencoders.taming import TamingAutoencoder
-from integrity.digests import stamp
+from pipeline.integrity.digests import stamp
 
 
 def model(flavour: str = "vq", image_shape: tuple[int, int, int] = (3, 32, 32)) -> (

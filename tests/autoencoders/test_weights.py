@@ -20,7 +20,7 @@ from autoencoders.weights import (
     shipped_weights,
     to_tensors,
 )
-from integrity.digests import BLANK, stamp
+from pipeline.integrity.digests import BLANK, stamp
 from tests.autoencoders.models import model, x_of
 
 

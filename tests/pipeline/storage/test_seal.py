@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from integrity.digests import HOME
 from pipeline.errors import UserError
+from pipeline.integrity.digests import HOME
 from pipeline.storage import atomic, seal
 from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
 

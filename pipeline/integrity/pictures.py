@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from integrity.limits import require_size
+from pipeline.integrity.limits import require_size
 
 #: formats that Pillow decodes itself; others, such as EPS, start an interpreter
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -21,7 +21,7 @@ def open_picture(path: str | Path) -> Image.Image:
 
     Raises:
         OSError: it is not a regular file, or not an image of one of `FORMATS`.
-        ValueError: its pixels exceed the limit of `integrity.limits`.
+        ValueError: its pixels exceed the limit of `pipeline.integrity.limits`.
     """
     if not stat.S_ISREG(Path(path).stat().st_mode):
         raise OSError(f"{path} is not a regular file")

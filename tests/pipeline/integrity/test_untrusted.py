@@ -25,15 +25,15 @@ from eval.gaussian import GaussianStats
 from eval.images import FolderImages, NpzImages
 from flows.errors import FlowError
 from flows.networks.config import VelocityConfig
-from integrity import pickles
-from integrity.digests import BLANK, stamp
-from integrity.limits import VARIABLE
-from integrity.pictures import open_picture
 from pipeline.assets.archives import find_files, read_bytes
 from pipeline.assets.download import DamagedError
 from pipeline.config.load import read_yaml
 from pipeline.data.image_folder import load_folder
 from pipeline.errors import UserError
+from pipeline.integrity import pickles
+from pipeline.integrity.digests import BLANK, stamp
+from pipeline.integrity.limits import VARIABLE
+from pipeline.integrity.pictures import open_picture
 from pipeline.runs.manifest import Manifest
 from pipeline.storage import atomic
 from pipeline.storage.safe_pickle import UnsafePickleError, load_batch

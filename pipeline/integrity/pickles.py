@@ -11,7 +11,7 @@ import pickle
 import time
 from typing import IO, Any
 
-from integrity.limits import require_size
+from pipeline.integrity.limits import require_size
 
 MAX_OPCODES = 8_000_000
 MAX_SECONDS = 20.0

@@ -11,7 +11,7 @@ import pytest
 
 from autoencoders.weights import load_weights, shipped_weights
 from eval.references import read_reference, reference_bytes
-from integrity import digests
+from pipeline.integrity import digests
 from tests import shipped
 from tests.eval.moments import stats_from
 from tests.pipeline.tiny import write_autoencoder

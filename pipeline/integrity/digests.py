@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 #: the folder that holds the packages, to which the paths in the list are relative
-HOME = Path(__file__).resolve().parents[1]
+HOME = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_name("SHA256SUMS")
 #: the value of the metadata entry `seal`, before `stamp` fills in the digest
 BLANK = "jkoflow-sha256:" + "0" * 64
