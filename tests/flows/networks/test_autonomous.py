@@ -61,7 +61,12 @@ def test_with_time_the_objective_has_no_lower_bound(large):
 
 @pytest.mark.parametrize(
     ("method", "steps", "expected"),
-    [("rk4", 2, 0.038), ("rk4", 3, 0.0108), ("midpoint", 3, 0.312), ("midpoint", 2, 0.628)],
+    [
+        ("rk4", 2, 0.038),
+        ("midpoint", 3, 0.312),
+        pytest.param("rk4", 3, 0.0108, marks=pytest.mark.slow),
+        pytest.param("midpoint", 2, 0.628, marks=pytest.mark.slow),
+    ],
 )
 def test_without_time_the_gain_is_bounded(method, steps, expected):
     """v = λ z on data of standard deviation s = 0.03, one proximal step of h = 0.5.

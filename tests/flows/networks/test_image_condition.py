@@ -75,6 +75,7 @@ def test_classes_and_images_go_together():
         block.transport(z, condition=Condition(image=c))
 
 
+@pytest.mark.slow
 def test_a_network_learns_to_depend_on_its_images():
     """The samples are the images plus noise, and the trained flow returns them."""
     one = config(image_channels=1, width=16)

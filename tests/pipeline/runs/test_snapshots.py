@@ -65,6 +65,7 @@ def test_a_killed_training_resumes_to_the_same_snapshots(tmp_path: Path) -> None
     assert [row.sha256 for row in killed] == [row.sha256 for row in whole]
 
 
+@pytest.mark.slow
 def test_half_precision_trains_nearly_the_same_field(tmp_path: Path) -> None:
     curved = ("velocity.kind=resmlp", "velocity.width=32", "train.iterations=60", "train.lr=0.01")
     fields = []

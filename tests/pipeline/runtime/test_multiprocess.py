@@ -82,15 +82,21 @@ def test_train_agrees_up_to_rounding(alone: World, tmp_path: Path) -> None:
     assert rows == [(block, step) for block in range(3) for step in (2, 4, 6)]
 
 
+UNSOLVABLE = ("unsolvable", "JkoflowError", ["block 0 failed at step 0", "could not be solved"])
+IMAGES = ("images", "SolveError", ["could not be solved at t = 0.5: it is not finite"])
+FEATURES = ("features", "UserError", ["the images of shard 1 are not there"])
+AUTOENCODER = ("autoencoder", "FloatingPointError", ["loss is nan at step 0"])
+
+
 @pytest.mark.parametrize(
     ("job", "kind", "words"),
     [
-        ("unsolvable", "JkoflowError", ["block 0 failed at step 0", "could not be solved"]),
+        pytest.param(*UNSOLVABLE, marks=pytest.mark.slow),
         ("infinite", "JkoflowError", ["block 0 failed at step 0", "the loss is inf"]),
         ("stage", "UserError", ["1 of the training samples", "the first of them sample 5"]),
-        ("images", "SolveError", ["could not be solved at t = 0.5: it is not finite"]),
-        ("features", "UserError", ["the images of shard 1 are not there"]),
-        ("autoencoder", "FloatingPointError", ["loss is nan at step 0"]),
+        pytest.param(*IMAGES, marks=pytest.mark.slow),
+        pytest.param(*FEATURES, marks=pytest.mark.slow),
+        pytest.param(*AUTOENCODER, marks=pytest.mark.slow),
     ],
 )
 def test_an_error_of_one_rank_is_raised_on_all(
@@ -104,13 +110,18 @@ def test_an_error_of_one_rank_is_raised_on_all(
 
 
 @pytest.mark.parametrize(
-    ("job", "outcome"), [("first clock", [0, False]), ("second clock", [3, True])]
+    ("job", "outcome"),
+    [
+        ("first clock", [0, False]),
+        pytest.param("second clock", [3, True], marks=pytest.mark.slow),
+    ],
 )
 def test_rank_0_decides_when_all_ranks_stop(tmp_path: Path, job: str, outcome: list[Any]) -> None:
     """None is left in a step that another does not take."""
     assert run_job(job, tmp_path) == [outcome, outcome]
 
 
+@pytest.mark.slow
 def test_networks_sharded_over_ranks_equal_those_of_one_rank(tmp_path: Path) -> None:
     """With checkpoints, which any number of processes may go on from."""
     source = GaussianSource(count=64)
