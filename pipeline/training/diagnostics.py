@@ -200,13 +200,21 @@ def overfits_grid(trainer: BlockTrainer, push: SolverConfig) -> bool:
     Args:
         trainer: of the block.
         push: the sampler of the block.
+
+    Raises:
+        JkoflowError: the block cannot be integrated, and there are no kept weights.
     """
     grid, dim = trainer.block.solver, trainer.block.velocity.dim
     block, few = trainer.snapshot(), _COMPARED_IN_TRAINING
-    trained, reference = (
-        measure(trainer, trainer.stage, solver, _no_bar, few, block).terms["total"] / dim
-        for solver in (grid, finer_grid(trainer, push))
-    )
+    try:
+        trained, reference = (
+            measure(trainer, trainer.stage, solver, _no_bar, few, block).terms["total"] / dim
+            for solver in (grid, finer_grid(trainer, push))
+        )
+    except JkoflowError:  # a grid on which the field blows up differs from any other
+        if not trainer.can_return:
+            raise
+        return True
     if abs(trained - reference) <= TOLERANCE:
         trainer.keep()
         return False
@@ -226,8 +234,9 @@ def finer_grid(trainer: BlockTrainer, push: SolverConfig) -> SolverConfig:
     """Return RK4 with at least twice the evaluations of the training grid and of the sampler."""
     most = max(_evaluations(each) for each in (trainer.block.solver, push) if not each.adaptive)
     steps = max(2, math.ceil(2 * most / FIXED_METHODS["rk4"]))
-    pieces = trainer.block.velocity.smooth_pieces()
-    return SolverConfig(method="rk4", steps=aligned_steps(pieces, steps))
+    steps = aligned_steps(trainer.block.velocity.smooth_pieces(), steps)
+    most = FIXED_METHODS["rk4"] * steps
+    return SolverConfig(method="rk4", steps=steps, max_evaluations=most)
 
 
 def _no_bar(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from flows.block import Block
+from flows.networks.config import VelocityConfig
+from flows.networks.registry import make_velocity
 from flows.solving.estimators import make_divergence
 from flows.solving.solver import SolverConfig
 from pipeline.errors import JkoflowError
 from pipeline.runs.directory import read_manifest
 from pipeline.runs.run import load_blocks
 from pipeline.storage.shards import open_store
+from pipeline.training import diagnostics
+from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.diagnostics import TOLERANCE
 from pipeline.training.train import train
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
@@ -107,6 +114,32 @@ def test_training_ends_before_a_block_overfits_its_grid(
     while not train_coarse(tmp_path / "resumed", "train.max_minutes=1e-9"):
         pass
     assert read_manifest(tmp_path / "resumed").blocks[0].sha256 == row.sha256
+
+
+def test_a_block_that_cannot_be_solved_on_the_finer_grid_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first comparison passes; in the second the finer grid allows no evaluation."""
+    monkeypatch.setattr("pipeline.training.diagnostics._LEAST_STEPS", 10)
+    finer, calls = diagnostics.finer_grid, []
+
+    def failing(trainer: BlockTrainer, push: SolverConfig) -> SolverConfig:
+        calls.append(trainer.done)
+        solver = finer(trainer, push)
+        return dataclasses.replace(solver, blow_up=1e-9) if len(calls) == 2 else solver
+
+    monkeypatch.setattr(diagnostics, "finer_grid", failing)
+    fine = ("jko.solver.steps=4", "sampler.steps=4", *ONE_BLOCK)
+    config, source = tiny(*fine), GaussianSource()
+    assert train(config, tmp_path / "run", Accelerator(), quiet, True, source).complete
+    (row,) = read_manifest(tmp_path / "run").blocks
+    assert row.iterations == 20 and calls[:2] == [10, 20]
+
+
+def test_a_long_training_grid_has_a_finer_one() -> None:
+    block = Block(make_velocity(VelocityConfig("linear"), (2,)), SolverConfig("rk4", steps=400))
+    trainer: Any = SimpleNamespace(block=block)
+    assert diagnostics.finer_grid(trainer, SolverConfig("rk4", steps=4)).steps == 800
 
 
 def read_manifest_if_any(folder: Path) -> list[dict[str, Any]]:
