@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,11 @@ from pipeline.cli.session import (
 )
 from pipeline.errors import UserError
 from pipeline.runtime.console import progress_bar, say
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from pipeline.config.schema import Config
 
 
 def distill_command(
@@ -71,9 +76,7 @@ def distill_command(
     accelerator = make_accelerator()
     source = None if teacher.manifest.autoencoder else PointSource(config)
     with one_writer(out, "the run at", accelerator):
-        outcome = distill(
-            teacher, out, config, pairs, accelerator, progress_bar, resume, source
-        )
+        outcome = distill(teacher, out, config, pairs, accelerator, progress_bar, resume, source)
     if accelerator.is_main_process:
         if outcome.complete:
             say(headline(read_manifest(out)))
@@ -128,6 +131,13 @@ def train_command(
             "for jko, or a narrower network.",
         ),
     ] = None,
+    measure_noise: Annotated[
+        bool,
+        typer.Option(
+            "--measure-noise",
+            help="Print the critical batch size of every finished block, and train nothing.",
+        ),
+    ] = False,
     overrides: SetOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
@@ -144,6 +154,9 @@ def train_command(
     overrides += [f"{key}={value}" for key, value in later.items() if value is not None]
     if config is not None:
         settings = load_settings(config, overrides)
+    elif run is not None and measure_noise:
+        allowed = ["train", "jko", "matching"]
+        settings = override_settings(read_config(run), overrides, allowed)
     elif run is None or not (resume or add_blocks):
         raise UserError("--config is missing; give it, or --run with --resume to continue a run")
     else:
@@ -161,12 +174,24 @@ def train_command(
 
         return print("\n".join(train_lines(settings, folder, add_blocks)))
     accelerator = make_accelerator()
+    if measure_noise:
+        with one_writer(folder, "the run at", accelerator):
+            return _print_noise(settings, folder, accelerator)
     with one_writer(folder, "the run at", accelerator):
-        outcome = train(
-            settings, folder, accelerator, progress_bar, resume, add_blocks=add_blocks
-        )
+        outcome = train(settings, folder, accelerator, progress_bar, resume, add_blocks=add_blocks)
     if accelerator.is_main_process:
         state = "finished" if outcome.complete else "stopped in time; continue with --resume"
         times = f" in pass {outcome.passes - 1}" if outcome.passes > 1 else ""
         say(f"{outcome.blocks} blocks{times}, {outcome.trained} trained now: {state}")
         print(folder)
+
+
+def _print_noise(settings: Config, folder: Path, accelerator: Accelerator) -> None:
+    """Print the noise of the gradient of every finished block, as a table."""
+    from pipeline.training.gradient_noise import measure_gradient_noise
+
+    drawn = "probes" if settings.jko is not None else "times and noise"
+    print(f"block  critical batch (samples)  share of {drawn}")
+    for row in measure_gradient_noise(settings, folder, accelerator, progress_bar):
+        critical = f"{row.critical_batch:.1f} ± {row.error:.1f}"
+        print(f"{row.block:5}  {critical:>24}  {row.drawn:.2f}")

@@ -106,6 +106,27 @@ class BlockTrainer:
         self.seconds = 0.0
         self.stopped = False
         self._sound: dict[str, Tensor] | None = None
+        self._redraw: tuple[str | int, ...] = ()
+
+    def gradient(self, step: int, redraw: int = 0) -> Tensor:
+        """Compute the gradient on the batch of a step on the CPU, float64 (parameters,).
+
+        The weights stay. Each value of `redraw` has other probes, or times and noise, for the same
+        samples.
+
+        Raises:
+            JkoflowError: the block cannot be integrated.
+        """
+        done, self.done = self.done, step
+        self._redraw = ("redraw", redraw) if redraw else ()
+        try:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._loss().total.backward()
+        finally:
+            self.done, self._redraw = done, ()
+        zero = torch.zeros(())
+        gradients = [zero.expand_as(p) if p.grad is None else p.grad for p in self.parameters]
+        return torch.cat([gradient.cpu().double().flatten() for gradient in gradients])
 
     def step(self) -> StepReport:
         """Make one optimiser step.
@@ -224,7 +245,8 @@ class BlockTrainer:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         if self.regression is not None:
             device, half = self.accelerator.device.type, self.recipe.precision == "bf16"
-            source = generator(self.recipe.seed, "matching", self.index, self.done, *self.salt)
+            place = (self.index, self.done, *self.salt, *self._redraw)
+            source = generator(self.recipe.seed, "matching", *place)
             batch = self.batches.indices(self.done)
             rows = torch.arange(rank, len(batch), ranks)
             with torch.autocast(device, torch.bfloat16, enabled=half):
@@ -269,7 +291,7 @@ class BlockTrainer:
         assert divergence is not None
 
         def draw(*evaluation: int) -> Tensor:
-            place = (self.index, self.done, *self.salt, *evaluation)
+            place = (self.index, self.done, *self.salt, *self._redraw, *evaluation)
             eps = divergence.draw_probe(whole, generator(self.recipe.seed, "probe", *place))
             assert eps is not None
             return eps[:, rank::ranks][:, : len(z)].to(self.accelerator.device)
