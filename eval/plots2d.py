@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from eval.plots import new_figure, save_figure
 Points = Tensor | npt.NDArray[np.floating]
 
 _DATA, _NOISE = "#0072B2", "#D55E00"
-_INCH, _MARGIN, _PIXELS = 2.6, 0.06, 320
+_INCH, _MARGIN, _PIXELS, _BINS = 2.6, 0.06, 320, 32
 
 
 def window(points: Points) -> tuple[float, float]:
@@ -49,6 +50,45 @@ def scatter(
     save_figure(figure, file)
 
 
+@dataclass(frozen=True)
+class Panel:
+    """Column of a figure of samples and densities.
+
+    Attributes:
+        title: of the column.
+        points: samples (n, 2).
+        log_density: log p (G, G) at the centres of a grid of the window, the lowest row first;
+            None draws the histogram of the samples.
+    """
+
+    title: str
+    points: Points
+    log_density: Points | None = None
+
+
+def samples_and_densities(
+    file: Target, columns: Sequence[Panel], limits: tuple[float, float]
+) -> None:
+    """Draw samples as dots in a row, and densities below them with one colour scale.
+
+    Raises:
+        ValueError: there is no column, a density is not square, or points have another shape.
+    """
+    figure, axes = _panels(2, len(columns))
+    pictures = [
+        _histogram(_array(column.points), _BINS, limits)
+        if column.log_density is None
+        else _density(column.log_density)
+        for column in columns
+    ]
+    # A quantile of the first column, so that one very high cell does not make the others white.
+    top = float(np.quantile(pictures[0][pictures[0] > 0], 0.99)) if pictures[0].any() else 1.0
+    for index, (column, picture) in enumerate(zip(columns, pictures, strict=True)):
+        _dots(axes[index], column.points, _DATA, limits, column.title)
+        _shade(axes[len(columns) + index], picture, limits, "", top)
+    save_figure(figure, file)
+
+
 def density(
     file: Target, data: Points, log_density: npt.ArrayLike, limits: tuple[float, float]
 ) -> None:
@@ -59,23 +99,14 @@ def density(
     Raises:
         ValueError: the density is not square, or the points have another shape.
     """
-    values = np.exp(np.asarray(log_density, np.float64))
-    if values.ndim != 2 or values.shape[0] != values.shape[1]:
-        raise ValueError(f"the density has the shape {values.shape}; expected (G, G)")
-    bins, x = len(values), _array(data)
-    edges = np.linspace(*limits, bins + 1)
-    counted, _, _ = np.histogram2d(x[:, 1], x[:, 0], bins=[edges, edges])
-    counted /= len(x) * (edges[1] - edges[0]) ** 2
+    values = _density(log_density)
+    counted = _histogram(_array(data), len(values), limits)
     # A quantile, so that one very high cell does not make the others white.
     top = float(np.quantile(np.concatenate([counted[counted > 0], values[values > 1e-4]]), 0.99))
     figure, axes = _panels(1, 2, inch=1.5 * _INCH)
     pictures = {"data": counted, "model density": values}
     for panel, (title, picture) in zip(axes, pictures.items(), strict=True):
-        _bare(panel, limits, title)
-        panel.imshow(
-            picture, origin="lower", extent=(*limits, *limits), cmap="magma_r", vmin=0, vmax=top,
-            interpolation="nearest",
-        )  # fmt: skip
+        _shade(panel, picture, limits, title, top)
     save_figure(figure, file)
 
 
@@ -132,6 +163,38 @@ def _panels(rows: int, columns: int, inch: float = _INCH) -> tuple[Figure, list[
         raise ValueError("there are 0 panels; expected at least one")
     figure = new_figure(inch * columns, inch * rows)
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
+
+
+def _density(log_density: npt.ArrayLike | Tensor) -> npt.NDArray[np.float64]:
+    """Return the density (G, G) of its logarithm after a check of the shape."""
+    values: npt.NDArray[np.float64] = np.exp(np.asarray(log_density, np.float64))
+    if values.ndim != 2 or values.shape[0] != values.shape[1]:
+        raise ValueError(f"the density has the shape {values.shape}; expected (G, G)")
+    return values
+
+
+def _histogram(
+    x: npt.NDArray[np.float64], bins: int, limits: tuple[float, float]
+) -> npt.NDArray[np.float64]:
+    """Return the density (bins, bins) of points x (n, 2) by their counts."""
+    edges = np.linspace(*limits, bins + 1)
+    counted, _, _ = np.histogram2d(x[:, 1], x[:, 0], bins=[edges, edges])
+    return counted / (max(len(x), 1) * (edges[1] - edges[0]) ** 2)
+
+
+def _shade(
+    axes: Axes,
+    picture: npt.NDArray[np.float64],
+    limits: tuple[float, float],
+    title: str,
+    top: float,
+) -> None:
+    """Draw a density (G, G) as colours from 0 to `top`."""
+    _bare(axes, limits, title)
+    axes.imshow(
+        picture, origin="lower", extent=(*limits, *limits), cmap="magma_r", vmin=0, vmax=top,
+        interpolation="nearest",
+    )  # fmt: skip
 
 
 def _bare(axes: Axes, limits: tuple[float, float], title: str) -> None:

@@ -1,29 +1,35 @@
 """Runs a benchmark: every model on every data set and seed, each once.
 
 The folder has bench.json, the settings that all rows share, and table and plots of what is
-finished. Each training has a folder with its row.json, weights and samples. A benchmark that was
+finished. Each training has a folder with its row.json, weights and samples, and the search of
+learning rates has the folder tuning. A benchmark that was
 interrupted, or gets further models, data sets or seeds, trains only what is missing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
+from eval.plots2d import window
 from flows.baselines.base import DensityModel
 from flows.baselines.registry import config_to_dict
 from flows.errors import SolveError
 from pipeline.bench.budget import Budget
-from pipeline.bench.figures import draw_curves, draw_samples
-from pipeline.bench.measure import KEPT, measure
+from pipeline.bench.figures import draw_curves, draw_plane
+from pipeline.bench.measure import KEPT, log_density, measure
 from pipeline.bench.models import BLOCKWISE, TITLES, check_models
 from pipeline.bench.problem import DEFAULTS, HeldOut, Problem, open_problem, problem_config
-from pipeline.bench.results import Point, Row, markdown, table_csv
+from pipeline.bench.results import Point, Row, markdown, outcome, table_csv
 from pipeline.bench.training import Checkpoint, Training
+from pipeline.bench.tuning import SEED, Tuner, read_tuned, tuned_line
 from pipeline.config.schema import Config
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runtime.console import Progress, say
@@ -48,6 +54,7 @@ class Bench:
         parameters: the most that a model may have; None takes those of the suite.
         overrides: `section.key=value` for the configurations.
         held_out: sizes of the held-out samples.
+        rates: learning rates that are tried for every model; () takes train.lr.
     """
 
     suite: str
@@ -58,6 +65,7 @@ class Bench:
     parameters: int | None = None
     overrides: tuple[str, ...] = ()
     held_out: HeldOut = field(default_factory=HeldOut)
+    rates: tuple[float, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,6 +86,8 @@ class Bench:
         check_models(self.models)
         if self.seeds < 1:
             raise UserError(f"--seeds is {self.seeds}; expected at least 1")
+        if not all(0 < rate < math.inf for rate in self.rates):
+            raise UserError(f"--tune has {list(self.rates)}; expected positive learning rates")
         configs = {n: problem_config(self.suite, n, self.overrides, 0) for n in self.names}
         for name, config in configs.items():
             if config.jko is None:
@@ -95,7 +105,19 @@ class Bench:
             "parameters": self.most,
             "overrides": list(self.overrides),
             "held_out": to_json(self.held_out),
+            "rates": list(self.rates),
         }
+
+    def open_search(self) -> Problem:
+        """Open the data on which learning rates are compared.
+
+        They are the first data set, points of a further seed, or the validation split of a table.
+
+        Raises:
+            UserError: the data are missing, damaged or too few.
+        """
+        config = problem_config(self.suite, self.names[0], self.overrides, SEED)
+        return open_problem(config, self.held_out, "validation")
 
 
 def run_bench(
@@ -130,6 +152,7 @@ def run_bench(
     configs = bench.configs()
     _require_same_settings(folder / SETTINGS, bench.settings())
     training = Training(bench.budget, bench.most, accelerator, progress)
+    tuner = Tuner(training, bench.rates, folder, bench.open_search)
     for seed in range(bench.seeds):
         for data in configs:
             missing = [m for m in bench.models if not _is_done(_cell(folder, data, m, seed))]
@@ -139,7 +162,8 @@ def run_bench(
             problem = open_problem(config, bench.held_out)
             for model in missing:
                 say(f"{TITLES[model]} on {data}, seed {seed}, {bench.budget}")
-                _run_cell(training, model, problem, _cell(folder, data, model, seed))
+                row = _run_cell(tuner, model, problem, _cell(folder, data, model, seed))
+                say(outcome(row))
                 write_tables(folder, published)
     rows = write_tables(folder, published)
     draw_plots(folder, rows)
@@ -157,11 +181,14 @@ def write_tables(folder: Path, published: bool = False) -> list[Row]:
     budget, most = settings["budget"], settings["parameters"]
     sentences = [
         f"Suite {settings['suite']}; every model has {budget} of training and at most {most:,} "
-        "parameters. All have Adam, one learning rate, batch size and schedule, and no search."
+        "parameters. All have Adam, one batch size and one schedule."
     ]
     if settings["overrides"]:
         sentences.append(f"Settings: {', '.join(settings['overrides'])}.")
-    text = markdown(rows, sentences, published)
+    searches = [f"* {tuned_line(tuned)}." for tuned in read_tuned(folder)]
+    if not searches:
+        sentences.append("All have one learning rate, and no search.")
+    text = markdown(rows, [*sentences, *(["", *searches] if searches else [])], published)
     atomic.write_bytes(folder / "table.md", text.encode())
     atomic.write_bytes(folder / "table.csv", table_csv(rows).encode())
     return rows
@@ -172,7 +199,7 @@ def draw_plots(folder: Path, rows: Sequence[Row]) -> None:
     for data in dict.fromkeys(row.data for row in rows):
         group = [row for row in rows if row.data == data]
         draw_curves(folder / "plots", data, group)
-        _draw_samples(folder, data, group)
+        _draw_plane(folder, data, group)
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -189,8 +216,9 @@ def read_rows(folder: Path) -> list[Row]:
     return sorted(rows, key=lambda row: (row.data, order.index(row.model), row.seed))
 
 
-def _run_cell(training: Training, model: str, problem: Problem, cell: Path) -> None:
+def _run_cell(tuner: Tuner, model: str, problem: Problem, cell: Path) -> Row:
     """Train and measure one model; a failure of the training becomes its row."""
+    training = tuner.training
     device, points = training.accelerator.device, list[Point]()
 
     def record(checkpoint: Checkpoint) -> None:
@@ -200,21 +228,24 @@ def _run_cell(training: Training, model: str, problem: Problem, cell: Path) -> N
             say(f"not measured at batch {checkpoint.batches}: {error}")
             return
         points.append(Point(checkpoint.seconds, checkpoint.batches, metrics.nll, metrics.mmd_m))
+        say(f"NLL {metrics.nll:.3f} after {checkpoint.batches:,} batches")
 
     seed = problem.config.train.seed
-    row = Row(problem.name, model, seed, problem.note)
     try:
+        problem = tuner.tuned(model, problem)
         trained = training.train(model, problem, cell / "training", record)
         metrics, samples = measure(trained.model, problem, device)
     except UserError:
         raise
     except (JkoflowError, SolveError) as error:
-        say(f"failed: {error}")
         failed = Row(problem.name, model, seed, problem.note, error=str(error))
         atomic.write_json(cell / ROW, to_json(failed))
-        return
+        return failed
     compare = problem.compare[:KEPT]
-    atomic.write_tensors(cell / SAMPLES, {"samples": samples[:KEPT], "data": compare})
+    kept = {"samples": samples[:KEPT], "data": compare}
+    if problem.dim == 2 and seed == 0:
+        kept |= _density(trained.model, window(compare), device)
+    atomic.write_tensors(cell / SAMPLES, kept)
     _save(trained.model, model, cell)
     row = Row(
         problem.name,
@@ -223,6 +254,7 @@ def _run_cell(training: Training, model: str, problem: Problem, cell: Path) -> N
         problem.note,
         parameters=trained.parameters,
         width=trained.width,
+        lr=problem.learning_rate,
         seconds=round(trained.seconds, 3),
         overhead=round(trained.overhead, 3),
         batches=trained.batches,
@@ -230,6 +262,18 @@ def _run_cell(training: Training, model: str, problem: Problem, cell: Path) -> N
         curve=tuple(points),
     )
     atomic.write_json(cell / ROW, to_json(row))
+    return row
+
+
+def _density(
+    model: DensityModel, limits: tuple[float, float], device: torch.device
+) -> dict[str, Tensor]:
+    """Return log p on the grid of a window; nothing where an ODE of the grid is not solved."""
+    try:
+        return {"log_density": log_density(model, limits, device)}
+    except SolveError as error:
+        say(f"the density is not drawn: {error}")
+        return {}
 
 
 def _save(model: DensityModel, name: str, cell: Path) -> None:
@@ -240,17 +284,17 @@ def _save(model: DensityModel, name: str, cell: Path) -> None:
         atomic.write_json(cell / "model.json", described)
 
 
-def _draw_samples(folder: Path, data: str, rows: Sequence[Row]) -> None:
-    """Draw the samples of the least seed of each model, if the data are points in the plane."""
-    samples, real = {}, None
+def _draw_plane(folder: Path, data: str, rows: Sequence[Row]) -> None:
+    """Draw samples and density of the least seed of each model, if the data lie in the plane."""
+    models: dict[str, dict[str, Tensor]] = {}
     for row in rows:
         path = _cell(folder, data, row.model, row.seed) / SAMPLES
-        if row.model not in samples and path.is_file():
+        if row.model not in models and path.is_file():
             tensors = atomic.read_tensors(path)
             if tensors["data"].shape[1] == 2:
-                samples[row.model], real = tensors["samples"], tensors["data"]
-    if real is not None:
-        draw_samples(folder / "plots", data, real, samples)
+                models[row.model] = tensors
+    if models:
+        draw_plane(folder / "plots", data, models)
 
 
 def _cell(folder: Path, data: str, model: str, seed: int) -> Path:

@@ -15,7 +15,8 @@ class Budget:
     """Budget of one training.
 
     Attributes:
-        amount: seconds of the optimiser's steps, or batches; positive.
+        amount: seconds of the optimiser's steps, or batches; positive. On a CPU they are seconds
+            of the processors, which other programs do not lengthen.
         unit: seconds or batches.
     """
 
@@ -46,6 +47,11 @@ class Budget:
     def __str__(self) -> str:
         """Return the budget in words."""
         return f"{self.amount:g} {self.unit}"
+
+    def part(self, fraction: float) -> Budget:
+        """Return a fraction of the budget, at least one batch."""
+        amount = self.amount * fraction
+        return Budget(amount if self.unit == "seconds" else max(1, int(amount)), self.unit)
 
     def spent(self, batches: int, seconds: float) -> float:
         """Return the fraction of the budget that a training has used."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from eval.plots import curves
-from eval.plots2d import scatter, window
+from eval.plots2d import Panel, samples_and_densities, window
 from pipeline.bench.models import TITLES
 from pipeline.bench.results import Row
 from pipeline.storage import atomic
@@ -46,9 +46,18 @@ def draw_curves(folder: Path, data: str, rows: Sequence[Row]) -> None:
             ))  # fmt: skip
 
 
-def draw_samples(folder: Path, data: str, real: Tensor, samples: Mapping[str, Tensor]) -> None:
-    """Draw held-out points (n, 2), and the samples (m, 2) of every model next to them."""
-    panels = [("data", real), *((TITLES[model], z) for model, z in samples.items())]
-    limits = window(real)
+def draw_plane(folder: Path, data: str, models: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Draw samples and densities of models of the plane, the held-out points first.
+
+    Args:
+        folder: of the plots.
+        data: the data set.
+        models: tensors of each model: samples (m, 2), held-out points (n, 2) as data, and
+            log_density (G, G) in the window of these points, if it is known.
+    """
+    real = next(iter(models.values()))["data"]
+    panels = [Panel("data", real)]
+    for model, tensors in models.items():
+        panels.append(Panel(TITLES[model], tensors["samples"], tensors.get("log_density")))
     path = folder / f"{data}-samples.png"
-    atomic.write_with(path, lambda file: scatter(file, panels, limits))
+    atomic.write_with(path, lambda file: samples_and_densities(file, panels, window(real)))

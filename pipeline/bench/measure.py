@@ -14,11 +14,14 @@ from flows.baselines.base import DensityModel
 from pipeline.bench.problem import Problem
 from pipeline.errors import JkoflowError
 from pipeline.runtime.rng import generator
+from pipeline.toy2d.figures import grid_centres
 
 #: held-out samples that measure a model in training
 _QUICK = 500
 #: samples in memory together
 _CHUNK = 1000
+#: cells of a density along each axis
+_GRID = 40
 #: samples that a run keeps for the picture
 KEPT = 2000
 
@@ -108,6 +111,26 @@ def measure(
         compare=len(compare),
     )
     return measured, samples
+
+
+@torch.no_grad()
+def log_density(model: DensityModel, limits: tuple[float, float], device: torch.device) -> Tensor:
+    """Compute log p of a model of the plane at the centres of a grid of a square window.
+
+    Args:
+        model: with its final weights.
+        limits: (low, high) of both axes.
+        device: of the computation.
+
+    Returns:
+        log p in nats, (G, G) with G = 40, the lowest row first.
+
+    Raises:
+        SolveError: an ODE cannot be solved.
+    """
+    centres = grid_centres(_GRID, limits).to(device)
+    values = [model.log_prob(part).value.cpu() for part in centres.split(_CHUNK)]
+    return torch.cat(values).view(_GRID, _GRID)
 
 
 def _mmd(x: Tensor, y: Tensor, **width: Any) -> tuple[float, float] | None:  # noqa: ANN401

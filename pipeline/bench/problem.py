@@ -71,6 +71,12 @@ class Problem:
     note: str
 
     @property
+    def learning_rate(self) -> float:
+        """Return the peak learning rate, of the first block if each has its own."""
+        rate = self.config.train.lr
+        return rate if isinstance(rate, float) else rate[0]
+
+    @property
     def dim(self) -> int:
         """Return D."""
         return self.source.shape[0]
@@ -93,12 +99,13 @@ def problem_config(suite: str, name: str, overrides: Sequence[str], seed: int) -
     return with_values(load_config(base, more, SUITES[suite]), {"train.seed": seed})
 
 
-def open_problem(config: Config, held_out: HeldOut | None = None) -> Problem:
+def open_problem(config: Config, held_out: HeldOut | None = None, split: str = "test") -> Problem:
     """Open the data of a configuration.
 
     Args:
         config: of a set of points or a table.
         held_out: sizes of the held-out samples.
+        split: split of a table that they come from: test or validation.
 
     Raises:
         UserError: the data are missing, damaged or too few.
@@ -112,7 +119,7 @@ def open_problem(config: Config, held_out: HeldOut | None = None) -> Problem:
         note = f"{points.settings.train:,} training points, generated"
         return Problem(config.data.name, config, points, test, compare, 0.0, note)
     table = load_table(config.data)
-    rows = table.rows["test"]
+    rows = table.rows[split]
     test = rows.read(0, min(sizes.test, len(rows)))
     compare = rows.read(max(0, len(rows) - sizes.compare), len(rows))
     note = f"{table.source}; {table.split}"

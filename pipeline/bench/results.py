@@ -48,6 +48,7 @@ class Row:
         error: reason why the training failed; None if it did not.
         parameters: trainable numbers.
         width: hidden features of the networks.
+        lr: peak learning rate; 0 after an error.
         seconds: of the optimiser.
         overhead: seconds in which samples were pushed through blocks.
         batches: of all blocks together.
@@ -62,6 +63,7 @@ class Row:
     error: str | None = None
     parameters: int = 0
     width: int = 0
+    lr: float = 0.0
     seconds: float = 0.0
     overhead: float = 0.0
     batches: int = 0
@@ -82,8 +84,9 @@ def markdown(rows: Sequence[Row], settings: Iterable[str], published: bool = Fal
         "NLL is in nats per held-out sample, in the units of the data, by the exact "
         "log-determinant; ± is the standard deviation over seeds, and (±) the standard error over "
         "the samples of a single seed. MMD² is biased, with a Gaussian kernel of the median "
-        "distance (m) or of width 1. Training seconds are those of the optimiser's steps, and + "
-        "those in which samples are pushed through finished blocks.",
+        "distance (m) or of width 1. Training seconds are those of the optimiser's steps (of "
+        "the processors, on a CPU), and + those in which samples are pushed through finished "
+        "blocks.",
         "",
     ]
     for data in dict.fromkeys(row.data for row in rows):
@@ -100,6 +103,17 @@ def markdown(rows: Sequence[Row], settings: Iterable[str], published: bool = Fal
     return "\n".join(lines).rstrip() + "\n"
 
 
+def outcome(row: Row) -> str:
+    """Return the result of one training in words."""
+    name = f"{TITLES[row.model]} on {row.data}, seed {row.seed}"
+    if row.measured is None:
+        return f"{name} failed: {row.error}"
+    return (
+        f"{name}: NLL {row.measured.nll:.3f} nats, {row.batches:,} batches in {row.seconds:.1f} "
+        "seconds"
+    )
+
+
 def table_csv(rows: Sequence[Row]) -> str:
     """Write one line for each training, with all of its numbers."""
     file = io.StringIO()
@@ -107,7 +121,9 @@ def table_csv(rows: Sequence[Row]) -> str:
     names = (
         "nll", "nll_error", "mmd_m", "mmd_1", "failures", "inversion_error", "nfe", "n", "compare"
     )  # fmt: skip
-    own = ("data", "model", "seed", "parameters", "seconds", "overhead", "batches", "error")
+    own = (
+        "data", "model", "seed", "parameters", "lr", "seconds", "overhead", "batches", "error"
+    )  # fmt: skip
     writer.writerow([*own, "seconds_per_batch", *names])
     for row in rows:
         metrics = [getattr(row.measured, name, None) for name in names]

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from flows.baselines.cnf import FlowModel
 from flows.baselines.registry import make_baseline
 from flows.errors import SolveError
 from pipeline.bench.budget import Budget
+from pipeline.bench.clock import used_seconds
 from pipeline.bench.models import (
     BLOCKWISE,
     baseline_config,
@@ -28,6 +29,7 @@ from pipeline.bench.models import (
     width_for,
 )
 from pipeline.bench.problem import Problem, batches_of
+from pipeline.config.schema import Config
 from pipeline.errors import JkoflowError
 from pipeline.optim.ema import Ema
 from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
@@ -42,7 +44,7 @@ _PARTS = 4
 #: steps of the schedule, whatever the budget
 _SCHEDULE = 10_000
 #: batches of the training that finds the seconds of a batch
-_PROBE = 20
+_PROBE = 8
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,14 @@ class Training:
         parameters: the most that a model may have.
         accelerator: device; a single process.
         progress: wraps loops.
+        paces: seconds of a batch by model, D and width, where a short training has found them.
     """
 
     budget: Budget
     parameters: int
     accelerator: Accelerator
     progress: Progress
+    paces: dict[tuple[str, int, int], float] = field(default_factory=dict)
 
     def train(self, name: str, problem: Problem, folder: Path, measure: Measure) -> Trained:
         """Train a model.
@@ -130,15 +134,13 @@ class Training:
         else:
             batches = self._batches(name, width, problem)
             config = blockwise_config(problem.config, name, width, batches)
-        began = time.perf_counter()
-        train(config, folder, self.accelerator, self.progress, True, problem.source)
-        elapsed = time.perf_counter() - began
+        elapsed, share = self._train_run(config, folder, True, problem)
         run = open_run(folder)
         run.flow.to(self.accelerator.device)
         rows = run.manifest.blocks
         seconds = done = 0.0
         for count, row in enumerate(rows, start=1):
-            seconds, done = seconds + row.seconds, done + row.iterations
+            seconds, done = seconds + share * row.seconds, done + row.iterations
             if count < len(rows):
                 measure(Checkpoint(FlowModel(run.flow[:count]), seconds, int(done)))
         remove_samples(folder)
@@ -151,13 +153,29 @@ class Training:
         if self.budget.unit == "batches":
             return int(self.budget.amount)
         blocks = block_count(problem.config, name)
+        key = (name, problem.dim, width)
+        if key not in self.paces:
+            self.paces[key] = self._pace(name, width, blocks, problem)
+        return max(blocks, int(self.budget.amount / self.paces[key]))
+
+    def _pace(self, name: str, width: int, blocks: int, problem: Problem) -> float:
+        """Return the seconds of a batch, of a short training."""
         config = blockwise_config(problem.config, name, width, blocks * _PROBE)
         with tempfile.TemporaryDirectory(prefix="jkoflow-bench-") as scratch:
             run = Path(scratch)
-            train(config, run, self.accelerator, self.progress, False, problem.source)
+            _, share = self._train_run(config, run, False, problem)
             rows = open_run(run).manifest.blocks
-        per_batch = sum(row.seconds for row in rows) / sum(row.iterations for row in rows)
-        return max(blocks, int(self.budget.amount / per_batch))
+        return share * sum(row.seconds for row in rows) / sum(row.iterations for row in rows)
+
+    def _train_run(
+        self, config: Config, folder: Path, resume: bool, problem: Problem
+    ) -> tuple[float, float]:
+        """Train a run; return the seconds that it used, and their share in those of the clock."""
+        device = self.accelerator.device
+        began, used = time.perf_counter(), used_seconds(device)
+        train(config, folder, self.accelerator, self.progress, resume, problem.source)
+        elapsed = used_seconds(device) - used
+        return elapsed, elapsed / (time.perf_counter() - began)
 
     # ---------------------------------------------------------------- all weights together
 
@@ -172,14 +190,14 @@ class Training:
         model = make_baseline(name, settings, problem.dim, weights).to(device)
         stage = problem.source.first_stage(folder, config, self.accelerator)
         batches, average = batches_of(stage, config), Ema(model, recipe.ema)
-        peak = recipe.lr if isinstance(recipe.lr, float) else recipe.lr[0]
+        peak = problem.learning_rate
         optimizer = torch.optim.Adam(model.parameters(), peak)
         seconds, done, part = 0.0, 0, 1
         while (spent := self.budget.spent(done, seconds)) < 1:
             if spent >= part / _PARTS:
                 measure(Checkpoint(_averaged(model, average), seconds, done))
                 part += 1
-            began = time.perf_counter()
+            began = used_seconds(device)
             z = stage.take("z", batches.indices(done)).to(device)
             lr = warmup_cosine(
                 int(spent * _SCHEDULE), _SCHEDULE, peak=peak, final=recipe.lr_final, warmup=0
@@ -188,7 +206,7 @@ class Training:
             noise = generator(recipe.seed, "bench", name, "noise", done)
             self._step(model, optimizer, z, noise, recipe.grad_clip, done)
             average.update(model)
-            done, seconds = done + 1, seconds + time.perf_counter() - began
+            done, seconds = done + 1, seconds + used_seconds(device) - began
         remove_samples(folder)
         final = _averaged(model, average)
         return Trained(final, seconds, 0.0, done, model.parameter_count, width)

@@ -86,6 +86,14 @@ def bench_command(
     test: Annotated[
         int, typer.Option("--test", help="Held-out samples that measure the likelihood.")
     ] = 5000,
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            "--tune",
+            help="Learning rates such as 1e-3,3e-3,1e-2 that are tried for every model with a "
+            "quarter of the budget on the first data set; default: train.lr.",
+        ),
+    ] = None,
     published: Annotated[
         bool, typer.Option("--published", help="Print the paper's figures below ours.")
     ] = False,
@@ -111,10 +119,25 @@ def bench_command(
         parameters,
         tuple(overrides or ()),
         HeldOut(test=test),
+        _rates(tune or ""),
     )
     folder = run if run is not None else Path("runs") / f"bench-{suite}"
     run_bench(bench, folder, make_accelerator(), progress_bar, published)
     print(folder / "table.md")
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    """Read learning rates with commas between them.
+
+    Raises:
+        UserError: one is not a number.
+    """
+    try:
+        return tuple(float(name) for name in _names(text))
+    except ValueError as error:
+        raise UserError(
+            f"--tune is {text!r}; expected learning rates such as 1e-3,3e-3"
+        ) from error
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -10,7 +10,15 @@ import torch
 from PIL import Image
 
 from eval.pictures import animation
-from eval.plots2d import density, frames, scatter, trajectories, window
+from eval.plots2d import (
+    Panel,
+    density,
+    frames,
+    samples_and_densities,
+    scatter,
+    trajectories,
+    window,
+)
 
 
 def blob(x, y, n=400, seed=0):
@@ -76,6 +84,23 @@ def test_density_stands_beside_the_data_in_the_same_place():
         density(io.BytesIO(), data, np.zeros((3, 4)), (-4, 4))
 
 
+def test_samples_stand_above_their_density():
+    """Dots, their histogram and a given density colour the same spot of each column."""
+    points = blob(2, -1)
+    axis = -4 + 8 / 40 * (np.arange(40) + 0.5)
+    x, y = np.meshgrid(axis, axis)
+    log_density = -((x + 2) ** 2 + (y - 1) ** 2) / 0.02
+    columns = [Panel("data", points), Panel("model", blob(-2, 1), log_density)]
+    ink = coloured(lambda file: samples_and_densities(file, columns, (-4, 4)))
+    for half, x_of, y_of in zip(np.array_split(ink, 2, axis=1), (6, 2), (3, 5), strict=True):
+        spots = [centre_of(row > 0.3) for row in np.array_split(half, 2)]
+        assert spots[0] == pytest.approx(spots[1], abs=0.06)
+        assert (spots[0][0] > 0.5) == (x_of > 4) and (spots[0][1] > 0.5) == (y_of > 4)
+    with pytest.raises(ValueError, match=r"expected \(G, G\)"):
+        bad = [Panel("data", points), Panel("model", points, np.zeros((3, 4)))]
+        samples_and_densities(io.BytesIO(), bad, (-4, 4))
+
+
 def test_trajectories_show_both_ways():
     """Forward moves right, backward left; the second row is the way back."""
     forward = [blob(x, 0) for x in (-2, 0, 2)]
@@ -108,6 +133,7 @@ def test_frames_make_an_animation(tmp_path):
     ("call", "words"),
     [
         (lambda file: scatter(file, [], (-1, 1)), "0 panels"),
+        (lambda file: samples_and_densities(file, [], (-1, 1)), "0 panels"),
         (lambda file: scatter(file, [("3-D", torch.zeros(4, 3))], (-1, 1)), r"shape \(4, 3\)"),
     ],
 )

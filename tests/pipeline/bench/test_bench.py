@@ -76,6 +76,8 @@ def test_every_model_has_a_row_with_its_budget(finished) -> None:
     with (folder / "table.csv").open() as file:
         read = list(csv.DictReader(file))
     assert [float(line["nll"]) for line in read] == [row.measured.nll for row in rows]
+    kept = atomic.read_tensors(folder / "8gaussians" / "jko" / "seed-0" / "samples.safetensors")
+    assert kept["log_density"].shape == (40, 40) and kept["log_density"].isfinite().all()
     for name in ("8gaussians-nll", "8gaussians-mmd", "8gaussians-samples"):
         with Image.open(folder / "plots" / f"{name}.png") as picture:
             assert min(picture.size) > 100
