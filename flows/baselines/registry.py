@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 import torch
 
+from flows.baselines.autoregressive import Autoregressive, AutoregressiveConfig
 from flows.baselines.base import DensityModel
 from flows.baselines.ffjord import Ffjord, FfjordConfig
 from flows.baselines.ignn import Ignn, IgnnConfig
@@ -38,6 +39,8 @@ BASELINES: dict[str, Baseline] = {
     "ignn": Baseline("IGNN", IgnnConfig, Ignn),
     "iresnet": Baseline("i-ResNet", IResNetConfig, IResNet),
     "scoresde": Baseline("ScoreSDE", ScoreSdeConfig, ScoreSde),
+    "maf": Baseline("MAF", AutoregressiveConfig, Autoregressive),
+    "nsf": Baseline("NSF", AutoregressiveConfig, Autoregressive),
 }
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
 
+from flows.baselines.autoregressive import AutoregressiveConfig
 from flows.baselines.ffjord import FfjordConfig
 from flows.baselines.ignn import IgnnConfig
 from flows.baselines.iresnet import IResNetConfig
@@ -24,6 +26,10 @@ from pipeline.errors import UserError
 #: models that are trained block by block, by the pipeline of images
 BLOCKWISE = {"jko": "JKO-iFlow", "lfm": "local flow matching", "fm": "flow matching"}
 TITLES = {**BLOCKWISE, **{name: baseline.title for name, baseline in BASELINES.items()}}
+#: models that need the extra zuko
+AUTOREGRESSIVE = ("maf", "nsf")
+#: bins of the splines of NSF
+_BINS = 8
 #: residual blocks of i-ResNet and IGNN
 _RESIDUAL_BLOCKS = 8
 _WIDEST = 4096
@@ -33,11 +39,17 @@ def check_models(names: Sequence[str]) -> None:
     """Check the names of models.
 
     Raises:
-        UserError: one is unknown or named twice, or there is none.
+        UserError: one is unknown, named twice or needs a package that is not installed, or there
+            is none.
     """
     for name in names:
         if name not in TITLES:
             raise UserError(f"model {name!r} is unknown; choose from {', '.join(TITLES)}")
+        if name in AUTOREGRESSIVE and find_spec("zuko") is None:
+            raise UserError(
+                f"model {name} needs the package zuko, which is not installed; run: pip install "
+                "'jkoflow[zuko]'"
+            )
     if not names or len(set(names)) != len(names):
         raise UserError(
             f"--models is {','.join(names)!r}; expected at least one name, each of them once"
@@ -104,13 +116,18 @@ def baseline_config(name: str, width: int, depth: int) -> Any:  # noqa: ANN401
         return OtFlowConfig(width=width)
     if name == "ignn":
         return IgnnConfig(VelocityConfig("mlp", width, 2, autonomous=True), _RESIDUAL_BLOCKS)
+    if name in AUTOREGRESSIVE:
+        return AutoregressiveConfig(width, bins=_BINS if name == "nsf" else 0)
     if name == "iresnet":
         return IResNetConfig(width=width, blocks=_RESIDUAL_BLOCKS)
     return ScoreSdeConfig(VelocityConfig("resmlp", width, depth))
 
 
 def parameter_count(name: str, config: Config, dim: int, width: int) -> int:
-    """Count the parameters of a model of a width; no memory is spent."""
+    """Count the parameters of a model of a width; no memory is spent, but for maf and nsf."""
+    if name in AUTOREGRESSIVE:  # zuko computes its masks from their values
+        settings = baseline_config(name, width, config.velocity.depth)
+        return make_baseline(name, settings, dim, torch.Generator()).parameter_count
     with torch.device("meta"):
         if name in BLOCKWISE:
             blocks = block_count(config, name)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
 
+from flows.baselines.autoregressive import Autoregressive, AutoregressiveConfig
 from flows.baselines.base import DensityModel
 from flows.baselines.cnf import FlowModel
 from flows.baselines.ffjord import Ffjord, FfjordConfig, RunningCosts
@@ -46,8 +48,20 @@ CONFIGS = {
     ),
     "iresnet": IResNetConfig(width=16, depth=1, blocks=3, fixed_point=FINE),
     # little noise, so that an untrained network gives a density that a grid can hold
+    "maf": AutoregressiveConfig(width=8, depth=1, blocks=2),
+    "nsf": AutoregressiveConfig(width=8, depth=1, blocks=2, bins=4),
     "scoresde": ScoreSdeConfig(VelocityConfig("resmlp", 16, 1, zero_init=False), 0.1, 1.0, 0.05),
 }
+
+
+HAS_ZUKO = find_spec("zuko") is not None
+MODELS = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(name in ("maf", "nsf") and not HAS_ZUKO, reason="needs zuko"),
+    )
+    for name in BASELINES
+]
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -76,12 +90,14 @@ def forward(model: DensityModel, z: Tensor) -> Tensor:
         for block in model.flow:
             z = block.transport(z, solver=model.solver).z
         return z
+    if isinstance(model, Autoregressive):
+        return model.forward_map(z)[0]
     for layer in model.layers:
         z = layer(z)
     return z
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", MODELS)
 def test_decode_inverts_encode(name: str) -> None:
     model, z = model_of(name), normal(20)
     noise = model.encode(z)
@@ -91,7 +107,7 @@ def test_decode_inverts_encode(name: str) -> None:
     assert not torch.allclose(noise, z, atol=0.05)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", MODELS)
 def test_log_prob_is_that_of_the_jacobian(name: str) -> None:
     model, z = model_of(name, 3), normal(4, 3)
     if isinstance(model, FlowModel):
@@ -105,7 +121,7 @@ def test_log_prob_is_that_of_the_jacobian(name: str) -> None:
     assert float(result.inversion_error.max()) < 1e-4
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_density_integrates_to_one(name: str) -> None:
     model, side, count = model_of(name), 10.0, 60
     axis = (torch.arange(count, dtype=torch.float64) + 0.5) * (2 * side / count) - side
@@ -118,7 +134,7 @@ def test_the_density_integrates_to_one(name: str) -> None:
     assert float(mass) == pytest.approx(1, abs=5e-3)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", MODELS)
 def test_training_lowers_the_loss_and_reaches_all_weights(name: str) -> None:
     model = make_baseline(name, CONFIGS[name], 2, rng(3))
     data = normal(64).float() * torch.tensor([2.0, 0.5]) + 1
@@ -134,7 +150,7 @@ def test_training_lowers_the_loss_and_reaches_all_weights(name: str) -> None:
     assert sum(losses[-2:]) < sum(losses[:2]) - 0.1
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", MODELS)
 def test_weights_and_configuration_are_all_of_a_model(name: str) -> None:
     first = model_of(name)
     plain = json.loads(json.dumps(config_to_dict(CONFIGS[name])))
@@ -151,7 +167,7 @@ def test_weights_and_configuration_are_all_of_a_model(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_generator_decides_the_weights(name: str) -> None:
     before = torch.random.get_rng_state()
     one, two, other = (make_baseline(name, CONFIGS[name], 2, rng(s)) for s in (1, 1, 2))
@@ -187,6 +203,22 @@ def test_ffjord_of_a_linear_field_is_a_gaussian() -> None:
     z = normal(6)
     expected = gaussian_log_prob(z, covariance)
     torch.testing.assert_close(model.log_prob(z).value, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not HAS_ZUKO, reason="needs zuko")
+def test_maf_of_constant_networks_is_a_gaussian() -> None:
+    model = make_baseline("maf", CONFIGS["maf"], 2, rng()).double()
+    with torch.no_grad():
+        for seed, map_ in enumerate(model.maps.transform.transforms):
+            map_.hyper[-1].weight.zero_()
+            map_.hyper[-1].bias.normal_(std=0.5, generator=rng(seed))
+    origin = model.encode(torch.zeros(1, 2, dtype=torch.float64))
+    slopes = (model.encode(torch.eye(2, dtype=torch.float64)) - origin).diagonal()
+    mean, std = -origin[0] / slopes, 1 / slopes
+    z = normal(6)
+    expected = torch.distributions.Normal(mean, std).log_prob(z).sum(dim=1)
+    torch.testing.assert_close(model.log_prob(z).value, expected, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(slopes, torch.ones_like(slopes), atol=0.05)
 
 
 def test_the_running_costs_are_the_integrals() -> None:
