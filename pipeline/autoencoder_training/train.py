@@ -22,12 +22,14 @@ from pipeline.data.image_set import ImageSet, with_random_access
 from pipeline.errors import JkoflowError, UserError
 from pipeline.evaluation.real_images import subset_indices
 from pipeline.runs.directory import ResumePolicy, RunDirectory
+from pipeline.runs.open_log import open_log
 from pipeline.runtime import signals
-from pipeline.runtime.console import Progress
+from pipeline.runtime.console import Progress, annotate
 from pipeline.runtime.distributed import broadcast_decision
 from pipeline.runtime.rng import Batches, generator
 from pipeline.storage import atomic
 from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
+from pipeline.storage.trackers import require_trackers
 from pipeline.storage.training_log import TrainingLog
 
 WEIGHTS = "autoencoder.safetensors"
@@ -58,6 +60,7 @@ def train_autoencoder(
     """
     images = load_images(config.data)
     recipe = config.training
+    require_trackers(recipe.trackers)
     start = _initial_weights(recipe.start)
     architecture = config.architecture.build(images.shape) if start is None else start.config
     if tuple(architecture.image_shape) != images.shape:
@@ -92,18 +95,23 @@ def train_autoencoder(
             state = {"trainer": trainer.state(), "seconds": seconds, "log": log.state()}
             save_checkpoint(checkpoint, state)
 
-    with TrainingLog(folder, accelerator.is_main_process) as log, signals.deferred():
+    log = open_log(folder, config, recipe.trackers, accelerator)
+    with log, signals.deferred():
         log.rewind(0, trainer.done)
         if trainer.done:
             log.restore(state["log"])
         todo = range(trainer.done, recipe.iterations)
-        for step in progress(todo, len(todo), "autoencoder"):
+        bar, first = progress(todo, len(todo), "autoencoder"), time.monotonic()
+        for step in bar:
             batch = images.take(batches.indices(step, rank, ranks).numpy())
             step_generator = generator(recipe.seed, "autoencoder", step, rank)
             try:
                 log.add(trainer.step(torch.from_numpy(batch), step_generator))
             except FloatingPointError as error:
                 raise JkoflowError(str(error)) from error
+            seen = (step + 1 - todo.start) * recipe.batch_size
+            rate = seen / max(time.monotonic() - first, 1e-9)
+            annotate(bar, loss=log.mean()["reconstruction"], images_per_s=rate)
             if trainer.done % _LOG_EVERY == 0 or trainer.done == recipe.iterations:
                 log.flush(0, trainer.done, trainer.done)
             halt = broadcast_decision(accelerator, signals.pending())

@@ -53,6 +53,7 @@ APPLIES: tuple[tuple[str, Condition, str], ...] = (
         "data.name=folder, imagenet32, picture or a table",
     ),
     ("autoencoder.size", lambda c: c.autoencoder.fit == "resize", "autoencoder.fit=resize"),
+    ("train.preview_fid", lambda c: c.train.preview_every > 0, "train.preview_every"),
     ("latents.disturb", lambda c: c.velocity.image_channels > 0, "velocity.image_channels"),
     ("velocity.width", _kind(*_WIDE), "any velocity.kind but linear"),
     ("velocity.depth", _kind(*_WIDE), "any velocity.kind but linear"),

@@ -107,6 +107,7 @@ class AutoencoderTraining:
         precision: fp32, or bf16 for autocast of the networks.
         flip: mirror half of the images.
         checkpoint_seconds: least time between two checkpoints.
+        trackers: trackers that get the log, too: tensorboard, trackio, wandb and mlflow.
         seed: of everything random.
     """
 
@@ -138,6 +139,7 @@ class AutoencoderTraining:
     precision: Precision = "fp32"
     flip: bool = False
     checkpoint_seconds: float = constant(30.0)
+    trackers: list[str] = setting([], resume="free")
     seed: int = constant(0)
 
     def __post_init__(self) -> None:

@@ -48,6 +48,12 @@ class TrainConfig:
         max_minutes: minutes after which the training stops and can be resumed; 0 has no limit.
         checkpoint_seconds: least time between two checkpoints.
         log_every: steps between two lines of the log.
+        trackers: trackers that get the log and the previews, too: tensorboard, trackio, wandb and
+            mlflow; each is an extra of the installation.
+        preview_every: steps between two grids of samples in previews/, all from the same noise; a
+            block ends with one, too. 0 draws none.
+        preview_fid: samples whose FID with evaluate.reference is logged with every grid; 0
+            measures none.
         seed: of initial weights, batches, probes and points.
     """
 
@@ -66,6 +72,9 @@ class TrainConfig:
     max_minutes: float = setting(0.0, least=0, resume="free")
     checkpoint_seconds: float = setting(30.0, least=0, resume="free")
     log_every: int = setting(25, least=1, resume="free")
+    trackers: list[str] = setting([], resume="free")
+    preview_every: int = setting(500, least=0, resume="free")
+    preview_fid: int = setting(0, least=0, resume="free")
     seed: int = setting(0, resume="added")
 
 

@@ -13,6 +13,7 @@ from pipeline.config.keys import keys
 from pipeline.config.schema import Config
 from pipeline.config.values import check_bounds
 from pipeline.errors import UserError
+from pipeline.storage.trackers import require_trackers
 
 
 def check(config: Config) -> None:
@@ -29,6 +30,7 @@ def check(config: Config) -> None:
         raise UserError(
             f"velocity.kind is {config.velocity.kind!r}; expected one of {', '.join(KINDS)}"
         )
+    require_trackers(config.train.trackers)
     _check_refiner(config)
     _check_solvers(config)
     steps(config)

@@ -30,9 +30,9 @@ from pipeline.distillation.distilled_blocks import (
 from pipeline.errors import UserError
 from pipeline.runs.directory import ResumePolicy, RunDirectory, write_manifest
 from pipeline.runs.manifest import Manifest
+from pipeline.runs.open_log import open_log
 from pipeline.runs.run import Run, require_latents
 from pipeline.runtime.console import Progress
-from pipeline.storage.training_log import TrainingLog
 from pipeline.training.block_source import TrainingContext
 from pipeline.training.pass_trainer import PassTrainer
 from pipeline.training.sources import LatentSource, SampleSource
@@ -154,7 +154,7 @@ def distill(
         write_manifest(folder, manifest)
     trainer = PassTrainer(context, manifest, DistilledBlocks(context, teacher, groups))
     plan = manifest.current if manifest.passes else distillation_plan(config, teacher, groups)
-    with TrainingLog(folder, accelerator.is_main_process) as log:
+    with open_log(folder, config, config.train.trackers, accelerator) as log:
         complete = trainer.train(plan, log)
     if complete:
         trainer.tidy()

@@ -9,7 +9,8 @@
 * stages/: training samples pushed through the blocks.
 * checkpoints/: the state to resume from.
 * snapshots/: averaged weights at regular steps (fm.snapshot_every).
-* log.jsonl, tensorboard/: the log of the training.
+* previews/: grids of samples of the blocks in training (train.preview_every).
+* log.jsonl: the log of the training; tensorboard/, wandb/, trackers.json: its trackers.
 * samples/, metrics.json: results of `generate` and `evaluate`.
 """
 

@@ -24,7 +24,7 @@ from pipeline.storage.shards import MANIFEST
 
 #: endings of the files that are read again; any other file may lie in a run
 _TRUSTED = (".safetensors", ".json", ".yaml")
-_GROWING = ("log.jsonl", "tensorboard/")
+_GROWING = ("log.jsonl", "tensorboard/", "wandb/")
 
 
 @dataclass(frozen=True)

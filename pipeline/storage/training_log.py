@@ -1,4 +1,4 @@
-"""Log of a training: log.jsonl and TensorBoard, written by the main process."""
+"""Log of a training: log.jsonl and experiment trackers, written by the main process."""
 
 from __future__ import annotations
 
@@ -8,30 +8,33 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from pipeline.storage import atomic
+from pipeline.storage.trackers import Trackers
 
 
 class TrainingLog:
     """Log of a run; a resumed run first drops the rows that it writes again.
 
-    Rows belong to the pass `number`. Only the main process is `active` and writes.
+    Rows belong to the pass `number`. Only the main process is `active` and writes. The trackers
+    do not get a row again that was in log.jsonl before the run was resumed.
     """
 
-    def __init__(self, folder: Path, active: bool = True) -> None:
+    def __init__(
+        self, folder: Path, active: bool = True, trackers: Trackers | None = None
+    ) -> None:
         self.path = Path(folder) / "log.jsonl"
         self.active, self.number = active, 0
         self._sums: dict[str, float] = defaultdict(float)
         self._count = 0
-        self._board = SummaryWriter(str(Path(folder) / "tensorboard")) if active else None
+        self._trackers = trackers if active else None
+        self._tracked = (0, -1, 0)  # the last row that trackers have
 
     def __enter__(self) -> TrainingLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._board is not None:
-            self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def rewind(self, block: int, step: int) -> None:
         """Drop the rows of a block after a step, all that follow in its pass, and torn lines."""
@@ -44,6 +47,7 @@ class TrainingLog:
             except ValueError:
                 continue
             at = (row.get("pass", 0), row.get("block", -1), row.get("step", 0))
+            self._tracked = max(self._tracked, at)
             if at <= (self.number, block, step):
                 kept.append(line)
         atomic.write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode(), sealed=False)
@@ -69,17 +73,25 @@ class TrainingLog:
 
     def flush(self, block: int, step: int, total_step: int, **extra: float) -> None:
         """Write the running means as one row, and reset them."""
-        row = {"block": block, "step": step, **self.mean(), **extra}
-        self.write(row)
-        prefix = f"pass-{self.number:02d}/" if self.number else ""
-        if self._board is not None:
-            for name, value in row.items():
-                if name not in ("block", "step"):
-                    self._board.add_scalar(f"{prefix}block-{block:02d}/{name}", value, step)
-                    if name == "total":
-                        self._board.add_scalar(f"{prefix}all/total", value, total_step)
+        self.measure(block, step, total_step, **self.mean(), **extra)
         self._sums.clear()
         self._count = 0
+
+    def measure(self, block: int, step: int, total_step: int, **values: float) -> None:
+        """Write values as one row; `total_step` counts the steps of all blocks and passes."""
+        self.write({"block": block, "step": step, **values})
+        if self._sends(block, step):
+            assert self._trackers is not None
+            scalars = {f"{self._prefix(block)}/{name}": value for name, value in values.items()}
+            if "total" in values:
+                scalars["all/total"] = values["total"]
+            self._trackers.log(scalars, total_step)
+
+    def show(self, block: int, step: int, total_step: int, path: Path) -> None:
+        """Send a PNG file of samples to the trackers."""
+        if self._sends(block, step):
+            assert self._trackers is not None
+            self._trackers.log_picture(f"{self._prefix(block)}/samples", path, total_step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row with its pass and the time of day."""
@@ -87,3 +99,12 @@ class TrainingLog:
             with open(self.path, "a") as file:
                 stamped = {"pass": self.number, **row, "time": round(time.time(), 3)}
                 file.write(json.dumps(stamped) + "\n")
+
+    def _prefix(self, block: int) -> str:
+        """Return the name of a block in the trackers."""
+        prefix = f"pass-{self.number:02d}/" if self.number else ""
+        return f"{prefix}block-{block:02d}"
+
+    def _sends(self, block: int, step: int) -> bool:
+        """Whether there are trackers, and they lack what belongs to a step."""
+        return self._trackers is not None and (self.number, block, step) > self._tracked

@@ -194,6 +194,8 @@ class BlockTrainer:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that the block would have if it were finished now."""
+        if self.stopped and self._sound is not None:
+            return self._sound
         averages = self.average.average if self.average is not None else {}
         return {**self.block.state_dict(), **averages}
 

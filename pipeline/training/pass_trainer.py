@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from flows.objectives.schedule import stopping_ratio
@@ -17,7 +18,7 @@ from pipeline.runs.movement_plot import plot_movement
 from pipeline.runs.passes import BlockRow, Pass, summarise
 from pipeline.runs.snapshots import Snapshot, add_snapshot, snapshot_file
 from pipeline.runtime import signals
-from pipeline.runtime.console import say
+from pipeline.runtime.console import annotate, say
 from pipeline.runtime.distributed import broadcast_decision
 from pipeline.storage import atomic
 from pipeline.storage.records import to_json
@@ -25,6 +26,7 @@ from pipeline.storage.training_log import TrainingLog
 from pipeline.training.block_source import BlockSource, Measurement, TrainingContext
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.diagnostics import compares_grids, overfits_grid
+from pipeline.training.previews import Previews
 from pipeline.training.stages import stage_file
 
 
@@ -46,6 +48,7 @@ class PassTrainer:
         self.config, self.folder = context.config, context.folder
         self.accelerator = context.accelerator
         self._manifest = manifest
+        self.previews = Previews(context, manifest)
         self.passes = list(manifest.passes)
         self.deadline = time.monotonic() + 60 * self.config.train.max_minutes
         self.trained = 0
@@ -125,20 +128,27 @@ class PassTrainer:
         if state is not None:
             log.restore(state)
         saved = time.monotonic()
-        before = sum(self.current.iterations[:index])
+        before = sum(sum(earlier.iterations) for earlier in self.passes[:-1])
+        before += sum(self.current.iterations[:index])
         snapshot_every = self.config.fm.snapshot_every if self.config.fm is not None else 0
         remaining = range(trainer.done, trainer.done if trainer.stopped else trainer.iterations)
         step, symbol = trainer.spec.step, "γ" if trainer.spec.h is None else "h"
         kind = "free" if step is None else f"{symbol}={step:.3g}"
         name = f"pass {self.number} block {index}" if self.number else f"block {index}"
+        bar = self.context.progress(remaining, len(remaining), f"{name} ({kind})")
+        samples_per_second = _rate(trainer)
         with signals.deferred():
-            for _ in self.context.progress(remaining, len(remaining), f"{name} ({kind})"):
+            for _ in bar:
                 log.add(trainer.step().terms)
+                annotate(bar, loss=log.mean()["total"], samples_per_s=samples_per_second())
                 if trainer.done % recipe.log_every == 0 or trainer.done == trainer.iterations:
                     seconds = round(trainer.seconds, 3)
                     log.flush(index, trainer.done, before + trainer.done, seconds=seconds)
                 if compares_grids(trainer) and self._has_overfit(trainer, log):
+                    self.previews.draw(self.current, trainer, log, before + trainer.done)
                     break
+                if self.previews.due(trainer):  # before the checkpoint, which counts as drawn
+                    self.previews.draw(self.current, trainer, log, before + trainer.done)
                 if snapshot_every and trainer.done % snapshot_every == 0:
                     save_snapshot(self.folder, trainer)
                 now = time.monotonic()
@@ -235,6 +245,17 @@ class PassTrainer:
                 # the manifest goes first, so that a half-removed stage does not look complete
                 (stage / "manifest.json").unlink(missing_ok=True)
                 shutil.rmtree(stage)
+
+
+def _rate(trainer: BlockTrainer) -> Callable[[], float]:
+    """Return a function that gives the samples per second of the steps since this call."""
+    done, seconds = trainer.done, trainer.seconds
+
+    def rate() -> float:
+        steps = trainer.done - done
+        return steps * trainer.recipe.batch_size / max(trainer.seconds - seconds, 1e-9)
+
+    return rate
 
 
 def save_snapshot(folder: Path, trainer: BlockTrainer) -> None:

@@ -27,9 +27,9 @@ from pipeline.runs.directory import (
     write_manifest,
 )
 from pipeline.runs.manifest import ClassesRecord, Manifest
+from pipeline.runs.open_log import open_log
 from pipeline.runtime.console import Progress, say
 from pipeline.runtime.system import keep_freed_memory
-from pipeline.storage.training_log import TrainingLog
 from pipeline.training.block_source import TrainedBlocks, TrainingContext
 from pipeline.training.pass_trainer import PassTrainer
 from pipeline.training.planner import next_pass
@@ -119,7 +119,7 @@ def train(
         write_manifest(folder, manifest)
     trainer = PassTrainer(context, manifest, TrainedBlocks(context, manifest.init_from))
     if upcoming is not None:
-        with TrainingLog(folder, accelerator.is_main_process) as log:
+        with open_log(folder, config, config.train.trackers, accelerator) as log:
             while upcoming is not None and trainer.train(upcoming, log):
                 upcoming = next_pass(config, trainer.passes)
     if upcoming is None:

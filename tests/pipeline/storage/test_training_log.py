@@ -49,17 +49,3 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
         log.add({"total": 1.0})
         log.flush(0, 1, 1)
     assert not list(tmp_path.iterdir())
-
-
-def test_tensorboard_gets_the_same_values(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with TrainingLog(tmp_path) as log:
-        log.add({"total": 4.0})
-        log.flush(2, 5, 105)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    (point,) = events.Scalars("block-02/total")
-    assert (point.step, point.value) == (5, 4.0)
-    (point,) = events.Scalars("all/total")
-    assert (point.step, point.value) == (105, 4.0)
