@@ -84,8 +84,11 @@ def curves(
     *,
     x_label: str,
     y_label: str,
+    log_y: bool = False,
 ) -> None:
     """Draw named lines (x, y), each (n,), in one plot; values that are not finite leave a gap.
+
+    No two of up to 14 lines look alike. `log_y` draws y, which is then positive, on a log scale.
 
     Raises:
         ValueError: there is no line, or the lengths of an x and y differ.
@@ -96,7 +99,10 @@ def curves(
     axes = _axes(figure, x_label, y_label)
     for i, (name, (x, y)) in enumerate(lines.items()):
         few = "o" if len(np.asarray(x)) <= 20 else None
-        axes.plot(x, y, marker=few, markersize=4, lw=1.6, label=name, color=_COLOURS[i % 7])
+        style, colour = "-" if i < 7 else "--", _COLOURS[i % 7]
+        axes.plot(x, y, style, marker=few, markersize=4, lw=1.6, label=name, color=colour)
+    if log_y:
+        axes.set_yscale("log")
     if all(np.allclose(np.asarray(x, float) % 1, 0) for x, _ in lines.values()):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(lines) > 1:

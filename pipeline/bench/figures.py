@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -39,11 +40,14 @@ def draw_curves(folder: Path, data: str, rows: Sequence[Row]) -> None:
                 x, y = zip(*known, strict=True)
                 lines[TITLES[model]] = (x, y)
         if lines:
-            axes = {"x_label": "seconds of the optimiser", "y_label": label}
-            path = folder / f"{data}-{name.partition('_')[0]}.png"
-            atomic.write_with(path, lambda file, lines=lines, axes=axes: curves(  # type: ignore[misc]
-                file, lines, **axes
-            ))  # fmt: skip
+            draw = partial(
+                curves,
+                lines=lines,
+                x_label="seconds of the optimiser",
+                y_label=label,
+                log_y=name != "nll",
+            )
+            atomic.write_with(folder / f"{data}-{name.partition('_')[0]}.png", draw)
 
 
 def draw_plane(folder: Path, data: str, models: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -59,6 +59,14 @@ def test_curves_draw_the_numbers(figures):
     assert stream.getvalue().startswith(b"\x89PNG")
 
 
+def test_curves_of_eight_models_differ(figures):
+    lines = {str(i): ([1, 2], [10.0**i, 1.0]) for i in range(8)}
+    plots.curves(io.BytesIO(), lines, x_label="s", y_label="MMD²", log_y=True)
+    (axes,) = figures[0].axes
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 8
+    assert axes.get_yscale() == "log"
+
+
 def test_global_state_is_left_alone():
     # `rcParams.copy` does not resolve the automatic backend, as `dict` would.
     code = (
