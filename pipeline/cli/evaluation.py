@@ -1,4 +1,4 @@
-"""`jkoflow evaluate`, `likelihood`, `fid` and `reference`."""
+"""`jkoflow evaluate`, `likelihood`, `fid`, `metrics` and `reference`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def likelihood_command(
 
 
 def fid_command(
-    a: Annotated[str, typer.Argument(help="A folder, a .npz, or a reference, shipped or not.")],
+    a: Annotated[str, typer.Argument(help="Images or statistics, as for `metrics`.")],
     b: Annotated[str, typer.Argument(help="Another set, likewise.")],
     features: Annotated[
         str,
@@ -74,6 +74,56 @@ def fid_command(
         value = fid_between(a, b, accelerator, counter.callback, features)
     if accelerator.is_main_process:
         print(repr(value))
+
+
+def metrics_command(
+    a: Annotated[
+        str,
+        typer.Argument(
+            help="Generated images: a folder, or a .npz, .safetensors, .parquet or .arrow."
+        ),
+    ],
+    b: Annotated[
+        str,
+        typer.Argument(
+            help="Real images likewise, or statistics: a .npz of pytorch-fid, ADM or EDM, a .pkl "
+            "of EDM2, or a reference, shipped or not."
+        ),
+    ],
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="Resize before Inception: pytorch (default, pytorch-fid's), clean (clean-fid's) "
+            "or tensorflow (ADM's and EDM's)."
+        ),
+    ] = None,
+    features: Annotated[
+        str,
+        typer.Option(
+            help="inception, a TorchScript file that you trust, or a folder of a timm or "
+            "open_clip model."
+        ),
+    ] = "inception",
+) -> None:
+    """Measure images against others; prints one line of JSON.
+
+    It has FID, KID, precision, recall, density, coverage and the Inception score. Each has n, a
+    standard error and how the error is estimated. Statistics in place of real images give FID
+    and the Inception score.
+    """
+    import json
+
+    from pipeline.evaluation.metrics import measure_sets
+
+    accelerator = make_accelerator()
+    with ImageCounter() as counter:
+        result = measure_sets(a, b, accelerator, counter.callback, features, mode)
+    if not accelerator.is_main_process:
+        return
+    if features == "inception" and result["inception_score"] is None:
+        say("no Inception score: it needs 10 images, and the class weights of pytorch-fid's own "
+            "file of the network (docs/evaluation.md)")  # fmt: skip
+    print(json.dumps(result))
 
 
 def reference_command(

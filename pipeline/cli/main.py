@@ -78,6 +78,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": sampling.generate_command,
     "evaluate": evaluation.evaluate_command,
     "fid": evaluation.fid_command,
+    "metrics": evaluation.metrics_command,
     "reference": evaluation.reference_command,
     "likelihood": evaluation.likelihood_command,
     "export": publishing.export_command,

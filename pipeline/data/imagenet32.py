@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.images import read_npy_header
+from eval.sets.images import read_npy_header
 from pipeline.data.file_index import FileRecord, file_records
 from pipeline.data.image_set import ImageSet, apply_limit, fingerprint
 from pipeline.errors import UserError
 from pipeline.integrity.limits import require_archive_size
-from pipeline.storage.safe_pickle import load_batch
+from pipeline.integrity.safe_pickle import load_batch
 
 _TRAIN = tuple(f"train_data_batch_{i}" for i in range(1, 11))
 _VAL = ("val_data",)

@@ -11,8 +11,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from eval.features.inception import EXTRACTOR
 from eval.gaussian import GaussianStats
-from eval.inception import EXTRACTOR
 from eval.references import is_reference, load_reference
 from pipeline.config.data import DataConfig
 from pipeline.config.sampling import EvaluateConfig
@@ -171,7 +171,7 @@ def _check_settings(run: Run, settings: EvaluateConfig) -> None:
 
 def _card(reference: str) -> dict[str, Any]:
     """Read the card of a shipped reference or of a file of statistics; empty for images."""
-    if Path(reference).exists() and not is_reference(reference):  # as in eval.images.stats_of
+    if Path(reference).exists() and not is_reference(reference):  # as in open_source
         return {}
     try:
         return load_reference(reference).card

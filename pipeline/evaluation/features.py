@@ -16,9 +16,9 @@ from torch import Tensor
 
 from autoencoders.base import Autoencoder, to_float, to_uint8
 from eval.distances import frechet_distance
+from eval.features.inception import EXTRACTOR, FidInception
 from eval.gaussian import GaussianStats
-from eval.images import stats_of
-from eval.inception import EXTRACTOR, FidInception
+from eval.sets.sources import stats_of
 from pipeline.assets.catalogue import ASSETS
 from pipeline.assets.fetch import fetch_asset
 from pipeline.data.image_set import ImageSet

@@ -8,8 +8,8 @@ from functools import cache
 from accelerate import Accelerator
 
 from eval.distances import frechet_distance
-from eval.images import stats_of
-from eval.inception import FidInception, Inception, PytorchFidInception
+from eval.features.inception import FidInception, Inception, PytorchFidInception
+from eval.sets.sources import stats_of
 from pipeline.errors import UserError
 from pipeline.evaluation.features import inception_weights
 

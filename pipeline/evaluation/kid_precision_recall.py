@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.distances import kid, precision_recall
+from eval.distances import kid
+from eval.manifolds import manifold_metrics
 from pipeline.config.data import DataConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
@@ -55,7 +56,7 @@ def kid_precision_recall(
     """
     count = min(len(real), len(sampled), MOST)
     a, b = _rows(real, count), _rows(sampled, count)
-    distance, manifold = kid(a, b), precision_recall(a, b)
+    distance, manifold = kid(a, b), manifold_metrics(a, b)
     return {
         "kid": {
             **asdict(distance),
@@ -63,7 +64,8 @@ def kid_precision_recall(
             "n_real": count,
             "against": f"{images.name} {images.split}",
         },
-        **asdict(manifold),
+        "precision": manifold.precision,
+        "recall": manifold.recall,
     }
 
 

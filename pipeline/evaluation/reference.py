@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from eval.distances import frechet_distance
+from eval.features.inception import EXTRACTOR
 from eval.gaussian import GaussianStats
-from eval.inception import EXTRACTOR
 from eval.references import reference_bytes
 from pipeline.config.schema import Config
 from pipeline.data.datasets import load_images

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from eval.inception import EXTRACTOR
+from eval.features.inception import EXTRACTOR
 from eval.plots import curves
 from pipeline.config.sampling import EvaluateConfig
 from pipeline.evaluation.evaluator import Evaluator

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
@@ -16,14 +17,14 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _BYTES_PER_PIXEL = 32
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """Open an image file, a context manager; its pixels are not decoded yet.
+def open_picture(path: str | Path | BytesIO) -> Image.Image:
+    """Open an image file or its bytes, a context manager; its pixels are not decoded yet.
 
     Raises:
         OSError: it is not a regular file, or not an image of one of `FORMATS`.
         ValueError: its pixels exceed the limit of `pipeline.integrity.limits`.
     """
-    if not stat.S_ISREG(Path(path).stat().st_mode):
+    if not isinstance(path, BytesIO) and not stat.S_ISREG(Path(path).stat().st_mode):
         raise OSError(f"{path} is not a regular file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -32,7 +33,8 @@ def open_picture(path: str | Path) -> Image.Image:
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from error
     try:
-        require_size(picture.width * picture.height * _BYTES_PER_PIXEL, path)
+        name = "an image" if isinstance(path, BytesIO) else path
+        require_size(picture.width * picture.height * _BYTES_PER_PIXEL, name)
     except ValueError:
         picture.close()
         raise

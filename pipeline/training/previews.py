@@ -15,10 +15,10 @@ from torch import Tensor
 
 from autoencoders.base import Autoencoder, to_uint8
 from eval.distances import frechet_distance
+from eval.features.inception import FidInception
 from eval.gaussian import GaussianStats
-from eval.images import stats_of
-from eval.inception import FidInception
 from eval.pictures import image_grid, save_png
+from eval.sets.sources import stats_of
 from flows.errors import SolveError
 from flows.flow import Flow
 from flows.networks.condition import Condition

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from eval.features.inception import FidInception
+from eval.features.inception_weights import read_weights
 from eval.gaussian import GaussianStats
-from eval.images import FolderImages, compute_stats
-from eval.inception import FidInception
-from eval.inception_weights import read_weights
+from eval.sets.images import FolderImages
+from eval.sets.sources import compute_stats
 from tests.eval.conftest import pytorch_fid_network
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.inception import FidInception
-from eval.pytorch_fid import convolutions
+from eval.features.inception import FidInception
+from eval.features.pytorch_fid import convolutions
 
 
 def pytorch_fid_network(state: dict[str, Tensor]) -> torch.nn.Module:

@@ -7,8 +7,9 @@ import torch
 from pytorch_fid import fid_score
 
 from eval import distances
-from eval.distances import frechet_distance, kid, precision_recall
+from eval.distances import frechet_distance, kid
 from eval.gaussian import GaussianStats
+from eval.manifolds import manifold_metrics
 from tests.eval.moments import stats_from
 
 
@@ -102,31 +103,6 @@ def test_kid_is_unbiased_and_its_error_is_the_true_one():
     assert 0.7 < claimed / values.std(ddof=1) < 1.5
 
 
-def test_precision_and_recall_equal_brute_force(monkeypatch):
-    monkeypatch.setattr("eval.distances._CHUNK", 7)
-    rng = np.random.default_rng(0)
-    real, fake = rng.normal(size=(40, 3)), 0.8 * rng.normal(size=(33, 3)) + 1.2
-
-    def inside(points, balls):
-        radius = [sorted(np.linalg.norm(balls - b, axis=1))[3] for b in balls]  # [0] is itself
-        return np.mean([any(np.linalg.norm(p - b) <= r for b, r in zip(balls, radius, strict=True))
-                        for p in points])  # fmt: skip
-
-    actual = precision_recall(real, fake)
-    assert actual.precision == pytest.approx(inside(fake, real))
-    assert actual.recall == pytest.approx(inside(real, fake))
-    assert 0 < actual.recall < actual.precision < 1
-
-
-def test_precision_and_recall_at_their_ends():
-    x = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    same, apart = precision_recall(x, x), precision_recall(x, x + 1000)
-    assert (same.precision, same.recall) == (1, 1)
-    assert (apart.precision, apart.recall) == (0, 0)
-    half = precision_recall(np.concatenate([x, x + 1000]), x)  # a mode is missing
-    assert (half.precision, half.recall) == (1, 0.5)
-
-
 def test_bad_sets_are_named():
     x = np.zeros((10, 3))
     with pytest.raises(ValueError, match=r"shapes \(10, 3\) and \(10, 2\)"):
@@ -135,10 +111,6 @@ def test_bad_sets_are_named():
         kid(x, x[:3])
     with pytest.raises(ValueError, match="subsets is 1 and subset_size 1000; expected at least 2"):
         kid(x, x, subsets=1)
-    with pytest.raises(ValueError, match="10 and 3 images; expected at least 4"):
-        precision_recall(x, x[:3])
-    with pytest.raises(ValueError, match="k is 0; expected at least 1"):
-        precision_recall(x, x, k=0)
 
 
 def test_a_covariance_that_is_none_is_refused():
@@ -171,7 +143,7 @@ def test_a_distance_below_rounding_is_refused(monkeypatch):
         frechet_distance(good, good)
 
 
-@pytest.mark.parametrize("measure", [kid, precision_recall])
+@pytest.mark.parametrize("measure", [kid, manifold_metrics])
 def test_features_that_are_not_finite_are_refused(measure):
     good = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     for value in (float("nan"), float("inf")):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from eval.distances import frechet_distance
-from eval.images import stats_of
 from eval.references import load_reference, read_reference, reference_bytes, reference_names
+from eval.sets.sources import stats_of
 from tests.eval.moments import stats_from
 
 CARD = {"dataset": "d", "split": "train", "n": 400, "extractor": "e", "content_sha256": "0" * 64}

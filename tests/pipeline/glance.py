@@ -29,5 +29,5 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.evaluation.features.load_inception", lambda _: Glance())
     original = GaussianStats.__init__
     monkeypatch.setattr(GaussianStats, "__init__", lambda self, dim=DIM: original(self, dim))
-    for place in ("eval.images.FEATURES", "eval.inception.FEATURES"):
+    for place in ("eval.sets.sources.FEATURES", "eval.features.inception.FEATURES"):
         monkeypatch.setattr(place, DIM)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.inception_weights import read_weights
-from eval.pytorch_fid import convolutions
+from eval.features.inception_weights import read_weights
+from eval.features.pytorch_fid import convolutions
 from tests.pipeline.tiny import say
 
 #: where pytorch-fid looks for its weights before it downloads them

@@ -301,7 +301,7 @@ def test_with_the_real_network(
     inception_weights: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The expected value uses the features: tr (S_a S_b)^1/2 is a nuclear norm (n x m)."""
-    from eval.inception import FidInception
+    from eval.features.inception import FidInception
 
     network = FidInception.from_weights(inception_weights)
     monkeypatch.setattr("pipeline.evaluation.features.load_inception", lambda _: network)

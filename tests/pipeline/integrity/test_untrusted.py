@@ -22,7 +22,7 @@ from safetensors.torch import save
 from autoencoders.conversion.checkpoint import read_checkpoint
 from autoencoders.weights import DESCRIPTION, load_weights
 from eval.gaussian import GaussianStats
-from eval.images import FolderImages, NpzImages
+from eval.sets.images import FolderImages, NpzImages
 from flows.errors import FlowError
 from flows.networks.config import VelocityConfig
 from pipeline.assets.archives import find_files, read_bytes
@@ -34,9 +34,9 @@ from pipeline.integrity import pickles
 from pipeline.integrity.digests import BLANK, stamp
 from pipeline.integrity.limits import VARIABLE
 from pipeline.integrity.pictures import open_picture
+from pipeline.integrity.safe_pickle import UnsafePickleError, load_batch
 from pipeline.runs.manifest import Manifest
 from pipeline.storage import atomic
-from pipeline.storage.safe_pickle import UnsafePickleError, load_batch
 from tests.autoencoders.models import config as architecture
 from tests.pipeline.records import block_row, synthetic_manifest
 

@@ -1,4 +1,4 @@
-"""Image sets on disk, with the same pixels as pytorch-fid reads, and their statistics.
+"""Image sets on disk, with the same pixels as pytorch-fid reads: folders and .npz files.
 
 Threads read a few batches ahead of the network.
 """
@@ -12,16 +12,15 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Protocol, TypeVar
 
 import numpy as np
 import torch
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from eval.gaussian import GaussianStats
-from eval.inception import FEATURES, Inception
-from eval.references import is_reference, load_reference, read_reference, reference_names
 from pipeline.integrity.limits import require_size
 from pipeline.integrity.pictures import open_picture
 
@@ -31,16 +30,23 @@ EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", 
 Batch = Tensor | list[Tensor]
 """Images uint8 (B, C, H, W), or a list of (C, H, W) if their sizes differ."""
 
-BatchCallback = Callable[[int], None]
-"""Function that is called after each batch with its number of images."""
-
 Job = TypeVar("Job")
 
 #: errors of a damaged or encrypted archive
 _DAMAGE = (ValueError, EOFError, OSError, RuntimeError, NotImplementedError, zlib.error,
            zipfile.BadZipFile)  # fmt: skip
-_BATCH = 50
+BATCH = 50
 _AHEAD = 3
+
+
+class Images(Protocol):
+    """Set of images, at least two, in a fixed order."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int = BATCH) -> Iterator[Batch]:
+        """Yield the images in order, `size` at a time; a ValueError names a damaged one."""
+        ...
 
 
 class FolderImages:
@@ -57,18 +63,23 @@ class FolderImages:
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder of images at {folder}; check the path")
-        self.files = sorted(
+        self.files = self.list_files(folder)
+        require_two(len(self.files), folder)
+
+    @staticmethod
+    def list_files(folder: Path) -> list[Path]:
+        """List the image files of a folder by their names."""
+        return sorted(
             p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file()
         )
-        _require_two(len(self.files), folder)
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def batches(self, size: int = _BATCH) -> Iterator[Batch]:
+    def batches(self, size: int = BATCH) -> Iterator[Batch]:
         """Yield the images in order, `size` at a time; a ValueError names a damaged one."""
         chunks = (self.files[i : i + size] for i in range(0, len(self.files), size))
-        yield from _ahead(chunks, _read_pictures, min(4, os.cpu_count() or 1))
+        yield from read_ahead(chunks, _read_pictures, min(4, os.cpu_count() or 1))
 
 
 class NpzImages:
@@ -81,14 +92,14 @@ class NpzImages:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with _archive(self.path) as archive:
+        with open_archive(self.path) as archive:
             if "arr_0.npy" not in archive.namelist():
                 raise ValueError(
                     f"{self.path} has no array `arr_0`; expected an .npz of images, `arr_0` uint8 "
                     "(N, H, W, 1 or 3)"
                 )
             self.shape = self._read_header(archive)
-        _require_two(self.shape[0], self.path)
+        require_two(self.shape[0], self.path)
 
     def _read_header(self, archive: zipfile.ZipFile) -> tuple[int, ...]:
         """Return the shape (N, H, W, C) of `arr_0`."""
@@ -120,10 +131,10 @@ class NpzImages:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def batches(self, size: int = _BATCH) -> Iterator[Batch]:
+    def batches(self, size: int = BATCH) -> Iterator[Batch]:
         """Yield the images in order, `size` at a time; ValueError if the file is damaged."""
         count, height, width, channels = self.shape
-        with _archive(self.path) as archive, archive.open("arr_0.npy") as file:
+        with open_archive(self.path) as archive, archive.open("arr_0.npy") as file:
             self._header(file)
 
             def read(rows: int) -> Tensor:
@@ -142,7 +153,7 @@ class NpzImages:
 
             rows = (min(size, count - i) for i in range(0, count, size))
             # A compressed stream can only be read front to back, so there is one thread.
-            yield from _ahead(rows, read, 1)
+            yield from read_ahead(rows, read, 1)
 
 
 def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -152,75 +163,7 @@ def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     return (format_.read_array_header_1_0 if old else format_.read_array_header_2_0)(file)
 
 
-def open_images(path: str | Path) -> FolderImages | NpzImages:
-    """Open a set of images, a folder or an .npz (see `FolderImages` and `NpzImages`)."""
-    path = Path(path)
-    if path.is_dir():
-        return FolderImages(path)
-    if path.suffix != ".npz" and path.is_file():
-        raise ValueError(f"{path} is another file; expected a folder of images or an .npz")
-    return NpzImages(path)
-
-
-def compute_stats(
-    images: FolderImages | NpzImages, network: Inception, progress: BatchCallback | None = None
-) -> GaussianStats:
-    """Compute mean and covariance of the features of all images, with one batch in memory."""
-    stats = GaussianStats(FEATURES)
-    for batch in images.batches():
-        stats.update(network.features(batch))
-        if progress:
-            progress(len(batch))
-    return stats
-
-
-def stats_of(
-    source: str | Path, network: Callable[[], Inception], progress: BatchCallback | None = None
-) -> GaussianStats:
-    """Load or compute the statistics of anything that `jkoflow fid` accepts.
-
-    The source is a folder of images, an .npz of images (`arr_0`) or of statistics (`mu`, `sigma`),
-    a .safetensors of `jkoflow reference`, or the name of a shipped reference. A path of that name
-    has priority. `network` is only called if there are images.
-
-    Raises:
-        FileNotFoundError: the source is neither a path nor a shipped reference.
-        ValueError: the set is empty, too small, damaged or of another kind.
-    """
-    path = Path(source)
-    if not path.exists():
-        if str(source) in reference_names():
-            return load_reference(str(source)).stats
-        raise FileNotFoundError(
-            f"'{source}' is neither a path nor a shipped reference "
-            f"({', '.join(reference_names()) or 'none are shipped'})"
-        )
-    if is_reference(path):
-        return _checked(path, read_reference(path).stats)
-    if path.is_file() and path.suffix == ".npz":
-        with _archive(path) as archive:
-            names = set(archive.namelist())
-        if {"mu.npy", "sigma.npy"} <= names:
-            return _checked(path, GaussianStats.load(path))
-        if "arr_0.npy" not in names:
-            raise ValueError(
-                f"{path} has the arrays {sorted(n.removesuffix('.npy') for n in names)}; expected "
-                "images (`arr_0`) or statistics (`mu`, `sigma`)"
-            )
-    return compute_stats(open_images(path), network(), progress)
-
-
-def _checked(path: Path, stats: GaussianStats) -> GaussianStats:
-    """Return statistics after a check of their dimension."""
-    if stats.dim != FEATURES:
-        raise ValueError(
-            f"the statistics in {path} have {stats.dim} dimensions; expected {FEATURES}; use "
-            "pool3 features"
-        )
-    return stats
-
-
-def _archive(path: Path) -> zipfile.ZipFile:
+def open_archive(path: Path) -> zipfile.ZipFile:
     """Open an .npz."""
     if not path.is_file():
         raise FileNotFoundError(f"no .npz at {path}; check the path")
@@ -231,7 +174,7 @@ def _archive(path: Path) -> zipfile.ZipFile:
     return archive
 
 
-def _require_two(n: int, path: Path) -> None:
+def require_two(n: int, path: Path) -> None:
     """Raise ValueError unless there are two images or more."""
     if n < 2:
         raise ValueError(f"{path} holds {n} images; expected at least 2 for a distance")
@@ -239,23 +182,37 @@ def _require_two(n: int, path: Path) -> None:
 
 def _read_pictures(files: list[Path]) -> Batch:
     """Read a batch of image files."""
-    images = [_read_picture(file) for file in files]
-    same = all(image.shape == images[0].shape for image in images)
-    return torch.stack(images) if same else images
+    return stack_batch([_read_picture(file) for file in files])
 
 
 def _read_picture(file: Path) -> Tensor:
     """Read an image file as uint8 (C, H, W); grey keeps one channel, all others become RGB."""
+    return decode_picture(file, f"the image {file}")
+
+
+def decode_picture(file: Path | BytesIO, name: str) -> Tensor:
+    """Decode an image as uint8 (C, H, W); grey keeps one channel, all others become RGB.
+
+    Raises:
+        ValueError: it cannot be decoded; `name` stands for it in the message.
+    """
     try:
         with open_picture(file) as picture:
             pixels = np.array(picture if picture.mode == "L" else picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
-        raise ValueError(f"cannot read the image {file} ({error}); remove or repair it") from error
+        reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"cannot read {name} ({reason}); remove or repair it") from error
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
-def _ahead(jobs: Iterator[Job], read: Callable[[Job], Batch], threads: int) -> Iterator[Batch]:
+def stack_batch(images: list[Tensor]) -> Batch:
+    """Stack images (C, H, W) of one shape; leave others a list."""
+    same = all(image.shape == images[0].shape for image in images)
+    return torch.stack(images) if same else images
+
+
+def read_ahead(jobs: Iterator[Job], read: Callable[[Job], Batch], threads: int) -> Iterator[Batch]:
     """Yield read(job) in order, while threads read a few jobs ahead of the consumer."""
     pool = ThreadPoolExecutor(threads)
     waiting: deque[Future[Batch]] = deque()

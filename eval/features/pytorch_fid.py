@@ -57,7 +57,7 @@ def convolutions() -> dict[str, Any]:
 
 
 def network_from(state: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 - torchvision is untyped
-    """Build the network with the weights of `eval.inception_weights.check_state`, shared."""
+    """Build the network with checked weights (see `eval.features.inception_weights`), shared."""
     network = empty_network()
     counters = {
         f"{name}.bn.num_batches_tracked": torch.tensor(0) for name in convolutions_of(network)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from eval.pytorch_fid import convolutions, network_from
+from eval.features.pytorch_fid import convolutions, network_from
 
 
 def layout(network: torch.nn.Module) -> list[tuple[str, object]]:

@@ -17,29 +17,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eval.folded_conv import CPU_MICRO_BATCH, FoldedConv
-from eval.inception_weights import read_weights
-from eval.pytorch_fid import network_from
+from eval.features.folded_conv import CPU_MICRO_BATCH, FoldedConv
+from eval.features.inception_weights import read_weights
+from eval.features.pytorch_fid import network_from
+from eval.features.resize import MODES, prepare
 
 FEATURES = 2048
 EXTRACTOR = "inception-2015-12-05/pool3"
 """Name of the features, recorded next to every FID as `extractor`."""
 
-_SIDE = 299
 _GPU_MICRO_BATCH = 64
 
 
 class Inception(nn.Module):
     """Feature extractor of FID: images to pool3 features.
 
-    A subclass is built from a state dict (see `eval.inception_weights`), and maps prepared images
-    (B, 3, 299, 299) in [-1, 1] to features (B, 2048).
+    A subclass is built from a state dict (see `eval.features.inception_weights`). It maps prepared
+    images (B, 3, 299, 299) in [-1, 1] to features (B, 2048). `mode` names the resize, a key of
+    `eval.features.resize.MODES`.
     """
+
+    mode = "pytorch"
+    dim = FEATURES
 
     @classmethod
     def from_weights(cls, path: str | Path) -> Self:
-        """Build the network from any file that `eval.inception_weights.read_weights` reads."""
+        """Build the network from a file of weights (see `eval.features.inception_weights`)."""
         return cls(read_weights(path))
+
+    def with_mode(self, mode: str) -> Self:
+        """Set the resize; ValueError names the modes."""
+        if mode not in MODES:
+            raise ValueError(f"the mode is {mode!r}; expected one of {', '.join(MODES)}")
+        self.mode = mode
+        return self
+
+    @property
+    def name(self) -> str:
+        """Name of the features: the extractor, and the resize unless it is pytorch-fid's."""
+        return EXTRACTOR if self.mode == "pytorch" else f"{EXTRACTOR}/{self.mode}"
 
     @torch.no_grad()
     def features(self, images: Tensor | Sequence[Tensor]) -> Tensor:
@@ -52,7 +68,7 @@ class Inception(nn.Module):
         """
         parts = [images] if isinstance(images, Tensor) else [image[None] for image in images]
         for part in parts:
-            _check(part)
+            require_pictures(part)
         device = next(self.buffers()).device
         size = CPU_MICRO_BATCH if device.type == "cpu" else _GPU_MICRO_BATCH
         features = torch.empty(len(images), FEATURES, device=device)
@@ -63,7 +79,7 @@ class Inception(nn.Module):
             for start in range(0, len(images), size):
                 rows = slice(start, start + size)
                 batch = [images[rows]] if isinstance(images, Tensor) else parts[rows]
-                prepared = torch.cat([_prepare(part.to(device)) for part in batch])
+                prepared = torch.cat([prepare(part.to(device), self.mode) for part in batch])
                 features[rows] = self(prepared)
         return features
 
@@ -197,17 +213,10 @@ class FoldedBlock(nn.Module):
         return F.relu_(F.avg_pool2d(self.pooled(x), 3, 1, 1, count_include_pad=False))
 
 
-def _check(images: Tensor) -> None:
-    """Raise ValueError unless images are uint8 (B, 1 or 3, H, W)."""
+def require_pictures(images: Tensor) -> None:
+    """Check that images are uint8 (B, C, H, W) with C = 1 or 3; else raise ValueError."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
             f"the images are {images.dtype} {tuple(images.shape)}; expected uint8 "
             "(B, 1 or 3, H, W); scale them to 0…255 and round first"
         )
-
-
-def _prepare(images: Tensor) -> Tensor:
-    """Map uint8 images (B, C, H, W) to [-1, 1], (B, 3, 299, 299), by pytorch-fid's resize."""
-    x = images.float() / 255
-    x = F.interpolate(x, size=(_SIDE, _SIDE), mode="bilinear", align_corners=False)
-    return (2 * x - 1).expand(-1, 3, -1, -1)

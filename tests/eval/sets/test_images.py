@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from pytorch_fid.fid_score import get_activations
 
-from eval.images import FolderImages, NpzImages, compute_stats, open_images, stats_of
+from eval.sets.images import FolderImages, NpzImages
+from eval.sets.sources import compute_stats, open_images, stats_of
 from tests.eval.moments import stats_from
 
 
@@ -99,7 +100,7 @@ def test_bad_sets_are_named(tmp_path):
     Image.fromarray(pixels(0, 4, 4)).save(tmp_path / "one.png")
     with pytest.raises(ValueError, match="holds 1 images; expected at least 2"):
         open_images(tmp_path)
-    with pytest.raises(ValueError, match="expected a folder of images or an .npz"):
+    with pytest.raises(ValueError, match="expected a folder of images, an .npz"):
         open_images(tmp_path / "one.png")
     for name, array, message in (
         ("float", np.zeros((3, 4, 4, 3)), "expected uint8 "),
@@ -114,7 +115,7 @@ def test_bad_sets_are_named(tmp_path):
     with pytest.raises(ValueError, match="expected images .* or statistics"):
         stats_of(tmp_path / "other.npz", no_network)
     with pytest.raises(ValueError, match="has no array `arr_0`"):
-        open_images(tmp_path / "other.npz")
+        NpzImages(tmp_path / "other.npz")
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "junk", "flipped"])

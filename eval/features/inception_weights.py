@@ -18,11 +18,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eval.pytorch_fid import convolutions
+from eval.features.pytorch_fid import convolutions
 from pipeline.integrity.limits import require_archive_size
 
 #: tensors of a convolution, in the order of the TorchScript archive
 _SUFFIXES = ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+
+
+CLASSIFIER = "fc.weight"
+"""Key of the class weights in a state dict."""
+
+_CLASSES = (1008, 2048)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -37,19 +43,37 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no Inception weights at {path}; check the path")
+    state = _load_state(path)
+    return convert_torchscript(path) if state is None else check_state(state)
+
+
+def _load_state(path: Path) -> dict[str, Tensor] | None:
+    """Read a state dict; None for TorchScript."""
     try:
         if path.suffix == ".safetensors":
-            state = load_file(path)
-        elif _is_torchscript(path):
-            return convert_torchscript(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        if _is_torchscript(path):
+            return None
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f"{path} is not a readable file of Inception weights "
             f"({type(error).__name__}); delete it and fetch it again"
         ) from error
-    return check_state(state)
+
+
+def read_classifier(path: str | Path) -> Tensor | None:
+    """Read the class weights, float32 (1008, 2048), of a file of Inception weights.
+
+    Inception scores use them without a bias, as the original does. pytorch-fid's `.pth` has them;
+    other files have none, and the result is None.
+    """
+    state = _load_state(Path(path))
+    weight = None if state is None else state.get(CLASSIFIER)
+    if weight is None or tuple(weight.shape) != _CLASSES:
+        return None
+    return weight.detach().float()
 
 
 def check_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

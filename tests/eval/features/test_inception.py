@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import eval.folded_conv as folded_conv
-from eval.inception import FidInception, PytorchFidInception
-from eval.inception_weights import read_weights, weights_sha256
+import eval.features.folded_conv as folded_conv
+from eval.features.inception import FidInception, PytorchFidInception
+from eval.features.inception_weights import read_weights, weights_sha256
 
 
 def images(n: int, channels: int = 3, side: int = 32, seed: int = 0) -> torch.Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.storage.safe_pickle import UnsafePickleError, load_batch
+from pipeline.integrity.safe_pickle import UnsafePickleError, load_batch
 
 
 class Python2(pickle._Pickler):  # type: ignore[name-defined]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eval.inception_weights import check_state, read_weights, weights_sha256
-from eval.pytorch_fid import convolutions
+from eval.features.inception_weights import check_state, read_weights, weights_sha256
+from eval.features.pytorch_fid import convolutions
 
 SUFFIXES = ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")
 

@@ -1,0 +1,1 @@
+"""Sets of images and statistics of features, read from files."""

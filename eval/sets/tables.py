@@ -1,0 +1,221 @@
+"""Images in tables: parquet and arrow files, as the datasets library writes them.
+
+pyarrow is an optional dependency (`pip install 'jkoflow[data]'`), imported when a table is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from eval.sets.images import BATCH, Batch, decode_picture, read_ahead, require_two, stack_batch
+from pipeline.integrity.limits import require_size
+
+SUFFIXES = (".parquet", ".arrow")
+_USUAL = ("image", "img", "images", "picture", "jpg", "png")
+
+
+class TableImages:
+    """Images of a parquet or arrow file, or of all such files of a folder, in their order.
+
+    The column holds encoded images: their bytes, or a structure with `bytes`, which is the hub's
+    image type. `column` is its name; without one, it is the only such column or has a usual name.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: pyarrow is missing, a file is damaged, or there is no such column.
+    """
+
+    def __init__(self, path: str | Path, column: str | None = None) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise FileNotFoundError(f"no table at {self.path}; check the path")
+        self.files = table_files(self.path)
+        tables = [_Table(file) for file in self.files]
+        self.column = _choose_column(self.path, tables[0], column)
+        for table in tables:
+            if not table.has_pictures(self.column):
+                raise ValueError(
+                    f"{table.file} has no images in the column {self.column!r}; expected the "
+                    f"columns of {tables[0].file.name}; write it again"
+                )
+        self.counts = [len(table) for table in tables]
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def batches(self, size: int = BATCH) -> Iterator[Batch]:
+        """Yield the images in order, `size` at a time; a ValueError names a damaged one."""
+        require_two(len(self), self.path)
+
+        def read(job: tuple[Path, int, list[Any]]) -> Batch:
+            file, first, values = job
+            return stack_batch([
+                _decode(value, f"image {first + i} of {file}") for i, value in enumerate(values)
+            ])  # fmt: skip
+
+        yield from read_ahead(self._jobs(size), read, 4)
+
+    def _jobs(self, size: int) -> Iterator[tuple[Path, int, list[Any]]]:
+        """Yield file, first row and encoded images of every batch."""
+        for file in self.files:
+            first = 0
+            for rows in _Table(file).rows([self.column], size):
+                yield file, first, rows[self.column]
+                first += len(rows[self.column])
+
+    def pictures(self, others: Sequence[str] = ()) -> Iterator[tuple[BytesIO, str, list[Any]]]:
+        """Yield every encoded image with its name and its values of other columns."""
+        for file in self.files:
+            first = 0
+            for rows in _Table(file).rows([self.column, *others], BATCH):
+                for i, value in enumerate(rows[self.column]):
+                    name = f"image {first + i} of {file}"
+                    yield BytesIO(_bytes(value, name)), name, [rows[key][i] for key in others]
+                first += len(rows[self.column])
+
+    def require_column(self, name: str) -> None:
+        """Raise ValueError unless every file has a column."""
+        for file in self.files:
+            if name not in _Table(file).columns:
+                raise ValueError(
+                    f"{file} has the columns {', '.join(_Table(file).columns)}; expected "
+                    f"{name!r} among them"
+                )
+
+
+def table_files(path: Path) -> list[Path]:
+    """List the tables of a path, which is a table itself or a folder of them."""
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+
+
+class _Table:
+    """Table of one file; its rows are read in batches."""
+
+    def __init__(self, file: Path) -> None:
+        pyarrow = _pyarrow()
+        self.file = file
+        try:
+            if file.suffix == ".parquet":
+                from pyarrow.parquet import ParquetFile
+
+                self.parquet = ParquetFile(file, memory_map=True)
+                self.schema = self.parquet.schema_arrow
+                meta = self.parquet.metadata
+                for group in range(meta.num_row_groups):
+                    require_size(meta.row_group(group).total_byte_size, file)
+                self.count = meta.num_rows
+            else:
+                self.parquet = None
+                self.batches = _arrow_batches(file)
+                self.schema = self.batches[0].schema
+                self.count = sum(len(batch) for batch in self.batches)
+        except (pyarrow.ArrowException, OSError, IndexError) as error:
+            raise ValueError(
+                f"{file} is not a complete table ({' '.join(str(error).split())[:200]}); write it "
+                "again"
+            ) from error
+
+    def __len__(self) -> int:
+        return int(self.count)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return list(self.schema.names)
+
+    def has_pictures(self, column: str) -> bool:
+        """Return whether a column can hold encoded images."""
+        if column not in self.columns:
+            return False
+        types = _pyarrow().types
+        kind = self.schema.field(column).type
+        if types.is_struct(kind):
+            index = kind.get_field_index("bytes")
+            return index >= 0 and self._is_binary(kind.field(index).type)
+        return self._is_binary(kind)
+
+    def _is_binary(self, kind: Any) -> bool:  # noqa: ANN401 - pyarrow is untyped
+        """Return whether a type is that of bytes."""
+        types = _pyarrow().types
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+    def rows(self, columns: list[str], size: int) -> Iterator[dict[str, list[Any]]]:
+        """Yield the values of some columns, at most `size` rows at a time."""
+        pyarrow = _pyarrow()
+        try:
+            if self.parquet is not None:
+                for batch in self.parquet.iter_batches(size, columns=columns):
+                    yield batch.to_pydict()
+            else:
+                for batch in self.batches:
+                    for start in range(0, len(batch), size):
+                        yield batch.slice(start, size).select(columns).to_pydict()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{self.file} is damaged ({' '.join(str(error).split())[:200]}); write it again"
+            ) from error
+
+
+def _pyarrow() -> Any:  # noqa: ANN401 - pyarrow is untyped
+    """Import pyarrow; a ValueError says how to install it."""
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ValueError(
+            "the pyarrow library is not installed; expected it for parquet and arrow files; "
+            "run: pip install 'jkoflow[data]'"
+        ) from error
+    return pyarrow
+
+
+def _arrow_batches(file: Path) -> list[Any]:
+    """Map the record batches of an arrow file, a stream or a file with an index."""
+    import pyarrow
+
+    source = pyarrow.memory_map(str(file))
+    try:
+        reader = pyarrow.ipc.open_file(source)
+    except pyarrow.ArrowInvalid:
+        source.seek(0)
+        return list(pyarrow.ipc.open_stream(source))
+    return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+
+
+def _choose_column(path: Path, table: _Table, column: str | None) -> str:
+    """Return the column of images."""
+    fitting = [name for name in table.columns if table.has_pictures(name)]
+    if column is not None:
+        if column not in fitting:
+            raise ValueError(
+                f"{path} has no images in the column {column!r} (columns: "
+                f"{', '.join(table.columns)}); expected encoded images, as bytes or as the hub's "
+                "image type"
+            )
+        return column
+    usual = [name for name in _USUAL if name in fitting] or fitting[:1]
+    if not usual or (len(fitting) > 1 and usual[0] not in _USUAL):
+        raise ValueError(
+            f"{path} has no column of images (columns: {', '.join(table.columns)}); expected one "
+            "of encoded images, as bytes or as the hub's image type"
+        )
+    return usual[0]
+
+
+def _decode(value: Any, name: str) -> Tensor:  # noqa: ANN401 - a cell of a table
+    """Decode a cell as uint8 (C, H, W)."""
+    return decode_picture(BytesIO(_bytes(value, name)), name)
+
+
+def _bytes(value: Any, name: str) -> bytes:  # noqa: ANN401 - a cell of a table
+    """Return the bytes of a cell."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        raise ValueError(f"{name} has no bytes; expected an encoded image; write the table again")
+    return data
