@@ -9,10 +9,10 @@ class JkoflowError(Exception):
     exit_code = 1
 
 
-class UserError(JkoflowError):
+class UserError(JkoflowError, ValueError):
     """Mistake of the caller in a configuration, a path or an argument; exit code 2.
 
-    The message is one plain sentence: "X is Y; expected Z; do W".
+    It is a ValueError in Python. The message is one plain sentence: "X is Y; expected Z; do W".
     """
 
     exit_code = 2

@@ -23,6 +23,7 @@ LAYERS = (
     ("autoencoder_training", "bench", "publishing", "dry_run"),
     ("cli",),
     ("__main__", "document"),
+    ("facade",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -58,6 +59,8 @@ def draw() -> str:
     for top in ("flows", "autoencoders", "eval"):
         folders += sorted({path.parent for path in (ROOT / top).rglob("*.py")})
     for folder in folders:
+        if folder.name == "facade":  # the package `jkoflow` lies inside it
+            folder = folder / "jkoflow"
         name = folder.relative_to(ROOT).as_posix()
         if not folder.is_dir():
             lines += [f"**`{name}.py`**: {summary(folder.with_suffix('.py'))}", ""]

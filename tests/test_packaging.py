@@ -8,6 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = ("autoencoders", "configs", "eval", "flows", "pipeline")
+#: the folder of the package `jkoflow`
+FACADE = "pipeline/facade/jkoflow"
 
 
 def test_every_data_file_is_package_data() -> None:
@@ -32,4 +34,4 @@ def test_every_module_is_in_a_package() -> None:
 
 
 def test_every_package_is_typed() -> None:
-    assert all((ROOT / top / "py.typed").is_file() for top in PACKAGES)
+    assert all((ROOT / top / "py.typed").is_file() for top in (*PACKAGES, FACADE))

@@ -22,6 +22,8 @@ KINDS: dict[str, Callable[[VelocityConfig, tuple[int, ...]], Velocity]] = {
     "unet": UNetVelocity,
     "linear": LinearVelocity,
 }
+#: the kinds that are not of plug-ins
+BUILT_IN = tuple(KINDS)
 
 
 def make_velocity(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flows.solving.solver import ADAPTIVE_METHODS
-from pipeline.config.data import TABLES
+from pipeline.config.data import IMAGE_SETS, TABLES
 from pipeline.config.keys import keys
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
@@ -34,7 +34,9 @@ def _adaptive(methods: str | list[str]) -> bool:
 
 
 def _kind(*kinds: str) -> Condition:
-    return lambda config: config.velocity.kind in kinds
+    """Whether the network is of a kind; a plug-in's may use every setting."""
+    known = (*_WIDE, "linear")
+    return lambda c: c.velocity.kind in kinds or c.velocity.kind not in known
 
 
 def _objective(*objectives: str) -> Condition:
@@ -49,8 +51,11 @@ APPLIES: tuple[tuple[str, Condition, str], ...] = (
     ("data.mode", lambda c: c.data.name == "folder", "data.name=folder"),
     (
         "data.path",
-        lambda c: c.data.name in ("folder", "imagenet32", "picture", *TABLES) or bool(c.data.also),
-        "data.name=folder, imagenet32, picture or a table",
+        lambda c: (
+            c.data.name in (*IMAGE_SETS, "picture", *TABLES)
+            and c.data.name not in ("mnist", "cifar10")
+        ) or bool(c.data.also),
+        "data.name=folder, npz, imagenet32, latents, picture or a table",
     ),
     ("autoencoder.size", lambda c: c.autoencoder.fit == "resize", "autoencoder.fit=resize"),
     ("train.preview_fid", lambda c: c.train.preview_every > 0, "train.preview_every"),

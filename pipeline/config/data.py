@@ -10,8 +10,10 @@ from pipeline.config.keys import constant, setting
 
 Fit = Literal["exact", "native", "resize"]
 
-#: data sets of images
-IMAGE_SETS = ("mnist", "cifar10", "imagenet32", "folder")
+#: the data set whose `data.path` is a cache of a caller's own latents
+LATENTS = "latents"
+#: data sets of images, and of latents; plug-ins add theirs
+IMAGE_SETS = ["mnist", "cifar10", "imagenet32", "folder", "npz", LATENTS]
 #: tables of numbers (`jkoflow bench tabular`); every other data.name is a set of points in the
 #: plane (`jkoflow toy2d`)
 TABLES = ("power", "gas", "miniboone", "bsds300")
@@ -22,12 +24,14 @@ class DataConfig:
     """Images, or points in the plane.
 
     Attributes:
-        name: mnist, cifar10, imagenet32 or folder; power, gas, miniboone or bsds300 (tables); or
-            a set of points (`jkoflow toy2d`).
+        name: mnist, cifar10, imagenet32, folder or npz; latents (a caller's own, see
+            docs/python.md); power, gas, miniboone or bsds300 (tables); or a set of points
+            (`jkoflow toy2d`).
         split: the split that the flow or the autoencoder trains on.
         test_split: the split that measures reconstruction and likelihood.
         path: the folder of the images (folder), or of the official files (imagenet32); the file
-            of a table or its folder; the image of data.name=picture.
+            of npz; the cache of latents. A table has its file or folder, and data.name=picture
+            its image.
         size: folder: side of the square that images are resized and centre-cropped to.
         mode: folder: RGB or L (grey).
         limit: number of images that are used of each data set, from the first on; null uses all.
@@ -54,8 +58,8 @@ class EncoderConfig:
     """The autoencoder whose latents the flow models.
 
     Attributes:
-        name: pretrained (shipped, trained here or converted), identity (pixel space) or diffusers
-            (a local folder or a hub id; needs the optional extra).
+        name: pretrained (shipped, trained here or converted), identity (pixel space), diffusers
+            (a local folder or a hub id; needs the optional extra), or that of a plug-in.
         weights: a shipped name (such as mnist-kl), the path of a .safetensors file, or an argument
             of diffusers.
         fit: treatment of images whose shape is not the encoder's. exact refuses them, and native
@@ -66,7 +70,7 @@ class EncoderConfig:
             flows on codebook entries.
     """
 
-    name: Literal["pretrained", "identity", "diffusers"] = "pretrained"
+    name: str = "pretrained"
     weights: str | None = "mnist-kl"
     fit: Fit = "exact"
     size: int = setting(0, least=0)

@@ -23,6 +23,7 @@ from pipeline.config.schema import WHERE, Config
 from pipeline.config.values import convert
 from pipeline.errors import UserError
 from pipeline.runtime.console import say
+from pipeline.runtime.plugins import load_plugins
 from pipeline.storage import seal
 
 S = TypeVar("S")
@@ -282,6 +283,7 @@ def _applicable(schema: type[S], entries: _Entries) -> S:
 
 def _build(schema: type[S], entries: _Entries) -> S:
     """Convert the values, the last of each key, and build the dataclasses."""
+    load_plugins()
     known, last = keys(schema), dict[str, _Entry]()
     sections = {name.rpartition(".")[0] for name in known} - {""}
     for name, entry in entries:

@@ -11,9 +11,11 @@ import numpy as np
 
 from pipeline.assets.catalogue import ASSETS
 from pipeline.assets.fetch import fetch_asset
+from pipeline.config.data import LATENTS
 from pipeline.data.image_folder import load_folder
 from pipeline.data.image_set import ArrayPixels, ImageSet, apply_limit, fingerprint, join
 from pipeline.data.imagenet32 import load_imagenet32
+from pipeline.data.tensors import read_images
 from pipeline.errors import UserError
 from pipeline.runtime.console import say
 
@@ -111,9 +113,29 @@ def _folder(data: DataConfig, split: str) -> ImageSet:
     return load_folder(_require_folder(data, "images"), split, data.size, data.mode, data.limit)
 
 
+def _npz(data: DataConfig, split: str) -> ImageSet:
+    """Open an .npz of images, which is the train split."""
+    path = Path(str(data.path)).expanduser()
+    if not data.path or not path.is_file():
+        raise UserError(f"data.path is {data.path}; set it to an .npz of images, `arr_0`")
+    if split != "train":
+        raise UserError(f"{path} has no split {split!r}; expected train; name another .npz for it")
+    return read_images(path, split, data.limit)
+
+
+def _latents(data: DataConfig, split: str) -> ImageSet:
+    """Refuse to open images: the data are latents."""
+    raise UserError(
+        f"data.name is latents ({data.path}), of which there are no images; expected a data set "
+        "of images; give a folder of images or leave this measurement out"
+    )
+
+
 DATASETS: dict[str, Callable[[DataConfig, str], ImageSet]] = {
     "mnist": _mnist,
     "cifar10": _cifar10,
     "imagenet32": _imagenet32,
     "folder": _folder,
+    "npz": _npz,
+    LATENTS: _latents,
 }

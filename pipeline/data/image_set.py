@@ -20,6 +20,14 @@ from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.storage import atomic
 from pipeline.storage.paths import data_root
 
+#: class names of data sets whose files number the classes; Krizhevsky, "Learning multiple layers
+#: of features from tiny images" (2009)
+CLASS_NAMES: dict[str, tuple[str, ...]] = {
+    "cifar10": (
+        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+    ),
+}  # fmt: skip
+
 
 class Pixels(Protocol):
     """Source of the pixels of a data set."""
@@ -113,6 +121,26 @@ class ArrayPixels:
     def labels(self) -> np.ndarray | None:
         """Return the classes; see `Pixels.labels`."""
         return self.classes
+
+
+def image_set_of(
+    images: np.ndarray, labels: np.ndarray | None, name: str, split: str = "train"
+) -> ImageSet:
+    """Return images uint8 (n, C, H, W) with labels (n,) as a data set."""
+    digest = hashlib.sha256(f"{images.shape}".encode())
+    digest.update(np.ascontiguousarray(images).tobytes())
+    if labels is not None:
+        labels = np.asarray(labels, np.int64)
+        digest.update(labels.tobytes())
+    _, channels, height, width = images.shape
+    return ImageSet(
+        name=name,
+        split=split,
+        shape=(channels, height, width),
+        fingerprint=fingerprint({"name": name, "split": split, "content": digest.hexdigest()}),
+        count=len(images),
+        pixels=ArrayPixels(images, labels),
+    )
 
 
 def fingerprint(parts: Mapping[str, object]) -> str:

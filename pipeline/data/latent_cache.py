@@ -19,12 +19,14 @@ from torch import Tensor
 from autoencoders.adapt import Adaptation
 from autoencoders.base import Autoencoder, Moments, to_float, to_uint8
 from autoencoders.registry import build_autoencoder
+from autoencoders.weights import load_weights, locate_weights
 from eval.reconstruction import psnr
+from pipeline.config.data import LATENTS
 from pipeline.config.schema import Config, EncoderConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
 from pipeline.data.one_writer import one_writer
-from pipeline.data.standardisation import Standardisation
+from pipeline.data.standardisation import Standardisation, standardisation_of
 from pipeline.errors import UserError
 from pipeline.runtime.console import Progress
 from pipeline.runtime.distributed import errors_on_all_ranks
@@ -157,7 +159,7 @@ def _encode(
         _write_shards(writer, images, autoencoder, size, accelerator, progress)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        writer.finish(lambda store: {"standardisation": _compute_standardisation(store).to_dict()})
+        writer.finish(lambda store: {"standardisation": standardisation_of(store).to_dict()})
     accelerator.wait_for_everyone()
 
 
@@ -179,6 +181,8 @@ def open_cache(config: Config) -> LatentCache:
     Raises:
         UserError: the cache is absent or damaged.
     """
+    if config.data.name == LATENTS:
+        return LatentCache(open_store(Path(str(config.data.path)), "latent cache"))
     images, autoencoder = load_images_and_autoencoder(config)
     identity = cache_identity(config, images, autoencoder)
     folder = cache_folder(identity)
@@ -200,6 +204,18 @@ def build_encoder(settings: EncoderConfig, image_shape: tuple[int, int, int]) ->
     """Build the autoencoder of some settings for images of a shape (C, H, W)."""
     adaptation = Adaptation(settings.fit, settings.size, settings.latents)
     return build_autoencoder(settings.name, settings.weights, image_shape, adaptation)
+
+
+def autoencoder_of_latents(config: Config, shape: tuple[int, ...]) -> Autoencoder | None:
+    """Return a configuration's autoencoder if its latents have a shape (C_z, H_z, W_z).
+
+    Its images have the shape that the weights were made for.
+    """
+    settings = config.autoencoder
+    if settings.name != "pretrained" or settings.weights is None:
+        return None
+    model = load_weights(locate_weights(settings.weights))
+    return model if tuple(model.latent_shape) == tuple(shape) else None
 
 
 @torch.inference_mode()
@@ -248,18 +264,3 @@ def _to_shard(moments: Moments, labels: Tensor) -> Shard:
     if moments.log_var is not None:
         shard["log_var"] = moments.log_var.float().cpu()
     return shard
-
-
-def _compute_standardisation(reader: StoreReader) -> Standardisation:
-    """Compute mean and std of each channel in float64: Var[z] = Var[mean] + E[exp(log_var)]."""
-    count, total, square = 0, torch.zeros(()).double(), torch.zeros(()).double()
-    for index in range(len(reader.manifest["shards"])):
-        shard = reader.shard(index)
-        mean = shard["mean"].double()
-        spread = shard["log_var"].double().exp() if "log_var" in shard else 0.0
-        count += mean[:, 0].numel()
-        total = total + mean.sum((0, 2, 3))
-        square = square + (mean**2 + spread).sum((0, 2, 3))
-    average = total / count
-    std = (square / count - average**2).clamp(min=1e-12).sqrt()
-    return Standardisation(average.float(), std.clamp(min=1e-6).float())

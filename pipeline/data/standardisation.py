@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.storage.shards import StoreReader
+
 
 @dataclass(frozen=True)
 class Standardisation:
@@ -47,3 +49,22 @@ class Standardisation:
     def _broadcast(values: Tensor, like: Tensor) -> Tensor:
         """Reshape values (C_z,) to (1, C_z, 1, …) as `like` (B, C_z, …) needs."""
         return values.to(like).view(1, -1, *[1] * (like.ndim - 2))
+
+
+def standardisation_of(store: StoreReader) -> Standardisation:
+    """Compute mean and std of each channel in float64: Var[z] = Var[mean] + E[exp(log_var)].
+
+    The store has the fields `mean` (n, C_z, …), and `log_var` of the same shape or none.
+    """
+    count, total, square = 0, torch.zeros(()).double(), torch.zeros(()).double()
+    for index in range(len(store.manifest["shards"])):
+        shard = store.shard(index)
+        mean = shard["mean"].double()
+        dims = (0, *range(2, mean.ndim))
+        spread = shard["log_var"].double().exp() if "log_var" in shard else 0.0
+        count += mean[:, 0].numel()
+        total = total + mean.sum(dims)
+        square = square + (mean**2 + spread).sum(dims)
+    average = total / count
+    std = (square / count - average**2).clamp(min=1e-12).sqrt()
+    return Standardisation(average.float(), std.clamp(min=1e-6).float())

@@ -53,7 +53,7 @@ def held_out_nll(run: Run, n: int, accelerator: Accelerator) -> dict[str, Any]:
     kind = "exact" if run.flow.dim <= EXACT_UP_TO else "hutchinson"
     rng, divergence = generator(0, "nll"), make_divergence(kind, probes=PROBES)
     result = log_prob_of_images(
-        run, images, indices, divergence, accelerator, (rng, rng), chunk=SHARD
+        run, images, indices, divergence, accelerator.device, (rng, rng), chunk=SHARD
     )
     summary = _summary([result])
     random = {} if kind == "exact" else {"probes": PROBES, "probe_error": summary["probe_error"]}
@@ -79,7 +79,7 @@ def log_prob_of_images(
     images: ImageSet,
     indices: npt.NDArray[np.int64],
     divergence: Divergence,
-    accelerator: Accelerator,
+    device: torch.device,
     rngs: tuple[torch.Generator, torch.Generator],
     chunk: int,
 ) -> LogProb:
@@ -93,21 +93,44 @@ def log_prob_of_images(
         SolveError: the solver fails.
     """
     condition = condition_of(run, images, indices)
-    z = latents_of(run, images, indices, accelerator, rngs[0]).to(accelerator.device)
-    flow = run.flow.to(accelerator.device)
+    z = latents_of(run, images, indices, device, rngs[0]).to(device)
+    flow = run.flow.to(device)
     return log_prob(flow, z, divergence, 1, _SOLVER, rngs[1], chunk, condition)
+
+
+def log_probs(
+    run: Run,
+    images: ImageSet,
+    n: int,
+    divergence: Divergence,
+    device: torch.device,
+    progress: Progress,
+) -> list[LogProb]:
+    """Compute log p(z) of the first n images of a set in chunks, with fixed random numbers.
+
+    Raises:
+        UserError: images have no class that the run knows, see `condition_of`.
+        SolveError: the solver fails.
+    """
+    probes = generator(0, "likelihood", "probes")
+    starts, parts = range(0, n, _CHUNK), []
+    for start in progress(starts, len(starts), f"likelihood of {n} images"):
+        indices = np.arange(start, min(start + _CHUNK, n))
+        rngs = (generator(0, "likelihood", "latents", start), probes)
+        parts.append(log_prob_of_images(run, images, indices, divergence, device, rngs, _CHUNK))
+    return parts
 
 
 @torch.inference_mode()
 def _encoded(
-    run: Run, images: ImageSet, indices: npt.NDArray[np.int64], accelerator: Accelerator
+    run: Run, images: ImageSet, indices: npt.NDArray[np.int64], device: torch.device
 ) -> Moments:
     autoencoder: Any = run.autoencoder()
-    autoencoder.to(accelerator.device)
+    autoencoder.to(device)
     parts = []
     for start in range(0, len(indices), SHARD):
         x = to_float(torch.from_numpy(images.take(indices[start : start + SHARD])))
-        parts.append(autoencoder.encode(x.to(accelerator.device)))
+        parts.append(autoencoder.encode(x.to(device)))
     log_vars = [part.log_var for part in parts if part.log_var is not None]
     mean = torch.cat([part.mean for part in parts])
     return Moments(mean, torch.cat(log_vars) if log_vars else None)
@@ -117,11 +140,11 @@ def latents_of(
     run: Run,
     images: ImageSet,
     indices: npt.NDArray[np.int64],
-    accelerator: Accelerator,
+    device: torch.device,
     rng: torch.Generator,
 ) -> Tensor:
     """Encode images to standardised latents float32 (n, *shape), with the noise of training."""
-    moments = _encoded(run, images, indices, accelerator)
+    moments = _encoded(run, images, indices, device)
     z = run.standardisation.apply(moments.sample(rng).cpu())
     noise = run.config.latents.noise
     if moments.log_var is None and noise > 0:
@@ -172,14 +195,7 @@ def rank_images(
     divergence = make_divergence(settings.divergence, probes=settings.probes)
     images = _load(run.config.data, settings, run.manifest.require_autoencoder().image_shape)
     require_images(images, settings.n)
-    probes = generator(0, "likelihood", "probes")
-    starts, parts = range(0, settings.n, _CHUNK), []
-    for start in progress(starts, len(starts), f"likelihood of {settings.n} images"):
-        indices = np.arange(start, min(start + _CHUNK, settings.n))
-        rngs = (generator(0, "likelihood", "latents", start), probes)
-        parts.append(
-            log_prob_of_images(run, images, indices, divergence, accelerator, rngs, _CHUNK)
-        )
+    parts = log_probs(run, images, settings.n, divergence, accelerator.device, progress)
     result = {
         "run": run.fingerprint,
         "blocks": len(run.flow),
@@ -235,8 +251,8 @@ def _load(data: DataConfig, settings: LikelihoodSettings, shape: tuple[int, ...]
     )
 
 
-def _joined(parts: Sequence[LogProb]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Join log-likelihoods, inversion errors and standard errors of several chunks."""
+def joined(parts: Sequence[LogProb]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Join log-likelihoods, inversion errors and standard errors, float64 (n,), of chunks."""
     values = torch.cat([part.value for part in parts]).double().cpu()
     inversions = torch.cat([part.inversion_error for part in parts]).double().cpu()
     errors = [p.standard_error.double().cpu() for p in parts if p.standard_error is not None]
@@ -249,7 +265,7 @@ def _summary(parts: Sequence[LogProb]) -> dict[str, Any]:
     The error over images is that of the mean of these n images as an estimate for all images, with
     the probes' part in it. The error over probes is that part alone.
     """
-    values, inversions, errors = _joined(parts)
+    values, inversions, errors = joined(parts)
     n, dim = len(values), parts[0].dim
     spread = None if errors is None else float(errors.square().sum().sqrt()) / n / dim
     return {
@@ -264,7 +280,7 @@ def _summary(parts: Sequence[LogProb]) -> dict[str, Any]:
 
 def _ranking(parts: Sequence[LogProb], images: ImageSet) -> list[dict[str, Any]]:
     """List all images, the most likely first."""
-    values, inversions, errors = _joined(parts)
+    values, inversions, errors = joined(parts)
     rows = []
     for index in values.argsort(descending=True, stable=True).tolist():
         row = {

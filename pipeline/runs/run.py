@@ -13,7 +13,9 @@ from autoencoders.registry import build_autoencoder
 from flows.block import Block
 from flows.flow import Flow
 from flows.networks.config import VelocityConfig
+from flows.networks.registry import BUILT_IN
 from flows.spec import BlockSpec, build_block
+from pipeline.config.data import LATENTS
 from pipeline.config.schema import Config
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
@@ -57,6 +59,8 @@ def _require_size(
     The largest tensor has at least width² elements if there are several layers, and at least as
     many as there are products of the width with channels, patches or features of a sample.
     """
+    if velocity.kind not in BUILT_IN:  # a plug-in's network may use width and depth as it likes
+        return
     if velocity.kind == "linear":  # it has neither width nor depth
         sizes = [shape[0]]
     else:
@@ -152,10 +156,7 @@ def open_run(
     directory = RunDirectory(folder)
     config, manifest = directory.config, directory.manifest
     if images and manifest.autoencoder is None:
-        raise UserError(
-            f"the run at {folder} is on points in the plane; expected a run on images; "
-            f"`{directory.resume_command}` measures and plots it"
-        )
+        raise UserError(f"the run at {folder} is on {_description(directory)}")
     if number is not None:
         manifest = manifest.select(number)
     count = len(manifest.blocks)
@@ -169,6 +170,20 @@ def open_run(
     used = blocks or count
     flow = load_blocks(folder, manifest.with_blocks(manifest.blocks[:used]))
     return Run(folder, config, manifest, flow)
+
+
+def _description(directory: RunDirectory) -> str:
+    """Say what a run without an autoencoder is on, and what can be done with it."""
+    if directory.config.data.name == LATENTS:
+        shape = "x".join(map(str, directory.manifest.shape))
+        return (
+            f"tensors of shape {shape}, which its configuration's autoencoder does not decode; "
+            "expected a run on images; sample it in Python by `jkoflow.load`"
+        )
+    return (
+        "points in the plane; expected a run on images; "
+        f"`{directory.resume_command}` measures and plots it"
+    )
 
 
 def is_refiner(run: Run) -> bool:

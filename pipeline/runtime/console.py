@@ -37,6 +37,11 @@ def annotate(bar: Any, **values: float) -> None:  # noqa: ANN401 - any iterable
         bar.set_postfix_str(", ".join(texts).replace(" per s", "/s"), refresh=False)
 
 
+def no_progress(items: Any, total: int, label: str) -> Any:  # noqa: ANN401 - any iterable
+    """Return an iterable as it is."""
+    return items
+
+
 class ImageCounter:
     """Counter of images on the terminal, for sets of unknown size."""
 

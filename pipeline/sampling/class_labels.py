@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flows.networks.condition import Condition
+from pipeline.data.image_set import CLASS_NAMES
 from pipeline.errors import UserError
 from pipeline.runtime.rng import generator
 
@@ -86,8 +87,11 @@ def class_labels_of(run: Run, settings: GenerateConfig) -> ClassLabels | None:
 
 
 def class_names_of(run: Run) -> list[str]:
-    """Return the names of a run's classes: those of the training folders, or else 0, 1, …."""
-    return run.manifest.class_names or [str(number) for number in range(run.flow.classes)]
+    """Return the names of a run's classes: of its folders or its data set, or else 0, 1, …."""
+    names = run.manifest.class_names or CLASS_NAMES.get(run.manifest.data.name, ())
+    if len(names) == run.flow.classes:
+        return list(names)
+    return [str(number) for number in range(run.flow.classes)]
 
 
 def parse_classes(run: Run, words: Sequence[str] | None) -> list[int] | None:

@@ -98,10 +98,7 @@ def _sample_images(
             parts = []
             for start in range(first, last, size):
                 count = min(size, last - start)
-                stream = (seed, "sample", start // size)
-                condition = plan.condition(start, count, *stream)
-                rng = generator(*stream)
-                parts.append(_sample(plan, autoencoder, count, rng, accelerator, condition))
+                parts.append(sample_batch(plan, autoencoder, start, count, seed))
             writer.write(index, {"images": torch.cat(parts)})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -123,19 +120,48 @@ def stores_to_reuse(folder: Path, identity: dict[str, Any]) -> list[tuple[StoreR
 
 
 @torch.inference_mode()
-def _sample(
-    plan: SamplingPlan,
-    autoencoder: Autoencoder,
-    count: int,
-    rng: torch.Generator,
-    accelerator: Accelerator,
-    condition: Condition | None = None,
+def sample_batch(
+    plan: SamplingPlan, autoencoder: Autoencoder | None, start: int, count: int, seed: int
 ) -> Tensor:
-    noise = torch.randn((count, *plan.flow.shape), generator=rng).to(accelerator.device)
-    standardised = plan.flow.decode(noise, list(plan.solvers), condition=condition)
-    latents = plan.run.standardisation.undo(standardised)
-    autoencoder.to(accelerator.device)  # type: ignore[attr-defined]
+    """Sample the images start … start + count − 1 of a seed, uint8 (count, C, H, W).
+
+    `start` is a multiple of the plan's batch size, which decides the noise of each image. The
+    device is that of the plan's flow.
+    """
+    stream = (seed, "sample", start // plan.settings.batch_size)
+    rng = generator(*stream)
+    noise = torch.randn((count, *plan.flow.shape), generator=rng)
+    return images_from_noise(plan, autoencoder, noise, plan.condition(start, count, *stream), rng)
+
+
+@torch.inference_mode()
+def images_from_noise(
+    plan: SamplingPlan,
+    autoencoder: Autoencoder | None,
+    noise: Tensor,
+    condition: Condition | None,
+    rng: torch.Generator,
+) -> Tensor:
+    """Carry noise (n, *shape) to images uint8 (n, C, H, W), on the CPU; `rng` is the refiner's."""
+    device = next(plan.flow.parameters()).device
+    z = plan.flow.decode(noise.to(device), list(plan.solvers), condition=condition)
+    return images_from_latents(plan, autoencoder, z, rng)
+
+
+@torch.inference_mode()
+def images_from_latents(
+    plan: SamplingPlan, autoencoder: Autoencoder | None, z: Tensor, rng: torch.Generator | None
+) -> Tensor:
+    """Decode standardised latents (n, *shape) to images uint8 (n, C, H, W), on the CPU.
+
+    The plan's refiner adds detail from the noise of `rng`; without one it is left out. The samples
+    of a run on a caller's own tensors, without an autoencoder, stay float (n, *shape).
+    """
+    latents = plan.run.standardisation.undo(z)
+    if autoencoder is None:
+        return latents.cpu()
+    autoencoder.to(z.device)  # type: ignore[attr-defined]
     decoded = autoencoder.decode(latents)
-    if plan.refiner is not None:
+    if plan.refiner is not None and rng is not None:
         decoded = plan.refiner.sample_detail(decoded, rng)
     return to_uint8(decoded).cpu()

@@ -157,6 +157,25 @@ class SamplingPlan:
 
         return differences(current(dict(identity)), self.identity())
 
+    def vary(
+        self, labels: list[int] | None = None, guidance: float | None = None
+    ) -> SamplingPlan:
+        """Return the plan with other classes or another weight; None leaves either unchanged.
+
+        Raises:
+            UserError: they do not fit the run.
+            FlowError: the weight is out of range.
+        """
+        settings, weight = self.settings, self.guidance
+        if labels is not None:
+            settings = dataclasses.replace(settings, labels=labels)
+        if guidance is not None:
+            settings, weight = dataclasses.replace(settings, guidance=guidance), guidance
+        chosen = class_labels_of(self.run, settings)
+        plan = dataclasses.replace(self, settings=settings, labels=chosen, guidance=weight)
+        _ = plan.flow, plan.condition(0, 1, 0)  # both refuse a weight that is out of range
+        return plan
+
     def within(self, nfe: int) -> SamplingPlan:
         """Return the plan with as many solver steps a block as `nfe` evaluations per sample allow.
 

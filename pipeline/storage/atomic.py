@@ -156,6 +156,8 @@ def read_json(path: Path, what: str) -> Any:  # noqa: ANN401 - JSON is untyped
         return json.loads(data)
     except FileNotFoundError as error:
         raise UserError(f"{what} {path} does not exist; check the path") from error
+    except UserError:  # of the seal
+        raise
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(
             f"{what} {path} is not readable JSON ({error}); it is damaged; make it again"

@@ -18,9 +18,14 @@ from torch import Tensor
 
 from autoencoders.adapt import Adaptation
 from autoencoders.base import to_float
-from pipeline.config.data import LatentsConfig
+from pipeline.config.data import LATENTS, LatentsConfig
 from pipeline.config.schema import Config
-from pipeline.data.latent_cache import load_images_and_autoencoder, open_cache, read_rows
+from pipeline.data.latent_cache import (
+    autoencoder_of_latents,
+    load_images_and_autoencoder,
+    open_cache,
+    read_rows,
+)
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runs.manifest import AutoencoderRecord, DataRecord, LatentsRecord, Manifest
@@ -146,24 +151,36 @@ class LatentSource:
         return spans
 
     def manifest(self, name: str) -> Manifest:
-        """Return the manifest of a run on these samples, without passes."""
-        images, autoencoder = load_images_and_autoencoder(self.config)
+        """Return the manifest of a run on these samples, without passes.
+
+        A run on a caller's own latents has an autoencoder if its latents have the same shape.
+        """
+        if self.config.data.name == LATENTS:
+            identity = self.cache.reader.manifest["identity"]
+            data = DataRecord(LATENTS, "train", str(identity["data"]), count=len(self.cache))
+            autoencoder = autoencoder_of_latents(self.config, self.shape)
+            names = None
+        else:
+            images, autoencoder = load_images_and_autoencoder(self.config)
+            data = DataRecord(images.name, images.split, images.fingerprint)
+            names = images.class_names
         settings, classes = self.config.autoencoder, self.config.velocity.classes
-        class_names = list(images.class_names) if classes and images.class_names else None
         return Manifest(
             name,
             self.shape,
             self.cache.standardisation,
-            DataRecord(images.name, images.split, images.fingerprint),
+            data,
             LatentsRecord(self.cache.key, self.config.latents.noise, self.cache.stochastic),
-            AutoencoderRecord(
+            None
+            if autoencoder is None
+            else AutoencoderRecord(
                 settings.name,
                 settings.weights,
                 autoencoder.fingerprint,
-                images.shape,
+                autoencoder.image_shape,
                 Adaptation(settings.fit, settings.size, settings.latents),
             ),
-            class_names=class_names,
+            class_names=list(names) if classes and names else None,
         )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
@@ -150,7 +149,7 @@ def test_evaluate_likelihood_export(
     rows = json.loads((folder / "likelihood.json").read_text())["ranking"]
     run = open_run(folder)
     test = load_images(dataclasses.replace(run.config.data, split="test"))
-    z = latents_of(run, test, np.arange(20), Accelerator(cpu=True), noise(0))
+    z = latents_of(run, test, np.arange(20), torch.device("cpu"), noise(0))
     labels = torch.from_numpy(np.asarray(test.labels[:20]))  # type: ignore[index]
     assert sorted(labels.tolist()) == [0] * 6 + [1] * 14
     by_hand = log_prob(run.flow, z, condition=Condition(labels)).value
@@ -180,7 +179,7 @@ def test_classes_of_another_folder_are_matched_by_name(
     run = open_run(folder)
     some = load_images(DataConfig("folder", path=str(tmp_path / "some"), size=12, mode="L"))
     assert some.labels is not None and set(some.labels.tolist()) == {0}
-    z = latents_of(run, some, np.arange(14), Accelerator(cpu=True), noise(0))
+    z = latents_of(run, some, np.arange(14), torch.device("cpu"), noise(0))
     by_hand = log_prob(run.flow, z, condition=Condition(torch.ones(14).long())).value
     ranked = {row["index"]: row["log_prob"] for row in actual}
     assert [ranked[k] for k in range(14)] == pytest.approx(by_hand.tolist(), abs=1e-2)

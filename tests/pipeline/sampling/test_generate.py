@@ -20,7 +20,7 @@ from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runs.run import Run, open_run
 from pipeline.runtime.rng import generator
-from pipeline.sampling.generate import _sample as sample
+from pipeline.sampling.generate import sample_batch as sample
 from pipeline.sampling.generate import sample_images
 from pipeline.sampling.solvers import with_solver
 from pipeline.storage import atomic
@@ -94,7 +94,7 @@ def test_any_number_of_processes(folder: Path, tmp_path: Path, ranks: int) -> No
 
 def test_stored_images_are_reused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = pixels(open_run(folder))
-    monkeypatch.setattr("pipeline.sampling.generate._sample", None)
+    monkeypatch.setattr("pipeline.sampling.generate.sample_batch", None)
     assert torch.equal(pixels(open_run(folder)), first)
 
 
@@ -114,8 +114,8 @@ def test_more_images_continue_a_shorter_store(
 
     expected = {n: pixels(without_images(str(n)), n=n, batch_size=250) for n in (1700, 2200, 600)}
     calls: list[int] = []
-    counting = lambda *a: calls.append(a[2]) or sample(*a)  # noqa: E731
-    monkeypatch.setattr("pipeline.sampling.generate._sample", counting)
+    counting = lambda *a: calls.append(a[3]) or sample(*a)  # noqa: E731
+    monkeypatch.setattr("pipeline.sampling.generate.sample_batch", counting)
     run = without_images("grows")
     for n, drawn in ((1700, 1700), (2200, 700), (600, 100)):  # of shards of 500, batches of 250
         calls.clear()

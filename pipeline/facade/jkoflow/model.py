@@ -1,0 +1,284 @@
+"""A trained model: images from noise, and noise, latents and likelihoods of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autoencoders.base import to_uint8
+from flows.likelihood import log_prob
+from flows.solving.divergence import Divergence
+from flows.solving.estimators import make_divergence
+from pipeline.data.image_set import image_set_of
+from pipeline.errors import UserError
+from pipeline.evaluation.likelihood import joined, log_probs
+from pipeline.runs.run import Run, open_run
+from pipeline.runtime.console import no_progress
+from pipeline.runtime.rng import generator
+from pipeline.sampling.class_labels import class_names_of, parse_classes
+from pipeline.sampling.image_flow import ImageFlow, Inversion
+from pipeline.sampling.sampling_plan import SamplingPlan, with_guidance
+from pipeline.sampling.solvers import with_solver
+
+#: a class by its name or number, several of them, or "all"
+Classes = str | int | Sequence[str | int] | Tensor
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """Log-likelihoods log p(z) of the latents of n images, and their errors.
+
+    Attributes:
+        value: in nats, float64 (n,).
+        standard_error: over the probes of a random estimator, (n,); None if it is exact.
+        inversion_error: ‖z_0 − T⁻¹(T(z_0))‖, (n,).
+    """
+
+    value: Tensor
+    standard_error: Tensor | None
+    inversion_error: Tensor
+
+
+class Model:
+    """Trained model with everything that decides its images: guide, refiner, guidance and solver.
+
+    `jkoflow.load` makes one. Images are uint8 (n, C, H, W); functions that take images also accept
+    floats in [-1, 1]. Latents are standardised, (n, *shape).
+    """
+
+    def __init__(self, flow: ImageFlow) -> None:
+        self._flow = flow
+
+    def __repr__(self) -> str:
+        run, plan = self.run, self._flow.plan
+        parts = [f"{len(run.flow)} blocks", f"latents {self.latent_shape}"]
+        parts += [f"{run.flow.classes} classes"] if run.flow.classes else []
+        parts += [f"guidance {plan.guidance:g}"] if plan.guidance != 1 else []
+        parts += ["refined"] if plan.refiner else []
+        return f"<jkoflow.Model {run.folder.name}: {', '.join(parts)}>"
+
+    @property
+    def run(self) -> Run:
+        """The run with its configuration and manifest."""
+        return self._flow.run
+
+    @property
+    def plan(self) -> SamplingPlan:
+        """Everything that decides the images, except the noise."""
+        return self._flow.plan
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the networks."""
+        return self._flow.device
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; an empty list for a model without classes."""
+        return class_names_of(self.run)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of the latents of one image."""
+        return self.run.flow.shape
+
+    def to(self, device: torch.device | str) -> Model:
+        """Return the model on a device, such as "cuda"; the networks are moved, not copied."""
+        return Model(ImageFlow.open(self._flow.plan, device))
+
+    # ---------------------------------------------------------------- sampling
+
+    def sample(
+        self,
+        n: int | None = None,
+        classes: Classes | None = None,
+        guidance: float | None = None,
+        seed: int | None = None,
+        *,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Sample images uint8 (n, C, H, W), byte for byte those of `jkoflow generate --npz`.
+
+        Args:
+            n: number of images; the default is that of the configuration, 64.
+            classes: of the images, which repeat in this order; by default random classes, as
+                frequent as in the training data.
+            guidance: weight; the default is that of the run.
+            seed: of the noise; the default is that of the configuration, 0.
+            noise: (n, *shape) to start from, such as that of `invert`, in place of n. A
+                class-conditional model without `classes` then uses the null label.
+
+        Raises:
+            UserError: an argument does not fit the run.
+        """
+        flow = self._vary(classes, guidance)
+        seed = flow.plan.settings.seed if seed is None else seed
+        if noise is None:
+            return flow.sample(flow.plan.settings.n if n is None else n, seed)
+        if n is not None:
+            raise UserError("n and noise are both given; expected one; leave n out")
+        labels = self._labels(classes, len(noise))
+        if labels is None and self.run.flow.classes:
+            condition = flow.condition(None, 0, len(noise))
+            labels = condition.labels if condition is not None else None
+        return flow.from_noise(noise, labels, seed)
+
+    # ---------------------------------------------------------------- latents
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Encode images (n, C, H, W) to standardised latents (n, *shape)."""
+        return self._flow.encode(x)
+
+    def decode(self, z: Tensor, seed: int | None = 0) -> Tensor:
+        """Decode standardised latents (n, *shape) to images uint8 (n, C, H, W).
+
+        A refiner adds detail from the noise of the seed; None leaves it out.
+        """
+        return self._flow.decode(z, seed)
+
+    def invert(self, x: Tensor, classes: Classes | None = None) -> Inversion:
+        """Carry images (n, C, H, W) to their noise (n, *shape), and measure the inversion error.
+
+        Without classes, a class-conditional model uses the null label.
+        """
+        z = self._flow.encode(x)
+        return self._flow.invert(z, self._labels(classes, len(z)))
+
+    def edit(
+        self,
+        x: Tensor,
+        to: Classes,
+        strength: float = 0.6,
+        classes: Classes | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Turn images (n, C, H, W) into another class; returns uint8 (n, C, H, W).
+
+        Args:
+            x: images.
+            to: the class of the results.
+            strength: how far towards the noise the images are inverted, in (0, 1]; a larger part
+                changes more.
+            classes: of the images; by default the null label stands for them.
+            guidance: weight of the way back; the default is that of the run.
+            seed: of the refiner's noise.
+
+        Raises:
+            UserError: the model has no classes, or an argument does not fit.
+        """
+        self._flow.require_classes()
+        z, flow = self._flow.encode(x), self._vary(None, guidance)
+        target = self._labels(to, len(z))
+        assert target is not None
+        z = flow.edit(z, target, strength, self._labels(classes, len(z)))
+        return flow.decode(z, seed)
+
+    # ---------------------------------------------------------------- likelihood
+
+    def log_prob(
+        self,
+        x: Tensor,
+        classes: Classes | None = None,
+        divergence: str = "exact",
+        probes: int = 1,
+    ) -> LogProb:
+        """Compute log p(z) of the latents of images (n, C, H, W), as `jkoflow likelihood` does.
+
+        Args:
+            x: images.
+            classes: of the images; a class-conditional model needs them.
+            divergence: exact, hutchinson or finite-difference.
+            probes: of a random estimator; 2 or more give a standard error.
+
+        Raises:
+            UserError: classes are missing, or an argument does not fit.
+        """
+        estimator = make_divergence(divergence, probes=probes)
+        x = self._flow.check_images(x)
+        labels = self._labels(classes, len(x))
+        if self._flow.autoencoder is None:
+            return self._log_prob_of_tensors(x, labels, estimator)
+        given = None if labels is None else labels.numpy()
+        images = image_set_of(to_uint8(x).cpu().numpy(), given, "images")
+        parts = log_probs(self.run, images, len(x), estimator, self.device, no_progress)
+        value, inversion, error = joined(parts)
+        return LogProb(value, error, inversion)
+
+    def _log_prob_of_tensors(
+        self, x: Tensor, labels: Tensor | None, estimator: Divergence
+    ) -> LogProb:
+        z, flow = self._flow.encode(x), self._flow
+        condition = flow.condition(labels, 0, len(z))
+        rng = generator(0, "likelihood", "probes")
+        result = log_prob(flow.unguided.flow, z, estimator, generator=rng, condition=condition)
+        value, inversion, error = joined([result])
+        return LogProb(value, error, inversion)
+
+    # ---------------------------------------------------------------- arguments
+
+    def _vary(self, classes: Classes | None, guidance: float | None) -> ImageFlow:
+        """Return the flow with other classes or another weight."""
+        labels = parse_classes(self.run, _words(classes))
+        if labels is None and guidance is None:
+            return self._flow
+        plan = self._flow.plan.vary(labels, guidance)
+        plan.flow.to(self.device)
+        return ImageFlow(plan, self._flow.autoencoder, self.device)
+
+    def _labels(self, classes: Classes | None, n: int) -> Tensor | None:
+        """Return one label for each of n images, int64 (n,); the classes repeat in their order."""
+        labels = parse_classes(self.run, _words(classes))
+        if labels is None:
+            return None
+        plan = self._flow.plan.vary(labels, None)
+        assert plan.labels is not None
+        return plan.labels.of_samples(0, n)
+
+
+def _words(classes: Classes | None) -> list[str] | None:
+    """Return classes as `--class` takes them."""
+    if classes is None:
+        return None
+    if isinstance(classes, Tensor):
+        classes = classes.tolist()
+    if isinstance(classes, (str, int)):
+        classes = [classes]
+    words = [str(word) for word in classes]
+    if not words:
+        raise UserError("classes is empty; expected the name or number of a class, or all")
+    return words
+
+
+def load(
+    run: str | Path,
+    *,
+    guide: str | None = None,
+    refiner: str | None = None,
+    guidance: float | None = None,
+    method: str | None = None,
+    steps: int | str | None = None,
+    blocks: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Model:
+    """Load a trained model from a run directory or zoo:NAME.
+
+    The other arguments are the options of `jkoflow generate`; the defaults are those of the run.
+
+    Raises:
+        UserError: no such run, or an option does not fit it.
+        JkoflowError: a file cannot be read or fetched.
+    """
+    opened = open_run(Path(run), blocks)
+    if opened.config.points is not None:
+        raise UserError(
+            f"the run at {opened.folder} is on points in the plane; expected a run on images or "
+            "tensors; `jkoflow toy2d` samples and plots it"
+        )
+    opened = with_solver(opened, None if steps is None else str(steps), method)
+    settings = with_guidance(opened.config.generate, guidance, guide, refiner)
+    return Model(ImageFlow.open(SamplingPlan.open(opened, settings), device))

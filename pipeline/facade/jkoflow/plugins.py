@@ -1,0 +1,105 @@
+"""Registration of a caller's own velocity networks, autoencoders and data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+
+from autoencoders import registry as autoencoders
+from flows.networks import registry as velocities
+from pipeline.config.data import IMAGE_SETS
+from pipeline.data import datasets
+from pipeline.data.image_set import ImageSet, image_set_of
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config.data import DataConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
+Kind = Literal["velocity", "autoencoder", "dataset"]
+
+
+def register(kind: Kind, name: str) -> Callable[[F], F]:
+    """Register a class or a function under a name that configurations use; a decorator.
+
+        @jkoflow.register("velocity", "my-net")        velocity.kind=my-net
+        class MyNet(jkoflow.Velocity):
+            def __init__(self, config, shape): …       VelocityConfig, (C, H, W) or (D,)
+
+    * velocity: called with a `VelocityConfig` and the shape of a sample; returns a `Velocity`.
+    * autoencoder: called with `autoencoder.weights` and the image shape (C, H, W); returns an
+      `nn.Module` with the protocol `autoencoders.base.Autoencoder`.
+    * dataset: called with the section `data` and a split; returns images, uint8 (n, C, H, W), and
+      their labels (n,) or None.
+
+    Args:
+        kind: velocity, autoencoder or dataset.
+        name: new, of letters, digits and hyphens.
+
+    Raises:
+        UserError: an unknown kind, or a name that is taken.
+    """
+    if kind not in ("velocity", "autoencoder", "dataset"):
+        raise UserError(f"the kind is {kind!r}; expected velocity, autoencoder or dataset")
+    names: dict[str, Collection[str]] = {
+        "velocity": velocities.KINDS,
+        "autoencoder": autoencoders.NAMES,
+        "dataset": IMAGE_SETS,
+    }
+    if name in names[kind]:
+        raise UserError(f"the {kind} {name!r} is registered already; choose another name")
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise UserError(f"the name is {name!r}; expected letters, digits and hyphens")
+
+    def add(factory: F) -> F:
+        if kind == "velocity":
+            velocities.KINDS[name] = _guarded(kind, name, factory)
+        elif kind == "autoencoder":
+            autoencoders.NAMES[name] = _guarded(kind, name, factory)
+        else:
+            IMAGE_SETS.append(name)
+            datasets.DATASETS[name] = _loader(name, _guarded(kind, name, factory))
+        return factory
+
+    return add
+
+
+def _guarded(kind: str, name: str, factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that turns the errors of a caller's function into one sentence."""
+
+    def call(*arguments: Any) -> Any:  # noqa: ANN401 - of any kind
+        try:
+            return factory(*arguments)
+        except Exception as error:
+            raise UserError(
+                f"the {kind} {name} could not be made ({type(error).__name__}: {error}); repair "
+                "what is registered under this name"
+            ) from error
+
+    return call
+
+
+def _loader(name: str, factory: Callable[..., Any]) -> Callable[[DataConfig, str], ImageSet]:
+    """Return the function that opens a data set of a caller's function."""
+
+    def load(data: DataConfig, split: str) -> ImageSet:
+        images, labels = factory(data, split)
+        pixels = np.asarray(images)
+        classes = None if labels is None else np.asarray(labels)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or not len(pixels):
+            raise UserError(
+                f"the data set {name} has images {pixels.dtype} {pixels.shape}; expected uint8 "
+                "(n, C, H, W)"
+            )
+        if classes is not None and (len(classes) != len(pixels) or classes.dtype.kind not in "iu"):
+            raise UserError(
+                f"the data set {name} has labels {classes.dtype} {classes.shape}; expected "
+                f"{len(pixels)} whole numbers"
+            )
+        limit = len(pixels) if data.limit is None else data.limit
+        rows = None if classes is None else classes[:limit]
+        return image_set_of(pixels[:limit], rows, name, split)
+
+    return load
