@@ -22,6 +22,13 @@ def likelihood_command(
     folder: Annotated[
         Path | None, typer.Option(help="Rank the images of this folder instead of a split.")
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of other images: measure how well the likelihood separates --folder "
+            "from them (AUROC); writes auroc.json."
+        ),
+    ] = None,
     n: Annotated[int, typer.Option("-n", help="Number of images, from the first on.")] = 200,
     divergence: Annotated[
         str, typer.Option(help="Estimator: exact, hutchinson or finite-difference.")
@@ -37,7 +44,13 @@ def likelihood_command(
     ] = None,
 ) -> None:
     """Rank images by likelihood; writes likelihood.json and a picture of both ends."""
-    from pipeline.evaluation.likelihood import LikelihoodSettings, likelihood_line, rank_images
+    from pipeline.evaluation.likelihood import (
+        LikelihoodSettings,
+        auroc_line,
+        likelihood_line,
+        rank_images,
+        separate_folders,
+    )
     from pipeline.runs.run import open_run
 
     opened = open_run(run, blocks, images=True)
@@ -45,6 +58,14 @@ def likelihood_command(
     opened = replace_given(opened, config=config)
     settings = LikelihoodSettings(n, split, folder, divergence, probes, columns)
     accelerator = make_accelerator()
+    if against is not None:
+        if folder is None or split is not None:
+            raise UserError("--against compares two folders; give --folder, and no --split")
+        result = separate_folders(opened, folder, against, settings, accelerator, progress_bar)
+        if accelerator.is_main_process:
+            say(auroc_line(result))
+            print(opened.folder / "auroc.json")
+        return
     result = rank_images(opened, settings, accelerator, progress_bar)
     if not accelerator.is_main_process:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,30 @@ def load_folder(
         pixels=FolderPixels(folder, tuple(names), classes, size, mode),
         class_names=classes,
     )
+
+
+def read_pictures(paths: Sequence[Path], shape: tuple[int, int, int]) -> np.ndarray:
+    """Read image files, and those directly in folders, as uint8 (n, C, H, W) of a shape (C, H, W).
+
+    Raises:
+        UserError: a path does not exist or is no image, a folder has none, or H is not W.
+    """
+    channels, height, width = shape
+    if height != width:
+        raise UserError(f"images of {height}x{width} are not square; expected square ones")
+    files: list[str] = []
+    for path in paths:
+        path = Path(path).expanduser()
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS) if (
+            path.is_dir()
+        ) else [path]  # fmt: skip
+        if not inside:
+            raise UserError(f"{path} has no images; expected files such as .png or .jpg")
+        if not path.exists():
+            raise UserError(f"{path} does not exist; expected an image or a folder of images")
+        files += [str(file.absolute()) for file in inside]
+    mode = "L" if channels == 1 else "RGB"
+    return FolderPixels(Path(), tuple(files), None, height, mode).take(np.arange(len(files)))
 
 
 def splits_of(folder: Path) -> dict[str, Path]:

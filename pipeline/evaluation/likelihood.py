@@ -7,6 +7,7 @@ noise, as in training. The inversion error ‖z_0 − T⁻¹(T(z_0))‖ measures
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoders.base import Moments, to_float
+from eval.auroc import auroc
 from eval.plots import before_after
 from flows.likelihood import LogProb, log_prob
 from flows.solving.divergence import Divergence
@@ -34,7 +36,7 @@ from pipeline.evaluation.real_images import held_out_images, require_images, sub
 from pipeline.runs.run import Run, require_latents
 from pipeline.runtime.console import Progress
 from pipeline.runtime.rng import generator
-from pipeline.sampling.class_labels import condition_of
+from pipeline.sampling.class_labels import condition_of, null_condition
 from pipeline.storage import atomic
 
 #: the largest D whose divergence `evaluate` computes exactly, by D directional derivatives
@@ -82,8 +84,11 @@ def log_prob_of_images(
     device: torch.device,
     rngs: tuple[torch.Generator, torch.Generator],
     chunk: int,
+    by_class: bool = True,
 ) -> LogProb:
     """Compute log p(z) of images (n,) of a set, or log p(z | y) for a class-conditional run.
+
+    `by_class` = false takes log p(z | ∅) of a class-conditional run, whose images need no class.
 
     The generators are the sources of the latents' noise and of the probes. `chunk` samples are
     integrated together.
@@ -92,7 +97,10 @@ def log_prob_of_images(
         UserError: images have no class that the run knows, see `condition_of`.
         SolveError: the solver fails.
     """
-    condition = condition_of(run, images, indices)
+    if by_class:
+        condition = condition_of(run, images, indices)
+    else:
+        condition = null_condition(run, len(indices))
     z = latents_of(run, images, indices, device, rngs[0]).to(device)
     flow = run.flow.to(device)
     return log_prob(flow, z, divergence, 1, _SOLVER, rngs[1], chunk, condition)
@@ -105,8 +113,11 @@ def log_probs(
     divergence: Divergence,
     device: torch.device,
     progress: Progress,
+    by_class: bool = True,
 ) -> list[LogProb]:
     """Compute log p(z) of the first n images of a set in chunks, with fixed random numbers.
+
+    A class-conditional run computes log p(z | y), or log p(z | ∅) if `by_class` is false.
 
     Raises:
         UserError: images have no class that the run knows, see `condition_of`.
@@ -117,7 +128,10 @@ def log_probs(
     for start in progress(starts, len(starts), f"likelihood of {n} images"):
         indices = np.arange(start, min(start + _CHUNK, n))
         rngs = (generator(0, "likelihood", "latents", start), probes)
-        parts.append(log_prob_of_images(run, images, indices, divergence, device, rngs, _CHUNK))
+        part = log_prob_of_images(
+            run, images, indices, divergence, device, rngs, _CHUNK, by_class=by_class
+        )
+        parts.append(part)
     return parts
 
 
@@ -212,6 +226,67 @@ def rank_images(
         _draw(result, images, settings.columns, run.folder / "samples" / "likelihood.png")
         atomic.write_json(run.folder / "likelihood.json", result)
     return result
+
+
+def separate_folders(
+    run: Run,
+    inside: Path,
+    outside: Path,
+    settings: LikelihoodSettings,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Measure how well log p(z) separates a folder inside the distribution from one outside.
+
+    At most n images of each folder are used. The score of a class-conditional run is log p(z | ∅).
+    The result has the AUROC with its 95 % interval; it is written to auroc.json in the run.
+
+    Raises:
+        UserError: n is below 2, a folder has no images, or the run has no null label.
+        FlowError: an unknown estimator, or fewer than one probe.
+        SolveError: the solver fails.
+    """
+    require_latents(run)
+    divergence = make_divergence(settings.divergence, probes=settings.probes)
+    shape = run.manifest.require_autoencoder().image_shape
+    scores, errors = [], []
+    for folder in (inside, outside):
+        chosen = dataclasses.replace(settings, split=None, folder=folder)
+        images = _load(run.config.data, chosen, shape)
+        n = min(settings.n, len(images))
+        parts = log_probs(run, images, n, divergence, accelerator.device, progress, by_class=False)
+        values, inversions, _ = joined(parts)
+        scores.append(values)
+        errors.append(float(inversions.square().mean()) / run.flow.dim)
+    try:
+        area = auroc(scores[0].numpy(), scores[1].numpy())
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    result = {
+        "run": run.fingerprint,
+        "auroc": area.value,
+        "interval": [area.low, area.high],
+        "n": [len(values) for values in scores],
+        "inside": str(inside),
+        "outside": str(outside),
+        "divergence": settings.divergence,
+        "probes": 1 if settings.divergence == "exact" else settings.probes,
+        "inversion_mse": errors,
+    }
+    if accelerator.is_main_process:
+        atomic.write_json(run.folder / "auroc.json", result)
+    return result
+
+
+def auroc_line(result: dict[str, Any]) -> str:
+    """Format an AUROC with its interval and its numbers of images, on one line."""
+    low, high = result["interval"]
+    inside, outside = result["n"]
+    return (
+        f"AUROC({inside} inside, {outside} outside) = {result['auroc']:.4f}, 95 % interval "
+        f"[{low:.4f}, {high:.4f}]; {result['divergence']} divergence, inversion MSE "
+        f"{max(result['inversion_mse']):.1e}"
+    )
 
 
 def _unit(run: Run) -> str:

@@ -142,6 +142,23 @@ def condition_of(run: Run, images: ImageSet, indices: npt.NDArray[np.int64]) -> 
     return Condition(labels)
 
 
+def null_condition(run: Run, n: int) -> Condition | None:
+    """Return the condition of n samples without a class; None for a run without classes.
+
+    Raises:
+        UserError: the run was trained without class dropout, so that it has no null label.
+    """
+    classes = run.flow.classes
+    if not classes:
+        return None
+    if not min(spec.velocity.class_dropout for spec in run.flow.specs):
+        raise UserError(
+            f"the run at {run.folder} was trained with class_dropout=0; expected the class of "
+            "every image; give it"
+        )
+    return Condition(torch.full((n,), classes))
+
+
 def _numbers_of(run: Run, names: Sequence[str]) -> Tensor:
     """Return the numbers (n,) that a run gives to classes of these names."""
     known = class_names_of(run)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.pictures import image_grid, save_png
+from eval.pictures import animation, image_grid, save_png
 from pipeline.errors import UserError
 from pipeline.runs.run import Run
 from pipeline.runtime.system import require_disk_space
@@ -52,10 +53,28 @@ def write_grid(
     first = images.read("images", 0, min(count, len(images)))
     if rows:
         first = first.unflatten(0, (columns, classes)).transpose(0, 1).flatten(0, 1)
-    scale = 2 if first.shape[-1] <= 64 else 1
-    picture = image_grid(first, min(columns, len(first)), scale=scale)
+    picture = image_grid(first, min(columns, len(first)), scale=_scale(first))
     note = json.dumps(images.manifest["identity"], sort_keys=True)
     atomic.write_with(path, lambda file: save_png(picture, file, note))
+
+
+def write_strip(columns: Sequence[Tensor], path: Path, note: dict[str, Any]) -> None:
+    """Write a PNG with one row per image; each column is uint8 (n, C, H, W)."""
+    images = torch.stack(list(columns), 1).flatten(0, 1)
+    picture = image_grid(images, len(columns), scale=_scale(images))
+    text = json.dumps(note, sort_keys=True)
+    atomic.write_with(path, lambda file: save_png(picture, file, text))
+
+
+def write_animation(frames: Sequence[Tensor], path: Path) -> None:
+    """Write an endless GIF; each frame is a grid of images uint8 (n, C, H, W)."""
+    pictures = [image_grid(frame, scale=_scale(frame)) for frame in frames]
+    atomic.write_with(path, lambda file: animation(file, pictures))
+
+
+def _scale(images: Tensor) -> int:
+    """Return how much pixels of images (…, W) are enlarged."""
+    return 2 if images.shape[-1] <= 64 else 1
 
 
 def require_outputs(run: Run, n: int, folder: Path | None, npz: Path | None) -> None:

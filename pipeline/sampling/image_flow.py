@@ -25,11 +25,8 @@ from flows.partial import part_of
 from pipeline.errors import UserError
 from pipeline.runs.run import Run
 from pipeline.runtime.rng import generator
-from pipeline.sampling.generate import (
-    images_from_latents,
-    images_from_noise,
-    sample_batch,
-)
+from pipeline.sampling.class_labels import null_condition
+from pipeline.sampling.generate import images_from_latents, images_from_noise, sample_batch
 from pipeline.sampling.sampling_plan import SamplingPlan
 
 #: images that are in memory together
@@ -190,18 +187,26 @@ class ImageFlow:
 
         An adaptive solver has the tolerance 1e-6 here.
         """
-        flow, z_0 = self.unguided.flow, z_0.to(self.device)
+        z_0 = z_0.to(self.device)
+        noise = self._own(z_0, labels, False)
+        return Inversion(z_0, noise, self.revert(noise, labels))
+
+    def revert(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Carry noise (n, *shape) to latents (n, *shape) as `invert` returns; labels are (n,)."""
+        return self._own(noise.to(self.device), labels, True)
+
+    def _own(self, z: Tensor, labels: Tensor | None, reverse: bool) -> Tensor:
+        """Transport samples (n, *shape) along the run's own field."""
         solvers = [
             dataclasses.replace(solver, rtol=_TOLERANCE, atol=_TOLERANCE)
             for solver in self.plan.solvers
         ]
-        noise, back = [], []
-        for start, part in _batches(z_0):
+        parts = []
+        for start, part in _batches(z):
             condition = self.condition(labels, start, len(part))
-            end = flow.encode(part, solvers, condition=condition)
-            noise.append(end)
-            back.append(flow.decode(end, solvers, condition=condition))
-        return Inversion(z_0, torch.cat(noise), torch.cat(back))
+            flow = self.unguided.flow
+            parts.append(flow.transport(part, reverse, solvers, condition=condition).z)
+        return torch.cat(parts)
 
     def edit(
         self, z_0: Tensor, target: Tensor, strength: float, source: Tensor | None = None
@@ -272,17 +277,29 @@ class ImageFlow:
         Raises:
             UserError: the run was trained without class dropout, so that it has no null label.
         """
-        classes = self.run.flow.classes
-        if not classes:
-            return None
-        if labels is None:
-            if not min(spec.velocity.class_dropout for spec in self.run.flow.specs):
-                raise UserError(
-                    f"the run at {self.run.folder} was trained with class_dropout=0; expected the "
-                    "class of every image; give it"
-                )
-            labels = torch.full((start + count,), classes)
+        if not self.run.flow.classes or labels is None:
+            return null_condition(self.run, count)
         return Condition(labels[start : start + count])
+
+    def states(self, n: int, seed: int, times: Sequence[float]) -> list[Tensor]:
+        """Sample n images and decode their states at falling times, each uint8 (n, C, H, W).
+
+        The noise is that of `sample`. Images are not refined.
+
+        Raises:
+            UserError: n is not between 1 and the plan's batch size.
+        """
+        size = self.plan.settings.batch_size
+        if not 1 <= n <= size:
+            raise UserError(f"n is {n}; expected 1 to {size} for the states of samples")
+        stream = (seed, "sample", 0)
+        noise = torch.randn((n, *self.plan.flow.shape), generator=generator(*stream))
+        condition = self.plan.condition(0, n, *stream)
+        labels = None if condition is None else condition.labels
+        begin = float(len(self.run.flow))
+        path = self.path(noise, [begin, *times], labels)
+        next(path)
+        return [self.decode(z) for z in path]
 
 
 def interpolate(a: Tensor, b: Tensor, n: int) -> Tensor:
