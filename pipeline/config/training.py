@@ -85,8 +85,8 @@ class ScheduleConfig:
     Attributes:
         rho: growth of the step from block to block, ρ.
         max_blocks: largest number of blocks with a step.
-        tolerance: training stops adding blocks when Ter(k) falls below it; under lfm, where short
-            times move samples little, below tolerance · min(1, γ_k)².
+        tolerance: training stops adding blocks when Ter(k) falls below tolerance · min(1, s_k)²,
+            where s_k is the step: h_k under jko, γ_k under lfm.
         free_block: train one last block without a step: jko drops its movement term, lfm aims it
             at pure noise.
     """

@@ -139,7 +139,7 @@ class Pass:
         kind: ordinary, reparameterize, refine or add; a block source may have a kind of its own.
         h: planned step sizes of the blocks with a movement term; empty under lfm.
         free: whether a free block follows them.
-        tolerance: the pass ends before all of `h` when Ter(k) falls below it; None if it may not.
+        tolerance: the pass ends before all of its steps by the rule of `stopped`; None if it may not.
         iterations: optimiser steps of each block, the free one included.
         substeps: sub-intervals S of each block's training grid.
         lr: peak learning rate of each block.
@@ -191,16 +191,16 @@ class Pass:
 
     @property
     def stopped(self) -> bool:
-        """Whether the last finished block hardly moved the samples: Ter(k) < tolerance.
+        """Whether the last finished block hardly moved the samples.
 
-        Under lfm, Ter(k) / min(1, γ)² is compared: a diffusion over a short time γ moves samples
-        by O(γ), however far they are from the end.
+        The rule is Ter(k) < tolerance · min(1, s)², where s is the step h of jko or γ of lfm: a
+        short step moves samples by O(s), however far they are from the end.
         """
         if self.tolerance is None or not self.blocks:
             return False
         last = self.blocks[-1]
         assert last.ter is not None
-        scale = 1.0 if last.gamma is None else min(1.0, last.gamma) ** 2
+        scale = 1.0 if last.step is None else min(1.0, last.step) ** 2
         return last.ter < self.tolerance * scale
 
     @property

@@ -101,3 +101,11 @@ def test_a_malformed_manifest_is_one_sentence(change: Any, sentence: str) -> Non
     with pytest.raises(UserError, match=f"^{sentence}") as error:
         Manifest.from_json(_changed(change))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("h", "stops"), [(0.05, False), (0.5, False), (1.0, True), (2.0, True)])
+def test_a_short_step_may_move_samples_little(h: float, stops: bool) -> None:
+    """The rule is Ter(k) < tolerance · min(1, h)²; without the factor all four would stop."""
+    plan = Pass("ordinary", [h, h], False, 0.01, [1, 1], [2, 2], [0.1, 0.1])
+    row = block_row(h=h, gamma=None, ter=0.005)
+    assert plan.with_block(row).stopped is stops
