@@ -65,7 +65,8 @@ def train_lines(config: Config, folder: Path, add_blocks: int = 0) -> list[str]:
         f"{more}, on samples {shape}, in {folder}"
     )
     if upcoming.tolerance:
-        lines.append(f"the pass may end earlier, when Ter(k) is below {upcoming.tolerance:g} min(1, step)²")
+        limit = f"{upcoming.tolerance:g} · min(1, step)²"
+        lines.append(f"the pass may end earlier, when Ter(k) is below {limit}")
     for index in range(done, total):
         step = upcoming.steps[index] if index < len(upcoming.steps) else None
         kind = "free" if step is None else f"step {step:g}"

@@ -139,7 +139,7 @@ class Pass:
         kind: ordinary, reparameterize, refine or add; a block source may have a kind of its own.
         h: planned step sizes of the blocks with a movement term; empty under lfm.
         free: whether a free block follows them.
-        tolerance: the pass ends before all of its steps by the rule of `stopped`; None if it may not.
+        tolerance: of the rule `stopped`, which may end the pass early; None if it may not.
         iterations: optimiser steps of each block, the free one included.
         substeps: sub-intervals S of each block's training grid.
         lr: peak learning rate of each block.
