@@ -26,6 +26,8 @@ from pipeline.errors import UserError
 #: models that are trained block by block, by the pipeline of images
 BLOCKWISE = {"jko": "JKO-iFlow", "lfm": "local flow matching", "fm": "flow matching"}
 TITLES = {**BLOCKWISE, **{name: baseline.title for name, baseline in BASELINES.items()}}
+#: largest part of a training that warms up, so that a short one has its learning rate, too
+WARMUP = 0.1
 #: models that need the extra zuko
 AUTOREGRESSIVE = ("maf", "nsf")
 #: bins of the splines of NSF
@@ -60,7 +62,8 @@ def blockwise_config(config: Config, objective: str, width: int, batches: int) -
     """Return the configuration of jko, lfm or fm with all networks of one width.
 
     JKO blocks do not see the time. The number of blocks is fixed, so that the parameters are
-    known. Batches are split as the configuration of JKO splits its iterations, for lfm evenly.
+    known. Batches are split as the configuration of JKO splits its iterations, for lfm evenly. The
+    warm-up takes at most a tenth of the shortest block.
 
     Args:
         config: of jko.
@@ -86,7 +89,8 @@ def blockwise_config(config: Config, objective: str, width: int, batches: int) -
     iterations = [max(1, int(batches * share / sum(shares))) for share in shares]
     iterations[0] += batches - sum(iterations)
     kind = cast(Objective, objective)
-    train = dataclasses.replace(config.train, objective=kind, iterations=iterations)
+    warmup = min(config.train.warmup, int(WARMUP * min(iterations)))
+    train = dataclasses.replace(config.train, objective=kind, iterations=iterations, warmup=warmup)
     velocity = dataclasses.replace(config.velocity, width=width, autonomous=objective == "jko")
     changed: dict[str, Any] = {"schedule": dataclasses.replace(config.schedule, tolerance=0.0)}
     if objective == "lfm":

@@ -23,6 +23,7 @@ from pipeline.bench.budget import Budget
 from pipeline.bench.clock import used_seconds
 from pipeline.bench.models import (
     BLOCKWISE,
+    WARMUP,
     baseline_config,
     block_count,
     blockwise_config,
@@ -201,7 +202,7 @@ class Training:
             z = stage.take("z", batches.indices(done)).to(device)
             lr = warmup_cosine(
                 int(spent * _SCHEDULE), _SCHEDULE, peak=peak, final=recipe.lr_final, warmup=0
-            ) * min(1.0, (done + 1) / max(1, recipe.warmup))
+            ) * min(1.0, max((done + 1) / max(1, recipe.warmup), spent / WARMUP))
             set_learning_rate(optimizer, lr)
             noise = generator(recipe.seed, "bench", name, "noise", done)
             self._step(model, optimizer, z, noise, recipe.grad_clip, done)

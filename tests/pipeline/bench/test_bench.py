@@ -178,10 +178,12 @@ def test_batches_are_split_over_blocks() -> None:
     jko = blockwise_config(config, "jko", 8, 521)
     assert sum(jko.train.iterations) == 521 and jko.train.iterations[1:] == [120, 100, 100]
     assert jko.velocity.autonomous and jko.schedule.tolerance == 0
+    assert config.train.warmup == 50 and jko.train.warmup == 10
     lfm = blockwise_config(config, "lfm", 8, 400)
     assert lfm.train.iterations == [100] * 4 and lfm.schedule.max_blocks == 3 and lfm.jko is None
     fm = blockwise_config(config, "fm", 8, 400)
     assert fm.train.iterations == [400] and not fm.velocity.autonomous
+    assert fm.train.warmup == 40 and blockwise_config(config, "fm", 8, 900).train.warmup == 50
     with pytest.raises(UserError, match="3 batches for 4 blocks"):
         blockwise_config(config, "jko", 8, 3)
 
