@@ -47,7 +47,7 @@ class Autoguided(Velocity):
         v = self.inner(t, z, *optional(labels))
         null = None
         if self.guide.classes:
-            null = torch.full((len(z),), self.guide.classes, device=z.device)
+            null = torch.full((z.shape[0],), self.guide.classes, device=z.device)
         return torch.lerp(self.guide(t, z, *optional(null)), v, self.weight)
 
     def smooth_pieces(self) -> tuple[SmoothPiece, ...]:

@@ -64,5 +64,5 @@ class ImageConditioned(Velocity):
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Evaluate the field at z (B, C, H, W), or at m copies (m·B, C, H, W) of the batch."""
-        image = self.image.to(z.dtype).repeat(len(z) // len(self.image), 1, 1, 1)
+        image = self.image.to(z.dtype).repeat(z.shape[0] // self.image.shape[0], 1, 1, 1)
         return self.inner(t, torch.cat([z, image], 1), *optional(labels))[:, : self.shape[0]]

@@ -15,6 +15,7 @@ from pipeline.cli.options import (
     RunOption,
     StepsOption,
 )
+from pipeline.errors import UserError
 
 
 def export_command(
@@ -23,9 +24,11 @@ def export_command(
         Path, typer.Option("--out", help="An empty or absent folder, whose name the card takes.")
     ],
     dtype: Annotated[
-        str,
-        typer.Option(help="Dtype of the stored weights: float16, bfloat16, float32 or int10."),
-    ] = "float16",
+        str | None,
+        typer.Option(
+            help="Dtype of the stored weights: float16 (default), bfloat16, float32 or int10."
+        ),
+    ] = None,
     guide: GuideOption = None,
     refiner: RefinerOption = None,
     guidance: GuidanceOption = None,
@@ -38,12 +41,20 @@ def export_command(
             "decoder replaces the run's."
         ),
     ] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Write sampler, decoder and refiner as ONNX instead.")
+    ] = False,
+    torch_export: Annotated[
+        bool, typer.Option("--torch-export", help="Write them as torch.export files instead.")
+    ] = False,
 ) -> None:
     """Export a run to a small folder: blocks, metrics, guide, refiner, settings and a model card.
 
     --guide, --guidance, --refiner, --steps and --method set the defaults of the exported run.
+    --onnx and --torch-export write graphs that run without jkoflow, in float32.
     """
     from pipeline.publishing.export import export
+    from pipeline.publishing.programs import write_programs
     from pipeline.runs.run import open_run
     from pipeline.runtime.console import say
     from pipeline.sampling.sampling_plan import SamplingPlan, with_guidance
@@ -52,6 +63,17 @@ def export_command(
     opened = open_run(run, images=True)
     settings = with_guidance(opened.config.generate, guidance, guide, refiner)
     plan = SamplingPlan.open(with_solver(opened, steps, method), settings)
+    if onnx or torch_export:
+        if onnx and torch_export:
+            raise UserError("--onnx and --torch-export are two formats; choose one")
+        if dtype is not None or autoencoder is not None:
+            raise UserError("a program has its own weights; leave --dtype and --autoencoder out")
+        described = write_programs(plan, out, "onnx" if onnx else "torch-export")["programs"]
+        for name, entry in described.items():
+            say(f"{name} differs from PyTorch by {entry['difference']:.1e}")
+        print(out)
+        return
+    dtype = "float16" if dtype is None else dtype
     exported = export(plan, out, dtype, autoencoder)
     say(
         f"{exported.bytes / 1e6:.1f} MB; rounding to {dtype} moves generated latents by "

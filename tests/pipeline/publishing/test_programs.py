@@ -1,0 +1,107 @@
+"""Exported programs of sampler and decoder against PyTorch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from flows.flow import Flow
+from flows.networks.condition import Condition
+from flows.networks.config import VelocityConfig
+from flows.solving.solver import FIXED_METHODS, SolverConfig
+from flows.spec import BlockSpec, build_block
+from pipeline.data.standardisation import Standardisation
+from pipeline.publishing.programs import Program, Sampler, _export, _runner
+from tests.pipeline.tiny import say
+
+STANDARDISATION = Standardisation(torch.tensor([0.1, -0.3]), torch.tensor([2.0, 0.5]))
+
+
+def plan(classes: int, guidance: float, method: str) -> SimpleNamespace:
+    """Two blocks of random convolutions on latents (2, 4, 4)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = VelocityConfig(kind="conv", width=4, depth=1, classes=classes)
+        spec = BlockSpec(velocity=config)
+        blocks = [(spec, build_block(spec, (2, 4, 4))) for _ in range(2)]
+        flow = Flow.from_blocks((2, 4, 4), blocks)
+        for parameter in flow.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    run = SimpleNamespace(flow=flow, standardisation=STANDARDISATION)
+    solvers = (SolverConfig(method, 2), SolverConfig(method, 3))
+    return SimpleNamespace(flow=flow, guidance=guidance, guide=None, run=run, solvers=solvers)
+
+
+def expected(plan, noise, labels):
+    condition = None if labels is None else Condition(labels, plan.guidance)
+    z = plan.flow.decode(noise, list(plan.solvers), condition=condition)
+    return STANDARDISATION.undo(z)
+
+
+@pytest.mark.parametrize("method", FIXED_METHODS)
+def test_the_unrolled_solver_equals_torchdiffeqs(method):
+    drawn, noise = plan(0, 1.0, method), torch.randn(3, 2, 4, 4)
+    with torch.no_grad():
+        actual = Sampler(drawn)(noise)
+    torch.testing.assert_close(actual, expected(drawn, noise, None), atol=1e-5, rtol=1e-5)
+    assert (actual - STANDARDISATION.undo(noise)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "format_", [pytest.param("onnx", marks=pytest.mark.slow), "torch-export"]
+)
+def test_a_guided_program_equals_pytorch_at_another_batch_size(format_):
+    if format_ == "onnx":
+        pytest.importorskip("onnxruntime")
+    drawn = plan(3, 2.5, "euler")
+
+    def inputs(count):
+        return {"noise": torch.randn(count, 2, 4, 4), "labels": torch.arange(count) % 3}
+
+    data = _export(Program("sampler", Sampler(drawn).eval(), inputs, lambda _: None), format_)
+    given = inputs(5)
+    actual = _runner(format_)(data, given)
+    torch.testing.assert_close(actual, expected(drawn, *given.values()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_programs_make_the_images_of_generate(run: Path, tmp_path: Path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    code, out, error = say(capsys, "export", "-r", run, "--out", tmp_path / "p", "--onnx",
+                           "--method", "euler", "--steps", "1")  # fmt: skip
+    assert code == 0, error
+    assert Path(out.split()[-1]) == tmp_path / "p"
+    described = json.loads((tmp_path / "p" / "programs.json").read_text())["programs"]
+    assert list(described) == ["sampler.onnx", "decoder.onnx"]
+    assert all(entry["difference"] <= 1e-4 for entry in described.values())
+    from pipeline.runs.run import open_run
+    from pipeline.runtime.rng import generator
+    from tests.pipeline.drawing import images
+
+    opened = open_run(run)
+    pixels = images(opened, n=4, batch_size=4, method="euler", steps=1)
+    noise = torch.randn((4, *opened.flow.shape), generator=generator(0, "sample", 0))
+    value = noise.numpy()
+    for name in described:
+        session = onnxruntime.InferenceSession(tmp_path / "p" / name)
+        (value,) = session.run(None, {session.get_inputs()[0].name: value})
+    drawn = np.clip(np.round((value + 1) * 127.5), 0, 255)
+    assert np.abs(drawn - pixels.numpy()).max() <= 1 and value.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--onnx", "--torch-export"), "choose one"),
+        (("--onnx", "--method", "dopri5"), "needs a fixed grid"),
+        (("--torch-export", "--dtype", "bfloat16"), "leave --dtype and --autoencoder out"),
+    ],
+)
+def test_mistakes_are_one_sentence(run: Path, tmp_path: Path, capsys, words, message):
+    code, _, error = say(capsys, "export", "-r", run, "--out", tmp_path / "p", *words)
+    assert code == 2 and message in error and not (tmp_path / "p").exists()
