@@ -85,6 +85,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "reference": evaluation.reference_command,
     "likelihood": evaluation.likelihood_command,
     "export": publishing.export_command,
+    "explore": publishing.explore_command,
     "verify": data.verify_command,
     "report": publishing.report_command,
     "distill": training.distill_command,

@@ -1,4 +1,4 @@
-"""`jkoflow export` and `jkoflow report`."""
+"""`jkoflow explore`, `export` and `report`."""
 
 from __future__ import annotations
 
@@ -88,3 +88,42 @@ def report_command(run: RunOption) -> None:
     from pipeline.runs.zoo import locate
 
     print(write_report(locate(run)))
+
+
+def explore_command(
+    run: RunOption,
+    guide: GuideOption = None,
+    refiner: RefinerOption = None,
+    guidance: GuidanceOption = None,
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host",
+            help="Address that the page listens on. The default lets in this machine alone; "
+            "0.0.0.0 lets in everyone who reaches it.",
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port.")] = 7860,
+) -> None:
+    """Serve a page to sample from a run and to invert images; needs jkoflow[explore]."""
+    import dataclasses
+    import threading
+
+    from pipeline.cli.session import make_accelerator, replace_given
+    from pipeline.explore.app import Address, import_gradio, serve
+    from pipeline.explore.explorer import Explorer
+    from pipeline.runs.run import open_run
+    from pipeline.runtime.console import say
+    from pipeline.sampling.sampling_plan import with_guidance
+
+    address = Address(host, port)
+    address.require_free()
+    import_gradio()
+    opened = open_run(run, images=True)
+    settings = with_guidance(opened.config.generate, guidance, guide, refiner)
+    opened = replace_given(opened, config=dataclasses.replace(opened.config, generate=settings))
+    explorer = Explorer(opened, make_accelerator().device, str(run))
+    _, url = serve(explorer, address)
+    say("stop the explorer with Ctrl-C")
+    print(url, flush=True)
+    threading.Event().wait()

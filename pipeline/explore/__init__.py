@@ -1,0 +1,1 @@
+"""Explorer: a page in the browser that samples from a run and inverts images."""
