@@ -14,7 +14,11 @@ from torch import Tensor
 
 from autoencoders.architecture import TamingConfig, config_from_description
 from autoencoders.taming import TamingAutoencoder
+from pipeline.integrity import hub
 from pipeline.integrity.digests import BLANK, check_file
+
+HUB_FILE = "autoencoder.safetensors"
+"""Name of the weights in a repository of the hub."""
 
 #: key of the metadata entry that holds the architecture and the recipe
 DESCRIPTION = "jkoflow.autoencoder"
@@ -27,14 +31,24 @@ def shipped_weights() -> dict[str, Path]:
 
 
 def locate_weights(name_or_path: str) -> Path:
-    """Return the path of weights, from a shipped name or a path.
+    """Return the path of weights, from a shipped name, a path or hf://owner/name.
+
+    A repository of the hub has them as `autoencoder.safetensors`.
 
     Raises:
-        ValueError: it is neither a shipped name nor a file.
+        ValueError: it is neither a shipped name nor a file, or the hub has no such file.
     """
     known = shipped_weights()
     if name_or_path in known:
         return known[name_or_path]
+    if hub.is_hub(name_or_path):
+        path = hub.download(name_or_path, [HUB_FILE]) / HUB_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"{name_or_path} has no {HUB_FILE}; expected a run or an autoencoder of "
+                "`jkoflow push`"
+            )
+        return path
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path

@@ -86,6 +86,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "likelihood": evaluation.likelihood_command,
     "export": publishing.export_command,
     "explore": publishing.explore_command,
+    "push": publishing.push_command,
     "verify": data.verify_command,
     "report": publishing.report_command,
     "distill": training.distill_command,

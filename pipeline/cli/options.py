@@ -25,7 +25,7 @@ DryRunOption = Annotated[
     typer.Option("--dry-run", help="Print the work, the files that are reused and sizes; stop."),
 ]
 RunOption = Annotated[
-    Path, typer.Option("--run", "-r", help="A run directory, or zoo:NAME for a shipped run.")
+    Path, typer.Option("--run", "-r", help="A run directory, zoo:NAME for a shipped run, or hf://owner/name.")
 ]
 GuidanceOption = Annotated[
     float | None,

@@ -1,4 +1,4 @@
-"""`jkoflow explore`, `export` and `report`."""
+"""`jkoflow explore`, `export`, `push` and `report`."""
 
 from __future__ import annotations
 
@@ -80,6 +80,32 @@ def export_command(
         f"{exported.change:.1e} (RMS)"
     )
     print(exported.folder)
+
+
+def push_command(
+    run: Annotated[
+        Path, typer.Argument(help="A finished run directory, or zoo:NAME for a shipped run.")
+    ],
+    name: Annotated[str, typer.Argument(help="OWNER/NAME of the repository on the hub.")],
+    dtype: Annotated[
+        str,
+        typer.Option(help="Dtype of the stored weights: float16, bfloat16, float32 or int10."),
+    ] = "float16",
+    private: Annotated[
+        bool, typer.Option("--private", help="Create the repository as a private one.")
+    ] = False,
+) -> None:
+    """Export a run and upload it to the Hugging Face hub, with its card as README.md.
+
+    `hf auth login` or the variable HF_TOKEN gives the permission. The run is then named
+    hf://OWNER/NAME.
+    """
+    from pipeline.publishing.push import push
+    from pipeline.runs.run import open_run
+    from pipeline.sampling.sampling_plan import SamplingPlan
+
+    opened = open_run(run, images=True)
+    print(push(SamplingPlan.open(opened, opened.config.generate), name, dtype, private))
 
 
 def report_command(run: RunOption) -> None:

@@ -1,6 +1,7 @@
-"""Shipped runs: `zoo:NAME` in place of a run directory.
+"""Runs from elsewhere: `zoo:NAME` (shipped) or `hf://owner/name` in place of a run directory.
 
 Package data may be read-only, so a shipped run is copied under the data root at its first use.
+So is a run of the hub; it passes the checks of any run when it is opened.
 """
 
 from __future__ import annotations
@@ -8,12 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.integrity import hub
 from pipeline.storage import atomic, seal
 from pipeline.storage.paths import data_root
 from pipeline.storage.shards import content_key
 
 PREFIX = "zoo:"
 _MANIFEST = "flow.json"
+#: the files of a run in a repository of the hub
+_FILES = ("blocks/block-*.safetensors", "autoencoder.safetensors", "config.yaml", "metrics.json",
+          "CARD.md", "samples/grid.png", _MANIFEST, seal.NAME)  # fmt: skip
+_HUB_FILES = tuple(f"{helper}{name}" for helper in ("", "guide/", "refiner/") for name in _FILES)
 
 
 def zoo() -> dict[str, Path]:
@@ -43,12 +49,15 @@ def source_of(run: str) -> Path:
 
 
 def locate(run: Path | str) -> Path:
-    """Return the directory of a run; for zoo:NAME, that of its copy.
+    """Return the directory of a run; for zoo:NAME and hf://owner/name, that of its copy.
 
     Raises:
         UserError: no shipped run has this name, or a shipped file is damaged.
+        ValueError: the hub has no such run, or cannot be reached.
         JkoflowError: the copy could not be written.
     """
+    if hub.is_hub(run):
+        return _copy_of_hub(run)
     if not is_shipped(run):
         return Path(run).expanduser()
     name, source = str(run).removeprefix(PREFIX), source_of(str(run))
@@ -62,4 +71,24 @@ def locate(run: Path | str) -> Path:
         for path in sorted(files, key=lambda path: path == source / _MANIFEST):
             seal.check(path)
             atomic.write_bytes(copy / path.relative_to(source), path.read_bytes())
+    return copy
+
+
+def _copy_of_hub(run: Path | str) -> Path:
+    """Return the copy of a run of the hub, made at its first use."""
+    snapshot = hub.download(run, _HUB_FILES)
+    repository = hub.split(run)[0].replace("/", "--")
+    copy = data_root() / "hub" / f"{repository}-{snapshot.name[:12]}"
+    files = sorted(path for path in snapshot.rglob("*") if path.is_file())
+    if snapshot / _MANIFEST not in files or snapshot / seal.NAME not in files:
+        raise UserError(
+            f"{run} is no run of jkoflow: {_MANIFEST} or {seal.NAME} is missing; expected a "
+            "repository of `jkoflow push`"
+        )
+    if not (copy / _MANIFEST).is_file():
+        seal.start(copy)
+        files.remove(snapshot / seal.NAME)
+        for path in sorted(files, key=lambda path: path == snapshot / _MANIFEST):
+            seal.check(path)
+            atomic.write_bytes(copy / path.relative_to(snapshot), path.read_bytes())
     return copy
