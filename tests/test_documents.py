@@ -93,9 +93,9 @@ def code_of(path: Path) -> str:
 def commands(code: str) -> Iterator[list[str]]:
     """The jkoflow commands of a page's code, without the program's name.
 
-    Continued lines are joined; `torchrun … -m pipeline VERB` counts as one.
+    Continued lines are joined; `torchrun … -m jkoflow VERB` counts as one.
     """
-    starts = r"\s*(?:jkoflow|(?:torchrun|accelerate launch)\b.* -m pipeline) (.*)"
+    starts = r"\s*(?:jkoflow|(?:torchrun|accelerate launch)\b.* -m (?:jkoflow|pipeline)) (.*)"
     for line in code.replace("\\\n", " ").splitlines():
         if match := re.match(starts, line):
             yield shlex.split(match[1].split(" #")[0])

@@ -33,6 +33,10 @@ ClassOption = Annotated[
     ),
 ]
 StripOption = Annotated[Path | None, typer.Option("--out", help="The PNG file of the strip.")]
+PlaceOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="data.path=DIR: the folder of the test split on this machine."),
+]
 CountOption = Annotated[
     int, typer.Option("-n", help="Number of images of the test split, if no image is given.")
 ]
@@ -147,7 +151,11 @@ def _write_states(plan: Any, span: tuple[int, int], n: int, out: Path | None) ->
 
 
 def _open(
-    run: Path, steps: str | None, method: str | None, guidance: float | None = None
+    run: Path,
+    steps: str | None,
+    method: str | None,
+    guidance: float | None = None,
+    overrides: list[str] | None = None,
 ) -> Any:  # noqa: ANN401 - imported late
     """Open the flow between images and noise of a run."""
     from pipeline.runs.run import open_run
@@ -155,7 +163,9 @@ def _open(
     from pipeline.sampling.sampling_plan import SamplingPlan, with_guidance
     from pipeline.sampling.solvers import with_solver
 
-    opened = with_solver(open_run(run, images=True), steps, method)
+    opened = open_run(run, images=True)
+    config = override_settings(opened.config, overrides, ("data.path",))
+    opened = with_solver(replace_given(opened, config=config), steps, method)
     settings = with_guidance(opened.config.generate, guidance)
     return ImageFlow.open(SamplingPlan.open(opened, settings), make_accelerator().device)
 
@@ -213,6 +223,7 @@ def invert_command(
     npz: Annotated[
         Path | None, typer.Option("--npz", help="Also write the noise to this .npz (arr_0).")
     ] = None,
+    overrides: PlaceOption = None,
 ) -> None:
     """Carry images to their noise and back; prints the inversion error and writes a strip.
 
@@ -226,7 +237,7 @@ def invert_command(
     from pipeline.sampling.image_files import write_animation, write_strip
     from pipeline.storage import atomic
 
-    flow = _open(run, steps, method)
+    flow = _open(run, steps, method, overrides=overrides)
     x, labels = _read(flow, images or [], n, name)
     z = flow.encode(x)
     inverted = flow.invert(z, labels)
@@ -285,13 +296,14 @@ def edit_command(
     n: CountOption = _ROWS,
     strength: Annotated[
         float, typer.Option("--strength", help="Part of the way to the noise, in (0, 1].")
-    ] = 0.6,
+    ] = 0.8,
     name: ClassOption = None,
     guidance: options.GuidanceOption = None,
     steps: options.StepsOption = None,
     method: options.MethodOption = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the refiner's noise.")] = 0,
     out: StripOption = None,
+    overrides: PlaceOption = None,
 ) -> None:
     """Turn images into other classes: inverts part of the way, and samples back.
 
@@ -303,7 +315,7 @@ def edit_command(
     from pipeline.sampling.class_labels import parse_classes
     from pipeline.sampling.image_files import write_strip
 
-    flow = _open(run, steps, method, guidance)
+    flow = _open(run, steps, method, guidance, overrides)
     flow.require_classes()
     targets = parse_classes(flow.run, to) or []
     flow.plan.vary(labels=targets)  # refuses what does not fit

@@ -152,7 +152,7 @@ class Model:
         self,
         x: Tensor,
         to: Classes,
-        strength: float = 0.6,
+        strength: float = 0.8,
         classes: Classes | None = None,
         guidance: float | None = None,
         seed: int = 0,
