@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -35,3 +40,26 @@ def test_every_module_is_in_a_package() -> None:
 
 def test_every_package_is_typed() -> None:
     assert all((ROOT / top / "py.typed").is_file() for top in (*PACKAGES, FACADE))
+
+
+def test_the_facade_is_installed_as_jkoflow() -> None:
+    toml = pytest.importorskip("setuptools.config.pyprojecttoml")
+    found = toml.read_configuration(ROOT / "pyproject.toml", expand=True)["tool"]["setuptools"]
+    assert "jkoflow" in found["packages"] and not any("facade" in x for x in found["packages"])
+    assert Path(found["package-dir"]["jkoflow"]) == Path(FACADE)
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_in_a_folder_with_packages_of_its_own(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site, folder = tmp_path / "site", tmp_path / "folder"
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    for name in ("configs", "flows", "eval", "pipeline"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text("raise SystemExit(9)")
+    environment = {**os.environ, "PYTHONPATH": str(site), "JKOFLOW_HOME": str(tmp_path / "home")}
+    words = ["-m", "jkoflow", "generate", "--run", "zoo:mnist", "-n", "4", "--out", "grid.png"]
+    subprocess.run([sys.executable, *words], check=True, cwd=folder, env=environment)
+    assert (folder / "grid.png").is_file()
