@@ -265,7 +265,7 @@ def load(
     blocks: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:
-    """Load a trained model from a run directory or zoo:NAME.
+    """Load a trained model from a run directory, zoo:NAME or hf://owner/name.
 
     The other arguments are the options of `jkoflow generate`; the defaults are those of the run.
 
