@@ -108,12 +108,33 @@ def push_command(
     print(push(SamplingPlan.open(opened, opened.config.generate), name, dtype, private))
 
 
-def report_command(run: RunOption) -> None:
-    """Write report.html into a run: configuration, blocks, pictures and metrics on one page."""
+def report_command(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Runs to compare on one page, such as runs/a runs/b zoo:mnist."),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", "-r", help="A run, whose report.html is written.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", help="The HTML file of a comparison.")
+    ] = Path("comparison.html"),
+) -> None:
+    """Write report.html into a run, or compare runs, on one page that needs no other file.
+
+    A report shows configuration, blocks, pictures and metrics. A comparison shows metrics, losses,
+    samples, previews and the settings that differ.
+    """
+    from pipeline.errors import UserError
+    from pipeline.publishing.comparison import write_comparison
     from pipeline.publishing.report import write_report
     from pipeline.runs.zoo import locate
 
-    print(write_report(locate(run)))
+    if bool(runs) == (run is not None):
+        raise UserError(
+            "report takes either --run with one run or the names of runs to compare; give one"
+        )
+    print(write_report(locate(run)) if run is not None else write_comparison(runs or [], out))
 
 
 def explore_command(

@@ -1,22 +1,20 @@
 """Report of a run: report.html, one page that needs no other file.
 
-It shows the configuration, the blocks, the pictures of samples/, metrics.json and
-environment.json.
+It shows the configuration, the blocks, the pictures of samples/, some of previews/, metrics.json
+and environment.json. `pipeline.publishing.comparison` compares runs.
 """
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from eval.pictures import note_of
 from pipeline.config.load import resolved_yaml
 from pipeline.evaluation.tables import metric_rows
+from pipeline.publishing.page import gallery, page, picture, section, table
 from pipeline.runs.directory import RunDirectory
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.passes import BlockRow
@@ -30,20 +28,8 @@ _MEASUREMENTS = ("nfe", "curve", "likelihood")
 #: the pictures that come first; the others follow by name
 _FIRST = ("grid.png", "movement.png")
 
-_PAGE = Template(
-    """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>$title</title><style>
-body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em }
-table { border-collapse: collapse } td, th { padding: .2em .8em; border-bottom: 1px solid #ccc }
-th { text-align: left } td { font-variant-numeric: tabular-nums }
-img { max-width: 100%; image-rendering: pixelated } pre { background: #f4f4f4; padding: 1em }
-</style></head><body>
-<h1>$title</h1>
-<p>$state</p>
-$body
-</body></html>
-"""
-)
+#: most previews on a page
+_PREVIEWS = 12
 
 
 def write_report(folder: Path) -> Path:
@@ -57,30 +43,29 @@ def write_report(folder: Path) -> Path:
     points = manifest.autoencoder is None  # `jkoflow toy2d` writes metrics into samples/
     metrics = _read(folder / ("samples" if points else "") / "metrics.json", "metrics")
     rows = manifest.blocks
-    parts = [_section("Blocks", _table(_HEAD, map(_block, range(len(rows)), rows)))]
-    if metrics and not _is_current(_run_of(metrics), manifest):
-        parts.insert(0, _section("Metrics", _OUTDATED))
+    parts = [section("Blocks", table(_HEAD, map(_block, range(len(rows)), rows)))]
+    if metrics and not is_current(run_of(metrics), manifest):
+        parts.insert(0, section("Metrics", _OUTDATED))
     elif metrics:
-        parts.insert(0, _section("Metrics", _table((), _metrics(metrics))))
+        parts.insert(0, section("Metrics", table((), _metrics(metrics))))
     else:
         refines = any(row.spec.velocity.image_channels for row in rows)
-        parts.insert(0, _section("Metrics", _REFINES if refines else _UNMEASURED))
+        parts.insert(0, section("Metrics", _REFINES if refines else _UNMEASURED))
     parts += [
-        _section(path.stem, _origin(path, manifest) + _picture(path))
+        section(path.stem, _origin(path, manifest) + picture(path))
         for path in _pictures(folder / "samples")
     ]
+    previews = previews_of(folder)
+    if previews:
+        parts.append(section("Previews", gallery(previews)))
     parts.append(
-        _section("Environment", _table((), _flat(directory.environment)))
+        section("Environment", table((), _flat(directory.environment)))
     )
-    parts.append(_section("Configuration", f"<pre>{escape(resolved_yaml(config))}</pre>"))
+    parts.append(section("Configuration", f"<pre>{escape(resolved_yaml(config))}</pre>"))
     unfinished = f"unfinished; continue it with {directory.resume_command}"
     state = "finished" if manifest.complete else unfinished
-    page = _PAGE.substitute(
-        title=escape(f"jkoflow: {config.name}"),
-        state=escape(f"{config.train.objective}, {len(rows)} blocks, {state}"),
-        body="\n".join(parts),
-    )
-    atomic.write_bytes(folder / REPORT, page.encode())
+    state = f"{config.train.objective}, {len(rows)} blocks, {state}"
+    atomic.write_bytes(folder / REPORT, page(f"jkoflow: {config.name}", state, parts))
     return folder / REPORT
 
 
@@ -95,14 +80,14 @@ _OUTDATED = (
 )
 
 
-def _run_of(measured: dict[str, Any]) -> str | None:
+def run_of(measured: dict[str, Any]) -> str | None:
     """Return the fingerprint of the run that a file or a picture was made of, if it has one."""
     fingerprint: str | None = measured.get("sampling", measured).get("run")
     return fingerprint
 
 
-def _is_current(fingerprint: str | None, manifest: Manifest) -> bool:
-    """Whether a fingerprint is that of all blocks of a run; None, as of points, passes."""
+def is_current(fingerprint: str | None, manifest: Manifest) -> bool:
+    """Return whether a fingerprint is that of all blocks of a run; None, as of points, passes."""
     if fingerprint is None or fingerprint in manifest.origins:
         return True
     return fingerprint == manifest.fingerprint()
@@ -152,39 +137,34 @@ def _read(path: Path, what: str) -> dict[str, Any]:
     return atomic.read_json(path, what) if path.is_file() else {}
 
 
+def previews_of(folder: Path) -> list[tuple[str, Path]]:
+    """Return captions and files of at most 12 previews, the first and the last included."""
+    paths = sorted((folder / "previews").glob("*.png"), key=lambda path: _order(path.stem))
+    if len(paths) > _PREVIEWS:
+        stride = (len(paths) - 1) / (_PREVIEWS - 1)
+        paths = [paths[round(index * stride)] for index in range(_PREVIEWS)]
+    return [(path.stem.replace("-", " "), path) for path in paths]
+
+
+def _order(stem: str) -> str:
+    """Return what previews are sorted by; those of the first pass have no number."""
+    return stem if stem.startswith("pass") else f"pass-00-{stem}"
+
+
 def _pictures(samples: Path) -> list[Path]:
     first = [samples / name for name in _FIRST if (samples / name).is_file()]
     return first + sorted(path for path in samples.glob("*.png") if path not in first)
-
-
-def _picture(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(path.name)}" src="data:image/png;base64,{data}">'
 
 
 def _origin(path: Path, manifest: Manifest) -> str:
     """Return a warning for a picture that shows samples of other blocks, else nothing."""
     note, file = note_of(path), path.parent.parent / f"{path.stem}.json"
     if path.stem in _MEASUREMENTS and file.is_file():
-        fingerprint = _run_of(_read(file, "measurement"))
+        fingerprint = run_of(_read(file, "measurement"))
     elif note is not None:
-        fingerprint = _run_of(json.loads(note))
+        fingerprint = run_of(json.loads(note))
     else:
         return ""
-    if _is_current(fingerprint, manifest):
+    if is_current(fingerprint, manifest):
         return ""
     return "<p>Sampled from other blocks than the run has now, or from some of its blocks.</p>"
-
-
-def _section(title: str, body: str) -> str:
-    return f"<h2>{escape(title)}</h2>\n{body}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [_line("th", head)] if head else []
-    lines += [_line("td", row) for row in rows]
-    return "<table>\n" + "\n".join(lines) + "\n</table>"
-
-
-def _line(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"

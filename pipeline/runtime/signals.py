@@ -60,6 +60,8 @@ def install(cleanup: Callable[[], object] = tuple) -> Callable[[], None]:
     def restore() -> None:
         global _cleanup
         _cleanup = kept
+        if _pending is not None and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)  # the command has ended in time
         for number, handler in before.items():
             signal.signal(number, handler)
 

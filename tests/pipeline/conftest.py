@@ -6,6 +6,7 @@ import http.server
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate import Accelerator
@@ -64,3 +65,18 @@ def folder(trained: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     shutil.copytree(trained.home, home, ignore=shutil.ignore_patterns("features"))
     monkeypatch.setenv("JKOFLOW_HOME", str(home))
     return Path(shutil.copytree(trained.root / "run", tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium of the system, driven by Playwright."""
+    driver = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("needs Chromium (apt-get install chromium)")
+    with driver.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
+        yield browser
+        browser.close()

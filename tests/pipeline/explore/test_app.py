@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,22 +19,7 @@ from pipeline.explore.explorer import Explorer
 from pipeline.runs.run import open_run
 from tests.pipeline.tiny import World, pictures, say
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SECONDS = 60_000  # milliseconds until a click must have shown its effect
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    pytest.importorskip("gradio", reason="needs gradio")
-    driver = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium (apt-get install chromium)")
-    with driver.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
-        yield browser
-        browser.close()
 
 
 def free_port() -> int:
@@ -46,6 +30,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def url(browser: Any, trained_world: World) -> Iterator[str]:
+    pytest.importorskip("gradio", reason="needs gradio")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JKOFLOW_HOME", str(trained_world.home))
         explorer = Explorer(open_run(trained_world.root / "run"), torch.device("cpu"))

@@ -16,6 +16,7 @@ from PIL import Image
 from pipeline.runs.directory import read_manifest
 from pipeline.runs.movement_plot import plot_movement
 from pipeline.runs.run import open_run
+from pipeline.training.previews import preview_file
 from pipeline.training.train import train
 from tests.pipeline.drawing import plan_of
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
@@ -94,6 +95,7 @@ def test_a_report_shows_the_content_of_the_run(
     assert yaml.safe_load(page.pre) == yaml.safe_load((run / "config.yaml").read_text())
     # nothing but the pictures is referred to, and they lie inside
     names = [run / "samples" / name for name in ("grid.png", "movement.png")]
+    names += [run / preview_file(block, 6) for block in range(3)]
     pictures = [
         base64.b64decode(link.partition("data:image/png;base64,")[2]) for link in page.links
     ]
@@ -102,6 +104,7 @@ def test_a_report_shows_the_content_of_the_run(
 
 def test_a_run_that_was_not_measured(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run / "samples", ignore_errors=True)
+    shutil.rmtree(run / "previews")
     page = report(run, capsys)
     assert not page.links and not any("FID" in cell for row in page.rows for cell in row)
     assert "jkoflow evaluate" in (run / "report.html").read_text()
