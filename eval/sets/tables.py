@@ -5,6 +5,7 @@ pyarrow is an optional dependency (`pip install 'jkoflow[data]'`), imported when
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -68,14 +69,32 @@ class TableImages:
                 yield file, first, rows[self.column]
                 first += len(rows[self.column])
 
-    def pictures(self, others: Sequence[str] = ()) -> Iterator[tuple[BytesIO, str, list[Any]]]:
-        """Yield every encoded image with its name and its values of other columns."""
+    @property
+    def column_names(self) -> list[str]:
+        """Names of all columns."""
+        return _Table(self.files[0]).columns
+
+    def class_names(self, column: str) -> list[str] | None:
+        """Return the names of a column's classes, if the datasets library has noted them."""
+        notes = (_Table(self.files[0]).schema.metadata or {}).get(b"huggingface")
+        try:
+            names = json.loads(notes or b"{}")["info"]["features"][column]["names"]
+        except (ValueError, KeyError, TypeError):
+            return None
+        return [str(name).replace("/", "-") for name in names]
+
+    def pictures(
+        self, others: Sequence[str] = ()
+    ) -> Iterator[tuple[BytesIO, str, list[Any], str | None]]:
+        """Yield every encoded image, its name, its values of other columns, and its path."""
         for file in self.files:
             first = 0
             for rows in _Table(file).rows([self.column, *others], BATCH):
                 for i, value in enumerate(rows[self.column]):
                     name = f"image {first + i} of {file}"
-                    yield BytesIO(_bytes(value, name)), name, [rows[key][i] for key in others]
+                    path = value.get("path") if isinstance(value, dict) else None
+                    others_here = [rows[key][i] for key in others]
+                    yield BytesIO(_bytes(value, name)), name, others_here, path
                 first += len(rows[self.column])
 
     def require_column(self, name: str) -> None:

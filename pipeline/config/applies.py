@@ -44,18 +44,20 @@ def _objective(*objectives: str) -> Condition:
 
 
 #: kinds of networks that have a width
+_FOLDERS = ("folder", "hf", "webdataset")
 _WIDE = ("mlp", "resmlp", "conv", "unet")
 #: key, whether it applies, and the condition in words
 APPLIES: tuple[tuple[str, Condition, str], ...] = (
-    ("data.size", lambda c: c.data.name == "folder", "data.name=folder"),
-    ("data.mode", lambda c: c.data.name == "folder", "data.name=folder"),
+    ("data.size", lambda c: c.data.name in _FOLDERS, "data.name=folder, hf or webdataset"),
+    ("data.mode", lambda c: c.data.name in _FOLDERS, "data.name=folder, hf or webdataset"),
+    ("data.columns", lambda c: c.data.name == "hf", "data.name=hf"),
     (
         "data.path",
         lambda c: (
             c.data.name in (*IMAGE_SETS, "picture", *TABLES)
             and c.data.name not in ("mnist", "cifar10")
         ) or bool(c.data.also),
-        "data.name=folder, npz, imagenet32, latents, picture or a table",
+        "data.name=folder, hf, webdataset, npz, imagenet32, latents, picture or a table",
     ),
     ("autoencoder.size", lambda c: c.autoencoder.fit == "resize", "autoencoder.fit=resize"),
     ("train.preview_fid", lambda c: c.train.preview_every > 0, "train.preview_every"),

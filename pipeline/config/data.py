@@ -13,7 +13,7 @@ Fit = Literal["exact", "native", "resize"]
 #: the data set whose `data.path` is a cache of a caller's own latents
 LATENTS = "latents"
 #: data sets of images, and of latents; plug-ins add theirs
-IMAGE_SETS = ["mnist", "cifar10", "imagenet32", "folder", "npz", LATENTS]
+IMAGE_SETS = ["mnist", "cifar10", "imagenet32", "folder", "hf", "webdataset", "npz", LATENTS]
 #: tables of numbers (`jkoflow bench tabular`); every other data.name is a set of points in the
 #: plane (`jkoflow toy2d`)
 TABLES = ("power", "gas", "miniboone", "bsds300")
@@ -24,16 +24,18 @@ class DataConfig:
     """Images, or points in the plane.
 
     Attributes:
-        name: mnist, cifar10, imagenet32, folder or npz; latents (a caller's own, see
-            docs/python.md); power, gas, miniboone or bsds300 (tables); or a set of points
-            (`jkoflow toy2d`).
+        name: mnist, cifar10, imagenet32, folder, npz, hf or webdataset; latents, a caller's own
+            (docs/python.md); or a table or a set of points (`jkoflow bench`, `toy2d`).
         split: the split that the flow or the autoencoder trains on.
         test_split: the split that measures reconstruction and likelihood.
-        path: the folder of the images (folder), or of the official files (imagenet32); the file
-            of npz; the cache of latents. A table has its file or folder, and data.name=picture
-            its image.
-        size: folder: side of the square that images are resized and centre-cropped to.
-        mode: folder: RGB or L (grey).
+        path: the folder of the images (folder; also s3://…), or of the official files
+            (imagenet32); the file of npz; the cache of latents. hf has a parquet or arrow file, a
+            folder of them or a hub id. webdataset has a tar file or a folder of them. A table has
+            its file or folder, and data.name=picture its image.
+        columns: hf: the column of the images, and that of the classes; empty takes usual names.
+        size: folder, hf, webdataset: side of the square that images are resized and
+            centre-cropped to.
+        mode: folder, hf, webdataset: RGB or L (grey).
         limit: number of images that are used of each data set, from the first on; null uses all.
         also: more data sets, which are appended without their classes: mnist, or cifar10/train for
             another split than data.split.
@@ -43,6 +45,7 @@ class DataConfig:
     split: str = "train"
     test_split: str = setting("test", resume="free")
     path: str | None = setting(None, resume="moved")
+    columns: list[str] = field(default_factory=list)
     size: int | None = setting(None, least=1)
     mode: Literal["RGB", "L"] = "RGB"
     limit: int | None = setting(None, least=1)

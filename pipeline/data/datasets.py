@@ -16,6 +16,7 @@ from pipeline.data.image_folder import load_folder
 from pipeline.data.image_set import ArrayPixels, ImageSet, apply_limit, fingerprint, join
 from pipeline.data.imagenet32 import load_imagenet32
 from pipeline.data.tensors import read_images
+from pipeline.data.unpacked import FOLDERS, folder_of
 from pipeline.errors import UserError
 from pipeline.runtime.console import say
 
@@ -47,7 +48,7 @@ def _load_one(data: DataConfig) -> ImageSet:
     """Open one data set without those of `data.also`."""
     if data.name not in DATASETS:
         raise UserError(f"data set {data.name!r} is unknown; choose one of {', '.join(DATASETS)}")
-    split = "test" if data.name in ("imagenet32", "folder") and data.split == "val" else data.split
+    split = "test" if data.name in ("imagenet32", *FOLDERS) and data.split == "val" else data.split
     if split not in SPLITS:
         choices = ", ".join(SPLITS)
         raise UserError(f"{data.name} has no split {data.split!r}; choose one of {choices}")
@@ -109,8 +110,11 @@ def _imagenet32(data: DataConfig, split: str) -> ImageSet:
 
 
 def _folder(data: DataConfig, split: str) -> ImageSet:
-    """Open a folder of images."""
-    return load_folder(_require_folder(data, "images"), split, data.size, data.mode, data.limit)
+    """Open a folder of images, or a data set that is unpacked to one."""
+    folder = folder_of(data)
+    if not folder.is_dir():
+        raise UserError(f"data.path is {folder}, not a folder; set it to the folder of images")
+    return load_folder(folder, split, data.size, data.mode, data.limit)
 
 
 def _npz(data: DataConfig, split: str) -> ImageSet:
@@ -135,7 +139,7 @@ DATASETS: dict[str, Callable[[DataConfig, str], ImageSet]] = {
     "mnist": _mnist,
     "cifar10": _cifar10,
     "imagenet32": _imagenet32,
-    "folder": _folder,
+    **dict.fromkeys(FOLDERS, _folder),
     "npz": _npz,
     LATENTS: _latents,
 }

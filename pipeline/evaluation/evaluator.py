@@ -16,6 +16,7 @@ from eval.gaussian import GaussianStats
 from eval.references import is_reference, load_reference
 from pipeline.config.data import DataConfig
 from pipeline.config.sampling import EvaluateConfig
+from pipeline.data.unpacked import FOLDERS
 from pipeline.errors import UserError
 from pipeline.evaluation.features import FeatureExtractor, extractor_identity, fid_of
 from pipeline.evaluation.kid_precision_recall import (
@@ -197,7 +198,7 @@ def _real_test_fid(run: Run, settings: EvaluateConfig) -> float | None:
     """Look up the FID of n real test images on the card of a reference of the run's data."""
     card = _card(settings.reference)
     same_content = card.get("content_sha256") == run.manifest.data.fingerprint
-    named_only = run.config.data.name in ("folder", "imagenet32")  # one name for many data sets
+    named_only = run.config.data.name in (*FOLDERS, "imagenet32")  # one name for many data sets
     if (named_only and not same_content) or warn_of_other_data(run, settings.reference):
         return None
     value: float | None = card.get("test_split_fid", {}).get(str(settings.n))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,6 +10,7 @@ from pipeline.config.data import DataConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_folder import splits_of
 from pipeline.data.image_set import ImageSet
+from pipeline.data.unpacked import FOLDERS, folder_of
 from pipeline.errors import UserError
 from pipeline.runtime.rng import generator
 
@@ -21,7 +20,7 @@ ORDER = "order of evaluation"
 
 def held_out_images(data: DataConfig) -> ImageSet:
     """Load the test split, or the training split of a folder that is not split."""
-    if data.name == "folder" and data.path and not splits_of(Path(data.path).expanduser()):
+    if data.name in FOLDERS and data.path and not splits_of(folder_of(data)):
         return load_images(data.of_split(data.split))
     return load_images(data.of_split(data.test_split))
 

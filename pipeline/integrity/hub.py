@@ -27,8 +27,10 @@ def is_hub(name: str | Path) -> bool:
     return str(name).startswith("hf:/")
 
 
-def download(name: str | Path, patterns: Sequence[str]) -> Path:
+def download(name: str | Path, patterns: Sequence[str], kind: str = "model") -> Path:
     """Download the files of a repository that match patterns; return their folder in hub's cache.
+
+    The kind of a repository is `model` or `dataset`.
 
     Without a network, or with `HF_HUB_OFFLINE`, the files of an earlier download are used.
 
@@ -39,9 +41,10 @@ def download(name: str | Path, patterns: Sequence[str]) -> Path:
     repository, revision = split(name)
     hub = library()
     options: dict[str, Any] = {"allow_patterns": list(patterns), "endpoint": endpoint()}
+    options["repo_type"] = kind
     options["cache_dir"] = _CACHE
     try:
-        _check_size(repository, revision, patterns)
+        _check_size(repository, revision, patterns, kind)
     except ValueError:
         raise
     except Exception as error:  # noqa: BLE001 - the hub's client raises errors of many libraries
@@ -59,10 +62,12 @@ def download(name: str | Path, patterns: Sequence[str]) -> Path:
         raise _unreachable(repository, error) from error
 
 
-def _check_size(repository: str, revision: str | None, patterns: Sequence[str]) -> None:
+def _check_size(
+    repository: str, revision: str | None, patterns: Sequence[str], kind: str
+) -> None:
     """Check the size of the files of a repository."""
-    info = library().HfApi(endpoint=endpoint()).model_info(
-        repository, revision=revision, timeout=_SECONDS, files_metadata=True
+    info = library().HfApi(endpoint=endpoint()).repo_info(
+        repository, repo_type=kind, revision=revision, timeout=_SECONDS, files_metadata=True
     )  # fmt: skip
     files = [f for f in info.siblings or [] if any(fnmatch(f.rfilename, p) for p in patterns)]
     require_size(sum(file.size or 0 for file in files), f"hf://{repository}")

@@ -73,7 +73,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._json({"commitUrl": url, "commitOid": commit, "success": True})
 
     def do_GET(self) -> None:
-        path = self.path.split("?")[0].strip("/")
+        path = self.path.split("?")[0].strip("/").removeprefix("datasets/")
         parts = path.split("/")
         name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
         files = self.server.repositories.get(name)

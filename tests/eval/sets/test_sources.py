@@ -53,7 +53,7 @@ def test_tables_hold_the_pixels_of_a_folder(tmp_path, table):
     plain = TableImages(tmp_path / "a.parquet", "plain")
     assert torch.equal(torch.cat(list(plain.batches())), torch.cat(list(
         TableImages(tmp_path / "a.parquet").batches())))  # fmt: skip
-    assert [label for _, _, (label,) in plain.pictures(["label"])] == list(range(7))
+    assert [label for _, _, (label,), _ in plain.pictures(["label"])] == list(range(7))
 
 
 def test_bad_tables_are_named(tmp_path, table):

@@ -120,7 +120,7 @@ def test_only_the_section_of_the_objective_is_there() -> None:
          r"configuration has train\.objective=fm; remove it .* or set train\.objective=jko"),
         ("mnist", "matching.times=logit-normal", r"applies to train\.objective=lfm"),
         ("mnist", "points.train=5", r"points\.train=5 applies to `jkoflow toy2d`"),
-        ("mnist", "data.size=8", r"data\.size=8 applies to data\.name=folder; .*default None"),
+        ("mnist", "data.size=8", r"data\.size=8 applies to data\.name=folder, hf or .*None"),
         ("mnist", "velocity.heads=2", r"velocity\.heads=2 applies to velocity\.kind=unet"),
         ("mnist", "generate.guidance=2", r"generate\.guidance=2\.0 applies to velocity\.classes"),
         ("mnist", "latents.disturb=0.1", r"applies to velocity\.image_channels"),

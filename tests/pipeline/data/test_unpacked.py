@@ -1,80 +1,144 @@
-"""Images of files that open only as a whole, unpacked for random batches."""
+"""Tables, tar shards and remote folders give the bytes and the fingerprint of a folder."""
 
 from __future__ import annotations
 
-from collections import Counter
+import io
+import json
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate import Accelerator
+from PIL import Image
 
-from pipeline.autoencoder_training.train import train_autoencoder
-from pipeline.config import packaged
-from pipeline.config.autoencoder import AutoencoderConfig
 from pipeline.config.data import DataConfig
-from pipeline.config.load import load
-from pipeline.data import imagenet32
 from pipeline.data.datasets import load_images
-from pipeline.data.image_set import with_random_access
 from pipeline.errors import UserError
-from tests.pipeline.data.test_imagenet32 import make
+from tests.pipeline.hub_server import serving_hub
+
+CLASSES = ("cat", "dog")
 
 
-def no_bar(items, total, label):
-    return items
-
-
-@pytest.fixture(autouse=True)
-def own_root(tmp_path, monkeypatch):
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Two splits of pictures of several sizes in two classes."""
     monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path / "home"))
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 4)):
+        for i in range(count):
+            path = tmp_path / "folder" / split / CLASSES[i % 2] / f"{split}{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (8 + i, 9, 3), np.uint8)).save(path)
+    return tmp_path / "folder"
 
 
-def test_the_array_has_the_same_images_and_opens_no_file(tmp_path, monkeypatch):
-    images, labels = make(tmp_path / "files", "npz")
-    data = DataConfig(name="imagenet32", path=str(tmp_path / "files"))
-    packed = load_images(data)
-    unpacked = with_random_access(packed, Accelerator(cpu=True), no_bar)
-    opened = []
-    monkeypatch.setattr(imagenet32, "read_batch", lambda path: opened.append(path))
-    order = np.random.default_rng(0).integers(0, len(images), 50)
-    assert np.array_equal(unpacked.take(order), images[order])
-    again = with_random_access(load_images(data), Accelerator(cpu=True), no_bar)
-    assert np.array_equal(again.read(0, len(images)), images)
-    assert opened == []
-    assert again.fingerprint == packed.fingerprint
-    assert np.array_equal(unpacked.labels, labels)
+def pictures(folder: Path, split: str) -> list[Path]:
+    return sorted((folder / split).rglob("*.png"), key=lambda path: path.name)
 
 
-def test_a_training_opens_every_file_once(tmp_path, monkeypatch):
-    make(tmp_path / "files", "npz")
-    shape = ("patch=8", "width=32", "width_factors=[1]", "channels=2")
-    recipe = ("iterations=5", "batch_size=8", "adversarial_weight=0")
-    settings = ["data.name=imagenet32", f"data.path={tmp_path / 'files'}",
-                "data.also=[imagenet32/test]"]  # fmt: skip
-    settings += [f"architecture.{word}" for word in shape]
-    settings += [f"training.{word}" for word in recipe]
-    opened, read = Counter(), imagenet32.read_batch
+def tables(folder: Path, out: Path) -> Path:
+    """Write the splits as the datasets library does, in two shards each."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
 
-    def counted(path):
-        opened[path.name] += 1
-        return read(path)
-
-    monkeypatch.setattr(imagenet32, "read_batch", counted)
-    config = load(AutoencoderConfig, "rgb32-kl", settings, packaged.AUTOENCODERS)
-    train_autoencoder(config, tmp_path / "out", Accelerator(cpu=True), no_bar, False)
-    assert len(opened) == 11 and set(opened.values()) == {1}
-
-
-def test_a_set_with_random_access_is_unchanged(tmp_path):
-    images = load_images(DataConfig(name="mnist", limit=5))
-    assert with_random_access(images, Accelerator(cpu=True), no_bar) is images
-    assert not (tmp_path / "home" / "pixels").exists()
+    notes = {"info": {"features": {"label": {"names": list(CLASSES), "_type": "ClassLabel"}}}}
+    (out / "data").mkdir(parents=True)
+    for split in ("train", "test"):
+        files = pictures(folder, split)
+        for shard in (0, 1):
+            part = files[shard::2]
+            table = pa.table({
+                "image": [{"bytes": f.read_bytes(), "path": f.name} for f in part],
+                "label": [CLASSES.index(f.parent.name) for f in part],
+            }).replace_schema_metadata({"huggingface": json.dumps(notes)})  # fmt: skip
+            pq.write_table(table, out / "data" / f"{split}-0000{shard}-of-00002.parquet")
+    return out
 
 
-def test_a_damaged_file_leaves_no_array(tmp_path):
-    make(tmp_path / "files", "npz")
-    images = load_images(DataConfig(name="imagenet32", path=str(tmp_path / "files")))
-    (tmp_path / "files" / "train_data_batch_7.npz").write_bytes(b"no archive")
-    with pytest.raises(UserError, match="train_data_batch_7"):
-        with_random_access(images, Accelerator(cpu=True), no_bar)
-    assert list((tmp_path / "home" / "pixels").iterdir()) == []
+def shards(folder: Path, out: Path) -> Path:
+    out.mkdir()
+    for split in ("train", "test"):
+        with tarfile.open(out / f"{split}-000.tar", "w") as archive:
+            for file in pictures(folder, split):
+                for ending, data in ((".png", file.read_bytes()),
+                                     (".cls", file.parent.name.encode())):  # fmt: skip
+                    info = tarfile.TarInfo(file.stem + ending)
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    return out
+
+
+def check(name: str, path: str, folder: Path, **more: object) -> None:
+    for split in ("train", "test"):
+        data = DataConfig(name="folder", path=str(folder), size=8, split=split)
+        expected = load_images(data)
+        actual = load_images(DataConfig(name=name, path=path, size=8, split=split, **more))
+        assert actual.fingerprint == expected.fingerprint
+        assert actual.class_names == expected.class_names == CLASSES
+        assert np.array_equal(actual.labels, expected.labels)
+        everything = np.arange(len(expected))
+        assert np.array_equal(actual.take(everything), expected.take(everything))
+
+
+def test_tables_are_the_folder(folder: Path, tmp_path: Path):
+    out = tables(folder, tmp_path / "tables")
+    check("hf", str(out), folder)
+    check("hf", str(out), folder, columns=["image", "label"])
+
+
+def test_a_data_set_of_the_hub_is_the_folder(folder: Path, tmp_path: Path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    out = tables(folder, tmp_path / "tables")
+    with serving_hub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        monkeypatch.setattr("pipeline.integrity.hub._CACHE", tmp_path / "cache")
+        assert hub.__version__
+        server.repositories["me/pets"] = {
+            f.relative_to(out).as_posix(): f.read_bytes() for f in out.rglob("*.parquet")
+        }
+        check("hf", "me/pets", folder)
+
+
+def test_tar_shards_are_the_folder(folder: Path, tmp_path: Path):
+    check("webdataset", str(shards(folder, tmp_path / "shards")), folder)
+
+
+def test_a_remote_folder_is_the_folder(folder: Path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/pets", recursive=True)
+    try:
+        check("folder", "memory://pets", folder)
+    finally:
+        memory.rm("/pets", recursive=True)
+
+
+def test_mistakes_are_named(folder: Path, tmp_path: Path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    def load(name: str, path: object, **more: object) -> None:
+        load_images(DataConfig(name=name, path=str(path), size=8, **more))
+
+    pq.write_table(pa.table({"label": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="no column of images"):
+        load("hf", tmp_path / "a.parquet")
+    out = tables(folder, tmp_path / "tables")
+    with pytest.raises(ValueError, match="no images in the column 'label'"):
+        load("hf", out, columns=["label"])
+    with pytest.raises(ValueError, match="expected 'kind' among them"):
+        load("hf", out, columns=["image", "kind"])
+    with pytest.raises(UserError, match="has no .parquet or .arrow"):
+        load("hf", folder)
+    with pytest.raises(UserError, match="has no images"):
+        load("folder", "memory://nothing")
+    (tmp_path / "x.tar").write_bytes(b"junk" * 200)
+    with pytest.raises(UserError, match="is not a complete tar file"):
+        load("webdataset", tmp_path / "x.tar")
+    with tarfile.open(tmp_path / "evil.tar", "w") as archive:
+        info = tarfile.TarInfo("../../evil.png")
+        archive.addfile(info, io.BytesIO())
+    with pytest.raises(UserError, match="expected a relative path"):
+        load("webdataset", tmp_path / "evil.tar")
+    assert not list((tmp_path / "home" / "unpacked").glob(".unpack-*/*"))
