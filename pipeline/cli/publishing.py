@@ -119,6 +119,15 @@ def report_command(
     out: Annotated[
         Path, typer.Option("--out", help="The HTML file of a comparison.")
     ] = Path("comparison.html"),
+    neighbours: Annotated[
+        int,
+        typer.Option(
+            "--neighbours",
+            min=0,
+            help="With --run: draw the nearest of this many training images for ten samples, by "
+            "pixels and by Inception features; 0 draws none.",
+        ),
+    ] = 0,
 ) -> None:
     """Write report.html into a run, or compare runs, on one page that needs no other file.
 
@@ -134,7 +143,26 @@ def report_command(
         raise UserError(
             "report takes either --run with one run or the names of runs to compare; give one"
         )
-    print(write_report(locate(run)) if run is not None else write_comparison(runs or [], out))
+    if run is None:
+        if neighbours:
+            raise UserError("--neighbours goes with --run; leave it out of a comparison")
+        return print(write_comparison(runs or [], out))
+    if neighbours:
+        _draw_neighbours(run, neighbours)
+    print(write_report(locate(run)))
+
+
+def _draw_neighbours(run: Path, n: int) -> None:
+    """Draw the nearest training images of a run's samples."""
+    from pipeline.cli.session import make_accelerator
+    from pipeline.publishing.neighbours import draw_neighbours
+    from pipeline.runs.run import open_run
+    from pipeline.runtime.console import progress_bar
+    from pipeline.sampling.sampling_plan import SamplingPlan
+
+    opened = open_run(run, images=True)
+    plan = SamplingPlan.open(opened, opened.config.generate)
+    draw_neighbours(plan, n, make_accelerator(), progress_bar)
 
 
 def explore_command(

@@ -193,7 +193,7 @@ class Pass:
     def stopped(self) -> bool:
         """Whether the last finished block hardly moved the samples.
 
-        The rule is Ter(k) < tolerance · min(1, s)², where s is the step h of jko or γ of lfm: a
+        The rule is Ter(k) < tolerance · min(1, s)², where s is the step h of jko or γ of lfm. A
         short step moves samples by O(s), however far they are from the end.
         """
         if self.tolerance is None or not self.blocks:

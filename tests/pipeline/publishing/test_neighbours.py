@@ -1,0 +1,69 @@
+"""Nearest training images: those of a search over all, and copies are seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.publishing.neighbours import SHOWN, nearest
+from tests.pipeline.tiny import pictures, say
+
+
+def test_copies_are_found() -> None:
+    points = torch.randn(70, 5, generator=torch.Generator().manual_seed(0))
+    copies = points[[3, 69, 31]] + 1e-4
+    distances, indices = nearest(copies, points.split(30))
+    assert indices.tolist() == [3, 69, 31]
+    assert torch.allclose(distances, torch.full((3,), 1e-4 * 5**0.5), rtol=1e-2)
+
+
+class Levels:
+    """Features that hold the mean grey level, 2048 times."""
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean((1, 2, 3))[:, None].expand(-1, 2048)
+
+
+def test_a_report_shows_the_nearest_training_images(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("evaluation.features", "publishing.neighbours"):
+        monkeypatch.setattr(f"pipeline.{module}.load_inception", lambda _: Levels())
+    code, out, _ = say(capsys, "report", "--run", folder, "--neighbours", 40)
+    assert code == 0 and "neighbours.png" in Path(out.strip()).read_text()
+    with Image.open(folder / "samples" / "neighbours.png") as picture:
+        grid = np.asarray(picture)[::2, ::2]
+    cells = [
+        [grid[2 + 14 * row : 14 + 14 * row, 2 + 14 * k : 14 + 14 * k] for k in range(SHOWN)]
+        for row in range(3)
+    ]
+    samples = np.array(cells[0]).astype(float)
+    train = pictures(40, 1).astype(float)
+    by_pixels = ((samples[:, None] - train[None]) ** 2).sum((2, 3)).argmin(1)
+    levels = np.abs(samples.mean((1, 2))[:, None] - train.mean((1, 2))[None]).argmin(1)
+    result = json.loads((folder / "neighbours.json").read_text())
+    assert result["pixels"]["indices"] == by_pixels.tolist()
+    assert result["features"]["indices"] == levels.tolist()
+    assert np.array_equal(np.array(cells[1]), train[by_pixels])
+    assert np.array_equal(np.array(cells[2]), train[levels])
+    distances = ((samples[:, None] - train[None]) ** 2).sum((2, 3)).min(1) ** 0.5 / 255
+    expected = sorted(distances)[(SHOWN - 1) // 2]  # torch's median is the lower one
+    assert result["pixels"]["median_distance"] == pytest.approx(expected, rel=1e-4)
+    assert result["pixels"]["median_distance_of_test_images"] > 0
+
+
+def test_neighbours_of_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, line = say(capsys, "report", "a", "b", "--neighbours", 5)
+    assert code == 2 and "--neighbours goes with --run" in line
+
+
+def test_more_neighbours_than_images(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, line = say(capsys, "report", "--run", folder, "--neighbours", 41)
+    assert code == 2 and "41 images were asked for" in line
