@@ -12,3 +12,5 @@ jkoflow encode "${settings[@]}"
 jkoflow train "${settings[@]}" --run runs/c-jko-autonomous
 jkoflow evaluate --run runs/c-jko-autonomous -n 1000 --seed 1 --set evaluate.nll=32
 jkoflow train --run runs/c-jko-autonomous --measure-noise
+jkoflow train --run runs/c-jko-autonomous --resume --refine 2 --set jko.later_iterations=400
+jkoflow evaluate --run runs/c-jko-autonomous -n 1000 --seed 1 --set evaluate.nll=32
