@@ -126,7 +126,7 @@ def _span(blocks: str | None) -> int | tuple[int, int] | None:
     if blocks is None:
         return None
     parts = blocks.split(":")
-    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+    if len(parts) > 2 or not all(part.removeprefix("-").isdecimal() for part in parts):
         raise UserError(f"--blocks is {blocks!r}; expected a number, or two such as 0:3")
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
 

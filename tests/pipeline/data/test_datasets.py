@@ -122,7 +122,7 @@ def test_take_checks_its_indices(indices):
         ({"limit": 0}, "data.limit is 0; expected 1 or more"),
         ({"limit": -5}, "data.limit is -5; expected 1 or more"),
         ({"name": "imagenet32"}, "data.path is null; set it to the folder"),
-        ({"name": "folder", "size": 8}, "data.path is null; set it to the folder"),
+        ({"name": "folder", "size": 8}, "data.path is null; set it to the images of data.name"),
         ({"name": "folder", "size": 8, "path": "/no/such"}, "data.path is /no/such, not a folder"),
     ],
 )

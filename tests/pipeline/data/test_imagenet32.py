@@ -17,7 +17,7 @@ from pipeline.config.data import DataConfig
 from pipeline.data.datasets import load_images
 from pipeline.errors import UserError
 from pipeline.storage import atomic
-from tests.pipeline.storage.test_safe_pickle import python2
+from tests.pipeline.integrity.test_safe_pickle import python2
 
 ROWS = [5, 3, 4, 1, 6, 2, 2, 2, 2, 7]
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -16,11 +16,17 @@ from pipeline.runtime import signals
 ROOT = Path(__file__).parents[3]
 
 
+def reset() -> None:
+    """Handle all signals as a terminal's process does, also if the tests run under nohup."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(*words: str, code: str | None = None) -> subprocess.Popen[str]:
     arguments = ["-c", code] if code is not None else ["-m", "pipeline", *words]
     return subprocess.Popen(
         [sys.executable, *arguments], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        text=True, preexec_fn=reset,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 

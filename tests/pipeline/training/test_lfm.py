@@ -220,7 +220,7 @@ def test_the_rule_compares_movement_per_time() -> None:
     assert not after(0.009, 0.1) and not after(1.1e-4, 0.1)
     assert after(0.9e-4, 0.1)
     assert after(0.009, 3.0) and not after(0.011, 3.0)
-    assert after(0.009, None, h=0.1)  # a JKO step
+    assert after(0.009, None, h=1.0) and not after(0.009, None, h=0.1)  # JKO steps
 
 
 def test_the_rule_ends_a_training(tmp_path: Path) -> None:
