@@ -155,6 +155,11 @@ def train_command(
     if config is not None:
         settings = load_settings(config, overrides)
     elif run is not None and measure_noise:
+        if is_shipped(run):
+            raise UserError(
+                f"{run} is shipped without the samples that its blocks were trained on; expected "
+                "a run directory; train one first"
+            )
         allowed = ["train", "jko", "matching"]
         settings = override_settings(read_config(run), overrides, allowed)
     elif run is None or not (resume or add_blocks):
@@ -191,7 +196,8 @@ def _print_noise(settings: Config, folder: Path, accelerator: Accelerator) -> No
     from pipeline.training.gradient_noise import measure_gradient_noise
 
     drawn = "probes" if settings.jko is not None else "times and noise"
-    print(f"block  critical batch (samples)  share of {drawn}")
     for row in measure_gradient_noise(settings, folder, accelerator, progress_bar):
+        if row.block == 0:
+            print(f"block  critical batch (samples)  share of {drawn}")
         critical = f"{row.critical_batch:.1f} ± {row.error:.1f}"
         print(f"{row.block:5}  {critical:>24}  {row.drawn:.2f}")

@@ -17,6 +17,7 @@ from pipeline.runs.directory import read_config
 from pipeline.training.gradient_noise import gradient_noise, measure_gradient_noise
 from pipeline.training.train import train
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
+from tests.pipeline.tiny import say
 
 SIZE, BATCH, SAMPLES, PROBES = 500, 16, 3.0, 1.5
 
@@ -79,3 +80,17 @@ def test_a_run_without_blocks_is_refused(tmp_path: Path) -> None:
                 tiny(), tmp_path / "none", Accelerator(), quiet, GaussianSource()
             )
         )
+
+
+def test_the_command_prints_a_row_per_block(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    code, out, _ = say(capsys, "train", "--run", folder, "--measure-noise")
+    head, *rows = out.splitlines()
+    assert code == 0 and head.split() == "block critical batch (samples) share of probes".split()
+    assert [row.split()[0] for row in rows] == [str(k) for k in range(len(rows))] and rows
+
+
+def test_a_shipped_run_has_no_samples(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, last = say(capsys, "train", "--run", "zoo:mnist", "--measure-noise")
+    assert code == 2 and out == "" and "is shipped without the samples" in last
