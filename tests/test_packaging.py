@@ -6,12 +6,19 @@ import os
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from pipeline.integrity.digests import shipped
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+#: the second distribution, of the wide shipped runs
+ZOO = ROOT / "pipeline" / "zoo_distribution"
+#: bytes of the wheel of jkoflow, at most
+_SIZE = 60_000_000
 PACKAGES = ("autoencoders", "configs", "eval", "flows", "pipeline")
 #: the folder of the package `jkoflow`
 FACADE = "pipeline/facade/jkoflow"
@@ -28,7 +35,9 @@ def test_every_data_file_is_package_data() -> None:
         path
         for top in PACKAGES
         for path in (ROOT / top).rglob("*")
-        if path.is_file() and path.suffix not in (".py", ".pyc")
+        if path.is_file()
+        and path.suffix not in (".py", ".pyc")
+        and not path.is_relative_to(ZOO)
     }
     assert data - packaged == set()
 
@@ -49,17 +58,51 @@ def test_the_facade_is_installed_as_jkoflow() -> None:
     assert Path(found["package-dir"]["jkoflow"]) == Path(FACADE)
 
 
+def test_the_second_distribution_is_of_the_same_version() -> None:
+    other = tomllib.loads((ZOO / "pyproject.toml").read_text())["project"]
+    version = PROJECT["project"]["version"]
+    assert other["version"] == version and other["dependencies"] == [f"jkoflow=={version}"]
+    assert PROJECT["project"]["optional-dependencies"]["zoo"] == [f"jkoflow-zoo=={version}"]
+
+
+def files_of(wheel: Path, below: str = "pipeline/zoo/") -> set[str]:
+    """The files of a wheel below a folder."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if name.startswith(below)}
+
+
 @pytest.mark.slow
-def test_a_wheel_runs_in_a_folder_with_packages_of_its_own(tmp_path: Path) -> None:
+def test_wheels_run_in_a_folder_with_packages_of_its_own(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, ROOT], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, ROOT, ZOO], check=True)
+    (wheel,), (zoo,) = tmp_path.glob("jkoflow-*.whl"), tmp_path.glob("jkoflow_zoo-*.whl")
+    assert wheel.stat().st_size < _SIZE
+    listed = {name for name in shipped() if name.startswith("pipeline/zoo/")}
+    assert not files_of(wheel) & files_of(zoo)
+    assert files_of(wheel) | files_of(zoo) == {*listed, "pipeline/zoo/__init__.py"}
     site, folder = tmp_path / "site", tmp_path / "folder"
-    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    install = [*pip, "install", "--no-deps", "--target", site]
+    subprocess.run([*install, wheel], check=True)
     for name in ("configs", "flows", "eval", "pipeline"):
         (folder / name).mkdir(parents=True)
         (folder / name / "__init__.py").write_text("raise SystemExit(9)")
     environment = {**os.environ, "PYTHONPATH": str(site), "JKOFLOW_HOME": str(tmp_path / "home")}
-    words = ["-m", "jkoflow", "generate", "--run", "zoo:mnist", "-n", "4", "--out", "grid.png"]
-    subprocess.run([sys.executable, *words], check=True, cwd=folder, env=environment)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "jkoflow", *words]
+        return subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+
+    assert run("generate", "--run", "zoo:mnist", "-n", "4", "--out", "grid.png").returncode == 0
     assert (folder / "grid.png").is_file()
+    wide = ("generate", "--run", "zoo:cifar10-wide", "-n", "2", "--out", "wide.png")
+    refused = run(*wide)
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+    assert "run: pip install 'jkoflow[zoo]'" in refused.stderr
+    assert run("verify").returncode == 0
+    for path in ("pipeline/zoo/cifar10-wide", "pipeline/zoo/imagenet32-like-wide"):
+        with zipfile.ZipFile(zoo) as archive:  # pip's --target replaces whole folders
+            archive.extractall(site, [n for n in archive.namelist() if n.startswith(path)])
+    assert run(*wide).returncode == 0 and (folder / "wide.png").is_file()
+    assert run("verify").returncode == 0

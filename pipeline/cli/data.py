@@ -32,12 +32,25 @@ def fetch_command(
 
 
 def encode_command(
-    config: ConfigOption, overrides: SetOption = None, dry_run: DryRunOption = False
+    config: ConfigOption,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Also write the latents to this .npz or .parquet: mean and std of the "
+            "posteriors, and labels.",
+        ),
+    ] = None,
+    overrides: SetOption = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Encode a data set into the latent cache; resumes when interrupted."""
     from pipeline.data.latent_cache import encode, reconstruction_psnr
+    from pipeline.data.latent_file import require_format, write_latents
 
     settings = load_settings(config, overrides)
+    if out is not None:
+        require_format(out)
     if dry_run:
         from pipeline.dry_run import encode_lines
 
@@ -53,6 +66,8 @@ def encode_command(
                 f"{_LEAST_PSNR:g} dB); choose another, or train one by `jkoflow autoencoder train`"
             )
         say(f"{len(cache)} latents of shape {tuple(cache.shape)}")
+        if out is not None:
+            write_latents(cache, out)
         print(cache.reader.folder)
 
 

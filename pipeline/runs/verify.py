@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.integrity.digests import HOME, check_file, check_shipped, sha256_file, shipped
 from pipeline.runs.directory import CONFIG, RunDirectory
 from pipeline.runs.manifest import FILE
-from pipeline.runs.zoo import is_shipped, locate, source_of
+from pipeline.runs.zoo import is_absent, is_shipped, locate, source_of
 from pipeline.storage import atomic, seal
 from pipeline.storage.paths import data_root
 from pipeline.storage.shards import MANIFEST
@@ -75,11 +75,11 @@ def verify(path: Path | str) -> list[Fault]:
 
 
 def verify_installation(below: Path = HOME) -> list[Fault]:
-    """Verify the shipped files below a folder."""
+    """Verify the shipped files below a folder, without runs that are not installed."""
     faults = []
     for name in shipped():
         path = HOME / name
-        if path.is_relative_to(below):
+        if path.is_relative_to(below) and not is_absent(path):
             try:
                 check_shipped(path)
             except (ValueError, OSError):

@@ -1,8 +1,7 @@
 """Images through a flow: inversion to noise, editing, interpolation and the path in between.
 
 A flow is invertible up to the error of its solver, so an image x has a latent z_0 = E(x) and a
-noise z_K = T(z_0), and T⁻¹(z_K) returns z_0. Every function that returns noise measures this
-*inversion error*: the mean over dimensions of (z_0 − T⁻¹(T(z_0)))².
+noise z_K = T(z_0), and T⁻¹(z_K) returns z_0 (`pipeline.sampling.inversion`).
 
 Inversion follows the run's own field, without guidance: this is the map that training made.
 Reference: Song et al., "Denoising diffusion implicit models" (2021), for interpolation and the
@@ -22,37 +21,19 @@ from torch import Tensor
 from autoencoders.base import Autoencoder, to_float
 from flows.networks.condition import Condition
 from flows.partial import part_of
+from flows.solving.solver import SolverConfig
 from pipeline.errors import UserError
 from pipeline.runs.run import Run
 from pipeline.runtime.rng import generator
 from pipeline.sampling.class_labels import null_condition
 from pipeline.sampling.generate import images_from_latents, images_from_noise, sample_batch
+from pipeline.sampling.inversion import Inversion, round_trip
 from pipeline.sampling.sampling_plan import SamplingPlan
 
 #: images that are in memory together
 _BATCH = 250
 #: of an adaptive solver that inverts
 _TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True)
-class Inversion:
-    """Noise of n images.
-
-    Attributes:
-        latents: z_0, standardised, (n, *shape).
-        noise: z_K, (n, *shape).
-        returned: T⁻¹(z_K), (n, *shape).
-    """
-
-    latents: Tensor
-    noise: Tensor
-    returned: Tensor
-
-    @property
-    def error(self) -> Tensor:
-        """Inversion error of each image, the mean square over dimensions, (n,)."""
-        return (self.latents - self.returned).flatten(1).double().square().mean(1).float()
 
 
 @dataclass(frozen=True)
@@ -187,26 +168,29 @@ class ImageFlow:
 
         An adaptive solver has the tolerance 1e-6 here.
         """
-        z_0 = z_0.to(self.device)
-        noise = self._own(z_0, labels, False)
-        return Inversion(z_0, noise, self.revert(noise, labels))
+        z_0, flow = z_0.to(self.device), self.unguided.flow
+        parts = [
+            round_trip(flow, self._solvers, part, self.condition(labels, start, len(part)))
+            for start, part in _batches(z_0)
+        ]
+        noise, returned = (torch.cat(states) for states in zip(*parts, strict=True))
+        return Inversion(z_0, noise, returned)
 
     def revert(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Carry noise (n, *shape) to latents (n, *shape) as `invert` returns; labels are (n,)."""
-        return self._own(noise.to(self.device), labels, True)
+        parts = []
+        for start, part in _batches(noise.to(self.device)):
+            condition = self.condition(labels, start, len(part))
+            parts.append(self.unguided.flow.decode(part, self._solvers, condition=condition))
+        return torch.cat(parts)
 
-    def _own(self, z: Tensor, labels: Tensor | None, reverse: bool) -> Tensor:
-        """Transport samples (n, *shape) along the run's own field."""
-        solvers = [
+    @property
+    def _solvers(self) -> list[SolverConfig]:
+        """Solvers of inversion."""
+        return [
             dataclasses.replace(solver, rtol=_TOLERANCE, atol=_TOLERANCE)
             for solver in self.plan.solvers
         ]
-        parts = []
-        for start, part in _batches(z):
-            condition = self.condition(labels, start, len(part))
-            flow = self.unguided.flow
-            parts.append(flow.transport(part, reverse, solvers, condition=condition).z)
-        return torch.cat(parts)
 
     def edit(
         self, z_0: Tensor, target: Tensor, strength: float, source: Tensor | None = None
@@ -230,7 +214,7 @@ class ImageFlow:
         parts = []
         for start, part in _batches(z_0.to(self.device)):
             condition = self.condition(source, start, len(part))
-            moved = there.encode(part, solvers, condition=condition)
+            moved, _ = round_trip(there, solvers, part, condition)
             wanted = Condition(target[start : start + len(part)], weight)
             parts.append(back.decode(moved, back_solvers, condition=wanted))
         return torch.cat(parts)
@@ -248,8 +232,9 @@ class ImageFlow:
     ) -> Iterator[Tensor]:
         """Yield the samples (n, *shape) at rising or falling times, from z at the first time.
 
-        The times lie in [0, K] for K blocks: 0 is the data, K the noise. A rising path is that of
-        `invert`, and a falling one that of sampling, with the plan's guidance; labels are (n,).
+        The times lie in [0, K] for K blocks: 0 is the data, K the noise. A rising path follows the
+        run's own field, and a falling one is that of sampling, with the plan's guidance; labels
+        are (n,).
         """
         z = z.to(self.device)
         yield z

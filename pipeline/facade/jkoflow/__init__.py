@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from jkoflow.training import fit as fit
     from pipeline.errors import JkoflowError as JkoflowError
     from pipeline.errors import UserError as UserError
-    from pipeline.sampling.image_flow import Inversion as Inversion
     from pipeline.sampling.image_flow import interpolate as interpolate
+    from pipeline.sampling.inversion import Inversion as Inversion
 
 #: name → module that has it
 _MODULES = {
-    "Inversion": "pipeline.sampling.image_flow",
+    "Inversion": "pipeline.sampling.inversion",
     "JkoflowError": "pipeline.errors",
     "LogProb": "jkoflow.model",
     "Model": "jkoflow.model",

@@ -20,7 +20,8 @@ from pipeline.runs.run import Run, open_run
 from pipeline.runtime.console import no_progress
 from pipeline.runtime.rng import generator
 from pipeline.sampling.class_labels import class_names_of, parse_classes
-from pipeline.sampling.image_flow import ImageFlow, Inversion
+from pipeline.sampling.image_flow import ImageFlow
+from pipeline.sampling.inversion import Inversion
 from pipeline.sampling.sampling_plan import SamplingPlan, with_guidance
 from pipeline.sampling.solvers import with_solver
 
