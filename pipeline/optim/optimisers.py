@@ -12,11 +12,51 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from flows.mixed_precision import has_bfloat16
 from pipeline.config.training import OPTIMIZERS
 
 _MATRICES = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+#: coefficients of X ← a X + (b A + c A²) X with A = X Xᵀ, and the iterations (Jordan et al.)
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
+
+
+class Float32Muon(torch.optim.Muon):
+    """Muon that orthogonalises in float32; PyTorch's does it in bfloat16.
+
+    A processor without bfloat16 instructions emulates them. There PyTorch's Muon takes most of
+    the time of a training.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Make one step: W ← W − 0.2 η √max(W.shape) · orthogonalised momentum."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                state = self.state[matrix]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                average = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+                update = _orthogonalise(matrix.grad.lerp(average, group["momentum"]), group["eps"])
+                matrix.add_(update, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
+
+
+def _orthogonalise(matrix: Tensor, eps: float) -> Tensor:
+    """Move the singular values of a matrix near 1 by the quintic Newton–Schulz iteration."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return _orthogonalise(matrix.T, eps).T
+    a, b, c = _NEWTON_SCHULZ
+    result = matrix / matrix.norm().clamp(min=eps)
+    for _ in range(_ITERATIONS):
+        gram = result @ result.T
+        result = torch.addmm(
+            result, torch.addmm(gram, gram, gram, beta=b, alpha=c), result, beta=a
+        )
+    return result
 
 
 class MuonAdam:
@@ -41,9 +81,9 @@ class MuonAdam:
                     f"a weight has the strides {weight.stride()}; expected contiguous memory for "
                     "Muon"
                 )
-        self.muon = torch.optim.Muon(
-            self.matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-        )
+        fast = all(has_bfloat16(weight.device) for weight in self.weights)
+        muon = torch.optim.Muon if fast else Float32Muon
+        self.muon = muon(self.matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
         self.adam = torch.optim.Adam(rest, lr, betas)
 
     @property

@@ -138,7 +138,7 @@ def test_commands_communicate_through_files(
     capsys: pytest.CaptureFixture[str], trained: World, tmp_path: Path
 ) -> None:
     code, out, _ = say(capsys, "encode", "--config", trained.config())
-    assert (code, out.strip()) == (0, str(trained.caches()[0]))
+    assert code == 0 and Path(out.strip()) in trained.caches()
     run = tmp_path / "run"
     short = ["--set", "train.iterations=1", "--set", "schedule.max_blocks=1"]
     words = ["train", "--config", trained.config(), "--run", run, *short]

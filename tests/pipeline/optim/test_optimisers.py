@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.optim import optimisers
 from pipeline.optim.learning_rate import set_learning_rate
 from pipeline.optim.optimisers import MuonAdam, make_optimizer
 
@@ -30,7 +31,14 @@ def steps(net: nn.Module, optimizer: torch.optim.Adam | MuonAdam, numbers: range
         optimizer.step()
 
 
-def test_weights_step_by_muon_and_the_rest_by_adam() -> None:
+@pytest.fixture(autouse=True, params=["bfloat16", "float32"])
+def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Muon on a processor with and without bfloat16."""
+    monkeypatch.setattr(optimisers, "has_bfloat16", lambda device: request.param == "bfloat16")
+    return str(request.param)
+
+
+def test_weights_step_by_muon_and_the_rest_by_adam(precision: str) -> None:
     """Each group alone, by PyTorch's optimiser from the same gradients, moves alike."""
     start = network()
     net = copy.deepcopy(start)
@@ -40,6 +48,7 @@ def test_weights_step_by_muon_and_the_rest_by_adam() -> None:
         weight = name in ("0.weight", "4.weight")
         alone = nn.Parameter(parameter.detach().flatten(1) if weight else parameter.detach())
         assert parameter.grad is not None
+        before = alone.detach().clone()
         alone.grad = parameter.grad.view_as(alone)
         if weight:
             adjusted = "match_rms_adamw"
@@ -47,7 +56,11 @@ def test_weights_step_by_muon_and_the_rest_by_adam() -> None:
         else:
             torch.optim.Adam([alone], 0.01, BETAS).step()
         moved = net.get_parameter(name)
-        assert torch.equal(moved.flatten(), alone.flatten()), name
+        if weight and precision == "float32":
+            error = (moved.flatten(1) - alone).norm() / (alone - before).norm()
+            assert 0 < error < 0.04, name  # PyTorch rounds to eight bits
+        else:
+            assert torch.equal(moved.flatten(), alone.flatten()), name
 
 
 def test_a_step_of_muon_is_nearly_orthogonal() -> None:
