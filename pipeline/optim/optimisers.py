@@ -9,6 +9,7 @@ arXiv:2502.16982, section 2.2 for the scale of steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ class Float32Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
         """Make one step: W ← W − 0.2 η √max(W.shape) · orthogonalised momentum."""
         for group in self.param_groups:
             for matrix in group["params"]:
@@ -43,6 +46,7 @@ class Float32Muon(torch.optim.Muon):
                 average = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
                 update = _orthogonalise(matrix.grad.lerp(average, group["momentum"]), group["eps"])
                 matrix.add_(update, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
+        return None
 
 
 def _orthogonalise(matrix: Tensor, eps: float) -> Tensor:
