@@ -1,6 +1,7 @@
 """Training iterations per second: the plain formulation of a JKO block against ours.
 
     python -m tests.benchmarks.bench_training [--iterations 20] [--rounds 3] [--compile]
+        [--dim 6 --width 93 --batch 10000]
 
 The setting of the released two-dimensional code: MLP 128-128-128 with Softplus(β = 20), batch
 2000, RK4 on S = 3 sub-intervals, finite-difference divergence, Adam, gradient clipping.
@@ -94,20 +95,21 @@ def plain_loss(field: PlainField, z: Tensor, eps: Tensor) -> Tensor:
     return (end.square().sum(dim=1) / 2 - log_det[-1] + movement).mean()
 
 
-def moons(n: int, generator: torch.Generator) -> Tensor:
-    """Samples to train on."""
+def samples(n: int, dim: int, generator: torch.Generator) -> Tensor:
+    """Two moons in the first two dimensions, noise in the others."""
     angle = torch.pi * torch.rand(n, generator=generator)
     lower = torch.rand(n, generator=generator) < 0.5
     x = torch.where(lower, 1 - angle.cos(), angle.cos()) - 0.5
     y = torch.where(lower, 0.5 - angle.sin(), angle.sin()) - 0.25
     noise = torch.randn((n, 2), generator=generator)
-    return 2 * torch.stack([x, y], dim=1) + 0.2 * noise
+    plane = 2 * torch.stack([x, y], dim=1) + 0.2 * noise
+    return torch.cat([plane, torch.randn((n, dim - 2), generator=generator)], dim=1)
 
 
-def ways() -> dict[str, tuple[nn.Module, Loss]]:
+def ways(dim: int, width: int) -> dict[str, tuple[nn.Module, Loss]]:
     """Each formulation's module and loss(z, ε), all with the same weights."""
-    config = VelocityConfig("mlp", width=128, depth=3)
-    velocity = make_velocity(config, (2,), torch.Generator().manual_seed(0))
+    config = VelocityConfig("mlp", width=width, depth=3)
+    velocity = make_velocity(config, (dim,), torch.Generator().manual_seed(0))
     assert isinstance(velocity, MlpVelocity)
     field = PlainField(PlainNet(velocity))
 
@@ -124,17 +126,18 @@ def ways() -> dict[str, tuple[nn.Module, Loss]]:
     }
 
 
-def work(name: str, batch: int) -> None:
+def work(name: str, batch: int, dim: int, width: int) -> None:
     """Train one formulation, a step for every line of stdin; report each as a line of JSON."""
-    module, loss = ways()[name]
+    module, loss = ways(dim, width)[name]
     if name == "compiled":
         module.velocity.compile(dynamic=False)
     optimiser = torch.optim.Adam(module.parameters(), LR)
     generator = torch.Generator().manual_seed(1)
-    loss(torch.zeros(8, 2), torch.ones(8, 2)).backward()  # what torch loads at first use
+    loss(torch.zeros(8, dim), torch.ones(8, dim)).backward()  # what torch loads at first use
     before = resident()
     for _ in sys.stdin:
-        z, eps = moons(batch, generator), torch.randn((batch, 2), generator=generator)
+        z = samples(batch, dim, generator)
+        eps = torch.randn((batch, dim), generator=generator)
         began, worked = time.perf_counter(), time.process_time()
         optimiser.zero_grad(set_to_none=True)
         value = loss(z, eps)
@@ -220,6 +223,8 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=20, help="of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=2000)
+    parser.add_argument("--dim", type=int, default=2)
+    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="also ours under torch.compile")
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -229,11 +234,11 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         if args.kept:
             keep_freed_memory()
-        work(args.work, args.batch)
+        work(args.work, args.batch, args.dim, args.width)
         return
     print(
-        f"batch {args.batch}, {args.threads} threads, {args.rounds} rounds of {args.iterations} "
-        "iterations, one in turn of each",
+        f"batch {args.batch}, D {args.dim}, width {args.width}, {args.threads} threads, "
+        f"{args.rounds} rounds of {args.iterations} iterations, one in turn of each",
         flush=True,
     )
     names = [("plain", False), ("plain", True), ("ours", False), ("ours", True)]
