@@ -13,10 +13,11 @@ from typing import Any
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """The repositories by name, each with its files."""
+    """The repositories by name, each with its files; `reads` counts the requests for them."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.reads = 0
         self.repositories: dict[str, dict[str, bytes]] = {}
 
     @property
@@ -73,6 +74,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._json({"commitUrl": url, "commitOid": commit, "success": True})
 
     def do_GET(self) -> None:
+        self.server.reads += 1
         path = self.path.split("?")[0].strip("/").removeprefix("datasets/")
         parts = path.split("/")
         name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])

@@ -114,6 +114,27 @@ def test_a_remote_folder_is_the_folder(folder: Path):
         memory.rm("/pets", recursive=True)
 
 
+def test_a_bucket_is_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """A server of moto on this machine stands for s3."""
+    s3fs = pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in (("ENDPOINT_URL", f"http://{host}:{port}"), ("DEFAULT_REGION", "us-east-1"),
+                        ("ACCESS_KEY_ID", "any"), ("SECRET_ACCESS_KEY", "any")):  # fmt: skip
+        monkeypatch.setenv(f"AWS_{name}", value)
+    try:
+        bucket = s3fs.S3FileSystem(skip_instance_cache=True)
+        bucket.mkdir("pets")
+        bucket.put(str(folder), "pets/images", recursive=True)
+        check("folder", "s3://pets/images", folder)
+        with pytest.raises(UserError, match="s3://pets/nothing, which has no images"):
+            load_images(DataConfig(name="folder", path="s3://pets/nothing", size=8))
+    finally:
+        server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
 def test_mistakes_are_named(folder: Path, tmp_path: Path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq

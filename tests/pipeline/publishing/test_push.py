@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +107,24 @@ def test_a_hub_without_network_is_named(run: Path, tmp_path: Path, capsys, monke
     for words in (("generate", "-r", "hf://a/b"), ("push", run, "a/b")):
         code, _, error = say(capsys, *words)
         assert code == 2 and "the repository a/b of the hub cannot be used" in error
+
+
+def test_offline_mode_takes_earlier_downloads_alone(server: Hub, tmp_path: Path):
+    server.repositories |= {"me/old": {"flow.json": b"{}"}, "me/new": {"flow.json": b"{}"}}
+    downloaded = hub.download("hf://me/old", ["*.json"])
+    reads = server.reads
+    code = (
+        "import sys; from pathlib import Path; from pipeline.integrity import hub\n"
+        "hub._CACHE = Path(sys.argv[1])\n"
+        "for name in ('hf://me/old', 'hf://me/new'):\n"
+        "    try: print(hub.download(name, ['*.json']))\n"
+        "    except ValueError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(hub._CACHE)], check=True, capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
+    )  # fmt: skip
+    first, second = done.stdout.splitlines()
+    assert Path(first) == downloaded and server.reads == reads
+    assert second.startswith("the repository me/new of the hub cannot be used (")
+    assert "offline" in second and second.endswith("the network and `hf auth login`")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,24 @@ def test_trackio_gets_values_and_pictures(
     rows = sqlite_storage.SQLiteStorage.get_logs(trackers.PROJECT, name)
     assert [row["all/total"] for row in rows if "all/total" in row] == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert sum("block-02/samples" in row for row in rows) == 2
+
+
+@pytest.mark.slow
+def test_wandb_writes_values_and_pictures_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="needs wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(open_log(tmp_path, "wandb"), tmp_path, range(3))
+    known = json.loads((tmp_path / trackers.FILE).read_text())
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert folder.name.endswith(known["id"])
+    assert len(list((folder / "files" / "media" / "images").rglob("*.png"))) == 1
+    file, deadline = folder / f"run-{known['id']}.wandb", time.monotonic() + 20
+    while (size := file.stat().st_size) < 1000 and time.monotonic() < deadline:
+        time.sleep(0.1)  # wandb's own process writes it
+    written = file.read_bytes()
+    assert b"block-02/total" in written and b"all/total" in written, size
 
 
 @pytest.mark.slow
