@@ -141,9 +141,8 @@ def metrics_command(
         result = measure_sets(a, b, accelerator, counter.callback, features, mode)
     if not accelerator.is_main_process:
         return
-    if features == "inception" and result["inception_score"] is None:
-        say("no Inception score: it needs 10 images, and the class weights of pytorch-fid's own "
-            "file of the network (docs/evaluation.md)")  # fmt: skip
+    if features == "inception" and (reason := result["inception_score"].get("reason")):
+        say(f"no Inception score: {reason}")
     print(json.dumps(result))
 
 

@@ -19,6 +19,7 @@ from eval.inception_score import inception_score
 from eval.manifolds import manifold_metrics
 from eval.sets.images import Images
 from eval.sets.sources import Source, open_source
+from pipeline.assets.readers import INCEPTION_PTH
 from pipeline.errors import UserError
 from pipeline.evaluation.features import inception_weights
 from pipeline.evaluation.kid_precision_recall import LEAST, MOST
@@ -28,6 +29,9 @@ from pipeline.runtime.rng import generator
 JACKKNIFE = "infinitesimal jackknife over images"
 SUBSETS = "random subsets"
 BOOTSTRAP = "bootstrap over images, in closed form, with the balls fixed"
+
+#: random parts of the images, over which the Inception score is averaged
+_PARTS = 10
 
 ImageProgress = Callable[[str], Callable[[int], None]]
 
@@ -83,7 +87,7 @@ def measure_sets(
     result["fid"] = _fid(x, y, second)
     if y is not None:
         result |= _sample_metrics(x, y)
-    result["inception_score"] = None if classifier is None else _score(x @ classifier.T)
+    result["inception_score"] = _inception_score(x, classifier, features)
     return result
 
 
@@ -153,12 +157,23 @@ def _subset(features: Tensor) -> Tensor:
     return features[order[:MOST].sort().values]
 
 
-def _score(logits: Tensor) -> dict[str, Any] | None:
-    """Compute the Inception score from logits (n, 1008), if there are 10 images or more."""
-    if len(logits) < 10:
-        return None
-    score = inception_score(logits)
-    entry = _entry(score.value, score.standard_error, SUBSETS, len(logits), None)
+def _inception_score(x: Tensor, classifier: Tensor | None, features: str) -> dict[str, Any]:
+    """Compute the Inception score of features (n, 2048); without a value the entry says why."""
+    reason = None
+    if features != "inception":
+        reason = "the features are not those of the Inception network, which has the classes"
+    elif classifier is None:
+        reason = (
+            "the file of the Inception network has no class weights, which pytorch-fid's own file "
+            f"{INCEPTION_PTH} has; remove the folder assets/inception of the data root, and run "
+            "`jkoflow fetch inception --from FILE`"
+        )
+    elif len(x) < _PARTS:
+        reason = f"there are {len(x)} images; expected at least {_PARTS}"
+    if classifier is None or reason is not None:
+        return {"value": None, "n": len(x), "reason": reason}
+    score = inception_score(x @ classifier.T, splits=_PARTS)
+    entry = _entry(score.value, score.standard_error, SUBSETS, len(x), None)
     return entry | {"subsets": score.splits}
 
 

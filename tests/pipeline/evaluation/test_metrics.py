@@ -14,6 +14,7 @@ from eval.features import inception_weights
 from eval.gaussian import GaussianStats
 from eval.manifolds import manifold_metrics
 from pipeline.assets import readers
+from pipeline.evaluation.metrics import _inception_score
 from tests.pipeline.tiny import say
 
 
@@ -71,7 +72,20 @@ def test_every_metric_is_that_of_the_features(sets, capsys):
         assert result[name]["value"] == pytest.approx(value, rel=1e-5), name
         assert (result[name]["n"], result[name]["n_real"]) == (40, 60)
         assert 0 < result[name]["standard_error"] < 1 and result[name]["error_kind"]
-    assert result["inception_score"] is None and result["features"].startswith("glimpse.pt@")
+    score = result["inception_score"]
+    assert score["value"] is None and "not those of the Inception network" in score["reason"]
+    assert result["features"].startswith("glimpse.pt@")
+
+
+def test_an_absent_inception_score_has_its_reason():
+    x, weights = torch.rand(12, 2048), torch.rand(1008, 2048)
+    score = _inception_score(x, None, "inception")
+    assert (score["value"], score["n"]) == (None, 12)
+    assert "has no class weights, which pytorch-fid's own file pt_inception" in score["reason"]
+    few = _inception_score(x[:9], weights, "inception")
+    assert few["reason"] == "there are 9 images; expected at least 10"
+    whole = _inception_score(x, weights, "inception")
+    assert whole["value"] >= 1 and "reason" not in whole
 
 
 def test_statistics_give_fid_alone_and_adms_batches_both(sets, capsys):
