@@ -167,9 +167,10 @@ class TrainedBlocks:
         context, number, stage = self.context, len(passes) - 1, self._stage
         if stage is None or number != self._number:
             stage = context.first_stage()
-        for row in passes[-1].blocks[number_of(stage) : index]:
+        for earlier in range(number_of(stage), index):
+            row = passes[-1].blocks[earlier]
             block = load_block(context.folder, row, context.samples.shape)[1]
-            stage = self._push(stage, block, row.sha256, row.stage)
+            stage = self._push(passes[-1], stage, block, row.sha256, row.stage)
         self._stage, self._number = stage, number
         return stage
 
@@ -183,16 +184,19 @@ class TrainedBlocks:
         moved: Mapping[str, float] = measured.moved
         if passes[-1].step(trainer.index) is not None:  # no block follows a free one
             name = stage_file(trainer.index + 1, len(passes) - 1)
-            self._stage = self._push(trainer.stage, trainer.block, sha256, name)
+            self._stage = self._push(passes[-1], trainer.stage, trainer.block, sha256, name)
             moved = self._stage.manifest
         with errors_on_all_ranks(self.context.accelerator):
             if self.context.accelerator.is_main_process:
                 check_grid(trainer, trainer.stage, solver, log, progress)
         return Measurement(moved, measured.terms)
 
-    def _push(self, stage: StoreReader, block: Block, sha256: str, name: str) -> StoreReader:
+    def _push(
+        self, plan: Pass, stage: StoreReader, block: Block, sha256: str, name: str
+    ) -> StoreReader:
         """Return the stage after a block; it is made where it is missing."""
-        context = self.context
+        context, index = self.context, number_of(stage)
+        iterations = plan.iterations[index + 1 :] or plan.iterations[index:]
         block.to(context.accelerator.device)
         return next_stage(
             context.folder,
@@ -203,6 +207,7 @@ class TrainedBlocks:
             context.accelerator,
             context.progress,
             context.folder / name,
+            max(iterations) * context.config.train.batch_size,
         )
 
     def _spec(self, plan: Pass, index: int) -> BlockSpec:

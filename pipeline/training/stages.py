@@ -1,9 +1,9 @@
 """Stages: caches of the training samples, pushed through the finished blocks.
 
 Stage 0 holds `latents.draws` draws of each latent (posterior samples, or the latents plus noise).
-Stage k + 1 is stage k pushed through block k. In a run with classes, every sample keeps its label,
-and the push is conditioned on it. A block therefore trains on a cached array, and its cost does
-not grow with the number of blocks before it.
+Stage k + 1 is stage k pushed through block k, or as many of its samples as a later block draws.
+In a run with classes, every sample keeps its label, and the push is conditioned on it. A block
+therefore trains on a cached array, and its cost does not grow with the number of blocks before it.
 
 Reference: JKO-iFlow, Algorithm 1.
 """
@@ -28,10 +28,14 @@ from pipeline.config.schema import Config
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runtime.console import Progress
 from pipeline.runtime.distributed import errors_on_all_ranks
+from pipeline.runtime.rng import generator
 from pipeline.runtime.system import require_disk_space
+from pipeline.storage import atomic
 from pipeline.storage.shards import MANIFEST, Shard, StoreReader, StoreWriter, open_store
 
 CHUNK = 2000
+#: samples that a stage has at least, if the stage before has them
+_LEAST = 10_000
 _FLOAT = 4
 
 
@@ -65,8 +69,11 @@ def next_stage(
     accelerator: Accelerator,
     progress: Progress,
     folder: Path | None = None,
+    draws: int | None = None,
 ) -> StoreReader:
     """Push a stage through a finished block; the new manifest records the movement.
+
+    If later blocks draw fewer samples than the stage has, as many are chosen at random.
 
     Args:
         run: the run directory.
@@ -77,11 +84,14 @@ def next_stage(
         accelerator: device and ranks.
         progress: wraps the loop over chunks.
         folder: of the new stage; None is that of the first pass.
+        draws: samples that a later block draws at most; None pushes all. A finished stage is kept
+            as it is.
 
     Raises:
         JkoflowError: the block cannot be integrated.
     """
     stage = number_of(before) + 1
+    folder = folder or stage_folder(run, stage)
     solver = config.sampler.of_block(stage - 1)
     identity = {
         "kind": "stage",
@@ -92,13 +102,16 @@ def next_stage(
         "shape": before.manifest["identity"]["shape"],
     }
 
-    labels = partial(before.read, "labels") if block.velocity.classes else None
+    picks = _picks(before, folder, config.train.seed, stage, draws)
+    if picks is not None:
+        identity["samples"] = len(picks)
+    labels = partial(_read, before, "labels", picks) if block.velocity.classes else None
 
     def make(writer: StoreWriter, index: int) -> torch.Tensor:
         bounds, label = writer.bounds(index), f"push {stage}.{index}"
         try:
             blocks = {stage - 1: (block, solver)}
-            return carry(before, bounds, blocks, accelerator, progress, label)
+            return carry(before, bounds, blocks, accelerator, progress, label, picks)
         except SolveError as error:
             raise JkoflowError(
                 f"{error}; the samples cannot be pushed through this block; train elsewhere with "
@@ -106,9 +119,33 @@ def next_stage(
             ) from error
 
     size = config.latents.shard_size
+    count = len(before) if picks is None else len(picks)
     return ensure_stage(
-        run, identity, len(before), size, make, accelerator, before, folder, labels
+        run, identity, count, size, make, accelerator, before, folder, labels, picks
     )
+
+
+def _picks(
+    before: StoreReader, folder: Path, seed: int, stage: int, draws: int | None
+) -> torch.Tensor | None:
+    """Return the sorted indices of the samples to push; None for all."""
+    count = len(before) if draws is None else min(len(before), max(draws, _LEAST))
+    if (folder / MANIFEST).is_file():
+        manifest = atomic.read_json(folder / MANIFEST, f"manifest of stage {stage}")
+        count = manifest.get("identity", {}).get("samples", len(before))
+    if not isinstance(count, int) or not 0 < count < len(before):
+        return None
+    order = torch.randperm(len(before), generator=generator(seed, "stage", stage))
+    return order[:count].sort().values
+
+
+def _read(
+    before: StoreReader, name: str, picks: torch.Tensor | None, start: int, stop: int
+) -> torch.Tensor:
+    """Return a field of the samples that become [start, stop) of the next stage."""
+    if picks is None:
+        return before.read(name, start, stop)
+    return before.take(name, picks[start:stop])
 
 
 @torch.inference_mode()
@@ -119,6 +156,7 @@ def carry(
     accelerator: Accelerator,
     progress: Progress,
     label: str,
+    picks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Transport some samples of a stage through blocks, chunk by chunk.
 
@@ -129,6 +167,7 @@ def carry(
         accelerator: the device.
         progress: wraps the loop over chunks.
         label: of that loop.
+        picks: indices (n,) that the bounds refer to; None for all samples of the stage.
 
     Returns:
         the transported samples (last − first, *shape), on the CPU.
@@ -140,8 +179,8 @@ def carry(
     classes = any(block.velocity.classes for block, _ in blocks.values())
     for start in progress(starts, len(starts), label):
         stop = min(start + CHUNK, bounds[1])
-        z = before.read("z", start, stop).to(accelerator.device)
-        condition = Condition(before.read("labels", start, stop)) if classes else None
+        z = _read(before, "z", picks, start, stop).to(accelerator.device)
+        condition = Condition(_read(before, "labels", picks, start, stop)) if classes else None
         for index, (block, solver) in blocks.items():
             try:
                 z = block.transport(z, solver=solver, condition=condition).z
@@ -161,6 +200,7 @@ def ensure_stage(
     before: StoreReader | None = None,
     folder: Path | None = None,
     labels: Callable[[int, int], torch.Tensor] | None = None,
+    picks: torch.Tensor | None = None,
 ) -> StoreReader:
     """Open a stage, or write its missing shards first.
 
@@ -174,6 +214,7 @@ def ensure_stage(
         before: the stage it is pushed from; None for stage 0.
         folder: of the stage; None is that of the first pass.
         labels: (first, last) → the labels of these samples, int64; None for unlabelled samples.
+        picks: indices (count,) of the samples in `before`; None for all.
 
     Raises:
         UserError: the samples of stage 0 hold NaN or infinity.
@@ -200,7 +241,7 @@ def ensure_stage(
             writer.write(index, {**fields, **classes})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        writer.finish(lambda reader: _movement(before, reader))
+        writer.finish(lambda reader: _movement(before, reader, picks))
     accelerator.wait_for_everyone()
     return open_store(folder, f"stage {stage}", identity)
 
@@ -214,14 +255,18 @@ def _require_finite(z: torch.Tensor, first: int) -> None:
         )
 
 
-def _movement(before: StoreReader | None, after: StoreReader) -> dict[str, float]:
-    """Compute E‖z' − z‖² and E‖z'‖² over all samples, in float64, in shard order."""
+def _movement(
+    before: StoreReader | None, after: StoreReader, picks: torch.Tensor | None
+) -> dict[str, float]:
+    """Compute E‖z' − z‖² and E‖z'‖² over the samples after, in float64, in shard order."""
     moved, norm = 0.0, 0.0
     for index in range(len(after.manifest["shards"])):
         z = after.shard(index)["z"].double().flatten(1)
         norm += float((z**2).sum())
         if before is not None:
-            moved += float(((z - before.shard(index)["z"].double().flatten(1)) ** 2).sum())
+            bounds = int(after.starts[index]), int(after.starts[index + 1])
+            start = _read(before, "z", picks, *bounds)
+            moved += float(((z - start.double().flatten(1)) ** 2).sum())
     result = {"squared_norm": norm / len(after)}
     if before is not None:
         result["squared_movement"] = moved / len(after)

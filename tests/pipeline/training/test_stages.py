@@ -1,0 +1,68 @@
+"""A stage has the samples that later blocks draw, with their labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from flows.networks.condition import Condition
+from pipeline.runs.directory import read_manifest
+from pipeline.runs.run import load_blocks
+from pipeline.storage.shards import open_store
+from pipeline.training import stages
+from pipeline.training.stages import stage_folder
+from pipeline.training.train import train
+from tests.pipeline.gaussian_source import OBJECTIVES, quiet, tiny
+from tests.pipeline.labelled_source import LabelledSource
+
+SHORT = ("train.iterations=[4,2,3]", "train.batch_size=64", "velocity.classes=2")
+COUNT, DRAWN = 1200, 3 * 64
+
+
+@pytest.fixture
+def least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "_LEAST", 100)
+
+
+def run(folder: Path, *overrides: str) -> None:
+    config = tiny(*OBJECTIVES["jko"], *SHORT, *overrides)
+    train(config, folder, Accelerator(), quiet, resume=True, source=LabelledSource(COUNT))
+
+
+def test_only_samples_that_are_drawn_are_pushed(least: None, tmp_path: Path) -> None:
+    run(tmp_path)
+    first, second, third = (open_store(stage_folder(tmp_path, k), "stage") for k in range(3))
+    assert [len(first), len(second), len(third)] == [COUNT, DRAWN, DRAWN]
+    flow = load_blocks(tmp_path, read_manifest(tmp_path))
+    labels = first.field("labels")
+    block, solver = flow[0], tiny().sampler.of_block(0)
+    moved = block.transport(first.field("z"), solver=solver, condition=Condition(labels)).z
+    z, chosen = second.field("z"), second.field("labels")
+    distance = torch.cdist(z.double(), moved.double())
+    nearest = distance.argmin(dim=1)
+    assert float(distance.min(dim=1).values.max()) < 1e-5
+    assert len(nearest.unique()) == DRAWN and torch.equal(labels[nearest], chosen)
+    # the choice is random: not the first samples, and both clusters by their share
+    assert nearest.max() > COUNT - 100 and 0.6 < float(chosen.double().mean()) < 0.9
+    movement = (z - first.field("z")[nearest]).double().square().sum(dim=1).mean()
+    row = read_manifest(tmp_path).blocks[0]
+    assert row.movement == pytest.approx(float(movement) ** 0.5, rel=1e-4)
+
+
+def test_a_finished_stage_is_kept_when_more_is_drawn(least: None, tmp_path: Path) -> None:
+    rule = ("jko.h=null", "jko.h0=0.4", "schedule.rho=1.5", "schedule.max_blocks=2")
+    run(tmp_path, *rule)
+    before = (stage_folder(tmp_path, 2) / "manifest.json").read_bytes()
+    config = tiny(*OBJECTIVES["jko"], *SHORT, *rule, "train.iterations=[4,2,9]")
+    source = LabelledSource(COUNT)
+    train(config, tmp_path, Accelerator(), quiet, True, source, add_blocks=1)
+    assert (stage_folder(tmp_path, 2) / "manifest.json").read_bytes() == before
+    assert [row.iterations for row in read_manifest(tmp_path).blocks] == [4, 2, 9]
+
+
+def test_all_samples_of_a_small_set_are_pushed(tmp_path: Path) -> None:
+    run(tmp_path)
+    assert len(open_store(stage_folder(tmp_path, 2), "stage")) == COUNT
