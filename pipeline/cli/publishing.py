@@ -185,7 +185,7 @@ def explore_command(
     import threading
 
     from pipeline.cli.session import make_accelerator, replace_given
-    from pipeline.explore.app import Address, import_gradio, serve
+    from pipeline.explore.app import Address, serve
     from pipeline.explore.explorer import Explorer
     from pipeline.runs.run import open_run
     from pipeline.runtime.console import say
@@ -193,11 +193,11 @@ def explore_command(
 
     address = Address(host, port)
     address.require_free()
-    import_gradio()
     opened = open_run(run, images=True)
     settings = with_guidance(opened.config.generate, guidance, guide, refiner)
     opened = replace_given(opened, config=dataclasses.replace(opened.config, generate=settings))
     explorer = Explorer(opened, make_accelerator().device, str(run))
+    explorer.warm_up()
     _, url = serve(explorer, address)
     say("stop the explorer with Ctrl-C")
     print(url, flush=True)

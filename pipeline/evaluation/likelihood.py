@@ -22,7 +22,6 @@ from torch import Tensor
 
 from autoencoders.base import Moments, to_float
 from eval.auroc import auroc
-from eval.plots import before_after
 from flows.likelihood import LogProb, log_prob
 from flows.solving.divergence import Divergence
 from flows.solving.estimators import make_divergence
@@ -375,6 +374,8 @@ def _ranking(parts: Sequence[LogProb], images: ImageSet) -> list[dict[str, Any]]
 
 def _draw(result: dict[str, Any], images: ImageSet, columns: int, path: Path) -> None:
     """Draw the most likely images on the left, and the least likely ones on the right."""
+    from eval.plots import before_after  # matplotlib is slow to import
+
     order = [row["index"] for row in result["ranking"]]
     count = min(_ROWS * columns, max(1, len(order) // 2))
     halves = [order[:count], order[::-1][:count]]

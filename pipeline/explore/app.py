@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import io
 import os
 import socket
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +63,33 @@ def import_gradio() -> Any:  # noqa: ANN401 - an optional package
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        import gradio
+        with _without_stubs():
+            import gradio
     except ImportError as error:
         raise UserError(
             "gradio is not installed; the explorer needs it; do `pip install 'jkoflow[explore]'`"
         ) from error
     return gradio
+
+
+@contextlib.contextmanager
+def _without_stubs() -> Iterator[None]:
+    """Keep gradio from its stub files for editors, which take half of the time of its import.
+
+    It writes them for classes with a source file.
+    """
+    original = inspect.getfile
+
+    def getfile(thing: Any) -> str:  # noqa: ANN401 - as in inspect
+        if isinstance(thing, type) and thing.__module__.startswith("gradio."):
+            raise OSError("no source file is needed")
+        return original(thing)
+
+    inspect.getfile = getfile  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        inspect.getfile = original
 
 
 def serve(explorer: Explorer, address: Address) -> tuple[Any, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import threading
@@ -122,6 +123,15 @@ class Explorer:
         model = self.run.autoencoder()
         model.to(self.device)  # type: ignore[attr-defined]
         return model
+
+    def warm_up(self) -> None:
+        """Load the networks by a first grid in the background, while the page is made."""
+
+        def work() -> None:
+            with contextlib.suppress(Exception):  # the page shows the sentence of an error
+                self.sample(Choice(guidance=self.run.config.generate.guidance or 1.0))
+
+        threading.Thread(target=work, daemon=True).start()
 
     @torch.inference_mode()
     def sample(self, choice: Choice) -> Tensor:

@@ -16,7 +16,7 @@ from flows.networks.config import VelocityConfig
 from flows.solving.solver import FIXED_METHODS, SolverConfig
 from flows.spec import BlockSpec, build_block
 from pipeline.data.standardisation import Standardisation
-from pipeline.publishing.programs import Program, Sampler, _export, _runner
+from pipeline.publishing.programs import Program, Sampler, _export, _programs, _runner
 from tests.pipeline.tiny import say
 
 STANDARDISATION = Standardisation(torch.tensor([0.1, -0.3]), torch.tensor([2.0, 0.5]))
@@ -92,6 +92,24 @@ def test_programs_make_the_images_of_generate(run: Path, tmp_path: Path, capsys)
         (value,) = session.run(None, {session.get_inputs()[0].name: value})
     drawn = np.clip(np.round((value + 1) * 127.5), 0, 255)
     assert np.abs(drawn - pixels.numpy()).max() <= 1 and value.std() > 0.01
+
+
+@pytest.mark.slow
+def test_the_refiner_of_a_shipped_run_is_a_program():
+    from pipeline.runs.run import open_run
+    from pipeline.runtime.rng import generator
+    from pipeline.sampling.sampling_plan import SamplingPlan
+
+    run = open_run(Path("zoo:cifar10-wide"))
+    plan = SamplingPlan.open(run, run.config.generate)
+    (program,) = (p for p in _programs(plan) if p.name == "refiner")
+    x = torch.rand((5, 3, 32, 32), generator=generator(0, "test")) * 2 - 1
+    noise = torch.randn(x.shape, generator=generator(3, "test"))
+    data = _export(program, "torch-export")
+    actual = _runner("torch-export")(data, {"images": x, "noise": noise})
+    expected = plan.refiner.sample_detail(x, generator(3, "test"))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+    assert 0.01 < float((actual - x).abs().mean()) < 0.5
 
 
 @pytest.mark.parametrize(
