@@ -44,7 +44,7 @@ def likelihood_command(
     ] = None,
 ) -> None:
     """Rank images by likelihood; writes likelihood.json and a picture of both ends."""
-    from pipeline.evaluation.likelihood import (
+    from pipeline.evaluation.ranking import (
         LikelihoodSettings,
         auroc_line,
         likelihood_line,
@@ -210,8 +210,8 @@ def evaluate_command(
     dry_run: options.DryRunOption = False,
 ) -> None:
     """Measure a run: FID, its floor, KID, precision, recall and NLL; writes metrics.json."""
-    from pipeline.evaluation import nfe_sweep, training_curve
     from pipeline.evaluation.evaluator import Evaluator, warn_of_other_data
+    from pipeline.evaluation.studies import nfe_sweep, training_curve
     from pipeline.evaluation.tables import metrics_line
     from pipeline.runs.run import open_run
     from pipeline.sampling.sampling_plan import SamplingPlan, with_guidance

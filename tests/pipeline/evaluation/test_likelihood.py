@@ -14,7 +14,8 @@ from PIL import Image
 
 from flows.likelihood import log_prob
 from pipeline.data.datasets import load_images
-from pipeline.evaluation.likelihood import LikelihoodSettings, latents_of, rank_images
+from pipeline.evaluation.likelihood import latents_of
+from pipeline.evaluation.ranking import LikelihoodSettings, rank_images
 from pipeline.runs.run import Run, open_run
 from pipeline.runtime.rng import generator
 from tests.pipeline.gaussian_source import quiet

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.config.sampling import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluator
-from pipeline.evaluation.study import Study, study_heading
+from pipeline.evaluation.studies.study import Study, study_heading
 from pipeline.runs.snapshots import at_snapshot, snapshots_of
 from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.sampling.solvers import solver_identity

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.config.sampling import EvaluateConfig
 from pipeline.evaluation.evaluator import Evaluator
-from pipeline.evaluation.study import Study, study_heading
+from pipeline.evaluation.studies.study import Study, study_heading
 from pipeline.sampling.sampling_plan import SamplingPlan, differences
 from pipeline.sampling.solvers import method_of, whole_numbers
 from pipeline.storage import atomic
