@@ -49,6 +49,28 @@ def before_after(
     save_figure(figure, file, tight=False)
 
 
+def strips(file: Target, rows: Mapping[str, Images]) -> None:
+    """Write images, uint8 (N, C, H, W), in one row for each title, which stands above it.
+
+    Raises:
+        ValueError: there is no row, or a set is empty or no set of images.
+    """
+    if not rows:
+        raise ValueError("there are 0 rows; expected at least one")
+    pictures = {title: image_grid(images, len(images), scale=2) for title, images in rows.items()}
+    width = max(picture.width for picture in pictures.values()) / 100 + 0.2
+    heights = [picture.height / 100 + 0.3 for picture in pictures.values()]
+    figure = new_figure(width, sum(heights))
+    for i, (title, picture) in enumerate(pictures.items()):
+        bottom = sum(heights[i + 1 :]) / sum(heights)
+        size = (picture.width / 100 / width, picture.height / 100 / sum(heights))
+        axes = figure.add_axes((0.1 / width, bottom, *size))
+        axes.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_title(title, fontsize=9, loc="left", pad=3)
+        axes.axis("off")
+    save_figure(figure, file, tight=False)
+
+
 def movement_bars(
     file: Target, movements: Sequence[Sequence[float]], labels: Sequence[str]
 ) -> None:

@@ -102,7 +102,7 @@ class Autoregressive(DensityModel):
         return Decoded(z_0, converged, self.dim * self.blocks)
 
     @torch.no_grad()
-    def log_prob(self, z_0: Tensor) -> LogProb:
+    def log_prob(self, z_0: Tensor, generator: torch.Generator | None = None) -> LogProb:
         """Compute log p(z_0) in nats, (n,), for samples z_0 (n, D), in closed form."""
         z_K, log_det = self.forward_map(z_0)
         error = (self.decode_checked(z_K).z - z_0).norm(dim=1)

@@ -63,8 +63,11 @@ class DensityModel(nn.Module, ABC):
         """Map noise z_K (n, D) to data, and say for which samples the inverse was found."""
 
     @abstractmethod
-    def log_prob(self, z_0: Tensor) -> LogProb:
-        """Compute log p(z_0) in nats, (n,), for samples z_0 (n, D), without gradients."""
+    def log_prob(self, z_0: Tensor, generator: torch.Generator | None = None) -> LogProb:
+        """Compute log p(z_0) in nats, (n,), for samples z_0 (n, D), without gradients.
+
+        The generator draws the probes of a model that estimates a trace.
+        """
 
     def loss(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Compute the training loss of a batch z (B, D): a scalar, with gradients.

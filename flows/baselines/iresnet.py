@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -101,11 +101,15 @@ class SpectralLinear(nn.Linear):
             self.left.copy_(F.normalize(self.weight @ self.right, dim=0))
             self.right.copy_(F.normalize(self.weight.T @ self.left, dim=0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the layer at x (B, inputs)."""
+    def scaled(self) -> Tensor:
+        """Return the weight of the bounded map (outputs, inputs)."""
         norm = self.left @ self.weight @ self.right
         factor = (self.bound / norm.clamp(min=1e-12)).clamp(max=1.0)
-        return F.linear(x, factor * self.weight, self.bias)
+        return factor * self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the layer at x (B, inputs)."""
+        return F.linear(x, self.scaled(), self.bias)
 
 
 class LipschitzMlp(Velocity):
@@ -134,6 +138,36 @@ class LipschitzMlp(Velocity):
         for layer in others:
             hidden = layer(F.elu(hidden))
         return hidden
+
+    def linearise(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Compute the network at z (B, D), and its derivative there.
+
+        The derivative maps tangents (…, B, D) to J tangents of the same shape, by the chain rule.
+        """
+        weights, biases, slopes = [], [], []
+        for layer in self.layers:
+            assert isinstance(layer, SpectralLinear)
+            weights.append(layer.scaled())
+            biases.append(layer.bias)
+        hidden = F.linear(z, weights[0], biases[0])
+        for weight, bias in zip(weights[1:], biases[1:], strict=True):
+            slopes.append(hidden.clamp(max=0).exp())  # of ELU
+            hidden = F.linear(F.elu(hidden), weight, bias)
+
+        def push(tangents: Tensor) -> Tensor:
+            moved = F.linear(tangents, weights[0])
+            for slope, weight in zip(slopes, weights[1:], strict=True):
+                moved = F.linear(slope * moved, weight)
+            return moved
+
+        return hidden, push
+
+    def directional(
+        self, t: Tensor, z: Tensor, tangents: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the derivatives (n, B, D) by the chain rule; see :class:`Velocity`."""
+        value, push = self.linearise(z)
+        return value, push(tangents)
 
 
 class IResNet(ResidualFlow):
@@ -215,10 +249,10 @@ def series_log_det(
     Returns:
         u + g(u), (B, D), and the estimate (B,), both with gradients.
     """
-    if not u.requires_grad:
-        u = u.detach().requires_grad_()
-    g, vector, total = layer.residual(u), eps, u.new_zeros(len(u))
+    assert isinstance(layer.branch, LipschitzMlp)
+    g, push = layer.branch.linearise(u)
+    vector, total = eps, u.new_zeros(len(u))
     for order, weight in enumerate(weights, start=1):
-        (vector,) = torch.autograd.grad(g, u, vector, create_graph=True)
+        vector = push(vector)
         total = total + (-1) ** (order + 1) * weight / order * (vector * eps).sum(dim=1)
     return u + g, total

@@ -186,7 +186,7 @@ class ResidualFlow(DensityModel):
         return Decoded(z_K, converged.cpu(), nfe)
 
     @torch.no_grad()
-    def log_prob(self, z_0: Tensor) -> LogProb:
+    def log_prob(self, z_0: Tensor, generator: torch.Generator | None = None) -> LogProb:
         """Compute log p(z_0), (n,), for samples (n, D), by the full Jacobian of each block.
 
         The value is that of a density only where the map is invertible. The inversion error of a

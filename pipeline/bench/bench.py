@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,24 @@ from flows.baselines.base import DensityModel
 from flows.baselines.registry import config_to_dict
 from flows.errors import SolveError
 from pipeline.bench.budget import Budget
-from pipeline.bench.figures import draw_curves, draw_plane
+from pipeline.bench.figures import draw_curves, draw_plane, draw_strips
 from pipeline.bench.measure import KEPT, log_density, measure
-from pipeline.bench.models import BLOCKWISE, TITLES, check_models
+from pipeline.bench.models import BLOCKWISE, TITLES, check_models, require_one_fits
 from pipeline.bench.problem import DEFAULTS, HeldOut, Problem, open_problem, problem_config
 from pipeline.bench.results import Point, Row, markdown, outcome, table_csv
 from pipeline.bench.training import Checkpoint, Training
 from pipeline.bench.tuning import SEED, Tuner, read_tuned, tuned_line
 from pipeline.config.schema import Config
 from pipeline.errors import JkoflowError, UserError
-from pipeline.runtime.console import Progress, say
+from pipeline.runtime.console import Progress, progress_bar, say
 from pipeline.storage import atomic
 from pipeline.storage.records import from_json, to_json
 
 SETTINGS, ROW, SAMPLES = "bench.json", "row.json", "samples.safetensors"
 #: parameters of every model, unless the caller chooses: those of the paper's smallest models
-PARAMETERS = {"toy2d": 35_000, "tabular": 76_000}
+PARAMETERS = {"toy2d": 35_000, "tabular": 76_000, "images": 200_000}
+#: images in a row of the picture of samples
+_STRIP = 16
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Bench:
     """A benchmark.
 
     Attributes:
-        suite: toy2d or tabular.
+        suite: toy2d, tabular or images.
         models: keys of `pipeline.bench.models.TITLES`.
         data: data sets; () takes those of the suite.
         budget: of every training.
@@ -90,7 +93,7 @@ class Bench:
             raise UserError(f"--tune has {list(self.rates)}; expected positive learning rates")
         configs = {n: problem_config(self.suite, n, self.overrides, 0) for n in self.names}
         for name, config in configs.items():
-            if config.jko is None:
+            if config.jko is None and self.suite != "images":
                 raise UserError(
                     f"the configuration of {name} has train.objective={config.train.objective}; "
                     "expected jko, from which lfm and fm follow; remove it and choose --models"
@@ -108,16 +111,19 @@ class Bench:
             "rates": list(self.rates),
         }
 
-    def open_search(self) -> Problem:
+    def open_search(
+        self, accelerator: Accelerator | None = None, progress: Progress = progress_bar
+    ) -> Problem:
         """Open the data on which learning rates are compared.
 
-        They are the first data set, points of a further seed, or the validation split of a table.
+        They are of the first data set: points of a further seed, the validation split of a table,
+        or held-out images. No likelihood of the table uses them.
 
         Raises:
             UserError: the data are missing, damaged or too few.
         """
         config = problem_config(self.suite, self.names[0], self.overrides, SEED)
-        return open_problem(config, self.held_out, "validation")
+        return open_problem(config, self.held_out, "validation", accelerator, progress)
 
 
 def run_bench(
@@ -152,14 +158,16 @@ def run_bench(
     configs = bench.configs()
     _require_same_settings(folder / SETTINGS, bench.settings())
     training = Training(bench.budget, bench.most, accelerator, progress)
-    tuner = Tuner(training, bench.rates, folder, bench.open_search)
+    search = partial(bench.open_search, accelerator, progress)
+    tuner = Tuner(training, bench.rates, folder, search)
     for seed in range(bench.seeds):
         for data in configs:
             missing = [m for m in bench.models if not _is_done(_cell(folder, data, m, seed))]
             if not missing:
                 continue
             config = problem_config(bench.suite, data, bench.overrides, seed)
-            problem = open_problem(config, bench.held_out)
+            problem = open_problem(config, bench.held_out, "test", accelerator, progress)
+            require_one_fits(bench.models, config, problem.source.shape, bench.most)
             for model in missing:
                 say(f"{TITLES[model]} on {data}, seed {seed}, {bench.budget}")
                 row = _run_cell(tuner, model, problem, _cell(folder, data, model, seed))
@@ -181,14 +189,15 @@ def write_tables(folder: Path, published: bool = False) -> list[Row]:
     budget, most = settings["budget"], settings["parameters"]
     sentences = [
         f"Suite {settings['suite']}; every model has {budget} of training and at most {most:,} "
-        "parameters. All have Adam, one batch size and one schedule."
+        "parameters. All have one optimiser, batch size and schedule."
     ]
     if settings["overrides"]:
         sentences.append(f"Settings: {', '.join(settings['overrides'])}.")
     searches = [f"* {tuned_line(tuned)}." for tuned in read_tuned(folder)]
     if not searches:
         sentences.append("All have one learning rate, and no search.")
-    text = markdown(rows, [*sentences, *(["", *searches] if searches else [])], published)
+    given = [*sentences, *(["", *searches] if searches else [])]
+    text = markdown(rows, given, published, settings["suite"] == "images")
     atomic.write_bytes(folder / "table.md", text.encode())
     atomic.write_bytes(folder / "table.csv", table_csv(rows).encode())
     return rows
@@ -199,7 +208,7 @@ def draw_plots(folder: Path, rows: Sequence[Row]) -> None:
     for data in dict.fromkeys(row.data for row in rows):
         group = [row for row in rows if row.data == data]
         draw_curves(folder / "plots", data, group)
-        _draw_plane(folder, data, group)
+        _draw_samples(folder, data, group)
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -227,7 +236,9 @@ def _run_cell(tuner: Tuner, model: str, problem: Problem, cell: Path) -> Row:
         except (JkoflowError, SolveError) as error:
             say(f"not measured at batch {checkpoint.batches}: {error}")
             return
-        points.append(Point(checkpoint.seconds, checkpoint.batches, metrics.nll, metrics.mmd_m))
+        fid = None if metrics.images is None else metrics.images.fid
+        place = (checkpoint.seconds, checkpoint.batches)
+        points.append(Point(*place, metrics.nll, metrics.mmd_m, fid))
         say(f"NLL {metrics.nll:.3f} after {checkpoint.batches:,} batches")
 
     seed = problem.config.train.seed
@@ -243,6 +254,8 @@ def _run_cell(tuner: Tuner, model: str, problem: Problem, cell: Path) -> Row:
         return failed
     compare = problem.compare[:KEPT]
     kept = {"samples": samples[:KEPT], "data": compare}
+    if problem.pictures is not None:
+        kept = {"samples": samples[:_STRIP].clone(), "data": problem.pictures.real(_STRIP)}
     if problem.dim == 2 and seed == 0:
         kept |= _density(trained.model, window(compare), device)
     atomic.write_tensors(cell / SAMPLES, kept)
@@ -284,17 +297,18 @@ def _save(model: DensityModel, name: str, cell: Path) -> None:
         atomic.write_json(cell / "model.json", described)
 
 
-def _draw_plane(folder: Path, data: str, rows: Sequence[Row]) -> None:
-    """Draw samples and density of the least seed of each model, if the data lie in the plane."""
+def _draw_samples(folder: Path, data: str, rows: Sequence[Row]) -> None:
+    """Draw samples of the least seed of each model: images, or points with their density."""
     models: dict[str, dict[str, Tensor]] = {}
     for row in rows:
         path = _cell(folder, data, row.model, row.seed) / SAMPLES
         if row.model not in models and path.is_file():
-            tensors = atomic.read_tensors(path)
-            if tensors["data"].shape[1] == 2:
-                models[row.model] = tensors
-    if models:
+            models[row.model] = atomic.read_tensors(path)
+    shapes = {tuple(tensors["data"].shape[1:]) for tensors in models.values()}
+    if shapes == {(2,)}:
         draw_plane(folder / "plots", data, models)
+    elif any(len(shape) == 3 for shape in shapes):
+        draw_strips(folder / "plots", data, models)
 
 
 def _cell(folder: Path, data: str, model: str, seed: int) -> Path:

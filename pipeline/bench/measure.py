@@ -1,7 +1,8 @@
-"""Measures a model on held-out samples: NLL, MMD and the inverse."""
+"""Measures a model on held-out samples: NLL, MMD or the metrics of images, and the inverse."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +11,19 @@ import torch
 from torch import Tensor
 
 from eval.mmd import mmd
-from flows.baselines.base import DensityModel
+from flows.baselines.base import Decoded, DensityModel
+from flows.baselines.cnf import FlowModel
+from pipeline.bench.images import FEW, ImageMetrics
 from pipeline.bench.problem import Problem
 from pipeline.errors import JkoflowError
+from pipeline.evaluation.likelihood import EXACT_UP_TO, PROBES
 from pipeline.runtime.rng import generator
 from pipeline.toy2d.figures import grid_centres
 
-#: held-out samples that measure a model in training
+#: held-out vectors that measure a model in training
 _QUICK = 500
-#: samples in memory together
-_CHUNK = 1000
+#: vectors in memory together, and values of latents of images
+_CHUNK, _VALUES = 1000, 12_000
 #: cells of a density along each axis
 _GRID = 40
 #: samples that a run keeps for the picture
@@ -31,7 +35,8 @@ class Measured:
     """Metrics of a model.
 
     Attributes:
-        nll: mean negative log-likelihood in nats per sample, in the units of the data.
+        nll: mean negative log-likelihood in nats per sample, in the units of the data; of images
+            per dimension of their latents.
         nll_error: its standard error over the held-out samples.
         mmd_m: squared MMD with a kernel of the median distance; None without two samples.
         mmd_1: squared MMD with a kernel of width 1; likewise.
@@ -40,7 +45,8 @@ class Measured:
         inversion_error: median of ‖z_0 − T⁻¹(T(z_0))‖.
         nfe: network evaluations per generated sample.
         n: held-out samples of the likelihood.
-        compare: samples of the MMD.
+        compare: samples that are generated.
+        images: metrics of sampled images; None for vectors.
     """
 
     nll: float
@@ -53,6 +59,7 @@ class Measured:
     nfe: int
     n: int
     compare: int
+    images: ImageMetrics | None = None
 
 
 @torch.no_grad()
@@ -61,9 +68,9 @@ def measure(
 ) -> tuple[Measured, Tensor]:
     """Measure a model.
 
-    The likelihood is that of the exact log-determinant. ODEs are solved by dopri5 at 1e-5, however
-    they were trained. The MMD leaves out samples whose inverse was not found; `failures` counts
-    them.
+    The likelihood is that of the exact log-determinant; an ODE in more than 128 dimensions has 16
+    random probes. ODEs are solved by dopri5 at 1e-5, however they were trained. Samples whose
+    inverse was not found are left out of MMD, FID and KID; `failures` counts them.
 
     Args:
         model: with its final weights.
@@ -72,45 +79,85 @@ def measure(
         quick: whether a part of the held-out samples will do.
 
     Returns:
-        the metrics, and the generated samples whose inverse was found (k, D).
+        the metrics, and the generated samples whose inverse was found (k, D). Images are decoded,
+        uint8 (k, C, H, W), and one without an inverse is white.
 
     Raises:
         JkoflowError: a likelihood is not finite.
         SolveError: an ODE cannot be solved.
     """
-    most = _QUICK if quick else max(len(problem.test), len(problem.compare))
-    test, compare = problem.test[:most], problem.compare[:most]
-    values, errors = [], []
-    for part in test.split(_CHUNK):
-        result = model.log_prob(part.to(device))
+    most = (_QUICK if problem.unit == 1 else FEW) if quick else None
+    test, count = problem.test[:most], min(problem.samples, most or problem.samples)
+    nll, errors = _likelihoods(model, problem, test, device)
+    measured = Measured(
+        nll=float(nll.mean()),
+        nll_error=float(nll.std()) / math.sqrt(len(nll)),
+        mmd_m=None,
+        mmd_1=None,
+        thresholds=None,
+        failures=0.0,
+        inversion_error=float(errors.median()),
+        nfe=0,
+        n=len(nll),
+        compare=count,
+    )
+    if not count:
+        return measured, problem.compare
+    noise = model.draw_noise(count, generator(problem.config.train.seed, "bench", "samples"))
+    decoded = _decoded(model, noise, count if problem.pictures is None else _chunk(problem))
+    sound = decoded.converged & decoded.z.isfinite().all(dim=1)
+    known: dict[str, Any] = {"failures": 1 - int(sound.sum()) / count, "nfe": decoded.nfe}
+    if problem.pictures is not None:
+        found = problem.pictures.decode(decoded.z[sound])
+        images = found.new_full((count, *found.shape[1:]), 255)
+        images[sound] = found
+        metrics = problem.pictures.metrics(found, quick)
+        return dataclasses.replace(measured, images=metrics, **known), images
+    samples = decoded.z[sound]
+    distances = [
+        _mmd(problem.compare[:count], samples, **width) for width in ({}, {"bandwidth": 1.0})
+    ]
+    for name, distance in zip(("mmd_m", "mmd_1"), distances, strict=True):
+        known[name] = None if distance is None else distance[0]
+    known["thresholds"] = [distance[1] for distance in distances if distance is not None] or None
+    return dataclasses.replace(measured, **known), samples
+
+
+def _likelihoods(
+    model: DensityModel, problem: Problem, test: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the NLL (n,) and the inversion error (n,) of held-out samples (n, D).
+
+    Raises:
+        JkoflowError: a likelihood is not finite.
+    """
+    if isinstance(model, FlowModel) and model.dim > EXACT_UP_TO:
+        model.probes = PROBES
+    probes, values, errors = generator(0, "nll", "probes"), [], []
+    for part in test.split(_chunk(problem)):
+        result = model.log_prob(part.to(device), probes)
         values.append(result.value.double().cpu())
         errors.append(result.inversion_error.double().cpu())
-    nll = -torch.cat(values) + problem.log_scale
+    nll = (-torch.cat(values) + problem.log_scale) / problem.unit
     if not bool(nll.isfinite().all()):
         raise JkoflowError(
             f"the NLL of {int((~nll.isfinite()).sum())} of {len(nll)} held-out samples is not "
             "finite; train with a lower train.lr"
         )
-    noise_source = generator(problem.config.train.seed, "bench", "samples")
-    noise = model.draw_noise(len(compare), noise_source)
-    decoded = model.decode_checked(noise)
-    sound = decoded.converged & decoded.z.isfinite().all(dim=1).cpu()
-    samples = decoded.z.cpu()[sound]
-    distances = [_mmd(compare, samples, **width) for width in ({}, {"bandwidth": 1.0})]
-    known = [distance for distance in distances if distance is not None]
-    measured = Measured(
-        nll=float(nll.mean()),
-        nll_error=float(nll.std()) / math.sqrt(len(nll)),
-        mmd_m=None if distances[0] is None else distances[0][0],
-        mmd_1=None if distances[1] is None else distances[1][0],
-        thresholds=[threshold for _, threshold in known] or None,
-        failures=1 - len(samples) / len(compare),
-        inversion_error=float(torch.cat(errors).median()),
-        nfe=decoded.nfe,
-        n=len(test),
-        compare=len(compare),
-    )
-    return measured, samples
+    return nll, torch.cat(errors)
+
+
+def _decoded(model: DensityModel, noise: Tensor, size: int) -> Decoded:
+    """Map noise (n, D) to samples on the CPU, some at a time."""
+    parts = [model.decode_checked(part) for part in noise.split(size)]
+    nfe = sum(part.nfe * len(part.z) for part in parts) / len(noise)
+    z = torch.cat([part.z.cpu() for part in parts])
+    return Decoded(z, torch.cat([part.converged for part in parts]), round(nfe))
+
+
+def _chunk(problem: Problem) -> int:
+    """Return the number of samples that are in memory together."""
+    return _CHUNK if problem.unit == 1 else max(1, _VALUES // problem.dim)
 
 
 @torch.no_grad()

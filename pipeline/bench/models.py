@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, cast
@@ -19,9 +20,16 @@ from flows.baselines.score_sde import ScoreSdeConfig
 from flows.networks.config import VelocityConfig
 from flows.networks.registry import make_velocity
 from pipeline.config.schema import Config
-from pipeline.config.training import FmConfig, LfmConfig, Objective, ScheduleConfig
+from pipeline.config.training import (
+    FmConfig,
+    JkoConfig,
+    LfmConfig,
+    MatchingConfig,
+    Objective,
+    ScheduleConfig,
+)
 from pipeline.config.validate import ends_free, steps
-from pipeline.errors import UserError
+from pipeline.errors import JkoflowError, UserError
 
 #: models that are trained block by block, by the pipeline of images
 BLOCKWISE = {"jko": "JKO-iFlow", "lfm": "local flow matching", "fm": "flow matching"}
@@ -58,15 +66,33 @@ def check_models(names: Sequence[str]) -> None:
         )
 
 
+class SizeError(JkoflowError):
+    """Model that has more parameters than allowed, however narrow it is."""
+
+
+def as_jko(config: Config) -> Config:
+    """Return a configuration of JKO-iFlow on the data and with the networks of another one.
+
+    A configuration of another objective has the default steps.
+    """
+    if config.jko is not None:
+        return config
+    train = dataclasses.replace(config.train, objective="jko")
+    changed: dict[str, Any] = {"jko": JkoConfig(), "schedule": ScheduleConfig()}
+    changed |= {"matching": None, "lfm": None, "fm": None}
+    return dataclasses.replace(config, train=train, **changed)
+
+
 def blockwise_config(config: Config, objective: str, width: int, batches: int) -> Config:
     """Return the configuration of jko, lfm or fm with all networks of one width.
 
-    JKO blocks do not see the time. The number of blocks is fixed, so that the parameters are
-    known. Batches are split as the configuration of JKO splits its iterations, for lfm evenly. The
-    warm-up takes at most a tenth of the shortest block.
+    JKO blocks do not see the time. Regressions keep the section matching of their configuration.
+    The number of blocks is fixed, so that the parameters are known. Batches are split as the
+    configuration of JKO splits its iterations, for lfm evenly. The warm-up takes at most a tenth
+    of the shortest block.
 
     Args:
-        config: of jko.
+        config: of any objective; see `as_jko`.
         objective: jko, lfm or fm.
         width: of every network.
         batches: of all blocks together, at least one for each.
@@ -74,6 +100,8 @@ def blockwise_config(config: Config, objective: str, width: int, batches: int) -
     Raises:
         UserError: there are fewer batches than blocks.
     """
+    matching = config.matching or MatchingConfig()
+    config = as_jko(config)
     assert config.schedule is not None
     blocks = block_count(config, objective)
     if batches < blocks:
@@ -95,14 +123,15 @@ def blockwise_config(config: Config, objective: str, width: int, batches: int) -
     changed: dict[str, Any] = {"schedule": dataclasses.replace(config.schedule, tolerance=0.0)}
     if objective == "lfm":
         schedule = ScheduleConfig(max_blocks=blocks - 1, tolerance=0.0)
-        changed = {"jko": None, "lfm": LfmConfig(), "schedule": schedule}
+        changed = {"jko": None, "lfm": LfmConfig(), "schedule": schedule, "matching": matching}
     elif objective == "fm":
-        changed = {"jko": None, "fm": FmConfig(), "schedule": None}
+        changed = {"jko": None, "fm": FmConfig(), "schedule": None, "matching": matching}
     return dataclasses.replace(config, train=train, velocity=velocity, **changed)
 
 
 def block_count(config: Config, objective: str) -> int:
-    """Return the number of blocks of jko and lfm under a configuration of jko; 1 for fm."""
+    """Return the number of blocks of jko and lfm under a configuration; 1 for fm."""
+    config = as_jko(config)
     return 1 if objective == "fm" else len(steps(config)) + ends_free(config)
 
 
@@ -127,8 +156,12 @@ def baseline_config(name: str, width: int, depth: int) -> Any:  # noqa: ANN401
     return ScoreSdeConfig(VelocityConfig("resmlp", width, depth))
 
 
-def parameter_count(name: str, config: Config, dim: int, width: int) -> int:
-    """Count the parameters of a model of a width; no memory is spent, but for maf and nsf."""
+def parameter_count(name: str, config: Config, shape: tuple[int, ...], width: int) -> int:
+    """Count the parameters of a model of a width on samples (D,) or (C, H, W).
+
+    No memory is spent, but for maf and nsf. The baselines see samples as vectors.
+    """
+    dim = math.prod(shape)
     if name in AUTOREGRESSIVE:  # zuko computes its masks from their values
         settings = baseline_config(name, width, config.velocity.depth)
         return make_baseline(name, settings, dim, torch.Generator()).parameter_count
@@ -136,26 +169,54 @@ def parameter_count(name: str, config: Config, dim: int, width: int) -> int:
         if name in BLOCKWISE:
             blocks = block_count(config, name)
             velocity = blockwise_config(config, name, width, blocks).velocity
-            return blocks * sum(p.numel() for p in make_velocity(velocity, (dim,)).parameters())
+            return blocks * sum(p.numel() for p in make_velocity(velocity, shape).parameters())
         model = make_baseline(name, baseline_config(name, width, config.velocity.depth), dim)
         return model.parameter_count
 
 
-def width_for(name: str, config: Config, dim: int, parameters: int) -> int:
+def width_for(name: str, config: Config, shape: tuple[int, ...], parameters: int) -> int:
     """Return the largest width with which a model has at most some number of parameters.
 
+    The width of a unet is a multiple of its attention heads.
+
     Raises:
-        UserError: the model has more with a width of 1.
+        SizeError: the model has more with its least width.
     """
-    return _largest(lambda width: parameter_count(name, config, dim, width), parameters, name)
+    heads = config.velocity.heads if config.velocity.kind == "unet" else 0
+    unit = max(1, heads) if name in BLOCKWISE else 1
 
+    def count(units: int) -> int:
+        return parameter_count(name, config, shape, unit * units)
 
-def _largest(count: Callable[[int], int], most: int, name: str) -> int:
-    low, high = 1, 2
-    if count(low) > most:
-        raise UserError(
-            f"--parameters is {most}, but {name} of width 1 has {count(low)}; raise it"
+    least = count(1)
+    if least > parameters:
+        raise SizeError(
+            f"--parameters is {parameters}, but {name} of width {unit} has {least}; raise it"
         )
+    return unit * _largest(count, parameters)
+
+
+def require_one_fits(
+    names: Sequence[str], config: Config, shape: tuple[int, ...], most: int
+) -> None:
+    """Check that one of some models has at most some number of parameters.
+
+    Raises:
+        UserError: all have more, whatever their width.
+    """
+    for name in names:
+        try:
+            width_for(name, config, shape, most)
+        except SizeError as error:
+            problem = error
+        else:
+            return
+    raise UserError(str(problem))
+
+
+def _largest(count: Callable[[int], int], most: int) -> int:
+    """Return the largest number from 1 on whose count is at most some number."""
+    low, high = 1, 2
     while high < _WIDEST and count(high) <= most:
         low, high = high, 2 * high
     while high - low > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,21 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from pipeline.bench.images import (
+    Pictures,
+    held_out_latents,
+    image_config,
+    open_latents,
+)
 from pipeline.config import packaged
-from pipeline.config.data import TABLES
+from pipeline.config.data import IMAGE_SETS, TABLES
 from pipeline.config.load import load_config, with_values
 from pipeline.config.schema import Config
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
+from pipeline.evaluation.features import FeatureExtractor
 from pipeline.runs.manifest import DataRecord, Manifest
+from pipeline.runtime.console import Progress, progress_bar
 from pipeline.runtime.rng import Batches
 from pipeline.runtime.system import require_disk_space
 from pipeline.storage.shards import StoreReader, StoreWriter
@@ -25,23 +34,33 @@ from pipeline.tabular.load import load_table
 from pipeline.tabular.table import Table
 from pipeline.toy2d.point_sets import POINTS
 from pipeline.toy2d.point_source import PointSource
-from pipeline.training.sources import SampleSource
+from pipeline.training.sources import LatentSource, SampleSource
 from pipeline.training.stages import ensure_stage
 
 #: suites: their folders of configurations, the data sets of a bench that names none, and all
-SUITES = {"toy2d": packaged.TOY2D, "tabular": packaged.TABULAR}
-DEFAULTS = {"toy2d": ("checkerboard", "8gaussians", "rose", "tree"), "tabular": TABLES}
-CHOICES = {"toy2d": (*POINTS, "picture"), "tabular": TABLES}
+SUITES = {"toy2d": packaged.TOY2D, "tabular": packaged.TABULAR, "images": packaged.FLOWS}
+DEFAULTS = {
+    "toy2d": ("checkerboard", "8gaussians", "rose", "tree"),
+    "tabular": TABLES,
+    "images": ("mnist", "cifar10"),
+}
+CHOICES = {
+    "toy2d": (*POINTS, "picture"),
+    "tabular": TABLES,
+    "images": tuple(packaged.available()),
+}
+#: held-out images that measure a likelihood, unless the caller chooses
+IMAGES_TEST = 1000
 _FLOAT = 4
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Sizes of the held-out samples; a table that has fewer rows gives those it has.
+    """Sizes of the held-out samples; a data set that has fewer gives those it has.
 
     Attributes:
         test: samples that measure the likelihood.
-        compare: samples that the MMD compares with as many generated ones.
+        compare: samples that the MMD compares with as many generated ones; images have none.
     """
 
     test: int = 5000
@@ -57,9 +76,11 @@ class Problem:
         config: configuration of JKO-iFlow on it.
         source: training samples.
         test: held-out samples (n, D) of the likelihood.
-        compare: held-out samples (m, D) of the MMD.
+        compare: held-out samples (m, D) of the MMD; m = 0 for images.
         log_scale: nats that the NLL in the data's units has beyond that of the samples.
         note: origin and split of the data.
+        pictures: measures samples as images; None for vectors, and for a search.
+        unit: dimensions whose nats are one unit of the NLL: D for images, else 1.
     """
 
     name: str
@@ -69,6 +90,8 @@ class Problem:
     compare: Tensor
     log_scale: float
     note: str
+    pictures: Pictures | None = None
+    unit: int = 1
 
     @property
     def learning_rate(self) -> float:
@@ -79,7 +102,12 @@ class Problem:
     @property
     def dim(self) -> int:
         """Return D."""
-        return self.source.shape[0]
+        return math.prod(self.source.shape)
+
+    @property
+    def samples(self) -> int:
+        """Return the number of samples that are generated."""
+        return len(self.compare) if self.pictures is None else self.pictures.n
 
 
 def problem_config(suite: str, name: str, overrides: Sequence[str], seed: int) -> Config:
@@ -96,22 +124,35 @@ def problem_config(suite: str, name: str, overrides: Sequence[str], seed: int) -
     base, more = name, list(overrides)
     if name == "picture":
         base, more = "rose", ["data.name=picture", "name=picture", *more]
-    return with_values(load_config(base, more, SUITES[suite]), {"train.seed": seed})
+    config = load_config(base, more, SUITES[suite])
+    if suite == "images":
+        config = with_values(image_config(config), {"name": name})
+    return with_values(config, {"train.seed": seed})
 
 
-def open_problem(config: Config, held_out: HeldOut | None = None, split: str = "test") -> Problem:
+def open_problem(
+    config: Config,
+    held_out: HeldOut | None = None,
+    split: str = "test",
+    accelerator: Accelerator | None = None,
+    progress: Progress = progress_bar,
+) -> Problem:
     """Open the data of a configuration.
 
     Args:
-        config: of a set of points or a table.
+        config: of a set of points, a table or images.
         held_out: sizes of the held-out samples.
-        split: split of a table that they come from: test or validation.
+        split: of a table or images that they come from: test or validation.
+        accelerator: device of the autoencoder and the features of images; None makes one.
+        progress: wraps loops over images.
 
     Raises:
         UserError: the data are missing, damaged or too few.
         JkoflowError: a package could not be fetched.
     """
     sizes = held_out or HeldOut()
+    if config.data.name in IMAGE_SETS:
+        return _open_images(config, sizes.test, split, accelerator or Accelerator(), progress)
     if config.data.name not in TABLES:
         points = PointSource(config)
         test = points.sample("test", 0, sizes.test)
@@ -125,6 +166,18 @@ def open_problem(config: Config, held_out: HeldOut | None = None, split: str = "
     note = f"{table.source}; {table.split}"
     source = TableSource(config, table)
     return Problem(table.name, config, source, test, compare, table.log_scale, note)
+
+
+def _open_images(
+    config: Config, test: int, split: str, accelerator: Accelerator, progress: Progress
+) -> Problem:
+    latents = open_latents(config, accelerator, progress)
+    z, note = held_out_latents(config, latents, test, split, accelerator.device)
+    pictures = None
+    if split == "test":
+        pictures = Pictures(config, *latents, FeatureExtractor(accelerator, progress))
+    source, dim = LatentSource(config), z.shape[1]
+    return Problem(config.name, config, source, z, z[:0], 0.0, note, pictures, unit=dim)
 
 
 class TableSource:
@@ -171,6 +224,17 @@ class TableSource:
         return Manifest(
             name, self.shape, Standardisation(torch.zeros(dim), torch.ones(dim)), record
         )
+
+
+def batch_of(stage: StoreReader, rows: Tensor, random: torch.Generator) -> Tensor:
+    """Return the samples of some rows of a stage as vectors (B, D).
+
+    Latents with a posterior are drawn from it in every batch, as a first JKO block draws them.
+    """
+    if not stage.manifest["identity"].get("moments"):
+        return stage.take("z", rows).flatten(1)
+    mean, std = stage.take("mean", rows), stage.take("std", rows)
+    return (mean + std * torch.randn(mean.shape, generator=random)).flatten(1)
 
 
 def batches_of(stage: StoreReader, config: Config) -> Batches:

@@ -24,16 +24,18 @@ from pipeline.bench.clock import used_seconds
 from pipeline.bench.models import (
     BLOCKWISE,
     WARMUP,
+    as_jko,
     baseline_config,
     block_count,
     blockwise_config,
     width_for,
 )
-from pipeline.bench.problem import Problem, batches_of
+from pipeline.bench.problem import Problem, batch_of, batches_of
 from pipeline.config.schema import Config
 from pipeline.errors import JkoflowError
 from pipeline.optim.ema import Ema
 from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
+from pipeline.optim.optimisers import MuonAdam, make_optimizer
 from pipeline.runs.directory import CONFIG, read_config
 from pipeline.runs.run import open_run
 from pipeline.runtime.console import Progress
@@ -116,10 +118,10 @@ class Training:
             measure: is called with the model as it is after each part of the training.
 
         Raises:
-            UserError: the budget or the number of parameters is too small.
-            JkoflowError: the training failed.
+            UserError: the budget is too small.
+            JkoflowError: the training failed, or the number of parameters is too small.
         """
-        width = width_for(name, problem.config, problem.dim, self.parameters)
+        width = width_for(name, problem.config, problem.source.shape, self.parameters)
         if name in BLOCKWISE:
             return self._train_blocks(name, width, problem, folder, measure)
         return self._train_baseline(name, width, problem, folder, measure)
@@ -183,23 +185,24 @@ class Training:
     def _train_baseline(
         self, name: str, width: int, problem: Problem, folder: Path, measure: Measure
     ) -> Trained:
-        """Train a baseline by Adam, with the learning rate, clipping and average of the blocks."""
+        """Train a baseline with the optimiser, clipping and average of the blocks."""
         config, recipe = problem.config, problem.config.train
         device = self.accelerator.device
         settings = baseline_config(name, width, config.velocity.depth)
         weights = generator(recipe.seed, "bench", name, "weights")
         model = make_baseline(name, settings, problem.dim, weights).to(device)
-        stage = problem.source.first_stage(folder, config, self.accelerator)
+        stage = problem.source.first_stage(folder, as_jko(config), self.accelerator)
         batches, average = batches_of(stage, config), Ema(model, recipe.ema)
         peak = problem.learning_rate
-        optimizer = torch.optim.Adam(model.parameters(), peak)
+        optimizer = make_optimizer(recipe.optimizer, model, peak)
         seconds, done, part = 0.0, 0, 1
         while (spent := self.budget.spent(done, seconds)) < 1:
             if spent >= part / _PARTS:
                 measure(Checkpoint(_averaged(model, average), seconds, done))
                 part += 1
             began = used_seconds(device)
-            z = stage.take("z", batches.indices(done)).to(device)
+            latents = generator(recipe.seed, "bench", "latents", done)
+            z = batch_of(stage, batches.indices(done), latents).to(device)
             lr = warmup_cosine(
                 int(spent * _SCHEDULE), _SCHEDULE, peak=peak, final=recipe.lr_final, warmup=0
             ) * min(1.0, max((done + 1) / max(1, recipe.warmup), spent / WARMUP))
@@ -215,7 +218,7 @@ class Training:
     @staticmethod
     def _step(
         model: DensityModel,
-        optimizer: torch.optim.Adam,
+        optimizer: torch.optim.Adam | MuonAdam,
         z: torch.Tensor,
         noise: torch.Generator,
         clip: float,

@@ -51,7 +51,10 @@ def toy2d_command(
 
 def bench_command(
     suite: Annotated[
-        str, typer.Argument(help="toy2d (points in the plane) or tabular (tables of numbers).")
+        str,
+        typer.Argument(
+            help="toy2d (points in the plane), tabular (tables of numbers) or images (latents)."
+        ),
     ],
     budget: Annotated[
         str,
@@ -69,8 +72,9 @@ def bench_command(
         str | None,
         typer.Option(
             "--data",
-            help="Data sets; default checkerboard,8gaussians,rose,tree or "
-            "power,gas,miniboone,bsds300.",
+            help="Data sets; default checkerboard,8gaussians,rose,tree, or "
+            "power,gas,miniboone,bsds300, or mnist,cifar10. Images take any packaged "
+            "configuration of a flow.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="Number of seeds, from 0.")] = 3,
@@ -82,11 +86,19 @@ def bench_command(
     ] = None,
     parameters: Annotated[
         int | None,
-        typer.Option("--parameters", help="Most parameters of a model; default 35000 or 76000."),
+        typer.Option(
+            "--parameters",
+            help="Most parameters of a model; default 35000, 76000 or 200000.",
+        ),
     ] = None,
     test: Annotated[
-        int, typer.Option("--test", help="Held-out samples that measure the likelihood.")
-    ] = 5000,
+        int | None,
+        typer.Option(
+            "--test",
+            help="Held-out samples that measure the likelihood; default 5000, or 1000 images. "
+            "FID has evaluate.n samples.",
+        ),
+    ] = None,
     tune: Annotated[
         str | None,
         typer.Option(
@@ -100,15 +112,17 @@ def bench_command(
     ] = False,
     overrides: SetOption = None,
 ) -> None:
-    """Train models within one budget and compare NLL, MMD and time; trains only missing rows."""
+    """Train models within one budget, compare likelihood, samples and time; adds missing rows."""
     from pipeline.bench.bench import Bench, run_bench
     from pipeline.bench.budget import Budget
-    from pipeline.bench.problem import SUITES, HeldOut
+    from pipeline.bench.problem import IMAGES_TEST, SUITES, HeldOut
     from pipeline.cli.session import make_accelerator
     from pipeline.runtime.console import progress_bar
 
     if suite not in SUITES:
         raise UserError(f"suite {suite!r} is unknown; choose one of {', '.join(SUITES)}")
+    if test is None:
+        test = IMAGES_TEST if suite == "images" else HeldOut().test
     if test < 2:
         raise UserError(f"--test is {test}; expected at least 2")
     bench = Bench(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -45,6 +46,8 @@ from pipeline.storage.shards import (
 _FLOAT = 4
 #: images whose reconstructions are measured
 _MEASURED = 64
+#: images that are encoded together outside of a cache
+_BATCH = 250
 
 
 class LatentCache:
@@ -216,6 +219,50 @@ def autoencoder_of_latents(config: Config, shape: tuple[int, ...]) -> Autoencode
         return None
     model = load_weights(locate_weights(settings.weights))
     return model if tuple(model.latent_shape) == tuple(shape) else None
+
+
+def standardised_latents(
+    autoencoder: Autoencoder,
+    standardisation: Standardisation,
+    noise: float,
+    images: ImageSet,
+    indices: npt.NDArray[np.int64],
+    device: torch.device,
+    rng: torch.Generator,
+) -> Tensor:
+    """Encode images (n,) of a set to standardised latents float32 (n, *shape).
+
+    Args:
+        autoencoder: of the latents; its posterior is sampled, if it has one.
+        standardisation: of the latents.
+        noise: standard deviation of the noise on latents without a posterior.
+        images: the set.
+        indices: of its images.
+        device: of the encoder.
+        rng: source of the posterior samples and of the noise.
+    """
+    moments = _encoded(autoencoder, images, indices, device)
+    z = standardisation.apply(moments.sample(rng).cpu())
+    if moments.log_var is None and noise > 0:
+        z = z + noise * torch.randn(z.shape, generator=rng)
+    return z.clone()
+
+
+@torch.inference_mode()
+def _encoded(
+    autoencoder: Any,  # noqa: ANN401 - a module with the interface of Autoencoder
+    images: ImageSet,
+    indices: npt.NDArray[np.int64],
+    device: torch.device,
+) -> Moments:
+    autoencoder.to(device)
+    parts = []
+    for start in range(0, len(indices), _BATCH):
+        x = to_float(torch.from_numpy(images.take(indices[start : start + _BATCH])))
+        parts.append(autoencoder.encode(x.to(device)))
+    log_vars = [part.log_var for part in parts if part.log_var is not None]
+    mean = torch.cat([part.mean for part in parts])
+    return Moments(mean, torch.cat(log_vars) if log_vars else None)
 
 
 @torch.inference_mode()

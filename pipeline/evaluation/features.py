@@ -113,6 +113,20 @@ class FeatureExtractor:
         """Return the feature statistics of a shipped reference, a folder or a .npz."""
         return stats_of(name, lambda: self._network)
 
+    def features_of(self, images: Tensor, what: str) -> Tensor:
+        """Extract the features (n, 2048) of images uint8 (n, C, H, W), without a store.
+
+        `what` names the images in the progress bar.
+        """
+        starts = range(0, len(images), SHARD)
+        label = f"features of {len(images)} {what}"
+        with torch.inference_mode():
+            parts = [
+                self._network.features(images[start : start + SHARD]).cpu()
+                for start in self.progress(starts, len(starts), label)
+            ]
+        return torch.cat(parts)
+
     @cached_property
     def _network(self) -> FidInception:
         return load_inception(self.accelerator)

@@ -17,12 +17,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from autoencoders.base import Moments, to_float
 from flows.likelihood import LogProb, log_prob
 from flows.solving.divergence import Divergence
 from flows.solving.estimators import make_divergence
 from flows.solving.solver import SolverConfig
 from pipeline.data.image_set import ImageSet
+from pipeline.data.latent_cache import standardised_latents
 from pipeline.evaluation.features import SHARD
 from pipeline.evaluation.real_images import held_out_images, subset_indices
 from pipeline.runs.run import Run
@@ -126,21 +126,6 @@ def log_probs(
     return parts
 
 
-@torch.inference_mode()
-def _encoded(
-    run: Run, images: ImageSet, indices: npt.NDArray[np.int64], device: torch.device
-) -> Moments:
-    autoencoder: Any = run.autoencoder()
-    autoencoder.to(device)
-    parts = []
-    for start in range(0, len(indices), SHARD):
-        x = to_float(torch.from_numpy(images.take(indices[start : start + SHARD])))
-        parts.append(autoencoder.encode(x.to(device)))
-    log_vars = [part.log_var for part in parts if part.log_var is not None]
-    mean = torch.cat([part.mean for part in parts])
-    return Moments(mean, torch.cat(log_vars) if log_vars else None)
-
-
 def latents_of(
     run: Run,
     images: ImageSet,
@@ -149,12 +134,9 @@ def latents_of(
     rng: torch.Generator,
 ) -> Tensor:
     """Encode images to standardised latents float32 (n, *shape), with the noise of training."""
-    moments = _encoded(run, images, indices, device)
-    z = run.standardisation.apply(moments.sample(rng).cpu())
     noise = run.config.latents.noise
-    if moments.log_var is None and noise > 0:
-        z = z + noise * torch.randn(z.shape, generator=rng)
-    return z.clone()
+    encoder = (run.autoencoder(), run.standardisation, noise)
+    return standardised_latents(*encoder, images, indices, device, rng)
 
 
 def unit(run: Run) -> str:

@@ -167,9 +167,10 @@ def test_a_budget_of_seconds_is_kept(tmp_path) -> None:
 @pytest.mark.parametrize("suite", [("toy2d", "rose", 2, 35_000), ("tabular", "power", 6, 76_000)])
 def test_models_have_at_most_the_parameters_that_are_wanted(name, suite) -> None:
     config = problem_config(suite[0], suite[1], (), 0)
-    width = width_for(name, config, suite[2], suite[3])
-    count = parameter_count(name, config, suite[2], width)
-    assert 0.9 * suite[3] < count <= suite[3] < parameter_count(name, config, suite[2], width + 1)
+    shape = (suite[2],)
+    width = width_for(name, config, shape, suite[3])
+    count = parameter_count(name, config, shape, width)
+    assert 0.9 * suite[3] < count <= suite[3] < parameter_count(name, config, shape, width + 1)
 
 
 def test_batches_are_split_over_blocks() -> None:
@@ -345,7 +346,7 @@ def test_the_command_line(tmp_path) -> None:
     assert result.stdout.splitlines()[-1] == str(tmp_path / "b" / "table.md")
     assert read_rows(tmp_path / "b")[0].batches == 3
     assert read_rows(tmp_path / "b")[0].measured.n == 50
-    for words, message in ((["bench", "images", "--budget", "3b"], "suite 'images' is unknown"),
+    for words, message in ((["bench", "sounds", "--budget", "3b"], "suite 'sounds' is unknown"),
                            ([*call, "--test", "1"], "--test is 1")):  # fmt: skip
         failed = CliRunner().invoke(app, words)
         assert isinstance(failed.exception, UserError) and message in str(failed.exception)
