@@ -67,7 +67,8 @@ class TamingConfig:
     def __post_init__(self) -> None:
         for name, most in _LARGEST.items():
             value = getattr(self, name)
-            values = value if isinstance(value, tuple) else (value,)
+            several = isinstance(getattr(type(self), name), tuple)
+            values = value if several and isinstance(value, tuple) else (value,)
             if not all(type(part) is int and 0 <= part <= most for part in values):
                 raise ValueError(f"{name} is {value!r}; expected integers from 0 to {most}")
         if not 1 <= len(self.ch_mult) <= _LEVELS or len(self.image_shape) != 3:

@@ -105,7 +105,10 @@ def load_weights(path: Path) -> TamingAutoencoder:
         raise ValueError(
             f"the description in {path} is damaged; download or write the file again"
         ) from error
-    config = config_from_description(description)
+    try:
+        config = config_from_description(description)
+    except ValueError as error:
+        raise ValueError(f"the architecture in {path} cannot be built: {error}") from error
     _require_size(config, tensors, str(path))
     model = TamingAutoencoder(config)
     require_fitting(model, tensors, str(path))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pipeline.integrity.limits import require_archive_size
+from pipeline.integrity.arrays import read_arrays
 
 Array = npt.NDArray[np.float64]
 Features = Tensor | npt.NDArray[np.floating]
@@ -137,15 +135,13 @@ class GaussianStats:
             ValueError: the file does not hold such statistics.
         """
         try:
-            with np.load(file, allow_pickle=False) as archive:
-                require_archive_size(archive.zip, file)
-                n = int(archive["n"]) if "n" in archive else None
-                mean, cov = archive["mu"], archive["sigma"]
+            arrays = read_arrays(Path(file), ("n", "mu", "sigma"))
+            n = int(arrays["n"]) if "n" in arrays else None
+            return cls.from_moments(arrays["mu"], arrays["sigma"], n)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"no statistics at {file}; check the path") from error
-        except (KeyError, ValueError, EOFError, OSError, AttributeError, TypeError, RuntimeError,
-                NotImplementedError, zlib.error, zipfile.BadZipFile) as error:  # fmt: skip
+        except (KeyError, ValueError, OSError, TypeError) as error:
             raise ValueError(
-                f"{file} is not an .npz of statistics; expected the arrays `mu` and `sigma`"
+                f"{file} is not an .npz of statistics ({error}); expected the arrays `mu` and "
+                "`sigma`"
             ) from error
-        return cls.from_moments(mean, cov, n)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from autoencoders import weights
 from autoencoders.architecture import TamingConfig
-from autoencoders.conversion.checkpoint import read_checkpoint
 from autoencoders.taming import TamingAutoencoder
+from pipeline.integrity.checkpoints import read_checkpoint
 
 _NESTED = "first_stage_model."
 _AVERAGES = "model_ema."
@@ -106,8 +106,8 @@ def architecture_of(
         raise ValueError(
             f"the yaml lacks {error.args[0]}; expected the yaml of the checkpoint"
         ) from error
-    except TypeError as error:
-        raise ValueError(f"the yaml has a value of the wrong type: {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"the yaml has a value of the wrong type or size: {error}") from error
 
 
 def load_official(

@@ -6,19 +6,19 @@ torchvision's, as in pytorch-fid's state dict. Every batch norm has unit scale a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from eval.features.pytorch_fid import convolutions
+from pipeline.integrity.checkpoints import read_checkpoint
 from pipeline.integrity.limits import require_archive_size
 
 #: tensors of a convolution, in the order of the TorchScript archive
@@ -49,17 +49,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def _load_state(path: Path) -> dict[str, Tensor] | None:
     """Read a state dict; None for TorchScript."""
+    if _is_torchscript(path):
+        return None
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if _is_torchscript(path):
-            return None
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        return read_checkpoint(path)
+    except ValueError as error:
         raise ValueError(
-            f"{path} is not a readable file of Inception weights "
-            f"({type(error).__name__}); delete it and fetch it again"
+            f"{path} is not a readable file of Inception weights ({error}); delete it and fetch "
+            "it again"
         ) from error
 
 
@@ -104,10 +101,9 @@ def check_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _is_torchscript(path: Path) -> bool:
     """Return whether a file is a TorchScript archive."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         return any("/code/" in name for name in archive.namelist())
+    return False
 
 
 def convert_torchscript(path: str | Path) -> dict[str, Tensor]:
@@ -131,7 +127,8 @@ def convert_torchscript(path: str | Path) -> dict[str, Tensor]:
                     if suffix == "conv.weight":
                         values = values.view(convolution.conv.weight.shape)
                     state[f"{name}.{suffix}"] = values
-    except (zipfile.BadZipFile, KeyError, StopIteration, ValueError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, StopIteration, ValueError,
+            RuntimeError) as error:
         raise ValueError(
             f"{path} is not the TorchScript file of the FID Inception network; fetch it again"
         ) from error

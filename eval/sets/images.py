@@ -6,7 +6,6 @@ Threads read a few batches ahead of the network.
 from __future__ import annotations
 
 import os
-import struct
 import zipfile
 import zlib
 from collections import deque
@@ -21,8 +20,9 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
+from pipeline.integrity.arrays import read_header
 from pipeline.integrity.limits import require_size
-from pipeline.integrity.pictures import open_picture
+from pipeline.integrity.pictures import DAMAGE, open_picture
 
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 """pytorch-fid's extensions, here in upper and lower case."""
@@ -115,7 +115,7 @@ class NpzImages:
     def _header(self, file: IO[bytes]) -> tuple[int, ...]:
         """Read and check the header of `arr_0`; return its shape (N, H, W, C)."""
         try:
-            shape, fortran, dtype = read_npy_header(file)
+            shape, fortran, dtype = read_header(file)
         except _DAMAGE as error:
             raise ValueError(
                 f"{self.path} is damaged: `arr_0` is no array; write it again"
@@ -156,13 +156,6 @@ class NpzImages:
             yield from read_ahead(rows, read, 1)
 
 
-def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Read shape, Fortran order and dtype from the start of a .npy file of format 1 or 2."""
-    format_ = np.lib.format
-    old = format_.read_magic(file) == (1, 0)
-    return (format_.read_array_header_1_0 if old else format_.read_array_header_2_0)(file)
-
-
 def open_archive(path: Path) -> zipfile.ZipFile:
     """Open an .npz."""
     if not path.is_file():
@@ -199,7 +192,7 @@ def decode_picture(file: Path | BytesIO, name: str) -> Tensor:
     try:
         with open_picture(file) as picture:
             pixels = np.array(picture if picture.mode == "L" else picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+    except DAMAGE as error:
         reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"cannot read {name} ({reason}); remove or repair it") from error
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

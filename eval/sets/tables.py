@@ -171,12 +171,12 @@ class _Table:
         try:
             if self.parquet is not None:
                 for batch in self.parquet.iter_batches(size, columns=columns):
-                    yield batch.to_pydict()
+                    yield _values(batch)
             else:
                 for batch in self.batches:
                     for start in range(0, len(batch), size):
-                        yield batch.slice(start, size).select(columns).to_pydict()
-        except (pyarrow.ArrowException, OSError) as error:
+                        yield _values(batch.slice(start, size).select(columns))
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise ValueError(
                 f"{self.file} is damaged ({' '.join(str(error).split())[:200]}); write it again"
             ) from error
@@ -192,6 +192,13 @@ def _pyarrow() -> Any:  # noqa: ANN401 - pyarrow is untyped
             "run: pip install 'jkoflow[data]'"
         ) from error
     return pyarrow
+
+
+def _values(batch: Any) -> dict[str, list[Any]]:  # noqa: ANN401 - pyarrow is untyped
+    """Return the values of a batch by column; a damaged batch would be read beyond its end."""
+    batch.validate(full=True)
+    values: dict[str, list[Any]] = batch.to_pydict()
+    return values
 
 
 def _arrow_batches(file: Path) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import lzma
 import os
 import shutil
@@ -14,10 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from pipeline.assets.download import DamagedError
-from pipeline.integrity.limits import limit, require_archive_size, require_size
+from pipeline.integrity.limits import require_archive_size, require_size
 
 _ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip", ".whl")
 _DEPTH = 3
+_CHUNK = 1 << 20
 
 
 def find_files(raw: Path, names: Sequence[str], scratch: Path) -> dict[str, Path]:
@@ -58,10 +60,12 @@ def read_bytes(path: Path) -> bytes:
         require_size(path.stat().st_size, path)
         if path.suffix != ".gz":
             return path.read_bytes()
+        data = io.BytesIO()
         with gzip.open(path) as file:
-            data = file.read(limit() + 1)
-        require_size(len(data), path)
-        return data
+            while chunk := file.read(_CHUNK):
+                data.write(chunk)
+                require_size(data.tell(), path)
+        return data.getvalue()
     except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
         raise DamagedError(f"{path.name} is damaged ({error})") from error
 
@@ -86,7 +90,7 @@ def _unpack(archive: Path, names: Sequence[str], scratch: Path) -> dict[str, Pat
         name = PurePosixPath(member).name
         unpacked[name] = scratch / f"unpacked-{name}"
         with stream, open(unpacked[name], "wb") as target:
-            shutil.copyfileobj(stream, target, 1 << 20)
+            shutil.copyfileobj(stream, target, _CHUNK)
 
     try:
         if archive.suffix in (".zip", ".whl"):

@@ -24,7 +24,7 @@ from eval.features.inception_weights import (
 from pipeline.assets.archives import find_files, read_bytes
 from pipeline.assets.download import DamagedError
 from pipeline.integrity.digests import sha256_file
-from pipeline.integrity.pictures import open_picture
+from pipeline.integrity.pictures import DAMAGE, open_picture
 from pipeline.integrity.safe_pickle import UnsafePickleError, load_batch
 
 MNIST_FILES = (
@@ -136,7 +136,7 @@ def _picture_batch(path: Path) -> np.ndarray:
     try:
         with open_picture(path) as picture:
             rows = np.asarray(picture)
-    except (OSError, SyntaxError, ValueError) as error:
+    except DAMAGE as error:
         raise DamagedError(f"{path.name} is damaged ({error})") from error
     if rows.shape != (10000, 1024, 3) or rows.dtype != np.uint8:
         raise DamagedError(f"{path.name} has shape {rows.shape}; expected (10000, 1024, 3)")

@@ -6,6 +6,7 @@ If images and generator derive from (seed, step), a resumed training equals an u
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +33,11 @@ from pipeline.optim.gradients import average_gradients
 from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
 from pipeline.optim.optimisers import MuonAdam, make_optimizer
 from pipeline.runtime.distributed import sum_over_ranks
+from pipeline.runtime.system import require_memory
+
+_FLOAT = 4
+#: of the weights: themselves, their gradients, averages and two moments
+_COPIES = 5
 
 
 class AutoencoderTrainer:
@@ -56,16 +62,10 @@ class AutoencoderTrainer:
         self.recipe, self.accelerator = recipe, accelerator
         if start is not None:
             architecture = replace(start.config, sharpen=0.0)
+        _require_memory(architecture, recipe)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
-            self.model = TamingAutoencoder(architecture)
-            self.discriminator = Adversary(
-                recipe.discriminator,
-                architecture.image_shape[0],
-                recipe.discriminator_width,
-                recipe.discriminator_layers,
-                recipe.r1_weight,
-            )
+            self.model, self.discriminator = _networks(architecture, recipe)
         if recipe.adversarial_weight > 0 and recipe.adversarial_start < recipe.iterations:
             self.discriminator.check(architecture.image_shape)
         if start is not None:
@@ -226,6 +226,37 @@ class AutoencoderTrainer:
             entries = self.model.quantize.embedding.weight.data
             entries.copy_(broadcast(entries, from_process=0))
         self.average.restart(self.model)
+
+
+def _networks(
+    architecture: TamingConfig, recipe: AutoencoderTraining
+) -> tuple[TamingAutoencoder, Adversary]:
+    """Build the autoencoder and its discriminator with random weights."""
+    return TamingAutoencoder(architecture), Adversary(
+        recipe.discriminator,
+        architecture.image_shape[0],
+        recipe.discriminator_width,
+        recipe.discriminator_layers,
+        recipe.r1_weight,
+    )
+
+
+def _require_memory(architecture: TamingConfig, recipe: AutoencoderTraining) -> None:
+    """Check that the machine can hold the training: weights, gradients, moments and a batch.
+
+    Raises:
+        UserError: it cannot.
+    """
+    with torch.device("meta"):
+        networks = _networks(architecture, recipe)
+    weights = sum(p.numel() for network in networks for p in network.parameters())
+    batch = recipe.batch_size * architecture.ch * math.prod(architecture.canvas_shape)
+    require_memory(
+        _FLOAT * (_COPIES * weights + batch // architecture.patch**2),
+        f"the training of {weights:,} weights on batches of {recipe.batch_size} images",
+        "choose smaller networks (architecture.width, training.discriminator_width) or "
+        "training.batch_size",
+    )
 
 
 @torch.no_grad()

@@ -31,12 +31,12 @@ class ArchitectureConfig:
     """
 
     flavour: Literal["kl", "vq"] = "kl"
-    canvas: int = setting(0, least=0)
-    patch: int = setting(1, least=1)
-    width: int = setting(32, least=32)
-    width_factors: list[int] = setting([1, 2, 4], least=1)
-    channels: int = setting(4, least=1)
-    codebook: int = setting(512, least=1)
+    canvas: int = setting(0, least=0, most=2**14)
+    patch: int = setting(1, least=1, most=2**8)
+    width: int = setting(32, least=32, most=2**13)
+    width_factors: list[int] = setting([1, 2, 4], least=1, most=2**6)
+    channels: int = setting(4, least=1, most=2**12)
+    codebook: int = setting(512, least=1, most=2**20)
     levels: list[int] = setting([0, 255], least=0, most=255)
 
     def build(self, image_shape: tuple[int, ...]) -> TamingConfig:
@@ -111,8 +111,8 @@ class AutoencoderTraining:
         seed: of everything random.
     """
 
-    iterations: int = setting(6000, least=0)
-    batch_size: int = setting(128, least=1)
+    iterations: int = setting(6000, least=0, most=10**9)
+    batch_size: int = setting(128, least=1, most=2**24)
     optimizer: Optimizer = "adam"
     lr: float = setting(5e-4, above=0)
     momentum: float | None = setting(None, least=0, below=1)
@@ -130,8 +130,8 @@ class AutoencoderTraining:
     adversarial_start: int = setting(500, least=0)
     discriminator: Discriminator = "patchgan"
     r1_weight: float = constant(0.02)
-    discriminator_width: int = setting(32, least=1)
-    discriminator_layers: int = setting(2, least=1)
+    discriminator_width: int = setting(32, least=1, most=2**12)
+    discriminator_layers: int = setting(2, least=1, most=16)
     discriminator_lr: float = setting(1.0, above=0)
     ema: float = setting(0.999, least=0, below=1)
     prune: float = constant(0.05)

@@ -46,7 +46,7 @@ class DataConfig:
     test_split: str = setting("test", resume="free")
     path: str | None = setting(None, resume="moved")
     columns: list[str] = field(default_factory=list)
-    size: int | None = setting(None, least=1)
+    size: int | None = setting(None, least=1, most=2**13)
     mode: Literal["RGB", "L"] = "RGB"
     limit: int | None = setting(None, least=1)
     also: list[str] = field(default_factory=list)
@@ -76,7 +76,7 @@ class EncoderConfig:
     name: str = "pretrained"
     weights: str | None = "mnist-kl"
     fit: Fit = "exact"
-    size: int = setting(0, least=0)
+    size: int = setting(0, least=0, most=2**13)
     latents: Literal["pre", "quantised"] = "pre"
 
 
@@ -97,10 +97,10 @@ class LatentsConfig:
     """
 
     shard_size: int = setting(10000, least=1)
-    batch_size: int = setting(250, least=1)
+    batch_size: int = setting(250, least=1, most=2**24)
     mirror: bool = False
     noise: float = setting(0.0, least=0)
-    draws: int = setting(1, least=1)
+    draws: int = setting(1, least=1, most=10**6)
     disturb: float = setting(0.0, least=0)
 
 
@@ -115,7 +115,7 @@ class PointsConfig:
         grid: the density is evaluated on grid × grid points.
     """
 
-    train: int = setting(50000, least=2, resume="fixed")
+    train: int = setting(50000, least=2, most=10**8, resume="fixed")
     test: int = constant(5000)
     compare: int = constant(2000)
     grid: int = constant(100)

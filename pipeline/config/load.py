@@ -109,7 +109,12 @@ def read_resolved(schema: type[S], path: Path) -> S:
             seal above it.
     """
     seal.check(path)
-    return _build(schema, _entries(read_yaml(path), str(path)))
+    try:
+        return _build(schema, _entries(read_yaml(path), str(path)))
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:  # noqa: ANN401 - any dataclass of a schema

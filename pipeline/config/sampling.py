@@ -61,8 +61,8 @@ class GenerateConfig:
         precision: fp32, or bf16 for autocast of the networks; solver and guidance stay in float32.
     """
 
-    n: int = setting(64, least=1)
-    batch_size: int = setting(250, least=1)
+    n: int = setting(64, least=1, most=10**9)
+    batch_size: int = setting(250, least=1, most=2**24)
     columns: int = constant(8)
     seed: int = constant(0)
     labels: list[int] | None = constant(None)
@@ -85,7 +85,7 @@ class EvaluateConfig:
         nll: images of the test split whose likelihood is measured; 0 measures none.
     """
 
-    n: int = setting(50000, least=1)
+    n: int = setting(50000, least=1, most=10**9)
     reference: str = "mnist-train"
     floor: bool = True
     kid: int = constant(0)

@@ -58,8 +58,8 @@ class TrainConfig:
     """
 
     objective: Objective = "jko"
-    iterations: int | list[int] = setting(1000, least=1, resume="added")
-    batch_size: int = setting(512, least=1, resume="added")
+    iterations: int | list[int] = setting(1000, least=1, most=10**9, resume="added")
+    batch_size: int = setting(512, least=1, most=2**24, resume="added")
     optimizer: Optimizer = setting("adam", resume="added")
     lr: float | list[float] = setting(1e-3, above=0, resume="added")
     lr_final: float = setting(0.02, least=0, most=1, resume="added")
@@ -74,7 +74,7 @@ class TrainConfig:
     log_every: int = setting(25, least=1, resume="free")
     trackers: list[str] = setting([], resume="free")
     preview_every: int = setting(500, least=0, resume="free")
-    preview_fid: int = setting(0, least=0, resume="free")
+    preview_fid: int = setting(0, least=0, most=10**6, resume="free")
     seed: int = setting(0, resume="added")
 
 
@@ -91,8 +91,8 @@ class ScheduleConfig:
             at pure noise.
     """
 
-    rho: float = setting(1.5, above=0, resume="added")
-    max_blocks: int = setting(4, least=1)
+    rho: float = setting(1.5, above=0, most=1000, resume="added")
+    max_blocks: int = setting(4, least=1, most=1000)
     tolerance: float = setting(0.01, least=0)
     free_block: bool = True
 
@@ -145,9 +145,9 @@ class JkoConfig:
     solver: TrainingSolverConfig = field(default_factory=TrainingSolverConfig)
     divergence: Divergence = setting("finite-difference", resume="added")
     jacobian_weight: float = setting(0.0, least=0, resume="added")
-    reparameterize: int = setting(0, least=0, resume="later")
+    reparameterize: int = setting(0, least=0, most=100, resume="later")
     eta: float = constant(0.5)
-    refine: int = setting(1, least=1, resume="later")
+    refine: int = setting(1, least=1, most=100, resume="later")
     later_iterations: int | None = setting(None, least=1, resume="later")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from flows.errors import FlowError
@@ -13,7 +15,12 @@ from pipeline.config.keys import keys
 from pipeline.config.schema import Config
 from pipeline.config.values import check_bounds
 from pipeline.errors import UserError
+from pipeline.runtime.system import require_memory
 from pipeline.storage.trackers import require_trackers
+
+_FLOAT = 4
+#: of the weights: themselves, their gradients, averages and two moments
+_COPIES = 5
 
 
 def check(config: Config) -> None:
@@ -82,11 +89,21 @@ def ends_free(config: Config) -> bool:
 def check_shape(config: Config, shape: tuple[int, ...]) -> None:
     """Check that the velocity network takes samples of a shape; no memory is spent.
 
+    The least memory of a training is that of weights, gradients, averages and two moments, and of
+    a batch with its velocity.
+
     Raises:
         FlowError: it does not.
+        UserError: network and batch exceed the memory of the machine.
     """
     with torch.device("meta"):
-        make_velocity(config.velocity, shape)
+        network = make_velocity(config.velocity, shape)
+    weights, batch = sum(p.numel() for p in network.parameters()), config.train.batch_size
+    require_memory(
+        _FLOAT * (_COPIES * weights + 2 * batch * math.prod(shape)),
+        f"the training of {weights:,} weights on batches of {batch} samples",
+        "choose a smaller network (velocity.width, velocity.depth) or train.batch_size",
+    )
 
 
 def steps(config: Config) -> list[float]:

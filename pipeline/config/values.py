@@ -18,6 +18,9 @@ BOUNDS = {
     "below": ("below", operator.lt),
 }
 
+#: largest integer of a setting without a bound of its own
+MOST = 10**12
+
 T = TypeVar("T")
 
 
@@ -61,10 +64,15 @@ def check_bounds(name: str, value: object, rules: Mapping[str, Any]) -> None:
         UserError: it is out of bounds, not finite, or an empty list where values are bounded.
     """
     bounds = {rule: rules[rule] for rule in BOUNDS if rule in rules}
-    if value is None or not bounds:
-        return
     several = isinstance(value, (list, tuple))
     parts: list[Any] = list(value) if several else [value]  # type: ignore[call-overload]
+    numbers = [p for p in parts if isinstance(p, (int, float)) and not isinstance(p, bool)]
+    if len(numbers) < len(parts) or (not parts and not bounds):
+        return
+    if not bounds:
+        bounds = {"least": -MOST, "most": MOST}
+    elif "most" not in bounds and "below" not in bounds:
+        bounds = {**bounds, "most": MOST}
     right = all(
         math.isfinite(part) and all(BOUNDS[rule][1](part, bound) for rule, bound in bounds.items())
         for part in parts

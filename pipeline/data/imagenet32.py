@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.sets.images import read_npy_header
 from pipeline.data.file_index import FileRecord, file_records
 from pipeline.data.image_set import ImageSet, apply_limit, fingerprint
 from pipeline.errors import UserError
-from pipeline.integrity.limits import require_archive_size
+from pipeline.integrity.arrays import read_arrays, read_header
 from pipeline.integrity.safe_pickle import load_batch
 
 _TRAIN = tuple(f"train_data_batch_{i}" for i in range(1, 11))
@@ -151,7 +150,7 @@ def _count_rows(path: Path) -> FileRecord:
         return {"rows": len(read_batch(path)[0])}
     try:
         with zipfile.ZipFile(path) as archive, archive.open("data.npy") as member:
-            shape, _, _ = read_npy_header(member)
+            shape, _, _ = read_header(member)
     except _DAMAGE as error:
         raise _not_a_batch(path, str(error)) from error
     return {"rows": int(shape[0]) if shape else 0}
@@ -162,9 +161,7 @@ def _read_arrays(path: Path, wanted: tuple[str, ...]) -> dict[str, object]:
     try:
         if path.suffix != ".npz":
             return dict(load_batch(path))
-        with np.load(path, allow_pickle=False) as archive:
-            require_archive_size(archive.zip, path)
-            return {name: archive[name] for name in wanted if name in archive.files}
+        return dict(read_arrays(path, wanted))
     except _DAMAGE as error:
         raise _not_a_batch(path, str(error)) from error
 

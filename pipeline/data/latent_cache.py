@@ -31,7 +31,8 @@ from pipeline.data.standardisation import Standardisation, standardisation_of
 from pipeline.errors import UserError
 from pipeline.runtime.console import Progress
 from pipeline.runtime.distributed import errors_on_all_ranks
-from pipeline.runtime.system import require_disk_space
+from pipeline.runtime.system import require_disk_space, require_memory
+from pipeline.storage import seal
 from pipeline.storage.paths import data_root
 from pipeline.storage.shards import (
     FORMAT,
@@ -55,9 +56,17 @@ class LatentCache:
 
     def __init__(self, reader: StoreReader) -> None:
         self.reader = reader
-        self.standardisation = Standardisation.from_dict(reader.manifest["standardisation"])
-        self.shape: tuple[int, ...] = tuple(reader.manifest["identity"]["latent_shape"])
-        self.stochastic: bool = reader.manifest["identity"]["stochastic"]
+        try:
+            self.standardisation = Standardisation.from_dict(reader.manifest["standardisation"])
+            identity = dict(reader.manifest["identity"])
+            self.shape = tuple(int(side) for side in identity["latent_shape"])
+            self.stochastic = bool(identity["stochastic"])
+            _check_fields(reader, self.shape, self.stochastic, len(self.standardisation.mean))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"the manifest of the latent cache {reader.folder} does not describe its shards "
+                f"({error}); {seal.advice(reader.folder / MANIFEST)}"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -95,6 +104,25 @@ class LatentCache:
             return mean, torch.full_like(mean, noise)
         std = (self.reader.read("log_var", start, stop) / 2).exp()
         return mean, self.standardisation.scale(std)
+
+
+def _check_fields(
+    reader: StoreReader, shape: tuple[int, ...], stochastic: bool, channels: int
+) -> None:
+    """Check that every shard has the latents that the manifest describes.
+
+    Raises:
+        ValueError: a shard has another field or another shape.
+    """
+    fields = {"mean": shape, "labels": (), **({"log_var": shape} if stochastic else {})}
+    if not shape or shape[0] != channels:
+        raise ValueError(f"latents have the shape {shape}, and {channels} channels have a mean")
+    for index, row in enumerate(reader.manifest["shards"]):
+        shapes = reader.shapes(index)
+        for name, sides in fields.items():
+            expected = (row["count"], *sides)
+            if shapes.get(name) != expected:
+                raise ValueError(f"{name} of shard {index} is not of shape {expected}")
 
 
 def cache_identity(config: Config, images: ImageSet, autoencoder: Autoencoder) -> dict[str, Any]:
@@ -156,6 +184,11 @@ def _encode(
     written = sum(path.stat().st_size for path in folder.glob("shard-*"))
     size = _FLOAT * total * values - written
     require_disk_space(folder, size, f"the latents of {total} images")
+    batch = min(config.latents.batch_size, config.latents.shard_size, total)
+    require_memory(
+        _FLOAT * batch * math.prod(images.shape), f"a batch of {batch} images of {images.shape}",
+        "choose a smaller latents.batch_size or data.size",
+    )
     writer = StoreWriter(folder, identity, total, config.latents.shard_size)
     size = config.latents.batch_size
     with errors_on_all_ranks(accelerator):

@@ -42,8 +42,20 @@ class Standardisation:
 
     @classmethod
     def from_dict(cls, values: dict[str, list[float]]) -> Standardisation:
-        """Invert `to_dict`."""
-        return cls(torch.tensor(values["mean"]), torch.tensor(values["std"]))
+        """Invert `to_dict`.
+
+        Raises:
+            KeyError: mean or std is missing.
+            ValueError: the values are not a finite mean and a positive std of each channel.
+        """
+        try:
+            mean, std = (torch.tensor(values[name], dtype=torch.float) for name in ("mean", "std"))
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"mean and std are not lists of numbers ({error})") from error
+        whole = bool(torch.isfinite(torch.cat([mean.flatten(), std.flatten()])).all())
+        if mean.ndim != 1 or mean.shape != std.shape or not whole or not bool((std > 0).all()):
+            raise ValueError("mean and std are not finite, of one length, with a positive std")
+        return cls(mean, std)
 
     @staticmethod
     def _broadcast(values: Tensor, like: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.data.image_set import ImageSet, apply_limit, image_set_of
 from pipeline.data.standardisation import standardisation_of
 from pipeline.errors import UserError
+from pipeline.integrity.arrays import read_arrays
 from pipeline.storage import atomic
 from pipeline.storage.paths import data_root
 from pipeline.storage.shards import FORMAT, MANIFEST, StoreWriter, content_key
@@ -52,10 +53,9 @@ def read_images(path: Path, split: str, limit: int | None) -> ImageSet:
         UserError: the file does not hold such arrays.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            pixels = file["arr_0"]
-            labels = file["labels"] if "labels" in file.files else None
-    except (OSError, ValueError, KeyError, EOFError) as error:
+        arrays = read_arrays(path, ("arr_0", "labels"))
+        pixels, labels = arrays["arr_0"], arrays.get("labels")
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"data.path is {path}, which is no .npz of images ({error}); expected `arr_0` uint8 "
             "(n, H, W, C)"

@@ -39,7 +39,7 @@ from pipeline.sampling.class_labels import condition_of
 from pipeline.sampling.generate import sample_images, stores_to_reuse
 from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage import atomic
-from pipeline.storage.records import to_json
+from pipeline.storage.records import to_json, well_formed
 from pipeline.storage.shards import MANIFEST, StoreReader, open_store
 
 
@@ -185,10 +185,11 @@ def _metrics_file(run: Run, metrics: dict[str, Any]) -> Path:
     path, n = run.folder / "metrics.json", metrics["fid"]["n"]
     if path.is_file():
         earlier = atomic.read_json(path, "metrics")
-        same = earlier.get("sampling") == metrics["sampling"]
-        if same and earlier["fid"]["reference"] == metrics["fid"]["reference"] and (
-            earlier["fid"]["n"] > n
-        ):
+        with well_formed(path):
+            same = earlier.get("sampling") == metrics["sampling"]
+            same = same and earlier["fid"]["reference"] == metrics["fid"]["reference"]
+            larger = same and earlier["fid"]["n"] > n
+        if larger:
             path = path.with_name(f"metrics-{n}.json")
             say(f"metrics.json keeps the FID of {earlier['fid']['n']} images; see {path.name}")
     return path

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import stat
+import struct
 import warnings
+import zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -13,6 +15,9 @@ from pipeline.integrity.limits import require_size
 
 #: formats that Pillow decodes itself; others, such as EPS, start an interpreter
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+#: errors of Pillow's decoders for damaged files
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, OverflowError,
+          AttributeError, struct.error, zlib.error)  # fmt: skip
 #: of an image in memory, with its copies while it is converted, in each of four threads
 _BYTES_PER_PIXEL = 32
 
@@ -32,6 +37,8 @@ def open_picture(path: str | Path | BytesIO) -> Image.Image:
             picture = Image.open(path, formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from error
+        except (SyntaxError, TypeError, LookupError, OverflowError, struct.error) as error:
+            raise OSError(f"it is not a complete image ({error})") from error
     try:
         name = "an image" if isinstance(path, BytesIO) else path
         require_size(picture.width * picture.height * _BYTES_PER_PIXEL, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from pipeline.runs.directory import RunDirectory
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.zoo import locate
 from pipeline.storage import atomic
+from pipeline.storage.records import well_formed
+from pipeline.storage.training_log import rows_of
 
 _MOST = 8
 _ABSENT = "–"
@@ -45,7 +46,8 @@ class _Run:
             "iterations": f"{sum(row.iterations for row in rows):,}",
             "seconds of training": f"{sum(row.seconds for row in rows):.0f}",
         }
-        measured = metric_rows(self.metrics) if "fid" in self.metrics else []
+        with well_formed(self.folder / "metrics.json"):
+            measured = metric_rows(self.metrics) if "fid" in self.metrics else []
         return {**{name.strip(): value for name, value in measured}, **facts}
 
     @property
@@ -54,18 +56,14 @@ class _Run:
         path, points, last, before = self.folder / "log.jsonl", [], (0, 0, 0), 0
         if not path.is_file():
             return []
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # torn by a killed process
-                continue
+        for row in rows_of(path):
             if "total" not in row:
                 continue
-            at = (row.get("pass", 0), row["block"], row["step"])
-            if at[:2] != last[:2]:
-                before += last[2]
-            last = at
-            points.append((float(before + row["step"]), float(row["total"])))
+            with well_formed(path):
+                at = (row.get("pass", 0), row["block"], row["step"])
+                before += last[2] if at[:2] != last[:2] else 0
+                last = at
+                points.append((float(before + row["step"]), float(row["total"])))
         return points
 
 
@@ -100,9 +98,10 @@ def _open(name: str) -> _Run:
     folder = locate(name)
     directory = RunDirectory(folder)
     path = folder / "metrics.json"
-    metrics = dict(atomic.read_json(path, "metrics")) if path.is_file() else {}
-    if metrics and not is_current(run_of(metrics), directory.manifest):
-        metrics = {}  # of other blocks than the run has now
+    with well_formed(path):
+        metrics = {**atomic.read_json(path, "metrics")} if path.is_file() else {}
+        if metrics and not is_current(run_of(metrics), directory.manifest):
+            metrics = {}  # of other blocks than the run has now
     return _Run(name, folder, directory.config, directory.manifest, metrics)
 
 

@@ -10,6 +10,7 @@ from eval.pictures import note_of
 from pipeline.errors import UserError
 from pipeline.sampling.sampling_plan import IN_DATA, SamplingPlan
 from pipeline.storage import atomic
+from pipeline.storage.records import well_formed
 
 
 def metrics_of(plan: SamplingPlan) -> dict[str, Any] | None:
@@ -22,7 +23,8 @@ def metrics_of(plan: SamplingPlan) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     metrics: dict[str, Any] = atomic.read_json(path, "metrics")
-    changed = plan.differences(metrics.get("sampling", {}))
+    with well_formed(path):
+        changed = plan.differences(metrics.get("sampling", {}))
     if "run" in changed:
         raise UserError(
             f"{path} was measured on other blocks than the run has now; evaluate it again, or "

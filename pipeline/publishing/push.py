@@ -13,6 +13,7 @@ from pipeline.publishing.export import export
 from pipeline.runs.directory import read_manifest
 from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage import atomic
+from pipeline.storage.records import well_formed
 
 CARD = "CARD.md"
 README = "README.md"
@@ -50,8 +51,9 @@ def _metadata(folder: Path) -> dict[str, Any]:
         "datasets": [data],
     }
     if (folder / "metrics.json").is_file():
-        fid = atomic.read_json(folder / "metrics.json", "metrics")["fid"]
-        metric = {"type": "fid", "value": fid["value"], "name": f"FID (n = {fid['n']})"}
+        with well_formed(folder / "metrics.json"):
+            fid = atomic.read_json(folder / "metrics.json", "metrics")["fid"]
+            metric = {"type": "fid", "value": fid["value"], "name": f"FID (n = {fid['n']})"}
         task = {"type": "unconditional-image-generation"}
         result = {"task": task, "dataset": {"type": data, "name": data}, "metrics": [metric]}
         metadata["model-index"] = [{"name": folder.name, "results": [result]}]

@@ -19,6 +19,7 @@ from pipeline.runs.directory import RunDirectory
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.passes import BlockRow
 from pipeline.storage import atomic
+from pipeline.storage.records import well_formed
 
 REPORT = "report.html"
 #: the terms of a block's objective, by their names in flow.json
@@ -41,16 +42,18 @@ def write_report(folder: Path) -> Path:
     directory = RunDirectory(folder)
     config, manifest = directory.config, directory.manifest
     points = manifest.autoencoder is None  # `jkoflow toy2d` writes metrics into samples/
-    metrics = _read(folder / ("samples" if points else "") / "metrics.json", "metrics")
+    measured = folder / ("samples" if points else "") / "metrics.json"
+    metrics = _read(measured, "metrics")
     rows = manifest.blocks
     parts = [section("Blocks", table(_HEAD, map(_block, range(len(rows)), rows)))]
-    if metrics and not is_current(run_of(metrics), manifest):
-        parts.insert(0, section("Metrics", _OUTDATED))
-    elif metrics:
-        parts.insert(0, section("Metrics", table((), _metrics(metrics))))
-    else:
-        refines = any(row.spec.velocity.image_channels for row in rows)
-        parts.insert(0, section("Metrics", _REFINES if refines else _UNMEASURED))
+    with well_formed(measured):
+        if metrics and not is_current(run_of(metrics), manifest):
+            parts.insert(0, section("Metrics", _OUTDATED))
+        elif metrics:
+            parts.insert(0, section("Metrics", table((), _metrics(metrics))))
+        else:
+            refines = any(row.spec.velocity.image_channels for row in rows)
+            parts.insert(0, section("Metrics", _REFINES if refines else _UNMEASURED))
     parts += [
         section(path.stem, _origin(path, manifest) + picture(path))
         for path in _pictures(folder / "samples")
@@ -134,7 +137,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _read(path: Path, what: str) -> dict[str, Any]:
-    return atomic.read_json(path, what) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    with well_formed(path):
+        return {**atomic.read_json(path, what)}
 
 
 def previews_of(folder: Path) -> list[tuple[str, Path]]:
@@ -162,7 +168,10 @@ def _origin(path: Path, manifest: Manifest) -> str:
     if path.stem in _MEASUREMENTS and file.is_file():
         fingerprint = run_of(_read(file, "measurement"))
     elif note is not None:
-        fingerprint = run_of(json.loads(note))
+        try:
+            fingerprint = run_of(json.loads(note))
+        except (ValueError, AttributeError, RecursionError):  # of another program
+            return ""
     else:
         return ""
     if is_current(fingerprint, manifest):

@@ -36,6 +36,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.runs.manifest import FILE, Manifest
 from pipeline.storage import atomic, seal
+from pipeline.storage.records import well_formed
 
 C = TypeVar("C", Config, AutoencoderConfig)
 
@@ -170,7 +171,10 @@ class RunDirectory:
     def environment(self) -> dict[str, Any]:
         """Versions, machine and command of the training; empty if they are not known."""
         path = self.folder / ENVIRONMENT
-        return dict(atomic.read_json(path, "environment")) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        with well_formed(path):
+            return {**atomic.read_json(path, "environment")}
 
     @property
     def resume_command(self) -> str:

@@ -43,7 +43,7 @@ def snapshots_of(folder: Path) -> list[Snapshot]:
     if not path.is_file():
         return []
     rows = atomic.read_json(path, "list of snapshots")
-    return [from_json(Snapshot, row, str(path)) for row in rows]
+    return from_json(list[Snapshot], rows, str(path))
 
 
 def add_snapshot(folder: Path, snapshot: Snapshot) -> None:

@@ -20,7 +20,8 @@ from pipeline.runs.manifest import FILE
 from pipeline.runs.zoo import is_absent, is_shipped, locate, source_of
 from pipeline.storage import atomic, seal
 from pipeline.storage.paths import data_root
-from pipeline.storage.shards import MANIFEST
+from pipeline.storage.records import well_formed
+from pipeline.storage.shards import MANIFEST, shard_name
 
 #: endings of the files that are read again; any other file may lie in a run
 _TRUSTED = (".safetensors", ".json", ".yaml")
@@ -189,7 +190,8 @@ def _needed(folder: Path, broken: set[Path]) -> list[str]:
     """Return the files that a folder cannot do without, as far as its manifest is whole."""
     if (folder / MANIFEST).is_file() and folder / MANIFEST not in broken:
         manifest = atomic.read_json(folder / MANIFEST, "manifest")
-        return [str(row["file"]) for row in manifest["shards"]]
+        with well_formed(folder / MANIFEST):
+            return [shard_name(index) for index in range(len(manifest["shards"]))]
     if (folder / FILE).is_file() and folder / FILE not in broken:
         passes = RunDirectory(folder).manifest.passes
         return [CONFIG, *(row.file for entry in passes for row in entry.blocks)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -29,6 +30,43 @@ def require_disk_space(folder: Path, size: int, what: str) -> None:
             f"{what} need about {size / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free at "
             f"{existing}; ask for fewer, or make room"
         )
+
+
+def require_memory(size: int, what: str, remedy: str) -> None:
+    """Raise UserError if `size` bytes exceed the memory of the machine, before they are allocated.
+
+    Args:
+        size: bytes that are needed at least.
+        what: needs them, a singular.
+        remedy: what to change, the end of the message.
+    """
+    memory = machine_memory()
+    if memory and size > memory:
+        raise UserError(
+            f"{what} needs at least {_bytes(size)} of memory; expected at most {_bytes(memory)}, "
+            f"as this machine has; {remedy}"
+        )
+
+
+def machine_memory() -> int:
+    """Return the memory of the machine and of its GPUs, in bytes; 0 where it is unknown."""
+    import torch
+
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 0
+    for index in range(torch.cuda.device_count()):
+        memory += torch.cuda.get_device_properties(index).total_memory
+    return memory
+
+
+def _bytes(size: int) -> str:
+    """Format a size, such as 9 TB."""
+    for factor, unit in ((10**15, "PB"), (10**12, "TB")):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size / 1e9:.3g} GB"
 
 
 def peak_memory() -> int:

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.runtime.console import Progress
 from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.runtime.rng import generator
-from pipeline.runtime.system import require_disk_space
+from pipeline.runtime.system import require_disk_space, require_memory
 from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage.shards import (
     MANIFEST,
@@ -34,6 +34,7 @@ from pipeline.storage.shards import (
 )
 
 _KEEP_SMALLER_THAN = 500
+_FLOAT = 4
 
 
 def _identity(plan: SamplingPlan, n: int, seed: int) -> dict[str, Any]:
@@ -82,6 +83,11 @@ def _sample_images(
     total = n * math.prod(plan.run.manifest.require_autoencoder().image_shape)
     written = sum(path.stat().st_size for path in folder.glob("shard-*"))
     require_disk_space(folder, total - written, f"{n} images")
+    batch = min(n, size)
+    require_memory(
+        2 * _FLOAT * batch * math.prod(plan.flow.shape), f"a batch of {batch} samples",
+        "choose a smaller generate.batch_size",
+    )
     # a shard has about two batches: an interruption loses little, and there are few files
     per_shard = size * max(1, _KEEP_SMALLER_THAN // size)
     writer = StoreWriter(folder, identity, n, per_shard)

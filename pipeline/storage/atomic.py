@@ -85,7 +85,7 @@ def write_with(
         if sealed:
             seal.record(path, hashing.hash.hexdigest())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise JkoflowError(
@@ -98,10 +98,10 @@ def write_with(
     return hashing.hash.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable, on file systems that can sync a folder."""
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk, where the file system can."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

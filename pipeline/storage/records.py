@@ -7,10 +7,12 @@ converted by those. Unknown keys in the JSON are ignored.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from flows.errors import FlowError
@@ -49,6 +51,22 @@ def from_json(kind: type[T], value: Any, file: str) -> T:  # noqa: ANN401 - JSON
             f"{place} is {problem}; expected {expected}; restore the file or make it again"
         ) from error
     return result
+
+
+@contextlib.contextmanager
+def well_formed(path: Path) -> Iterator[None]:
+    """Report missing entries and wrong types of a JSON file, while its values are read.
+
+    Raises:
+        UserError: the file is of another form; the message names it.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"{path} is of another form ({type(error).__name__}: {error}); expected a file of "
+            "this version; make it again"
+        ) from error
 
 
 class _MismatchError(Exception):

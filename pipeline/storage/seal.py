@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -110,12 +111,26 @@ def advice(path: Path) -> str:
     return f"see what is broken by `jkoflow verify {folder}`, and mend it by --repair"
 
 
+def _links(folder: Path) -> Iterator[Path]:
+    """Yield the symbolic links in a folder and its subfolders."""
+    for place, subfolders, files in os.walk(folder):
+        for name in (*subfolders, *files):
+            if os.path.islink(os.path.join(place, name)):
+                yield Path(place, name)
+
+
 def require(folder: Path, what: str) -> None:
-    """Check that a folder is sealed or shipped.
+    """Check that a folder is sealed or shipped, and that no link leads out of it.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not, or a link does.
     """
+    for link in _links(Path(folder)):
+        if not link.resolve().is_relative_to(Path(folder).resolve()):
+            raise UserError(
+                f"{link} in {what} {folder} is a link that leads out of it; expected files of its "
+                "own; replace the link by what it points to"
+            )
     inside = Path(folder) / "flow.json"
     if folder_of(inside) is None and not is_shipped(inside):
         raise UserError(

@@ -185,6 +185,12 @@ class StoreReader:
         """Return the memory-mapped tensors of a shard, (n, …) by name."""
         return atomic.read_tensors(self.folder / self.manifest["shards"][index]["file"])
 
+    def shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the fields of a shard; no tensor is read."""
+        with safe_open(self.folder / self.manifest["shards"][index]["file"], "pt") as file:
+            names = file.keys()
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+
     def field(self, name: str) -> Tensor:
         """Return one field of all samples (n, …), in memory."""
         return self.read(name, 0, len(self))
@@ -249,8 +255,11 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
             "choose another folder"
         )
     try:
-        rows = [(row["file"], row["count"], row["sha256"]) for row in manifest["shards"]]
+        rows = [(row["file"], row["count"], str(row["sha256"])) for row in manifest["shards"]]
         complete = bool(rows) and manifest["count"] == sum(count for _, count, _ in rows)
+        complete = complete and all(type(count) is int and count > 0 for _, count, _ in rows)
+        names = [shard_name(index) for index in range(len(rows))]
+        complete = complete and [name for name, _, _ in rows] == names
     except (KeyError, TypeError):
         complete = False
     if not complete:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.storage import atomic
+from pipeline.storage.records import from_json
 
 #: names of the trackers, each that of its extra and of its module
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
@@ -50,7 +52,9 @@ class Trackers:
         if not names:
             return
         path = Path(folder) / FILE
-        known = dict(atomic.read_json(path, "list of trackers")) if path.is_file() else {}
+        known: dict[str, str] = {}
+        if path.is_file():
+            known = from_json(dict[str, str], atomic.read_json(path, "trackers"), str(path))
         known.setdefault("id", uuid.uuid4().hex[:8])
         for name in dict.fromkeys(names):
             try:
@@ -109,6 +113,7 @@ def _start(name: str, folder: Path, known: dict[str, str], settings: Mapping[str
     from accelerate import tracking
 
     if name == "tensorboard":
+        threading.excepthook = _hide_writers
         board = tracking.TensorBoardTracker(name, logging_dir=folder)
         board.start()
         return board
@@ -128,6 +133,12 @@ def _start(name: str, folder: Path, known: dict[str, str], settings: Mapping[str
         tracker.store_init_configuration(dict(settings))
         known[name] = tracker.tracker.info.run_id if name == "mlflow" else known["id"]
     return tracker
+
+
+def _hide_writers(error: threading.ExceptHookArgs) -> None:
+    """Print the error of a thread, unless TensorBoard's writer raises it again at the next row."""
+    if not type(error.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(error)
 
 
 def _log_picture(tracker: Any, name: str, path: Path, step: int) -> None:  # noqa: ANN401

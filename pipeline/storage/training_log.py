@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.storage import atomic
 from pipeline.storage.trackers import Trackers
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a log in order, without the lines that a killed process tore."""
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                yield row
 
 
 class TrainingLog:
@@ -26,6 +37,7 @@ class TrainingLog:
         self.active, self.number = active, 0
         self._sums: dict[str, float] = defaultdict(float)
         self._count = 0
+        self._rows = sum(1 for _ in rows_of(self.path)) if self.path.is_file() else 0
         self._trackers = trackers if active else None
         self._tracked = (0, -1, 0)  # the last row that trackers have
 
@@ -41,16 +53,22 @@ class TrainingLog:
         if not self.active or not self.path.is_file():
             return
         kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
+        for row in rows_of(self.path):
+            line = json.dumps(row)
             at = (row.get("pass", 0), row.get("block", -1), row.get("step", 0))
+            if not all(type(number) is int for number in at):
+                continue
             self._tracked = max(self._tracked, at)
             if at <= (self.number, block, step):
                 kept.append(line)
-        atomic.write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode(), sealed=False)
+        self._keep(kept)
+
+    def _keep(self, lines: list[str]) -> None:
+        """Leave some lines of the file alone."""
+        self._rows = len(lines)
+        atomic.write_bytes(
+            self.path, "".join(f"{line}\n" for line in lines).encode(), sealed=False
+        )
 
     def add(self, terms: dict[str, float]) -> None:
         """Add the terms of one step to the running means of the next row."""
@@ -59,13 +77,25 @@ class TrainingLog:
             self._sums[name] += value
 
     def state(self) -> dict[str, Any]:
-        """Return the sums since the last row, which belong to a checkpoint."""
-        return {"sums": dict(self._sums), "count": self._count}
+        """Return the rows so far and the sums since the last one, which belong to a checkpoint.
+
+        The rows are on the disk before the checkpoint is.
+        """
+        self.sync()
+        return {"sums": dict(self._sums), "count": self._count, "rows": self._rows}
+
+    def sync(self) -> None:
+        """Flush the rows to the disk, before a file that counts them as written."""
+        if self.active and self.path.is_file():
+            atomic.sync(self.path)
+            atomic.sync(self.path.parent)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from the sums of a checkpoint, so that the next row is the same."""
+        """Continue from the rows and sums of a checkpoint, so that the next row is the same."""
         self._sums = defaultdict(float, state["sums"])
         self._count = state["count"]
+        if self.active and self._rows > state["rows"]:
+            self._keep([json.dumps(row) for row in rows_of(self.path)][: state["rows"]])
 
     def mean(self) -> dict[str, float]:
         """Return the running means since the last row."""
@@ -99,6 +129,7 @@ class TrainingLog:
             with open(self.path, "a") as file:
                 stamped = {"pass": self.number, **row, "time": round(time.time(), 3)}
                 file.write(json.dumps(stamped) + "\n")
+            self._rows += 1
 
     def _prefix(self, block: int) -> str:
         """Return the name of a block in the trackers."""

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.integrity.pictures import DAMAGE, open_picture
 from pipeline.runtime.rng import generator
 from pipeline.tabular.table import SPLITS, Array, ArrayRows, Rows, Table, log_product
 
@@ -142,9 +142,9 @@ def read_photographs(folder: Path) -> list[npt.NDArray[np.uint8]]:
     photographs = []
     for file in files:
         try:
-            with Image.open(file) as image:
+            with open_picture(file) as image:
                 grey = np.asarray(image.convert("L"))
-        except (UnidentifiedImageError, OSError) as error:
+        except DAMAGE as error:
             raise UserError(f"{file} is not a readable photograph; copy it again") from error
         if min(grey.shape) < SIDE:
             raise UserError(f"{file} has {grey.shape} pixels; expected at least 8×8; remove it")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.integrity.arrays import read_array
 
 SPLITS = ("train", "validation", "test")
 Array = npt.NDArray[np.floating]
@@ -145,12 +146,10 @@ def read_npy(path: Path) -> Array:
         UserError: the file is not readable, is truncated, or holds objects.
     """
     try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"{path} is not a whole .npy file of numbers ({error}); copy it again"
-        ) from error
-    if not isinstance(values, np.ndarray) or not np.issubdtype(values.dtype, np.number):
+        values = read_array(path)
+    except ValueError as error:
+        raise UserError(f"{error}; copy it again") from error
+    if not np.issubdtype(values.dtype, np.number):
         raise UserError(f"{path} does not hold an array of numbers; give a .npy of floats")
     return values
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.integrity.pictures import open_picture
+from pipeline.integrity.pictures import DAMAGE, open_picture
 
 #: half the side of a picture, in coordinates of the plane
 HALF = 4.0
@@ -73,7 +73,7 @@ class PictureDensity:
                 rgba = file.convert("RGBA")
         except FileNotFoundError as error:
             raise UserError(f"picture {path} does not exist; check data.path") from error
-        except (OSError, ValueError) as error:
+        except DAMAGE as error:
             raise UserError(
                 f"{path} is not a readable picture; expected an image file; check data.path"
             ) from error

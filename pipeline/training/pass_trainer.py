@@ -213,11 +213,13 @@ class PassTrainer:
         self.trained += 1
         if self.current.complete:
             self._summarise(trainer.block.velocity.dim, log)
+        if self.accelerator.is_main_process:
+            event = {"block": index, "step": trainer.done, "event": "finished"}
+            log.write({**event, **row.report()})
+            log.sync()
         self._commit()
         if self.accelerator.is_main_process:
             self._checkpoint_file(index).unlink(missing_ok=True)
-            event = {"block": index, "step": trainer.done, "event": "finished"}
-            log.write({**event, **row.report()})
         self.accelerator.wait_for_everyone()
 
     def _summarise(self, dim: int, log: TrainingLog) -> None:

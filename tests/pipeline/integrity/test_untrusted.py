@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from autoencoders.conversion.checkpoint import read_checkpoint
 from autoencoders.weights import DESCRIPTION, load_weights
 from eval.gaussian import GaussianStats
 from eval.sets.images import FolderImages, NpzImages
@@ -31,6 +30,7 @@ from pipeline.config.load import read_yaml
 from pipeline.data.image_folder import load_folder
 from pipeline.errors import UserError
 from pipeline.integrity import pickles
+from pipeline.integrity.checkpoints import read_checkpoint
 from pipeline.integrity.digests import BLANK, stamp
 from pipeline.integrity.limits import VARIABLE
 from pipeline.integrity.pictures import open_picture

@@ -99,3 +99,18 @@ def test_shipped_files_are_sealed_by_their_list() -> None:
     seal.require(shipped, "the run at")
     atomic.read_json(shipped / "flow.json", "manifest")
     assert json.loads((shipped / "flow.json").read_text())
+
+
+def test_no_link_leads_out_of_a_run(tmp_path: Path) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    (run / "blocks").mkdir(parents=True)
+    outside.mkdir()
+    (run / "flow.json").write_text("{}")
+    seal.start(run)
+    (run / "alias.json").symlink_to("flow.json")
+    seal.require(run, "the run at")
+    for link in (run / "stages", run / "blocks" / "x"):
+        link.symlink_to(outside if link.name == "stages" else outside / "absent")
+        with pytest.raises(UserError, match=f"{link} in the run at .* leads out of it"):
+            seal.require(run, "the run at")
+        link.unlink()

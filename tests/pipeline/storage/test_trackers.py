@@ -147,3 +147,24 @@ def test_a_tracker_that_fails_is_dropped(
     train(log, tmp_path, range(3))
     assert len(warnings) == 1 and "tensorboard failed and is dropped: disk full" in warnings[0]
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_full_disk_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """At the start it is an error; later the tracker is dropped, and the training goes on."""
+    writer = pytest.importorskip("tensorboard.summary.writer.record_writer").RecordWriter
+    said: list[str] = []
+    later = Trackers(["tensorboard"], tmp_path / "b", {}, said.append)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "write", full)
+    with pytest.raises(UserError, match="tensorboard does not start .*No space left on device"):
+        Trackers(["tensorboard"], tmp_path / "a", {}, said.append)
+    for step in range(50):
+        later.log({"x": 1.0}, step)
+        time.sleep(0.01)
+    assert len(said) == 1 and "is dropped: [Errno 28] No space left on device" in said[0]
+    assert "Traceback" not in capfd.readouterr().err

@@ -49,3 +49,25 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
         log.add({"total": 1.0})
         log.flush(0, 1, 1)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_knows_its_rows(tmp_path: Path) -> None:
+    """Rows of the same step that came after the checkpoint are written again, so they go."""
+    with TrainingLog(tmp_path) as log:
+        log.write({"block": 0, "step": 4})
+        state = log.state()
+        log.write({"block": 0, "step": 4, "event": "finished"})
+    with TrainingLog(tmp_path) as log:
+        log.rewind(0, 4)
+        log.restore(state)
+        assert [row.get("event") for row in rows(tmp_path)] == [None]
+        log.write({"block": 0, "step": 4, "event": "finished"})
+    assert [row.get("event") for row in rows(tmp_path)] == [None, "finished"]
+
+
+def test_lines_of_another_form_are_dropped(tmp_path: Path) -> None:
+    lines = ['{"block": 0, "step": 1}', '{"block": "x", "step": 1}', "[1]", "\\xff", "null"]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    with TrainingLog(tmp_path) as log:
+        log.rewind(0, 5)
+    assert rows(tmp_path) == [{"block": 0, "step": 1}]

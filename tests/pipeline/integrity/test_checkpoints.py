@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from autoencoders.conversion.checkpoint import Inert, read_checkpoint
+from pipeline.integrity.checkpoints import Inert, read_checkpoint
 
 #: what ran, told by functions of this file that a payload calls
 RAN: list[str] = []

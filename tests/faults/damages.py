@@ -1,23 +1,11 @@
-"""Faults on purpose: damaged files and killed processes, counted in a table.
-
-python -m tests.faults --corruptions 3000 --kills 500 --seed 0
-"""
+"""Damaged files: each is noticed or harmless, and the advice of `verify` mends it."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import hashlib
 import io
 import os
 import random
-import shutil
-import signal
-import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +20,10 @@ from pipeline.runs import verify
 from pipeline.runs.zoo import locate
 from pipeline.storage import seal
 from tests.eval.moments import stats_from
+from tests.faults.table import Table
 from tests.pipeline.tiny import World, child, make_world, run_child
 
 DAMAGES = ("flipped bit", "cut", "zeros", "another file", "empty")
-#: files that are compared after kills; logs and seals hold clocks or an order of commits
-_COMPARED = (".safetensors", ".yaml")
-_COMMITS = 12
-
-
-@dataclass
-class Table:
-    """Counts of faults by kind of file or command."""
-
-    counts: dict[str, Counter[str]] = field(default_factory=dict)
-
-    def add(self, kind: str, result: str) -> None:
-        self.counts.setdefault(kind, Counter())[result] += 1
-
-    def total(self, result: str) -> int:
-        return sum(counter[result] for counter in self.counts.values())
-
-    def lines(self, columns: tuple[str, ...]) -> Iterator[str]:
-        yield f"| | {' | '.join(columns)} |"
-        yield "|---" * (len(columns) + 1) + "|"
-        for kind in sorted(self.counts):
-            yield f"| {kind} | {' | '.join(str(self.counts[kind][c]) for c in columns)} |"
-        yield f"| all | {' | '.join(str(self.total(c)) for c in columns)} |"
 
 
 def build(root: Path) -> World:
@@ -181,75 +147,3 @@ def mend(world: World, table: Table) -> None:
             code = main.main([str(word) for word in commands[top]]) if commands[top] else 0
         same = code == 0 and path.is_file() and path.read_bytes() == before
         table.add(kind, "mended" if same else "not mended")
-
-
-def content(folder: Path) -> dict[str, str]:
-    """The sha256 of the files of a run or a cache that kills must not change."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.suffix in _COMPARED and "checkpoints" not in path.parts
-    }
-
-
-def kill(root: Path, count: int, seed: int, table: Table) -> None:
-    """Kill `encode`, `train` and `generate` at commits until `count` kills; compare the ends."""
-    rng, never = random.Random(seed), make_world(root / "never")
-    config = never.config(train={"checkpoint_seconds": 0.0})
-    verbs: dict[str, Callable[[Path], list[Any]]] = {
-        "encode": lambda run: ["encode", "-c", config],
-        "train": lambda run: ["train", "-c", config, "-r", run, "--resume"],
-        "generate": lambda run: ["generate", "-r", run, "-n", "10"],
-    }
-    for verb in verbs.values():
-        run_child(*verb(root / "never" / "run"), env=never.environment)
-    expected = content(root / "never" / "run"), content(never.home / "latents")
-    chain, kills = 0, 0
-    while kills < count:
-        chain += 1
-        again = World(never.root, never.settings, root / f"again-{chain}" / "home")
-        run = root / f"again-{chain}" / "run"
-        for name, verb in verbs.items():
-            done = False
-            while not done:
-                at = rng.randint(1, _COMMITS) if kills < count else None
-                after = rng.random() < 0.6
-                process = child(verb(run), again.environment, at, after)
-                process.start()
-                process.join()
-                done = process.exitcode == 0
-                if not done:
-                    assert process.exitcode == -signal.SIGKILL, (name, process.exitcode)
-                    kills += 1
-                    table.add(name, "kills")
-                    table.add(name, "inside a write" if not after else "after a write")
-        found = content(run), content(again.home / "latents")
-        table.add("chain", "same bytes" if found == expected else "differences")
-        shutil.rmtree(root / f"again-{chain}")
-
-
-def run(corruptions: int, kills: int, seed: int) -> list[str]:
-    """Run all faults in a new folder; return the lines of the tables."""
-    with tempfile.TemporaryDirectory() as name:
-        root, start = Path(name), time.monotonic()
-        world = build(root / "world")
-        damages, repairs, deaths = Table(), Table(), Table()
-        corrupt(world, corruptions, seed, damages)
-        mend(world, repairs)
-        if kills:
-            kill(root, kills, seed, deaths)
-        seconds = time.monotonic() - start
-    columns = ("kills", "inside a write", "after a write", "same bytes", "differences")
-    return [
-        f"Seed {seed}, {seconds:.0f} s.", "",
-        *damages.lines(("noticed", "harmless", "silent")), "",
-        *repairs.lines(("mended", "not mended")), "",
-        *(deaths.lines(columns) if kills else ()),
-    ]  # fmt: skip
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    for option, default in (("corruptions", 3000), ("kills", 500), ("seed", 0)):
-        parser.add_argument(f"--{option}", type=int, default=default)
-    print("\n".join(run(**vars(parser.parse_args()))))

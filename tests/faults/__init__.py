@@ -1,0 +1,1 @@
+"""Faults on purpose: damaged files, killed processes, power cuts and bad input, counted."""

@@ -1,0 +1,55 @@
+"""Faults on purpose, counted in tables, which docs/reliability.md shows.
+
+python -m tests.faults --corruptions 3000 --kills 500 --mutations 200 --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.faults.damages import build, corrupt, mend
+from tests.faults.fuzz import fuzz
+from tests.faults.kills import MOMENTS, kill
+from tests.faults.readers import readers
+from tests.faults.table import Table
+
+_ENDS = ("same bytes", "differences", "no temporary left", "temporaries left")
+
+
+def lines(corruptions: int, kills: int, mutations: int, seed: int) -> Iterator[str]:
+    """Run all faults in a new folder; yield the lines of the tables."""
+    with tempfile.TemporaryDirectory() as name:
+        root, start = Path(name), time.monotonic()
+        world = build(root / "world")
+        if corruptions:
+            damages, repairs = Table(), Table()
+            corrupt(world, corruptions, seed, damages)
+            mend(world, repairs)
+            yield from damages.lines(("noticed", "harmless", "silent"))
+            yield ""
+            yield from repairs.lines(("mended", "not mended"))
+            yield f"\nSeed {seed}, {time.monotonic() - start:.0f} s.\n"
+        if mutations:
+            start, answers = time.monotonic(), Table()
+            for reader in readers(root / "readers", world, world.root / "run"):
+                answers.counts[reader.name] = fuzz(reader, mutations, seed)
+            yield from answers.lines(("sentence", "same content", "other content"))
+            yield f"\nSeed {seed}, {time.monotonic() - start:.0f} s.\n"
+        if kills:
+            start, deaths = time.monotonic(), Table()
+            kill(root / "kills", kills, seed, deaths)
+            yield from deaths.lines(("kills", *MOMENTS, "damaged after it", *_ENDS))
+            yield f"\nSeed {seed}, {time.monotonic() - start:.0f} s."
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    counts = {"corruptions": 3000, "kills": 500, "mutations": 200, "seed": 0}
+    for option, default in counts.items():
+        parser.add_argument(f"--{option}", type=int, default=default)
+    for line in lines(**vars(parser.parse_args())):
+        print(line, flush=True)
