@@ -24,7 +24,7 @@ from pipeline.evaluation.real_images import subset_indices
 from pipeline.runs.directory import ResumePolicy, RunDirectory
 from pipeline.runs.open_log import open_log
 from pipeline.runtime import signals
-from pipeline.runtime.console import Progress, annotate
+from pipeline.runtime.console import Progress, annotate, say
 from pipeline.runtime.distributed import broadcast_decision
 from pipeline.runtime.rng import Batches, generator
 from pipeline.storage import atomic
@@ -119,6 +119,8 @@ def train_autoencoder(
                 save(log)
                 saved = time.monotonic()
             if halt:
+                if accelerator.is_main_process:
+                    say(f"autoencoder: saved at step {trainer.done} of {recipe.iterations}")
                 signals.raise_pending()
                 raise signals.Interrupted(signal.SIGTERM)  # rank 0 has the signal
         save(log)

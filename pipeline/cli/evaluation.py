@@ -213,7 +213,7 @@ def evaluate_command(
     from pipeline.evaluation.evaluator import Evaluator, warn_of_other_data
     from pipeline.evaluation.studies import nfe_sweep, training_curve
     from pipeline.evaluation.tables import metrics_line
-    from pipeline.runs.run import open_run
+    from pipeline.runs.unfinished import open_latest
     from pipeline.sampling.sampling_plan import SamplingPlan, with_guidance
     from pipeline.sampling.solvers import with_solver
 
@@ -223,7 +223,7 @@ def evaluate_command(
         raise UserError("--nfe-study chooses the steps; leave --steps and --nfe out")
     if nfe is not None:
         options.require_one_budget(steps)
-    opened = open_run(run, blocks, images=True)
+    opened = open_latest(run, blocks, images=True)
     sections = ("generate", "sampler", "evaluate", "data.path")
     config = override_settings(opened.config, overrides, sections)
     opened = replace_given(opened, config=config)  # the images may be in another folder here
@@ -237,6 +237,8 @@ def evaluate_command(
 
         return print("\n".join(evaluate_lines(plan, settings)))
     accelerator = make_accelerator()
+    if opened.training is not None and accelerator.is_main_process:
+        say(opened.training.sentence(opened.folder))
     evaluator = Evaluator(accelerator, progress_bar)
     if nfe_study is not None:
         result = nfe_sweep.sweep_nfe(plan, nfe_study, settings, evaluator)

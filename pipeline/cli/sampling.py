@@ -79,7 +79,7 @@ def generate_command(
     overrides: options.SetOption = None,
 ) -> None:
     """Sample images from a run; writes a grid and, on request, all images."""
-    from pipeline.runs.run import open_run
+    from pipeline.runs.unfinished import open_latest
     from pipeline.sampling.class_labels import parse_classes
     from pipeline.sampling.generate import sample_images
     from pipeline.sampling.image_files import require_outputs, write_folder, write_grid, write_npz
@@ -87,7 +87,7 @@ def generate_command(
     from pipeline.sampling.solvers import with_solver
 
     span = _span(blocks)
-    opened = open_run(run, span if isinstance(span, int) else None, images=True)
+    opened = open_latest(run, span if isinstance(span, int) else None, images=True)
     config = override_settings(opened.config, overrides, ("generate", "sampler"))
     opened = with_solver(replace_given(opened, config=config), steps, method)
     settings = config.generate
@@ -102,12 +102,14 @@ def generate_command(
     plan = SamplingPlan.open(opened, settings)
     if nfe is not None:
         plan = plan.within(nfe)
+    accelerator = make_accelerator()
+    if opened.training is not None and accelerator.is_main_process:
+        say(opened.training.sentence(opened.folder))
     if isinstance(span, tuple):
         if images is not None or npz is not None:
             raise UserError("--blocks A:B writes one strip; leave --images and --npz out")
-        return _write_states(plan, span, min(n or _ROWS, settings.batch_size), out)
+        return _write_states(plan, span, min(n or _ROWS, settings.batch_size), out, accelerator)
     require_outputs(opened, settings.n, images, npz)
-    accelerator = make_accelerator()
     store = sample_images(plan, settings.n, settings.seed, accelerator, progress_bar)
     if not accelerator.is_main_process:
         return
@@ -131,7 +133,13 @@ def _span(blocks: str | None) -> int | tuple[int, int] | None:
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
 
 
-def _write_states(plan: Any, span: tuple[int, int], n: int, out: Path | None) -> None:  # noqa: ANN401
+def _write_states(
+    plan: Any,  # noqa: ANN401
+    span: tuple[int, int],
+    n: int,
+    out: Path | None,
+    accelerator: Any,  # noqa: ANN401
+) -> None:
     """Write the strip of `generate --blocks A:B`."""
     from pipeline.sampling.image_files import write_strip
     from pipeline.sampling.image_flow import ImageFlow
@@ -142,7 +150,7 @@ def _write_states(plan: Any, span: tuple[int, int], n: int, out: Path | None) ->
             f"--blocks is {first}:{last}; expected bounds in 0:{len(plan.run.flow)}, the number "
             "of blocks of this run"
         )
-    flow = ImageFlow.open(plan, make_accelerator().device)
+    flow = ImageFlow.open(plan, accelerator.device)
     columns = flow.states(n, plan.settings.seed, [float(t) for t in range(last, first - 1, -1)])
     path = out or plan.run.folder / "samples" / "blocks.png"
     write_strip(columns, path, {"blocks": [first, last], "sampling": plan.identity()})

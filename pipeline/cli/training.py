@@ -113,6 +113,10 @@ def train_command(
     max_minutes: Annotated[
         float | None, typer.Option("--max-minutes", help="Minutes after which to stop cleanly.")
     ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option(help="Optimiser steps per block; --resume may lower them."),
+    ] = None,
     reparameterize: Annotated[
         int | None,
         typer.Option(help="Number of later passes, in all, with steps that even out movements."),
@@ -151,6 +155,7 @@ def train_command(
 
     overrides = list(overrides or [])
     later = {"jko.reparameterize": reparameterize, "jko.refine": refine}
+    later["train.iterations"] = iterations
     overrides += [f"{key}={value}" for key, value in later.items() if value is not None]
     if config is not None:
         settings = load_settings(config, overrides)
@@ -165,7 +170,7 @@ def train_command(
     elif run is None or not (resume or add_blocks):
         raise UserError("--config is missing; give it, or --run with --resume to continue a run")
     else:
-        rules = ("later", "moved", "added") if add_blocks else ("later", "moved")
+        rules = ("later", "moved", "lowered", *(("added",) if add_blocks else ()))
         allowed = [name for name in keys(Config) if resume_rule(name, Config) in rules]
         settings = override_settings(read_config(run), overrides, allowed)
     if init_from is None and config is not None:  # a resumed run keeps the path of its start

@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
 #: rules of `resume_rule`
-RULES = ("fixed", "added", "later", "free", "moved")
+RULES = ("fixed", "added", "lowered", "later", "free", "moved")
 
 
 def setting(default: Any, *, resume: str | None = None, **bounds: float) -> Any:  # noqa: ANN401
@@ -89,9 +89,10 @@ def resume_rule(name: str, schema: type) -> str:
 
     Returns:
         fixed: the value decides the weights and must stay. added: likewise, but blocks that are
-        added may have another value. later: the value decides later passes alone, and the new one
-        is taken. free: the value decides no weights, and each call may have its own. moved: the
-        place of the data; the new one is taken when the data are the same.
+        added may have another value. lowered: likewise, and a smaller value is taken. later: the
+        value decides later passes alone, and the new one is taken. free: the value decides no
+        weights, and each call may have its own. moved: the place of the data; the new one is taken
+        when the data are the same.
     """
     return str(keys(schema)[name].metadata.get("resume", "fixed"))
 

@@ -58,7 +58,7 @@ class TrainConfig:
     """
 
     objective: Objective = "jko"
-    iterations: int | list[int] = setting(1000, least=1, most=10**9, resume="added")
+    iterations: int | list[int] = setting(1000, least=1, most=10**9, resume="lowered")
     batch_size: int = setting(512, least=1, most=2**24, resume="added")
     optimizer: Optimizer = setting("adam", resume="added")
     lr: float | list[float] = setting(1e-3, above=0, resume="added")

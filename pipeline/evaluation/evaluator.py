@@ -79,6 +79,8 @@ class Evaluator(FeatureExtractor):
             "peak_memory_bytes": peak_memory(),
             "inputs": inputs_of(plan, settings),
         }
+        if run.training is not None:
+            metrics["unfinished"] = dataclasses.asdict(run.training)
         if self.accelerator.is_main_process:
             atomic.write_json(_metrics_file(run, metrics), metrics)
         return metrics

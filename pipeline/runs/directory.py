@@ -7,7 +7,7 @@
 * flow.json: the manifest from then on (see `pipeline.runs.manifest`).
 * blocks/block-00.safetensors …: finished blocks; those of later passes are in blocks/pass-01/ ….
 * stages/: training samples pushed through the blocks.
-* checkpoints/: the state to resume from.
+* checkpoints/: the state to resume from, with the manifest.
 * snapshots/: averaged weights at regular steps (fm.snapshot_every).
 * previews/: grids of samples of the blocks in training (train.preview_every).
 * log.jsonl: the log of the training; tensorboard/, wandb/, trackers.json: its trackers.
@@ -33,6 +33,7 @@ from pipeline.config.autoencoder import AutoencoderConfig
 from pipeline.config.keys import resume_rule
 from pipeline.config.load import differences, read_resolved, resolved_yaml, with_values
 from pipeline.config.schema import Config
+from pipeline.config.values import of_block
 from pipeline.errors import UserError
 from pipeline.runs.manifest import FILE, Manifest
 from pipeline.storage import atomic, seal
@@ -45,7 +46,7 @@ CONFIG, ENVIRONMENT, START = "config.yaml", "environment.json", "start.json"
 _COMMAND = "jkoflow train --run"
 #: rules of the keys whose new value config.yaml takes over when a run is resumed, and when blocks
 #: are added (see `pipeline.config.keys.resume_rule`)
-RESUMED, EXTENDED = ("later", "moved"), ("later", "moved", "added")
+RESUMED, EXTENDED = ("later", "moved"), ("later", "moved", "added", "lowered")
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,12 @@ class RunDirectory:
         stored = read_resolved(schema, self.folder / CONFIG)
         changed = differences(stored, config)
         rules = {key: resume_rule(key, schema) for key in changed}
-        refused = [key for key, rule in rules.items() if rule not in (*policy.changes, "free")]
+        refused = [
+            key
+            for key, rule in rules.items()
+            if rule not in (*policy.changes, "free")
+            and not (rule == "lowered" and _is_lower(*changed[key]))
+        ]
         if refused:
             values = (f"{key}={changed[key][0]} (now {changed[key][1]})" for key in refused)
             raise UserError(
@@ -245,6 +251,12 @@ class RunDirectory:
         atomic.write_json(self.folder / ENVIRONMENT, plain)
 
 
+def _is_lower(old: int | list[int], new: int | list[int]) -> bool:
+    """Return whether no block has a larger value than before; a list has one per block."""
+    lengths = [len(value) if isinstance(value, list) else 1 for value in (old, new)]
+    return all(of_block(new, index) <= of_block(old, index) for index in range(max(lengths)))
+
+
 def read_config(folder: Path) -> Config:
     """Read the configuration of a run (see `RunDirectory.config`)."""
     return RunDirectory(folder).config
@@ -265,6 +277,12 @@ def block_file(index: int, number: int = 0) -> str:
     """Return the path of a block of a pass inside a run directory."""
     folder = f"blocks/pass-{number:02d}" if number else "blocks"
     return f"{folder}/block-{index:02d}.safetensors"
+
+
+def checkpoint_file(index: int, number: int = 0) -> str:
+    """Return the path of the checkpoint of a block of a pass inside a run directory."""
+    prefix = f"pass-{number:02d}-" if number else ""
+    return f"checkpoints/{prefix}block-{index:02d}.safetensors"
 
 
 def environment() -> dict[str, Any]:

@@ -39,16 +39,27 @@ def load_block(folder: Path, row: StoredBlock, shape: Sequence[int]) -> tuple[Bl
             f"the run at {folder} lacks {row.file}; bring the file back, or train the run again"
         )
     tensors = dequantise(atomic.read_tensors(path, row.sha256))
+    return row.spec, build_stored(row.spec, shape, tensors, path)
+
+
+def build_stored(
+    spec: BlockSpec, shape: Sequence[int], tensors: dict[str, Tensor], path: Path
+) -> Block:
+    """Build a frozen block with the weights of a file.
+
+    Raises:
+        UserError: the weights do not fit the specification.
+    """
     try:
-        _require_size(row.spec.velocity, shape, tensors)
-        block = build_block(row.spec, tuple(shape))
+        _require_size(spec.velocity, shape, tensors)
+        block = build_block(spec, tuple(shape))
         block.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(
             f"{path} does not fit its specification in flow.json; bring back the file of this "
             "run, or train the run again"
         ) from error
-    return row.spec, block.eval().requires_grad_(False)
+    return block.eval().requires_grad_(False)
 
 
 def _require_size(
@@ -83,13 +94,33 @@ def load_blocks(folder: Path, manifest: Manifest) -> Flow:
 
 
 @dataclass(frozen=True)
+class BlockInTraining:
+    """Block of an unfinished run, after `step` of `iterations` optimiser steps."""
+
+    index: int
+    step: int
+    iterations: int
+
+    def sentence(self, folder: Path) -> str:
+        """Say which weights a result of the run at a folder has."""
+        return (
+            f"the run at {folder} is unfinished; block {self.index} has its averaged weights of "
+            f"step {self.step} of {self.iterations}"
+        )
+
+
+@dataclass(frozen=True)
 class Run:
-    """Finished run with its configuration, its manifest and its flow, which is frozen."""
+    """Run with its configuration, its manifest and its flow, which is frozen.
+
+    `training` is its last block if that is still in training (see `pipeline.runs.unfinished`).
+    """
 
     folder: Path
     config: Config
     manifest: Manifest
     flow: Flow
+    training: BlockInTraining | None = None
 
     @property
     def standardisation(self) -> Standardisation:

@@ -32,6 +32,7 @@ from pipeline.optim.ema import Ema
 from pipeline.optim.gradients import average_gradients
 from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
 from pipeline.optim.optimisers import make_optimizer
+from pipeline.runs.manifest import Manifest
 from pipeline.runtime.distributed import raise_on_all_ranks, sum_over_ranks
 from pipeline.runtime.rng import Batches, generator
 from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
@@ -199,8 +200,16 @@ class BlockTrainer:
         averages = self.average.average if self.average is not None else {}
         return {**self.block.state_dict(), **averages}
 
-    def save(self, path: Path, log: dict[str, Any] | None = None) -> None:
-        """Commit a checkpoint with the state of the log; all ranks call it, and rank 0 writes."""
+    def save(
+        self, path: Path, log: dict[str, Any] | None = None, manifest: Manifest | None = None
+    ) -> None:
+        """Commit a checkpoint; all ranks call it, and rank 0 writes.
+
+        Args:
+            path: of the checkpoint.
+            log: state of the log.
+            manifest: of the run, with which `pipeline.runs.unfinished` opens it.
+        """
         if not self.accelerator.is_main_process:
             return
         state: dict[str, Any] = {
@@ -212,6 +221,8 @@ class BlockTrainer:
             "sound": self._sound,
             "stopped": self.stopped,
             "log": log,
+            "spec": self.spec.to_dict(),
+            **({"manifest": manifest.to_json()} if manifest is not None else {}),
         }
         save_checkpoint(path, state)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flows.objectives.schedule import stopping_ratio
-from pipeline.runs.directory import block_file, write_manifest
+from pipeline.runs.directory import block_file, checkpoint_file, write_manifest
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.movement_plot import plot_movement
 from pipeline.runs.passes import BlockRow, Pass, summarise
@@ -122,7 +122,7 @@ class PassTrainer:
     def _optimise(self, trainer: BlockTrainer, log: TrainingLog) -> bool:
         """Run the optimiser to its end, with checkpoints; return False when the time is up."""
         recipe, index = trainer.recipe, trainer.index
-        path = self._checkpoint_file(index)
+        path = self.folder / checkpoint_file(index, self.number)
         state = trainer.load(path) if path.is_file() else None
         log.rewind(index, trainer.done)
         if state is not None:
@@ -156,11 +156,13 @@ class PassTrainer:
                 halt = out_of_time or signals.pending()
                 due = halt or now - saved > recipe.checkpoint_seconds
                 if broadcast_decision(self.accelerator, due):
-                    trainer.save(path, log.state())
+                    trainer.save(path, log.state(), self.manifest)
                     saved = time.monotonic()
                     if broadcast_decision(self.accelerator, halt):
+                        if self.accelerator.is_main_process:
+                            say(f"{name}: saved at step {trainer.done} of {trainer.iterations}")
                         return False
-            trainer.save(path, log.state())
+            trainer.save(path, log.state(), self.manifest)
         return True
 
     def _has_overfit(self, trainer: BlockTrainer, log: TrainingLog) -> bool:
@@ -177,10 +179,6 @@ class PassTrainer:
                 f"{trainer.done}; it ends with the weights of the comparison before"
             )
         return True
-
-    def _checkpoint_file(self, index: int) -> Path:
-        prefix = f"pass-{self.number:02d}-" if self.number else ""
-        return self.folder / "checkpoints" / f"{prefix}block-{index:02d}.safetensors"
 
     def _record(
         self,
@@ -219,7 +217,7 @@ class PassTrainer:
             log.sync()
         self._commit()
         if self.accelerator.is_main_process:
-            self._checkpoint_file(index).unlink(missing_ok=True)
+            (self.folder / checkpoint_file(index, self.number)).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
 
     def _summarise(self, dim: int, log: TrainingLog) -> None:

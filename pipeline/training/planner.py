@@ -49,6 +49,28 @@ def next_pass(config: Config, passes: Sequence[Pass], add_blocks: int = 0) -> Pa
     return None
 
 
+def with_lower_iterations(config: Config, passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    """Return the passes with the lower `train.iterations` of a configuration.
+
+    Blocks of an unfinished pass that are not finished take them. Other settings stay.
+    """
+    last = passes[-1] if passes else None
+    if last is None or last.complete:
+        return tuple(passes)
+    if last.own and config.jko is not None and config.jko.later_iterations is not None:
+        return tuple(passes)
+    wanted = [
+        of_block(config.train.iterations, last.parent(index)[0] if last.own else index)
+        for index in range(len(last.iterations))
+    ]
+    finished = len(last.blocks)
+    lower = [*last.iterations[:finished], *map(min, last.iterations[finished:], wanted[finished:])]
+    if lower == last.iterations:
+        return tuple(passes)
+    recipe = {**last.recipe, "iterations": config.train.iterations}
+    return (*passes[:-1], dataclasses.replace(last, iterations=lower, recipe=recipe))
+
+
 def _ordinary(config: Config) -> Pass:
     planned, free = steps(config), ends_free(config)
     count = len(planned) + free

@@ -32,7 +32,7 @@ from pipeline.runtime.console import Progress, say
 from pipeline.runtime.system import keep_freed_memory
 from pipeline.training.block_source import TrainedBlocks, TrainingContext
 from pipeline.training.pass_trainer import PassTrainer
-from pipeline.training.planner import next_pass
+from pipeline.training.planner import next_pass, with_lower_iterations
 from pipeline.training.sources import (
     LatentSource,
     ResidualSource,
@@ -135,7 +135,8 @@ def _manifest(context: TrainingContext, started: Manifest | None) -> Manifest:
     manifest = samples.manifest(config.name)
     if started is not None:
         _require_same_scale(context.folder, started, manifest)
-        manifest = dataclasses.replace(started, exported=None)
+        passes = with_lower_iterations(config, started.passes)
+        manifest = dataclasses.replace(started, exported=None, passes=passes)
     elif config.velocity.classes and samples.labels is not None:
         counts = counts_of(samples.labels, config.velocity.classes)
         manifest = dataclasses.replace(manifest, classes=ClassesRecord(counts))
