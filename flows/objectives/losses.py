@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from flows.networks.base import Velocity, optional
 from flows.networks.condition import Condition
 from flows.solving.divergence import Divergence, Probes
 
+AnyLoss = TypeVar("AnyLoss", bound="JkoLoss | LfmLoss")
 INTERPOLANTS = ("linear", "trigonometric")
 
 
@@ -114,6 +117,22 @@ def jko_loss(
         moved.nfe,
         batch,
     )
+
+
+def join_losses(parts: Sequence[AnyLoss]) -> AnyLoss:
+    """Return the loss of a batch from those of its parts: means weighted by samples, detached.
+
+    Args:
+        parts: losses of one objective, at least one.
+    """
+    first, samples = parts[0], sum(part.samples for part in parts)
+    means: dict[str, Any] = {}
+    for item in fields(first):
+        if isinstance(getattr(first, item.name), Tensor):
+            terms = [getattr(part, item.name).detach() for part in parts]
+            weights = [part.samples / samples for part in parts]
+            means[item.name] = sum(w * term for w, term in zip(weights, terms, strict=True))
+    return replace(first, **means, samples=samples)
 
 
 @dataclass(frozen=True)

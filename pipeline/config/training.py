@@ -33,6 +33,8 @@ class TrainConfig:
         iterations: optimiser steps per block; a list has one value per block, and the last value
             holds for later blocks.
         batch_size: latents per step, over all processes.
+        micro_batch: samples of a batch that a process holds at once; null takes all of its share,
+            in halves when memory runs out. The gradient is that of the whole batch.
         optimizer: adam, or muon for the weight matrices (see `pipeline.optim.optimisers`).
         lr: peak learning rate; a list has one value per block, as for iterations.
         lr_final: last learning rate of a block, as a fraction of lr (half cosine).
@@ -60,6 +62,7 @@ class TrainConfig:
     objective: Objective = "jko"
     iterations: int | list[int] = setting(1000, least=1, most=10**9, resume="lowered")
     batch_size: int = setting(512, least=1, most=2**24, resume="added")
+    micro_batch: int | None = setting(None, least=1, most=2**24, resume="free")
     optimizer: Optimizer = setting("adam", resume="added")
     lr: float | list[float] = setting(1e-3, above=0, resume="added")
     lr_final: float = setting(0.02, least=0, most=1, resume="added")

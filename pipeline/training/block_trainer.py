@@ -21,7 +21,7 @@ from flows.block import Block
 from flows.errors import SolveError
 from flows.networks.condition import Condition
 from flows.networks.image_condition import ImageConditionedNetwork
-from flows.objectives.losses import JkoLoss, LfmLoss, jko_loss
+from flows.objectives.losses import JkoLoss, LfmLoss, jko_loss, join_losses
 from flows.solving.divergence import Divergence, Probes
 from flows.solving.estimators import make_divergence
 from flows.spec import BlockSpec
@@ -31,6 +31,7 @@ from pipeline.errors import JkoflowError
 from pipeline.optim.ema import Ema
 from pipeline.optim.gradients import average_gradients
 from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
+from pipeline.optim.micro_batches import MicroBatches
 from pipeline.optim.optimisers import make_optimizer
 from pipeline.runs.manifest import Manifest
 from pipeline.runtime.distributed import raise_on_all_ranks, sum_over_ranks
@@ -103,6 +104,7 @@ class BlockTrainer:
         parts = ("block", self.index, *self.salt)
         self.batches = Batches(len(stage), recipe.batch_size, recipe.seed, *parts)
         self.batches.require_samples_for_all(accelerator.num_processes)
+        self.micro_batches = MicroBatches(recipe.micro_batch)
         self.done = 0
         self.seconds = 0.0
         self.stopped = False
@@ -121,8 +123,7 @@ class BlockTrainer:
         done, self.done = self.done, step
         self._redraw = ("redraw", redraw) if redraw else ()
         try:
-            self.optimizer.zero_grad(set_to_none=True)
-            self._loss().total.backward()
+            self._loss_and_gradient()
         finally:
             self.done, self._redraw = done, ()
         zero = torch.zeros(())
@@ -137,7 +138,7 @@ class BlockTrainer:
                 any rank.
         """
         began = time.perf_counter()
-        loss, failure = self._loss_or_failure()
+        loss, failure = self._loss_or_failure()  # with its gradient
         lr = warmup_cosine(
             self.done,
             self.iterations,
@@ -146,10 +147,6 @@ class BlockTrainer:
             warmup=self.recipe.warmup,
         )
         set_learning_rate(self.optimizer, lr)
-        self.optimizer.zero_grad(set_to_none=True)
-        if loss is not None:
-            failure = self._backward(loss)
-            loss = loss if failure is None else None
         norm, total = self._average_gradients(loss)
         if loss is None or not math.isfinite(norm) or not math.isfinite(total):
             # norm and total are those of the whole batch, so every rank comes here
@@ -239,34 +236,48 @@ class BlockTrainer:
         return log
 
     def _loss_or_failure(self) -> tuple[JkoLoss | LfmLoss | None, JkoflowError | None]:
-        """Compute the objective on this rank's share of the batch, or catch its error."""
+        """Compute the objective and its gradient on this rank's share, or catch its error."""
         try:
-            return self._loss(), None
+            return self._loss_and_gradient(), None
         except JkoflowError as error:
             return None, error
 
-    def _backward(self, loss: JkoLoss | LfmLoss) -> JkoflowError | None:
-        """Compute the gradient, or return the error: the adjoint method integrates here."""
-        try:
-            loss.total.backward()
-        except (SolveError, AssertionError) as error:  # torchdiffeq raises AssertionError
-            return self._failure(str(error) or "the adjoint solver failed")
-        return None
-
-    def _loss(self) -> JkoLoss | LfmLoss:
-        """Compute the block's objective on this rank's share of the next batch."""
+    def _loss_and_gradient(self) -> JkoLoss | LfmLoss:
+        """Compute the block's objective and gradient on this rank's share of the next batch."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        share = torch.arange(rank, self.recipe.batch_size, ranks)
+        losses: list[JkoLoss | LfmLoss] = []
+
+        def add(parts: tuple[Tensor, ...]) -> None:
+            losses.clear()
+            self.optimizer.zero_grad(set_to_none=True)
+            for part in parts:
+                loss = self._loss(part)
+                self._backward(loss.total * (len(part) / len(share)))
+                losses.append(join_losses([loss]))  # without its graph, whose memory is free then
+
+        self.micro_batches.run(share, add)
+        return join_losses(losses)
+
+    def _backward(self, total: Tensor) -> None:
+        """Add the gradient of a loss; the adjoint method integrates here."""
+        try:
+            total.backward()
+        except (SolveError, AssertionError) as error:  # torchdiffeq raises AssertionError
+            raise self._failure(str(error) or "the adjoint solver failed") from error
+
+    def _loss(self, part: Tensor) -> JkoLoss | LfmLoss:
+        """Compute the block's objective on a part of the next batch, int64 positions (n,)."""
         if self.regression is not None:
             device, half = self.accelerator.device.type, self.recipe.precision == "bf16"
             place = (self.index, self.done, *self.salt, *self._redraw)
             source = generator(self.recipe.seed, "matching", *place)
             batch = self.batches.indices(self.done)
-            rows = torch.arange(rank, len(batch), ranks)
             with torch.autocast(device, torch.bfloat16, enabled=half):
-                return self.regression(self.block.velocity, self.stage, batch, source, rows)
-        rows = self.batches.indices(self.done, rank, ranks)
-        z, labels = self._samples(rows, rank, ranks), self.labels(rows)
-        probe = self._probe(z, rank, ranks)
+                return self.regression(self.block.velocity, self.stage, batch, source, part)
+        rows = self.batches.indices(self.done)[part]
+        z, labels = self._samples(rows, part), self.labels(rows)
+        probe = self._probe(z, part)
         z = z.to(self.accelerator.device)
         assert self.divergence is not None
         try:
@@ -274,14 +285,14 @@ class BlockTrainer:
         except SolveError as error:
             raise self._failure(str(error)) from error
 
-    def _samples(self, rows: Tensor, rank: int, ranks: int) -> Tensor:
-        """Return this rank's samples of the batch; they are drawn again if moments are known."""
+    def _samples(self, rows: Tensor, part: Tensor) -> Tensor:
+        """Return the samples of a part of the batch; they are drawn again if moments are known."""
         if not self.stage.manifest["identity"].get("moments"):
             return self.stage.take("z", rows)
         mean, std = self.stage.take("mean", rows), self.stage.take("std", rows)
         source = generator(self.recipe.seed, "posterior", self.index, self.done, *self.salt)
         noise = torch.randn(self.recipe.batch_size, *mean.shape[1:], generator=source)
-        return mean + std * noise[rank::ranks]
+        return mean + std * noise[part]
 
     def labels(self, rows: Tensor) -> Tensor | None:
         """Return the classes (n,) of the samples at rows (n,), for a block with classes."""
@@ -294,8 +305,8 @@ class BlockTrainer:
         labels = self.labels(rows)
         return None if labels is None and images is None else Condition(labels, image=images)
 
-    def _probe(self, z: Tensor, rank: int, ranks: int) -> Tensor | Probes | None:
-        """Return this rank's rows of the probes, which are drawn for the whole batch.
+    def _probe(self, z: Tensor, part: Tensor) -> Tensor | Probes | None:
+        """Return the probes of a part of the batch; they are drawn for the whole batch.
 
         On a fixed grid each evaluation has its own, from (seed, block, step, evaluation).
         """
@@ -307,7 +318,7 @@ class BlockTrainer:
             place = (self.index, self.done, *self.salt, *self._redraw, *evaluation)
             eps = divergence.draw_probe(whole, generator(self.recipe.seed, "probe", *place))
             assert eps is not None
-            return eps[:, rank::ranks][:, : len(z)].to(self.accelerator.device)
+            return (eps if len(part) == eps.shape[1] else eps[:, part]).to(self.accelerator.device)
 
         if not divergence.random:
             return None

@@ -50,21 +50,23 @@ def test_every_step_draws_around_the_means(stage: StoreReader) -> None:
     for step in range(200):
         block_trainer.done = step
         rows = block_trainer.batches.indices(step)
-        z = block_trainer._samples(rows, 0, 1)
+        z = block_trainer._samples(rows, torch.arange(BATCH))
         scores.append((z - 10 * rows[:, None]) / torch.tensor([0.5, 2.0]))
-        assert torch.equal(z, block_trainer._samples(rows, 0, 1))  # a resumed step draws the same
+        again = block_trainer._samples(rows, torch.arange(BATCH))  # of a resumed step
+        assert torch.equal(z, again)
     score = torch.stack(scores).flatten(0, 1)
     assert len(score.unique()) > 0.9 * score.numel()  # equal but by rounding
     torch.testing.assert_close(score.mean(0), torch.zeros(2), atol=0.07, rtol=0)
     torch.testing.assert_close(score.std(0), torch.ones(2), atol=0.05, rtol=0)
-    assert not torch.equal(trainer(stage, seed=1)._samples(rows, 0, 1), z)
+    assert not torch.equal(trainer(stage, seed=1)._samples(rows, torch.arange(BATCH)), z)
 
 
 def test_processes_share_the_batch(stage: StoreReader) -> None:
     block_trainer = trainer(stage)
-    whole = block_trainer._samples(block_trainer.batches.indices(0), 0, 1)
+    whole = block_trainer._samples(block_trainer.batches.indices(0), torch.arange(BATCH))
     for rank in range(3):
-        share = block_trainer._samples(block_trainer.batches.indices(0, rank, 3), rank, 3)
+        part = torch.arange(rank, BATCH, 3)
+        share = block_trainer._samples(block_trainer.batches.indices(0, rank, 3), part)
         assert torch.equal(share, whole[rank::3])
 
 

@@ -281,7 +281,7 @@ def test_a_way_back_that_cannot_be_solved_names_block_and_step(stage: StoreReade
     with torch.no_grad():
         for parameter in training.parameters:
             parameter.add_(torch.ones_like(parameter))
-    forwards = training._loss().nfe
+    forwards = training._loss(torch.arange(training.recipe.batch_size)).nfe
     training.block.solver = replace(training.block.solver, max_evaluations=forwards)
     with pytest.raises(JkoflowError, match=r"block 0 failed at step 0: .*more than \d+ eval"):
         training.step()
