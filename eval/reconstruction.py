@@ -17,7 +17,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
     It is infinite for equal images.
     """
-    mse = ((a.double() - b.double()) ** 2).flatten(1).mean(1)
+    mse = ((a.cpu().double() - b.cpu().double()) ** 2).flatten(1).mean(1)
     return 10.0 * torch.log10(255.0**2 / mse)
 
 
@@ -44,7 +44,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
             f"the images are {a.shape[-2]}x{a.shape[-1]}; expected at least {_WINDOW}x{_WINDOW} "
             "for SSIM"
         )
-    x, y = a.double(), b.double()
+    x, y = a.cpu().double(), b.cpu().double()
     offsets = torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2
     line = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
     window = torch.outer(line, line)
@@ -67,7 +67,8 @@ def perplexity(counts: Tensor) -> float:
 
     It reaches n_embed if all entries are used equally.
     """
-    p = counts.double() / counts.sum()
+    p = counts.cpu().double()
+    p = p / p.sum()
     p = p[p > 0]
     return math.exp(-float((p * p.log()).sum()))
 
@@ -91,7 +92,7 @@ class Reconstruction:
         self.psnr.append(psnr(images, reconstructions))
         if has_ssim(images):
             self.ssim.append(ssim(images, reconstructions))
-        self.latents.append(latents.float())
+        self.latents.append(latents.float().cpu())
         if codes is not None:
             self.codes.append(codes.flatten())
 

@@ -37,7 +37,7 @@ class LogProb:
     @property
     def nll_per_dim(self) -> float:
         """Return the mean negative log-likelihood in nats per dimension."""
-        return -float(self.value.double().mean()) / self.dim
+        return -float(self.value.cpu().double().mean()) / self.dim
 
 
 def log_normal(z: Tensor) -> Tensor:

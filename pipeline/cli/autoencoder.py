@@ -26,8 +26,10 @@ def train_autoencoder_command(
     from pipeline.cli.session import make_accelerator
     from pipeline.data.one_writer import one_writer
     from pipeline.runtime.console import progress_bar
+    from pipeline.runtime.devices import warn_of_slow_bf16
 
     settings, accelerator = _load(config, overrides), make_accelerator()
+    warn_of_slow_bf16(settings.training.precision, accelerator)
     folder = _folder(out, settings.name)
     with one_writer(folder, "the training at", accelerator):
         path = train_autoencoder(settings, folder, accelerator, progress_bar, resume)

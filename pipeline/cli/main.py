@@ -25,7 +25,7 @@ from pipeline.cli import (
     sampling,
     training,
 )
-from pipeline.cli.session import explain, fail
+from pipeline.cli.session import explain, fail, on_device
 from pipeline.runtime import signals
 
 app = typer.Typer(
@@ -114,12 +114,16 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     ),
 }
 
+#: commands and groups that use no accelerator, and so have no `--device`
+_WITHOUT_DEVICE = ("fetch", "export", "push", "verify", "convert", "config")
+
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name)(command if name in _WITHOUT_DEVICE else on_device(command))
 for group_name, (group_help, commands) in GROUPS.items():
     group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=group_help)
     for name, command in commands.items():
-        group.command(name)(command)
+        idle = {name, group_name} & set(_WITHOUT_DEVICE)
+        group.command(name)(command if idle else on_device(command))
     app.add_typer(group, name=group_name)
 
 

@@ -80,6 +80,7 @@ def generate_command(
 ) -> None:
     """Sample images from a run; writes a grid and, on request, all images."""
     from pipeline.runs.unfinished import open_latest
+    from pipeline.runtime.devices import warn_of_slow_bf16
     from pipeline.sampling.class_labels import parse_classes
     from pipeline.sampling.generate import sample_images
     from pipeline.sampling.image_files import require_outputs, write_folder, write_grid, write_npz
@@ -103,6 +104,7 @@ def generate_command(
     if nfe is not None:
         plan = plan.within(nfe)
     accelerator = make_accelerator()
+    warn_of_slow_bf16(settings.precision, accelerator)
     if opened.training is not None and accelerator.is_main_process:
         say(opened.training.sentence(opened.folder))
     if isinstance(span, tuple):

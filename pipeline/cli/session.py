@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Annotated, Any
 
 import typer
 
 from pipeline.errors import JkoflowError
 from pipeline.runtime.signals import SENTENCE
+
+_DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: the best of this machine."),
+]
+#: the value of `--device` of the command that runs
+_device: ContextVar[str | None] = ContextVar("device", default=None)
 
 
 def explain(error: Exception) -> tuple[str, int]:
@@ -67,18 +77,29 @@ def replace_given(settings: Any, **values: Any) -> Any:  # noqa: ANN401
     return dataclasses.replace(settings, **given)
 
 
-def make_accelerator() -> Any:  # noqa: ANN401 - imported late, so that --help is quick
-    """Return the accelerator: the device and the ranks of this process.
+def make_accelerator(device: str | None = None) -> Any:  # noqa: ANN401 - imported late
+    """Return the accelerator on a device, or on that of `--device`."""
+    from pipeline.runtime import devices
 
-    `accelerate launch` starts several processes on GPUs, but only one on a CPU. On CPUs,
-    `torchrun` starts them, and `cpu=True` makes accelerate join their process group.
-    """
-    import os
-    import warnings
+    return devices.make_accelerator(device or _device.get())
 
-    import torch
-    from accelerate import Accelerator
 
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return Accelerator(cpu=True) if several and not torch.cuda.is_available() else Accelerator()
+def on_device(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with the option `--device`, which `make_accelerator` follows."""
+
+    @functools.wraps(command)
+    def run(*, device: str | None = None, **options: Any) -> None:  # noqa: ANN401
+        token = _device.set(device)
+        try:
+            command(**options)
+        finally:
+            _device.reset(token)
+
+    signature = inspect.signature(command, eval_str=True)
+    option = inspect.Parameter(
+        "device", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_DeviceOption
+    )
+    parameters = [*signature.parameters.values(), option]
+    setattr(run, "__signature__", signature.replace(parameters=parameters))  # noqa: B010
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run

@@ -151,6 +151,7 @@ def train_command(
     from pipeline.data.one_writer import one_writer
     from pipeline.runs.directory import read_config
     from pipeline.runs.zoo import is_shipped
+    from pipeline.runtime.devices import warn_of_slow_bf16
     from pipeline.training.train import train
 
     overrides = list(overrides or [])
@@ -184,6 +185,7 @@ def train_command(
 
         return print("\n".join(train_lines(settings, folder, add_blocks)))
     accelerator = make_accelerator()
+    warn_of_slow_bf16(settings.train.precision, accelerator)
     if measure_noise:
         with one_writer(folder, "the run at", accelerator):
             return _print_noise(settings, folder, accelerator)

@@ -187,11 +187,12 @@ def measure_map(
             f"a merged block cannot be integrated ({error}); distill elsewhere with more --steps"
         ) from error
     moved, norm = (
-        float(x.double().square().sum()) / len(z) for x in (forward - z, forward)
+        float(x.cpu().double().square().sum()) / len(z) for x in (forward - z, forward)
     )
     differences = {"forward": forward - end, "reverse": reverse - z}
     movement = {"movement": math.sqrt(moved), "squared_movement": moved, "squared_norm": norm}
-    return movement, {key: float(x.double().square().mean()) for key, x in differences.items()}
+    errors = {key: x.cpu().double().square().mean() for key, x in differences.items()}
+    return movement, {key: float(error) for key, error in errors.items()}
 
 
 def distillation_plan(config: Config, teacher: Run, groups: Sequence[range]) -> Pass:

@@ -151,9 +151,9 @@ def unit(run: Run) -> str:
 
 def joined(parts: Sequence[LogProb]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Join log-likelihoods, inversion errors and standard errors, float64 (n,), of chunks."""
-    values = torch.cat([part.value for part in parts]).double().cpu()
-    inversions = torch.cat([part.inversion_error for part in parts]).double().cpu()
-    errors = [p.standard_error.double().cpu() for p in parts if p.standard_error is not None]
+    values = torch.cat([part.value for part in parts]).cpu().double()
+    inversions = torch.cat([part.inversion_error for part in parts]).cpu().double()
+    errors = [p.standard_error.cpu().double() for p in parts if p.standard_error is not None]
     return values, inversions, torch.cat(errors) if errors else None
 
 

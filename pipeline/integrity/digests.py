@@ -47,6 +47,18 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def remembered(path: str | Path) -> list[int | str] | None:
+    """Return what this process remembers of a file: its state and its sha256; None for nothing."""
+    known = _known.get(str(path))
+    return None if known is None else [*known[0], known[1]]
+
+
+def remember(path: str | Path, known: list[int | str]) -> None:
+    """Take over what an earlier process remembered of a file; another state has no effect."""
+    *state, sha256 = known
+    _known.setdefault(str(path), (tuple(int(value) for value in state), str(sha256)))
+
+
 @cache
 def shipped() -> dict[str, str]:
     """Return the sha256 of every shipped file by its path under `HOME`."""

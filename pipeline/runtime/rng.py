@@ -7,11 +7,17 @@ samples the same batches, noise and probes as an uninterrupted run.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+
+#: most samples of which a table of a permutation is kept in memory
+TABLE = 1 << 24
+_ROUNDS = 8
 
 
 def generator(*parts: int | str) -> torch.Generator:
@@ -20,15 +26,51 @@ def generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+class Permutation:
+    """Permutation of 0 … count − 1 that is computed element by element, without a table.
+
+    A Feistel network of `_ROUNDS` rounds permutes [0, 4ᵏ), the least such range that holds all.
+    A result that is too large goes through the network again (cycle walking).
+
+    Reference: Black and Rogaway, "Ciphers with arbitrary finite domains" (2002).
+    """
+
+    def __init__(self, count: int, source: torch.Generator) -> None:
+        self.count = count
+        self._bits = max(1, (max(count - 1, 1).bit_length() + 1) // 2)
+        keys = torch.randint(2**62, (_ROUNDS,), generator=source).tolist()
+        self._keys = np.array(keys, dtype=np.uint64)
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """Return the elements at positions int64 (n,)."""
+        x = positions.numpy().astype(np.uint64)
+        outside = np.ones(len(x), dtype=bool)
+        while outside.any():
+            x[outside] = self._network(x[outside])
+            outside = x >= self.count
+        return torch.from_numpy(x.astype(np.int64))
+
+    def _network(self, x: np.ndarray) -> np.ndarray:
+        bits, mask = np.uint64(self._bits), np.uint64((1 << self._bits) - 1)
+        left, right = x >> bits, x & mask
+        for key in self._keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)  # modulo 2⁶⁴
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        return (left << bits) | right
+
+
 class Batches:
     """Batches of `size` of `count` indices; every epoch is a new permutation of all samples.
 
-    The parts are those of the generator's key, such as a seed and a stage.
+    The parts are those of the generator's key, such as a seed and a stage. Beyond `TABLE` samples
+    no table of the permutation is in memory.
     """
 
     def __init__(self, count: int, size: int, *parts: int | str) -> None:
         self.count, self.size, self.parts = count, size, parts
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+        self._epoch = -1
+        self._order: Callable[[Tensor], Tensor] = torch.arange(0).__getitem__
 
     def indices(self, step: int, rank: int = 0, ranks: int = 1) -> Tensor:
         """Return the indices of this rank in the batch of a step, int64 (size / ranks,).
@@ -45,8 +87,12 @@ class Batches:
             if epoch != self._epoch:
                 self._epoch = epoch
                 epoch_generator = generator(*self.parts, "order", epoch)
-                self._order = torch.randperm(self.count, generator=epoch_generator)
-            part = self._order[offset : offset + remaining]
+                if self.count > TABLE:
+                    self._order = Permutation(self.count, epoch_generator)
+                else:
+                    table = torch.randperm(self.count, generator=epoch_generator)
+                    self._order = table.__getitem__
+            part = self._order(torch.arange(offset, min(offset + remaining, self.count)))
             chosen.append(part)
             position, remaining = position + len(part), remaining - len(part)
         return torch.cat(chosen)[rank::ranks]

@@ -306,15 +306,15 @@ def interpolate(a: Tensor, b: Tensor, n: int) -> Tensor:
         raise UserError(f"the number of points is {n}; expected at least 2")
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise UserError("the noises hold values that are not finite; remove NaN and inf")
-    one, other = a.double().flatten(), b.double().flatten()
+    one, other = a.cpu().double().flatten(), b.cpu().double().flatten()
     cosine = torch.dot(one, other) / (one.norm() * other.norm()).clamp(min=1e-300)
     angle = torch.arccos(cosine.clamp(-1.0, 1.0))
-    s = torch.linspace(0.0, 1.0, n, dtype=torch.float64, device=a.device)[:, None]
+    s = torch.linspace(0.0, 1.0, n, dtype=torch.float64)[:, None]
     if float(angle.sin()) < 1e-6:  # parallel: the sphere's arc is the straight line
         points = (1 - s) * one + s * other
     else:
         points = (((1 - s) * angle).sin() * one + (s * angle).sin() * other) / angle.sin()
-    return points.to(a.dtype).unflatten(1, a.shape)
+    return points.to(a.dtype).to(a.device).unflatten(1, a.shape)
 
 
 def _batches(x: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -37,7 +37,7 @@ class Inversion:
     @property
     def error(self) -> Tensor:
         """Inversion error of each image, the mean square over dimensions, (n,)."""
-        return (self.latents - self.returned).flatten(1).double().square().mean(1).float()
+        return (self.latents - self.returned).flatten(1).cpu().double().square().mean(1).float()
 
 
 def round_trip(

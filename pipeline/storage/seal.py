@@ -20,6 +20,8 @@ from pipeline.errors import UserError
 from pipeline.integrity.digests import check_shipped, is_shipped, sha256_file
 
 NAME = "SHA256SUMS"
+#: the seals that this process has read, with their size, mtime and inode
+_read: dict[Path, tuple[tuple[int, int, int], dict[str, list[str]]]] = {}
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -52,12 +54,18 @@ def record(path: Path, sha256: str) -> None:
 
 def recorded(folder: Path) -> dict[str, list[str]]:
     """Return the sha256 of every content that a sealed folder's files had, by name."""
-    sums: dict[str, list[str]] = {}
-    for line in (Path(folder) / NAME).read_text(errors="replace").splitlines():
-        match = _LINE.fullmatch(line)
-        if match is not None:
-            sums.setdefault(match[2], []).append(match[1])
-    return sums
+    path = Path(folder) / NAME
+    state = path.stat()
+    key = (state.st_size, state.st_mtime_ns, state.st_ino)
+    known = _read.get(path)
+    if known is None or known[0] != key:
+        sums: dict[str, list[str]] = {}
+        for line in path.read_text(errors="replace").splitlines():
+            match = _LINE.fullmatch(line)
+            if match is not None:
+                sums.setdefault(match[2], []).append(match[1])
+        _read[path] = known = (key, sums)
+    return known[1]
 
 
 def lines(sums: dict[str, str]) -> bytes:

@@ -22,11 +22,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.errors import JkoflowError, UserError
+from pipeline.integrity.digests import remember, remembered
 from pipeline.storage import atomic, seal
+from pipeline.storage.paths import data_root
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+#: bytes from which the verification of a store is remembered; fewer are hashed in a moment
+WORTH_REMEMBERING = 1 << 26
 _OWNER = "jkoflow.shard"
 Shard = dict[str, Tensor]
 
@@ -231,6 +235,9 @@ class StoreReader:
 def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) -> StoreReader:
     """Open a complete store and verify the sha256 of every shard.
 
+    A shard that has not changed since an earlier call, by its size, times and inode, is not hashed
+    again, also in another process: the data root keeps its state. `jkoflow verify` hashes all.
+
     `what` names the store in messages. An identity of None accepts any.
 
     Raises:
@@ -267,6 +274,7 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
             f"manifest of {what} {folder} is damaged; run `jkoflow verify {folder} --repair`, and "
             "then the command that makes it"
         )
+    known = _recall(folder)
     for name, _, sha256 in rows:
         try:
             atomic.verify_file(folder / name, sha256)
@@ -275,7 +283,28 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
                 f"{name} of {what} {folder} is missing or damaged; run `jkoflow verify {folder} "
                 "--repair`, and then the command that makes it"
             ) from error
+    states = {name: state for name, _, _ in rows if (state := remembered(folder / name))}
+    if states != known and sum(int(state[0]) for state in states.values()) >= WORTH_REMEMBERING:
+        with contextlib.suppress(JkoflowError):  # a data root that this process cannot write
+            atomic.write_bytes(_memory(folder), json.dumps(states).encode(), sealed=False)
     return StoreReader(folder, manifest)
+
+
+def _memory(folder: Path) -> Path:
+    """Return the file under the data root with the states of a store's verified shards."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return data_root() / "verified" / f"{name}.json"
+
+
+def _recall(folder: Path) -> dict[str, list[int | str]]:
+    """Take over the hashes of earlier processes; those of files that have changed do not count."""
+    try:
+        states: dict[str, list[int | str]] = json.loads(_memory(folder).read_text())
+        for name, state in states.items():
+            remember(folder / name, state)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+    return states
 
 
 def find_similar_stores(

@@ -115,9 +115,9 @@ def measure(
                 "lower train.lr"
             ) from error
         assert end.log_det is not None
-        norm += float(end.z.double().square().sum())
-        log_det += float(end.log_det.double().sum())
-        moved += float((end.z - z).double().square().sum())
+        norm += float(end.z.cpu().double().square().sum())
+        log_det += float(end.log_det.cpu().double().sum())
+        moved += float((end.z - z).cpu().double().square().sum())
     terms = {"potential": norm / 2 / count, "neg_log_det": -log_det / count}
     if trainer.spec.h is not None:
         terms["movement"] = moved / count / (2 * trainer.spec.h)

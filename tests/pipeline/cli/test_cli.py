@@ -115,7 +115,7 @@ def test_an_unexpected_error_is_one_sentence(
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("pipeline.runs.run.open_run", fails)
+    monkeypatch.setattr("pipeline.runs.unfinished.open_latest", fails)
     code, _, last = say(capsys, "generate", "--run", "x")
     assert code == 1
     assert last == "error: RuntimeError: two lines (--debug shows where)"

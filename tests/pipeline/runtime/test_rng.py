@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.runtime.rng import Batches, generator
+from pipeline.runtime import rng
+from pipeline.runtime.rng import Batches, Permutation, generator
 
 
 def draw(*parts: int | str) -> torch.Tensor:
@@ -79,3 +80,33 @@ def test_more_ranks_than_samples_is_a_user_error() -> None:
     assert [len(batches.indices(0, rank, 2)) for rank in range(2)] == [1, 1]
     with pytest.raises(UserError, match="batch_size is 2; expected at least .*3"):
         batches.indices(0, 0, 3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
+def test_a_permutation_without_a_table_has_every_element_once(count: int) -> None:
+    order = Permutation(count, generator("permutation", count))
+    parts = [order(part) for part in torch.arange(count).split(300)]
+    assert torch.cat(parts).sort().values.tolist() == list(range(count))
+
+
+def test_a_permutation_without_a_table_looks_random() -> None:
+    """Elements, their neighbours and another key's elements are uncorrelated."""
+    positions = torch.arange(20_000)
+    one, other = (Permutation(20_000, generator(key))(positions).double() for key in (1, 2))
+    pairs = [(one, positions.double()), (one[1:], one[:-1]), (one, other)]
+    for a, b in pairs:
+        assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.03
+    steps = one.diff().abs()
+    assert float(steps.mean()) == pytest.approx(20_000 / 3, rel=0.03)
+
+
+def test_epochs_of_large_sets_hold_every_sample_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = [Batches(50, 8, "large").indices(step) for step in range(2)]
+    monkeypatch.setattr(rng, "TABLE", 10)
+    batches = Batches(50, 8, "large")
+    drawn = torch.cat([batches.indices(step) for step in range(25)])
+    for epoch in drawn.split(50):
+        assert epoch.sort().values.tolist() == list(range(50))
+    assert drawn[:50].tolist() != drawn[50:100].tolist()
+    assert torch.equal(Batches(50, 8, "large").indices(20), drawn[160:168])  # of any step at once
+    assert not torch.equal(table[0], drawn[:8])

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.storage import atomic
+from pipeline.integrity import digests
+from pipeline.storage import atomic, shards
 from pipeline.storage.shards import (
     StoreReader,
     StoreWriter,
@@ -205,3 +206,57 @@ def test_the_key_is_independent_of_the_order() -> None:
     assert content_key({"a": 1}) != content_key({"a": 2})
     with pytest.raises(ValueError):
         content_key({"a": float("nan")})
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Begin another process that remembers nothing; return the files that it hashes."""
+    digests._known.clear()
+    hashed: list[str] = []
+    original = digests.hashlib.sha256
+
+    class Named:
+        @staticmethod
+        def sha256(*data: bytes) -> Any:
+            if not data:
+                hashed.append("file")
+            return original(*data)
+
+    monkeypatch.setattr(digests, "hashlib", Named)
+    return hashed
+
+
+def test_a_verification_is_remembered(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unchanged shard is hashed once by all processes; a changed one again."""
+    monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(shards, "WORTH_REMEMBERING", 0)
+    monkeypatch.setattr(digests, "_UNSETTLED_NS", -(10**18))  # also files of this moment
+    count = len(list(folder.glob("shard-*")))
+    hashed = forget(monkeypatch)
+    open_store(folder, "store", IDENTITY)
+    assert len(hashed) == count
+    hashed = forget(monkeypatch)
+    store = open_store(folder, "store", IDENTITY)
+    assert hashed == [] and torch.equal(store.field("x"), rows(0, COUNT))
+    assert hashed == []
+    flip(folder / shard_name(2))
+    hashed = forget(monkeypatch)
+    with pytest.raises(UserError, match="shard-00002.*missing or damaged"):
+        open_store(folder, "store", IDENTITY)
+    assert len(hashed) == 1
+    (memory,) = (tmp_path / "home" / "verified").iterdir()
+    memory.write_text("[not JSON")
+    flip(folder / shard_name(2))
+    hashed = forget(monkeypatch)
+    assert len(open_store(folder, "store", IDENTITY)) == COUNT
+    assert len(hashed) == count
+
+
+def test_small_stores_are_not_remembered(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(digests, "_UNSETTLED_NS", -(10**18))
+    open_store(folder, "store", IDENTITY)
+    assert not (tmp_path / "home").exists()
