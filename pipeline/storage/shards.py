@@ -235,8 +235,8 @@ class StoreReader:
 def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) -> StoreReader:
     """Open a complete store and verify the sha256 of every shard.
 
-    A shard that has not changed since an earlier call, by its size, times and inode, is not hashed
-    again, also in another process: the data root keeps its state. `jkoflow verify` hashes all.
+    The data root keeps size, times and inode of the verified shards of a large store. A shard that
+    still has them is not hashed again, also by another process. `jkoflow verify` hashes all.
 
     `what` names the store in messages. An identity of None accepts any.
 
