@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,6 +89,27 @@ def test_the_last_grid_shows_the_finished_flow(often: Path, trained: World) -> N
         cell = grid[2 : 2 + expected.shape[-2], left : left + expected.shape[-1]]
         difference = np.abs(cell.astype(int) - expected[column].numpy().astype(int))
         assert difference.max() <= 1 and cell.std() > 0
+
+
+@pytest.mark.slow
+def test_two_processes_draw_each_preview_once(
+    often: Path, trained: World, tmp_path: Path
+) -> None:
+    """torchrun with gloo; sums of two halves differ from those of one process by rounding."""
+    run, config = tmp_path / "two", trained.config("often", **OFTEN)
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = ["-m", "pipeline", "train", "-c", str(config), "-r", str(run)]
+    root = Path(__file__).parents[3]
+    subprocess.run(
+        [sys.executable, "-m", *launch, *words], check=True, cwd=root, timeout=300,
+        env={**os.environ, **trained.environment, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert list(grids(run)) == NAMES
+    steps = [(row.get("block"), row.get("step")) for row in rows(run)]
+    assert steps == [(row.get("block"), row.get("step")) for row in rows(often)]
+    for name in NAMES:
+        pixels = [np.asarray(Image.open(x / "previews" / name)).astype(int) for x in (run, often)]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 2 and pixels[0].std() > 0
 
 
 #: features of `Means`
