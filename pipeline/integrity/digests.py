@@ -33,18 +33,22 @@ def sha256_file(path: str | Path) -> str:
 
     The process remembers the hash with size, mtime, ctime and inode.
     """
+    known = _known.get(str(path))
+    if known is not None and known[0] == _state(os.stat(path)):
+        return known[1]
     with open(path, "rb") as file:
         state = os.fstat(file.fileno())
-        stamp = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_dev, state.st_ino)
-        known = _known.get(str(path))
-        if known is not None and known[0] == stamp:
-            return known[1]
         digest = hashlib.sha256()
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) > _UNSETTLED_NS:
-        _known[str(path)] = (stamp, digest.hexdigest())
+        _known[str(path)] = (_state(state), digest.hexdigest())
     return digest.hexdigest()
+
+
+def _state(state: os.stat_result) -> tuple[int, ...]:
+    """Return what changes when a file is written again."""
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_dev, state.st_ino
 
 
 def remembered(path: str | Path) -> list[int | str] | None:
