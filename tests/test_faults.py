@@ -9,6 +9,8 @@ import pytest
 from pipeline.storage import seal
 from tests.faults import damages
 from tests.faults.kills import kill
+from tests.faults.power import cut
+from tests.faults.races import race
 from tests.faults.table import Table
 from tests.pipeline.tiny import World
 
@@ -59,4 +61,26 @@ def test_without_the_seal_killed_and_damaged_chains_differ(tmp_path: Path) -> No
     """Otherwise the test above could not fail."""
     table = Table()
     kill(tmp_path, 12, 1, table, unsealed=True, only=("encode", "train", "generate"))
+    assert table.total("differences") > 0
+
+
+def test_two_processes_take_turns(tmp_path: Path) -> None:
+    table = Table()
+    race(tmp_path, 2, table, only=("encode", "train"))
+    assert table.total("other end") == table.total("differences") == 0
+    assert table.counts["two configurations"]["second refused"] == 2
+
+
+@pytest.mark.slow
+def test_chains_go_on_after_power_cuts(tmp_path: Path) -> None:
+    table = Table()
+    cut(tmp_path, 20, 0, table)
+    assert table.total("differences") == table.total("does not go on") == 0
+
+
+@pytest.mark.slow
+def test_without_syncing_power_cuts_leave_differences(tmp_path: Path) -> None:
+    """Otherwise the test above could not fail."""
+    table = Table()
+    cut(tmp_path, 6, 0, table, only=("encode", "train"), sync=False)
     assert table.total("differences") > 0

@@ -215,7 +215,8 @@ def _fault(folder: Path, name: str, problem: str) -> Fault:
         return Fault(path, problem, f"make it again by `jkoflow evaluate --run {run}`", True)
     if is_store or name.endswith(".png"):
         return Fault(path, problem, f"make it again by `jkoflow generate --run {run}`", True)
-    return Fault(path, problem, "bring it back from a copy, or make this folder again", False)
+    remedy = "no command makes it again; bring it back from a copy, or make this folder again"
+    return Fault(path, problem, remedy, False)
 
 
 def _packaged(path: Path) -> Path | None:

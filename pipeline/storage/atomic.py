@@ -9,6 +9,7 @@ which is written last.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import io
 import json
@@ -76,6 +77,8 @@ def write_with(
     temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}-{unique}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if seal.folder_of(path) is None:  # nothing else sweeps the folder of an --out
+            _remove_abandoned(path.parent, glob.escape(f"{TEMPORARY_PREFIX}{path.name}-") + "*")
         _open_temporaries.add(temporary)
         with open(temporary, "wb") as raw:
             hashing = _HashingFile(raw)
@@ -207,8 +210,13 @@ def remove_temporaries(folder: Path) -> int:
     Files of running processes are kept, and those of other machines until they are a day old. The
     nodes of a cluster share folders but not process numbers.
     """
+    return _remove_abandoned(Path(folder), f"{TEMPORARY_PREFIX}*")
+
+
+def _remove_abandoned(folder: Path, pattern: str) -> int:
+    """Remove the temporary files of ended processes that match a pattern; return their number."""
     removed = 0
-    for stale in Path(folder).glob(f"{TEMPORARY_PREFIX}*"):
+    for stale in folder.glob(pattern):
         with contextlib.suppress(OSError):
             if _abandoned(stale):
                 stale.unlink()

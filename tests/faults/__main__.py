@@ -1,6 +1,6 @@
 """Faults on purpose, counted in tables, which docs/reliability.md shows.
 
-python -m tests.faults --corruptions 3000 --kills 500 --mutations 200 --seed 0
+python -m tests.faults --kills 500 --cuts 200 --races 20 --seed 0
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ from pathlib import Path
 from tests.faults.damages import build, corrupt, mend
 from tests.faults.fuzz import fuzz
 from tests.faults.kills import MOMENTS, kill
+from tests.faults.neighbours import lines as of_neighbours
+from tests.faults.power import NAMES, cut
+from tests.faults.races import RESULTS, race
 from tests.faults.readers import readers
 from tests.faults.table import Table
 
 _ENDS = ("same bytes", "differences", "no temporary left", "temporaries left")
 
 
-def lines(corruptions: int, kills: int, mutations: int, seed: int) -> Iterator[str]:
+def lines(
+    corruptions: int, mutations: int, kills: int, cuts: int, races: int, seed: int
+) -> Iterator[str]:
     """Run all faults in a new folder; yield the lines of the tables."""
     with tempfile.TemporaryDirectory() as name:
         root, start = Path(name), time.monotonic()
@@ -43,12 +48,25 @@ def lines(corruptions: int, kills: int, mutations: int, seed: int) -> Iterator[s
             start, deaths = time.monotonic(), Table()
             kill(root / "kills", kills, seed, deaths)
             yield from deaths.lines(("kills", *MOMENTS, "damaged after it", *_ENDS))
-            yield f"\nSeed {seed}, {time.monotonic() - start:.0f} s."
+            yield f"\nSeed {seed}, {time.monotonic() - start:.0f} s.\n"
+        if cuts:
+            start, losses = time.monotonic(), Table()
+            cut(root / "cuts", cuts, seed, losses)
+            yield from losses.lines(("cuts", *NAMES, "does not go on", *_ENDS[:2]))
+            yield f"\nSeed {seed}, {time.monotonic() - start:.0f} s.\n"
+        if races:
+            start, pairs = time.monotonic(), Table()
+            race(root / "races", races, pairs)
+            yield from pairs.lines((*RESULTS, *_ENDS[:2]))
+            yield f"\n{time.monotonic() - start:.0f} s.\n"
+        yield from of_neighbours(kills=40, flips=1000)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    counts = {"corruptions": 3000, "kills": 500, "mutations": 200, "seed": 0}
+    counts = {
+        "corruptions": 3000, "mutations": 200, "kills": 500, "cuts": 200, "races": 20, "seed": 0
+    }  # fmt: skip
     for option, default in counts.items():
         parser.add_argument(f"--{option}", type=int, default=default)
     for line in lines(**vars(parser.parse_args())):

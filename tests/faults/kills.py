@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ MOMENTS = ("middle of a file", "before a rename", "after a rename", "any time")
 _WEIGHTS = (35, 25, 20, 20)
 _COMMITS = {"encode": 6, "train": 12, "generate": 8, "evaluate": 10, "toy2d": 12}
 _SECONDS = 0.6
+#: kills of a command in a chain
+MOST = 6
 #: share of the kills after which a file is damaged
 _DAMAGED = 0.25
 _SEALED_ENDINGS = (".safetensors", ".yaml", ".json", ".jsonl", ".png", ".npz", ".csv")
@@ -149,7 +151,7 @@ def kill(
         again = World(never.root, never.settings, root / f"again-{chain}" / "home")
         to = root / f"again-{chain}" / "chain"
         for name, verb in every.items():
-            while kills < count:
+            for _ in range(min(MOST, count - kills)):
                 moment = rng.choices(MOMENTS, _WEIGHTS)[0]
                 at = rng.uniform(0, _SECONDS) if moment == "any time" else rng.randint(
                     1, _COMMITS.get(name, 5)
@@ -158,7 +160,7 @@ def kill(
                 if code == 0:
                     break
                 if code != -signal.SIGKILL:
-                    code = recover(verb(to), to, again, unsealed)
+                    code = recover(name, every, to, again, unsealed)
                     assert code == 0, (name, moment, at, code)
                     break
                 kills += 1
@@ -168,7 +170,7 @@ def kill(
                     table.add(name, "damaged after it")
             code = run_to_its_end(verb(to), again, unsealed)
             if code != 0:
-                code = recover(verb(to), to, again, unsealed)
+                code = recover(name, every, to, again, unsealed)
             assert code == 0, (name, code)
         ends = content(to) | content(again.home)
         same = ends == expected
@@ -181,12 +183,19 @@ def kill(
         shutil.rmtree(root / f"again-{chain}")
 
 
-def recover(words: list[Any], to: Path, world: World, unsealed: bool = False) -> int:
-    """Follow the advice of the errors: repair what is broken, and do the command again."""
+def recover(
+    name: str, every: Mapping[str, Verb], to: Path, world: World, unsealed: bool = False
+) -> int:
+    """Follow the advice of the errors: repair, and repeat the commands up to the broken one."""
     for folder in (to, world.home):
         if folder.exists():
             run_to_its_end(["verify", folder, "--repair"], world, unsealed)
-    return run_to_its_end(words, world, unsealed)
+    code = 0
+    for earlier, verb in every.items():
+        code = run_to_its_end(verb(to), world, unsealed)
+        if earlier == name:
+            break
+    return code
 
 
 def _damage(to: Path, home: Path, rng: random.Random) -> bool:
@@ -233,14 +242,20 @@ def _run(
     run(words, env)
 
 
-def run(words: list[str], env: dict[str, str]) -> None:
-    """Run a command in this child, with a stand-in for Inception, and end with its code."""
+def run(words: list[str], env: dict[str, str], said: Path | None = None) -> None:
+    """Run a command in this child, with a stand-in for Inception, and end with its code.
+
+    Its errors go to the file `said`.
+    """
     os.environ.update(env)
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its default is a semaphore, which the killed leave behind
     stand_in(pytest.MonkeyPatch())
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
         code = main.main(words)
+    if said is not None:
+        said.write_text(errors.getvalue())
     sys.exit(code)
 
 

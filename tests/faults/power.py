@@ -169,7 +169,7 @@ def cut(
         again, to = World(never.root, never.settings, place / "home"), place / "chain"
         broken = False
         for name, verb in every.items():
-            while cuts < number:
+            for _ in range(min(kills.MOST, number - cuts)):
                 at, keep = rng.randint(1, 30), rng.random() < 0.5
                 code = _start(verb(to), again, place, at, keep, sync)
                 if code != -signal.SIGKILL:
@@ -179,7 +179,7 @@ def cut(
                 table.add(name, NAMES[0 if keep else 1])
             code = kills.run_to_its_end(verb(to), again)
             if code != 0:
-                code = kills.recover(verb(to), to, again)
+                code = kills.recover(name, every, to, again)
             if code != 0:
                 broken = True
                 table.add(name, "does not go on")
