@@ -9,7 +9,6 @@ which is written last.
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import io
 import json
@@ -37,6 +36,8 @@ _TEMPORARY_NAME = re.compile(
 _ABANDONED_SECONDS = 24 * 3600
 #: temporary files that this process writes at the moment
 _open_temporaries: set[Path] = set()
+#: folders from which this process has removed what killed processes left
+_swept: set[Path] = set()
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
@@ -77,8 +78,9 @@ def write_with(
     temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}-{unique}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if seal.folder_of(path) is None:  # nothing else sweeps the folder of an --out
-            _remove_abandoned(path.parent, glob.escape(f"{TEMPORARY_PREFIX}{path.name}-") + "*")
+        if path.parent.absolute() not in _swept:
+            _swept.add(path.parent.absolute())
+            remove_temporaries(path.parent)
         _open_temporaries.add(temporary)
         with open(temporary, "wb") as raw:
             hashing = _HashingFile(raw)
@@ -210,13 +212,8 @@ def remove_temporaries(folder: Path) -> int:
     Files of running processes are kept, and those of other machines until they are a day old. The
     nodes of a cluster share folders but not process numbers.
     """
-    return _remove_abandoned(Path(folder), f"{TEMPORARY_PREFIX}*")
-
-
-def _remove_abandoned(folder: Path, pattern: str) -> int:
-    """Remove the temporary files of ended processes that match a pattern; return their number."""
     removed = 0
-    for stale in folder.glob(pattern):
+    for stale in Path(folder).glob(f"{TEMPORARY_PREFIX}*"):
         with contextlib.suppress(OSError):
             if _abandoned(stale):
                 stale.unlink()

@@ -1,8 +1,8 @@
 """Chains of all commands that write, killed again and again, and damaged in between.
 
-A chain that was killed must end with the bytes of one that never was. With some kills a file that
-is not finished yet is damaged, too, as by a failing disk; the seal notices it, and the command or
-`jkoflow verify --repair` makes it again.
+A chain that was killed must end with the bytes of one that never was. With some kills a shard or a
+checkpoint is damaged, too, as by a failing disk. A command that reads it notices, and
+`jkoflow verify --repair` leads to the same bytes; a file that no command reads again is named.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import yaml
 from tqdm import tqdm
 
 from pipeline.cli import main
+from pipeline.runs import verify
 from pipeline.storage import atomic, seal
 from tests.faults.table import Table
 from tests.pipeline.glance import stand_in
@@ -173,12 +174,16 @@ def kill(
                 code = recover(name, every, to, again, unsealed)
             assert code == 0, (name, code)
         ends = content(to) | content(again.home)
-        same = ends == expected
-        table.add("chain", "same bytes" if same else "differences")
-        if not same and not unsealed:
-            names = {n for n in {*ends, *expected} if ends.get(n) != expected.get(n)}
-            print(f"chain {chain} differs in {sorted(names)[:5]}")
-        left = [p for p in (root / f"again-{chain}").rglob(".tmp-*")]
+        # a damaged file that no later command reads stays as it is, and `verify` names it
+        named = {f.path.relative_to(top).as_posix() for top in (to, again.home)
+                 for f in verify.verify(top)}  # fmt: skip
+        silent = {n for n in {*ends, *expected} if ends.get(n) != expected.get(n)} - named
+        table.add("chain", "differences" if silent else "same bytes")
+        if silent and not unsealed:
+            print(f"chain {chain} differs in {sorted(silent)[:5]}")
+        left = list((root / f"again-{chain}").rglob(".tmp-*"))
+        if left:
+            print(f"chain {chain} leaves {left[:3]}")
         table.add("chain", "temporaries left" if left else "no temporary left")
         shutil.rmtree(root / f"again-{chain}")
 
