@@ -13,8 +13,8 @@ from pipeline.errors import UserError
 #: bounds of `pipeline.config.keys.setting`, in words
 BOUNDS = {
     "least": ("at least", operator.ge),
-    "most": ("at most", operator.le),
     "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
     "below": ("below", operator.lt),
 }
 

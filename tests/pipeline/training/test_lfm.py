@@ -285,7 +285,8 @@ def test_a_diverging_regression_names_block_and_step(tmp_path: Path) -> None:
     with pytest.raises(
         JkoflowError, match=r"block 0 failed at step \d+: .*; lower train\.lr, then"
     ):
-        run(tmp_path / "run", *LFM, "train.lr=1e30", "train.iterations=30")
+        mlp = ("velocity.kind=mlp", "velocity.width=8", "velocity.depth=3")
+        run(tmp_path / "run", *LFM, *mlp, "train.lr=1e12", "train.iterations=30")
 
 
 def test_people_read_times_without_rounding_errors(tmp_path: Path) -> None:
