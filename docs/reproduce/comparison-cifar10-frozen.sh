@@ -9,9 +9,9 @@ jkoflow encode "${common[@]}"
 jkoflow train  "${common[@]}" --run runs/c-trig --set matching.interpolant=trigonometric --set train.batch_size=64 \
   --set train.iterations=3500 --set train.ema=0.998 --set sampler.steps=16
 jkoflow train  "${common[@]}" --run runs/c-frozen --init-from runs/c-trig --set train.objective=jko \
-  --set train.batch_size=32 --set train.iterations=320 --set train.lr=4e-3 --set train.ema=0.98 \
+  --set train.batch_size=32 --set 'train.iterations=[200,100]' --set train.lr=3e-3 --set train.ema=0.95 \
   --set 'jko.h=[0.04,0.06,0.11,0.17,0.26,0.42,0.85]' --set schedule.tolerance=0 \
-  --set jko.solver.method=midpoint --set 'jko.solver.steps=[3,2,1]' \
+  --set jko.solver.method=midpoint --set 'jko.solver.steps=[2,1]' \
   --set sampler.method=rk4 --set 'sampler.steps=[2,1]'
 for run in c-trig c-frozen; do
   jkoflow evaluate --run "runs/$run" -n 1000 --seed 1 --set evaluate.nll=32
