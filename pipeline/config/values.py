@@ -63,24 +63,32 @@ def check_bounds(name: str, value: object, rules: Mapping[str, Any]) -> None:
     Raises:
         UserError: it is out of bounds, not finite, or an empty list where values are bounded.
     """
-    bounds = {rule: rules[rule] for rule in BOUNDS if rule in rules}
+    chosen = {rule: rules[rule] for rule in BOUNDS if rule in rules}
     several = isinstance(value, (list, tuple))
     parts: list[Any] = list(value) if several else [value]  # type: ignore[call-overload]
     numbers = [p for p in parts if isinstance(p, (int, float)) and not isinstance(p, bool)]
-    if len(numbers) < len(parts) or (not parts and not bounds):
+    if len(numbers) < len(parts) or (not parts and not chosen):
         return
-    if not bounds:
+    if not chosen:
         bounds = {"least": -MOST, "most": MOST}
-    elif "most" not in bounds and "below" not in bounds:
-        bounds = {**bounds, "most": MOST}
-    right = all(
-        math.isfinite(part) and all(BOUNDS[rule][1](part, bound) for rule, bound in bounds.items())
-        for part in parts
-    )
-    if not parts or not right:
-        words = " and ".join(f"{BOUNDS[rule][0]} {bound:g}" for rule, bound in bounds.items())
+    elif "most" not in chosen and "below" not in chosen:
+        bounds = {**chosen, "most": MOST}
+    else:
+        bounds = chosen
+    broken = {
+        rule: bound
+        for rule, bound in bounds.items()
+        if not all(math.isfinite(part) and BOUNDS[rule][1](part, bound) for part in parts)
+    }
+    if not parts or broken:
+        shown = chosen if {*broken} <= {*chosen} and chosen else bounds
+        words = " and ".join(f"{BOUNDS[rule][0]} {_plain(bound)}" for rule, bound in shown.items())
         of_list = "a list of one value per block, each " if several else ""
         raise UserError(f"{name} is {value}; expected {of_list}{words}; change the value")
+
+
+def _plain(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
 
 
 def _convert(value: object, kind: Any) -> Any:  # noqa: ANN401
