@@ -77,7 +77,7 @@ class MuonAdam:
         chosen = {id(w): w for w in (layer.weight for layer in layers) if w.requires_grad}
         rest = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
         self.weights = list(chosen.values())
-        # matrices share the memory of the weights
+        # matrices share the memory of the weights; a group may be empty, an optimiser may not
         self.matrices = [nn.Parameter(weight.data.flatten(1)) for weight in self.weights]
         for weight, matrix in zip(self.weights, self.matrices, strict=True):
             if weight.data_ptr() != matrix.data_ptr():
@@ -87,8 +87,10 @@ class MuonAdam:
                 )
         fast = all(has_bfloat16(weight.device) for weight in self.weights)
         muon = torch.optim.Muon if fast else Float32Muon
-        self.muon = muon(self.matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        self.adam = torch.optim.Adam(rest, lr, betas)
+        self.muon = muon(
+            [{"params": self.matrices}], lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        )
+        self.adam = torch.optim.Adam([{"params": rest}], lr, betas)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

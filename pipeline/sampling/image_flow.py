@@ -89,7 +89,7 @@ class ImageFlow:
 
         The seed is that of the refiner's noise.
         """
-        self._check(noise, "noise", self.plan.flow.shape)
+        noise = self._real(noise, "noise")
         parts = []
         for start, part in _batches(noise):
             rng = generator(seed, "sample", "given", start)
@@ -119,7 +119,7 @@ class ImageFlow:
 
         With a seed the plan's refiner adds detail.
         """
-        self._check(z, "latents", self.plan.flow.shape)
+        z = self._real(z, "latents")
         parts = []
         for start, part in _batches(z):
             rng = None if seed is None else generator(seed, "sample", "given", start)
@@ -149,6 +149,13 @@ class ImageFlow:
             )
         return x.float()
 
+    def _real(self, x: Tensor, what: str) -> Tensor:
+        """Return noise or latents (n, *shape) as float32; refuses what does not fit."""
+        self._check(x, what, self.plan.flow.shape)
+        if not x.is_floating_point():
+            raise UserError(f"the dtype of the {what} is {x.dtype}; expected a float; convert it")
+        return x.float()
+
     @staticmethod
     def _check(x: Tensor, what: str, shape: Sequence[int]) -> None:
         """Refuse tensors of another shape than (n, *shape), or with values that are not finite."""
@@ -156,10 +163,10 @@ class ImageFlow:
         if not isinstance(x, Tensor) or tuple(x.shape[1:]) != tuple(shape) or not len(x):
             given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise UserError(
-                f"the {what} have the shape {given}; expected a tensor {wanted}; reshape them"
+                f"the shape of the {what} is {given}; expected a tensor {wanted}; reshape it"
             )
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-            raise UserError(f"the {what} hold values that are not finite; remove NaN and inf")
+            raise UserError(f"some values of the {what} are not finite; remove NaN and inf")
 
     # ---------------------------------------------------------------- through the flow
 

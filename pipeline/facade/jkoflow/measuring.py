@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jkoflow.mistakes import user_errors
 from jkoflow.model import Model, load
 from jkoflow.training import overrides
 from pipeline.cli.session import make_accelerator, replace_given
@@ -25,6 +26,7 @@ from pipeline.runtime.console import progress_bar
 _SECTIONS = ("generate", "sampler", "evaluate", "data.path")
 
 
+@user_errors
 def evaluate(
     model: Model | str | Path,
     n: int | None = None,
@@ -56,15 +58,15 @@ def evaluate(
     return Evaluator(make_accelerator(), progress_bar).evaluate(plan, settings)
 
 
+@user_errors
 def fid(a: str | Path | Tensor, b: str | Path | Tensor) -> float:
     """Compute the FID of two sets of images, as `jkoflow fid` does.
 
     A set is images uint8 (n, C, H, W), a folder, an .npz, or a reference such as mnist-train.
 
     Raises:
-        UserError: a tensor is not uint8 (n, C, H, W) with n ≥ 2.
-        FileNotFoundError: a path does not exist.
-        ValueError: a set is damaged or too small.
+        UserError: a tensor is not uint8 (n, C, H, W) with n ≥ 2, a path does not exist, or a set
+            is damaged or too small.
     """
     accelerator = make_accelerator()
     with tempfile.TemporaryDirectory() as folder:

@@ -13,11 +13,13 @@ from autoencoders.base import to_uint8
 from flows.likelihood import log_prob
 from flows.solving.divergence import Divergence
 from flows.solving.estimators import make_divergence
+from jkoflow.mistakes import user_errors
 from pipeline.data.image_set import image_set_of
 from pipeline.errors import UserError
 from pipeline.evaluation.likelihood import joined, log_probs
 from pipeline.runs.run import Run, open_run
 from pipeline.runtime.console import no_progress
+from pipeline.runtime.devices import require_device
 from pipeline.runtime.rng import generator
 from pipeline.sampling.class_labels import class_names_of, parse_classes
 from pipeline.sampling.image_flow import ImageFlow
@@ -87,12 +89,18 @@ class Model:
         """Shape of the latents of one image."""
         return self.run.flow.shape
 
+    @user_errors
     def to(self, device: torch.device | str) -> Model:
-        """Return the model on a device, such as "cuda"; the networks are moved, not copied."""
-        return Model(ImageFlow.open(self._flow.plan, device))
+        """Return the model on a device, such as "cuda"; the networks are moved, not copied.
+
+        Raises:
+            UserError: there is no such device on this machine.
+        """
+        return Model(ImageFlow.open(self._flow.plan, require_device(str(device))))
 
     # ---------------------------------------------------------------- sampling
 
+    @user_errors
     def sample(
         self,
         n: int | None = None,
@@ -130,10 +138,12 @@ class Model:
 
     # ---------------------------------------------------------------- latents
 
+    @user_errors
     def encode(self, x: Tensor) -> Tensor:
         """Encode images (n, C, H, W) to standardised latents (n, *shape)."""
         return self._flow.encode(x)
 
+    @user_errors
     def decode(self, z: Tensor, seed: int | None = 0) -> Tensor:
         """Decode standardised latents (n, *shape) to images uint8 (n, C, H, W).
 
@@ -141,6 +151,7 @@ class Model:
         """
         return self._flow.decode(z, seed)
 
+    @user_errors
     def invert(self, x: Tensor, classes: Classes | None = None) -> Inversion:
         """Carry images (n, C, H, W) to their noise (n, *shape), and measure the inversion error.
 
@@ -149,6 +160,7 @@ class Model:
         z = self._flow.encode(x)
         return self._flow.invert(z, self._labels(classes, len(z)))
 
+    @user_errors
     def edit(
         self,
         x: Tensor,
@@ -175,12 +187,14 @@ class Model:
         self._flow.require_classes()
         z, flow = self._flow.encode(x), self._vary(None, guidance)
         target = self._labels(to, len(z))
-        assert target is not None
+        if target is None:
+            raise UserError("the class `to` is None; expected the name or number of a class")
         z = flow.edit(z, target, strength, self._labels(classes, len(z)))
         return flow.decode(z, seed)
 
     # ---------------------------------------------------------------- likelihood
 
+    @user_errors
     def log_prob(
         self,
         x: Tensor,
@@ -255,6 +269,7 @@ def _words(classes: Classes | None) -> list[str] | None:
     return words
 
 
+@user_errors
 def load(
     run: str | Path,
     *,
@@ -271,9 +286,10 @@ def load(
     The other arguments are the options of `jkoflow generate`; the defaults are those of the run.
 
     Raises:
-        UserError: no such run, or an option does not fit it.
+        UserError: no such run or device, or an option does not fit the run.
         JkoflowError: a file cannot be read or fetched.
     """
+    place = require_device(str(device))
     opened = open_run(Path(run), blocks)
     if opened.config.points is not None:
         raise UserError(
@@ -282,4 +298,4 @@ def load(
         )
     opened = with_solver(opened, None if steps is None else str(steps), method)
     settings = with_guidance(opened.config.generate, guidance, guide, refiner)
-    return Model(ImageFlow.open(SamplingPlan.open(opened, settings), device))
+    return Model(ImageFlow.open(SamplingPlan.open(opened, settings), place))

@@ -6,17 +6,24 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
+import torch
 
 from autoencoders import registry as autoencoders
 from flows.networks import registry as velocities
+from flows.networks.base import Velocity
 from pipeline.config.data import IMAGE_SETS
 from pipeline.data import datasets
 from pipeline.data.image_set import ImageSet, image_set_of
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    from flows.networks.config import VelocityConfig
     from pipeline.config.data import DataConfig
 
+#: attributes of an autoencoder
+_PROTOCOL = (
+    "image_shape", "latent_shape", "stochastic", "fingerprint", "encode", "decode", "describe",
+)  # fmt: skip
 F = TypeVar("F", bound=Callable[..., Any])
 Kind = Literal["velocity", "autoencoder", "dataset"]
 
@@ -55,9 +62,9 @@ def register(kind: Kind, name: str) -> Callable[[F], F]:
 
     def add(factory: F) -> F:
         if kind == "velocity":
-            velocities.KINDS[name] = _guarded(kind, name, factory)
+            velocities.KINDS[name] = _network(name, _guarded(kind, name, factory))
         elif kind == "autoencoder":
-            autoencoders.NAMES[name] = _guarded(kind, name, factory)
+            autoencoders.NAMES[name] = _autoencoder(name, _guarded(kind, name, factory))
         else:
             IMAGE_SETS.append(name)
             datasets.DATASETS[name] = _loader(name, _guarded(kind, name, factory))
@@ -79,6 +86,73 @@ def _guarded(kind: str, name: str, factory: Callable[..., Any]) -> Callable[...,
             ) from error
 
     return call
+
+
+def _network(
+    name: str, factory: Callable[[VelocityConfig, tuple[int, ...]], Any]
+) -> Callable[[VelocityConfig, tuple[int, ...]], Velocity]:
+    """Return the function that builds a caller's network and evaluates it once."""
+
+    def build(config: VelocityConfig, shape: tuple[int, ...]) -> Velocity:
+        network = factory(config, shape)
+        if not isinstance(network, Velocity):
+            raise UserError(
+                f"the velocity {name} is of the type {type(network).__name__}; expected a "
+                "jkoflow.Velocity; derive its class from that one"
+            )
+        if (network.shape, network.classes) != (tuple(shape), config.classes):
+            raise UserError(
+                f"the velocity {name} has the shape {network.shape} and {network.classes} "
+                f"classes; expected {tuple(shape)} and {config.classes}; pass shape and "
+                "config.classes to Velocity.__init__"
+            )
+        if not config.image_channels:
+            _evaluate(name, network)
+        return network
+
+    return build
+
+
+def _evaluate(name: str, network: Velocity) -> None:
+    """Evaluate a network at samples 0, at one time and at a time for each sample."""
+    z = torch.zeros((2, *network.shape))
+    if z.is_meta:  # only sizes are asked for
+        return
+    labels = torch.zeros(2, dtype=torch.int64) if network.classes else None
+    training = network.training
+    network.eval()
+    for t in (torch.zeros(()), torch.zeros(2)):
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                shape = tuple(network(t, z, labels).shape)
+        except Exception as error:
+            raise UserError(
+                f"the velocity {name} could not be evaluated at t of the shape {tuple(t.shape)} "
+                f"and z of the shape {tuple(z.shape)} ({type(error).__name__}: {error}); repair "
+                "its forward"
+            ) from error
+        if shape != z.shape:
+            raise UserError(
+                f"the shape of the velocity {name} is {shape} at z of the shape "
+                f"{tuple(z.shape)}; expected that of z; repair its forward"
+            )
+    network.train(training)
+
+
+def _autoencoder(name: str, factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that builds a caller's autoencoder and checks its attributes."""
+
+    def build(weights: str | None, image_shape: tuple[int, int, int]) -> Any:  # noqa: ANN401
+        model = factory(weights, image_shape)
+        absent = [attribute for attribute in _PROTOCOL if not hasattr(model, attribute)]
+        if absent:
+            raise UserError(
+                f"the autoencoder {name} has no {', '.join(absent)}; expected the attributes of "
+                "autoencoders.base.Autoencoder; add them"
+            )
+        return model
+
+    return build
 
 
 def _loader(name: str, factory: Callable[..., Any]) -> Callable[[DataConfig, str], ImageSet]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from jkoflow.mistakes import user_errors
 from jkoflow.model import Model, load
 from pipeline.cli.session import make_accelerator
 from pipeline.config.data import LATENTS
@@ -24,6 +25,7 @@ from pipeline.runtime.console import progress_bar
 from pipeline.training.train import train
 
 
+@user_errors
 def fit(
     data: Tensor | Dataset[Any] | None = None,
     labels: Tensor | None = None,

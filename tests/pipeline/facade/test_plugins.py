@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import jkoflow
+from autoencoders import registry as autoencoders
+from flows.networks import registry as velocities
 from pipeline.config.data import IMAGE_SETS, DataConfig
 from pipeline.data.datasets import DATASETS, load_images
 from pipeline.runtime.plugins import load_plugins
@@ -103,6 +106,85 @@ def test_a_plugin_that_raises_is_one_sentence(
     load_plugins.cache_clear()
     assert code == 2
     assert "the plug-in mine (a_plugin) could not be imported (ZeroDivisionError" in last
+
+
+class Scaled(jkoflow.Velocity):
+    """v = a z with a bias that is no matrix, so that Muon has nothing to do."""
+
+    def __init__(self, config: Any, shape: tuple[int, ...]) -> None:
+        super().__init__(shape)
+        self.rate = torch.nn.Parameter(torch.zeros(shape))
+
+    def forward(self, t: Any, z: Any, labels: Any = None) -> Any:
+        return self.rate * z
+
+
+class Raising(Scaled):
+    def forward(self, t: Any, z: Any, labels: Any = None) -> Any:
+        raise KeyError("boom")
+
+
+class Narrow(Scaled):
+    def forward(self, t: Any, z: Any, labels: Any = None) -> Any:
+        return (self.rate * z)[:, :1]
+
+
+class OneTime(Scaled):
+    def forward(self, t: Any, z: Any, labels: Any = None) -> Any:
+        return self.rate * z * float(t)
+
+
+class Plain(torch.nn.Linear):
+    def __init__(self, config: Any, shape: tuple[int, ...]) -> None:
+        super().__init__(shape[0], shape[0])
+
+
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registrations end with the test."""
+    monkeypatch.setattr("jkoflow.plugins.velocities.KINDS", dict(velocities.KINDS))
+    monkeypatch.setattr("jkoflow.plugins.autoencoders.NAMES", dict(autoencoders.NAMES))
+
+
+@pytest.mark.parametrize(
+    ("factory", "classes", "message"),
+    [
+        (Raising, 0, r"own could not be evaluated at t of the shape \(\) .*\(KeyError: 'boom'\)"),
+        (OneTime, 0, r"could not be evaluated at t of the shape \(2,\) and z of the shape"),
+        (Narrow, 0, r"the shape of the velocity own is \(2, 1\) at z of the shape \(2, 3\)"),
+        (Plain, 0, "is of the type Plain; expected a jkoflow.Velocity"),
+        (Scaled, 2, r"the shape \(3,\) and 0 classes; expected \(3,\) and 2"),
+    ],
+)
+def test_a_network_that_fails_is_one_sentence(
+    kinds: None, factory: Any, classes: int, message: str
+) -> None:
+    jkoflow.register("velocity", "own")(factory)
+    config = jkoflow.VelocityConfig(kind="own", classes=classes)
+    with pytest.raises(jkoflow.UserError, match=message) as caught:
+        velocities.make_velocity(config, (3,))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_is_evaluated_without_a_trace(kinds: None) -> None:
+    """The generator, the weights and the mode are those without the evaluation."""
+
+    class Noisy(Scaled):
+        def forward(self, t: Any, z: Any, labels: Any = None) -> Any:
+            return z + torch.randn(1)
+
+    jkoflow.register("velocity", "noisy")(Noisy)
+    torch.manual_seed(0)
+    network = velocities.make_velocity(jkoflow.VelocityConfig(kind="noisy"), (3,))
+    after = torch.randn(2)
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.randn(2)) and network.training
+
+
+def test_an_autoencoder_without_its_protocol_is_one_sentence(kinds: None) -> None:
+    jkoflow.register("autoencoder", "bare")(lambda weights, shape: torch.nn.Identity())
+    with pytest.raises(jkoflow.UserError, match="bare has no image_shape, latent_shape, stoch"):
+        autoencoders.build_autoencoder("bare", None, (1, 4, 4))
 
 
 def no_disk(data: Any, split: str) -> Any:

@@ -118,3 +118,16 @@ def test_weights_that_are_not_contiguous_raise() -> None:
 def test_an_unknown_kind_raises() -> None:
     with pytest.raises(ValueError, match="is 'sgd'; expected one of adam, muon"):
         make_optimizer("sgd", network(), 0.01)
+
+
+def test_a_network_of_matrices_alone_or_of_none() -> None:
+    """Muon moves what it has, and Adam the rest, where the other has nothing."""
+    torch.manual_seed(0)
+    for net in (nn.Linear(3, 3, bias=False), nn.LayerNorm(3)):
+        before = [parameter.detach().clone() for parameter in net.parameters()]
+        optimizer = MuonAdam(net, 0.01, BETAS)
+        net(torch.randn(4, 3)).pow(3).sum().backward()
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        moved = zip(net.parameters(), before, strict=True)
+        assert not any(torch.equal(parameter, old) for parameter, old in moved)
