@@ -19,6 +19,7 @@ from flows.block import Block
 from flows.errors import FlowError
 from flows.networks.base import Velocity
 from flows.networks.convnet import ConvVelocity, ResidualBlock, UNetVelocity
+from flows.networks.dit import DitVelocity, Modulation
 from flows.networks.layers import ContextFeatures
 from flows.networks.mlp import LinearVelocity, MlpVelocity, ResidualLayer, ResidualMlpVelocity
 from flows.networks.piecewise import TimeSlice
@@ -27,6 +28,7 @@ from flows.spec import BlockSpec, build_block
 #: layers of each kind that scale the field
 _OUTPUTS = {
     UNetVelocity: ("output",),
+    DitVelocity: ("output",),
     ConvVelocity: ("output",),
     ResidualMlpVelocity: ("output",),
     MlpVelocity: ("last",),
@@ -90,7 +92,9 @@ def freeze(velocity: Velocity, time: float, length: float = 1.0) -> dict[str, Te
     if isinstance(features, ContextFeatures) and features.omega is not None:
         phase = features.omega * time
         context = torch.cat([phase.sin(), phase.cos()])
-        if velocity.classes:  # the class embedding is added to the features of the time
+        if isinstance(velocity, DitVelocity):
+            state = _freeze_dit(velocity, state, velocity.time(context[None]))
+        elif velocity.classes:  # the class embedding is added to the features of the time
             first = "modulation" if isinstance(velocity, ConvVelocity) else "time"
             state[f"{first}.bias"] += state[f"{first}.weight"] @ context
         else:
@@ -103,6 +107,21 @@ def freeze(velocity: Velocity, time: float, length: float = 1.0) -> dict[str, Te
     for name, value in state.items():
         if name.split(".")[0] in _OUTPUTS[type(velocity)]:
             value *= length
+    return state
+
+
+def _freeze_dit(
+    velocity: DitVelocity, state: dict[str, Tensor], embedding: Tensor
+) -> dict[str, Tensor]:
+    """Move the embedding (1, W) of a time into the classes, or into constant modulations."""
+    state = {name: value for name, value in state.items() if not name.startswith("time.")}
+    if velocity.classes:
+        state["label.embedding.weight"] += embedding
+        return state
+    for name, module in velocity.named_modules():
+        if isinstance(module, Modulation):
+            state[f"{name}.bias"] = module(embedding)[0, 0].clone()
+            del state[f"{name}.linear.weight"], state[f"{name}.linear.bias"]
     return state
 
 

@@ -36,14 +36,16 @@ def widening_factor(narrow: VelocityConfig, wide: VelocityConfig) -> int | None:
     """Return the factor r ≥ 1 by which a network can be widened, or None if it cannot.
 
     All but the width must be equal, which is not checked. It cannot be widened to a width that is
-    no multiple, or if its kind does not allow it.
+    no multiple, or if its kind does not allow it. The positions of a dit depend on its width. All
+    levels of a unet have the same factor.
     """
     if wide.width == narrow.width:
         return 1
-    divides = wide.width % narrow.width == 0
+    factor = wide.widths[0] // narrow.widths[0]
+    divides = narrow.widened(factor).width == wide.width if factor else False
     # Each group of a group norm must keep its features.
-    grouped = wide.kind != "unet" or narrow.width % 8 == 0
-    return wide.width // narrow.width if divides and grouped and wide.kind in WIDENABLE else None
+    grouped = wide.kind != "unet" or not any(width % 8 for width in narrow.widths)
+    return factor if divides and grouped and wide.kind in WIDENABLE else None
 
 
 def becomes_several(one: VelocityConfig, several: VelocityConfig) -> bool:

@@ -1,9 +1,10 @@
-"""Velocity fields on latent grids (C, H, W): a convolutional network and a small UNet."""
+"""Velocity fields on latent grids (C, H, W): a convolutional network and a UNet."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,9 @@ from torch.nn import functional as F
 from flows.errors import FlowError
 from flows.networks.base import Velocity
 from flows.networks.config import VelocityConfig
-from flows.networks.layers import ContextFeatures, zero_
+from flows.networks.layers import ContextFeatures, require_grid, require_patches, zero_
 
-#: largest side of a grid on whose upper level the UNet has attention
+#: largest side of a grid on which levels of the UNet above the lowest have attention
 _MAX_ATTENTION_SIDE = 8
 
 
@@ -29,9 +30,9 @@ class ConvVelocity(Velocity):
     """
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
-        _require_grid(config.kind, shape)
+        require_grid(config.kind, shape)
         super().__init__(shape, config.classes)
-        channels, width = shape[0], config.width
+        channels, (width,) = shape[0], config.widths
         self.activation = config.activation_or("softplus20")
         self.features = ContextFeatures(config)
         if not self.features.empty:
@@ -114,86 +115,146 @@ class Attention(nn.Module):
         return x + self.out(mixed)
 
 
-class UNetVelocity(Velocity):
-    """A small UNet with at most two levels, conditioned on the time and the class.
+@dataclass(frozen=True)
+class Stacks:
+    """Builder of a UNet's residual blocks and attention."""
 
-    Patches of ``patch`` x ``patch`` positions are folded into channels first. If the folded H and
-    W are even, there is a lower level with twice the width. Each level has ``depth`` residual
-    blocks each way. The lower level has attention, and so has the upper one on grids up to 8x8.
+    depth: int
+    embedding: int
+    heads: int
+    activation: Callable[[Tensor], Tensor]
+
+    def __call__(self, inputs: int, outputs: int, depth: int | None = None) -> nn.ModuleList:
+        """Build ``depth`` residual blocks, of which the first takes ``inputs`` channels."""
+        return nn.ModuleList(
+            ResidualBlock(
+                outputs if index else inputs, outputs, self.embedding, self.activation
+            )
+            for index in range(self.depth if depth is None else depth)
+        )
+
+    def attention(self, channels: int, attends: bool) -> nn.Module:
+        """Build attention over some channels, or the identity without."""
+        return Attention(channels, self.heads) if attends and self.heads else nn.Identity()
+
+
+class Level(nn.Module):
+    """A level of the UNet below the first: residual blocks and attention, each way.
+
+    It has some width, and the level below it has the width `low`.
+    """
+
+    def __init__(self, width: int, low: int, stacks: Stacks, attends: bool) -> None:
+        super().__init__()
+        self.encoder = stacks(width, width)
+        self.mix_in = stacks.attention(width, attends)
+        self.down = nn.Conv2d(width, low, 3, 2, 1)
+        self.up = nn.Conv2d(low, width, 3, padding=1)
+        self.decoder = stacks(2 * width, width)
+        self.mix_out = stacks.attention(width, attends)
+
+
+class UNetVelocity(Velocity):
+    """A UNet of any number of levels, conditioned on the time and the class.
+
+    Patches of ``patch`` x ``patch`` positions are folded into channels first. Each level halves
+    the grid and has its own width. A single width w stands for two levels, w and 2w. Where a side
+    of the folded grid is odd it is one level.
+
+    Each level has ``depth`` residual blocks each way. The lowest level has attention, and so have
+    the others on grids up to 8x8. A network of one level is the blocks of the lowest.
 
     Raises:
-        FlowError: the shape is not (C, H, W), the patches do not divide it, or the heads do not
-            divide the channels.
+        FlowError: the shape is not (C, H, W), the patches do not divide it, the levels halve an
+            odd side, or the heads do not divide the channels.
     """
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
-        _require_grid(config.kind, shape)
+        require_grid(config.kind, shape)
         super().__init__(shape, config.classes)
-        self.patch, width, depth = config.patch, config.width, config.depth
-        if shape[1] % self.patch or shape[2] % self.patch:
-            raise FlowError(
-                f"velocity.patch={self.patch} does not divide a grid of {shape[1]}x{shape[2]}"
-            )
+        require_patches(config.patch, shape)
+        self.patch = config.patch
         channels = shape[0] * self.patch**2
-        shape = (channels, shape[1] // self.patch, shape[2] // self.patch)
-        self.two_levels = shape[1] % 2 == 0 and shape[2] % 2 == 0
-        low = 2 * width if self.two_levels else width
-        attends = bool(config.heads) and self.two_levels and max(shape[1:]) <= _MAX_ATTENTION_SIDE
-        least = width if attends else low
-        if config.heads and least % config.heads:
-            raise FlowError(
-                f"velocity.width gives {least} channels where the unet attends, which "
-                f"{config.heads} attention heads do not divide"
-            )
+        sides = (shape[1] // self.patch, shape[2] // self.patch)
+        widths = _level_widths(config, sides)
+        attends = [max(sides) >> level <= _MAX_ATTENTION_SIDE for level in range(len(widths) - 1)]
+        _check_heads(config.heads, widths, attends)
+        self.halves = len(widths) > 1
+        width, low = widths[0], widths[min(1, len(widths) - 1)]
         self.activation = config.activation_or("silu")
         self.features = ContextFeatures(config)
         embedding = 0
         if not self.features.empty:
             embedding = 4 * width
             self.time = nn.Linear(config.time_features, embedding)
+        stacks = Stacks(config.depth, embedding, config.heads, self.activation)
+        upper = config.depth if self.halves else 0
         self.input = nn.Conv2d(channels, width, 3, padding=1)
-        self.encoder = self._stack(width, width, depth if self.two_levels else 0, embedding)
-        self.mix_in = Attention(width, config.heads) if attends else nn.Identity()
-        self.down = nn.Conv2d(width, low, 3, 2, 1) if self.two_levels else nn.Identity()
-        self.middle = self._stack(low, low, depth, embedding)
-        self.attention = Attention(low, config.heads) if config.heads else nn.Identity()
-        self.middle_out = self._stack(low, low, 1, embedding)
-        self.up = nn.Conv2d(low, width, 3, padding=1) if self.two_levels else nn.Identity()
-        joined = 2 * width if self.two_levels else width
-        self.decoder = self._stack(joined, width, depth if self.two_levels else 0, embedding)
-        self.mix_out = Attention(width, config.heads) if attends else nn.Identity()
+        self.encoder = stacks(width, width, upper)
+        self.mix_in = stacks.attention(width, self.halves and attends[0])
+        self.down = nn.Conv2d(width, low, 3, 2, 1) if self.halves else nn.Identity()
+        self.levels = nn.ModuleList(
+            Level(widths[k], widths[k + 1], stacks, attends[k]) for k in range(1, len(attends))
+        )
+        self.middle = stacks(widths[-1], widths[-1])
+        self.attention = stacks.attention(widths[-1], True)
+        self.middle_out = stacks(widths[-1], widths[-1], 1)
+        self.up = nn.Conv2d(low, width, 3, padding=1) if self.halves else nn.Identity()
+        self.decoder = stacks(2 * width, width, upper)
+        self.mix_out = stacks.attention(width, self.halves and attends[0])
         self.norm = nn.GroupNorm(_groups(width), width)
         self.output = nn.Conv2d(width, channels, 3, padding=1)
         if config.zero_init:
             zero_(self.output)
-
-    def _stack(self, inputs: int, outputs: int, depth: int, embedding: int) -> nn.ModuleList:
-        return nn.ModuleList(
-            ResidualBlock(outputs if index else inputs, outputs, embedding, self.activation)
-            for index in range(depth)
-        )
 
     def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Evaluate the network at z (B, C, H, W); see :class:`Velocity`."""
         context = self.features(t, labels)
         embedding = None if context is None else self.activation(self.time(context))
         hidden = self.input(F.pixel_unshuffle(z, self.patch))
-        for block in self.encoder:
-            hidden = block(hidden, embedding)
-        hidden = skip = self.mix_in(hidden)
-        hidden = self.down(hidden)
+        parts, skips = [self, *self.levels] if self.halves else [], list[Tensor]()
+        for part in parts:
+            for block in part.encoder:
+                hidden = block(hidden, embedding)
+            skips.append(part.mix_in(hidden))
+            hidden = part.down(skips[-1])
         for block in self.middle:
             hidden = block(hidden, embedding)
         hidden = self.attention(hidden)
         for block in self.middle_out:
             hidden = block(hidden, embedding)
-        if self.two_levels:
-            hidden = self.up(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
-            hidden = torch.cat([hidden, skip], dim=1)
-        for block in self.decoder:
-            hidden = block(hidden, embedding)
-        out = self.output(self.activation(self.norm(self.mix_out(hidden))))
-        return F.pixel_shuffle(out, self.patch)
+        for part in reversed(parts):
+            hidden = part.up(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+            hidden = torch.cat([hidden, skips.pop()], dim=1)
+            for block in part.decoder:
+                hidden = block(hidden, embedding)
+            hidden = part.mix_out(hidden)
+        return F.pixel_shuffle(self.output(self.activation(self.norm(hidden))), self.patch)
+
+
+def _level_widths(config: VelocityConfig, sides: tuple[int, int]) -> tuple[int, ...]:
+    """Return the widths of a UNet's levels on a folded grid of sides (H, W)."""
+    if not isinstance(config.width, tuple):
+        even = not (sides[0] % 2 or sides[1] % 2)
+        return (config.width, 2 * config.width) if even else (config.width,)
+    factor = 2 ** (len(config.width) - 1)
+    if sides[0] % factor or sides[1] % factor:
+        raise FlowError(
+            f"velocity.width has {len(config.width)} levels on a grid of {sides[0]}x{sides[1]}; "
+            f"expected sides that are multiples of {factor}; choose fewer levels or another "
+            "velocity.patch"
+        )
+    return config.width
+
+
+def _check_heads(heads: int, widths: tuple[int, ...], attends: list[bool]) -> None:
+    """Check that attention heads divide the widths of the levels that attend."""
+    for width, attend in zip(widths, [*attends, True], strict=True):
+        if heads and attend and width % heads:
+            raise FlowError(
+                f"velocity.width gives {width} channels where the unet attends, which "
+                f"{heads} attention heads do not divide"
+            )
 
 
 def _modulate(x: Tensor, modulation: Tensor | None) -> Tensor:
@@ -207,11 +268,3 @@ def _modulate(x: Tensor, modulation: Tensor | None) -> Tensor:
 def _groups(channels: int) -> int:
     """Return the largest number of groups up to 8 that divides the channels."""
     return next(groups for groups in range(min(8, channels), 0, -1) if channels % groups == 0)
-
-
-def _require_grid(kind: str, shape: tuple[int, ...]) -> None:
-    if len(shape) != 3:
-        raise FlowError(
-            f"a {kind} velocity needs samples of shape (C, H, W), found {tuple(shape)}; "
-            "use mlp or resmlp for flat samples"
-        )

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
+from torch.nn import functional as F
 
 from flows.errors import FlowError
 from flows.networks.config import VelocityConfig
@@ -67,6 +69,44 @@ class ContextFeatures(nn.Module):
             return None if self.empty else features
         phase = t.reshape(-1, 1).to(self.omega.dtype) * self.omega
         return self.label(torch.cat([phase.sin(), phase.cos()], dim=1), labels)
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Return whether a tensor (…) is differentiated in forward mode."""
+    return unpack_dual(x).tangent is not None
+
+
+def layer_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Compute (x − mean) / √(variance + eps) over the last dimension of x (…, W)."""
+    if has_tangent(x):
+        # PyTorch 2.13 differentiates the forward-mode derivative of layer_norm wrongly: it treats
+        # mean and deviation as constants. So the norm is written out.
+        centred = x - x.mean(dim=-1, keepdim=True)
+        return centred * (centred.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def require_grid(kind: str, shape: tuple[int, ...]) -> None:
+    """Check that a sample of a network's kind is a grid (C, H, W).
+
+    Raises:
+        FlowError: it is flat.
+    """
+    if len(shape) != 3:
+        raise FlowError(
+            f"a {kind} velocity needs samples of shape (C, H, W), found {tuple(shape)}; "
+            "use mlp or resmlp for flat samples"
+        )
+
+
+def require_patches(patch: int, shape: tuple[int, ...]) -> None:
+    """Check that patches of p x p positions divide a grid (C, H, W).
+
+    Raises:
+        FlowError: they do not.
+    """
+    if shape[1] % patch or shape[2] % patch:
+        raise FlowError(f"velocity.patch={patch} does not divide a grid of {shape[1]}x{shape[2]}")
 
 
 def zero_(layer: nn.Linear | nn.Conv2d) -> None:

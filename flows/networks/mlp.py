@@ -7,13 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from flows.networks.base import Velocity
 from flows.networks.config import VelocityConfig
-from flows.networks.layers import ClassEmbedding, ContextFeatures, zero_
+from flows.networks.layers import (
+    ClassEmbedding,
+    ContextFeatures,
+    has_tangent,
+    layer_norm,
+    zero_,
+)
 
 
 class LinearVelocity(Velocity):
@@ -44,7 +49,7 @@ class MlpVelocity(Velocity):
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
         super().__init__(shape, config.classes)
-        width = config.width
+        (width,) = config.widths
         self.autonomous = config.autonomous
         self.first = nn.Linear(self.dim + (not self.autonomous), width)
         self.label = ClassEmbedding(config.classes, width)
@@ -158,7 +163,7 @@ class ResidualMlpVelocity(Velocity):
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
         super().__init__(shape, config.classes)
-        width = config.width
+        (width,) = config.widths
         self.activation = config.activation_or("silu")
         self.features = ContextFeatures(config)
         if not self.features.empty:
@@ -188,13 +193,6 @@ class ResidualMlpVelocity(Velocity):
 
 def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Compute LN(x) ⊙ (1 + scale) + shift for x (B, W), scale and shift (1, W) or (B, W)."""
-    width = (x.shape[-1],)
-    if unpack_dual(x).tangent is not None:
-        # PyTorch 2.13 differentiates the forward-mode derivative of layer_norm wrongly: it treats
-        # mean and deviation as constants. So the norm is written out.
-        centred = x - x.mean(dim=-1, keepdim=True)
-        normed = centred * (centred.square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt()
-        return torch.addcmul(shift, normed, 1 + scale)
-    if scale.shape[0] == 1:  # all samples share the time: one kernel does it all
-        return F.layer_norm(x, width, 1 + scale[0], shift[0])
-    return torch.addcmul(shift, F.layer_norm(x, width), 1 + scale)
+    if scale.shape[0] == 1 and not has_tangent(x):  # all samples share the time: one kernel
+        return F.layer_norm(x, x.shape[-1:], 1 + scale[0], shift[0])
+    return torch.addcmul(shift, layer_norm(x), 1 + scale)

@@ -10,6 +10,7 @@ from flows.errors import FlowError
 from flows.networks.base import Velocity
 from flows.networks.config import VelocityConfig
 from flows.networks.convnet import ConvVelocity, UNetVelocity
+from flows.networks.dit import DitVelocity
 from flows.networks.image_condition import ImageConditionedNetwork
 from flows.networks.mlp import LinearVelocity, MlpVelocity, ResidualMlpVelocity
 from flows.networks.piecewise import PiecewiseVelocity
@@ -20,6 +21,7 @@ KINDS: dict[str, Callable[[VelocityConfig, tuple[int, ...]], Velocity]] = {
     "resmlp": ResidualMlpVelocity,
     "conv": ConvVelocity,
     "unet": UNetVelocity,
+    "dit": DitVelocity,
     "linear": LinearVelocity,
 }
 #: the kinds that are not of plug-ins
@@ -33,7 +35,7 @@ def make_velocity(
 ) -> Velocity:
     """Build a freshly initialised velocity network, or ``config.nets`` of them in one block.
 
-    The shape of a sample is (D,) or (C, H, W); conv and unet need the second. With
+    The shape of a sample is (D,) or (C, H, W); conv, unet and dit need the second. With
     ``config.zero_init`` the network is v = 0. Without a generator, weights come from PyTorch's
     own.
 

@@ -177,21 +177,22 @@ def parameter_count(name: str, config: Config, shape: tuple[int, ...], width: in
 def width_for(name: str, config: Config, shape: tuple[int, ...], parameters: int) -> int:
     """Return the largest width with which a model has at most some number of parameters.
 
-    The width of a unet is a multiple of its attention heads.
+    The width of a unet is a multiple of its attention heads, and that of a dit of 4, too.
 
     Raises:
         SizeError: the model has more with its least width.
     """
-    heads = config.velocity.heads if config.velocity.kind == "unet" else 0
-    unit = max(1, heads) if name in BLOCKWISE else 1
+    heads = max(1, config.velocity.heads) if config.velocity.kind in ("unet", "dit") else 1
+    least = math.lcm(4, heads) if config.velocity.kind == "dit" else heads
+    unit = least if name in BLOCKWISE else 1
 
     def count(units: int) -> int:
         return parameter_count(name, config, shape, unit * units)
 
-    least = count(1)
-    if least > parameters:
+    smallest = count(1)
+    if smallest > parameters:
         raise SizeError(
-            f"--parameters is {parameters}, but {name} of width {unit} has {least}; raise it"
+            f"--parameters is {parameters}, but {name} of width {unit} has {smallest}; raise it"
         )
     return unit * _largest(count, parameters)
 

@@ -45,7 +45,7 @@ def _objective(*objectives: str) -> Condition:
 
 #: kinds of networks that have a width
 _FOLDERS = ("folder", "hf", "webdataset")
-_WIDE = ("mlp", "resmlp", "conv", "unet")
+_WIDE = ("mlp", "resmlp", "conv", "unet", "dit")
 #: key, whether it applies, and the condition in words
 APPLIES: tuple[tuple[str, Condition, str], ...] = (
     ("data.size", lambda c: c.data.name in _FOLDERS, "data.name=folder, hf or webdataset"),
@@ -65,9 +65,9 @@ APPLIES: tuple[tuple[str, Condition, str], ...] = (
     ("velocity.width", _kind(*_WIDE), "any velocity.kind but linear"),
     ("velocity.depth", _kind(*_WIDE), "any velocity.kind but linear"),
     ("velocity.activation", _kind(*_WIDE), "any velocity.kind but linear"),
-    ("velocity.time_features", _kind(*_WIDE[1:]), "velocity.kind=resmlp, conv or unet"),
-    ("velocity.heads", _kind("unet"), "velocity.kind=unet"),
-    ("velocity.patch", _kind("unet"), "velocity.kind=unet"),
+    ("velocity.time_features", _kind(*_WIDE[1:]), "velocity.kind=resmlp, conv, unet or dit"),
+    ("velocity.heads", _kind("unet", "dit"), "velocity.kind=unet or dit"),
+    ("velocity.patch", _kind("unet", "dit"), "velocity.kind=unet or dit"),
     (
         "velocity.class_dropout",
         lambda c: c.velocity.classes > 0 and c.train.objective != "jko",

@@ -68,16 +68,19 @@ def _require_size(
     """Check that a specification claims no larger network than the file has, before it is built.
 
     The largest tensor has at least width² elements if there are several layers, and at least as
-    many as there are products of the width with channels, patches or features of a sample.
+    many as there are products of the width with channels, patches or features of a sample. The
+    width is the largest of a unet's levels.
     """
     if velocity.kind not in BUILT_IN:  # a plug-in's network may use width and depth as it likes
         return
     if velocity.kind == "linear":  # it has neither width nor depth
         sizes = [shape[0]]
     else:
-        layers = velocity.width if velocity.depth > 1 else 1
-        sizes = [velocity.width * layers, velocity.width * shape[0], velocity.classes]
-        sizes.append(velocity.width * velocity.patch**2 if velocity.kind == "unet" else 1)
+        width = max(velocity.widths)
+        layers = width if velocity.depth > 1 else 1
+        sizes = [width * layers, velocity.widths[0] * shape[0], velocity.classes]
+        folds = velocity.kind in ("unet", "dit")
+        sizes.append(velocity.widths[0] * velocity.patch**2 if folds else 1)
     largest = max((tensor.numel() for tensor in tensors.values()), default=0)
     if max(sizes) > largest or velocity.depth * velocity.nets > 4 * len(tensors):
         raise RuntimeError("the network is larger than its file")

@@ -104,7 +104,7 @@ def _differences(start: VelocityConfig, wanted: VelocityConfig) -> list[str]:
         free.append("nets")
     if freezes(start, wanted.autonomous):
         free.append("autonomous")
-    twice = dataclasses.replace(start, width=2 * start.width)
+    twice = start.widened(2)
     advice = {"width": "; a multiple of it would do"} if widening_factor(start, twice) else {}
     return [
         f"velocity.{name} ({a}, not {b}{advice.get(name, '')})"

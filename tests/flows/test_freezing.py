@@ -18,7 +18,7 @@ from flows.spec import BlockSpec, build_block
 from tests.flows.problems import points
 
 SMALL = VelocityConfig(width=8, depth=2, time_features=4, heads=2, zero_init=False)
-SHAPES = {"conv": (2, 4, 4), "unet": (2, 4, 4)}
+SHAPES = {"conv": (2, 4, 4), "unet": (2, 4, 4), "dit": (2, 4, 4)}
 
 
 def randomise(velocity: Velocity) -> Velocity:

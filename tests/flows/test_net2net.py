@@ -15,6 +15,9 @@ from flows.spec import BlockSpec, build_block
 GRIDS = {
     "unet": ((3, 8, 8), VelocityConfig("unet", 16, 2, heads=4, time_features=8, classes=5)),
     "unet without attention": ((4, 4, 4), VelocityConfig("unet", 8, 1, heads=0, time_features=8)),
+    "unet of three levels": (
+        (2, 16, 8), VelocityConfig("unet", (8, 16, 8), 1, heads=2, time_features=8, classes=2)
+    ),
     "conv": ((2, 4, 4), VelocityConfig("conv", 6, 3, time_features=8)),
     "resmlp": ((7,), VelocityConfig("resmlp", 5, 2, time_features=8, classes=2)),
     "two networks": ((7,), VelocityConfig("resmlp", 5, 2, time_features=8, nets=2)),
@@ -37,7 +40,7 @@ def trained(config: VelocityConfig, shape: tuple[int, ...]) -> tuple[BlockSpec, 
 def test_a_widened_network_is_the_same_field(name: str, factor: int) -> None:
     shape, config = GRIDS[name]
     spec, block = trained(config, shape)
-    wider = dataclasses.replace(config, width=factor * config.width)
+    wider = config.widened(factor)
     torch.set_default_dtype(torch.float64)
     try:
         wide = transform_block(block, spec, dataclasses.replace(spec, velocity=wider), seeded())
@@ -113,6 +116,11 @@ def test_what_can_be_widened() -> None:
     assert widening_factor(unet, dataclasses.replace(unet, width=48)) == 3
     assert widening_factor(unet, dataclasses.replace(unet, width=24)) is None
     assert widening_factor(dataclasses.replace(unet, width=32), unet) is None
+    levels = VelocityConfig("unet", (16, 8, 32))
+    assert widening_factor(levels, dataclasses.replace(unet, width=(48, 24, 96))) == 3
+    assert widening_factor(levels, dataclasses.replace(unet, width=(48, 24, 64))) is None
+    assert widening_factor(levels, dataclasses.replace(unet, width=(32, 16))) is None
+    assert widening_factor(unet, levels) is None
     odd, double = VelocityConfig("unet", 12), VelocityConfig("unet", 24)
     assert widening_factor(odd, double) is None  # 8 groups do not divide 12 features
     assert widening_factor(VelocityConfig("conv", 12), VelocityConfig("conv", 24)) == 2

@@ -26,7 +26,7 @@ from flows.spec import BlockSpec, build_block
 from tests.flows.problems import points
 
 SMALL = VelocityConfig(width=8, depth=2, time_features=4, heads=2)
-SHAPES = {"conv": (2, 4, 4), "unet": (2, 4, 4)}
+SHAPES = {"conv": (2, 4, 4), "unet": (2, 4, 4), "dit": (2, 4, 4)}
 HALF = torch.tensor(0.5, dtype=torch.float64)
 
 

@@ -26,7 +26,7 @@ SMALL = VelocityConfig(
     width=8, depth=2, time_features=4, heads=2, classes=3, zero_init=False
 )
 FINE = SolverConfig("dopri5", rtol=1e-9, atol=1e-9)
-SHAPES = {"conv": (2, 4, 4), "unet": (2, 4, 4)}
+SHAPES = {"conv": (2, 4, 4), "unet": (2, 4, 4), "dit": (2, 4, 4)}
 LABELS = torch.tensor([0, 2, 1, 2, 3, 0])  # 3 is no class
 
 

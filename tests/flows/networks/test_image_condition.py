@@ -32,9 +32,10 @@ def draw(n, channels, seed=7):
     return torch.randn(n, channels, 4, 4, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("kind", ["unet", "conv"])
+@pytest.mark.parametrize("kind", ["unet", "conv", "dit"])
 def test_the_network_sees_samples_and_images_side_by_side(kind):
-    net, z, c, t = network(kind=kind), draw(5, 3), draw(5, 2, 8), torch.tensor(0.3)
+    net = network(kind=kind, heads=2 if kind == "dit" else 0)
+    z, c, t = draw(5, 3), draw(5, 2, 8), torch.tensor(0.3)
     assert isinstance(net, ImageConditionedNetwork) and net.shape == (3, 4, 4) and net.dim == 48
     field = net.with_image(c)
     v = field(t, z)
@@ -118,7 +119,7 @@ def test_mistakes():
         Condition()
     with pytest.raises(FlowError, match=r"velocity\.image_channels is 2 for 2 network"):
         config(nets=2)
-    with pytest.raises(FlowError, match=r"1 network\(s\) of kind resmlp; .* a single conv or"):
+    with pytest.raises(FlowError, match=r"1 network\(s\) of kind resmlp; .* a single conv, unet"):
         config(kind="resmlp")
     with pytest.raises(FlowError, match=r"velocity\.image_channels must be at least 0"):
         config(image_channels=-1)

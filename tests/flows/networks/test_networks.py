@@ -16,7 +16,11 @@ from flows.solving.estimators import Exact
 from tests.flows.problems import Breathing, points
 
 SMALL = VelocityConfig(width=8, depth=2, time_features=4, heads=2)
-SHAPES = {"conv": [(2, 4, 4), (1, 5, 3)], "unet": [(2, 4, 4), (3, 7, 7)]}
+SHAPES = {
+    "conv": [(2, 4, 4), (1, 5, 3)],
+    "unet": [(2, 4, 4), (3, 7, 7)],
+    "dit": [(2, 4, 4), (1, 5, 3)],
+}
 
 
 def cases():

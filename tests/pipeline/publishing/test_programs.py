@@ -13,6 +13,7 @@ import torch
 from flows.flow import Flow
 from flows.networks.condition import Condition
 from flows.networks.config import VelocityConfig
+from flows.networks.registry import make_velocity
 from flows.solving.solver import FIXED_METHODS, SolverConfig
 from flows.spec import BlockSpec, build_block
 from pipeline.data.standardisation import Standardisation
@@ -20,6 +21,12 @@ from pipeline.publishing.programs import Program, Sampler, _export, _programs, _
 from tests.pipeline.tiny import say
 
 STANDARDISATION = Standardisation(torch.tensor([0.1, -0.3]), torch.tensor([2.0, 0.5]))
+
+
+NETWORKS = {
+    "unet": VelocityConfig("unet", (4, 8, 4), depth=1, heads=2, classes=3),
+    "dit": VelocityConfig("dit", 8, depth=1, heads=2, patch=2, classes=3),
+}
 
 
 def plan(classes: int, guidance: float, method: str) -> SimpleNamespace:
@@ -67,6 +74,39 @@ def test_a_guided_program_equals_pytorch_at_another_batch_size(format_):
     given = inputs(5)
     actual = _runner(format_)(data, given)
     torch.testing.assert_close(actual, expected(drawn, *given.values()), atol=1e-5, rtol=1e-5)
+
+
+class Field(torch.nn.Module):
+    """A velocity network at one time, as a program sees it."""
+
+    def __init__(self, config: VelocityConfig) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.velocity = make_velocity(config, (2, 4, 4))
+            for parameter in self.velocity.parameters():
+                torch.nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, noise, labels):
+        return self.velocity(noise.new_tensor(0.3), noise, labels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", ["onnx", "torch-export"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_network_equals_pytorch_at_another_batch_size(network, format_):
+    if format_ == "onnx":
+        pytest.importorskip("onnxruntime")
+    field = Field(NETWORKS[network]).eval()
+
+    def inputs(count):
+        return {"noise": torch.randn(count, 2, 4, 4), "labels": torch.arange(count) % 4}
+
+    given = inputs(5)
+    data = _export(Program("field", field, inputs, lambda _: None), format_)
+    with torch.no_grad():
+        expected = field(**given)
+    torch.testing.assert_close(_runner(format_)(data, given), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -245,7 +245,7 @@ def test_mistakes(
         ("pairs", {"matching": {"coupling": "ot"}}, "without pairing across"),
         ("plain", {"velocity": {"kind": "conv"}}, "applies to velocity.image_channels"),
         ("noise", {"latents": {"disturb": -1.0}}, "latents.disturb is -1.0; expected at least 0"),
-        ("kind", {"velocity": {"kind": "resmlp", "image_channels": 1}}, "a single conv or unet"),
+        ("kind", {"velocity": {"kind": "resmlp", "image_channels": 1}}, "a single conv, unet"),
     ):
         sections = {**SECTIONS, **change}
         if name != "jko":
