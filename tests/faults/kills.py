@@ -74,6 +74,7 @@ def verbs(world: World) -> dict[str, Verb]:
     bench = [f"--set={s}" for s in ("points.train=300", "train.batch_size=50", "jko.h=[0.5]",
              "velocity.depth=1")]  # fmt: skip
     real = world.root / "pictures" / "train"
+    two = sorted(real.rglob("*.png"))[:2]
     return {
         "encode": lambda to: ["encode", "-c", config],
         "train": lambda to: ["train", "-c", config, "-r", to / "run", "--resume"],
@@ -83,8 +84,8 @@ def verbs(world: World) -> dict[str, Verb]:
         "likelihood": lambda to: ["likelihood", "-r", to / "run", "-n", "6"],
         "invert": lambda to: ["invert", "-r", to / "run", "-n", "3", "--out", to / "strip.png",
                               "--npz", to / "noise.npz"],
-        "interpolate": lambda to: ["interpolate", "-r", to / "run", *sorted(real.rglob("*.png"))[:2],
-                                   "-n", "3", "--out", to / "between.png"],
+        "interpolate": lambda to: ["interpolate", "-r", to / "run", *two, "-n", "3", "--out",
+                                   to / "between.png"],
         "export": lambda to: ["export", "-r", to / "run", "--out", to / "exported"],
         "distill": lambda to: ["distill", "-r", to / "run", "--out", to / "short", "--resume",
                                "--set", "train.iterations=4"],
@@ -182,7 +183,8 @@ def kill(
         # a damaged file that no later command reads stays as it is, and `verify` names it
         named = {f.path.relative_to(top).as_posix() for top in (to, again.home)
                  for f in verify.verify(top)}  # fmt: skip
-        silent = {n for n in {*ends, *expected} if ends.get(n) != expected.get(n)} - named
+        silent = {n for n in {*ends, *expected} if ends.get(n) != expected.get(n)}
+        silent -= named | _not_needed(ends, expected)
         table.add("chain", "differences" if silent else "same bytes")
         if silent and not unsealed:
             print(f"chain {chain} differs in {sorted(silent)[:5]}")
@@ -191,6 +193,16 @@ def kill(
             print(f"chain {chain} leaves {left[:3]}")
         table.add("chain", "temporaries left" if left else "no temporary left")
         shutil.rmtree(root / f"again-{chain}")
+
+
+def _not_needed(ends: Mapping[str, str], expected: Mapping[str, str]) -> set[str]:
+    """Files that repair removed from stages of a finished run, which no training needs.
+
+    Without its manifest a stage is unfinished, so nothing trusts it.
+    """
+    absent = {name for name in expected if name not in ends and "/stages/" in name}
+    stages = {str(Path(name).parent) for name in absent if name.endswith("manifest.json")}
+    return {name for name in absent if str(Path(name).parent) in stages}
 
 
 def recover(
