@@ -39,6 +39,8 @@ def leave(code: int) -> NoReturn:
 def run() -> NoReturn:
     """Run the command line and end this process; signals are handled before all imports."""
     signals.install()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # PyTorch prints stack traces of lost peers
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     leave(importlib.import_module("pipeline.cli.main").main())
 
 

@@ -25,8 +25,8 @@ from pipeline.cli import (
     sampling,
     training,
 )
-from pipeline.cli.session import explain, fail, on_device
-from pipeline.runtime import signals
+from pipeline.cli.session import discard_temporaries, explain, fail_once, on_device
+from pipeline.runtime import heartbeat, signals
 
 app = typer.Typer(
     name="jkoflow",
@@ -135,29 +135,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
-    restore = signals.install(_discard_temporaries)
+    restore = signals.install(discard_temporaries)
     try:
         code = app(given, standalone_mode=False)
         if code == _TYPER_INTERRUPTED:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except signals.Interrupted as stop:
-        return fail(str(stop), stop.code)
+        return fail_once(str(stop), stop.code)
     except KeyboardInterrupt:
-        return fail(signals.SENTENCE, _TYPER_INTERRUPTED)
+        return fail_once(signals.SENTENCE, _TYPER_INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - every error becomes one sentence
         if debug:
             traceback.print_exc()
         if type(error).__name__ == "NoArgsIsHelpError":  # of typer's own copy of click or another
             print(error, file=sys.stderr)
-        return fail(*explain(error))
+        beating = heartbeat.current()
+        if beating is not None and heartbeat.is_broken_connection(error):
+            signals.ignore_termination()  # torchrun ends the ranks that are left
+            beating.wait_for_verdict()
+        return fail_once(*explain(error))
     finally:
+        heartbeat.leave()
         restore()
-
-
-def _discard_temporaries() -> None:
-    """Remove the files and locks of this process, as far as it has imported their modules."""
-    for name, function in (("atomic", "discard_temporaries"), ("lock", "release_all")):
-        module = sys.modules.get(f"pipeline.storage.{name}")
-        if module is not None:
-            getattr(module, function)()

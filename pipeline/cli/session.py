@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from pipeline.errors import JkoflowError
+from pipeline.runtime import heartbeat
 from pipeline.runtime.signals import SENTENCE
 
 _DeviceOption = Annotated[
@@ -47,6 +50,30 @@ def fail(message: str, code: int) -> int:
     return code
 
 
+def fail_once(message: str, code: int) -> int:
+    """Print an error on one of several processes, end the others too, and return the exit code."""
+    if heartbeat.claims_error():
+        fail(message, code)
+    heartbeat.leave(message, code)
+    return code
+
+
+def discard_temporaries() -> None:
+    """Remove the files and locks of this process, as far as it has imported their modules."""
+    for name, function in (("atomic", "discard_temporaries"), ("lock", "release_all")):
+        module = sys.modules.get(f"pipeline.storage.{name}")
+        if module is not None:
+            getattr(module, function)()
+
+
+def end_process(message: str, code: int) -> NoReturn:
+    """End this process, from any thread, because another rank has died or failed."""
+    with contextlib.suppress(OSError):
+        discard_temporaries()
+    fail_once(message, code)
+    os._exit(code)
+
+
 def load_settings(config: str, overrides: list[str] | None) -> Any:  # noqa: ANN401 - imported late
     """Load a configuration with overrides."""
     from pipeline.config.load import load_config
@@ -78,10 +105,12 @@ def replace_given(settings: Any, **values: Any) -> Any:  # noqa: ANN401
 
 
 def make_accelerator(device: str | None = None) -> Any:  # noqa: ANN401 - imported late
-    """Return the accelerator on a device, or on that of `--device`."""
+    """Return the accelerator on a device, or on that of `--device`; ranks watch each other."""
     from pipeline.runtime import devices
 
-    return devices.make_accelerator(device or _device.get())
+    accelerator = devices.make_accelerator(device or _device.get())
+    heartbeat.start(accelerator.process_index, accelerator.num_processes, end_process)
+    return accelerator
 
 
 def on_device(command: Callable[..., None]) -> Callable[..., None]:

@@ -30,7 +30,7 @@ from pipeline.data.one_writer import one_writer
 from pipeline.data.standardisation import Standardisation, standardisation_of
 from pipeline.errors import UserError
 from pipeline.runtime.console import Progress
-from pipeline.runtime.distributed import errors_on_all_ranks
+from pipeline.runtime.distributed import errors_on_all_ranks, require_same
 from pipeline.runtime.system import require_disk_space, require_memory
 from pipeline.storage import seal
 from pipeline.storage.paths import data_root
@@ -159,6 +159,7 @@ def encode(config: Config, accelerator: Accelerator, progress: Progress) -> Late
     images, autoencoder = load_images_and_autoencoder(config)
     identity = cache_identity(config, images, autoencoder)
     folder = cache_folder(identity)
+    require_same(accelerator, folder.name, "the latent cache")
     if (folder / MANIFEST).is_file():
         return LatentCache(open_store(folder, "latent cache", identity))
     if config.latents.batch_size < 1:

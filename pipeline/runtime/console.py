@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 #: wraps an iterable, given its length and a label, in a progress bar
@@ -11,6 +12,16 @@ Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 #: seconds between two lines of progress where stderr is no terminal
 LOG_SECONDS = 15.0
+
+#: steps whose time is left out of an estimate, and steps and seconds that it needs
+_WARM, _STEPS, _SECONDS = 1, 3, 1.0
+#: seconds of a loop that is worth an estimate
+LONG_SECONDS = 60.0
+_UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+
+_clock = time.monotonic
+#: first words of the labels of loops that have had their estimate
+_estimated: set[str] = set()
 
 
 def say(message: str) -> None:
@@ -21,13 +32,72 @@ def say(message: str) -> None:
 def progress_bar(items: Any, total: int, label: str) -> Any:  # noqa: ANN401 - any iterable
     """Wrap an iterable in a progress bar with the remaining time, on the main process only.
 
-    Where stderr is no terminal, the bar is a line every `LOG_SECONDS`.
+    Where stderr is no terminal, the bar is a line every `LOG_SECONDS`. After its first steps a
+    loop of over `LONG_SECONDS` says how long it will take, the first time in a process.
     """
     from accelerate.state import PartialState
     from tqdm import tqdm
 
+    class Bar(tqdm):
+        whole = label, total, "step"
+
+        def __iter__(self) -> Iterator[Any]:
+            steps = super().__iter__()
+            return iter(steps) if self.disable else _with_estimate(self, steps)
+
     quiet = total == 0 or not PartialState().is_main_process
-    return tqdm(items, total=total, desc=label, disable=quiet, leave=False, **_style())
+    return Bar(items, total=total, desc=label, disable=quiet, leave=False, **_style())
+
+
+def estimate_whole(bar: Any, label: str, count: int, unit: str) -> None:  # noqa: ANN401
+    """Let the estimate of a bar be that of a larger work, of which its loop is the first part.
+
+    Args:
+        bar: from `progress_bar`; other iterables have no estimate.
+        label: names the work.
+        count: number of steps of the whole work.
+        unit: a singular, what a step is.
+    """
+    if hasattr(bar, "whole"):
+        bar.whole = label, count, unit
+
+
+def estimate(label: str, seconds: float, count: int, unit: str) -> str:
+    """Describe how long a work takes.
+
+    Args:
+        label: names the work.
+        seconds: of a step.
+        count: number of steps.
+        unit: a singular, what a step is.
+    """
+    article = "an" if unit[0] in "aeiou" else "a"
+    each = f"{seconds:.2g} s {article} {unit}, {count:,} {unit}s"
+    return f"{label}: about {duration(seconds * count)} ({each})"
+
+
+def duration(seconds: float) -> str:
+    """Format a time for people, such as 24 minutes or 1.5 hours."""
+    size, unit = next((pair for pair in _UNITS if seconds >= 2 * pair[0]), _UNITS[-1])
+    value = seconds / size
+    return f"{value:.0f} {unit}" if value >= 10 else f"{value:.2g} {unit}"
+
+
+def _with_estimate(bar: Any, steps: Iterable[Any]) -> Iterator[Any]:  # noqa: ANN401
+    """Yield the steps of a loop; print an estimate after the first ones, if it is long."""
+    began, done, waits = 0.0, 0, True
+    for step in steps:
+        yield step
+        done += 1
+        if done <= _WARM:
+            began = _clock()
+        elif waits and done >= _WARM + _STEPS and _clock() - began >= _SECONDS:
+            waits = False
+            label, count, unit = bar.whole
+            each, word = (_clock() - began) / (done - _WARM), label.split()[0]
+            if each * count >= LONG_SECONDS and word not in _estimated:
+                _estimated.add(word)
+                bar.write(estimate(label, each, count, unit), file=sys.stderr)
 
 
 def annotate(bar: Any, **values: float) -> None:  # noqa: ANN401 - any iterable

@@ -6,9 +6,10 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 from pipeline.errors import UserError
 from pipeline.runtime.console import say
@@ -23,6 +24,8 @@ _REFUSED: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("ACCELERATE_USE_PARALLELISM_CONFIG", ("false", "0"), "launch without that section"),
     ("ACCELERATE_DYNAMO_BACKEND", ("no",), "launch with dynamo_backend: 'NO'"),
 )
+#: that a rank waits for work of another one alone; `pipeline.runtime.heartbeat` finds dead ranks
+_PATIENCE = timedelta(hours=2)
 #: bfloat16 that takes this many times as long as float32 is a warning
 _SLOW = 2.0
 _SIDE, _REPEATS = 96, 3
@@ -43,12 +46,15 @@ def make_accelerator(device: str | None = None) -> Accelerator:
     refuse_settings(os.environ)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    handlers = [InitProcessGroupKwargs(timeout=_PATIENCE)] if several else None
     if device is None:
-        return Accelerator(cpu=several and not torch.cuda.is_available())
+        return Accelerator(
+            cpu=several and not torch.cuda.is_available(), kwargs_handlers=handlers
+        )
     wanted = require_device(device)
     if wanted.index is not None and wanted.type != "cpu":
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    return Accelerator(cpu=wanted.type == "cpu")
+    return Accelerator(cpu=wanted.type == "cpu", kwargs_handlers=handlers)
 
 
 def require_device(name: str) -> torch.device:

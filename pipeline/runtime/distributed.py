@@ -15,7 +15,7 @@ from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
 from flows.errors import SolveError
-from pipeline.errors import JkoflowError
+from pipeline.errors import JkoflowError, UserError
 
 
 def raise_on_all_ranks(accelerator: Accelerator, error: JkoflowError | SolveError | None) -> None:
@@ -38,6 +38,28 @@ def errors_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
     except (JkoflowError, SolveError) as error:
         failure = error
     raise_on_all_ranks(accelerator, failure)
+
+
+def require_same(accelerator: Accelerator, value: str, what: str) -> None:
+    """Check that a value is the same on all ranks (a collective).
+
+    Args:
+        accelerator: device and ranks.
+        value: of this rank, such as the key of a cache.
+        what: names the value in the message, a singular.
+
+    Raises:
+        UserError: another rank has another value, on every rank.
+    """
+    if accelerator.num_processes == 1:
+        return
+    values = gather_object([value])
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise UserError(
+                f"{what} of rank {rank} is {other}; expected {values[0]}, as of rank 0; start all "
+                "processes with the same data, files and settings"
+            )
 
 
 def broadcast_decision(accelerator: Accelerator, decision: bool) -> bool:

@@ -95,6 +95,14 @@ def raise_pending() -> None:
         raise Interrupted(_pending)
 
 
+def ignore_termination() -> None:
+    """Ignore SIGTERM from now on, while the command waits for the reason why it must end."""
+    with contextlib.suppress(ValueError):  # of a thread other than the main one
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def _handle(number: int, frame: FrameType | None) -> None:
     """Answer a signal at once, or remember it for the loop."""
     global _pending
@@ -108,6 +116,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     with contextlib.suppress(Exception):
         _cleanup()
     line = "\n" if sys.stderr is not None and os.isatty(2) else ""
-    with contextlib.suppress(OSError):
-        os.write(2, f"{line}error: {SENTENCE}\n".encode())  # print is not reentrant
+    if os.environ.get("RANK", "0") == "0":  # a signal mostly reaches all ranks
+        with contextlib.suppress(OSError):
+            os.write(2, f"{line}error: {SENTENCE}\n".encode())  # print is not reentrant
     os._exit(128 + _pending)

@@ -20,7 +20,7 @@ from flows.networks.condition import Condition
 from pipeline.data.one_writer import one_writer
 from pipeline.errors import UserError
 from pipeline.runtime.console import Progress
-from pipeline.runtime.distributed import errors_on_all_ranks
+from pipeline.runtime.distributed import errors_on_all_ranks, require_same
 from pipeline.runtime.rng import generator
 from pipeline.runtime.system import require_disk_space, require_memory
 from pipeline.sampling.sampling_plan import SamplingPlan
@@ -65,6 +65,7 @@ def sample_images(
         SolveError: a solver fails.
     """
     folder = images_folder(plan, n, seed)
+    require_same(accelerator, folder.name, "the image store")
     if (folder / MANIFEST).is_file():
         return _sample_images(plan, n, seed, accelerator, progress)
     with one_writer(folder, "image store", accelerator, wait=True):

@@ -18,7 +18,7 @@ from pipeline.runs.movement_plot import plot_movement
 from pipeline.runs.passes import BlockRow, Pass, summarise
 from pipeline.runs.snapshots import Snapshot, add_snapshot, snapshot_file
 from pipeline.runtime import signals
-from pipeline.runtime.console import annotate, say
+from pipeline.runtime.console import annotate, estimate_whole, say
 from pipeline.runtime.distributed import broadcast_decision
 from pipeline.storage import atomic
 from pipeline.storage.records import to_json
@@ -136,6 +136,8 @@ class PassTrainer:
         kind = "free" if step is None else f"{symbol}={step:.3g}"
         name = f"pass {self.number} block {index}" if self.number else f"block {index}"
         bar = self.context.progress(remaining, len(remaining), f"{name} ({kind})")
+        left = sum(self.current.iterations[index:]) - trainer.done
+        estimate_whole(bar, "training", left, "iteration")
         samples_per_second = _rate(trainer)
         with signals.deferred():
             for _ in bar:

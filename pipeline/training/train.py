@@ -29,10 +29,13 @@ from pipeline.runs.directory import (
 from pipeline.runs.manifest import ClassesRecord, Manifest
 from pipeline.runs.open_log import open_log
 from pipeline.runtime.console import Progress, say
+from pipeline.runtime.distributed import require_same
 from pipeline.runtime.system import keep_freed_memory
+from pipeline.storage.records import to_json
+from pipeline.storage.shards import content_key
 from pipeline.training.block_source import TrainedBlocks, TrainingContext
 from pipeline.training.pass_trainer import PassTrainer
-from pipeline.training.planner import next_pass, with_lower_iterations
+from pipeline.training.planner import next_pass, recipe_of, with_lower_iterations
 from pipeline.training.sources import (
     LatentSource,
     ResidualSource,
@@ -108,6 +111,7 @@ def train(
         check_labels(samples.labels, config.velocity.classes)
     context = TrainingContext(config, folder, samples, accelerator, progress)
     resume = resume or bool(add_blocks)
+    _require_same_training(context)
     manifest = _manifest(context, RunDirectory(folder).started if resume else None)
     upcoming = next_pass(config, manifest.passes, add_blocks)
     adds = bool(add_blocks) and upcoming not in manifest.passes
@@ -127,6 +131,16 @@ def train(
     passes = trainer.passes
     finished = len(passes[-1].blocks) if passes else 0
     return Outcome(finished, upcoming is None, trainer.trained, len(passes))
+
+
+def _require_same_training(context: TrainingContext) -> None:
+    """Check that all ranks train the same on the same samples (a collective)."""
+    accelerator, config = context.accelerator, context.config
+    if accelerator.num_processes > 1:
+        samples = content_key(to_json(context.samples.manifest(config.name)))
+        require_same(accelerator, samples, "the key of the training samples")
+        settings = {"velocity": dataclasses.asdict(config.velocity), **recipe_of(config)}
+        require_same(accelerator, content_key(to_json(settings)), "the key of the settings")
 
 
 def _manifest(context: TrainingContext, started: Manifest | None) -> Manifest:

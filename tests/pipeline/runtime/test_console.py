@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from itertools import count
 
 import pytest
 from accelerate import Accelerator
@@ -38,3 +39,43 @@ def test_short_piped_loops_print_nothing(
 
 def test_values_after_a_plain_iterable_are_ignored() -> None:
     console.annotate([1, 2], loss=1.0)
+
+
+def clocked(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, whole: tuple[str, int, str] | None = None
+) -> str:
+    """What a loop of 1000 steps prints whose clock advances at every look, by these seconds."""
+    stream, clock = io.StringIO(), count(step=seconds)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(console, "_clock", lambda: next(clock))
+    monkeypatch.setattr(console, "_estimated", set())
+    for _ in range(2):  # the second loop of a kind says nothing
+        bar = console.progress_bar(range(1000), 1000, "encode")
+        if whole is not None:
+            console.estimate_whole(bar, *whole)
+        assert list(bar) == list(range(1000))
+    return stream.getvalue()
+
+
+def test_a_long_loop_says_once_how_long_it_takes(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is looked at after the warm step, and twice after three more."""
+    assert clocked(monkeypatch, 3.0) == "encode: about 33 minutes (2 s a step, 1,000 steps)\n"
+    assert clocked(monkeypatch, 0.01) == ""
+    whole = ("training", 5400, "iteration")
+    line = "training: about 3 hours (2 s an iteration, 5,400 iterations)\n"
+    assert clocked(monkeypatch, 3.0, whole) == line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(5, "5 seconds"), (119, "119 seconds"), (150, "2.5 minutes"), (5400, "90 minutes"),
+     (9000, "2.5 hours"), (864000, "10 days")],
+)  # fmt: skip
+def test_durations_have_the_largest_unit_that_fits_twice(seconds: float, text: str) -> None:
+    assert console.duration(seconds) == text
+
+
+def test_a_plain_iterable_has_no_estimate() -> None:
+    console.estimate_whole([1, 2], "training", 2, "iteration")
