@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.evaluation.tables import metric_rows
 from pipeline.publishing.page import curves, gallery, page, section, table
-from pipeline.publishing.report import is_current, previews_of, run_of
+from pipeline.publishing.report import UNSAMPLED, is_current, previews_of, run_of
 from pipeline.runs.directory import RunDirectory
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.zoo import locate
@@ -75,14 +76,16 @@ def write_comparison(runs: Sequence[str], out: Path) -> Path:
     """
     if not 2 <= len(runs) <= _MOST or len(set(runs)) < len(runs):
         raise UserError(
-            f"{len(runs)} runs are given; expected two to {_MOST} different ones; name each once"
+            f"{len(runs)} runs are given; expected two to {_MOST} different ones; name each "
+            "once, or give a single run with --run"
         )
     opened = [_open(run) for run in runs]
     grids = [(run.name, run.folder / "samples" / "grid.png") for run in opened]
+    grids = [pair for pair in grids if pair[1].is_file()]
     parts = [
         section("Metrics", _columns(opened, [run.values for run in opened])),
         section("Loss", curves([(run.name, run.losses) for run in opened], "loss per dimension")),
-        section("Samples", gallery(pair for pair in grids if pair[1].is_file())),
+        section("Samples", gallery(grids) if grids else UNSAMPLED),
     ]
     for run in opened:
         previews = previews_of(run.folder)
@@ -115,7 +118,9 @@ def _columns(runs: Sequence[_Run], values: Sequence[dict[str, str]]) -> str:
 def _differing(runs: Sequence[_Run]) -> str:
     """Return a table of the settings that are not the same in all runs."""
     settings = [
-        {name: str(value) for name, value in flat(run.config).items()} for run in runs
+        {name: value if isinstance(value, str) else json.dumps(value)
+         for name, value in flat(run.config).items()}
+        for run in runs
     ]
     names = dict.fromkeys(name for each in settings for name in each)
     differing = [name for name in names if len({each.get(name) for each in settings}) > 1]

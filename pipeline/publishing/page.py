@@ -16,7 +16,8 @@ _PAGE = Template(
 body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5em auto; max-width: 68em; padding: 0 1em }
 table { border-collapse: collapse } td, th { padding: .2em .8em .2em 0; text-align: left }
 tr { border-bottom: 1px solid var(--line) } td { font-variant-numeric: tabular-nums }
-.wide { overflow-x: auto } h1, h2, td { overflow-wrap: anywhere }
+.wide { overflow-x: auto } h1, h2 { overflow-wrap: anywhere }
+.wide td:first-child { background: Canvas; left: 0; position: sticky }
 .pictures { display: grid; gap: 1em; grid-template-columns: repeat(auto-fit, minmax(14em, 1fr)) }
 figure { margin: 0 } img, svg { max-width: 100%; height: auto } img { image-rendering: pixelated }
 pre { background: var(--back); padding: 1em; overflow-x: auto }

@@ -54,16 +54,16 @@ def write_report(folder: Path) -> Path:
         else:
             refines = any(row.spec.velocity.image_channels for row in rows)
             parts.insert(0, section("Metrics", _REFINES if refines else _UNMEASURED))
-    parts += [
-        section(path.stem, _origin(path, manifest) + picture(path))
-        for path in _pictures(folder / "samples")
-    ]
+    pictures = _pictures(folder / "samples")
+    parts += [section(path.stem, _origin(path, manifest) + picture(path)) for path in pictures]
+    if not pictures and not points:
+        parts.append(section("Samples", UNSAMPLED))
     previews = previews_of(folder)
     if previews:
         parts.append(section("Previews", gallery(previews)))
-    parts.append(
-        section("Environment", table((), _flat(directory.environment)))
-    )
+    environment = _flat(directory.environment)
+    if environment:
+        parts.append(section("Environment", table((), environment)))
     parts.append(section("Configuration", f"<pre>{escape(resolved_yaml(config))}</pre>"))
     unfinished = f"unfinished; continue it with {directory.resume_command}"
     state = "finished" if manifest.complete else unfinished
@@ -72,6 +72,7 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT
 
 
+UNSAMPLED = "<p>No samples yet; run <code>jkoflow generate</code>.</p>"
 _UNMEASURED = "<p>Not measured; run <code>jkoflow evaluate</code>.</p>"
 _REFINES = (
     "<p>A refiner has no metrics of its own; give it to a run on the same autoencoder: "

@@ -20,6 +20,21 @@ from tests.pipeline.records import rewrite
 from tests.pipeline.tiny import World, run_child, say
 
 
+#: words of the tables that stand on several lines
+_BROKEN_WORDS = """() => {
+    const broken = [], range = document.createRange();
+    for (const cell of document.querySelectorAll("td, th")) {
+        const text = cell.firstChild;
+        for (const word of (text ? text.data : "").matchAll(/[^\\s-]+/g)) {
+            range.setStart(text, word.index);
+            range.setEnd(text, word.index + word[0].length);
+            if (range.getClientRects().length > 1) broken.push(word[0]);
+        }
+    }
+    return broken;
+}"""
+
+
 @pytest.fixture(scope="module")
 def other(trained_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with another learning rate and several previews."""
@@ -57,6 +72,13 @@ def test_a_comparison_shows_all_runs(
     assert len(page.links) == 1 + 3 + 9  # a grid, and the previews of both runs
 
 
+def test_runs_without_samples(
+    run: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = compare(capsys, tmp_path / "page.html", run, other)
+    assert "No samples yet; run <code>jkoflow generate</code>." in text
+
+
 def test_curves_of_losses(
     run: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +103,7 @@ def test_a_comparison_on_a_phone_in_dark_and_light(
         page = browser.new_page(viewport={"width": 375, "height": 700}, color_scheme=scheme)
         page.goto((tmp_path / "page.html").as_uri())
         assert page.evaluate("document.scrollingElement.scrollWidth") <= 375
+        assert page.evaluate(_BROKEN_WORDS) == []
         with Image.open(io.BytesIO(page.screenshot())) as opened:
             pixels = np.asarray(opened.convert("L"))
         assert (pixels[:, :5].mean() < 80) == dark
@@ -91,7 +114,7 @@ def test_a_comparison_on_a_phone_in_dark_and_light(
 @pytest.mark.parametrize("runs", [("a",), ("a", "a"), tuple("abcdefghi")])
 def test_one_run_or_too_many(runs: tuple[str, ...], tmp_path: Path, capsys: Any) -> None:
     code, _, line = say(capsys, "report", *runs, "--out", tmp_path / "page.html")
-    assert code == 2 and "expected two to 8 different ones" in line
+    assert code == 2 and "expected two to 8 different ones" in line and "--run" in line
 
 
 def test_neither_a_run_nor_runs(capsys: Any) -> None:
