@@ -14,3 +14,8 @@ jkoflow evaluate --run runs/c-jko-autonomous -n 1000 --seed 1 --set evaluate.nll
 jkoflow train --run runs/c-jko-autonomous --measure-noise
 jkoflow train --run runs/c-jko-autonomous --resume --refine 2 --set jko.later_iterations=400
 jkoflow evaluate --run runs/c-jko-autonomous -n 1000 --seed 1 --set evaluate.nll=32
+
+# twice the iterations, and four sub-intervals in block 0
+jkoflow train "${settings[@]}" --run runs/c-jko-longer --set 'train.iterations=[2000,2600]' --set train.ema=0.995 \
+  --set 'jko.solver.steps=[4,2]' --set 'sampler.steps=[3,1]'
+jkoflow evaluate --run runs/c-jko-longer -n 1000 --seed 1 --set evaluate.nll=32
