@@ -42,7 +42,7 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> Incep
         )
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
     values = []
-    for part in logits.double()[order].tensor_split(splits):
+    for part in logits.cpu().double()[order].tensor_split(splits):
         log_p = part.log_softmax(1)
         log_mean = log_p.logsumexp(0) - torch.tensor(float(len(part))).log()
         values.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())

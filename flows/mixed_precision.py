@@ -24,7 +24,10 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 class MixedPrecision(Velocity):
-    """A velocity under autocast to bfloat16; weights and result keep their dtypes."""
+    """A velocity under autocast to bfloat16; weights and result keep their dtypes.
+
+    Its derivatives have bfloat16's rounding, too; differences of two values are lost in it.
+    """
 
     def __init__(self, inner: Velocity) -> None:
         super().__init__(inner.shape, inner.classes)

@@ -43,7 +43,7 @@ def optimal_pairing(z: Tensor, target: Tensor, labels: Tensor | None = None) -> 
             rows = (labels == label).nonzero()[:, 0].to(target.device)
             order[rows] = rows[optimal_pairing(z[rows.to(z.device)], target[rows])]
         return order
-    a, b = (x.detach().flatten(1).double().cpu().numpy() for x in (z, target))
+    a, b = (x.detach().flatten(1).cpu().double().numpy() for x in (z, target))
     try:
         columns = linear_sum_assignment(cdist(a, b, "sqeuclidean"))[1]
     except ValueError as error:

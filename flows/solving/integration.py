@@ -152,10 +152,12 @@ class Integrator:
 
         Its ``step_size`` takes the ceiling of a rounded quotient, so it may add a sub-interval.
         Its adaptive solvers step past the end, where no field has been trained, and interpolate
-        back.
+        back. They keep the time in float64 on a CPU, and in the samples' dtype on other devices,
+        of which MPS has no float64.
         """
         if self.solver.adaptive:
-            return {"step_t": times[-1:]}
+            here = {} if times.device.type == "cpu" else {"dtype": times.dtype}
+            return {"step_t": times[-1:], **here}
 
         def nodes(_rate: object, _state: Tensor, t: Tensor) -> Tensor:
             start, end = float(t[0]), float(t[-1])

@@ -136,8 +136,8 @@ def _likelihoods(
     probes, values, errors = generator(0, "nll", "probes"), [], []
     for part in test.split(_chunk(problem)):
         result = model.log_prob(part.to(device), probes)
-        values.append(result.value.double().cpu())
-        errors.append(result.inversion_error.double().cpu())
+        values.append(result.value.cpu().double())
+        errors.append(result.inversion_error.cpu().double())
     nll = (-torch.cat(values) + problem.log_scale) / problem.unit
     if not bool(nll.isfinite().all()):
         raise JkoflowError(

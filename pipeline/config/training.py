@@ -41,8 +41,9 @@ class TrainConfig:
         warmup: steps of linear warm-up.
         ema: decay of the moving average of the weights; 0 keeps the last weights.
         grad_clip: largest norm of the gradient; 0 turns clipping off.
-        precision: lfm, fm and distill: fp32, or bf16 for autocast of the network while it trains;
-            weights, averages and all integration stay in float32.
+        precision: fp32, or bf16 for autocast of the network while it trains; weights, averages,
+            integration and the sum of a divergence stay in float32. jko takes bf16 with
+            jko.divergence=hutchinson or exact.
         warm_start: start each block from the weights of the block before it.
         init_from: a run whose blocks these blocks start from. It needs the same shape of latents
             and the same velocity. A width that divides this one's is possible, too (unet, conv,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flows.block import Block
 from flows.errors import SolveError
+from flows.mixed_precision import MixedPrecision
 from flows.networks.condition import Condition
 from flows.networks.image_condition import ImageConditionedNetwork
 from flows.objectives.losses import JkoLoss, LfmLoss, jko_loss, join_losses
@@ -92,6 +93,8 @@ class BlockTrainer:
         self.lr = of_block(recipe.lr, self.index)
         self.optimizer = make_optimizer(recipe.optimizer, block, self.lr)
         self.average = Ema(block, recipe.ema) if recipe.ema > 0 else None
+        half = recipe.precision == "bf16"
+        self.integrated = Block(MixedPrecision(block.velocity), block.solver) if half else block
         self.divergence: Divergence | None = None
         self.regression = regression
         if isinstance(options, JkoConfig):
@@ -281,7 +284,7 @@ class BlockTrainer:
         z = z.to(self.accelerator.device)
         assert self.divergence is not None
         try:
-            return jko_loss(self.block, z, self.spec.h, self.divergence, probe, labels)
+            return jko_loss(self.integrated, z, self.spec.h, self.divergence, probe, labels)
         except SolveError as error:
             raise self._failure(str(error)) from error
 

@@ -124,7 +124,7 @@ def test_only_the_section_of_the_objective_is_there() -> None:
         ("mnist", "velocity.heads=2", r"velocity\.heads=2 applies to velocity\.kind=unet"),
         ("mnist", "generate.guidance=2", r"generate\.guidance=2\.0 applies to velocity\.classes"),
         ("mnist", "latents.disturb=0.1", r"applies to velocity\.image_channels"),
-        ("mnist", "train.precision=bf16", r"applies to train\.objective=lfm or fm"),
+        ("mnist", "train.precision=bf16", r"applies to train\.objective=lfm or fm, or jko with"),
         ("mnist-fm", "velocity.class_dropout=0.5", r"applies to velocity\.classes above 0"),
         ("demo", "jko.later_iterations=7", r"applies to jko\.reparameterize above 0 or jko"),
     ],
