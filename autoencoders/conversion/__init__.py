@@ -1,1 +1,1 @@
-"""Safe conversion of checkpoints of taming-transformers and latent-diffusion."""
+"""Safe conversion of checkpoints of taming-transformers, latent-diffusion and diffusers."""

@@ -1,4 +1,4 @@
-"""Safe conversion of a checkpoint of taming-transformers or latent-diffusion."""
+"""Safe conversion of a checkpoint of taming-transformers, latent-diffusion or diffusers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from autoencoders import weights
-from autoencoders.conversion import official
+from autoencoders.conversion import diffusers_layout, official
 from autoencoders.taming import TamingAutoencoder
 from pipeline.errors import JkoflowError, UserError
 from pipeline.storage import atomic
@@ -27,7 +27,7 @@ class Conversion:
 def convert_checkpoint(
     checkpoint: Path,
     out: Path,
-    description: Path,
+    description: Path | None,
     image_shape: tuple[int, int, int] | None = None,
     averaged: bool = False,
     half: bool = False,
@@ -35,10 +35,12 @@ def convert_checkpoint(
     """Write an official checkpoint as safetensors with its architecture and origin.
 
     The written file is loaded again, and must hold the same weights. `half` stores half precision.
-    The other arguments are those of `autoencoders.conversion.official.load_official`.
+    A folder of diffusers describes itself. The other arguments are those of
+    `autoencoders.conversion.official.load_official`.
 
     Raises:
-        UserError: `out` has another suffix, or is the checkpoint.
+        UserError: `out` has another suffix, or is the checkpoint; the description is missing, or
+            a folder has one.
         ValueError: the checkpoint or the yaml is invalid.
         JkoflowError: the written file holds other weights.
     """
@@ -46,7 +48,24 @@ def convert_checkpoint(
         raise UserError(f"the output is named {out.name}; expected *.safetensors")
     if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
         raise UserError(f"the output {out} is the checkpoint; choose another name")
-    model = official.load_official(checkpoint, description, image_shape, averaged)
+    if checkpoint.is_dir():
+        if description is not None or averaged:
+            raise UserError(
+                f"{checkpoint} is a folder of diffusers, which describes itself and has one set "
+                "of weights; remove --yaml and --averaged"
+            )
+        model = diffusers_layout.load_folder(checkpoint, image_shape)
+        folder = diffusers_layout.find_folder(checkpoint)
+        checkpoint, description = (
+            folder / diffusers_layout.WEIGHTS, folder / diffusers_layout.CONFIG
+        )
+    elif description is None:
+        raise UserError(
+            "--yaml is missing; expected the model.yaml of the checkpoint; a folder of diffusers "
+            "needs none"
+        )
+    else:
+        model = official.load_official(checkpoint, description, image_shape, averaged)
     origin = atomic.sha256_file(checkpoint)
     notes = {
         "converted_from": {

@@ -110,12 +110,19 @@ def _folder(out: Path | None, name: str) -> Path:
 def convert_command(
     checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="CKPT", help="A .ckpt or .safetensors of taming or of LDM."),
+        typer.Argument(
+            metavar="CKPT",
+            help="A .ckpt or .safetensors of taming or LDM, or a folder of diffusers.",
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors to write.")],
     description: Annotated[
-        Path, typer.Option("--yaml", help="The model.yaml (config.yaml) of the checkpoint.")
-    ],
+        Path | None,
+        typer.Option(
+            "--yaml",
+            help="The model.yaml (config.yaml) of a checkpoint; a folder has its own.",
+        ),
+    ] = None,
     image_shape: Annotated[
         str | None,
         typer.Option(

@@ -19,6 +19,7 @@ from autoencoders.registry import build_autoencoder
 from pipeline.autoencoder_training.convert import convert_checkpoint
 from pipeline.cli.autoencoder import convert_command, parse_shape
 from pipeline.errors import UserError
+from tests.autoencoders.conversion.test_diffusers_layout import write as write_folder
 from tests.autoencoders.official_layout import (
     Official,
     state_of,
@@ -108,6 +109,26 @@ def test_half_precision_halves_the_file(
 
 
 @torch.no_grad()
+def test_a_folder_of_diffusers_needs_no_yaml(tmp_path: Path) -> None:
+    theirs = write_folder(tmp_path / "sd-vae")
+    out = tmp_path / "sd-vae.safetensors"
+    result = run(tmp_path / "sd-vae", out, "--image-shape", "3,64,64")
+    assert result.exit_code == 0, result.output
+    ours = build_autoencoder("pretrained", str(out), (3, 64, 64))
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = theirs.encode(x).latent_dist
+    torch.testing.assert_close(ours.encode(x).mean, expected.mean, atol=3e-5, rtol=3e-5)
+    torch.testing.assert_close(ours.encode(x).log_var, expected.logvar, atol=3e-5, rtol=3e-5)
+    with safe_open(out, "pt") as file:
+        origin = json.loads(file.metadata()[weights.DESCRIPTION])["recipe"]["converted_from"]
+    assert (origin["checkpoint"], origin["yaml"]) == (
+        "diffusion_pytorch_model.safetensors", "config.json",
+    )  # fmt: skip
+    with pytest.raises(UserError, match="describes itself .* remove --yaml"):
+        convert_checkpoint(tmp_path / "sd-vae", out, tmp_path / "sd-vae" / "config.json")
+
+
+@torch.no_grad()
 def test_digits_go_through_a_converted_rgb_autoencoder(
     converted: tuple[Official, Path, Path], tmp_path: Path
 ) -> None:
@@ -157,6 +178,8 @@ def test_bad_arguments(converted: tuple[Official, Path, Path], tmp_path: Path) -
     same.write_bytes(checkpoint.read_bytes())
     with pytest.raises(UserError, match="is the checkpoint; choose another name"):
         convert_checkpoint(same, same, description)
+    with pytest.raises(UserError, match="--yaml is missing; expected the model.yaml"):
+        convert_checkpoint(checkpoint, tmp_path / "x.safetensors", None)
     with pytest.raises(ValueError, match="input is 30x30; expected multiples of"):
         convert_checkpoint(checkpoint, tmp_path / "x.safetensors", description, (3, 30, 30))
     with pytest.raises(ValueError, match="do not fit this architecture: shapes"):
