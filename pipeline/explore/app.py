@@ -18,12 +18,18 @@ import torch
 from torch import Tensor
 
 from eval.pictures import image_grid, save_png
-from flows.errors import FlowError
+from flows.errors import SolveError
 from pipeline.errors import JkoflowError, UserError
 from pipeline.explore.explorer import Choice, Explorer
 from pipeline.storage import atomic
 
-_ANY = "as in the data"
+_ANY, _UNKNOWN = "as in the data", "unknown"
+#: pictures leave room above for their labels and buttons
+_STYLE = """
+#samples, #inverted, #noise, #edited { padding-top: 2em }
+#samples, #inverted, #noise, #edited { .icon-button-wrapper { transform: translateY(-2em) } }
+"""
+_BUTTONS = ["fullscreen", "download"]
 #: side in pixels that pictures of one image are enlarged to, about
 _SIDE = 224
 _MOST_STEPS = 32
@@ -106,6 +112,7 @@ def serve(explorer: Explorer, address: Address) -> tuple[Any, str]:
         server_name=address.host,
         server_port=address.port,
         theme=gradio.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
+        css=_STYLE,
         footer_links=[],
         ssr_mode=False,
         prevent_thread_lock=True,
@@ -153,8 +160,9 @@ def build(explorer: Explorer) -> Any:  # noqa: ANN401 - an optional package
                 button = gradio.Button("New seed", elem_id="new-seed")
             with gradio.Column(scale=2):
                 picture = gradio.Image(
-                    label="Samples", format="png", interactive=False, elem_id="samples"
-                )
+                    label="Samples", format="png", interactive=False, buttons=_BUTTONS,
+                    elem_id="samples",
+                )  # fmt: skip
                 with gradio.Row():
                     png = gradio.DownloadButton("PNG", elem_id="png")
                     npz = gradio.DownloadButton("NPZ", elem_id="npz")
@@ -169,14 +177,18 @@ def build(explorer: Explorer) -> Any:  # noqa: ANN401 - an optional package
             with gradio.Column(scale=1):
                 file = gradio.File(label="Image", elem_id="drop", height=160)
                 label = gradio.Dropdown(
-                    [_ANY, *names], value=_ANY, label="Class of the image", visible=bool(names)
-                )
+                    [_UNKNOWN, *names], value=_UNKNOWN, label="Class of the image",
+                    visible=bool(names), elem_id="label",
+                )  # fmt: skip
                 text = gradio.Markdown(elem_id="text")
             with gradio.Column(scale=2):
                 pictures = [
-                    gradio.Image(label=title, format="png", interactive=False, elem_id=name)
+                    gradio.Image(
+                        label=title, format="png", interactive=False, buttons=_BUTTONS,
+                        elem_id=name,
+                    )  # fmt: skip
                     for title, name in (
-                        ("Image, its reconstruction, and the image of its noise", "inverted"),
+                        ("Image, reconstruction, image of its noise", "inverted"),
                         ("Its noise, one tile per channel", "noise"),
                     )
                 ]
@@ -187,7 +199,7 @@ def build(explorer: Explorer) -> Any:  # noqa: ANN401 - an optional package
                     edit = gradio.Button("Edit", elem_id="edit")
                 edited = gradio.Image(
                     label="The image as another class", format="png", interactive=False,
-                    visible=bool(names), elem_id="edited",
+                    visible=bool(names), buttons=_BUTTONS, elem_id="edited",
                 )  # fmt: skip
         edit.click(page.edit, [file, label, target, strength], edited, show_progress="minimal")
         image, shown = [file, label], [*pictures, text]
@@ -250,10 +262,10 @@ class _Page:
             return text
         explorer, number = self.explorer, self._label(label)
         added: str = self._guard(lambda: explorer.likelihood(explorer.read(Path(path)), number))
-        return text + added
+        return f"{text.rstrip()}\n{added}"  # the page returns the text without its last line end
 
     def _label(self, name: str) -> int | None:
-        return None if name == _ANY else self.explorer.classes.index(name)
+        return None if name in (_ANY, _UNKNOWN) else self.explorer.classes.index(name)
 
     def _choice(
         self,
@@ -282,7 +294,7 @@ class _Page:
         """Return a result, or show the sentence of an error and keep the page."""
         try:
             return work()
-        except (JkoflowError, FlowError, ValueError) as error:
+        except (JkoflowError, SolveError, ValueError) as error:
             raise self.gradio.Error(str(error), print_exception=False) from error
 
 

@@ -125,6 +125,20 @@ def test_an_image_and_a_file_that_is_none(browser: Any, url: str, tmp_path: Path
     page.set_input_files("#drop input[type=file]", tmp_path / "image.png")
     assert shown(page, "inverted")[1].std() > 5 and shown(page, "noise")[1].std() > 5
     page.get_by_text("log p(z) =").wait_for(timeout=SECONDS)
+    facts = page.locator("#text li").all_inner_texts()
+    assert [fact.split()[0] for fact in facts] == ["‖noise‖", "inversion", "log", "its"]
+    page.close()
+
+
+def test_labels_cover_no_picture(browser: Any, url: str) -> None:
+    page = opened(browser, url)
+    shown(page, "samples")
+    boxes = [
+        page.locator(f"#samples {part}").bounding_box()
+        for part in ("label", ".icon-button-wrapper", "img")
+    ]
+    *above, image = boxes
+    assert all(box["height"] > 0 and box["y"] + box["height"] <= image["y"] + 1 for box in above)
     page.close()
 
 

@@ -19,7 +19,6 @@ from tests.pipeline.publishing.test_report import Page
 from tests.pipeline.records import rewrite
 from tests.pipeline.tiny import World, run_child, say
 
-
 #: words of the tables that stand on several lines
 _BROKEN_WORDS = """() => {
     const broken = [], range = document.createRange();
