@@ -20,7 +20,7 @@ LAYERS = (
     ("runs",),
     ("sampling", "training"),
     ("distillation", "evaluation", "toy2d"),
-    ("autoencoder_training", "bench", "explore", "publishing", "dry_run"),
+    ("autoencoder_training", "bench", "explore", "planning", "publishing", "dry_run"),
     ("cli",),
     ("__main__", "document"),
     ("facade",),

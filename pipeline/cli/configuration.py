@@ -1,4 +1,4 @@
-"""`jkoflow config list`, `show`, `keys` and `diff`."""
+"""`jkoflow plan`, and `jkoflow config list`, `show`, `keys` and `diff`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.options import SetOption
+from pipeline.cli.options import ConfigOption, SetOption
+from pipeline.cli.session import load_settings, make_accelerator
+from pipeline.errors import UserError
 
 NameArgument = Annotated[
     str,
@@ -15,6 +17,75 @@ NameArgument = Annotated[
         help="A packaged name (mnist, autoencoders/rgb32-kl, toy2d/rose), a .yaml, or a run.",
     ),
 ]
+
+
+def plan_command(
+    config: ConfigOption,
+    images: Annotated[
+        str | None,
+        typer.Option("--images", help="Number: 50000, 1.28M, 1B. Default: that of the data set."),
+    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Processes, with a GPU each.")] = 1,
+    throughput: Annotated[
+        str | None,
+        typer.Option(
+            "--device-throughput",
+            help="A100, H100, H200, L40S, 'RTX 4090' or a peak in TFLOP/s. Default: this machine.",
+        ),
+    ] = None,
+    utilisation: Annotated[
+        float | None,
+        typer.Option("--utilisation", help="Share of the peak that is assumed to be reached."),
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(
+            "--epochs", help="Passes over the samples in a block, in place of train.iterations."
+        ),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option("--price-per-hour", help="Price of a GPU for an hour.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Estimate time, memory, disk and cost of every step from a short measurement here."""
+    import json
+    import math
+
+    from pipeline.planning.devices import device_of
+    from pipeline.planning.estimate import UTILISATION, Hardware, Work
+    from pipeline.planning.measure import measure
+    from pipeline.planning.report import parse_count, plan_json, plan_lines
+
+    settings = load_settings(config, overrides)
+    used = UTILISATION if utilisation is None else utilisation
+    for name, value, most in (
+        ("--utilisation", used, 1.0), ("--epochs", epochs, math.inf),
+        ("--price-per-hour", price, math.inf),
+    ):  # fmt: skip
+        if value is not None and not 0 < value <= most:
+            limit = " and at most 1" if most == 1 else ""
+            raise UserError(f"{name} is {value:g}; expected a value above 0{limit}; change it")
+    if images is None:
+        from pipeline.data.datasets import load_images
+
+        count = len(load_images(settings.data))
+    else:
+        try:
+            count = parse_count(images)
+        except (ValueError, OverflowError) as error:
+            raise UserError(
+                f"--images is {images}; expected a number such as 50000, 1.28M or 1B; change it"
+            ) from error
+    device = None if throughput is None else device_of(throughput)
+    hardware = Hardware(gpus, device, utilisation=used, price=price)
+    work = Work(count, settings.evaluate.n, settings.evaluate.floor, epochs)
+    measured = measure(settings, make_accelerator())
+    if as_json:
+        print(json.dumps(plan_json(measured, work, hardware), indent=2))
+    else:
+        print("\n".join(plan_lines(measured, work, hardware)))
 
 
 def list_configurations() -> None:
@@ -43,7 +114,6 @@ def list_keys(
     from pipeline.config.autoencoder import AutoencoderConfig
     from pipeline.config.keys import keys
     from pipeline.config.schema import Config
-    from pipeline.errors import UserError
 
     schemas = (("flows and toy2d", Config), ("autoencoders", AutoencoderConfig))
     count = 0
@@ -63,7 +133,6 @@ def list_keys(
 def compare_configurations(a: NameArgument, b: NameArgument) -> None:
     """Print the keys in which two configurations differ."""
     from pipeline.config.load import differences
-    from pipeline.errors import UserError
 
     one, other = _load(a, None), _load(b, None)
     if type(one) is not type(other):

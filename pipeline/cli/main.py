@@ -73,6 +73,7 @@ def _root(
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo_command,
     "fetch": data.fetch_command,
+    "plan": configuration.plan_command,
     "encode": data.encode_command,
     "train": training.train_command,
     "generate": sampling.generate_command,

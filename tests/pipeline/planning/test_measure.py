@@ -1,0 +1,133 @@
+"""Measurements of plans: counted operations, and bytes that are those of real files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from eval.features.folded_conv import FoldedConv
+from pipeline.config.load import load_config
+from pipeline.errors import JkoflowError
+from pipeline.planning import measure as measuring
+from pipeline.planning.estimate import Hardware, Work, estimate, stage_sizes
+from pipeline.planning.measure import Meter, convolution_flops, measure
+from tests.pipeline.tiny import World, make_world, run_child, say
+
+
+@pytest.fixture(autouse=True)
+def no_inception(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(accelerator: Accelerator) -> Any:
+        raise JkoflowError("the weights are absent")
+
+    monkeypatch.setattr(measuring, "load_inception", absent)
+
+
+def test_operations_of_a_matrix_product_are_counted(accelerator: Accelerator) -> None:
+    a, b = torch.randn(8, 16), torch.randn(16, 32)
+    rate = Meter(accelerator, 0.0).rate(lambda: a @ b, 4)
+    assert rate.flops == 2 * 8 * 16 * 32 / 4
+
+
+def test_operations_of_folded_convolutions_are_those_of_convolutions() -> None:
+    """In float64, FoldedConv is an ordinary convolution, which the counter of torch knows."""
+
+    class Unit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False)
+            self.bn = nn.BatchNorm2d(5)
+
+    network, x = FoldedConv([Unit().eval()]).double(), torch.randn(2, 3, 9, 9).double()
+    with FlopCounterMode(display=False) as counter:
+        network(x)
+    assert convolution_flops(network, lambda: network(x)) == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize(("objective", "optimizer"), [("jko", "adam"), ("fm", "muon")])
+def test_the_disk_of_a_plan_is_that_of_real_files(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    accelerator: Accelerator,
+    objective: str,
+    optimizer: str,
+) -> None:
+    count, draws = 800, 2
+    world = make_world(tmp_path, train=count)
+    config = world.config(
+        latents={"shard_size": 10_000, "batch_size": 250, "draws": draws},
+        train={"objective": objective, "iterations": 4, "optimizer": optimizer},
+        **({"fm": {"snapshot_every": 2}} if objective == "fm" else {}),
+    )
+    run = tmp_path / "run"
+    run_child("encode", "--config", config, env=world.environment)
+    run_child("train", "--config", config, "--run", run, env=world.environment)
+    monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path / "elsewhere"))
+    measured = measure(load_config(config), accelerator, 0.0)
+    work = Work(count, 10)
+    steps = {step.name: step for step in estimate(measured, work, Hardware())}
+
+    def size(folder: Path) -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+    (cache,) = world.caches()
+    assert steps["encode"].disk == pytest.approx(size(cache), rel=0.03)
+    stages = sorted((run / "stages").iterdir())
+    written = size(run / "blocks") + size(run / "stages")
+    written += size(run / "snapshots") if objective == "fm" else 0
+    trained = [step.disk for name, step in steps.items() if name.startswith(("train", "push"))]
+    assert sum(trained) == pytest.approx(written, rel=0.03)
+    assert len(stages) == len(stage_sizes(measured, work)) == len(measured.blocks)
+    assert stage_sizes(measured, work)[0] == count * draws
+    blocks = sorted((run / "blocks").iterdir())
+    assert [path.stat().st_size for path in blocks] == [b.weights for b in measured.blocks]
+
+
+def test_the_state_of_adam_is_five_times_the_weights(
+    world: World, accelerator: Accelerator
+) -> None:
+    """Weights, gradients, averages and two moments in float32, and a step for each tensor."""
+    measured = measure(load_config(world.config()), accelerator, 0.0)
+    parameters = measured.blocks[0].weights / 4  # and the head of the file
+    assert measured.state / 4 == pytest.approx(5 * parameters, rel=0.2)
+    assert measured.checkpoint == pytest.approx(4 * 4 * parameters, rel=0.2)  # no gradients
+
+
+def test_a_plan_needs_no_data_and_no_cache(world: World, capsys: pytest.CaptureFixture) -> None:
+    config = world.config(data={"path": str(world.root / "nowhere")})
+    words = ("plan", "--config", config, "--images", "2k", "--gpus", "2", "--price-per-hour", "3")
+    code, out, _ = say(capsys, *words, "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["hardware"]["gpus"] == 2 and plan["work"]["images"] == 2000
+    encode = plan["measured"]["encode"]
+    assert encode["flops"] > 0
+    first = plan["steps"][0]
+    assert first["name"] == "encode"
+    assert first["seconds"] == pytest.approx(2000 * encode["seconds"] / (2 * 0.9))
+    assert first["cost"] == pytest.approx(2 * 3 * first["seconds"] / 3600)
+    assert [block["iterations"] for block in plan["measured"]["blocks"]] == [6, 6, 6]
+    assert not list(world.root.rglob("latents")) and plan["measured"]["features"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--images", "many"), "--images is many; expected a number such as 50000, 1.28M or 1B"),
+        (("--images", "1k", "--utilisation", "2"), "--utilisation is 2; expected a value above 0"),
+        (("--images", "1k", "--epochs", "0"), "--epochs is 0; expected a value above 0; change"),
+        (("--images", "1k", "--price-per-hour", "nan"), "--price-per-hour is nan; expected"),
+        (("--images", "1k", "--device-throughput", "X1"), "expected A100, H100, H200, L40S"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    world: World, capsys: pytest.CaptureFixture, words: tuple[str, ...], message: str
+) -> None:
+    code, out, error = say(capsys, "plan", "--config", world.config(), *words)
+    assert code == 2 and out == "" and message in error
