@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -88,3 +89,49 @@ def test_every_command_of_the_recipe_runs(
     assert other.flow.specs[0].velocity.kind == "dit"
     weights = load_file(tmp_path / "runs/autoencoder-folder-64-kl/autoencoder.safetensors")
     assert all(bool(value.isfinite().all()) for value in weights.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["folder-256", "imagenet256-sd-vae"])
+def test_the_latents_of_stable_diffusion_at_a_quarter_of_the_side(
+    name: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A random AutoencoderKL of the same factor 8: latents (4, 8, 8) of 64 pixels."""
+    from tests.autoencoders.conversion.test_diffusers_layout import write
+
+    write(tmp_path / "sd-vae-ft-mse", "stable diffusion")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path / "home"))
+    classes = "imagenet" in name
+    if classes:  # two classes instead of a thousand
+        for split in ("train", "test"):
+            for index, file in enumerate(sorted((photographs / split).iterdir())):
+                (photographs / split / "ab"[index % 2]).mkdir(exist_ok=True)
+                file.rename(photographs / split / "ab"[index % 2] / file.name)
+    settings = [f"data.path={photographs}", "data.size=64", *(["velocity.classes=2"] * classes)]
+    toy = ["velocity.width=16" if classes else "velocity.width=[8,8,8,16]", "velocity.depth=1",
+           "velocity.heads=2", "train.iterations=2", "train.batch_size=4",
+           "train.precision=fp32", "fm.snapshot_every=0", "sampler.steps=2"]  # fmt: skip
+    both = [word for setting in settings for word in ("--set", setting)]
+    small = [word for setting in toy for word in ("--set", setting)]
+    for words in (
+        ["autoencoder", "convert", "sd-vae-ft-mse", "sd-vae.safetensors",
+         "--image-shape", "3,64,64"],
+        ["encode", "--config", name, *both],
+        ["train", "--config", name, *both, *small],
+        ["generate", "--run", f"runs/{name}", "-n", "2", "--npz", "images.npz"],
+    ):  # fmt: skip
+        code, _, error = say(capsys, *words)
+        assert code == 0, (words, error)
+    run = open_run(tmp_path / "runs" / name)
+    assert run.flow.shape == (4, 8, 8)
+    # the scale is that of the latents, whatever the model's scaling_factor
+    cache = sorted((tmp_path / "home" / "latents").glob("*/*.safetensors"))
+    shards = [{k: v.double() for k, v in load_file(path).items()} for path in cache]
+    mean, log_var = (torch.cat([shard[k] for shard in shards]) for k in ("mean", "log_var"))
+    variance = mean.var((0, 2, 3), correction=0) + log_var.exp().mean((0, 2, 3))
+    torch.testing.assert_close(
+        run.standardisation.std.double(), variance.sqrt(), rtol=1e-2, atol=0
+    )
+    with np.load("images.npz") as images:
+        assert images["arr_0"].shape == (2, 64, 64, 3) and images["arr_0"].std() > 0

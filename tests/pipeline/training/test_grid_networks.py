@@ -63,3 +63,39 @@ def test_a_size_that_does_not_fit_is_one_sentence_with_exit_code_2(
     code, _, error = say(capsys, "train", "--config", config, "--run", fine.root / "run")
     assert (code, words in error) == (2, True), error
     assert error.startswith("error: ") and not (fine.root / "run" / "flow.json").exists()
+
+
+@pytest.mark.parametrize("velocity", [UNET, DIT], ids=["unet", "dit"])
+def test_a_longer_training_goes_on_and_other_levels_are_refused(
+    fine: World, capsys: Any, velocity: dict[str, Any]
+) -> None:
+    """A run stopped at its first step ends with the bytes of one that was not stopped."""
+    config = fine.config("net", velocity=velocity, train={"objective": "fm"})
+    assert say(capsys, "encode", "--config", config)[0] == 0
+    blocks = []
+    for name in ("whole", "parts"):
+        words = ["train", "--config", config, "--run", fine.root / name]
+        if name == "parts":
+            stop = ("--set", "train.max_minutes=1e-6", "--set", "train.checkpoint_seconds=0")
+            assert say(capsys, *words, *stop)[0] in (0, 3)
+            assert not (fine.root / name / "blocks").exists()
+            wider = ("--set", "velocity.width=[8,32]" if velocity is UNET else "velocity.width=16")
+            code, _, error = say(capsys, *words, *wider, "--resume")
+            assert code == 2 and "velocity.width" in error, error
+            words.append("--resume")
+        code, _, error = say(capsys, *words)
+        assert code == 0, error
+        blocks.append(next((fine.root / name / "blocks").iterdir()).read_bytes())
+    assert blocks[0] == blocks[1]
+
+
+def test_a_wider_transformer_does_not_start_from_a_narrow_one(fine: World, capsys: Any) -> None:
+    config = fine.config("net", velocity=DIT, train={"objective": "fm"})
+    assert say(capsys, "encode", "--config", config)[0] == 0
+    assert say(capsys, "train", "--config", config, "--run", fine.root / "narrow")[0] == 0
+    words = ("train", "--config", config, "--run", fine.root / "wide", "--init-from",
+             fine.root / "narrow")  # fmt: skip
+    code, _, error = say(capsys, *words, "--set", "velocity.width=16")
+    assert code == 2 and "another velocity network: velocity.width (8, not 16)" in error, error
+    code, _, error = say(capsys, *words)
+    assert code == 0, error
