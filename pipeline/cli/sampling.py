@@ -326,7 +326,7 @@ def edit_command(
     from pipeline.sampling.image_files import write_strip
 
     flow = _open(run, steps, method, guidance, overrides)
-    flow.require_classes()
+    flow.require_edit(strength)
     targets = parse_classes(flow.run, to) or []
     flow.plan.vary(labels=targets)  # refuses what does not fit
     x, labels = _read(flow, images or [], n, name)

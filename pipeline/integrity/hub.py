@@ -17,6 +17,7 @@ from pipeline.integrity.limits import require_size
 
 #: a `Path` of the name has one slash less
 _NAME = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_START = re.compile("^hf:/{1,2}")
 _SECONDS = 20.0
 #: folder of the downloads; None is that of huggingface_hub
 _CACHE: Path | None = None
@@ -101,9 +102,10 @@ def split(name: str | Path) -> tuple[str, str | None]:
     """
     match = _NAME.fullmatch(str(name))
     if match is None or ".." in str(name):
+        given = _START.sub("hf://", str(name))
         raise ValueError(
-            f"the name {str(name)!r} is none of the hub; expected hf://owner/name or "
-            "hf://owner/name@revision"
+            f"the name {given} is none of the hub; expected hf://owner/name or "
+            "hf://owner/name@revision; correct it"
         )
     return match[1], match[2]
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from pipeline.data.image_set import ImageSet
     from pipeline.runs.run import Run
 
+#: most classes whose names an error lists
+_NAMED = 20
+
 
 @dataclass(frozen=True)
 class ClassLabels:
@@ -112,7 +115,11 @@ def parse_classes(run: Run, words: Sequence[str] | None) -> list[int] | None:
         elif word.isascii() and word.removeprefix("-").isdigit():
             labels.append(int(word))
         else:
-            raise UserError(f"--class takes the name or number of a class, or all, not {word!r}")
+            known = f" ({', '.join(names)})" if 0 < len(names) <= _NAMED else ""
+            raise UserError(
+                f"the class is {word!r}; expected the name or number of a class{known}, or all; "
+                "choose one of them"
+            )
     return labels
 
 

@@ -211,9 +211,7 @@ class ImageFlow:
         Raises:
             UserError: the run has no classes, or strength is not in (0, 1].
         """
-        self.require_classes()
-        if not 0 < strength <= 1:
-            raise UserError(f"strength is {strength:g}; expected more than 0 and at most 1")
+        self.require_edit(strength)
         stop = strength * len(self.run.flow)
         weight = self.plan.guidance if self.plan.guide is None else 1.0
         there, solvers = part_of(self.unguided.flow, self.plan.solvers, 0.0, stop)
@@ -226,12 +224,17 @@ class ImageFlow:
             parts.append(back.decode(moved, back_solvers, condition=wanted))
         return torch.cat(parts)
 
-    def require_classes(self) -> None:
-        """Raise UserError for a run without classes, which cannot be edited."""
+    def require_edit(self, strength: float) -> None:
+        """Raise UserError for a run without classes, or a strength that is not in (0, 1]."""
         if not self.run.flow.classes:
             raise UserError(
                 f"the run at {self.run.folder} was trained without classes; expected a "
                 "class-conditional run, such as zoo:cifar10; edit with one of those"
+            )
+        if not 0 < strength <= 1:
+            raise UserError(
+                f"strength is {strength:g}; expected more than 0 and at most 1; choose 0.8 for "
+                "most images"
             )
 
     def path(

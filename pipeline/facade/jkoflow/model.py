@@ -184,7 +184,7 @@ class Model:
         Raises:
             UserError: the model has no classes, or an argument does not fit.
         """
-        self._flow.require_classes()
+        self._flow.require_edit(strength)
         z, flow = self._flow.encode(x), self._vary(None, guidance)
         target = self._labels(to, len(z))
         if target is None:

@@ -210,7 +210,7 @@ def test_fid_of_tensors_is_that_of_files(tmp_path: Path, inception_weights: Path
         (lambda m: m.encode(own_images(2).long()), "the images are torch.int64"),
         (lambda m: m.decode(torch.zeros(2, 9)), r"the shape of the latents is \(2, 9\)"),
         (lambda m: m.sample(0), "n is 0; expected at least 1"),
-        (lambda m: m.sample(classes="cat"), "takes the name or number of a class"),
+        (lambda m: m.sample(classes="cat"), r"'cat'; expected the name .* of a class \(0, 1, 2\)"),
         (lambda m: m.sample(classes=[]), "classes is empty"),
         (lambda m: m.sample(2, noise=torch.zeros(2, 2, 3, 3)), "n and noise are both given"),
         (lambda m: m.edit(own_images(2), to=7), "must lie between 0 and 2"),

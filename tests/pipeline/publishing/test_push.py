@@ -93,7 +93,7 @@ def test_a_strangers_run_is_checked(server: Hub, run: Path, tmp_path: Path, monk
     [
         ("hf://nobody/nothing", "cannot be used"),
         ("hf://../etc", "is none of the hub"),
-        ("hf://one", "is none of the hub"),
+        ("hf://one", "the name hf://one is none of the hub"),
     ],
 )
 def test_mistakes_are_one_sentence(server: Hub, capsys, name, message):

@@ -267,7 +267,7 @@ def test_a_study_keeps_guidance_apart(
     [
         (("--class", "2"), "--class must lie between 0 and 1 for the run at"),
         (("--class", "-1"), "--class must lie between 0 and 1 for the run at"),
-        (("--class", "seven"), "--class takes the name or number of a class, or all, not 'seven'"),
+        (("--class", "seven"), "the class is 'seven'; expected the name or number of a class"),
         (("--guidance", "-1"), "not negative, found -1.0"),
         (("--guidance", "nan"), "found nan"),
     ],
