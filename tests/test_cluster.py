@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline.tiny import World, make_world
-from tests.test_documents import ROOT, check_configuration, mistakes, name_of
+from tests.test_documents import JOBS, ROOT, check_configuration, mistakes, name_of
 
-JOBS = sorted((ROOT / "docs" / "cluster").glob("*.sbatch"))
 #: arguments of a job, and the jkoflow commands that it gives
 CALLS = {
     "encode": (["mnist"], ["encode"]),

@@ -29,6 +29,7 @@ DOCUMENTS = [
 CONFIGURATIONS = sorted((ROOT / "configs").rglob("*.yaml"))
 PROGRAM: Any = typer.main.get_command(app)
 SCRIPTS = sorted((ROOT / "docs" / "reproduce").glob("*.sh"))
+JOBS = sorted((ROOT / "docs" / "cluster").glob("*.sbatch"))
 BANNED = ("told", "beside", "anew", "at hand", "so many")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -201,6 +202,13 @@ def test_commands_and_settings_of_pages_exist(path: Path) -> None:
         assert mistakes(list(words)) == []
         check_configuration(words)
     assert unknown_settings(code) == []
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *CONFIGURATIONS, *SCRIPTS, *JOBS], ids=name_of)
+def test_torchrun_is_given_no_option_that_it_takes_for_its_own(path: Path) -> None:
+    """It completes --run to --run-path, behind the module's name too; -r is the other name."""
+    for line in path.read_text().replace("\\\n", " ").splitlines():
+        assert not re.search(r"torchrun .*-m jkoflow .* --run\b", line)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
