@@ -1,10 +1,10 @@
-# make setup | demo | test | bench; each needs only Python 3.11+ (with venv) and make.
+# make setup | demo | test | bench | bench-gpu; each needs only Python 3.11+ (with venv) and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-faults slow bench clean
+.PHONY: setup demo test test-faults slow bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,10 @@ slow: setup
 bench: setup
 	for file in tests/benchmarks/bench_*.py; do \
 		$(BIN)/python -m tests.benchmarks.$$(basename $$file .py) || exit 1; done
+
+# images, latents and features per second, on the best device of this machine
+bench-gpu: setup
+	$(BIN)/python -m tests.benchmarks.throughput
 
 clean:
 	rm -rf $(VENV)

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.assets.fetch import fetch_asset
+from tests.device import register
+
+register()  # before the first backward pass, at which autograd counts the devices
 
 
 @pytest.fixture(scope="session")

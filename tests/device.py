@@ -304,7 +304,10 @@ _libraries: list[torch.library.Library] = []
 
 
 def register() -> torch.device:
-    """Register the device in this process, once; return it."""
+    """Register the device in this process, once; return it.
+
+    The process must not have differentiated yet. tests/conftest.py calls this for all tests.
+    """
     if not _libraries:
         _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
         everything = torch.library.Library("_", "IMPL")

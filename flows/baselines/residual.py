@@ -117,7 +117,7 @@ class ResidualBlock(nn.Module):
         basis = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         tangents = basis[:, None, :].expand(-1, len(x), -1)
         g, columns = self.branch.directional(u.new_zeros(()), u, tangents)
-        sign, log_det = torch.linalg.slogdet(basis + columns.permute(1, 2, 0))
+        sign, log_det = _slogdet(basis + columns.permute(1, 2, 0))
         return u + g, log_det + self.affine_log_det(), sign
 
     def affine_log_det(self) -> Tensor:
@@ -203,3 +203,13 @@ class ResidualFlow(DensityModel):
             values.append(log_normal(z) + log_det)
             errors.append((self.decode_checked(z).z - part).norm(dim=1))
         return LogProb(torch.cat(values), None, torch.cat(errors), self.blocks, self.dim)
+
+
+def _slogdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute sign and log |det|, (B,) each, of matrices (B, D, D).
+
+    The CPU computes those of MPS, which has no kernel for the gradient.
+    """
+    known = matrix.device.type in ("cpu", "cuda")
+    sign, log_det = torch.linalg.slogdet(matrix if known else matrix.cpu())
+    return sign.to(matrix.device), log_det.to(matrix.device)

@@ -32,6 +32,7 @@ from pipeline.optim.ema import Ema
 from pipeline.optim.gradients import average_gradients
 from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
 from pipeline.optim.optimisers import MuonAdam, make_optimizer
+from pipeline.runtime.devices import to_device
 from pipeline.runtime.distributed import sum_over_ranks
 from pipeline.runtime.system import require_memory
 
@@ -193,7 +194,8 @@ class AutoencoderTrainer:
         if self.recipe.flip:
             mirrored = torch.rand(len(x), generator=generator) < 0.5
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-        return x.to(self.accelerator.device), noise.to(self.accelerator.device)
+        device = self.accelerator.device
+        return to_device(x, device), to_device(noise, device)
 
     def _set_learning_rates(self) -> None:
         """Set the learning rates of both optimisers for the present step."""

@@ -30,6 +30,7 @@ from pipeline.data.one_writer import one_writer
 from pipeline.data.standardisation import Standardisation, standardisation_of
 from pipeline.errors import UserError
 from pipeline.runtime.console import Progress
+from pipeline.runtime.devices import to_device
 from pipeline.runtime.distributed import errors_on_all_ranks, require_same
 from pipeline.runtime.system import require_disk_space, require_memory
 from pipeline.storage import seal
@@ -320,7 +321,7 @@ def _write_shards(
     parts: list[Shard] = []
     for index, start, stop in progress(jobs, len(jobs), "encode"):
         x, labels = read_rows(images, start, stop)
-        moments = autoencoder.encode(to_float(x).to(accelerator.device))
+        moments = autoencoder.encode(to_device(to_float(x), accelerator.device))
         parts.append(_to_shard(moments, labels))
         if stop == writer.bounds(index)[1]:
             writer.write(index, {k: torch.cat([p[k] for p in parts]) for k in parts[0]})

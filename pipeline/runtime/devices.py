@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.runtime.console import say
@@ -73,6 +74,17 @@ def require_device(name: str) -> torch.device:
             "for the best one"
         )
     return torch.device(name)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor (…) of the host to a device.
+
+    A copy to CUDA comes from pinned memory and does not wait: the kernels that are queued before
+    it compute meanwhile. PyTorch keeps the pinned memory until the copy is done.
+    """
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def refuse_settings(environ: Mapping[str, str]) -> None:

@@ -35,6 +35,7 @@ from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
 from pipeline.optim.micro_batches import MicroBatches
 from pipeline.optim.optimisers import make_optimizer
 from pipeline.runs.manifest import Manifest
+from pipeline.runtime.devices import to_device
 from pipeline.runtime.distributed import raise_on_all_ranks, sum_over_ranks
 from pipeline.runtime.rng import Batches, generator
 from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
@@ -281,7 +282,7 @@ class BlockTrainer:
         rows = self.batches.indices(self.done)[part]
         z, labels = self._samples(rows, part), self.labels(rows)
         probe = self._probe(z, part)
-        z = z.to(self.accelerator.device)
+        z = to_device(z, self.accelerator.device)
         assert self.divergence is not None
         try:
             return jko_loss(self.integrated, z, self.spec.h, self.divergence, probe, labels)
@@ -321,7 +322,8 @@ class BlockTrainer:
             place = (self.index, self.done, *self.salt, *self._redraw, *evaluation)
             eps = divergence.draw_probe(whole, generator(self.recipe.seed, "probe", *place))
             assert eps is not None
-            return (eps if len(part) == eps.shape[1] else eps[:, part]).to(self.accelerator.device)
+            eps = eps if len(part) == eps.shape[1] else eps[:, part]
+            return to_device(eps, self.accelerator.device)
 
         if not divergence.random:
             return None

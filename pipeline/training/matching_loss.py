@@ -20,6 +20,7 @@ from flows.objectives.coupling import optimal_pairing
 from flows.objectives.losses import LfmLoss, matching_loss, ou_target
 from flows.spec import BlockSpec
 from pipeline.config.training import MatchingConfig
+from pipeline.runtime.devices import to_device
 from pipeline.storage.shards import StoreReader
 
 #: field of a stage: the image that each sample is conditioned on
@@ -110,9 +111,10 @@ def batch_loss(
     else:
         z = stage.take("z", batch[rows]).float()
         target = ou_target(z, gamma, noise[rows])
-    z, target, t = (tensor.to(device) for tensor in (z, target, t[rows]))
+    z, target, t = (to_device(tensor, device) for tensor in (z, target, t[rows]))
     if isinstance(velocity, ImageConditionedNetwork):
-        velocity = velocity.with_image(stage.take(IMAGE, batch[rows]).float().to(device))
+        image = stage.take(IMAGE, batch[rows]).float()
+        velocity = velocity.with_image(to_device(image, device))
     return matching_loss(velocity, z, target, t, options.interpolant, kept_labels)
 
 

@@ -27,6 +27,7 @@ from flows.solving.solver import SolverConfig
 from pipeline.config.schema import Config
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runtime.console import Progress
+from pipeline.runtime.devices import to_device
 from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.runtime.rng import generator
 from pipeline.runtime.system import require_disk_space
@@ -179,7 +180,7 @@ def carry(
     classes = any(block.velocity.classes for block, _ in blocks.values())
     for start in progress(starts, len(starts), label):
         stop = min(start + CHUNK, bounds[1])
-        z = _read(before, "z", picks, start, stop).to(accelerator.device)
+        z = to_device(_read(before, "z", picks, start, stop), accelerator.device)
         condition = Condition(_read(before, "labels", picks, start, stop)) if classes else None
         for index, (block, solver) in blocks.items():
             try:
