@@ -7,10 +7,12 @@ On the machine of the measurement, a step of n units takes
 seconds, with the measured seconds s of a unit, G processes and their efficiency e. On another
 device it takes
 
-    T = n F / (G e u R)
+    T = max(n F / (G e u R), n K τ / P)
 
 with the counted operations F of a unit, the published peak R in FLOP/s and the utilisation u. The
-values of e and u are assumptions.
+second term is the time to launch the K kernels of a unit. The units are launched by P = G
+processes, but every process launches each training step, so that P = 1. The values of e, u and τ
+are assumptions.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from pipeline.planning.devices import Device
 EFFICIENCY = 0.9
 #: assumed share of a published peak that convolutions and attention of this size reach
 UTILISATION = 0.3
+#: assumed seconds to launch a kernel from Python
+LAUNCH = 1e-5
 #: bytes of a feature of the FID network, and of the values of a class
 _FEATURE, _LABEL, _FLOAT = 4 * 2048, 8, 4
 #: samples that a stage has at least, if the stage before has them (`pipeline.training.stages`)
@@ -39,12 +43,16 @@ class Rate:
         flops: of a unit: multiplications and additions of matrix products and convolutions.
         precision: fp32 or bf16, by which a device's peak is chosen.
         memory: measured peak memory of a process in this work, in bytes.
+        kernels: of a unit, counted: operators that are no views.
+        shared: whether every process has units of its own; a training step is of all processes.
     """
 
     seconds: float
     flops: float
     precision: str = "fp32"
     memory: float = 0.0
+    kernels: float = 0.0
+    shared: bool = True
 
     def time(self, count: float, hardware: Hardware) -> float:
         """Return the seconds of `count` units on some hardware."""
@@ -52,7 +60,8 @@ class Rate:
         if hardware.device is None:
             return count * self.seconds / shared
         peak = hardware.device.peak(self.precision)
-        return count * self.flops / (shared * hardware.utilisation * peak)
+        launches = count * self.kernels * LAUNCH / (hardware.gpus if self.shared else 1)
+        return max(count * self.flops / (shared * hardware.utilisation * peak), launches)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoders.base import Autoencoder, to_float, to_uint8
@@ -60,7 +61,7 @@ from pipeline.training.stages import ensure_stage
 SECONDS, _MOST = 2.0, 50
 #: images of data sets whose shape needs no files
 _SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet32": (3, 32, 32)}
-_FEATURES_BATCH, _GENERATED = 50, 100
+_FEATURES_BATCH, _GENERATED = 50, 50
 
 
 def measure(config: Config, accelerator: Accelerator, seconds: float = SECONDS) -> Measurement:
@@ -129,10 +130,9 @@ class Meter:
     def rate(self, work: Callable[[], object], units: float, precision: str = "fp32") -> Rate:
         """Measure a piece of work of some units: the median of its repetitions.
 
-        The first call is warm-up; operations are counted in the second.
+        The first call is warm-up, in which operations are counted.
         """
-        work()
-        with FlopCounterMode(display=False) as counter:
+        with _Kernels() as kernels, FlopCounterMode(display=False) as counter:
             work()
         self.reset_peak()
         times: list[float] = []
@@ -145,7 +145,8 @@ class Meter:
             # other programs lengthen the clock's seconds, but not those of one thread
             times.append(min(elapsed, used) if self.device.type == "cpu" else elapsed)
         flops = float(counter.get_total_flops())
-        return Rate(statistics.median(times) / units, flops / units, precision, self.peak())
+        seconds = statistics.median(times) / units
+        return Rate(seconds, flops / units, precision, self.peak(), kernels.count / units)
 
     def peak(self) -> float:
         """Return the peak memory since `reset_peak` in bytes, on the GPU or of this process."""
@@ -168,6 +169,20 @@ class Meter:
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+class _Kernels(TorchDispatchMode):
+    """Counter of the operators that a device would launch: all but views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(  # noqa: D105
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        self.count += not getattr(func, "is_view", False)
+        return func(*args, **(kwargs or {}))
 
 
 class _NoiseSource:
@@ -241,7 +256,13 @@ def _measure_autoencoder(
     count = min(_GENERATED, config.generate.batch_size)
     z = autoencoder.encode(to_float(x[:count]).to(meter.device)).mean
     decode = meter.rate(lambda: to_uint8(autoencoder.decode(z)).cpu(), len(z))
-    return encode, decode
+    return encode, _in_batches(decode, len(z), config)
+
+
+def _in_batches(rate: Rate, count: int, config: Config) -> Rate:
+    """Return the rate of sampling with the kernels shared by a batch of `generate.batch_size`."""
+    kernels = rate.kernels * count / config.generate.batch_size
+    return dataclasses.replace(rate, kernels=kernels)
 
 
 def _measure_features(image: tuple[int, int, int], meter: Meter) -> Rate | None:
@@ -326,6 +347,7 @@ def _measure_block(
     options = config.jko or config.regression
     trainer = BlockTrainer(block, spec, stage, recipe, options, context.accelerator)
     step = meter.rate(lambda: trainer.step(), 1, config.train.precision)
+    step = dataclasses.replace(step, shared=False)
     path = context.folder / "checkpoint.safetensors"
     trainer.save(path)
     sizes.setdefault("checkpoint", path.stat().st_size)
@@ -345,7 +367,7 @@ def _measure_block(
             return finished.transport(z, solver=solver, condition=given).z.cpu()
 
     push = meter.rate(transport, count, config.generate.precision)
-    return step, push, weights.stat().st_size
+    return step, _in_batches(push, count, config), weights.stat().st_size
 
 
 def state_bytes(trainer: BlockTrainer) -> float:

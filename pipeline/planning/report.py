@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.planning.devices import DEVICES
 from pipeline.planning.estimate import (
+    LAUNCH,
     Hardware,
     Measurement,
     Rate,
@@ -23,9 +24,10 @@ from pipeline.runtime.console import duration
 SCALES = (10**6, 10**8, 10**9)
 _SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}
 FORMULA = (
-    "on this machine: T = n s / (G e); on another device: T = n F / (G e u R)",
-    "n units of work, G processes, s measured seconds and F counted operations of a unit,",
-    "R the published dense peak; assumed are the efficiency e and the utilisation u",
+    "on this machine: T = n s / (G e)",
+    "on another device: T = max(n F / (G e u R), n K τ / P), P = G, but P = 1 for training steps",
+    "n units of work, G processes, s measured seconds of a unit, F its operations, K its kernels,",
+    "R the published dense peak; assumed are the efficiency e, the utilisation u and the launch τ",
 )
 
 
@@ -47,8 +49,7 @@ def plan_lines(measured: Measurement, work: Work, hardware: Hardware) -> list[st
         f"{_count(work.images)} images on {hardware.gpus} of other devices:",
         *_table(device_rows(measured, work, hardware)),
         "",
-        "not included: downloads, disk access, likelihoods, previews, measurements of blocks;",
-        "small networks keep no GPU busy, and reach less than u",
+        "not included: downloads, disk access, likelihoods, previews, measurements of blocks",
     ]
 
 
@@ -159,7 +160,7 @@ def _measured_lines(measured: Measurement) -> list[str]:
         achieved = rate.flops / rate.seconds / 1e9 if rate.seconds else 0.0
         return (
             f"{name}: {rate.seconds:.3g} s {unit}, {rate.flops / 1e9:.3g} GFLOP, "
-            f"{achieved:.3g} GFLOP/s"
+            f"{achieved:.3g} GFLOP/s, {rate.kernels:.3g} kernels"
         )
 
     lines = []
@@ -188,7 +189,7 @@ def _measured_lines(measured: Measurement) -> list[str]:
 def _assumptions(hardware: Hardware) -> str:
     efficiency = 1.0 if hardware.gpus == 1 else hardware.efficiency
     text = f"assumed: e = {efficiency:g} for G = {hardware.gpus}"
-    return f"{text}, u = {hardware.utilisation:g} of the published peak"
+    return f"{text}, u = {hardware.utilisation:g} of the published peak, τ = {LAUNCH * 1e6:g} µs"
 
 
 def _hardware(hardware: Hardware) -> str:

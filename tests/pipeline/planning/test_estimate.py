@@ -89,6 +89,17 @@ def test_the_time_on_a_device_follows_from_operations_and_its_peak() -> None:
     assert own["encode"].seconds == pytest.approx(there["encode"].seconds)  # 2 · 0.5 = 1
 
 
+def test_many_small_kernels_take_the_time_of_their_launches() -> None:
+    """A training step is launched by every process, and other work by one of them."""
+    small = Rate(1.0, 1e3, kernels=500.0)
+    device = Hardware(4, device_of("H100"))
+    assert small.time(100, device) == pytest.approx(100 * 500 * 1e-5 / 4)
+    assert dataclasses.replace(small, shared=False).time(100, device) == pytest.approx(0.5)
+    large = Rate(1.0, 1e15, kernels=500.0)
+    assert large.time(100, device) == pytest.approx(100 * 1e15 / (4 * 0.9 * 0.3 * 67e12))
+    assert small.time(100, ALONE) == 100  # its own launches are part of what was measured
+
+
 def test_sampling_takes_the_networks_of_guidance_and_the_decoder() -> None:
     flow = 2 * (0.01 + 0.01)
     assert steps()["generate"].seconds == pytest.approx(1000 * (flow + 0.004))
@@ -152,7 +163,7 @@ def test_the_text_and_the_json_have_the_same_steps() -> None:
     plain = plan_json(MEASURED, WORK, hardware)
     assert [row["name"] for row in plain["steps"]] == list(steps())
     assert all(f"  {row['name']} " in text for row in plain["steps"])
-    assert "T = n F / (G e u R)" in text and "e = 0.9 for G = 8, u = 0.3" in text
+    assert "n F / (G e u R)" in text and "e = 0.9 for G = 8, u = 0.3" in text
     assert set(plain["images"]) == {"1000000", "100000000", "1000000000"}
     assert set(plain["devices"]) == {device.name for device in DEVICES}
     assert plain["images"]["100000000"][0]["disk"] == 1e8 * 2 * 400

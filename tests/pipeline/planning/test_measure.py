@@ -31,8 +31,9 @@ def no_inception(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_operations_of_a_matrix_product_are_counted(accelerator: Accelerator) -> None:
     a, b = torch.randn(8, 16), torch.randn(16, 32)
-    rate = Meter(accelerator, 0.0).rate(lambda: a @ b, 4)
+    rate = Meter(accelerator, 0.0).rate(lambda: (a @ b).T.exp(), 4)
     assert rate.flops == 2 * 8 * 16 * 32 / 4
+    assert rate.kernels == 2 / 4  # the product and the exponential; a transpose is a view
 
 
 def test_operations_of_folded_convolutions_are_those_of_convolutions() -> None:
