@@ -24,7 +24,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from autoencoders.base import Autoencoder, to_float, to_uint8
 from eval.features.folded_conv import FoldedConv
@@ -57,6 +61,15 @@ from pipeline.training.matching_loss import IMAGE
 from pipeline.training.planner import next_pass
 from pipeline.training.stages import ensure_stage
 
+#: operations of the fused attention of CPUs, which PyTorch's counter leaves out
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
+        sdpa_flop_count(q, k, v)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
 #: seconds that each kind of work is repeated for, and most repetitions
 SECONDS, _MOST = 2.0, 50
 #: images of data sets whose shape needs no files
@@ -132,7 +145,8 @@ class Meter:
 
         The first call is warm-up, in which operations are counted.
         """
-        with _Kernels() as kernels, FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+        with _Kernels() as kernels, counter:
             work()
         self.reset_peak()
         times: list[float] = []

@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval.features.folded_conv import FoldedConv
+from flows.networks.config import VelocityConfig
+from flows.networks.registry import make_velocity
 from pipeline.config.load import load_config
 from pipeline.errors import JkoflowError
 from pipeline.planning import measure as measuring
@@ -34,6 +36,21 @@ def test_operations_of_a_matrix_product_are_counted(accelerator: Accelerator) ->
     rate = Meter(accelerator, 0.0).rate(lambda: (a @ b).T.exp(), 4)
     assert rate.flops == 2 * 8 * 16 * 32 / 4
     assert rate.kernels == 2 / 4  # the product and the exponential; a transpose is a view
+
+
+def test_operations_of_fused_attention_are_those_of_plain_products(
+    accelerator: Accelerator,
+) -> None:
+    """A transformer takes plain products where its samples have gradients."""
+    config = VelocityConfig("dit", 16, 2, heads=2, patch=2)
+    network, t = make_velocity(config, (3, 8, 8)), torch.tensor(0.5)
+    z = torch.randn(2, 3, 8, 8)
+    meter = Meter(accelerator, 0.0)
+    fused = meter.rate(lambda: network(t, z), 1)
+    plain = meter.rate(lambda: network(t, z.clone().requires_grad_()), 1)
+    assert fused.flops == plain.flops > 0
+    trained = meter.rate(lambda: network(t, z).sum().backward(), 1)
+    assert 2.5 * fused.flops < trained.flops < 3.5 * fused.flops
 
 
 def test_operations_of_folded_convolutions_are_those_of_convolutions() -> None:
