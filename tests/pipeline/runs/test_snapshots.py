@@ -121,7 +121,10 @@ def test_a_run_is_guided_by_what_it_was(
     ("overrides", "named"),
     [
         (("train.precision=fp16",), "train.precision is 'fp16'; expected fp32 or bf16"),
-        (("train.precision=bf16",), r"train\.precision=bf16 applies to train.objective=lfm or fm"),
+        (
+            ("train.precision=bf16", "jko.divergence=finite-difference"),
+            r"train\.precision=bf16 applies to train.objective=lfm or fm",
+        ),
         (("fm.snapshot_every=5",), "applies to train.objective=fm"),
         (("train.objective=lfm", "fm.snapshot_every=5"), "applies to train.objective=fm"),
         (("train.objective=fm", "fm.snapshot_every=-1"), "is -1; expected at least 0"),
