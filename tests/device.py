@@ -339,7 +339,11 @@ def lent(name: str) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("ACCELERATE_TORCH_DEVICE", raising=False)
         if name == NAME:
-            patch.setattr(devices, "require_device", lambda _: register())
+            known = devices.require_device
+            there = {NAME: register(), str(register()): register()}
+            for place in ("jkoflow.model", "pipeline.runtime.devices"):
+                target = f"{place}.require_device"
+                patch.setattr(target, lambda name: there.get(name) or known(name))
             patch.setenv("ACCELERATE_TORCH_DEVICE", name)  # accelerate knows no such device
         AcceleratorState._reset_state(True)
         yield name

@@ -25,7 +25,7 @@ from pipeline.storage.shards import open_store
 from tests import device as strict
 from tests.pipeline.evaluation.test_metrics import Glimpse
 from tests.pipeline.glance import stand_in
-from tests.pipeline.tiny import World, say
+from tests.pipeline.tiny import World, pictures, say
 
 #: relative difference from the CPU, which another order of summation explains
 TOLERANCE = {strict.NAME: 1e-4, "cuda": 2e-2}
@@ -293,7 +293,7 @@ def test_likelihood(on: Run, device: str, tolerance: float) -> None:
 
 
 def test_images_through_a_flow(on: Run, device: str, tolerance: float, trained: World) -> None:
-    """`invert`, `interpolate` and `edit`."""
+    """`invert` and `interpolate`."""
     test = trained.root / "pictures" / "test"
     words = ("--npz", "{}/noise.npz", "--out", "{}/a.png", "--animation", "{}/a.gif", "-n", "2")
     a, b = both(on, device, "invert", "--run", "{}/run", *words)
@@ -304,6 +304,15 @@ def test_images_through_a_flow(on: Run, device: str, tolerance: float, trained: 
     assert_near(a / "b.png", b / "b.png")
 
 
+@pytest.mark.slow
+def test_edit(on: Run, device: str, tmp_path: Path) -> None:
+    """With a shipped run, which has classes, guidance and a sampler of its own."""
+    Image.fromarray(pictures(1, 5, 28)[0]).save(tmp_path / "blob.png")
+    words = (tmp_path / "blob.png", "--class", "0", "--to", "3", "--steps", "1")
+    a, b = both(on, device, "edit", "--run", "zoo:mnist-classes", *words, "--out", "{}/c.png")
+    assert_near(a / "c.png", b / "c.png")
+
+
 def assert_near(a: Path, b: Path) -> None:
     """Pictures differ by one grey level at most."""
     one, other = (np.asarray(Image.open(path).convert("L"), float) for path in (a, b))
@@ -312,7 +321,7 @@ def assert_near(a: Path, b: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_of_the_device_opens_everywhere(on: Run, device: str, trained: World) -> None:
-    """Its stages and its weights are host tensors, and its export samples on the CPU."""
+    """Its stages and its weights are tensors of the host, and it samples on the CPU."""
     config = trained.config(schedule={"max_blocks": 1}, train={"iterations": 1})
     place = on(device, "train", "--config", config, "--run", "{}/new")
     stages = sorted((place / "new" / "stages").iterdir())
