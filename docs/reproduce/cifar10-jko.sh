@@ -14,10 +14,13 @@ jkoflow train "${common[@]}" --run runs/c-trigonometric --init-from zoo:cifar10 
 # eight parts of it, frozen, then trained by JKO
 jkoflow train "${common[@]}" "${frozen[@]}" --run runs/c-jko-polished --init-from runs/c-trigonometric \
   --set train.batch_size=32 --set 'train.iterations=[300,250]' --set train.lr=2e-3 --set train.ema=0.98 --set train.warmup=20
+# the same flow, trained on by flow matching instead
+jkoflow train "${common[@]}" --run runs/c-continued --init-from runs/c-trigonometric --set matching.interpolant=trigonometric \
+  --set train.batch_size=64 --set train.iterations=3200 --set train.lr=4e-3 --set train.warmup=50 --set train.ema=0.995
 # the same parts without JKO: two iterations that change nothing
 jkoflow train "${common[@]}" "${frozen[@]}" --run runs/c-only-frozen --init-from runs/c-trigonometric \
   --set train.batch_size=8 --set 'train.iterations=[2,2]' --set train.lr=1e-6 --set train.ema=0 --set train.warmup=0
-for run in runs/c-trigonometric runs/c-jko-polished runs/c-only-frozen; do
+for run in runs/c-trigonometric runs/c-continued runs/c-jko-polished runs/c-only-frozen; do
   jkoflow evaluate --run "$run" -n 1000 --seed 1 --set evaluate.nll=32
 done
 jkoflow evaluate --run zoo:cifar10 --guide none --guidance 1 -n 1000 --seed 1
