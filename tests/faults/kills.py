@@ -80,6 +80,8 @@ def verbs(world: World) -> dict[str, Verb]:
         "train": lambda to: ["train", "-c", config, "-r", to / "run", "--resume"],
         "generate": lambda to: ["generate", "-r", to / "run", "-n", "10", "--npz", to / "x.npz",
                                 "--images", to / "images"],
+        # before `evaluate`, which measures KID where the features of real images are stored
+        "reference": lambda to: ["reference", to / "reference.safetensors", "-c", config],
         "evaluate": lambda to: ["evaluate", "-r", to / "run", "-n", "12", "--reference", real],
         "likelihood": lambda to: ["likelihood", "-r", to / "run", "-n", "6"],
         "invert": lambda to: ["invert", "-r", to / "run", "-n", "3", "--out", to / "strip.png",
@@ -91,7 +93,6 @@ def verbs(world: World) -> dict[str, Verb]:
                                "--set", "train.iterations=4"],
         "autoencoder train": lambda to: ["autoencoder", "train", "-c", path, "--out", to / "ae",
                                          "--resume"],
-        "reference": lambda to: ["reference", to / "reference.safetensors", "-c", config],
         "toy2d": lambda to: ["toy2d", "-c", "gaussian", "-r", to / "toy", "--resume", *toy],
         "bench": lambda to: ["bench", "toy2d", "--budget", "2batches", "--models", "jko",
                              "--data", "8gaussians", "--seeds", "1", "--test", "60",
