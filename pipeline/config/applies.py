@@ -70,8 +70,8 @@ APPLIES: tuple[tuple[str, Condition, str], ...] = (
     ("velocity.patch", _kind("unet", "dit"), "velocity.kind=unet or dit"),
     (
         "velocity.class_dropout",
-        lambda c: c.velocity.classes > 0 and c.train.objective != "jko",
-        "velocity.classes above 0 and train.objective=lfm or fm",
+        lambda c: c.velocity.classes > 0,
+        "velocity.classes above 0",
     ),
     (  # the difference of two evaluations is below bfloat16's rounding
         "train.precision",

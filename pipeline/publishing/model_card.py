@@ -90,7 +90,7 @@ def _objective(config: Config, manifest: Manifest) -> str:
     velocity = config.velocity
     if velocity.classes:
         text += f", {velocity.classes} classes"
-        text += f" (left out with {velocity.class_dropout:g})" * (train.objective != "jko")
+        text += f" (left out with {velocity.class_dropout:g})"
     start = manifest.init_from
     if start is not None:
         text += f", started from the blocks of {start.name} ({start.objective})"

@@ -83,8 +83,8 @@ def class_labels_of(run: Run, settings: GenerateConfig) -> ClassLabels | None:
     if guidance not in (None, 1) and not dropout:
         raise UserError(
             f"--guidance {guidance:g} needs a run that was trained with class dropout, but the "
-            f"run at {run.folder} was trained with class_dropout=0 (as all jko and all distilled "
-            "runs); leave it out, or train under fm or lfm with velocity.class_dropout=0.1"
+            f"run at {run.folder} was trained with class_dropout=0 (as all distilled runs); leave "
+            "it out, or train with velocity.class_dropout=0.1"
         )
     return ClassLabels(tuple(labels or ()), run.manifest.class_counts())
 

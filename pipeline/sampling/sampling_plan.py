@@ -264,8 +264,7 @@ def _require_fit(run: Run, guide: Run, name: str) -> None:
     if guide.flow.classes and not dropout:
         raise UserError(
             f"guide {name} was trained with class_dropout=0, but a guide is evaluated without "
-            "labels; retrain it with velocity.classes=0, or under fm or lfm with "
-            "velocity.class_dropout=0.1"
+            "labels; retrain it with velocity.classes=0 or velocity.class_dropout=0.1"
         )
 
 

@@ -216,10 +216,9 @@ class TrainedBlocks:
         if config.jko is None:  # the training integrates nothing
             solver = config.sampler.of_block(index)
             return BlockSpec(config.velocity, solver, objective="lfm", gamma=step)
-        velocity = dataclasses.replace(config.velocity, class_dropout=0.0)  # jko keeps all labels
         solver = config.jko.solver.of_block(index)
         solver = dataclasses.replace(solver, steps=plan.substeps[index])
-        return BlockSpec(velocity, solver, h=step)
+        return BlockSpec(config.velocity, solver, h=step)
 
     def _start(self, plan: Pass, index: int, free: bool) -> tuple[Path, StoredBlock | None]:
         """Return the run and the block that the next one starts from; None for random weights."""

@@ -280,7 +280,7 @@ class BlockTrainer:
             with torch.autocast(device, torch.bfloat16, enabled=half):
                 return self.regression(self.block.velocity, self.stage, batch, source, part)
         rows = self.batches.indices(self.done)[part]
-        z, labels = self._samples(rows, part), self.labels(rows)
+        z, labels = self._samples(rows, part), self._labels_with_dropout(rows, part)
         probe = self._probe(z, part)
         z = to_device(z, self.accelerator.device)
         assert self.divergence is not None
@@ -297,6 +297,15 @@ class BlockTrainer:
         source = generator(self.recipe.seed, "posterior", self.index, self.done, *self.salt)
         noise = torch.randn(self.recipe.batch_size, *mean.shape[1:], generator=source)
         return mean + std * noise[part]
+
+    def _labels_with_dropout(self, rows: Tensor, part: Tensor) -> Tensor | None:
+        """Return the classes of a part of the batch; the null label replaces some at random."""
+        labels, dropout = self.labels(rows), self.spec.velocity.class_dropout
+        if labels is None or not dropout:
+            return labels
+        source = generator(self.recipe.seed, "labels", self.index, self.done, *self.salt)
+        dropped = torch.rand(self.recipe.batch_size, generator=source)[part] < dropout
+        return labels.masked_fill(dropped, self.spec.velocity.classes)
 
     def labels(self, rows: Tensor) -> Tensor | None:
         """Return the classes (n,) of the samples at rows (n,), for a block with classes."""

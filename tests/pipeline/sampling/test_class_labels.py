@@ -96,7 +96,8 @@ def test_class_counts_are_stored(learnt: Path) -> None:
 
 def test_a_jko_step_of_every_class(tmp_path: Path) -> None:
     """A linear field with an offset for each class reaches the exact step of each cluster."""
-    run(tmp_path, "velocity.classes=2", "jko.h=[0.5]", "train.iterations=150")
+    always = "velocity.class_dropout=0"
+    run(tmp_path, "velocity.classes=2", always, "jko.h=[0.5]", "train.iterations=150")
     before, after = stage(tmp_path, 0), stage(tmp_path, 1)
     labels = before.field("labels")
     centred = torch.cat([before.field("z")[labels == k] for k in (0, 1)])
@@ -108,8 +109,19 @@ def test_a_jko_step_of_every_class(tmp_path: Path) -> None:
         moved = after.field("z")[labels == label].double()
         torch.testing.assert_close(moved.mean(dim=0), exact.mean, rtol=0, atol=0.05)
         torch.testing.assert_close(moved.T.cov(), exact.covariance, rtol=0, atol=0.08)
-    (row,) = read_manifest(tmp_path).blocks
-    assert row.spec.velocity.class_dropout == 0  # jko never leaves the class out
+
+
+def test_the_null_label_makes_the_jko_step_of_all_data(tmp_path: Path) -> None:
+    """A linear field whose class is nearly always left out reaches the step of the mixture."""
+    run(tmp_path, "velocity.classes=2", "velocity.class_dropout=0.99", "jko.h=[0.5]",
+        "train.iterations=200")  # fmt: skip
+    (block,) = load_blocks(tmp_path, read_manifest(tmp_path))
+    z = stage(tmp_path, 0).field("z")
+    null = Condition(torch.full((len(z),), 2))
+    moved = block.transport(z, condition=null).z.double()
+    exact = jko_step(z.double().mean(dim=0), z.double().T.cov(), 0.5)
+    torch.testing.assert_close(moved.mean(dim=0), exact.mean, rtol=0, atol=0.05)
+    torch.testing.assert_close(moved.T.cov(), exact.covariance, rtol=0, atol=0.08)
 
 
 # ------------------------------------------------------------------------ stages, resuming, runs

@@ -290,11 +290,10 @@ def test_a_run_without_classes_refuses_labels(
 def test_guidance_needs_class_dropout(
     pictured: World, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    jko = {"objective": "jko", "iterations": 1}
-    for name, sections in (
-        ("never", {"velocity": {"class_dropout": 0.0}}),
-        ("jko", {"train": jko, "schedule": {"max_blocks": 1, "free_block": False}}),
-    ):
+    one = {"max_blocks": 1, "free_block": False}
+    jko = {"train": {"objective": "jko", "iterations": 1}, "schedule": one}
+    never = {"velocity": {"class_dropout": 0.0}}
+    for name, sections in (("never", never), ("jko", never | jko)):
         config, run = pictured.config(name, **sections), tmp_path / name
         assert say(capsys, "train", "-c", config, "-r", run)[0] == 0
         code, _, error = say(capsys, "generate", "-r", run, "--guidance", "1.5")
