@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from flows.block import Block
 from flows.errors import FlowError
+from flows.flow import Flow
 from flows.networks.base import Velocity
+from flows.networks.config import VelocityConfig
 from flows.networks.convnet import ConvVelocity, ResidualBlock, UNetVelocity
 from flows.networks.dit import DitVelocity, Modulation
 from flows.networks.layers import ContextFeatures
@@ -73,6 +75,25 @@ def freeze_block(
     weights = freeze(velocity, time, spec.length * (end - start))
     result.velocity.load_state_dict(weights)
     return result, frozen
+
+
+def can_freeze(config: VelocityConfig) -> bool:
+    """Return whether a network depends on time, is single and sees no image."""
+    return not config.autonomous and config.nets == 1 and not config.image_channels
+
+
+def freeze_flow(flow: Flow, count: int) -> Flow:
+    """Freeze a flow of one block into K = `count` autonomous blocks of equal parts of its time.
+
+    Raises:
+        FlowError: the flow has several blocks, or its block cannot be frozen.
+    """
+    if len(flow) != 1:
+        raise FlowError(f"the flow to freeze has {len(flow)} blocks; expected one")
+    parts = [
+        freeze_block(flow[0], flow.specs[0], k / count, (k + 1) / count) for k in range(count)
+    ]
+    return Flow.from_blocks(flow.shape, [(spec, block) for block, spec in parts])
 
 
 @torch.no_grad()

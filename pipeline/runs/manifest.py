@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autoencoders.adapt import Adaptation
+from flows.freezing import can_freeze
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runs.passes import BlockRow, Pass, StoredBlock
@@ -78,6 +79,10 @@ class WarmStartRecord:
     name: str
     objective: str
     blocks: tuple[StoredBlock, ...]
+
+    def shares_time(self, autonomous: bool) -> bool:
+        """Return whether autonomous blocks are parts of the time of the only block of the run."""
+        return autonomous and len(self.blocks) == 1 and can_freeze(self.blocks[0].spec.velocity)
 
 
 @dataclass(frozen=True)

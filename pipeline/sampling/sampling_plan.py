@@ -21,6 +21,7 @@ import torch
 
 from flows.autoguidance import autoguide
 from flows.flow import Flow
+from flows.freezing import can_freeze, freeze_flow
 from flows.mixed_precision import in_mixed_precision
 from flows.networks.condition import Condition
 from flows.solving.solver import SolverConfig
@@ -235,6 +236,8 @@ def _open_guide(run: Run, settings: GenerateConfig) -> Run:
             f"the guide of the run at {run.folder} cannot be used ({error}); give another "
             "--guide, or sample without one by --guide none"
         ) from error
+    if _began_as_parts_of_one(run, guide):
+        guide = dataclasses.replace(guide, flow=freeze_flow(guide.flow, len(run.manifest.blocks)))
     _require_fit(run, guide, name)
     return dataclasses.replace(guide, flow=guide.flow[: len(run.flow)])
 
@@ -254,11 +257,13 @@ def _require_fit(run: Run, guide: Run, name: str) -> None:
             f"guide {name} was trained on other latents than the run at {run.folder}; train one "
             "on the same data and autoencoder"
         )
-    if not _same_steps(run, guide):
+    if not _began_as_parts_of_one(run, guide) and not _same_steps(run, guide):
         raise UserError(
             f"guide {name} must have the objective, the interpolant and the steps of the run at "
             f"{run.folder}; train it with the same section {run.config.train.objective} (jko: "
-            "with the run's steps as jko.h, and schedule.tolerance=0) and a smaller velocity.width"
+            "with the run's steps as jko.h, and schedule.tolerance=0) and a smaller "
+            "velocity.width; a jko run that began as parts of one flow-matching block also takes "
+            "one flow-matching block with matching.interpolant=trigonometric"
         )
     dropout = min(spec.velocity.class_dropout for spec in guide.flow.specs)
     if guide.flow.classes and not dropout:
@@ -266,6 +271,22 @@ def _require_fit(run: Run, guide: Run, name: str) -> None:
             f"guide {name} was trained with class_dropout=0, but a guide is evaluated without "
             "labels; retrain it with velocity.classes=0 or velocity.class_dropout=0.1"
         )
+
+
+def _began_as_parts_of_one(run: Run, guide: Run) -> bool:
+    """Whether a run began as frozen parts of one block, and the guide is such a block.
+
+    The guide is then frozen at the same times (`flows.freezing`).
+    """
+    begun, rows = run.manifest.init_from, guide.manifest.blocks
+    return (
+        run.config.train.objective == "jko"
+        and begun is not None
+        and begun.shares_time(run.manifest.blocks[0].spec.velocity.autonomous)
+        and len(rows) == 1
+        and can_freeze(rows[0].spec.velocity)
+        and guide.config.regression.interpolant == "trigonometric"
+    )
 
 
 def _same_steps(run: Run, guide: Run) -> bool:

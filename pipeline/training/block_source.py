@@ -15,7 +15,7 @@ from typing import Protocol
 from accelerate import Accelerator
 
 from flows.block import Block
-from flows.freezing import freeze_block
+from flows.freezing import can_freeze, freeze_block
 from flows.net2net import becomes_several, transform_block, widening_factor
 from flows.refinement import split_block
 from flows.spec import BlockSpec, build_block
@@ -34,7 +34,7 @@ from pipeline.training.diagnostics import check_grid, measure
 from pipeline.training.matching_loss import Regression
 from pipeline.training.sources import SampleSource
 from pipeline.training.stages import has_stage, next_stage, number_of, stage_file
-from pipeline.training.warm_start import freezes, initial_row, shares_time
+from pipeline.training.warm_start import initial_row
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class TrainedBlocks:
         folder, start = self._start(plan, index, free=step is None)
         if start is not None:
             before, block = load_block(folder, start, shape)
-            if freezes(before.velocity, spec.velocity.autonomous):
+            if spec.velocity.autonomous and can_freeze(before.velocity):
                 block, before = freeze_block(block, before, *self._interval(plan, index))
             if _extends(before, spec):
                 spec = dataclasses.replace(spec, start=before.start, length=before.length)
@@ -235,7 +235,7 @@ class TrainedBlocks:
     def _interval(self, plan: Pass, index: int) -> tuple[float, float]:
         """Return the part of a time-dependent block's time that an autonomous block starts as."""
         assert self.warm_start is not None
-        if not shares_time(self.warm_start, True):
+        if not self.warm_start.shares_time(True):
             return 0.0, 1.0
         count = len(plan.steps) + plan.free
         return index / count, (index + 1) / count

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from flows.freezing import can_freeze
 from flows.net2net import becomes_several, widening_factor
 from flows.networks.config import VelocityConfig
 from pipeline.errors import UserError
@@ -72,22 +73,11 @@ def initial_row(
         autonomous: whether its network is.
     """
     rows = start.blocks
-    if shares_time(start, autonomous):
+    if start.shares_time(autonomous):
         return rows[0]
     if free and rows[-1].step is None:
         return rows[-1]
     return rows[index] if index < len(rows) else None
-
-
-def shares_time(start: WarmStartRecord, autonomous: bool) -> bool:
-    """Return whether autonomous blocks share the time of the only block of the other run."""
-    return autonomous and len(start.blocks) == 1 and freezes(start.blocks[0].spec.velocity, True)
-
-
-def freezes(before: VelocityConfig, autonomous: bool) -> bool:
-    """Return whether a network starts as a time-dependent one at a fixed time."""
-    single = before.nets == 1 and not before.image_channels
-    return autonomous and not before.autonomous and single
 
 
 def _differences(start: VelocityConfig, wanted: VelocityConfig) -> list[str]:
@@ -102,7 +92,7 @@ def _differences(start: VelocityConfig, wanted: VelocityConfig) -> list[str]:
         free.append("width")
     if becomes_several(start, wanted):
         free.append("nets")
-    if freezes(start, wanted.autonomous):
+    if wanted.autonomous and can_freeze(start):
         free.append("autonomous")
     twice = start.widened(2)
     advice = {"width": "; a multiple of it would do"} if widening_factor(start, twice) else {}

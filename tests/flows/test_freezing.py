@@ -9,7 +9,8 @@ import torch
 
 from flows.block import Block
 from flows.errors import FlowError
-from flows.freezing import freeze, freeze_block
+from flows.flow import Flow
+from flows.freezing import freeze, freeze_block, freeze_flow
 from flows.networks.base import Velocity
 from flows.networks.config import VelocityConfig
 from flows.networks.registry import KINDS, make_velocity
@@ -87,3 +88,12 @@ def test_several_networks_cannot_be_frozen():
     block: Block = build_block(spec, (2,))
     with pytest.raises(FlowError, match="only a single network"):
         freeze_block(block, spec)
+
+
+def test_a_flow_of_several_blocks_has_no_parts():
+    spec = BlockSpec(replace(SMALL, kind="mlp"))
+    block = build_block(spec, (2,))
+    parts = freeze_flow(Flow.from_blocks((2,), [(spec, block)]), 3)
+    assert len(parts) == 3 and all(part.velocity.autonomous for part in parts.specs)
+    with pytest.raises(FlowError, match="has 3 blocks; expected one"):
+        freeze_flow(parts, 2)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +65,37 @@ def test_autoguided_images_equal_a_direct_computation(run: Path, guide: Path) ->
         assert (actual.int() - by_hand(opened, weak, w).int()).abs().max() <= 1
     assert not torch.equal(images(opened, guide=str(guide), guidance=3.0), plain)
     assert torch.equal(images(opened, guide=str(guide), guidance=1.0), plain)
+
+
+def test_one_block_guides_a_run_that_began_as_its_parts(
+    trained_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Such a guide equals the guide whose blocks are its frozen parts."""
+    monkeypatch.setenv("JKOFLOW_HOME", str(trained_world.home))
+
+    def trained(name: str, *words: str | Path, **sections: Mapping[str, Any]) -> Path:
+        config = trained_world.config(name, **sections)
+        assert say(capsys, "train", "-c", config, "-r", tmp_path / name, *words)[0] == 0
+        return tmp_path / name
+
+    fm = {"train": {"objective": "fm"}, "matching": {"interpolant": "trigonometric"}}
+    strong = trained("strong", **fm)
+    weak = trained("weak", velocity={"width": 8}, **fm)
+    steps = {"jko": {"h": [0.2, 0.5]}, "schedule": {"free_block": True}}
+    parts = trained("parts", "--init-from", strong, **steps)
+    still = {"iterations": 1, "lr": 1e-12, "ema": 0.0}
+    weak_parts = trained("weak-parts", "--init-from", weak, velocity={"width": 8}, train=still,
+                         **steps)  # fmt: skip
+
+    def drawn(guide: Path) -> Tensor:
+        return images(open_run(parts), guide=str(guide), guidance=3.0).int()
+
+    plain = images(open_run(parts)).int()
+    assert (drawn(weak) - drawn(weak_parts)).abs().max() <= 1
+    assert (drawn(weak) - plain).abs().max() > 1
+    with pytest.raises(UserError, match="must have the objective, the interpolant and the steps"):
+        drawn(trained("linear", train={"objective": "fm"}))
 
 
 def test_identity_depends_on_the_weights_of_the_guide_alone(run: Path, guide: Path) -> None:
