@@ -102,13 +102,15 @@ class Bench:
 
     def settings(self) -> dict[str, Any]:
         """Return what all rows share, for bench.json."""
+        sizes = self.held_out
         return {
             "suite": self.suite,
             "budget": str(self.budget),
             "parameters": self.most,
             "overrides": list(self.overrides),
-            "held_out": to_json(self.held_out),
+            "held_out": {"test": sizes.test, "compare": sizes.compare},
             "rates": list(self.rates),
+            **({"whitened": True} if sizes.whitened else {}),
         }
 
     def open_search(
@@ -333,9 +335,10 @@ def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
         atomic.write_json(path, settings)
         return
     known = atomic.read_json(path, "benchmark")
-    for name, value in settings.items():
-        if known.get(name) != value:
+    for name in {**settings, **known}:
+        before, now = known.get(name), settings.get(name)
+        if before != now:
             raise UserError(
-                f"{name} of the benchmark at {path.parent} is {known.get(name)!r}; this call has "
-                f"{value!r}; rows of one table share it; give another --run"
+                f"{name} of the benchmark at {path.parent} is {before!r}; this call has "
+                f"{now!r}; rows of one table share it; give another --run"
             )

@@ -47,6 +47,7 @@ class Measured:
         n: held-out samples of the likelihood.
         compare: samples that are generated.
         images: metrics of sampled images; None for vectors.
+        probe_error: part of the standard error that random probes have; None for an exact NLL.
     """
 
     nll: float
@@ -60,6 +61,7 @@ class Measured:
     n: int
     compare: int
     images: ImageMetrics | None = None
+    probe_error: float | None = None
 
 
 @torch.no_grad()
@@ -88,7 +90,7 @@ def measure(
     """
     most = (_QUICK if problem.unit == 1 else FEW) if quick else None
     test, count = problem.test[:most], min(problem.samples, most or problem.samples)
-    nll, errors = _likelihoods(model, problem, test, device)
+    nll, errors, probe_error = _likelihoods(model, problem, test, device)
     measured = Measured(
         nll=float(nll.mean()),
         nll_error=float(nll.std()) / math.sqrt(len(nll)),
@@ -100,6 +102,7 @@ def measure(
         nfe=0,
         n=len(nll),
         compare=count,
+        probe_error=probe_error,
     )
     if not count:
         return measured, problem.compare
@@ -113,7 +116,7 @@ def measure(
         images[sound] = found
         metrics = problem.pictures.metrics(found, quick)
         return dataclasses.replace(measured, images=metrics, **known), images
-    samples = decoded.z[sound]
+    samples = problem.restored(decoded.z[sound])
     distances = [
         _mmd(problem.compare[:count], samples, **width) for width in ({}, {"bandwidth": 1.0})
     ]
@@ -125,26 +128,32 @@ def measure(
 
 def _likelihoods(
     model: DensityModel, problem: Problem, test: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, float | None]:
     """Return the NLL (n,) and the inversion error (n,) of held-out samples (n, D).
+
+    The third is the standard error that random probes give the mean NLL; None without probes.
 
     Raises:
         JkoflowError: a likelihood is not finite.
     """
     if isinstance(model, FlowModel) and model.dim > EXACT_UP_TO:
         model.probes = PROBES
-    probes, values, errors = generator(0, "nll", "probes"), [], []
+    probes, values, errors = generator(0, "nll", "probes"), list[Tensor](), list[Tensor]()
+    squares: list[float] = []
     for part in test.split(_chunk(problem)):
         result = model.log_prob(part.to(device), probes)
         values.append(result.value.cpu().double())
         errors.append(result.inversion_error.cpu().double())
+        if result.standard_error is not None:
+            squares.append(float(result.standard_error.cpu().double().square().sum()))
     nll = (-torch.cat(values) + problem.log_scale) / problem.unit
     if not bool(nll.isfinite().all()):
         raise JkoflowError(
             f"the NLL of {int((~nll.isfinite()).sum())} of {len(nll)} held-out samples is not "
             "finite; train with a lower train.lr"
         )
-    return nll, torch.cat(errors)
+    probe_error = math.sqrt(sum(squares)) / len(nll) / problem.unit if squares else None
+    return nll, torch.cat(errors), probe_error
 
 
 def _decoded(model: DensityModel, noise: Tensor, size: int) -> Decoded:

@@ -36,6 +36,8 @@ BLOCKWISE = {"jko": "JKO-iFlow", "lfm": "local flow matching", "fm": "flow match
 TITLES = {**BLOCKWISE, **{name: baseline.title for name, baseline in BASELINES.items()}}
 #: largest part of a training that warms up, so that a short one has its learning rate, too
 WARMUP = 0.1
+#: models whose inverse is a fixed point
+FIXED_POINTS = ("iresnet", "ignn")
 #: models that need the extra zuko
 AUTOREGRESSIVE = ("maf", "nsf")
 #: bins of the splines of NSF
@@ -88,39 +90,49 @@ def blockwise_config(config: Config, objective: str, width: int, batches: int) -
 
     JKO blocks do not see the time. Regressions keep the section matching of their configuration.
     The number of blocks is fixed, so that the parameters are known. Batches are split as the
-    configuration of JKO splits its iterations, for lfm evenly. The warm-up takes at most a tenth
-    of the shortest block.
+    configuration of JKO splits its iterations, for lfm evenly, and evenly over the passes of
+    `jko.reparameterize`. The warm-up takes at most a tenth of the shortest block.
 
     Args:
         config: of any objective; see `as_jko`.
         objective: jko, lfm or fm.
         width: of every network.
-        batches: of all blocks together, at least one for each.
+        batches: of all blocks and passes together, at least one for each.
 
     Raises:
-        UserError: there are fewer batches than blocks.
+        UserError: there are fewer batches than blocks, or blocks would be split.
     """
     matching = config.matching or MatchingConfig()
     config = as_jko(config)
-    assert config.schedule is not None
-    blocks = block_count(config, objective)
-    if batches < blocks:
+    assert config.schedule is not None and config.jko is not None
+    blocks, passes = block_count(config, objective), pass_count(config, objective)
+    if batches < blocks * passes:
         raise UserError(
-            f"the budget is {batches} batches for {blocks} blocks of {objective}; expected at "
-            "least one for each; raise --budget"
+            f"the budget is {batches} batches for {blocks} blocks of {objective}"
+            + (f" in {passes} passes" if passes > 1 else "")
+            + "; expected at least one for each; raise --budget"
+        )
+    if objective == "jko" and config.jko.refine > 1:
+        raise UserError(
+            f"jko.refine is {config.jko.refine}; expected 1, because split blocks have more "
+            "parameters than --parameters; set jko.h to more steps instead"
         )
     given = config.train.iterations
     shares = [given] if isinstance(given, int) else list(given)
     if objective != "jko":
         shares = [1]
     shares = [shares[min(index, len(shares) - 1)] for index in range(blocks)]
+    batches //= passes
     iterations = [max(1, int(batches * share / sum(shares))) for share in shares]
     iterations[0] += batches - sum(iterations)
     kind = cast(Objective, objective)
     warmup = min(config.train.warmup, int(WARMUP * min(iterations)))
     train = dataclasses.replace(config.train, objective=kind, iterations=iterations, warmup=warmup)
     velocity = dataclasses.replace(config.velocity, width=width, autonomous=objective == "jko")
-    changed: dict[str, Any] = {"schedule": dataclasses.replace(config.schedule, tolerance=0.0)}
+    changed: dict[str, Any] = {
+        "schedule": dataclasses.replace(config.schedule, tolerance=0.0),
+        "jko": dataclasses.replace(config.jko, later_iterations=None),
+    }
     if objective == "lfm":
         schedule = ScheduleConfig(max_blocks=blocks - 1, tolerance=0.0)
         changed = {"jko": None, "lfm": LfmConfig(), "schedule": schedule, "matching": matching}
@@ -133,6 +145,12 @@ def block_count(config: Config, objective: str) -> int:
     """Return the number of blocks of jko and lfm under a configuration; 1 for fm."""
     config = as_jko(config)
     return 1 if objective == "fm" else len(steps(config)) + ends_free(config)
+
+
+def pass_count(config: Config, objective: str) -> int:
+    """Return how often the blocks are trained: further passes of jko have other step sizes."""
+    jko = config.jko
+    return 1 if objective != "jko" or jko is None else 1 + jko.reparameterize
 
 
 def baseline_config(name: str, width: int, depth: int) -> Any:  # noqa: ANN401
@@ -168,7 +186,8 @@ def parameter_count(name: str, config: Config, shape: tuple[int, ...], width: in
     with torch.device("meta"):
         if name in BLOCKWISE:
             blocks = block_count(config, name)
-            velocity = blockwise_config(config, name, width, blocks).velocity
+            batches = blocks * pass_count(config, name)
+            velocity = blockwise_config(config, name, width, batches).velocity
             return blocks * sum(p.numel() for p in make_velocity(velocity, shape).parameters())
         model = make_baseline(name, baseline_config(name, width, config.velocity.depth), dim)
         return model.parameter_count

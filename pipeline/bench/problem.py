@@ -32,6 +32,7 @@ from pipeline.runtime.system import require_disk_space
 from pipeline.storage.shards import StoreReader, StoreWriter
 from pipeline.tabular.load import load_table
 from pipeline.tabular.table import Table
+from pipeline.tabular.whitening import Whitening, whiten
 from pipeline.toy2d.point_sets import POINTS
 from pipeline.toy2d.point_source import PointSource
 from pipeline.training.sources import LatentSource, SampleSource
@@ -61,10 +62,13 @@ class HeldOut:
     Attributes:
         test: samples that measure the likelihood.
         compare: samples that the MMD compares with as many generated ones; images have none.
+        whitened: whether models see the rows of a table whitened; the metrics are those of the
+            rows.
     """
 
     test: int = 5000
     compare: int = 2000
+    whitened: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Problem:
         note: origin and split of the data.
         pictures: measures samples as images; None for vectors, and for a search.
         unit: dimensions whose nats are one unit of the NLL: D for images, else 1.
+        whitening: of the training and test samples, which `compare` is without; None for none.
     """
 
     name: str
@@ -92,6 +97,7 @@ class Problem:
     note: str
     pictures: Pictures | None = None
     unit: int = 1
+    whitening: Whitening | None = None
 
     @property
     def learning_rate(self) -> float:
@@ -103,6 +109,10 @@ class Problem:
     def dim(self) -> int:
         """Return D."""
         return math.prod(self.source.shape)
+
+    def restored(self, samples: Tensor) -> Tensor:
+        """Return samples of a model (n, D) in the coordinates of `compare`."""
+        return samples if self.whitening is None else self.whitening.undo(samples)
 
     @property
     def samples(self) -> int:
@@ -159,13 +169,19 @@ def open_problem(
         compare = points.sample("compare", 0, sizes.compare)
         note = f"{points.settings.train:,} training points, generated"
         return Problem(config.data.name, config, points, test, compare, 0.0, note)
-    table = load_table(config.data)
+    table, whitening = load_table(config.data), None
     rows = table.rows[split]
-    test = rows.read(0, min(sizes.test, len(rows)))
     compare = rows.read(max(0, len(rows) - sizes.compare), len(rows))
     note = f"{table.source}; {table.split}"
+    if sizes.whitened:
+        table, whitening = whiten(table, config.data.limit)
+        note += "; models see whitened rows"
+    test = table.rows[split].read(0, min(sizes.test, len(rows)))
     source = TableSource(config, table)
-    return Problem(table.name, config, source, test, compare, table.log_scale, note)
+    log_scale = table.log_scale
+    return Problem(
+        table.name, config, source, test, compare, log_scale, note, whitening=whitening
+    )
 
 
 def _open_images(

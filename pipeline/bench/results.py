@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from flows.baselines.residual import FixedPoint
 from pipeline.bench.measure import Measured
-from pipeline.bench.models import TITLES
+from pipeline.bench.models import FIXED_POINTS, TITLES
 from pipeline.bench.published import PUBLISHED, SOURCE
 
 _COST = ("parameters", "training (s)", "batches", "s / batch")
@@ -64,7 +65,7 @@ class Row:
         seed: of data, weights, batches and samples.
         note: origin and split of the data.
         error: reason why the training failed; None if it did not.
-        parameters: trainable numbers.
+        parameters: number of weights.
         width: hidden features of the networks.
         lr: peak learning rate; 0 after an error.
         seconds: of the optimiser.
@@ -131,11 +132,12 @@ def outcome(row: Row) -> str:
 
 
 def table_csv(rows: Sequence[Row]) -> str:
-    """Write one line for each training, with all of its numbers."""
+    """Write one line for each training, with all of its values."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     names = (
-        "nll", "nll_error", "mmd_m", "mmd_1", "failures", "inversion_error", "nfe", "n", "compare"
+        "nll", "nll_error", "probe_error", "mmd_m", "mmd_1", "failures", "inversion_error", "nfe",
+        "n", "compare",
     )  # fmt: skip
     own = (
         "data", "model", "seed", "parameters", "lr", "seconds", "overhead", "batches", "error"
@@ -226,7 +228,7 @@ def _published_line(model: str, nll: str) -> str:
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
-    """Return sentences on failed trainings and on inverses that were not found."""
+    """Return sentences on failed trainings, inverses and random probes."""
     lines = []
     for row in rows:
         name = f"{TITLES[row.model]}, seed {row.seed}"
@@ -239,4 +241,18 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
                 f"not found; {'FID and KID leave' if row.measured.images else 'MMD leaves'} "
                 "them out."
             )
+    for model in (name for name in FIXED_POINTS if any(row.model == name for row in rows)):
+        known = [row.measured for row in rows if row.model == model and row.measured is not None]
+        if known:
+            error = max(measured.inversion_error for measured in known)
+            lines.append(
+                f"* {TITLES[model]}: the inverse is a fixed point, found when its last iteration "
+                f"changes no coordinate by more than {FixedPoint().tolerance:g}; the median of "
+                f"‖z − T⁻¹(T(z))‖ is {error:.1e}."
+            )
+    probes = [m.probe_error for row in rows if (m := row.measured) is not None and m.probe_error]
+    if probes:
+        lines.append(
+            f"* The random probes have at most {max(probes):.1g} of the standard error of a NLL."
+        )
     return [*lines, ""] if lines else []

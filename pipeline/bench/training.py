@@ -28,6 +28,7 @@ from pipeline.bench.models import (
     baseline_config,
     block_count,
     blockwise_config,
+    pass_count,
     width_for,
 )
 from pipeline.bench.problem import Problem, batch_of, batches_of
@@ -74,7 +75,7 @@ class Trained:
         seconds: of the optimiser's steps.
         overhead: further seconds of training, in which samples are pushed through blocks.
         batches: of all blocks together.
-        parameters: trainable numbers.
+        parameters: number of weights.
         width: hidden features of its networks.
     """
 
@@ -140,8 +141,10 @@ class Training:
         elapsed, share = self._train_run(config, folder, True, problem)
         run = open_run(folder)
         run.flow.to(self.accelerator.device)
-        rows = run.manifest.blocks
-        seconds = done = 0.0
+        *before, last = run.manifest.passes
+        earlier = [row for whole in before for row in whole.blocks]
+        seconds = share * sum(row.seconds for row in earlier)
+        done, rows = float(sum(row.iterations for row in earlier)), last.blocks
         for count, row in enumerate(rows, start=1):
             seconds, done = seconds + share * row.seconds, done + row.iterations
             if count < len(rows):
@@ -155,7 +158,7 @@ class Training:
         """Return the batches that the budget allows; a short training finds their seconds."""
         if self.budget.unit == "batches":
             return int(self.budget.amount)
-        blocks = block_count(problem.config, name)
+        blocks = block_count(problem.config, name) * pass_count(as_jko(problem.config), name)
         key = (name, problem.dim, width)
         if key not in self.paces:
             self.paces[key] = self._pace(name, width, blocks, problem)

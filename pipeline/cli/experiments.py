@@ -53,7 +53,7 @@ def bench_command(
     suite: Annotated[
         str,
         typer.Argument(
-            help="toy2d (points in the plane), tabular (tables of numbers) or images (latents)."
+            help="toy2d (points in the plane), tabular (tables) or images (latents)."
         ),
     ],
     budget: Annotated[
@@ -107,6 +107,13 @@ def bench_command(
             "quarter of the budget on the first data set; default: train.lr.",
         ),
     ] = None,
+    whiten: Annotated[
+        bool,
+        typer.Option(
+            "--whiten",
+            help="Train on whitened rows of tables; NLL and MMD² remain those of the rows.",
+        ),
+    ] = False,
     published: Annotated[
         bool, typer.Option("--published", help="Print the paper's figures below ours.")
     ] = False,
@@ -125,6 +132,8 @@ def bench_command(
         test = IMAGES_TEST if suite == "images" else HeldOut().test
     if test < 2:
         raise UserError(f"--test is {test}; expected at least 2")
+    if whiten and suite != "tabular":
+        raise UserError(f"--whiten goes with the suite tabular, not {suite}; leave it out")
     bench = Bench(
         suite,
         _names(models),
@@ -133,7 +142,7 @@ def bench_command(
         seeds,
         parameters,
         tuple(overrides or ()),
-        HeldOut(test=test),
+        HeldOut(test=test, whitened=whiten),
         _rates(tune or ""),
     )
     folder = run if run is not None else Path("runs") / f"bench-{suite}"

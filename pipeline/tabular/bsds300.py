@@ -1,4 +1,4 @@
-"""BSDS300: 8×8 grey patches of photographs, 63 numbers each.
+"""BSDS300: 8×8 grey patches of photographs, D = 63.
 
 Steps for the photographs of the Berkeley archive, after Uria, Murray, Larochelle, "RNADE" (NeurIPS
 2013), whose patches the MAF paper uses:
@@ -45,7 +45,7 @@ class PatchRows:
         split: name of the split, part of the seed.
         photographs: grey levels (H, W), uint8.
         count: number of patches.
-        scale: divisor of each number, (63,).
+        scale: divisor of each coordinate, (63,).
     """
 
     split: str
@@ -79,13 +79,13 @@ class PatchRows:
                 int(p * (size - SIDE + 1)) for p, size in zip(place, grey.shape, strict=True)
             )
             levels[row] = grey[top : top + SIDE, left : left + SIDE]
-        return torch.from_numpy(patch_numbers((levels + noise) / 256))
+        return torch.from_numpy(centred_patches((levels + noise) / 256))
 
 
 def load_bsds300(path: str | None) -> Table:
     """Load BSDS300 from `data.path`: the folder of the photographs, or the MAF paper's archive.
 
-    The rows are divided by the deviation of each number, which `Table.log_scale` undoes.
+    The rows are divided by the deviation of each coordinate, which `Table.log_scale` undoes.
 
     Raises:
         UserError: the path is null or has neither, a photograph is not readable, or h5py is
@@ -124,7 +124,7 @@ def load_bsds300(path: str | None) -> Table:
     return Table("bsds300", SIDE**2 - 1, rows, str(place), note, log_scale)
 
 
-def patch_numbers(patches: Array) -> npt.NDArray[np.float32]:
+def centred_patches(patches: Array) -> npt.NDArray[np.float32]:
     """Subtract the mean of each patch (n, 8, 8) and leave out its last pixel: (n, 63)."""
     flat = patches.reshape(len(patches), -1)
     return (flat - flat.mean(axis=1, keepdims=True))[:, :-1].astype(np.float32)

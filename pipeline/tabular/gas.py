@@ -1,4 +1,4 @@
-"""GAS: readings of chemical sensors in mixtures of ethylene and carbon monoxide, eight numbers.
+"""GAS: readings of chemical sensors in mixtures of ethylene and carbon monoxide, D = 8.
 
 Steps, as in the code of the MAF paper (`datasets/gas.py`):
 

@@ -1,4 +1,4 @@
-"""MINIBOONE: electron-neutrino events of the MiniBooNE experiment, 43 numbers each.
+"""MINIBOONE: electron-neutrino events of the MiniBooNE experiment, D = 43.
 
 The MAF paper's archive has the rows after its preprocessing: outliers and columns with many equal
 values are left out (`datasets/miniboone.py`). What remains are the splits of `split_rows` and the

@@ -1,4 +1,4 @@
-"""POWER: minutes of one household's electric power, six numbers each.
+"""POWER: minutes of one household's electric power, D = 6.
 
 Steps, as in the code of the MAF paper (`datasets/power.py`):
 

@@ -1,4 +1,4 @@
-"""A table: rows of numbers in three splits, read in parts."""
+"""A table: rows in three splits, read in parts."""
 
 from __future__ import annotations
 

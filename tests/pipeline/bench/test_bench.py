@@ -22,8 +22,12 @@ from flows.baselines.ignn import Ignn, IgnnConfig
 from flows.baselines.iresnet import IResNet, IResNetConfig
 from flows.baselines.registry import config_from_dict, make_baseline
 from flows.baselines.residual import FixedPoint
+from flows.likelihood import log_prob
 from flows.networks.config import VelocityConfig
+from flows.solving.solver import SolverConfig
+from flows.spec import BlockSpec
 from pipeline.bench import bench as bench_module
+from pipeline.bench import measure as measure_module
 from pipeline.bench.bench import Bench, read_rows, run_bench
 from pipeline.bench.budget import Budget
 from pipeline.bench.measure import Measured, measure
@@ -37,7 +41,11 @@ from pipeline.bench.models import (
 from pipeline.bench.problem import HeldOut, open_problem, problem_config
 from pipeline.bench.results import Row, markdown, table_csv
 from pipeline.cli.main import app
+from pipeline.config.load import with_values
 from pipeline.errors import JkoflowError, UserError
+from pipeline.evaluation.likelihood import PROBES, summarise
+from pipeline.runs.run import open_run
+from pipeline.runtime.rng import generator
 from pipeline.storage import atomic
 from tests.flows.problems import fresh_flow
 
@@ -188,6 +196,25 @@ def test_batches_are_split_over_blocks() -> None:
     assert fm.train.warmup == 40 and blockwise_config(config, "fm", 8, 900).train.warmup == 50
     with pytest.raises(UserError, match="3 batches for 4 blocks"):
         blockwise_config(config, "jko", 8, 3)
+    again = with_values(config, {"jko.reparameterize": 2, "jko.later_iterations": 7})
+    three = blockwise_config(again, "jko", 8, 1563)
+    assert three.train.iterations == jko.train.iterations and three.jko.later_iterations is None
+    assert blockwise_config(again, "fm", 8, 400).train.iterations == [400]
+    with pytest.raises(UserError, match="11 batches for 4 blocks of jko in 3 passes"):
+        blockwise_config(again, "jko", 8, 11)
+    with pytest.raises(UserError, match="jko.refine is 2; expected 1"):
+        blockwise_config(with_values(config, {"jko.refine": 2}), "jko", 8, 400)
+
+
+def test_passes_with_other_steps_share_the_budget(tmp_path) -> None:
+    settings = (*TINY, "jko.reparameterize=1")
+    (row,) = run(tiny("jko", overrides=settings, budget=Budget(9, "batches")), tmp_path / "b")
+    assert row.error is None and row.batches == 8 and row.seconds > 0
+    manifest = open_run(tmp_path / "b" / "8gaussians" / "jko" / "seed-0" / "training").manifest
+    assert [entry.iterations for entry in manifest.passes] == [[3, 1], [3, 1]]
+    assert row.parameters == sum(block.parameters for block in manifest.blocks) <= 600
+    # the first point of the curve is of one block of the last pass: 4 batches before it, and 3
+    assert [point.batches for point in row.curve] == [7]
 
 
 def test_a_picture_is_a_problem(tmp_path) -> None:
@@ -203,10 +230,16 @@ def test_a_picture_is_a_problem(tmp_path) -> None:
 # ---------------------------------------------------------------- measuring
 
 
+def identity(dim: int) -> FlowModel:
+    """A flow that leaves its samples unchanged."""
+    model = FlowModel(fresh_flow((dim,), []))
+    model.flow.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
+    return model
+
+
 def test_the_identity_measures_as_the_normal_distribution() -> None:
     problem = open_problem(problem_config("toy2d", "gaussian", (), 0), HeldOut(400, 500))
-    model = FlowModel(fresh_flow((2,), []))
-    model.flow.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
+    model = identity(2)
     measured, samples = measure(model, problem, CPU)
     nll = problem.test.double().square().sum(1) / 2 + math.log(2 * math.pi)
     assert measured.nll == pytest.approx(float(nll.mean()), rel=1e-6)
@@ -215,6 +248,21 @@ def test_the_identity_measures_as_the_normal_distribution() -> None:
     assert measured.mmd_m > measured.thresholds[0] and measured.mmd_1 > measured.thresholds[1]
     scaled = dataclasses.replace(problem, log_scale=-3.5)
     assert measure(model, scaled, CPU)[0].nll == pytest.approx(measured.nll - 3.5)
+
+
+def test_random_probes_have_their_part_of_the_error(monkeypatch) -> None:
+    problem = open_problem(problem_config("toy2d", "gaussian", TINY, 0), FEW)
+    network = VelocityConfig("mlp", 8, 1, autonomous=True, zero_init=False)
+    spec = BlockSpec(network, SolverConfig("rk4", 2))
+    flow = fresh_flow((2,), [spec])
+    exact, _ = measure(FlowModel(flow), problem, CPU)
+    assert exact.probe_error is None
+    monkeypatch.setattr(measure_module, "EXACT_UP_TO", 1)
+    measured, _ = measure(FlowModel(flow), problem, CPU)
+    known = log_prob(flow, problem.test, "hutchinson", PROBES, generator=generator(
+        0, "nll", "probes"))  # fmt: skip
+    assert measured.probe_error == pytest.approx(summarise([known])["probe_error"] * 2)
+    assert abs(measured.nll - exact.nll) < 5 * measured.probe_error + 1e-6
 
 
 def test_samples_without_an_inverse_are_counted_and_left_out(monkeypatch) -> None:
@@ -240,6 +288,7 @@ def test_samples_without_an_inverse_are_counted_and_left_out(monkeypatch) -> Non
     assert measured.mmd_m is None and measured.failures == 1 and math.isfinite(measured.nll)
     text = markdown([row("iresnet", 0, 1.0, measured=measured)], [])
     assert "i-ResNet, seed 0: the inverse of 100.00% of 40 samples was not found" in text
+    assert "changes no coordinate by more than 1e-05; the median of ‖z − T⁻¹(T(z))‖ is" in text
 
 
 # ---------------------------------------------------------------- tables
@@ -261,7 +310,10 @@ def test_the_table_has_means_and_deviations() -> None:
     assert "| flow matching | failed |" in text and "seed 0: failed: no luck" in text
     assert "JKO-iFlow, seed 1: the inverse of 12.50% of 40 samples was not found" in text
     assert "| *JKO-iFlow, published* | -0.12 |" in text and "arXiv:2212.14424" in text
-    assert "published" not in markdown(rows, [])
+    assert "published" not in markdown(rows, []) and "fixed point" not in text
+    noisy = dataclasses.replace(rows[0].measured, probe_error=0.0123)
+    text = markdown([row("jko", 0, 1.0, measured=noisy)], [])
+    assert "The random probes have at most 0.01 of the standard error" in text
     lines = list(csv.DictReader(io.StringIO(table_csv(rows))))
     assert lines[0]["seconds_per_batch"] == "0.5" and lines[3]["error"] == "no luck"
     assert lines[3]["nll"] == "" and lines[1]["failures"] == "0.125"

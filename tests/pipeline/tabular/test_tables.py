@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.config.data import DataConfig
 from pipeline.errors import UserError
 from pipeline.tabular import bsds300, gas, power
-from pipeline.tabular.bsds300 import PatchRows, patch_numbers
+from pipeline.tabular.bsds300 import PatchRows, centred_patches
 from pipeline.tabular.load import load_table
 from pipeline.tabular.table import SPLITS, split_rows, standardise
 
@@ -157,10 +157,10 @@ def photographs(folder: Path, count: int = 12) -> None:
 
 def test_patches_have_no_mean_and_lack_the_last_pixel() -> None:
     patches = np.random.default_rng(0).random((5, 8, 8))
-    numbers = patch_numbers(patches)
-    assert numbers.shape == (5, 63)
-    last = -numbers.sum(axis=1)
-    whole = np.c_[numbers, last].reshape(5, 8, 8)
+    values = centred_patches(patches)
+    assert values.shape == (5, 63)
+    last = -values.sum(axis=1)
+    whole = np.c_[values, last].reshape(5, 8, 8)
     np.testing.assert_allclose(whole, patches - patches.mean((1, 2), keepdims=True), atol=1e-6)
 
 
