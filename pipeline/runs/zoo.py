@@ -68,6 +68,8 @@ def source_of(run: str) -> Path:
 def locate(run: Path | str) -> Path:
     """Return the directory of a run; for zoo:NAME and hf://owner/name, that of its copy.
 
+    zoo:NAME/guide and zoo:NAME/refiner are the runs inside a shipped one.
+
     Raises:
         UserError: no shipped run has this name, or a shipped file is damaged.
         ValueError: the hub has no such run, or cannot be reached.
@@ -77,6 +79,9 @@ def locate(run: Path | str) -> Path:
         return _copy_of_hub(run)
     if not is_shipped(run):
         return Path(run).expanduser()
+    whole, _, inner = str(run).partition("/")
+    if inner:
+        return _inside(locate(whole), whole, inner)
     name, source = str(run).removeprefix(PREFIX), source_of(str(run))
     files = sorted(path for path in source.rglob("*") if path.is_file() and path.name != seal.NAME)
     records = [path for path in files if path.name in (_MANIFEST, "config.yaml")]
@@ -89,6 +94,17 @@ def locate(run: Path | str) -> Path:
             seal.check(path)
             atomic.write_bytes(copy / path.relative_to(source), path.read_bytes())
     return copy
+
+
+def _inside(folder: Path, whole: str, inner: str) -> Path:
+    """Return the directory of the guide or the refiner inside a shipped run."""
+    parts = [name for name in ("guide", "refiner") if (folder / name / _MANIFEST).is_file()]
+    if inner not in parts:
+        raise UserError(
+            f"{whole}/{inner} is no run; choose one of "
+            f"{', '.join(f'{whole}/{name}' for name in parts) or whole}"
+        )
+    return folder / inner
 
 
 def _copy_of_hub(run: Path | str) -> Path:

@@ -323,6 +323,17 @@ def test_an_unknown_shipped_name_is_refused(
     assert error.startswith("error: unknown shipped run 'zoo:nothing'; choose one of tiny, or")
 
 
+def test_the_guide_inside_a_shipped_run_is_a_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path))
+    guide = open_run(Path("zoo:mnist-fm/guide"))
+    assert guide.folder.parent == open_run(Path("zoo:mnist-fm")).folder
+    assert guide.flow.specs[0].velocity.width == 32
+    with pytest.raises(UserError, match="zoo:mnist-fm/refiner is no run; choose one of zoo:mnis"):
+        open_run(Path("zoo:mnist-fm/refiner"))
+
+
 def test_a_missing_autoencoder_is_refused(
     zoo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
