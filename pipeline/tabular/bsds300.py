@@ -26,7 +26,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.integrity.pictures import DAMAGE, open_picture
 from pipeline.runtime.rng import generator
-from pipeline.tabular.table import SPLITS, Array, ArrayRows, Rows, Table, log_product
+from pipeline.tabular.table import ARCHIVE, SPLITS, Array, ArrayRows, Rows, Table, log_product
 
 FILE = "BSDS300/BSDS300.hdf5"
 #: patches of each split, as in the literature
@@ -94,7 +94,7 @@ def load_bsds300(path: str | None) -> Table:
     if path is None:
         raise UserError(
             "data.path is null; expected the folder of BSDS300's photographs, with train/ and "
-            f"test/, or of {FILE}; set data.path"
+            f"test/, or of {FILE}; set data.path, for instance to {ARCHIVE}"
         )
     place = Path(path).expanduser()
     for file in (place, place / FILE):

@@ -18,6 +18,8 @@ from pipeline.errors import UserError
 from pipeline.integrity.arrays import read_array
 
 SPLITS = ("train", "validation", "test")
+#: where the archive of the MAF paper is, for messages
+ARCHIVE = "the folder of https://zenodo.org/records/1161203"
 Array = npt.NDArray[np.floating]
 
 
@@ -191,7 +193,7 @@ def find_file(path: str | None, names: tuple[str, ...], what: str) -> Path:
     if path is None:
         raise UserError(
             f"data.path is null; expected the file of {what} ({choices}) or its folder, because "
-            "no package has it; set data.path"
+            f"no package has it; set data.path, for instance to {ARCHIVE}"
         )
     place = Path(path).expanduser()
     if place.is_file():

@@ -268,7 +268,7 @@ def test_bad_files_are_one_sentence(tmp_path: Path, name, file, content, words) 
 
 def test_tables_without_a_package_need_a_path() -> None:
     for name in ("gas", "miniboone", "bsds300"):
-        with pytest.raises(UserError, match="data.path is null"):
+        with pytest.raises(UserError, match="data.path is null.*zenodo.org/records/1161203"):
             load_table(DataConfig(name=name))
     with pytest.raises(UserError, match="unknown; choose one of power"):
         load_table(DataConfig(name="hepmass"))
