@@ -41,7 +41,7 @@ class Disk:
     def __init__(self, root: Path, at: int, keep: bool) -> None:
         self.root, self.at, self.keep = os.path.realpath(root), at, keep
         self.events = 0
-        self.numbers = count()
+        self.numbers = count(1)  # true, see _replace
         #: file → its number, which a rename takes along
         self.live: dict[str, int] = {}
         #: number → durable content; folder → durable names with their numbers
