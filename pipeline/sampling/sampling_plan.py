@@ -97,7 +97,10 @@ class SamplingPlan:
         flow = self._in_precision(self.run.flow)
         if self.guide is None or self.guidance == 1:
             return flow
-        return autoguide(flow, self._in_precision(self.guide.flow), self.guidance)
+        guide, count = self.guide.flow, len(self.run.manifest.blocks)
+        if len(guide) == 1 < count:  # it guides the parts of one block, see _require_fit
+            guide = freeze_flow(guide, count)[: len(flow)]
+        return autoguide(flow, self._in_precision(guide), self.guidance)
 
     def _in_precision(self, flow: Flow) -> Flow:
         return in_mixed_precision(flow) if self.precision == "bf16" else flow
@@ -236,8 +239,6 @@ def _open_guide(run: Run, settings: GenerateConfig) -> Run:
             f"the guide of the run at {run.folder} cannot be used ({error}); give another "
             "--guide, or sample without one by --guide none"
         ) from error
-    if _began_as_parts_of_one(run, guide):
-        guide = dataclasses.replace(guide, flow=freeze_flow(guide.flow, len(run.manifest.blocks)))
     _require_fit(run, guide, name)
     return dataclasses.replace(guide, flow=guide.flow[: len(run.flow)])
 

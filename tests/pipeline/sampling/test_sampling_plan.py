@@ -94,6 +94,9 @@ def test_one_block_guides_a_run_that_began_as_its_parts(
     plain = images(open_run(parts)).int()
     assert (drawn(weak) - drawn(weak_parts)).abs().max() <= 1
     assert (drawn(weak) - plain).abs().max() > 1
+    words = ("--guide", weak, "--guidance", "3", "--out", tmp_path / "out", "--dtype", "float32")
+    assert say(capsys, "export", "-r", parts, *words)[0] == 0
+    assert torch.equal(images(open_run(tmp_path / "out")).int(), drawn(weak))
     with pytest.raises(UserError, match="must have the objective, the interpolant and the steps"):
         drawn(trained("linear", train={"objective": "fm"}))
 
