@@ -197,7 +197,7 @@ def measure(workers: list[Worker], iterations: int, rounds: int) -> None:
     parts, whole = [slice(start, start + iterations) for start in starts], slice(WARMUP, None)
     plain = workers[0]
     print(
-        f"{'':17s}  it/s  × plain (each round){'':{5 * rounds - 9}}CPU ms  × plain"
+        f"{'':17s}  it/s  × plain (each round){' ' * max(1, 5 * rounds - 9)}CPU ms  × plain"
         "  last loss  largest difference  memory MiB"
     )
     for worker in workers:
