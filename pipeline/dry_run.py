@@ -14,6 +14,7 @@ from pipeline.config.validate import check
 from pipeline.data.latent_cache import (
     cache_folder,
     cache_identity,
+    latent_bytes,
     load_images_and_autoencoder,
 )
 from pipeline.runs.directory import RunDirectory
@@ -26,18 +27,18 @@ _FLOAT = 4
 _MEGABYTE = 1e6
 
 
-def encode_lines(config: Config) -> list[str]:
+def encode_lines(config: Config, precision: str | None = None) -> list[str]:
     """Describe `encode`: images, latents, shards and bytes."""
     images, autoencoder = load_images_and_autoencoder(config)
     folder = cache_folder(cache_identity(config, images, autoencoder))
     shape = tuple(autoencoder.latent_shape)
     count = len(images) * (2 if config.latents.mirror else 1)
-    values = math.prod(shape) * (2 if autoencoder.stochastic else 1)
+    size = latent_bytes(shape, autoencoder.stochastic, precision or "fp32")
     mirrored = " and their mirror images" if config.latents.mirror else ""
     return [
         f"encode {len(images)} images{mirrored} of {images.name} ({images.split})",
         f"latents have shape {shape}",
-        _shards(folder, count, config.latents.shard_size, _FLOAT * values * count),
+        _shards(folder, count, config.latents.shard_size, size * count),
     ]
 
 

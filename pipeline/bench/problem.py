@@ -204,7 +204,7 @@ class TableSource:
         table: the table.
     """
 
-    labels: Tensor | None = None
+    class_counts: dict[int, int] = {}  # noqa: RUF012 - no class
 
     def __init__(self, config: Config, table: Table) -> None:
         self.table = table

@@ -12,11 +12,10 @@ import numpy as np
 from pipeline.assets.catalogue import ASSETS
 from pipeline.assets.fetch import fetch_asset
 from pipeline.config.data import LATENTS
-from pipeline.data.image_folder import load_folder
 from pipeline.data.image_set import ArrayPixels, ImageSet, apply_limit, fingerprint, join
 from pipeline.data.imagenet32 import load_imagenet32
+from pipeline.data.packed import FOLDERS, load_pictures
 from pipeline.data.tensors import read_images
-from pipeline.data.unpacked import FOLDERS, folder_of
 from pipeline.errors import UserError
 from pipeline.runtime.console import say
 
@@ -109,14 +108,6 @@ def _imagenet32(data: DataConfig, split: str) -> ImageSet:
     return load_imagenet32(path, split, data.limit)
 
 
-def _folder(data: DataConfig, split: str) -> ImageSet:
-    """Open a folder of images, or a data set that is unpacked to one."""
-    folder = folder_of(data)
-    if not folder.is_dir():
-        raise UserError(f"data.path is {folder}, not a folder; set it to the folder of images")
-    return load_folder(folder, split, data.size, data.mode, data.limit)
-
-
 def _npz(data: DataConfig, split: str) -> ImageSet:
     """Open an .npz of images, which is the train split."""
     path = Path(str(data.path)).expanduser()
@@ -139,7 +130,7 @@ DATASETS: dict[str, Callable[[DataConfig, str], ImageSet]] = {
     "mnist": _mnist,
     "cifar10": _cifar10,
     "imagenet32": _imagenet32,
-    **dict.fromkeys(FOLDERS, _folder),
+    **dict.fromkeys(FOLDERS, load_pictures),
     "npz": _npz,
     LATENTS: _latents,
 }

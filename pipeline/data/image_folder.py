@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from pipeline.data.file_index import file_records
-from pipeline.data.image_set import ImageSet, apply_limit, fingerprint
+from pipeline.data.image_set import ImageSet, Pixels, apply_limit, fingerprint
 from pipeline.errors import UserError
 from pipeline.integrity.pictures import open_picture
 
@@ -37,20 +38,59 @@ def load_folder(
     Raises:
         UserError: the split does not exist or has no images, or size or mode is invalid.
     """
+    check_format(size, mode)
+    folder = folder / choose_split(folder, set(splits_of(folder)), split)
+
+    def pixels(names: tuple[str, ...], classes: tuple[str, ...] | None) -> Pixels:
+        return FolderPixels(folder, names, classes, size or 0, mode)
+
+    records = partial(file_records, folder)
+    names = _list_images(folder)
+    return image_set_of_files(folder, names, records, pixels, split, size, mode, limit)
+
+
+def check_format(size: int | None, mode: str) -> None:
+    """Raise UserError unless images can get the side `size` and the mode."""
     if size is None or size < 1:
         raise UserError(
             f"data.size is {size}; expected 1 or more; set it to the side of the images in pixels"
         )
     if mode not in MODES:
         raise UserError(f"data.mode is {mode!r}; expected one of {', '.join(MODES)}")
-    folder = _split_folder(folder, split)
-    names = _list_images(folder)
+
+
+def image_set_of_files(
+    place: Path | str,
+    names: list[str],
+    hashes: Callable[[Sequence[str]], list[dict[str, Any]]],
+    pixels: Callable[[tuple[str, ...], tuple[str, ...] | None], Pixels],
+    split: str,
+    size: int | None,
+    mode: str,
+    limit: int | None,
+) -> ImageSet:
+    """Return the image set of files, whose first folders are the classes if all are in one.
+
+    Args:
+        place: of the files, in messages.
+        names: sorted relative paths.
+        hashes: names → `size` and `sha256` of each.
+        pixels: names and classes → their pixels.
+        split: of the images.
+        size: side of the images in pixels.
+        mode: RGB or L.
+        limit: number of images that are used; None uses all.
+
+    Raises:
+        UserError: there are no images.
+    """
     if not names:
-        raise UserError(f"{folder} has no images; expected files that end in {' '.join(ENDINGS)}")
+        raise UserError(f"{place} has no images; expected files that end in {' '.join(ENDINGS)}")
+    assert size is not None
     classes = _class_names(names)
     count, extra = apply_limit(len(names), limit)
     names = names[:count]
-    records = file_records(folder, names)
+    records = hashes(names)
     files = [[n, f["size"], f["sha256"]] for n, f in zip(names, records, strict=True)]
     preprocessing = {"size": size, "mode": mode, "how": _PREPROCESSING}
     return ImageSet(
@@ -59,7 +99,7 @@ def load_folder(
         shape=(MODES[mode], size, size),
         fingerprint=fingerprint({"name": "folder", "files": files, **preprocessing, **extra}),
         count=count,
-        pixels=FolderPixels(folder, tuple(names), classes, size, mode),
+        pixels=pixels(tuple(names), classes),
         class_names=classes,
     )
 
@@ -93,20 +133,23 @@ def splits_of(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in ("train", "test", "val") if (folder / name).is_dir()}
 
 
-def _split_folder(folder: Path, split: str) -> Path:
-    """Return the folder of a split: its subfolder, or a folder without splits itself."""
-    splits = splits_of(folder)
+def choose_split(place: Path | str, splits: set[str], split: str) -> str:
+    """Return the folder of a split among those that exist; empty for images without splits.
+
+    Raises:
+        UserError: there is none.
+    """
     for name in ("train",) if split == "train" else ("test", "val"):
         if name in splits:
-            return splits[name]
+            return name
     if not splits and split == "train":
-        return folder
+        return ""
     if not splits:
         raise UserError(
-            f"{folder} has no split {split!r}; move the held-out images into "
-            f"{folder / split}, and the others into {folder / 'train'}"
+            f"{place} has no split {split!r}; move the held-out images into {place}/{split}, and "
+            f"the others into {place}/train"
         )
-    raise UserError(f"{folder} has no split {split!r}; put its images into {folder / split}")
+    raise UserError(f"{place} has no split {split!r}; put its images into {place}/{split}")
 
 
 def _list_images(folder: Path) -> list[str]:

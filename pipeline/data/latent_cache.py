@@ -7,7 +7,9 @@ holds the standardisation, whose std includes the posterior's variance.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,13 @@ from pipeline.config.schema import Config, EncoderConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
 from pipeline.data.one_writer import one_writer
-from pipeline.data.standardisation import Standardisation, standardisation_of
+from pipeline.data.standardisation import Standardisation, class_counts, facts
 from pipeline.errors import UserError
 from pipeline.runtime.console import Progress
 from pipeline.runtime.devices import to_device
 from pipeline.runtime.distributed import errors_on_all_ranks, require_same
 from pipeline.runtime.system import require_disk_space, require_memory
-from pipeline.storage import seal
+from pipeline.storage import atomic, seal
 from pipeline.storage.paths import data_root
 from pipeline.storage.shards import (
     FORMAT,
@@ -45,7 +47,8 @@ from pipeline.storage.shards import (
     open_store,
 )
 
-_FLOAT = 4
+#: types of the stored moments by precision
+_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: images whose reconstructions are measured
 _MEASURED = 64
 #: images that are encoded together outside of a cache
@@ -62,6 +65,7 @@ class LatentCache:
             identity = dict(reader.manifest["identity"])
             self.shape = tuple(int(side) for side in identity["latent_shape"])
             self.stochastic = bool(identity["stochastic"])
+            self.precision = str(identity.get("precision", "fp32"))
             _check_fields(reader, self.shape, self.stochastic, len(self.standardisation.mean))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
@@ -79,7 +83,16 @@ class LatentCache:
 
     def labels(self) -> Tensor:
         """Return the class of every latent, int64 (n,); -1 without classes."""
-        return self.reader.take("labels", torch.arange(len(self)))
+        return self.reader.field("labels")
+
+    @cached_property
+    def class_counts(self) -> dict[int, int]:
+        """Number of latents of every class, by class; -1 without classes.
+
+        The manifest has it. For a cache of an earlier version the labels are counted.
+        """
+        stored = self.reader.manifest.get("classes")
+        return class_counts(self.reader) if stored is None else {int(k): n for k, n in stored}
 
     def sample(self, start: int, stop: int, noise: float, generator: torch.Generator) -> Tensor:
         """Sample the standardised latents of images [start, stop), float32 (n, C_z, H_z, W_z).
@@ -87,9 +100,9 @@ class LatentCache:
         A KL autoencoder's posterior is sampled. Latents of a deterministic encoder get Gaussian
         noise of std `noise`, in standardised units.
         """
-        mean = self.reader.read("mean", start, stop)
+        mean = self.reader.read("mean", start, stop).float()
         if self.stochastic:
-            moments = Moments(mean, self.reader.read("log_var", start, stop))
+            moments = Moments(mean, self.reader.read("log_var", start, stop).float())
             return self.standardisation.apply(moments.sample(generator))
         z = self.standardisation.apply(mean)
         return z + noise * torch.randn(z.shape, generator=generator) if noise > 0 else z
@@ -100,11 +113,19 @@ class LatentCache:
         The arguments are those of `sample`. Both results are float32 (n, C_z, H_z, W_z), in
         standardised units, with n = stop − start.
         """
-        mean = self.standardisation.apply(self.reader.read("mean", start, stop))
+        rows = torch.arange(start, stop)
+        return self.mean(rows), self.std(rows, noise)
+
+    def mean(self, rows: Tensor) -> Tensor:
+        """Return the standardised means of rows int64 (n,), float32 (n, *shape)."""
+        return self.standardisation.apply(self.reader.take("mean", rows).float())
+
+    def std(self, rows: Tensor, noise: float) -> Tensor:
+        """Return the standard deviations of rows (n,) in standardised units, (n, *shape)."""
         if not self.stochastic:
-            return mean, torch.full_like(mean, noise)
-        std = (self.reader.read("log_var", start, stop) / 2).exp()
-        return mean, self.standardisation.scale(std)
+            return torch.full((len(rows), *self.shape), noise)
+        log_var = self.reader.take("log_var", rows).float()
+        return self.standardisation.scale((log_var / 2).exp())
 
 
 def _check_fields(
@@ -144,30 +165,67 @@ def cache_identity(config: Config, images: ImageSet, autoencoder: Autoencoder) -
     }
 
 
+def latent_bytes(shape: tuple[int, ...], stochastic: bool, precision: str = "fp32") -> int:
+    """Return the bytes of the moments of a latent of a shape in the cache."""
+    return _TYPES[precision].itemsize * math.prod(shape) * (2 if stochastic else 1)
+
+
 def cache_folder(identity: dict[str, Any]) -> Path:
     """Return the folder of the cache of an identity."""
     return data_root() / "latents" / f"{identity['dataset']}-{content_key(identity)}"
 
 
-def encode(config: Config, accelerator: Accelerator, progress: Progress) -> LatentCache:
+def encode(
+    config: Config, accelerator: Accelerator, progress: Progress, precision: str | None = None
+) -> LatentCache:
     """Encode a data set, or open its cache if it exists; encoding resumes at missing shards.
 
     Rank r of P writes the shards r, r + P, ….
 
+    Args:
+        config: data, autoencoder and latents.
+        accelerator: device and ranks.
+        progress: wraps the loop over batches.
+        precision: of the stored moments: fp16 or bf16 take half the room of fp32. None is that of
+            an existing cache, else fp32.
+
     Raises:
-        UserError: the data set, the autoencoder or a size is invalid.
+        UserError: the data set, the autoencoder or a size is invalid, or a cache in another
+            precision exists.
     """
+    if precision not in (None, *_TYPES):
+        raise UserError(f"--precision is {precision}; expected one of {', '.join(_TYPES)}")
     images, autoencoder = load_images_and_autoencoder(config)
     identity = cache_identity(config, images, autoencoder)
     folder = cache_folder(identity)
     require_same(accelerator, folder.name, "the latent cache")
     if (folder / MANIFEST).is_file():
-        return LatentCache(open_store(folder, "latent cache", identity))
+        cache = _open(folder, identity)
+        if precision not in (None, cache.precision):
+            raise UserError(
+                f"latent cache {folder} is stored in {cache.precision}; expected {precision}; "
+                "leave --precision out, or delete the cache and encode again"
+            )
+        return cache
     if config.latents.batch_size < 1:
         raise UserError(f"latents.batch_size is {config.latents.batch_size}; expected at least 1")
     with one_writer(folder, "latent cache", accelerator, wait=True):
         if not (folder / MANIFEST).is_file():
-            _encode(config, identity, images, autoencoder, accelerator, progress)
+            stored = _identity_in(identity, precision or "fp32")
+            _encode(config, stored, images, autoencoder, accelerator, progress)
+    return _open(folder, identity)
+
+
+def _identity_in(identity: dict[str, Any], precision: str) -> dict[str, Any]:
+    """Return the identity of a cache whose moments are stored in a precision."""
+    return identity if precision == "fp32" else {**identity, "precision": precision}
+
+
+def _open(folder: Path, identity: dict[str, Any]) -> LatentCache:
+    """Open the cache of an identity, which may be stored in any precision."""
+    with contextlib.suppress(UserError, AttributeError, TypeError):  # `open_store` says what
+        stored = atomic.read_json(folder / MANIFEST, "manifest").get("identity")
+        identity = _identity_in(identity, stored.get("precision", "fp32"))
     return LatentCache(open_store(folder, "latent cache", identity))
 
 
@@ -180,15 +238,16 @@ def _encode(
     progress: Progress,
 ) -> None:
     """Write the missing shards of a cache, and its manifest."""
-    folder = cache_folder(identity)
+    precision = identity.get("precision", "fp32")
+    folder = cache_folder({k: v for k, v in identity.items() if k != "precision"})
     total = len(images) * (2 if config.latents.mirror else 1)
-    values = math.prod(autoencoder.latent_shape) * (2 if autoencoder.stochastic else 1)
     written = sum(path.stat().st_size for path in folder.glob("shard-*"))
-    size = _FLOAT * total * values - written
+    one = latent_bytes(autoencoder.latent_shape, autoencoder.stochastic, precision)
+    size = total * one - written
     require_disk_space(folder, size, f"the latents of {total} images")
     batch = min(config.latents.batch_size, config.latents.shard_size, total)
     require_memory(
-        _FLOAT * batch * math.prod(images.shape), f"a batch of {batch} images of {images.shape}",
+        4 * batch * math.prod(images.shape), f"a batch of {batch} images of {images.shape}",
         "choose a smaller latents.batch_size or data.size",
     )
     writer = StoreWriter(folder, identity, total, config.latents.shard_size)
@@ -197,7 +256,7 @@ def _encode(
         _write_shards(writer, images, autoencoder, size, accelerator, progress)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        writer.finish(lambda store: {"standardisation": standardisation_of(store).to_dict()})
+        writer.finish(facts)
     accelerator.wait_for_everyone()
 
 
@@ -211,6 +270,24 @@ def reconstruction_psnr(config: Config) -> float:
     x = torch.from_numpy(np.ascontiguousarray(images.read(0, min(len(images), _MEASURED))))
     decoded = to_uint8(autoencoder.decode(autoencoder.encode(to_float(x)).mean))
     return float(psnr(x, decoded).mean())
+
+
+@torch.inference_mode()
+def storage_error(config: Config, cache: LatentCache) -> tuple[float, float]:
+    """Return what storing in half precision changed in the first latents, as root mean squares.
+
+    The first is the error of the means, in units of the channel's standard deviation. The second
+    is the relative error of the posterior's standard deviations.
+    """
+    images, autoencoder = load_images_and_autoencoder(config)
+    x = torch.from_numpy(np.ascontiguousarray(images.read(0, min(len(images), _MEASURED))))
+    exact, rows = autoencoder.encode(to_float(x)), torch.arange(len(x))
+    mean = cache.mean(rows) - cache.standardisation.apply(exact.mean.float())
+    std = torch.zeros(1)
+    if exact.log_var is not None:
+        log_var = cache.reader.take("log_var", rows).float() - exact.log_var.float()
+        std = torch.expm1(log_var / 2)
+    return float(mean.square().mean().sqrt()), float(std.square().mean().sqrt())
 
 
 def open_cache(config: Config) -> LatentCache:
@@ -229,7 +306,7 @@ def open_cache(config: Config) -> LatentCache:
             f"latent cache {folder} of {images.name} ({images.split}) does not exist; run "
             "`jkoflow encode` with the same configuration first"
         )
-    return LatentCache(open_store(folder, "latent cache", identity))
+    return _open(folder, identity)
 
 
 def load_images_and_autoencoder(config: Config) -> tuple[ImageSet, Autoencoder]:
@@ -322,7 +399,7 @@ def _write_shards(
     for index, start, stop in progress(jobs, len(jobs), "encode"):
         x, labels = read_rows(images, start, stop)
         moments = autoencoder.encode(to_device(to_float(x), accelerator.device))
-        parts.append(_to_shard(moments, labels))
+        parts.append(_to_shard(moments, labels, writer.identity.get("precision", "fp32")))
         if stop == writer.bounds(index)[1]:
             writer.write(index, {k: torch.cat([p[k] for p in parts]) for k in parts[0]})
             parts = []
@@ -338,11 +415,15 @@ def read_rows(images: ImageSet, start: int, stop: int) -> tuple[Tensor, Tensor]:
     return x, torch.from_numpy(labels)
 
 
-def _to_shard(moments: Moments, labels: Tensor) -> Shard:
+def _to_shard(moments: Moments, labels: Tensor, precision: str) -> Shard:
     """Return the fields of a batch on the CPU; latents that are not finite are a UserError."""
-    if not bool(torch.isfinite(moments.mean).all()):
-        raise UserError("latents of the autoencoder are not finite; encode in float32")
-    shard = {"mean": moments.mean.float().cpu(), "labels": labels}
+    mean = moments.mean.cpu().to(_TYPES[precision])
+    if not bool(torch.isfinite(mean).all()):
+        raise UserError(
+            f"latents of the autoencoder are not finite in {precision}; expected finite ones; "
+            "encode in fp32"
+        )
+    shard = {"mean": mean, "labels": labels}
     if moments.log_var is not None:
-        shard["log_var"] = moments.log_var.float().cpu()
+        shard["log_var"] = moments.log_var.cpu().to(_TYPES[precision])
     return shard

@@ -61,9 +61,9 @@ def _batches(cache: LatentCache) -> Iterator[dict[str, Tensor]]:
     """Yield `mean` and `std` of consecutive images."""
     for start in range(0, len(cache), _BATCH):
         stop = min(start + _BATCH, len(cache))
-        batch = {"mean": cache.reader.read("mean", start, stop)}
+        batch = {"mean": cache.reader.read("mean", start, stop).float()}
         if cache.stochastic:
-            batch["std"] = (cache.reader.read("log_var", start, stop) / 2).exp()
+            batch["std"] = (cache.reader.read("log_var", start, stop).float() / 2).exp()
         yield batch
 
 

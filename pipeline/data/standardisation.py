@@ -1,8 +1,10 @@
-"""Standardisation of latents by the mean and std of each channel."""
+"""Standardisation of latents by the mean and std of each channel, and counts of classes."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,3 +82,20 @@ def standardisation_of(store: StoreReader) -> Standardisation:
     average = total / count
     std = (square / count - average**2).clamp(min=1e-12).sqrt()
     return Standardisation(average.float(), std.clamp(min=1e-6).float())
+
+
+def class_counts(reader: StoreReader) -> dict[int, int]:
+    """Count the samples of every class, shard by shard."""
+    counts: Counter[int] = Counter()
+    for index in range(len(reader.manifest["shards"])):
+        labels, numbers = reader.shard(index)["labels"].unique(return_counts=True)
+        counts.update(dict(zip(labels.tolist(), numbers.tolist(), strict=True)))
+    return dict(sorted(counts.items()))
+
+
+def facts(reader: StoreReader) -> dict[str, Any]:
+    """Return the entries of a cache's manifest that follow from its shards."""
+    return {
+        "standardisation": standardisation_of(reader).to_dict(),
+        "classes": list(class_counts(reader).items()),
+    }

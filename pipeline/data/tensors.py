@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.image_set import ImageSet, apply_limit, image_set_of
-from pipeline.data.standardisation import standardisation_of
+from pipeline.data.standardisation import facts
 from pipeline.errors import UserError
 from pipeline.integrity.arrays import read_arrays
 from pipeline.storage import atomic
@@ -110,7 +110,7 @@ def write_latents(latents: Tensor, labels: Tensor | None) -> Path:
         first, last = writer.bounds(index)
         rows = {"mean": latents[first:last].clone(), "labels": everywhere[first:last].clone()}
         writer.write(index, rows)
-    writer.finish(lambda store: {"standardisation": standardisation_of(store).to_dict()})
+    writer.finish(facts)
     return folder
 
 

@@ -43,13 +43,17 @@ class PairReader(StoreReader):
 
     def __init__(self, before: StoreReader, after: StoreReader) -> None:
         super().__init__(before.folder, before.manifest)
-        self.after = after
+        self.before, self.after = before, after
 
     def take(self, name: str, indices: Tensor) -> Tensor:
         """Return a field (n, *shape) at indices (n,); `end` has the samples after the group."""
         if name == "end":
             return self.after.take("z", indices)
-        return super().take(name, indices)
+        return self.before.take(name, indices)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the samples [start, stop) of a field before the group, (n, …)."""
+        return self.before.read(name, start, stop)
 
 
 class DistilledBlocks:

@@ -8,9 +8,8 @@ import torch
 
 from pipeline.config.data import DataConfig
 from pipeline.data.datasets import load_images
-from pipeline.data.image_folder import splits_of
 from pipeline.data.image_set import ImageSet
-from pipeline.data.unpacked import FOLDERS, folder_of
+from pipeline.data.packed import FOLDERS, has_splits
 from pipeline.errors import UserError
 from pipeline.runtime.rng import generator
 
@@ -20,7 +19,7 @@ ORDER = "order of evaluation"
 
 def held_out_images(data: DataConfig) -> ImageSet:
     """Load the test split, or the training split of a folder that is not split."""
-    if data.name in FOLDERS and data.path and not splits_of(folder_of(data)):
+    if data.name in FOLDERS and data.path and not has_splits(data):
         return load_images(data.of_split(data.split))
     return load_images(data.of_split(data.test_split))
 

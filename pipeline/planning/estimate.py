@@ -95,6 +95,8 @@ class Measurement:
         image_bytes: of an image as uint8.
         latent_bytes: of a latent in the cache.
         stage_bytes: of a sample of stage 0, and of a later stage.
+        drawn: samples from which stage 0 is drawn from the cache and takes no room; None stores
+            any number.
         encode: an image → its latent; None for a caller's own latents.
         decode: a latent → an image.
         features: the FID network on an image; None where its weights are absent.
@@ -124,6 +126,7 @@ class Measurement:
     state: float
     checkpoint: int
     snapshots: int = 0
+    drawn: int | None = None
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,8 @@ def _steps(
         activations = max(0.0, block.step.memory - measured.base - measured.state)
         memory = measured.base + measured.state + activations / hardware.gpus
         disk = block.weights * (1 + measured.snapshots)
-        disk += size * measured.stage_bytes[0] if index == 0 else 0
+        if index == 0 and (measured.drawn is None or size < measured.drawn):
+            disk += size * measured.stage_bytes[0]
         yield f"train block {index}", block.step.time(count, hardware), memory, disk
         if index + 1 < len(sizes):
             pushed = sizes[index + 1]
@@ -257,11 +261,6 @@ def _steps(
             seconds += measured.encode.time(work.generated, hardware)
             seconds += measured.decode.time(work.generated, hardware)
         yield "evaluate", seconds, measured.features.memory, sets * work.generated * _FEATURE
-
-
-def latent_bytes(values: int, stochastic: bool) -> int:
-    """Return the bytes of a latent of `values` values in the cache, with its class."""
-    return _FLOAT * values * (2 if stochastic else 1) + _LABEL
 
 
 def stage_bytes(values: int, moments: bool, classes: bool) -> tuple[int, int]:

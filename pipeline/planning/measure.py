@@ -39,14 +39,14 @@ from pipeline.config.data import LATENTS
 from pipeline.config.schema import Config
 from pipeline.config.validate import check, check_shape
 from pipeline.data.datasets import load_images
-from pipeline.data.latent_cache import build_encoder, open_cache
+from pipeline.data.drawn_latents import MANY
+from pipeline.data.latent_cache import build_encoder, latent_bytes, open_cache
 from pipeline.errors import JkoflowError
 from pipeline.evaluation.features import load_inception
 from pipeline.planning.estimate import (
     BlockCost,
     Measurement,
     Rate,
-    latent_bytes,
     stage_bytes,
 )
 from pipeline.runs.passes import Pass
@@ -75,6 +75,8 @@ SECONDS, _MOST = 2.0, 50
 #: images of data sets whose shape needs no files
 _SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet32": (3, 32, 32)}
 _FEATURES_BATCH, _GENERATED = 50, 50
+#: bytes of a class in the cache
+_LABEL = 8
 
 
 def measure(config: Config, accelerator: Accelerator, seconds: float = SECONDS) -> Measurement:
@@ -116,7 +118,7 @@ def measure(config: Config, accelerator: Accelerator, seconds: float = SECONDS) 
         copies=2 if config.latents.mirror else 1,
         draws=config.latents.draws,
         image_bytes=math.prod(image),
-        latent_bytes=latent_bytes(math.prod(latent), stochastic),
+        latent_bytes=latent_bytes(latent, stochastic) + _LABEL,
         # a refiner keeps residuals and images in float16, and has one block
         stage_bytes=(4 * values, 0)
         if refines
@@ -130,6 +132,7 @@ def measure(config: Config, accelerator: Accelerator, seconds: float = SECONDS) 
         state=sizes["state"],
         checkpoint=int(sizes["checkpoint"]),
         snapshots=_snapshots(config, blocks),
+        drawn=None if refines else MANY,
     )
 
 
@@ -214,6 +217,11 @@ class _NoiseSource:
     def labels(self) -> Tensor | None:
         """Return classes (n,) in turn."""
         return torch.arange(self.count) % self.classes if self.classes else None
+
+    @property
+    def class_counts(self) -> dict[int, int]:
+        """Refuse; nothing asks for it, because no run is written."""
+        raise JkoflowError("random samples have no classes")
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
         """Write the samples."""

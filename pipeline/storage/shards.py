@@ -20,17 +20,23 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.errors import JkoflowError, UserError
 from pipeline.integrity.digests import remember, remembered
 from pipeline.storage import atomic, seal
+from pipeline.storage.memory_maps import map_tensors
 from pipeline.storage.paths import data_root
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 #: bytes from which the verification of a store is remembered; fewer are hashed in a moment
 WORTH_REMEMBERING = 1 << 26
+#: shards that a reader keeps mapped; Linux allows a process 65 530 maps
+_MOST_MAPS = 1 << 14
+#: samples from which a batch is scattered, so that what is read ahead of a sample is of no use
+_SCATTERED = 1 << 20
 _OWNER = "jkoflow.shard"
 Shard = dict[str, Tensor]
 
@@ -180,7 +186,7 @@ class StoreReader:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = Path(folder), manifest
         self.starts = np.cumsum([0] + [row["count"] for row in manifest["shards"]])
-        self._maps: dict[tuple[str, int], Tensor] = {}
+        self._maps: dict[int, Shard] = {}
 
     def __len__(self) -> int:
         return int(self.manifest["count"])
@@ -208,27 +214,30 @@ class StoreReader:
         if (shards == shards[0]).all():
             return first[indices - int(self.starts[shards[0]])]
         out = first.new_empty((len(indices), *first.shape[1:]))
-        for index in np.unique(shards):
-            rows = torch.from_numpy(np.flatnonzero(shards == index))
-            out[rows] = self._mapped(name, int(index))[indices[rows] - int(self.starts[index])]
+        order = np.argsort(shards, kind="stable")
+        for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            rows, index = torch.from_numpy(part), int(shards[part[0]])
+            out[rows] = self._mapped(name, index)[indices[rows] - int(self.starts[index])]
         return out
 
     def _mapped(self, name: str, index: int) -> Tensor:
-        """Return a field of a shard as a memory map, kept for the next call."""
-        if (name, index) not in self._maps:
+        """Return a field of a shard as a memory map, kept for later calls."""
+        if index not in self._maps:
+            if len(self._maps) >= _MOST_MAPS:
+                del self._maps[next(iter(self._maps))]
             path = self.folder / self.manifest["shards"][index]["file"]
-            with safe_open(path, "pt") as file:
-                self._maps[name, index] = file.get_tensor(name)
-        return self._maps[name, index]
+            self._maps[index] = map_tensors(path) if len(self) >= _SCATTERED else load_file(path)
+        return self._maps[index][name]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Return the samples [start, stop) of a field, (n, …); only their shards are read."""
-        parts = []
-        for index in range(len(self.starts) - 1):
+        parts, shards = [], len(self.starts) - 1
+        first = min(int(np.searchsorted(self.starts, start, side="right")) - 1, shards - 1)
+        last = max(int(np.searchsorted(self.starts, stop, side="left")), first + 1)
+        for index in range(first, last):
             low, high = int(self.starts[index]), int(self.starts[index + 1])
-            if low < stop and high > start:
-                rows = self.shard(index)[name][max(start - low, 0) : min(stop, high) - low]
-                parts.append(rows)
+            rows = self.shard(index)[name][max(start - low, 0) : min(stop, high) - low]
+            parts.append(rows)
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
@@ -256,11 +265,8 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
         raise UserError(
             f"{what} {folder} has another format; expected {FORMAT}; delete it and make it again"
         )
-    if identity is not None and manifest.get("key") != content_key(identity):
-        raise UserError(
-            f"{what} {folder} was made from {_differences(manifest, identity)}; delete it or "
-            "choose another folder"
-        )
+    if identity is not None:
+        require_identity(manifest, identity, folder, what)
     try:
         rows = [(row["file"], row["count"], str(row["sha256"])) for row in manifest["shards"]]
         complete = bool(rows) and manifest["count"] == sum(count for _, count, _ in rows)
@@ -288,6 +294,17 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
         with contextlib.suppress(JkoflowError):  # a data root that this process cannot write
             atomic.write_bytes(_memory(folder), json.dumps(states).encode(), sealed=False)
     return StoreReader(folder, manifest)
+
+
+def require_identity(
+    manifest: dict[str, Any], identity: dict[str, Any], folder: Path, what: str
+) -> None:
+    """Raise UserError unless the manifest of a store, which `what` names, has an identity."""
+    if not isinstance(manifest, dict) or manifest.get("key") != content_key(identity):
+        raise UserError(
+            f"{what} {folder} was made from {_differences(manifest, identity)}; delete it or "
+            "choose another folder"
+        )
 
 
 def _memory(folder: Path) -> Path:

@@ -27,7 +27,7 @@ class PointSource:
     """
 
     shape: tuple[int, ...] = (2,)
-    labels: Tensor | None = None
+    class_counts: dict[int, int] = {}  # noqa: RUF012 - no class
 
     def __init__(self, config: Config) -> None:
         if config.points is None:

@@ -20,6 +20,7 @@ from autoencoders.adapt import Adaptation
 from autoencoders.base import to_float
 from pipeline.config.data import LATENTS, LatentsConfig
 from pipeline.config.schema import Config
+from pipeline.data.drawn_latents import MANY, DrawnLatents
 from pipeline.data.latent_cache import (
     autoencoder_of_latents,
     load_images_and_autoencoder,
@@ -33,7 +34,7 @@ from pipeline.runtime.console import progress_bar
 from pipeline.runtime.rng import generator
 from pipeline.storage.shards import Shard, StoreReader, StoreWriter
 from pipeline.training.matching_loss import IMAGE
-from pipeline.training.stages import ensure_stage
+from pipeline.training.stages import ensure_drawn_stage, ensure_stage, has_stored_stage
 
 #: images in each part of the cache that the standardisation is measured on, and number of parts
 _IMAGES_PER_PART, _PARTS = 50, 20
@@ -48,15 +49,15 @@ class SampleSource(Protocol):
 
     Attributes:
         shape: of one sample, (C_z, H_z, W_z) or (D,).
-        labels: class of each datum, int64 (n,), negative for an unlabelled one; None if all are
-            unlabelled. It is read only if velocity.classes is set.
+        class_counts: number of data of each class, by class, which is negative for unlabelled
+            ones. It is read only if velocity.classes is set.
     """
 
     shape: tuple[int, ...]
 
     @property
-    def labels(self) -> torch.Tensor | None:
-        """Return the labels (n,) of all samples; None without classes."""
+    def class_counts(self) -> dict[int, int]:
+        """Return the number of data of each class; empty without classes."""
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
         """Open stage 0 of a run; it is made where it is missing."""
@@ -83,22 +84,28 @@ class LatentSource:
         self.config, self.cache = config, open_cache(config)
         self.shape = self.cache.shape
 
-    @cached_property
-    def labels(self) -> torch.Tensor | None:
-        """Return the labels (n,) of the images, mirror images included."""
-        return self.cache.labels()
+    @property
+    def class_counts(self) -> dict[int, int]:
+        """Return the number of images of each class, mirror images included."""
+        return self.cache.class_counts
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
         """Open stage 0: `latents.draws` draws of each latent.
 
         Under jko it holds the mean and the standard deviation of every draw, too, where they are
-        random. The first block draws its samples again in every batch.
+        random. The first block draws its samples again in every batch. From `MANY` samples on,
+        nothing is stored but the manifest.
         """
         cache, latents = self.cache, config.latents
         identity = self.identity(latents)
         random = config.jko is not None and (cache.stochastic or latents.noise > 0)
         if random:
             identity["moments"] = True
+        count, size = len(cache) * latents.draws, latents.shard_size
+        if count >= MANY and not has_stored_stage(run):
+            identity["drawn"] = "counters"
+            drawn = DrawnLatents(cache, latents.draws, latents.noise, identity)
+            return ensure_drawn_stage(run, drawn, accelerator)
 
         def make(writer: StoreWriter, index: int) -> Shard:
             source = generator(_SEED, "draw", index)
@@ -109,13 +116,11 @@ class LatentSource:
                 shard["mean"], shard["std"] = map(torch.cat, zip(*moments, strict=True))
             return shard
 
-        all_labels = self.labels if config.velocity.classes else None
-        count, size = len(cache) * latents.draws, latents.shard_size
-        if all_labels is None:
+        if not config.velocity.classes:
             return ensure_stage(run, identity, count, size, make, accelerator)
 
         def labels(first: int, last: int) -> torch.Tensor:
-            return all_labels[torch.arange(first, last) % len(all_labels)]
+            return cache.reader.take("labels", torch.arange(first, last) % len(cache))
 
         return ensure_stage(run, identity, count, size, make, accelerator, labels=labels)
 
@@ -278,30 +283,25 @@ class ResidualSource(LatentSource):
         return x, decoded.cpu().half().float()
 
 
-def check_labels(labels: Tensor | None, classes: int) -> None:
-    """Check that every sample has a label that `velocity.classes` allows.
+def check_classes(counts: dict[int, int], classes: int) -> None:
+    """Check that every sample has a class that `velocity.classes` allows.
 
     Args:
-        labels: int64 (n,); None or a negative number where there is none.
+        counts: number of samples of each class; the class is negative where there is none.
         classes: velocity.classes, at least 1.
 
     Raises:
-        UserError: labels are missing, or out of range.
+        UserError: classes are missing, or out of range.
     """
-    if labels is None or int(labels.min()) < 0:
+    if not counts or min(counts) < 0:
         raise UserError(
             f"velocity.classes = {classes} needs a class for every image, but the data set has no "
             "labels (nor has one that data.also joins); sort the images into one subfolder a "
             "class, or train with velocity.classes=0"
         )
-    largest = int(labels.max())
+    largest = max(counts)
     if largest >= classes:
         raise UserError(
             f"velocity.classes = {classes} allows the labels 0 to {classes - 1}, but the data set "
             f"has the label {largest}; set velocity.classes={largest + 1}"
         )
-
-
-def counts_of(labels: Tensor, classes: int) -> list[int]:
-    """Count the samples of each class in labels (n,)."""
-    return torch.bincount(labels, minlength=classes).tolist()

@@ -29,10 +29,17 @@ from pipeline.errors import JkoflowError, UserError
 from pipeline.runtime.console import Progress
 from pipeline.runtime.devices import to_device
 from pipeline.runtime.distributed import errors_on_all_ranks
-from pipeline.runtime.rng import generator
+from pipeline.runtime.rng import generator, order
 from pipeline.runtime.system import require_disk_space
-from pipeline.storage import atomic
-from pipeline.storage.shards import MANIFEST, Shard, StoreReader, StoreWriter, open_store
+from pipeline.storage import atomic, seal
+from pipeline.storage.shards import (
+    MANIFEST,
+    Shard,
+    StoreReader,
+    StoreWriter,
+    open_store,
+    require_identity,
+)
 
 CHUNK = 2000
 #: samples that a stage has at least, if the stage before has them
@@ -136,8 +143,8 @@ def _picks(
         count = manifest.get("identity", {}).get("samples", len(before))
     if not isinstance(count, int) or not 0 < count < len(before):
         return None
-    order = torch.randperm(len(before), generator=generator(seed, "stage", stage))
-    return order[:count].sort().values
+    chosen = order(len(before), generator(seed, "stage", stage))(torch.arange(count))
+    return chosen.sort().values
 
 
 def _read(
@@ -245,6 +252,27 @@ def ensure_stage(
         writer.finish(lambda reader: _movement(before, reader, picks))
     accelerator.wait_for_everyone()
     return open_store(folder, f"stage {stage}", identity)
+
+
+def has_stored_stage(run: Path) -> bool:
+    """Return whether a run has begun to store the samples of stage 0."""
+    return any(stage_folder(run, 0).glob("shard-*"))
+
+
+def ensure_drawn_stage(run: Path, drawn: StoreReader, accelerator: Accelerator) -> StoreReader:
+    """Open a stage 0 whose samples are computed when they are read; its manifest is stored.
+
+    Raises:
+        UserError: the run was begun with other samples.
+    """
+    folder, what = stage_folder(run, 0), "stage 0"
+    if accelerator.is_main_process and not (folder / MANIFEST).is_file():
+        seal.start(folder)
+        atomic.write_json(folder / MANIFEST, {**drawn.manifest, "shards": []})
+    accelerator.wait_for_everyone()
+    manifest = atomic.read_json(folder / MANIFEST, f"manifest of {what}")
+    require_identity(manifest, drawn.manifest["identity"], folder, what)
+    return drawn
 
 
 def _require_finite(z: torch.Tensor, first: int) -> None:

@@ -40,8 +40,7 @@ from pipeline.training.sources import (
     LatentSource,
     ResidualSource,
     SampleSource,
-    check_labels,
-    counts_of,
+    check_classes,
 )
 from pipeline.training.warm_start import open_warm_start
 
@@ -108,7 +107,7 @@ def train(
     samples = source or default(config)
     check_shape(config, samples.shape)
     if config.velocity.classes:
-        check_labels(samples.labels, config.velocity.classes)
+        check_classes(samples.class_counts, config.velocity.classes)
     context = TrainingContext(config, folder, samples, accelerator, progress)
     resume = resume or bool(add_blocks)
     _require_same_training(context)
@@ -151,8 +150,8 @@ def _manifest(context: TrainingContext, started: Manifest | None) -> Manifest:
         _require_same_scale(context.folder, started, manifest)
         passes = with_lower_iterations(config, started.passes)
         manifest = dataclasses.replace(started, exported=None, passes=passes)
-    elif config.velocity.classes and samples.labels is not None:
-        counts = counts_of(samples.labels, config.velocity.classes)
+    elif config.velocity.classes and samples.class_counts:
+        counts = [samples.class_counts.get(k, 0) for k in range(config.velocity.classes)]
         manifest = dataclasses.replace(manifest, classes=ClassesRecord(counts))
     run, record = config.train.init_from, manifest.init_from
     if run is not None and (record is None or record.run != run):

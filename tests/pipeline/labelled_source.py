@@ -34,7 +34,8 @@ class LabelledSource:
     def __init__(self, count: int = 1200, known: bool = True) -> None:
         self.count = count
         self.clusters = (torch.rand(count, generator=generator("labels")) < 0.75).long()
-        self.labels: Tensor | None = self.clusters if known else None
+        counts = torch.bincount(self.clusters).tolist() if known else []
+        self.class_counts = dict(enumerate(counts))
 
     def first_stage(self, run: Path, config: Config, accelerator: Accelerator) -> StoreReader:
         identity: dict[str, Any] = {"kind": "stage", "stage": 0, "count": self.count, "shape": [2]}

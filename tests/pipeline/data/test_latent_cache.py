@@ -18,10 +18,17 @@ from autoencoders.weights import load_weights
 from pipeline.cli import main
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
-from pipeline.data.latent_cache import LatentCache, encode, open_cache, reconstruction_psnr
+from pipeline.data.latent_cache import (
+    LatentCache,
+    encode,
+    open_cache,
+    reconstruction_psnr,
+    storage_error,
+)
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runtime.rng import generator
+from pipeline.storage.shards import open_store
 from pipeline.training.sources import LatentSource
 from tests.pipeline.tiny import World, pictures, write_autoencoder
 
@@ -272,3 +279,36 @@ def test_an_autoencoder_of_other_images_is_noticed(
     assert "warning: this autoencoder does not suit these images" in capsys.readouterr().err
     assert reconstruction_psnr(read(world)) < 15
     assert reconstruction_psnr(read(world, autoencoder={"name": "identity", "weights": None})) > 60
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("fp16", 11), ("bf16", 8)])
+def test_half_precision_rounds_the_moments(
+    world: World, accelerator: Accelerator, precision: str, bits: int
+) -> None:
+    """Rounding to p bits has a relative error of at most 2⁻ᵖ."""
+    config = read(world)
+    exact = encode(config, accelerator, quiet)
+    exact.reader.folder.rename(world.root / "exact")
+    exact = LatentCache(open_store(world.root / "exact", "latent cache"))
+    with pytest.raises(UserError, match="--precision is fp8; expected one of fp32, fp16, bf16"):
+        encode(config, accelerator, quiet, "fp8")
+    encode(config, accelerator, quiet, precision)
+    half = open_cache(config)
+    assert half.key != exact.key and half.precision == precision
+    assert encode(config, accelerator, quiet).key == half.key
+    with pytest.raises(UserError, match=f"is stored in {precision}; expected fp32"):
+        encode(config, accelerator, quiet, "fp32")
+    size = [sum(f.stat().st_size for f in c.reader.folder.glob("shard-*")) for c in (exact, half)]
+    assert size[1] < 0.7 * size[0]
+    for field in ("mean", "log_var"):
+        stored, true = half.reader.field(field).double(), exact.reader.field(field).double()
+        largest = float(((stored - true).abs() / true.abs().clamp(min=1e-4)).max())
+        assert 2.0 ** -(bits + 2) < largest <= 2.0**-bits
+    (mean, std), (mean_0, std_0) = half.moments(0, 40, 0.0), exact.moments(0, 40, 0.0)
+    assert mean.dtype == std.dtype == torch.float32
+    error = float((mean - mean_0).square().mean().sqrt())
+    reported = storage_error(config, half)
+    assert reported[0] == pytest.approx(error, rel=0.3) and 0 < reported[1] < 2.0**-bits * 4
+    torch.testing.assert_close(std, std_0, rtol=2.0**-bits * 8, atol=0)
+    stage = LatentSource(config).first_stage(world.root / "run", config, accelerator)
+    assert stage.field("z").dtype == torch.float32

@@ -116,6 +116,15 @@ def test_a_later_stage_has_the_samples_that_are_drawn() -> None:
     assert stage_sizes(MEASURED, dataclasses.replace(WORK, images=100)) == [600, 600]
     assert steps()["train block 0"].disk == 300_000 * 600 + 5 * 1000
     assert steps()["push to stage 1"].disk == 12_800 * 200
+
+
+def test_the_first_stage_of_many_latents_takes_no_room() -> None:
+    for drawn, disk in ((300_001, 300_000 * 600 + 5 * 1000), (300_000, 5 * 1000)):
+        measured = dataclasses.replace(MEASURED, drawn=drawn)
+        assert next(s.disk for s in estimate(measured, WORK, ALONE) if "train" in s.name) == disk
+
+
+def test_a_push_takes_the_time_of_its_samples() -> None:
     assert steps()["push to stage 1"].seconds == pytest.approx(12_800 * 0.01)
 
 

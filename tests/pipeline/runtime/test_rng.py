@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.errors import UserError
 from pipeline.runtime import rng
-from pipeline.runtime.rng import Batches, Permutation, generator
+from pipeline.runtime.rng import Batches, Permutation, generator, normals
 
 
 def draw(*parts: int | str) -> torch.Tensor:
@@ -110,3 +111,31 @@ def test_epochs_of_large_sets_hold_every_sample_once(monkeypatch: pytest.MonkeyP
     assert drawn[:50].tolist() != drawn[50:100].tolist()
     assert torch.equal(Batches(50, 8, "large").indices(20), drawn[160:168])  # of any step at once
     assert not torch.equal(table[0], drawn[:8])
+
+
+def test_noise_by_counters_is_numpys_philox() -> None:
+    """Row i is the stream of the counter i · 2⁶⁴, whatever rows come with it."""
+    rows = torch.tensor([5, 0, 5, 10**9])
+    noise = normals(rows, (3, 2), "a", 1)
+    key = torch.randint(2**62, (2,), generator=generator("a", 1)).numpy().astype(np.uint64)
+    for values, row in zip(noise, rows.tolist(), strict=True):
+        source = np.random.Generator(np.random.Philox(key=key, counter=row << 64))
+        expected = source.standard_normal(6, dtype=np.float32).reshape(3, 2)
+        assert np.array_equal(values.numpy(), expected)
+    assert not torch.equal(normals(rows, (3, 2), "a", 2), noise)
+
+
+def test_noise_by_counters_is_normal() -> None:
+    noise = normals(torch.arange(4000), (25,), "normal").double()
+    moments = [float((noise**k).mean()) for k in (1, 2, 3, 4)]
+    assert moments == pytest.approx([0, 1, 0, 3], abs=0.04)
+    between = torch.corrcoef(noise.T) - torch.eye(25)
+    along = (noise[1:] * noise[:-1]).mean()
+    assert float(between.abs().max()) < 0.08 and abs(float(along)) < 0.01
+
+
+def test_an_order_of_many_elements_has_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = rng.order(100, generator("order"))(torch.arange(100))
+    assert torch.equal(table, torch.randperm(100, generator=generator("order")))
+    monkeypatch.setattr(rng, "TABLE", 50)
+    assert rng.order(100, generator("order"))(torch.arange(100)).unique().tolist() == [*range(100)]

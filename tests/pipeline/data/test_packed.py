@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config.data import DataConfig
+from pipeline.data import packed
 from pipeline.data.datasets import load_images
 from pipeline.errors import UserError
 from tests.pipeline.hub_server import serving_hub
@@ -101,6 +102,51 @@ def test_a_data_set_of_the_hub_is_the_folder(folder: Path, tmp_path: Path, monke
 
 def test_tar_shards_are_the_folder(folder: Path, tmp_path: Path):
     check("webdataset", str(shards(folder, tmp_path / "shards")), folder)
+
+
+def test_nothing_is_copied_and_the_index_is_made_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = shards(folder, tmp_path / "shards")
+    check("webdataset", str(path), folder)
+    home = tmp_path / "home"
+    stored = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
+    assert not (home / "unpacked").exists() and len(list((home / "packed").iterdir())) == 1
+    assert stored < 12 * 400  # the records of ten pictures, in the index of the folder too
+    monkeypatch.setattr(packed, "_tar_places", None)
+    data = DataConfig(name="webdataset", path=str(path), size=8)
+    images = load_images(data)
+    # other bytes of the same size in the place of a picture
+    archive = path / "train-000.tar"
+    content = bytearray(archive.read_bytes())
+    content[content.index(b"PNG") + 200] ^= 1
+    archive.write_bytes(content)
+    with pytest.raises(UserError, match=r"train0.png in .* could not be read \(it has changed"):
+        images.take(np.arange(6))
+
+
+def test_remote_tar_shards_are_the_folder(folder: Path, tmp_path: Path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(shards(folder, tmp_path / "shards")), "/tars", recursive=True)
+    try:
+        check("webdataset", "memory://tars", folder)
+    finally:
+        memory.rm("/tars", recursive=True)
+
+
+def test_a_tar_file_that_is_cut_short_is_refused(folder: Path, tmp_path: Path):
+    """Also between two members, where the format has no other sign of its end."""
+    whole = (shards(folder, tmp_path / "shards") / "train-000.tar").read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        starts = [member.offset for member in archive.getmembers()]
+        end = archive.offset
+    path = tmp_path / "cut.tar"
+    for length in (*starts[1:], starts[3] + 100, starts[3] + 600, end, len(whole) // 2 + 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="cut.tar is not a complete tar file"):
+            load_images(DataConfig(name="webdataset", path=str(path), size=8))
 
 
 def test_a_remote_folder_is_the_folder(folder: Path):

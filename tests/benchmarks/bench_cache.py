@@ -1,0 +1,192 @@
+"""Opening and first training step on a latent cache of many latents, without their disk space.
+
+    python -m tests.benchmarks.bench_cache [--latents 20000,2000000,100000000] [--objective fm|jko]
+
+The shards are sparse files: every mean and logarithm of a variance is zero, and none takes room on
+the disk. Their verification counts as done by an earlier command. A fresh process opens each cache
+and trains the network of `imagenet32` for some steps. Printed are the seconds until the cache is
+open and until the first step is done, by the clock and of the processor. The processor seconds of
+a step follow, the share of reading in it, and the memory that all this adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config.load import load_config
+from pipeline.data.latent_cache import open_cache
+from pipeline.data.standardisation import Standardisation
+from pipeline.integrity.digests import sha256_file
+from pipeline.runtime.system import peak_memory
+from pipeline.storage import atomic, seal, shards
+from pipeline.training.train import train
+
+SHARD = 10_000
+#: of the training: `imagenet32` without half precision, which a CPU emulates
+SETTINGS = ("data.name=latents", "train.precision=fp32", "train.preview_every=0")
+OBJECTIVES = {
+    "fm": ("fm.snapshot_every=0",),
+    "jko": ("train.objective=jko", "jko.h=[1.0]", "velocity.autonomous=true"),
+}
+
+
+def write_sparse_cache(folder: Path, count: int, shape: tuple[int, ...]) -> None:
+    """Write a stochastic cache whose shards are holes, and remember their verification."""
+    identity = {
+        "kind": "latents", "format": shards.FORMAT, "data": "sparse", "dataset": "latents",
+        "split": "train", "count": count, "latent_shape": list(shape), "stochastic": True,
+        "shard_size": SHARD,
+    }  # fmt: skip
+    seal.start(folder)
+    rows, states, sums = [], {}, {}
+    for index in range(math.ceil(count / SHARD)):
+        size = min(SHARD, count - index * SHARD)
+        path = folder / shards.shard_name(index)
+        _write_hole(path, size, shape)
+        if not index or size < SHARD:
+            sha256 = sha256_file(path)
+        state = os.stat(path)
+        states[path.name] = [
+            state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_dev, state.st_ino, sha256
+        ]
+        sums[path.name] = sha256
+        rows.append({"file": path.name, "count": size, "sha256": sha256})
+    channels = torch.zeros(shape[0])
+    manifest = {
+        "format": shards.FORMAT, "key": shards.content_key(identity), "identity": identity,
+        "count": count, "shards": rows, "complete": True,
+        "standardisation": Standardisation(channels, channels + 1).to_dict(),
+        "classes": [[0, count]],
+    }  # fmt: skip
+    text = atomic.json_bytes(manifest)
+    sums[shards.MANIFEST] = hashlib.sha256(text).hexdigest()
+    atomic.write_bytes(folder / seal.NAME, seal.lines(sums))
+    atomic.write_bytes(folder / shards.MANIFEST, text, sealed=False)
+    atomic.write_bytes(shards._memory(folder), json.dumps(states).encode(), sealed=False)
+
+
+def _write_hole(path: Path, size: int, shape: tuple[int, ...]) -> None:
+    """Write a safetensors file of zeros that takes no room: its header, and a hole."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, kind, sides, width in (
+        ("labels", "I64", [size], 8),
+        ("log_var", "F32", [size, *shape], 4),
+        ("mean", "F32", [size, *shape], 4),
+    ):
+        begin, end = end, end + width * math.prod(sides)
+        header[name] = {"dtype": kind, "shape": sides, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+class _Clock:
+    """Seconds of the processor inside a method, which it replaces."""
+
+    def __init__(self, owner: type, name: str) -> None:
+        self.seconds, inner = 0.0, getattr(owner, name)
+
+        def timed(*args: Any) -> Any:
+            began = time.process_time()
+            try:
+                return inner(*args)
+            finally:
+                self.seconds += time.process_time() - began
+
+        setattr(owner, name, timed)
+
+
+def measure(folder: Path, steps: int, objective: str, width: int) -> dict[str, Any]:
+    """Open a cache and train some steps in this process."""
+    from accelerate import Accelerator
+
+    from pipeline.data.drawn_latents import MANY, DrawnLatents
+
+    config = load_config("imagenet32", [
+        *SETTINGS, *OBJECTIVES[objective], f"data.path={folder}", f"train.iterations={steps}",
+        f"velocity.width={width}",
+    ])  # fmt: skip
+    base, began = peak_memory(), _now()
+    count = len(open_cache(config))
+    opened, first, share = _since(began), list[float](), list[float]()
+    reading = _Clock(DrawnLatents if count >= MANY else shards.StoreReader, "take")
+    stepping = 0.0
+
+    def progress(items: Any, total: int, label: str) -> Any:
+        nonlocal first, stepping
+        for item in items:
+            seen, spent = reading.seconds, time.process_time()
+            yield item
+            first = first or _since(began)
+            step = time.process_time() - spent
+            stepping += step
+            share.append((reading.seconds - seen) / step)
+            if len(share) == steps:
+                raise _Done
+
+    with tempfile.TemporaryDirectory() as name, contextlib.suppress(_Done):
+        train(config, Path(name) / "run", Accelerator(cpu=True), progress, resume=False)
+    return {
+        "latents": count, "open_s": opened, "first_step_s": first, "step_s": stepping / steps,
+        "reading": statistics.median(share), "MiB": (peak_memory() - base) / 2**20,
+    }  # fmt: skip
+
+
+def _now() -> tuple[float, float]:
+    """Return the clock, and the processor seconds of this process."""
+    return time.perf_counter(), time.process_time()
+
+
+def _since(began: tuple[float, float]) -> list[float]:
+    """Return the seconds since then by both, in the same order."""
+    return [round(now - then, 2) for now, then in zip(_now(), began, strict=True)]
+
+
+class _Done(Exception):  # noqa: N818 - no error
+    """The steps are measured."""
+
+
+def main() -> None:
+    """Measure every number of latents in a process of its own."""
+    parser = argparse.ArgumentParser(description="opening of large caches, and a first step")
+    parser.add_argument("--latents", default="20000,2000000,100000000", help="several by commas")
+    parser.add_argument("--shape", default="11,8,8", help="C,H,W of a latent")
+    parser.add_argument("--objective", default="fm", choices=OBJECTIVES)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--width", type=int, default=128, help="channels of the network")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return print(json.dumps(measure(args.child, args.steps, args.objective, args.width)))
+    shape = tuple(map(int, args.shape.split(",")))
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["JKOFLOW_HOME"] = name
+        for count in map(int, args.latents.split(",")):
+            folder = Path(name) / "latents" / f"sparse-{count}"
+            write_sparse_cache(folder, count, shape)
+            command = [sys.executable, "-m", "tests.benchmarks.bench_cache", "--child"]
+            command += [str(folder), "--steps", str(args.steps), "--objective", args.objective]
+            command += ["--width", str(args.width)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            print(done.stdout.splitlines()[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
