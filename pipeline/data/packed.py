@@ -1,8 +1,8 @@
 """Data sets in tar shards or remote folders, read in place, and tables, unpacked once.
 
 An index of the images holds their names, places and hashes. It is made in one pass over the data
-and stored under the data root. Tables are parquet and arrow files as the hub's datasets have them;
-their rows are not sorted by class, so they become a folder of image files. Pixels, order, classes
+and stored under the data root. Tables are parquet and arrow files as the hub's datasets have them.
+Their rows are not sorted by class, so they become a folder of image files. Pixels, order, classes
 and fingerprint are those of a folder with the same files.
 """
 
