@@ -21,10 +21,14 @@ from torch.nn import functional as F
 
 from autoencoders.base import Moments, check_images, check_latents, module_fingerprint
 from autoencoders.codebook import look_up, nearest_indices
+from pipeline.integrity.limits import require_size
 
 CLASSES = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
 _PARTS = ("vae", "vqvae")
 _COMMITMENT = 0.25
+#: of the numbers in a config.json, and of its lists and layers
+_LARGEST, _MOST = 1 << 20, 64
+_FLOAT = 4
 #: timeout of the hub in seconds; after it, only the local cache is used
 _HUB_SECONDS = 5.0
 
@@ -168,9 +172,17 @@ def load_diffusers(source: str, size: tuple[int, int] | None) -> DiffusersAutoen
         name = config.get("_class_name")
         if name not in CLASSES:
             raise ValueError(f"its class is {name}; expected one of {', '.join(CLASSES)}")
-        model = getattr(diffusers, name).from_pretrained(
-            place, use_safetensors=True, torch_dtype=torch.float32, **options
-        )
+        _require_small(getattr(diffusers, name), config)
+        model, loaded = getattr(diffusers, name).from_pretrained(
+            place, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True,
+            **options,
+        )  # fmt: skip
+        missing = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
+        if missing:  # diffusers leaves them at random values
+            raise ValueError(
+                f"its file lacks {len(missing)} of the weights, such as {missing[0]}; expected "
+                "all of config.json; download it again"
+            )
     except ImportError:
         raise
     except Exception as error:  # noqa: BLE001 - the hub's client raises errors of many libraries
@@ -181,6 +193,25 @@ def load_diffusers(source: str, size: tuple[int, int] | None) -> DiffusersAutoen
             f"the diffusers autoencoder {source!r} could not be loaded from its {kind}: {reason}"
         ) from error
     return DiffusersAutoencoder(model, size or _own_size(config, source))
+
+
+def _require_small(kind: Any, config: dict[str, Any]) -> None:  # noqa: ANN401 - of diffusers
+    """Check the size of the network that a config.json describes, before it is built.
+
+    Raises:
+        ValueError: it has a huge number or list, or its weights exceed the limit.
+    """
+    for key, value in config.items():
+        parts = value if isinstance(value, list) else [value]
+        numbers = [abs(part) for part in parts if isinstance(part, int)]
+        most = _MOST if "layers" in key or key.endswith("coder_blocks") else _LARGEST
+        if len(parts) > _MOST or max(numbers, default=0) > most:
+            raise ValueError(
+                f"{key} is {str(value)[:99]}; expected at most {_MOST} numbers up to {most}"
+            )
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in kind.from_config(config).parameters())
+    require_size(weights * _FLOAT, "the network in config.json")
 
 
 def _own_size(config: dict[str, Any], source: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ pyarrow is an optional dependency (`pip install 'jkoflow[data]'`), imported when
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -14,9 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from eval.sets.images import BATCH, Batch, decode_picture, read_ahead, require_two, stack_batch
-from pipeline.integrity.limits import require_size
+from pipeline.integrity.limits import limit, require_size
 
 SUFFIXES = (".parquet", ".arrow")
+#: a batch of rows has at most this part of the limit, as its values are copied
+_PART = 8
+#: of a message of arrow's format with a dictionary
+_DICTIONARY = 2
 _USUAL = ("image", "img", "images", "picture", "jpg", "png")
 
 
@@ -120,6 +125,7 @@ class _Table:
     def __init__(self, file: Path) -> None:
         pyarrow = _pyarrow()
         self.file = file
+        self.largest = 0  # bytes of the largest group of rows, which no cell exceeds
         try:
             if file.suffix == ".parquet":
                 from pyarrow.parquet import ParquetFile
@@ -129,6 +135,7 @@ class _Table:
                 meta = self.parquet.metadata
                 for group in range(meta.num_row_groups):
                     require_size(meta.row_group(group).total_byte_size, file)
+                    self.largest = max(self.largest, meta.row_group(group).total_byte_size)
                 self.count = meta.num_rows
             else:
                 self.parquet = None
@@ -166,12 +173,18 @@ class _Table:
         return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
     def rows(self, columns: list[str], size: int) -> Iterator[dict[str, list[Any]]]:
-        """Yield the values of some columns, at most `size` rows at a time."""
+        """Yield the values of some columns, at most `size` rows at a time.
+
+        Cells may share one large value, so fewer rows are decoded at once where a group of rows
+        is large.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         pyarrow = _pyarrow()
         try:
             if self.parquet is not None:
-                for batch in self.parquet.iter_batches(size, columns=columns):
-                    yield _values(batch)
+                yield from self._parquet_rows(columns, size)
             else:
                 for batch in self.batches:
                     for start in range(0, len(batch), size):
@@ -180,6 +193,21 @@ class _Table:
             raise ValueError(
                 f"{self.file} is damaged ({' '.join(str(error).split())[:200]}); write it again"
             ) from error
+
+    def _parquet_rows(self, columns: list[str], size: int) -> Iterator[dict[str, list[Any]]]:
+        """Yield the values of some columns of a parquet file, within a part of the limit."""
+        most = limit() // _PART
+        few = max(1, min(size, most // max(1, self.largest)))
+        waiting, count, total = {name: list[Any]() for name in columns}, 0, 0
+        for batch in self.parquet.iter_batches(few, columns=columns):
+            if count and (count + len(batch) > size or total + batch.nbytes > most):
+                yield waiting
+                waiting, count, total = {name: [] for name in columns}, 0, 0
+            for name, values in _values(batch).items():
+                waiting[name] += values
+            count, total = count + len(batch), total + batch.nbytes
+        if count:
+            yield waiting
 
 
 def _pyarrow() -> Any:  # noqa: ANN401 - pyarrow is untyped
@@ -202,16 +230,48 @@ def _values(batch: Any) -> dict[str, list[Any]]:  # noqa: ANN401 - pyarrow is un
 
 
 def _arrow_batches(file: Path) -> list[Any]:
-    """Map the record batches of an arrow file, a stream or a file with an index."""
+    """Map the record batches of an arrow file, a stream or a file with an index.
+
+    Raises:
+        ValueError: they are compressed, so that they may unpack to any size.
+    """
     import pyarrow
 
     source = pyarrow.memory_map(str(file))
+    start = 8 if source.read(6) == b"ARROW1" else 0  # a stream follows, and an index its end
+    source.seek(start)
+    for message in pyarrow.ipc.MessageReader.open_stream(source):
+        if message.type in ("record batch", "dictionary") and _is_compressed(message.metadata):
+            raise ValueError(
+                f"{file} is a compressed table; expected a plain one; write it without compression"
+            )
+    source.seek(start)
+    return list(pyarrow.ipc.open_stream(source))
+
+
+def _is_compressed(metadata: Any) -> bool:  # noqa: ANN401 - pyarrow is untyped
+    """Return whether a message's batch has a compression, by the tables of its flatbuffer."""
+    data = memoryview(metadata)
+
+    def follow(place: int) -> int:
+        return place + struct.unpack_from("<I", data, place)[0]
+
+    def field(table: int, index: int) -> int:
+        """Return the place of a field of a table; 0 if it is absent."""
+        fields = table - struct.unpack_from("<i", data, table)[0]
+        if struct.unpack_from("<H", data, fields)[0] < 6 + 2 * index:
+            return 0
+        offset = int(struct.unpack_from("<H", data, fields + 4 + 2 * index)[0])
+        return table + offset if offset else 0
+
     try:
-        reader = pyarrow.ipc.open_file(source)
-    except pyarrow.ArrowInvalid:
-        source.seek(0)
-        return list(pyarrow.ipc.open_stream(source))
-    return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        message = follow(0)
+        batch = follow(field(message, 2))
+        if data[field(message, 1)] == _DICTIONARY:
+            batch = follow(field(batch, 1))
+        return field(batch, 3) != 0
+    except (struct.error, IndexError):
+        return True  # it is damaged
 
 
 def _choose_column(path: Path, table: _Table, column: str | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import lzma
 import os
 import shutil
@@ -60,12 +59,13 @@ def read_bytes(path: Path) -> bytes:
         require_size(path.stat().st_size, path)
         if path.suffix != ".gz":
             return path.read_bytes()
-        data = io.BytesIO()
+        size = 0
         with gzip.open(path) as file:
-            while chunk := file.read(_CHUNK):
-                data.write(chunk)
-                require_size(data.tell(), path)
-        return data.getvalue()
+            while chunk := file.read(_CHUNK):  # counted before any of it is kept
+                size += len(chunk)
+                require_size(size, path)
+            file.seek(0)
+            return file.read()
     except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
         raise DamagedError(f"{path.name} is damaged ({error})") from error
 

@@ -13,8 +13,8 @@ from typing import IO, Any
 
 from pipeline.integrity.limits import require_size
 
-MAX_OPCODES = 8_000_000
-MAX_SECONDS = 20.0
+MAX_OPCODES = 3_000_000
+MAX_SECONDS = 8.0
 MAX_DEPTH = 1000
 MAX_KEY = 1000
 _INTERVAL = 1024

@@ -232,6 +232,32 @@ def test_resizing_without_a_size_takes_the_models_own(tmp_path: Path) -> None:
 
 
 @needs_diffusers
+def test_a_network_is_whole_and_no_larger_than_the_limit(tmp_path: Path) -> None:
+    """diffusers itself leaves absent weights at random values."""
+    from safetensors.torch import load_file, save_file
+
+    folder = write_twin(tmp_path / "twin", Official("ldm-kl-f4"), "ldm-kl-f4")
+    whole = json.loads((folder / "config.json").read_text())
+    levels = len(whole["block_out_channels"])
+    path = folder / "diffusion_pytorch_model.safetensors"
+    for changes, words in (
+        ({"block_out_channels": [2**20] * levels}, "the network in config.json claims"),
+        ({"layers_per_block": 10**7}, "layers_per_block is 10000000"),
+        ({"latent_channels": 2**40}, "latent_channels is 1099511627776"),
+        ({"block_out_channels": [64] * 5000}, "expected at most 64 numbers"),
+    ):
+        (folder / "config.json").write_text(json.dumps(whole | changes))
+        with pytest.raises(ValueError, match=words):
+            ours.load_diffusers(str(folder), (32, 32))
+    (folder / "config.json").write_text(json.dumps(whole))
+    ours.load_diffusers(str(folder), (32, 32))
+    tensors = load_file(path)
+    save_file({k: v for k, v in tensors.items() if k != "decoder.conv_in.bias"}, path)
+    with pytest.raises(ValueError, match=r"lacks 1 of the weights, such as decoder\.conv_in"):
+        ours.load_diffusers(str(folder), (32, 32))
+
+
+@needs_diffusers
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     folder = write_twin(tmp_path, Official("ldm-kl-f4"), "ldm-kl-f4")
     weights = folder / "diffusion_pytorch_model.safetensors"
