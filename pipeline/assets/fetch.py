@@ -7,12 +7,10 @@ a time fetches; the others wait for it.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.assets.catalogue import ASSETS, Asset
@@ -21,12 +19,8 @@ from pipeline.assets.mirrors import Mirror, local_files
 from pipeline.assets.readers import Content
 from pipeline.errors import JkoflowError, UserError
 from pipeline.storage import atomic
+from pipeline.storage.lock import locked
 from pipeline.storage.paths import data_root
-
-try:
-    import fcntl
-except ImportError:  # Windows: files are still renamed into place whole, only fetched twice
-    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -65,7 +59,7 @@ def install_asset(
         return result
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / ".lock", asset, log):
+        with locked(folder, f"the folder of {asset.title}", log):
             # The previous holder of the lock may have fetched it.
             if not _is_stored(asset, folder, _silent):
                 _try_mirrors(asset, folder, local, log)
@@ -124,27 +118,10 @@ def _verify(path: Path, sha256: str) -> None:
             _verified[path] = stamp
 
 
-@contextlib.contextmanager
-def _lock(path: Path, asset: Asset, log: Log) -> Iterator[None]:
-    """Hold a lock file; the system releases it when the process ends."""
-    with open(path, "a") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log(f"{asset.title}: waiting for another process that is fetching it")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:
-                pass  # a file system without locks: two processes may fetch the asset
-        yield
-
-
 def _try_mirrors(asset: Asset, folder: Path, local: Path | None, log: Log) -> None:
     """Store the asset from the first mirror that delivers it."""
     by_hand = folder / "by-hand"
     mirrors = [local_files(local)] if local else [local_files(by_hand), *asset.mirrors]
-    for stale in folder.glob(".scratch-*"):
-        shutil.rmtree(stale, ignore_errors=True)
     atomic.remove_temporaries(folder)
     reasons = []
     for mirror in mirrors:
@@ -178,10 +155,10 @@ def _read_mirror(asset: Asset, mirror: Mirror, folder: Path) -> Content:
     partial = folder / ".partial" / hashlib.sha256(mirror.label.encode()).hexdigest()[:12]
     resumed = partial.exists()
     while True:
-        with tempfile.TemporaryDirectory(prefix=".scratch-", dir=folder) as name:
+        with atomic.scratch_folder(folder) as scratch:
             try:
-                raw = mirror.download_files(partial, Path(name))
-                content = asset.read(raw, Path(name))
+                raw = mirror.download_files(partial, scratch)
+                content = asset.read(raw, scratch)
                 if content.sha256 != asset.sha256:
                     raise DamagedError(f"its content is not {asset.title}")
                 return content

@@ -34,7 +34,7 @@ from pipeline.bench.tuning import SEED, Tuner, read_tuned, tuned_line
 from pipeline.config.schema import Config
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runtime.console import Progress, progress_bar, say
-from pipeline.storage import atomic
+from pipeline.storage import atomic, seal
 from pipeline.storage.records import from_json, to_json
 
 SETTINGS, ROW, SAMPLES = "bench.json", "row.json", "samples.safetensors"
@@ -170,6 +170,7 @@ def run_bench(
             config = problem_config(bench.suite, data, bench.overrides, seed)
             problem = open_problem(config, bench.held_out, "test", accelerator, progress)
             require_one_fits(bench.models, config, problem.source.shape, bench.most)
+            _keep_settings(folder, bench.settings())
             for model in missing:
                 say(f"{TITLES[model]} on {data}, seed {seed}, {bench.budget}")
                 row = _run_cell(tuner, model, problem, _cell(folder, data, model, seed))
@@ -326,13 +327,12 @@ def _is_done(cell: Path) -> bool:
 
 
 def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a new benchmark; check that an old one has the same.
+    """Check that the benchmark of a folder, if it has one, has some settings.
 
     Raises:
         UserError: they differ.
     """
     if not path.is_file():
-        atomic.write_json(path, settings)
         return
     known = atomic.read_json(path, "benchmark")
     for name in {**settings, **known}:
@@ -342,3 +342,10 @@ def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
                 f"{name} of the benchmark at {path.parent} is {before!r}; this call has "
                 f"{now!r}; rows of one table share it; give another --run"
             )
+
+
+def _keep_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a new benchmark, and seal its folder."""
+    if not (folder / SETTINGS).is_file():
+        seal.start(folder)
+        atomic.write_json(folder / SETTINGS, settings)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,6 +40,7 @@ from pipeline.runs.directory import CONFIG, read_config
 from pipeline.runs.run import open_run
 from pipeline.runtime.console import Progress
 from pipeline.runtime.rng import generator
+from pipeline.storage import atomic
 from pipeline.training.train import train
 
 #: parts of the budget after which a model is measured
@@ -167,8 +167,7 @@ class Training:
     def _pace(self, name: str, width: int, blocks: int, problem: Problem) -> float:
         """Return the seconds of a batch, of a short training."""
         config = blockwise_config(problem.config, name, width, blocks * _PROBE)
-        with tempfile.TemporaryDirectory(prefix="jkoflow-bench-") as scratch:
-            run = Path(scratch)
+        with atomic.scratch_folder() as run:
             _, share = self._train_run(config, run, False, problem)
             rows = open_run(run).manifest.blocks
         return share * sum(row.seconds for row in rows) / sum(row.iterations for row in rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,8 +154,8 @@ def _nll(training: Training, model: str, problem: Problem, rate: float) -> float
         """Measure nothing on the way."""
 
     try:
-        with tempfile.TemporaryDirectory(prefix="jkoflow-bench-") as scratch:
-            trained = training.train(model, tried, Path(scratch), ignore)
+        with atomic.scratch_folder() as scratch:
+            trained = training.train(model, tried, scratch, ignore)
             measured, _ = measure(trained.model, tried, training.accelerator.device, quick=True)
     except UserError:
         raise

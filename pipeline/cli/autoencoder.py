@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.options import ConfigOption, ResumeOption, SetOption
+from pipeline.cli.options import ConfigOption, ResumeOption, SetOption, require_places
 from pipeline.errors import UserError
 
 OutOption = Annotated[
@@ -141,6 +141,7 @@ def convert_command(
     from pipeline.autoencoder_training.convert import convert_checkpoint
     from pipeline.runtime.console import say
 
+    require_places(out)
     shape = parse_shape(image_shape)
     done = convert_checkpoint(checkpoint, out, description, shape, averaged, half)
     model = done.model

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import ConfigOption, DryRunOption, SetOption
+from pipeline.cli.options import ConfigOption, DryRunOption, SetOption, require_places
 from pipeline.cli.session import load_settings, make_accelerator
 from pipeline.runtime.console import progress_bar, say
 
@@ -59,6 +59,7 @@ def encode_command(
     settings = load_settings(config, overrides)
     if out is not None:
         require_format(out)
+        require_places(out)
     if dry_run:
         from pipeline.dry_run import encode_lines
 

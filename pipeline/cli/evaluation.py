@@ -158,6 +158,7 @@ def reference_command(
     """Compute reference statistics of a split (data.split); resumes when interrupted."""
     from pipeline.evaluation.reference import make_reference
 
+    options.require_places(out)
     settings = load_settings(config, overrides)
     accelerator = make_accelerator()
     make_reference(settings, out, test or [], accelerator, progress_bar)

@@ -124,6 +124,7 @@ def bench_command(
     from pipeline.bench.budget import Budget
     from pipeline.bench.problem import IMAGES_TEST, SUITES, HeldOut
     from pipeline.cli.session import make_accelerator
+    from pipeline.data.one_writer import one_writer
     from pipeline.runtime.console import progress_bar
 
     if suite not in SUITES:
@@ -146,7 +147,9 @@ def bench_command(
         _rates(tune or ""),
     )
     folder = run if run is not None else Path("runs") / f"bench-{suite}"
-    run_bench(bench, folder, make_accelerator(), progress_bar, published)
+    accelerator = make_accelerator()
+    with one_writer(folder, "the benchmark in", accelerator):
+        run_bench(bench, folder, accelerator, progress_bar, published)
     print(folder / "table.md")
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import UserError
+from pipeline.storage.paths import require_place
 
 ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help="A packaged configuration, or the path of a .yaml.")
@@ -91,3 +92,13 @@ def require_one_budget(steps: str | None) -> None:
     """
     if steps is not None:
         raise UserError("--steps and --nfe both choose the solver's steps; leave one of them out")
+
+
+def require_places(*paths: Path | None) -> None:
+    """Check that the files of a command can be written there, before its work.
+
+    Raises:
+        UserError: one cannot.
+    """
+    for path in paths:
+        require_place(path)

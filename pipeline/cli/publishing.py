@@ -14,6 +14,7 @@ from pipeline.cli.options import (
     RefinerOption,
     RunOption,
     StepsOption,
+    require_places,
 )
 from pipeline.errors import UserError
 
@@ -146,6 +147,7 @@ def report_command(
     if run is None:
         if neighbours:
             raise UserError("--neighbours goes with --run; leave it out of a comparison")
+        require_places(out)
         return print(write_comparison(runs or [], out))
     if neighbours:
         _draw_neighbours(run, neighbours)
@@ -189,12 +191,13 @@ def explore_command(
     from pipeline.explore.explorer import Explorer
     from pipeline.runs.run import open_run
     from pipeline.runtime.console import say
-    from pipeline.sampling.sampling_plan import with_guidance
+    from pipeline.sampling.sampling_plan import SamplingPlan, with_guidance
 
     address = Address(host, port)
     address.require_free()
     opened = open_run(run, images=True)
     settings = with_guidance(opened.config.generate, guidance, guide, refiner)
+    SamplingPlan.open(opened, settings)  # a mistake is an error here, not on the page
     opened = replace_given(opened, config=dataclasses.replace(opened.config, generate=settings))
     explorer = Explorer(opened, make_accelerator().device, str(run))
     explorer.warm_up()

@@ -88,6 +88,7 @@ def generate_command(
     from pipeline.sampling.solvers import with_solver
 
     span = _span(blocks)
+    options.require_places(out, npz, None if images is None else images / "000000.png")
     opened = open_latest(run, span if isinstance(span, int) else None, images=True)
     config = override_settings(opened.config, overrides, ("generate", "sampler"))
     opened = with_solver(replace_given(opened, config=config), steps, method)
@@ -247,6 +248,7 @@ def invert_command(
     from pipeline.sampling.image_files import write_animation, write_strip
     from pipeline.storage import atomic
 
+    options.require_places(out, gif, npz)
     flow = _open(run, steps, method, overrides=overrides)
     x, labels = _read(flow, images or [], n, name)
     z = flow.encode(x)
@@ -284,6 +286,7 @@ def interpolate_command(
     from pipeline.sampling.image_files import write_strip
     from pipeline.sampling.image_flow import interpolate
 
+    options.require_places(out)
     flow = _open(run, steps, method)
     x, labels = _read(flow, [a, b], 2, name)
     inverted = flow.invert(flow.encode(x), labels)
@@ -325,6 +328,7 @@ def edit_command(
     from pipeline.sampling.class_labels import parse_classes
     from pipeline.sampling.image_files import write_strip
 
+    options.require_places(out)
     flow = _open(run, steps, method, guidance, overrides)
     flow.require_edit(strength)
     targets = parse_classes(flow.run, to) or []

@@ -118,6 +118,10 @@ def on_device(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*, device: str | None = None, **options: Any) -> None:  # noqa: ANN401
+        if device is not None:  # a mistake is an error of every command, used or not
+            from pipeline.runtime.devices import require_device
+
+            require_device(device)
         token = _device.set(device)
         try:
             command(**options)

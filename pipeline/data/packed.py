@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,13 +38,19 @@ from pipeline.errors import UserError
 from pipeline.integrity import hub
 from pipeline.integrity.limits import require_size
 from pipeline.integrity.pictures import open_picture
-from pipeline.storage import atomic
-from pipeline.storage.paths import data_root
+from pipeline.runtime.console import say
+from pipeline.storage import atomic, seal
+from pipeline.storage.lock import locked
+from pipeline.storage.paths import data_root, unwritable
 from pipeline.storage.shards import content_key
 
 FOLDERS = ("folder", "hf", "webdataset")
 """Data sets that are read as folders of images."""
 
+#: bytes that the smallest file takes on most disks
+_DISK_BLOCK = 4096
+#: images together may exceed the limit as far as their files are that much smaller at most
+_EXPANSION = 4
 #: file of one image: its split or an empty text, its path, and its bytes
 Entry = tuple[str, str, bytes]
 _SPLITS = {"train": "train", "training": "train", "test": "test", "val": "test",
@@ -259,29 +264,42 @@ def _unpack(
 ) -> Path:
     """Return the folder with the images of some files, written under the data root once."""
     stamps = [[name, (s := f.stat()).st_size, s.st_mtime_ns] for name, f in files.items()]
-    return _once({"name": data.name, "files": stamps, "columns": data.columns}, entries)
+    most = _EXPANSION * sum(file.stat().st_size for file in files.values())
+    return _once({"name": data.name, "files": stamps, "columns": data.columns}, entries, most)
 
 
-def _once(identity: dict[str, Any], entries: Callable[[], Iterator[Entry]]) -> Path:
-    """Write entries to a folder under the data root, which appears when it is complete."""
+def _once(identity: dict[str, Any], entries: Callable[[], Iterator[Entry]], most: int) -> Path:
+    """Write entries to a sealed folder under the data root, which appears when it is complete.
+
+    The images together have at most `most` bytes, or those of `pipeline.integrity.limits`.
+    """
     folder = data_root() / "unpacked" / content_key(identity)
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder.parent) as scratch:
-        inside = Path(scratch) / "images"
+    with locked(folder, "the unpacked images in", say), atomic.scratch_folder(
+        folder.parent
+    ) as scratch:
+        if folder.is_dir():  # another process was faster
+            return folder
+        inside = scratch / "images"
         inside.mkdir()
+        total, sums = 0, dict[str, str]()
         for split, name, content in entries():
+            total += max(len(content), _DISK_BLOCK)
+            if total > most:
+                require_size(total, f"the images of {identity['name']}")
             target = inside / split / _safe(name)
             if target.exists():
                 raise UserError(f"two images are called {split}/{name}; expected one of a name")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-        try:
-            os.replace(inside, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+            except OSError as error:  # of a full disk, or of a name that is too long
+                raise unwritable(folder / split / name[:99], error, "unpacked") from error
+            name_inside = target.relative_to(inside).as_posix()
+            sums[name_inside] = hashlib.sha256(content).hexdigest()
+        (inside / seal.NAME).write_bytes(seal.lines(sums))
+        os.replace(inside, folder)
     return folder
 
 
@@ -371,7 +389,7 @@ def _samples(
         if own != key and parts:
             yield key, parts, offsets
             parts, offsets = {}, {}
-        require_size(member.size, f"{member.name} of {file}")
+        require_size(member.size + sum(map(len, parts.values())), f"{member.name} of {file}")
         stream: IO[bytes] | None = archive.extractfile(member)
         key, ending = own, f".{ending.lower()}"
         parts[ending] = b"" if stream is None else stream.read()
@@ -387,7 +405,7 @@ def _tar_label(parts: dict[str, bytes]) -> str | None:
         return _class(int(text) if text.isdigit() else text, None)
     try:
         content = json.loads(parts.get(".json", b"null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     value = content.get("label") if isinstance(content, dict) else None
     return None if value is None else _class(value, None)

@@ -215,6 +215,7 @@ class _Page:
     def __init__(self, explorer: Explorer, gradio: Any) -> None:  # noqa: ANN401
         self.explorer, self.gradio = explorer, gradio
         self._folder = tempfile.TemporaryDirectory(prefix="jkoflow-explore-")
+        atomic.discard_at_signal(Path(self._folder.name))
 
     def sample(self, *values: Any) -> tuple[Any, str, str]:  # noqa: ANN401
         """Sample a grid, and write its files."""

@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
@@ -104,9 +103,9 @@ def measure(config: Config, accelerator: Accelerator, seconds: float = SECONDS) 
         encode, decode = _measure_autoencoder(config, autoencoder, image, meter)
     stochastic = autoencoder is not None and autoencoder.stochastic
     random = config.jko is not None and not refines and (stochastic or config.latents.noise > 0)
-    with tempfile.TemporaryDirectory(prefix="jkoflow-plan-") as folder:
+    with atomic.scratch_folder() as folder:
         source = _NoiseSource(shape, config, random, image)
-        context = TrainingContext(config, Path(folder), source, accelerator, no_progress)
+        context = TrainingContext(config, folder, source, accelerator, no_progress)
         blocks, sizes = _measure_blocks(context, meter)
     guided = config.generate.guide is not None or config.generate.guidance not in (None, 1.0)
     values = math.prod(shape)

@@ -36,6 +36,7 @@ from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.sampling.solvers import solvers_of
 from pipeline.storage import atomic, seal
 from pipeline.storage.compact_weights import DTYPES, quantise
+from pipeline.storage.lock import locked
 
 AUTOENCODER = "autoencoder.safetensors"
 GUIDE = "guide"
@@ -75,9 +76,16 @@ def export(
     Raises:
         UserError: the dtype is unknown, the folder has files, metrics.json is of other blocks or
             of another plan, or the guide or an autoencoder cannot be exported.
+        JkoflowError: another process writes the folder.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    with locked(out, "the export at"):
+        return _export(plan, out, dtype, autoencoder)
+
+
+def _export(plan: SamplingPlan, out: Path, dtype: str, autoencoder: str | None) -> Exported:
+    """Write the files of `export` while no other process does."""
     if out.is_dir():
         atomic.remove_temporaries_below(out)  # temporary files of a killed process
     killed = out.is_dir() and all(_WRITTEN.fullmatch(name) for name in _files(out))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ def push(plan: SamplingPlan, name: str, dtype: str = "float16", private: bool = 
     """
     repository, _ = hub.split(name if hub.is_hub(name) else f"hf://{name}")
     hub.library()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = export(plan, Path(scratch) / repository.split("/")[1], dtype).folder
+    with atomic.scratch_folder() as scratch:
+        folder = export(plan, scratch / repository.split("/")[1], dtype).folder
         (folder / README).write_text(readme(folder))  # unsealed, since the hub edits it
         return hub.upload(folder, name, private)
 

@@ -22,7 +22,7 @@ def require_disk_space(folder: Path, size: int, what: str) -> None:
     `what` names the files in the message, a plural.
     """
     existing = folder.absolute()
-    while not existing.exists():
+    while not os.path.exists(existing):  # the method raises for a name that is too long
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if size > free:

@@ -18,8 +18,10 @@ from torch import Tensor
 from eval.pictures import animation, image_grid, save_png
 from pipeline.errors import UserError
 from pipeline.runs.run import Run
+from pipeline.runtime.console import say
 from pipeline.runtime.system import require_disk_space
 from pipeline.storage import atomic
+from pipeline.storage.lock import locked
 from pipeline.storage.shards import StoreReader
 
 _NAME = "{:06d}.png"
@@ -113,17 +115,20 @@ def write_npz(images: StoreReader, path: Path) -> None:
 def write_folder(images: StoreReader, folder: Path) -> None:
     """Write every image as a PNG of its own: `000000.png`, `000001.png` and so on.
 
+    Another process that writes the folder is waited for.
+
     Raises:
         UserError: the folder holds other files.
     """
-    _count_written(folder, len(images))
     index = 0
-    for batch in batches(images):
-        for image in batch.permute(0, 2, 3, 1).numpy():
-            picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-            path = folder / _NAME.format(index)
-            atomic.write_with(path, partial(picture.save, format="PNG"))
-            index += 1
+    with locked(folder, "the folder of images", say):
+        _count_written(folder, len(images))
+        for batch in batches(images):
+            for image in batch.permute(0, 2, 3, 1).numpy():
+                picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+                path = folder / _NAME.format(index)
+                atomic.write_with(path, partial(picture.save, format="PNG"))
+                index += 1
 
 
 def _count_written(folder: Path, n: int) -> int:

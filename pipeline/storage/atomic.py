@@ -15,9 +15,11 @@ import json
 import os
 import platform
 import re
+import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,16 +27,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from pipeline.errors import JkoflowError, UserError
+from pipeline.errors import UserError
 from pipeline.integrity.digests import sha256_file, stamp
 from pipeline.storage import seal
+from pipeline.storage.lock import has_ended
+from pipeline.storage.paths import require_place, unwritable
 
 TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY_NAME = re.compile(
     re.escape(TEMPORARY_PREFIX) + r".+-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}"
 )
 _ABANDONED_SECONDS = 24 * 3600
-#: temporary files that this process writes at the moment
+#: temporary files and folders that this process writes at the moment
 _open_temporaries: set[Path] = set()
 #: folders from which this process has removed what killed processes left
 _swept: set[Path] = set()
@@ -68,15 +72,13 @@ def write_with(
     seal above the file records it, unless `sealed` is False, as for a file that grows.
 
     Raises:
-        UserError: a folder, a device or a pipe has this name.
+        UserError: a folder, a device or a pipe has this name, or no file can have it.
         JkoflowError: the disk is full or read-only; no file is left under `path`.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a regular file; expected one or none; choose another name")
-    unique = f"{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}-{unique}"
+    temporary = _temporary(path)
     try:
+        require_place(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.parent.absolute() not in _swept:
             _swept.add(path.parent.absolute())
@@ -92,15 +94,57 @@ def write_with(
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise JkoflowError(
-            f"{path} could not be written ({reason}); free some space or choose another folder"
-        ) from error
+        raise unwritable(path, error, "written") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         _open_temporaries.discard(temporary)
     return hashing.hash.hexdigest()
+
+
+def _temporary(path: Path) -> Path:
+    """Return a name that no other process uses, next to a path."""
+    unique = f"{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return path.parent / f"{TEMPORARY_PREFIX}{path.name}-{unique}"
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
+    """Create an empty folder for this block; the end, an error or a signal removes it.
+
+    A later call in the same place removes the folders of killed processes. The place is that of
+    the system's temporary files, unless `parent` is given.
+
+    Raises:
+        JkoflowError: the folder cannot be created.
+    """
+    parent = Path(tempfile.gettempdir() if parent is None else parent)
+    folder = _temporary(parent / "jkoflow")
+    remove_temporaries(parent)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
+    except OSError as error:
+        raise unwritable(folder, error, "created") from error
+    _open_temporaries.add(folder)
+    try:
+        yield folder
+    finally:
+        _discard(folder)
+        _open_temporaries.discard(folder)
+
+
+def discard_at_signal(folder: Path) -> None:
+    """Remove a folder with its content when a signal ends this process."""
+    _open_temporaries.add(folder)
+
+
+def _discard(temporary: Path) -> None:
+    """Remove a temporary file, or a temporary folder with its content, as far as possible."""
+    if temporary.is_dir() and not temporary.is_symlink():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -207,16 +251,16 @@ def verify_file(path: Path, sha256: str) -> None:
 
 
 def remove_temporaries(folder: Path) -> int:
-    """Remove the temporary files of killed processes in a folder; return their number.
+    """Remove temporary files and folders of killed processes in a folder; return their number.
 
-    Files of running processes are kept, and those of other machines until they are a day old. The
+    Those of running processes are kept, and those of other machines until they are a day old. The
     nodes of a cluster share folders but not process numbers.
     """
     removed = 0
     for stale in Path(folder).glob(f"{TEMPORARY_PREFIX}*"):
         with contextlib.suppress(OSError):
             if _abandoned(stale):
-                stale.unlink()
+                _discard(stale)
                 removed += 1
     return removed
 
@@ -228,10 +272,10 @@ def remove_temporaries_below(folder: Path) -> int:
 
 
 def discard_temporaries() -> None:
-    """Remove the files that this process has begun, before a signal ends it."""
+    """Remove the files and folders that this process has begun, before a signal ends it."""
     for temporary in tuple(_open_temporaries):
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            _discard(temporary)
 
 
 def _abandoned(temporary: Path) -> bool:
@@ -240,16 +284,5 @@ def _abandoned(temporary: Path) -> bool:
     if match is None:
         return False
     if match["host"] == _HOST:
-        return not _alive(int(match["pid"]))
+        return has_ended(int(match["pid"]))
     return time.time() - temporary.stat().st_mtime > _ABANDONED_SECONDS
-
-
-def _alive(pid: int) -> bool:
-    """Return whether a process of this machine runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

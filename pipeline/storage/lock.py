@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import JkoflowError
+from pipeline.storage.paths import unwritable
 
 _TOUCH_SECONDS = 5.0
 _STALE_SECONDS = 300.0
@@ -54,10 +55,7 @@ def locked(
         try:
             _acquire(path, f"{what} {folder}", wait)
         except OSError as error:
-            raise JkoflowError(
-                f"{what} {folder} could not be locked ({error.strerror or error}); free some "
-                "space or choose another folder"
-            ) from error
+            raise unwritable(folder, error, "locked") from error
     _held[path] = _held.get(path, 0) + 1
     try:
         yield
@@ -130,12 +128,28 @@ def _owner(pid: int) -> dict[str, Any]:
     return {"host": platform.node(), "pid": pid, "start": _start(pid), "since": time.time()}
 
 
+def has_ended(pid: int) -> bool:
+    """Return whether a process of this host has ended, also if its parent has not noticed yet."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return _stat(pid)[:1] in (["Z"], ["X"])
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of a process from its state on; none where the system does not say."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return []
+
+
 def _start(pid: int) -> str | None:
     """Return when a process started, so that a number that is used again is noticed."""
-    with contextlib.suppress(OSError, IndexError):
-        text = Path(f"/proc/{pid}/stat").read_text()
-        return text.rpartition(")")[2].split()[19]
-    return None
+    fields = _stat(pid)
+    return fields[19] if len(fields) > 19 else None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -156,13 +170,7 @@ def _is_stale(owner: dict[str, Any], age: float) -> bool:
     if owner.get("host") != platform.node() or not isinstance(owner.get("pid"), int):
         return age > _STALE_SECONDS
     pid = int(owner["pid"])
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return _start(pid) != owner.get("start")
+    return has_ended(pid) or _start(pid) != owner.get("start")
 
 
 def _remove(path: Path, stale: dict[str, Any]) -> None:

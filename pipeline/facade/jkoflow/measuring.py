@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.fid import fid_between
 from pipeline.runtime.console import progress_bar
+from pipeline.storage import atomic
 
 #: sections that `set` may change
 _SECTIONS = ("generate", "sampler", "evaluate", "data.path")
@@ -69,8 +69,8 @@ def fid(a: str | Path | Tensor, b: str | Path | Tensor) -> float:
             is damaged or too small.
     """
     accelerator = make_accelerator()
-    with tempfile.TemporaryDirectory() as folder:
-        first, second = _as_file(a, Path(folder) / "a.npz"), _as_file(b, Path(folder) / "b.npz")
+    with atomic.scratch_folder() as folder:
+        first, second = _as_file(a, folder / "a.npz"), _as_file(b, folder / "b.npz")
         return fid_between(first, second, accelerator, _silent)
 
 

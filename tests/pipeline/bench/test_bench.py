@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 from importlib.util import find_spec
 
 import numpy as np
@@ -44,6 +45,7 @@ from pipeline.cli.main import app
 from pipeline.config.load import with_values
 from pipeline.errors import JkoflowError, UserError
 from pipeline.evaluation.likelihood import PROBES, summarise
+from pipeline.runs import verify
 from pipeline.runs.run import open_run
 from pipeline.runtime.rng import generator
 from pipeline.storage import atomic
@@ -356,7 +358,19 @@ def test_mistakes_are_one_sentence_and_leave_rows(finished, tmp_path) -> None:
             run(bench, folder)
     with pytest.raises(UserError, match="--parameters is 3"):
         run(tiny("jko", parameters=3), tmp_path / "b")
+    assert not (tmp_path / "b").exists()  # so that a right call may use the folder
     assert read_rows(folder) == rows
+
+
+def test_a_changed_row_is_noticed(finished, tmp_path) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "b")
+    path = folder / "8gaussians" / "otflow" / "seed-0" / "row.json"
+    path.write_text(path.read_text().replace('"batches": 2', '"batches": 3'))
+    with pytest.raises(UserError, match="damaged or foreign"):
+        read_rows(folder)
+    repaired = verify.repair(verify.verify(folder))
+    assert len(repaired) == 1 and "the same `jkoflow bench`" in repaired[0]
+    assert not path.exists()
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch) -> None:

@@ -15,6 +15,8 @@ from pipeline.config.data import DataConfig
 from pipeline.data import packed
 from pipeline.data.datasets import load_images
 from pipeline.errors import UserError
+from pipeline.integrity.limits import VARIABLE
+from pipeline.runs import verify
 from tests.pipeline.hub_server import serving_hub
 
 CLASSES = ("cat", "dog")
@@ -208,4 +210,51 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path):
         archive.addfile(info, io.BytesIO())
     with pytest.raises(UserError, match="expected a relative path"):
         load("webdataset", tmp_path / "evil.tar")
-    assert not list((tmp_path / "home" / "unpacked").glob(".unpack-*/*"))
+    assert not list((tmp_path / "home" / "unpacked").iterdir())
+
+
+def test_an_archive_is_bounded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of a sample, cells that share a value, and batches that are compressed."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    monkeypatch.setenv(VARIABLE, str(2**-10))
+
+    def load(name: str, path: Path) -> None:
+        load_images(DataConfig(name=name, path=str(path), size=8))
+
+    with tarfile.open(tmp_path / "parts.tar", "w") as archive:
+        for ending in ("png", "a", "b"):
+            info = tarfile.TarInfo(f"x.{ending}")
+            info.size = 400_000
+            archive.addfile(info, io.BytesIO(bytes(400_000)))
+    with pytest.raises(ValueError, match=r"x\.b of .* claims 1200000 bytes"):
+        load("webdataset", tmp_path / "parts.tar")
+    value = np.random.default_rng(0).bytes(50_000)
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(100, np.int32)), pa.array([value]))
+    table = pa.table({"image": column})
+    pq.write_table(table, tmp_path / "x.parquet", store_schema=False)
+    assert (tmp_path / "x.parquet").stat().st_size < 60_000
+    with pytest.raises(ValueError, match="the images of hf claims"):
+        load("hf", tmp_path / "x.parquet")
+    plain = pa.table({"image": [value] * 10})
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    for name, opened in (("file", pa.ipc.new_file), ("stream", pa.ipc.new_stream)):
+        with opened(tmp_path / f"{name}.arrow", plain.schema, options=options) as writer:
+            writer.write_table(plain)
+        with pytest.raises(ValueError, match="is a compressed table"):
+            load("hf", tmp_path / f"{name}.arrow")
+    assert not list((tmp_path / "home" / "unpacked").iterdir())
+
+
+def test_unpacked_images_are_sealed(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    load_images(DataConfig(name="hf", path=str(tables(folder, tmp_path / "t")), size=8))
+    (unpacked,) = (tmp_path / "home" / "unpacked").iterdir()
+    assert verify.verify(unpacked) == []
+    picture = sorted(unpacked.rglob("*.png"))[0]
+    picture.write_bytes(picture.read_bytes()[:-1])
+    (fault,) = verify.verify(unpacked)
+    assert fault.path == picture and f"remove {unpacked}" in str(fault)

@@ -152,6 +152,14 @@ def test_a_port_in_use(trained: World, capsys: Any) -> None:
     assert line.startswith(f"error: port {port} of 127.0.0.1 cannot be opened")
 
 
+def test_a_mistake_is_an_error_of_the_command(trained: World, capsys: Any) -> None:
+    """The page would only show it to whoever samples."""
+    words = ("explore", "--run", trained.root / "run", "--port", free_port())
+    for option, value in (("--guidance", "nan"), ("--guide", "/nowhere"), ("--device", "tpu")):
+        code, _, line = say(capsys, *words, option, value)
+        assert code == 2 and line.startswith("error: ")
+
+
 def test_gradio_is_not_installed(
     trained: World, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -225,8 +225,32 @@ def test_a_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
 
 def test_a_folder_that_is_a_file_is_one_sentence(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(JkoflowError, match="could not be written"):
-        atomic.write_bytes(tmp_path / "file" / "below", b"x")
+    for name in ("file/below", "file/far/below", "x" * 300):
+        with pytest.raises(UserError, match="could not be written"):
+            atomic.write_bytes(tmp_path / name, b"x")
+
+
+def test_a_scratch_folder_goes_with_its_block_or_process(tmp_path):
+    with atomic.scratch_folder(tmp_path) as folder:
+        (folder / "inside").mkdir()
+        (folder / "inside" / "file").write_bytes(b"x")
+        assert temporaries(tmp_path) == [folder]
+        with atomic.scratch_folder(tmp_path) as other:
+            assert other != folder and other.is_dir()
+        assert folder.is_dir()  # its process runs
+        atomic.discard_temporaries()  # as a signal does
+        assert not folder.exists()
+
+    def die():
+        with atomic.scratch_folder(tmp_path) as mine:
+            (mine / "file").write_bytes(b"x")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.waitpid(in_child(die), 0)
+    assert len(temporaries(tmp_path)) == 1
+    with atomic.scratch_folder(tmp_path) as folder:
+        assert temporaries(tmp_path) == [folder]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_temporaries_of_other_machines_are_kept_for_a_day(tmp_path):

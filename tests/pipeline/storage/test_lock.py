@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from pipeline.errors import JkoflowError
 from pipeline.storage import lock
+from tests.pipeline.tiny import World, say
 
 ROOT = Path(__file__).parents[3]
 COUNT = """
@@ -70,12 +72,14 @@ def test_the_second_ends_with_a_sentence_until_the_first_is_dead(folder: Path) -
         with lock.locked(folder, "the run at"):
             pass
     holder.kill()
-    holder.wait()
+    while not lock.has_ended(holder.pid):  # it is dead, though its parent has not noticed yet
+        time.sleep(0.01)
     with lock.locked(folder, "the run at"):
         with lock.locked(folder, "the run at"):  # again, in the same process
             pass
         assert lock.lock_file(folder).is_file()
     assert not lock.lock_file(folder).exists()
+    assert holder.wait() != 0
 
 
 def owner(**changes: Any) -> str:
@@ -102,3 +106,30 @@ def test_whose_lock_is_stale(folder: Path) -> None:
             assert not stale and str(error).startswith("the run at")
         path.unlink(missing_ok=True)
     assert platform.node() == lock._owner(1)["host"]
+
+
+def test_folders_of_exports_and_benchmarks_have_one_writer(
+    trained: World, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run, out = trained.root / "run", tmp_path / "out"
+    lock.lock_file(out).write_text(json.dumps(lock._owner(1)))
+    for words in (
+        ("export", "-r", run, "--out", out),
+        ("bench", "toy2d", "--budget", "100batches", "-r", out),
+        ("train", "-c", trained.config(), "-r", out),
+    ):
+        code, _, line = say(capsys, *words)
+        assert code == 1 and "in use by process 1 on" in line
+    assert not out.exists()
+
+
+def test_pictures_are_written_by_one_process_after_the_other(
+    trained: World, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder, words = tmp_path / "images", ("generate", "-r", trained.root / "run", "-n", "4")
+    holder = start(HOLD, folder)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    threading.Timer(1.0, holder.kill).start()
+    code, _, _ = say(capsys, *words, "--images", folder, "--out", tmp_path / "grid.png")
+    assert code == 0 and holder.wait() != 0
+    assert len(list(folder.iterdir())) == 4
