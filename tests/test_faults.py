@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import pickle
 from pathlib import Path
 
 import pytest
 
 from pipeline.storage import seal
-from tests.faults import damages
+from tests.faults import bad_input, damages, strangers
 from tests.faults.kills import kill
 from tests.faults.power import cut
 from tests.faults.races import race
@@ -84,3 +86,31 @@ def test_without_syncing_power_cuts_leave_differences(tmp_path: Path) -> None:
     table = Table()
     cut(tmp_path, 6, 0, table, only=("encode", "train"), sync=False)
     assert table.total("differences") > 0
+
+
+def test_mistakes_are_one_sentence(world: World, tmp_path: Path) -> None:
+    table = Table()
+    bad_input.mistake(tmp_path / "x", 25, 3, world, world.root / "run", table)
+    assert table.total("one sentence") == table.total("commands") == 25
+
+
+def test_malicious_files_do_no_harm(world: World, tmp_path: Path) -> None:
+    table = Table()
+    strangers.read_all(tmp_path / "x", 20, 3, world, table)
+    assert table.total("harmless") == table.total("files") == 20
+
+
+def test_a_payload_that_runs_is_noticed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the test above could not fail."""
+    monkeypatch.setattr(strangers, "_readers", lambda kind, path: [lambda: pickle.loads(
+        path.read_bytes()
+    )])  # fmt: skip
+    monkeypatch.setattr(strangers, "_SERVER", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(strangers, "strangers", lambda canary: [
+        x for x in strangers._pickles(canary) if x.name in ("os system called", "eval in a value")
+    ])  # fmt: skip
+    table = Table()
+    strangers.read_all(tmp_path / "x", 20, 3, world, table, say=lambda _: None)
+    assert table.total("payload ran") == 2

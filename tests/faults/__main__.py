@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.faults import bad_input, strangers
 from tests.faults.damages import build, corrupt, mend
 from tests.faults.fuzz import fuzz
 from tests.faults.kills import MOMENTS, kill
@@ -24,7 +25,14 @@ _ENDS = ("same bytes", "differences", "no temporary left", "temporaries left")
 
 
 def lines(
-    corruptions: int, mutations: int, kills: int, cuts: int, races: int, seed: int
+    corruptions: int,
+    mutations: int,
+    kills: int,
+    cuts: int,
+    races: int,
+    mistakes: int,
+    files: int,
+    seed: int,
 ) -> Iterator[str]:
     """Run all faults in a new folder; yield the lines of the tables."""
     with tempfile.TemporaryDirectory() as name:
@@ -59,13 +67,24 @@ def lines(
             race(root / "races", races, pairs)
             yield from pairs.lines((*RESULTS, *_ENDS[:2]))
             yield f"\n{time.monotonic() - start:.0f} s.\n"
+        if mistakes:
+            start, ends = time.monotonic(), Table()
+            bad_input.mistake(root / "mistakes", mistakes, seed, world, world.root / "run", ends)
+            yield from ends.lines(("commands", *bad_input.RESULTS))
+            yield f"\nSeed {seed}, {time.monotonic() - start:.0f} s.\n"
+        if files:
+            start, harms = time.monotonic(), Table()
+            strangers.read_all(root / "strangers", files, seed, world, harms)
+            yield from harms.lines(("files", *strangers.RESULTS))
+            yield f"\nSeed {seed}, {time.monotonic() - start:.0f} s.\n"
         yield from of_neighbours(kills=40, flips=1000)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     counts = {
-        "corruptions": 3000, "mutations": 200, "kills": 500, "cuts": 200, "races": 20, "seed": 0
+        "corruptions": 3000, "mutations": 200, "kills": 500, "cuts": 200, "races": 20,
+        "mistakes": 500, "files": 220, "seed": 0
     }  # fmt: skip
     for option, default in counts.items():
         parser.add_argument(f"--{option}", type=int, default=default)
