@@ -22,6 +22,7 @@ from pipeline.config.moved import replacement
 from pipeline.config.schema import WHERE, Config
 from pipeline.config.values import convert
 from pipeline.errors import UserError
+from pipeline.integrity.limits import CONFIGURATION, read_regular
 from pipeline.runtime.console import say
 from pipeline.runtime.plugins import load_plugins
 from pipeline.storage import seal
@@ -178,7 +179,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or holds something else.
     """
     try:
-        values = _plain_yaml(path.read_text())
+        values = _plain_yaml(read_regular(path, CONFIGURATION).decode())
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not readable YAML: {reason}") from error

@@ -61,7 +61,7 @@ def folder_of(name: str) -> str | None:
 
 def kind_of(path: Path) -> str:
     """Return the kind of a file that is not packaged: autoencoders have a section training."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     return AUTOENCODERS if any(line.startswith("training:") for line in lines) else FLOWS
 
 

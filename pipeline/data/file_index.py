@@ -52,7 +52,7 @@ def file_records(
 def _read_index(path: Path) -> dict[str, FileRecord]:
     """Read an index; one that is absent, damaged or of another form is empty."""
     with contextlib.suppress(UserError):
-        known = atomic.read_json(path, "file index")
+        known = atomic.read_json(path, "file index", part=1)
         if isinstance(known, dict) and all(isinstance(v, dict) for v in known.values()):
             return known
     return {}

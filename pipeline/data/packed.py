@@ -178,7 +178,7 @@ def _index(data: DataConfig) -> list[Place]:
                        "files": facts})  # fmt: skip
     path = data_root() / "packed" / f"{key}.json"
     if path.is_file():
-        stored = atomic.read_json(path, "index of images")
+        stored = atomic.read_json(path, "index of images", part=1)
         return [Place(*row) for row in stored]
     find = _tar_places if data.name == "webdataset" else _file_places
     places: dict[str, Place] = {}

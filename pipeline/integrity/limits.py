@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import stat
 import zipfile
+from pathlib import Path
 
 #: environment variable that raises the limit
 VARIABLE = "JKOFLOW_MAX_GIB"
+
+
+#: parts of the limit that a file may have whose content takes many times its size in memory
+CONFIGURATION, DOCUMENT, LIST = 2048, 32, 8
 
 
 def limit() -> int:
@@ -43,3 +49,22 @@ def require_archive_size(archive: zipfile.ZipFile, what: object) -> None:
         ValueError: the members together exceed the limit.
     """
     require_size(sum(entry.file_size for entry in archive.infolist()), what)
+
+
+def read_regular(path: Path, part: int) -> bytes:
+    """Read a file of at most `1 / part` of the limit.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is larger, or a device or a pipe, which may have no end.
+    """
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    most = limit() // part
+    if state.st_size > most:
+        raise ValueError(
+            f"{path} has {state.st_size} bytes; expected at most {most}; raise the limit by "
+            f"{VARIABLE}, if you trust the file"
+        )
+    return path.read_bytes()

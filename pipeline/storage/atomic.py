@@ -29,8 +29,9 @@ from safetensors.torch import load_file, save
 
 from pipeline.errors import UserError
 from pipeline.integrity.digests import sha256_file, stamp
+from pipeline.integrity.limits import DOCUMENT, read_regular
 from pipeline.storage import seal
-from pipeline.storage.lock import has_ended
+from pipeline.storage.lock import has_ended, number_space
 from pipeline.storage.paths import require_place, unwritable
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -42,7 +43,7 @@ _ABANDONED_SECONDS = 24 * 3600
 _open_temporaries: set[Path] = set()
 #: folders from which this process has removed what killed processes left
 _swept: set[Path] = set()
-_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_HOST = hashlib.sha256(f"{platform.node()} {number_space()}".encode()).hexdigest()[:8]
 
 
 class _HashingFile(io.RawIOBase):
@@ -193,14 +194,14 @@ def write_tensors(
     return write_bytes(path, stamp(save(clean, dict(metadata) if metadata else None)))
 
 
-def read_json(path: Path, what: str) -> Any:  # noqa: ANN401 - JSON is untyped
-    """Read a JSON file; `what` is its name in the message of an error.
+def read_json(path: Path, what: str, part: int = DOCUMENT) -> Any:  # noqa: ANN401 - JSON
+    """Read a JSON file of at most `1 / part` of the limit; `what` is its name in an error.
 
     Raises:
         UserError: the file is absent, is not JSON, or differs from the seal above it.
     """
     try:
-        data = Path(path).read_bytes()
+        data = read_regular(Path(path), part)
         seal.check(path, data)
         return json.loads(data)
     except FileNotFoundError as error:

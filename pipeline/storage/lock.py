@@ -3,7 +3,7 @@
 The lock of `runs/a` is the file `runs/.a.lock`. A hard link creates it, which is atomic on network
 file systems too, where file locks may do nothing. It names its owner by host, process and start,
 and the owner touches it every few seconds. A lock is stale if its owner has ended. A lock of
-another host is stale if it was not touched for minutes. A stale lock is taken over.
+another host or container is stale if it was not touched for minutes. A stale lock is taken over.
 """
 
 from __future__ import annotations
@@ -125,7 +125,15 @@ def _link(own: Path, path: Path) -> bool:
 
 def _owner(pid: int) -> dict[str, Any]:
     """Describe a process of this host."""
-    return {"host": platform.node(), "pid": pid, "start": _start(pid), "since": time.time()}
+    own = {"host": platform.node(), "space": number_space(), "pid": pid, "start": _start(pid)}
+    return {**own, "since": time.time()}
+
+
+def number_space() -> str:
+    """Return what tells apart containers of one host name, which number their processes alone."""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
 
 
 def has_ended(pid: int) -> bool:
@@ -167,7 +175,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _is_stale(owner: dict[str, Any], age: float) -> bool:
     """Return whether the owner of a lock has ended."""
-    if owner.get("host") != platform.node() or not isinstance(owner.get("pid"), int):
+    here = (owner.get("host"), owner.get("space")) == (platform.node(), number_space())
+    if not here or not isinstance(owner.get("pid"), int):
         return age > _STALE_SECONDS
     pid = int(owner["pid"])
     return has_ended(pid) or _start(pid) != owner.get("start")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.integrity.digests import check_shipped, is_shipped, sha256_file
+from pipeline.integrity.limits import LIST, read_regular
 
 NAME = "SHA256SUMS"
 #: the seals that this process has read, with their size, mtime and inode
@@ -60,7 +61,7 @@ def recorded(folder: Path) -> dict[str, list[str]]:
     known = _read.get(path)
     if known is None or known[0] != key:
         sums: dict[str, list[str]] = {}
-        for line in path.read_text(errors="replace").splitlines():
+        for line in read_regular(path, LIST).decode(errors="replace").splitlines():
             match = _LINE.fullmatch(line)
             if match is not None:
                 sums.setdefault(match[2], []).append(match[1])

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.integrity.limits import LIST, read_regular
 from pipeline.storage import atomic
 from pipeline.storage.trackers import Trackers
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a log in order, without the lines that a killed process tore."""
-    for line in path.read_text(errors="replace").splitlines():
+    for line in read_regular(path, LIST).decode(errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
             if isinstance(row, dict):

@@ -246,3 +246,20 @@ def test_yaml_is_bounded(tmp_path: Path) -> None:
         read_yaml(path)
     path.write_text("a: &a {x: 1}\nb: *a\nname: ${oc.env:HOME}\n")
     assert read_yaml(path) == {"a": {"x": 1}, "b": {"x": 1}, "name": "${oc.env:HOME}"}
+
+
+def test_texts_are_small_and_regular(tmp_path: Path) -> None:
+    """Documents take many times their size in memory."""
+    path = tmp_path / "x.yaml"
+    path.write_text("#" * (1 << 21))
+    with pytest.raises(UserError, match="has 2097152 bytes; expected at most 1048576"):
+        read_yaml(path)
+    path.write_text("#" * 1000 + "\nname: x")
+    assert read_yaml(path) == {"name": "x"}
+    with open(tmp_path / "x.json", "wb") as file:
+        file.truncate(1 << 27)
+    with pytest.raises(UserError, match="has 134217728 bytes; expected at most 67108864"):
+        atomic.read_json(tmp_path / "x.json", "manifest")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is not a regular file"):
+        atomic.read_json(tmp_path / "pipe", "manifest")

@@ -93,6 +93,8 @@ def test_whose_lock_is_stale(folder: Path) -> None:
         (owner(start="1"), 0, True),  # another process has its number now
         (owner(pid=2**22 + 1), 0, True),
         (owner(host="elsewhere"), 10, False),
+        (owner(space="pid:[1]", pid=2**22 + 1), 10, False),  # a container of the same name
+        (owner(space="pid:[1]", pid=2**22 + 1), 1000, True),
         (owner(host="elsewhere"), 1000, True),
         ("damaged", 10, False),
         ("damaged", 1000, True),
