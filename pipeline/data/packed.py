@@ -203,12 +203,14 @@ def _listing(url: str, endings: tuple[str, ...]) -> tuple[Any, dict[str, dict[st
             f"data.path is {url}, which cannot be read ({' '.join(str(error).split())[:200]}); "
             "install the file system's library (s3://: pip install s3fs) or check the address"
         ) from error
-    if set(listing) == {root}:
-        return system, {PurePosixPath(root).name: listing[root] | {"name": root}}
+    info = listing.get(root) or (system.info(root) if root in listing else {})
+    if info.get("type") == "file":
+        return system, {PurePosixPath(root).name: info | {"name": root}}
     files = {
-        os.path.relpath(path, root): listing[path] | {"name": path}
-        for path in sorted(listing) if path.lower().endswith(endings)
-    }  # fmt: skip
+        os.path.relpath(path, root): info | {"name": path}
+        for path, info in sorted(listing.items())
+        if path.lower().endswith(endings) and info.get("type", "file") == "file"
+    }
     files = {n: info for n, info in files.items() if not f"/{n}".count("/.")}
     if not files:
         what = "images" if endings is ENDINGS else "tar files"

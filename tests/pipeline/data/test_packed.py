@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -125,6 +126,15 @@ def test_nothing_is_copied_and_the_index_is_made_once(
     archive.write_bytes(content)
     with pytest.raises(UserError, match=r"train0.png in .* could not be read \(it has changed"):
         images.take(np.arange(6))
+
+
+def test_a_pipe_is_no_tar_file(folder: Path, tmp_path: Path):
+    """Opening it would wait for a writer without end."""
+    path = shards(folder, tmp_path / "shards")
+    os.mkfifo(path / "x.tar")
+    check("webdataset", str(path), folder)
+    with pytest.raises(UserError, match="has no tar files"):
+        load_images(DataConfig(name="webdataset", path=str(path / "x.tar"), size=8))
 
 
 def test_remote_tar_shards_are_the_folder(folder: Path, tmp_path: Path):
