@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -89,8 +90,12 @@ class TamingConfig:
             raise ValueError(
                 f"levels is {self.levels}; expected two grey levels in 0…255, the darker one first"
             )
-        if not 0.0 <= self.sharpen < 1.0:
-            raise ValueError(f"sharpen is {self.sharpen}; expected a number in [0, 1)")
+        for name, bound in (("dropout", 1), ("sharpen", 1), ("commitment", math.inf)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < bound:
+                raise ValueError(f"{name} is {value!r}; expected a number in [0, {bound})")
+        if type(self.attention) is not bool:
+            raise ValueError(f"attention is {self.attention!r}; expected true or false")
         _, height, width = self.image_shape
         rows, columns = self.canvas_shape
         if min(rows - height, columns - width) < 0 or (rows - height) % 2 or (columns - width) % 2:

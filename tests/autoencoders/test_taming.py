@@ -151,6 +151,9 @@ def test_wrong_shapes_raise() -> None:
     [
         ({"flavour": "gan"}, "flavour is 'gan'; expected one of kl, vq"),
         ({"ch": 48}, "ch is 48; expected a multiple of 32"),
+        ({"dropout": None}, r"dropout is None; expected a number in \[0, 1\)"),
+        ({"commitment": "1"}, r"commitment is '1'; expected a number in \[0, inf\)"),
+        ({"attention": 1}, "attention is 1; expected true or false"),
         ({"canvas": 8}, "canvas is 8 for images of 10x10"),
         ({"canvas": 13}, "canvas is 13 for images"),
         ({"patch": 5}, "is 12x12; expected multiples of 5 "),
