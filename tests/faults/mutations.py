@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import resource
@@ -78,16 +79,16 @@ def changed(document: Any, how: list[Change]) -> Any:
     """Apply changes to some parts of a document of JSON or YAML."""
     document = json.loads(json.dumps(document))
     for where, what, which in how:
-        places = list(_places(document))
+        places, odd = list(_places(document)), copy.deepcopy(ODD[which])  # it may change later
         if not places:
-            return ODD[which]
+            return odd
         parent, key = places[min(int(where * len(places)), len(places) - 1)]
         if what == "set":
-            parent[key] = ODD[which]
+            parent[key] = odd
         elif what == "remove":
             del parent[key]
         elif what == "add" and isinstance(parent, dict):
-            parent["added"] = ODD[which]
+            parent["added"] = odd
         elif isinstance(parent, list):
             parent.extend(parent)
     return document
