@@ -15,7 +15,7 @@ from pipeline.integrity.digests import shipped
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-#: the second distribution, of the wide shipped runs
+#: the second distribution, of the large shipped runs
 ZOO = ROOT / "pipeline" / "zoo_distribution"
 #: bytes of the wheel of jkoflow, at most
 _SIZE = 60_000_000
@@ -101,7 +101,8 @@ def test_wheels_run_in_a_folder_with_packages_of_its_own(tmp_path: Path) -> None
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
     assert "run: pip install 'jkoflow[zoo]'" in refused.stderr
     assert run("verify").returncode == 0
-    for path in ("pipeline/zoo/cifar10-wide", "pipeline/zoo/imagenet32-like-wide"):
+    for name in ("cifar10-jko", "cifar10-wide", "imagenet32-like-wide"):
+        path = f"pipeline/zoo/{name}"
         with zipfile.ZipFile(zoo) as archive:  # pip's --target replaces whole folders
             archive.extractall(site, [n for n in archive.namelist() if n.startswith(path)])
     assert run(*wide).returncode == 0 and (folder / "wide.png").is_file()

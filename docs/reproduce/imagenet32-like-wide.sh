@@ -13,7 +13,7 @@ guide=(--guide runs/like-first@500 --steps 8)
 # one network, with the unsharp mask measured on these images
 jkoflow autoencoder train --config rgb32-kl-8x8 --set data.name=imagenet32 "${data[@]}" --out runs/mask \
   --set training.start=rgb32-kl-8x8 --set training.iterations=0
-jkoflow train "${wide[@]}" --run runs/W --init-from zoo:imagenet32-like --set train.batch_size=128 \
+jkoflow train "${wide[@]}" --run runs/W --init-from runs/like --set train.batch_size=128 \
   --set train.iterations=5500 --set train.lr=3e-3
 jkoflow train "${wide[@]}" --run runs/W2 --init-from runs/W --set train.batch_size=128 \
   --set train.iterations=9500 --set train.lr=3e-3

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# zoo:imagenet32-like, the stand-in for ImageNet-32 at width 64: 2.1 hours of one core from zoo:cifar10.
+# imagenet32-like, the stand-in for ImageNet-32 at width 64: 2.1 hours of one core from zoo:cifar10.
 # DIR holds images in ImageNet-32's official layout: imagenet32-like.sh DIR
 set -euo pipefail
 

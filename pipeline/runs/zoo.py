@@ -17,7 +17,7 @@ from pipeline.storage.shards import content_key
 
 PREFIX = "zoo:"
 #: names of the runs in the distribution jkoflow-zoo end so; all others are in jkoflow itself
-_SEPARATE = "-wide"
+_SEPARATE = ("-wide", "-jko")
 _MANIFEST = "flow.json"
 #: the files of a run in a repository of the hub
 _FILES = ("blocks/block-*.safetensors", "autoencoder.safetensors", "config.yaml", "metrics.json",

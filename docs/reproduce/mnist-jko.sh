@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# docs/comparison.md: JKO blocks that start as parts of zoo:mnist-fine, half an hour of one core.
+set -euo pipefail
+
+fm=(--config mnist-fine --set train.precision=fp32 --set matching.interpolant=trigonometric --set train.batch_size=64
+    --set train.lr=4e-3 --set train.ema=0.995)
+jkoflow encode --config mnist-fine
+jkoflow train "${fm[@]}" --run runs/m-trigonometric --init-from zoo:mnist-fine --set latents.draws=2 \
+  --set train.iterations=2400 --set train.warmup=50 --set sampler.steps=12
+jkoflow train "${fm[@]}" --run runs/m-guide --init-from zoo:mnist-fine/guide --set velocity.width=32 \
+  --set train.iterations=500 --set train.warmup=40 --set sampler.steps=1
+jkoflow train --config mnist-jko --init-from runs/m-trigonometric --run runs/mnist-jko
+jkoflow export   --run runs/mnist-jko --guide runs/m-guide --guidance 2 --dtype int10 --out exported/mnist-jko
+jkoflow evaluate --run exported/mnist-jko -n 10000 --set evaluate.nll=64
