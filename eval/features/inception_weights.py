@@ -101,7 +101,8 @@ def check_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _is_torchscript(path: Path) -> bool:
     """Return whether a file is a TorchScript archive."""
-    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+    damage = (zipfile.BadZipFile, ValueError, NotImplementedError)
+    with contextlib.suppress(*damage), zipfile.ZipFile(path) as archive:
         return any("/code/" in name for name in archive.namelist())
     return False
 

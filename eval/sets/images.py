@@ -162,7 +162,7 @@ def open_archive(path: Path) -> zipfile.ZipFile:
         raise FileNotFoundError(f"no .npz at {path}; check the path")
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except _DAMAGE as error:  # UnicodeDecodeError, too, whose sentence names no file
         raise ValueError(f"{path} is not an .npz, or is damaged; write it again") from error
     return archive
 

@@ -145,6 +145,20 @@ def test_a_damaged_npz_is_named(tmp_path, save):
         list(NpzImages(path).batches())
 
 
+def test_an_npz_whose_entry_has_no_utf8_name_is_damaged(tmp_path):
+    path = tmp_path / "i.npz"
+    np.savez(path, np.zeros((2, 9, 9, 3), np.uint8))
+    whole = path.read_bytes()
+    place = whole.index(b"PK\x01\x02")  # of the entry in the directory
+    name = whole.index(b"arr_0", place)
+    damaged = bytearray(whole)
+    damaged[place + 9] |= 0x08  # the flag that promises UTF-8
+    damaged[name] = 0x80
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"i\.npz is not an \.npz, or is damaged"):
+        open_images(path)
+
+
 def test_leaving_early_stops_the_readers(tmp_path):
     import threading
 
