@@ -12,6 +12,8 @@ from pipeline.errors import JkoflowError, UserError
 
 #: errors of a name that no disk could take
 _NAMES = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+#: bytes of a file's or a folder's name, at most
+_LONGEST = 255
 
 
 def data_root() -> Path:
@@ -41,10 +43,13 @@ def require_place(path: Path | None) -> None:
     """Check that a file can have a name, before the work for its content; None is no file.
 
     Raises:
-        UserError: a folder, a device or a pipe has it, or a file stands where its folder would.
+        UserError: a folder, a device or a pipe has it, a file stands where its folder would, or a
+            part of the name is too long.
     """
     if path is None:
         return
+    if any(len(os.fsencode(part)) > _LONGEST for part in path.absolute().parts):
+        raise unwritable(path, OSError(errno.ENAMETOOLONG, "File name too long"), "written")
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(
             f"{path} is not a regular file; expected one or none; choose another name"
