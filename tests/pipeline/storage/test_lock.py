@@ -126,9 +126,9 @@ def test_folders_of_exports_and_benchmarks_have_one_writer(
 
 
 def test_pictures_are_written_by_one_process_after_the_other(
-    trained: World, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    folder, words = tmp_path / "images", ("generate", "-r", trained.root / "run", "-n", "4")
+    folder, words = tmp_path / "images", ("generate", "-r", run, "-n", "4")
     holder = start(HOLD, folder)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     threading.Timer(1.0, holder.kill).start()
