@@ -48,6 +48,12 @@ def summary(path: Path) -> str:
     return " ".join(text.split("\n\n")[0].split())
 
 
+def _packages_in(folder: Path) -> list[Path]:
+    """Return the packages in a package of `pipeline`, sorted; those of the facade have no line."""
+    inside = sorted(path.parent for path in folder.glob("*/__init__.py"))
+    return [] if folder.name == "facade" else inside
+
+
 def draw() -> str:
     """Return the text of docs/architecture.md: the layers, then every module."""
     lines = ["```"]
@@ -56,6 +62,7 @@ def draw() -> str:
     lines += [" 0  flows | autoencoders | eval", "```", ""]
     names = [name for layer in reversed(LAYERS) for name in layer]
     folders = [ROOT / "pipeline" / name for name in names]
+    folders = [place for folder in folders for place in (folder, *_packages_in(folder))]
     for top in ("flows", "autoencoders", "eval"):
         folders += sorted({path.parent for path in (ROOT / top).rglob("*.py")})
     for folder in folders:

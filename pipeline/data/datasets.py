@@ -14,7 +14,7 @@ from pipeline.assets.fetch import fetch_asset
 from pipeline.config.data import LATENTS
 from pipeline.data.image_set import ArrayPixels, ImageSet, apply_limit, fingerprint, join
 from pipeline.data.imagenet32 import load_imagenet32
-from pipeline.data.packed import FOLDERS, load_pictures
+from pipeline.data.packed.load import FOLDERS, load_pictures
 from pipeline.data.tensors import read_images
 from pipeline.errors import UserError
 from pipeline.runtime.console import say

@@ -16,7 +16,7 @@ from eval.gaussian import GaussianStats
 from eval.references import is_reference, load_reference
 from pipeline.config.data import DataConfig
 from pipeline.config.sampling import EvaluateConfig
-from pipeline.data.packed import FOLDERS
+from pipeline.data.packed.load import FOLDERS
 from pipeline.errors import UserError
 from pipeline.evaluation.features import FeatureExtractor, extractor_identity, fid_of
 from pipeline.evaluation.kid_precision_recall import (

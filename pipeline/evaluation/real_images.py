@@ -9,7 +9,7 @@ import torch
 from pipeline.config.data import DataConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
-from pipeline.data.packed import FOLDERS, has_splits
+from pipeline.data.packed.load import FOLDERS, has_splits
 from pipeline.errors import UserError
 from pipeline.runtime.rng import generator
 

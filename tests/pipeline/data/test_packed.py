@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from pipeline.config.data import DataConfig
-from pipeline.data import packed
 from pipeline.data.datasets import load_images
+from pipeline.data.packed import index
 from pipeline.errors import UserError
 from pipeline.integrity.limits import VARIABLE
 from pipeline.runs import verify
@@ -116,7 +116,7 @@ def test_nothing_is_copied_and_the_index_is_made_once(
     stored = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
     assert not (home / "unpacked").exists() and len(list((home / "packed").iterdir())) == 1
     assert stored < 12 * 400  # the records of ten pictures, in the index of the folder too
-    monkeypatch.setattr(packed, "_tar_places", None)
+    monkeypatch.setattr(index, "tar_places", None)
     data = DataConfig(name="webdataset", path=str(path), size=8)
     images = load_images(data)
     # other bytes of the same size in the place of a picture
