@@ -6,9 +6,9 @@
 The setting of the released two-dimensional code: MLP 128-128-128 of z alone with Softplus(β = 20),
 batch 2000, RK4 on S = 3 sub-intervals, finite-difference divergence, Adam, gradient clipping.
 
-released     the released formulation: two network calls an evaluation; torchdiffeq's adjoint on each
-             sub-interval by itself, with new probes; a third state of zeros, which there holds the
-             Jacobian's norm
+released     the released formulation: two network calls an evaluation; torchdiffeq's adjoint on
+             each sub-interval by itself, with new probes; a third state of zeros, where that code
+             has the Jacobian's norm
 plain        two network calls an evaluation, torchdiffeq's adjoint on all sub-intervals
 ours         `jko_loss` on a `Block`, the same estimator: both calls in one batch, ordinary
              backpropagation
@@ -17,10 +17,10 @@ derivative   another estimator, the limit of the finite difference: ε·(∂v/�
              by forward mode (`jko.divergence=hutchinson` is its kin)
 
 Every formulation trains in a process of its own, from the same weights, on the same samples and
-probes (the released formulation has two more); the processes take turns step by step, so that what
-else the machine does falls on all of them. Printed are medians over the iterations, ratios of processor
-seconds to the released formulation (kept in each round, and as it is in all), the losses, and the
-growth of resident memory from before the first step to its peak.
+probes (the released formulation draws two more). The processes take turns step by step, so other
+work of the machine falls on all of them. The table has medians over the iterations, ratios of
+processor seconds to the released formulation, the losses, and the growth of resident memory from
+before the first step to its peak.
 
 "kept": with freed memory kept, as `jkoflow train` has it (`keep_freed_memory`). A step frees its
 activations; glibc may give them back to the system, and the next step pays for every page again.
