@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from pipeline.config.sampling import EvaluateConfig
 from pipeline.config.schema import Config
 from pipeline.config.validate import check
 from pipeline.data.latent_cache import (
+    PLACE,
     cache_folder,
     cache_identity,
     latent_bytes,
@@ -52,7 +54,11 @@ def train_lines(config: Config, folder: Path, add_blocks: int = 0) -> list[str]:
     with torch.device("meta"):
         network = make_velocity(config.velocity, shape)
     parameters = sum(p.numel() for p in network.parameters())
-    state = "is complete" if (cache / MANIFEST).is_file() else "is absent; run `jkoflow encode`"
+    place = os.environ.get(PLACE)
+    absent = f"is not under the data root; it is read in {place}" if place else (
+        "is absent; run `jkoflow encode`"
+    )  # fmt: skip
+    state = "is complete" if (cache / MANIFEST).is_file() else absent
     started = RunDirectory(folder).started
     passes = started.passes if started is not None else ()
     upcoming = next_pass(config, passes, add_blocks)

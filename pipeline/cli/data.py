@@ -83,7 +83,7 @@ def encode_command(
             )
         if out is not None:
             write_latents(cache, out)
-        print(cache.reader.folder)
+        print(cache.reader.place)
 
 
 def verify_command(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from pipeline.runtime.distributed import errors_on_all_ranks, require_same
 from pipeline.runtime.system import require_disk_space, require_memory
 from pipeline.storage import atomic, seal
 from pipeline.storage.paths import data_root
+from pipeline.storage.remote_shards import find_remote_store, is_url, open_remote_store
 from pipeline.storage.shards import (
     FORMAT,
     MANIFEST,
@@ -45,8 +47,11 @@ from pipeline.storage.shards import (
     StoreWriter,
     content_key,
     open_store,
+    require_identity,
 )
 
+#: environment variable with a folder or an address of caches that are not under the data root
+PLACE = "JKOFLOW_LATENTS"
 #: types of the stored moments by precision
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: images whose reconstructions are measured
@@ -69,7 +74,7 @@ class LatentCache:
             _check_fields(reader, self.shape, self.stochastic, len(self.standardisation.mean))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
-                f"the manifest of the latent cache {reader.folder} does not describe its shards "
+                f"the manifest of the latent cache {reader.place} does not describe its shards "
                 f"({error}); {seal.advice(reader.folder / MANIFEST)}"
             ) from error
 
@@ -139,12 +144,14 @@ def _check_fields(
     fields = {"mean": shape, "labels": (), **({"log_var": shape} if stochastic else {})}
     if not shape or shape[0] != channels:
         raise ValueError(f"latents have the shape {shape}, and {channels} channels have a mean")
-    for index, row in enumerate(reader.manifest["shards"]):
-        shapes = reader.shapes(index)
+
+    def check(index: int) -> None:
+        shapes, count = reader.shapes(index), reader.manifest["shards"][index]["count"]
         for name, sides in fields.items():
-            expected = (row["count"], *sides)
-            if shapes.get(name) != expected:
-                raise ValueError(f"{name} of shard {index} is not of shape {expected}")
+            if shapes.get(name) != (count, *sides):
+                raise ValueError(f"{name} of shard {index} is not of shape {(count, *sides)}")
+
+    reader.check_shards(check)
 
 
 def cache_identity(config: Config, images: ImageSet, autoencoder: Autoencoder) -> dict[str, Any]:
@@ -199,12 +206,12 @@ def encode(
     identity = cache_identity(config, images, autoencoder)
     folder = cache_folder(identity)
     require_same(accelerator, folder.name, "the latent cache")
-    if (folder / MANIFEST).is_file():
-        cache = _open(folder, identity)
+    cache = _existing(folder, identity)
+    if cache is not None:
         if precision not in (None, cache.precision):
             raise UserError(
-                f"latent cache {folder} is stored in {cache.precision}; expected {precision}; "
-                "leave --precision out, or delete the cache and encode again"
+                f"latent cache {cache.reader.place} is stored in {cache.precision}; expected "
+                f"{precision}; leave --precision out, or delete the cache and encode again"
             )
         return cache
     if config.latents.batch_size < 1:
@@ -227,6 +234,25 @@ def _open(folder: Path, identity: dict[str, Any]) -> LatentCache:
         stored = atomic.read_json(folder / MANIFEST, "manifest").get("identity")
         identity = _identity_in(identity, stored.get("precision", "fp32"))
     return LatentCache(open_store(folder, "latent cache", identity))
+
+
+def _existing(folder: Path, identity: dict[str, Any]) -> LatentCache | None:
+    """Open the cache of an identity, under the data root or in `$JKOFLOW_LATENTS`; or None."""
+    if (folder / MANIFEST).is_file():
+        return _open(folder, identity)
+    place = os.environ.get(PLACE)
+    if not place:
+        return None
+    if not is_url(place):
+        other = Path(place).expanduser() / folder.name
+        return _open(other, identity) if (other / MANIFEST).is_file() else None
+    reader = find_remote_store(f"{place.rstrip('/')}/{folder.name}", "latent cache")
+    if reader is None:
+        return None
+    stored = dict(reader.manifest.get("identity") or {})
+    expected = _identity_in(identity, str(stored.get("precision", "fp32")))
+    require_identity(reader.manifest, expected, reader.url, "latent cache")
+    return LatentCache(reader)
 
 
 def _encode(
@@ -297,16 +323,20 @@ def open_cache(config: Config) -> LatentCache:
         UserError: the cache is absent or damaged.
     """
     if config.data.name == LATENTS:
-        return LatentCache(open_store(Path(str(config.data.path)), "latent cache"))
+        place = str(config.data.path)
+        if is_url(place):
+            return LatentCache(open_remote_store(place, "latent cache"))
+        return LatentCache(open_store(Path(place), "latent cache"))
     images, autoencoder = load_images_and_autoencoder(config)
     identity = cache_identity(config, images, autoencoder)
     folder = cache_folder(identity)
-    if not (folder / MANIFEST).is_file():
+    cache = _existing(folder, identity)
+    if cache is None:
         raise UserError(
             f"latent cache {folder} of {images.name} ({images.split}) does not exist; run "
             "`jkoflow encode` with the same configuration first"
         )
-    return _open(folder, identity)
+    return cache
 
 
 def load_images_and_autoencoder(config: Config) -> tuple[ImageSet, Autoencoder]:

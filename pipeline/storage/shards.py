@@ -191,6 +191,16 @@ class StoreReader:
     def __len__(self) -> int:
         return int(self.manifest["count"])
 
+    @property
+    def place(self) -> str:
+        """Place of the store: its folder."""
+        return str(self.folder)
+
+    def check_shards(self, check: Callable[[int], None]) -> None:
+        """Call `check` with the index of every shard."""
+        for index in range(len(self.manifest["shards"])):
+            check(index)
+
     def shard(self, index: int) -> Shard:
         """Return the memory-mapped tensors of a shard, (n, …) by name."""
         return atomic.read_tensors(self.folder / self.manifest["shards"][index]["file"])
@@ -261,25 +271,10 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
         )
     seal.require(folder, what)
     manifest = atomic.read_json(folder / MANIFEST, f"manifest of {what}")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{what} {folder} has another format; expected {FORMAT}; delete it and make it again"
-        )
+    mend = f"run `jkoflow verify {folder} --repair`, and then the command that makes it"
+    rows = require_manifest(manifest, folder, what, mend)
     if identity is not None:
         require_identity(manifest, identity, folder, what)
-    try:
-        rows = [(row["file"], row["count"], str(row["sha256"])) for row in manifest["shards"]]
-        complete = bool(rows) and manifest["count"] == sum(count for _, count, _ in rows)
-        complete = complete and all(type(count) is int and count > 0 for _, count, _ in rows)
-        names = [shard_name(index) for index in range(len(rows))]
-        complete = complete and [name for name, _, _ in rows] == names
-    except (KeyError, TypeError):
-        complete = False
-    if not complete:
-        raise UserError(
-            f"manifest of {what} {folder} is damaged; run `jkoflow verify {folder} --repair`, and "
-            "then the command that makes it"
-        )
     known = _recall(folder)
     for name, _, sha256 in rows:
         try:
@@ -296,8 +291,42 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
     return StoreReader(folder, manifest)
 
 
+def require_manifest(
+    manifest: Any,  # noqa: ANN401 - JSON
+    place: Path | str,
+    what: str,
+    mend: str,
+) -> list[tuple[str, int, str]]:
+    """Return name, number of samples and sha256 of every shard of a store, by its manifest.
+
+    Args:
+        manifest: of the store.
+        place: of the store, in messages.
+        what: name of the store in messages.
+        mend: what to do about a damaged manifest.
+
+    Raises:
+        UserError: the manifest is damaged or has another format.
+    """
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{what} {place} has another format; expected {FORMAT}; delete it and make it again"
+        )
+    try:
+        rows = [(row["file"], row["count"], str(row["sha256"])) for row in manifest["shards"]]
+        complete = bool(rows) and manifest["count"] == sum(count for _, count, _ in rows)
+        complete = complete and all(type(count) is int and count > 0 for _, count, _ in rows)
+        names = [shard_name(index) for index in range(len(rows))]
+        complete = complete and [name for name, _, _ in rows] == names
+    except (KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise UserError(f"manifest of {what} {place} is damaged; {mend}")
+    return rows
+
+
 def require_identity(
-    manifest: dict[str, Any], identity: dict[str, Any], folder: Path, what: str
+    manifest: dict[str, Any], identity: dict[str, Any], folder: Path | str, what: str
 ) -> None:
     """Raise UserError unless the manifest of a store, which `what` names, has an identity."""
     if not isinstance(manifest, dict) or manifest.get("key") != content_key(identity):

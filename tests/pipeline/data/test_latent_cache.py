@@ -312,3 +312,47 @@ def test_half_precision_rounds_the_moments(
     torch.testing.assert_close(std, std_0, rtol=2.0**-bits * 8, atol=0)
     stage = LatentSource(config).first_stage(world.root / "run", config, accelerator)
     assert stage.field("z").dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------- elsewhere
+
+
+def test_a_cache_elsewhere_gives_the_same_stage(
+    cached: tuple[World, Path],
+    accelerator: Accelerator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a folder, at an address, and as latents of their own; copies have room for two shards."""
+    world, folder = cached
+    local = LatentSource(read(world))
+    expected = content_of(local, tmp_path / "expected", read(world), accelerator)
+    shard = max(path.stat().st_size for path in folder.glob("shard-*"))
+    monkeypatch.setenv("JKOFLOW_CACHE_GIB", repr(2.1 * shard / 2**30))
+    other = tmp_path / "elsewhere" / folder.name
+    shutil.copytree(folder, other)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="does not exist; run `jkoflow encode`"):
+        open_cache(read(world))
+    for place in (other.parent, other.parent.as_uri()):
+        monkeypatch.setenv("JKOFLOW_LATENTS", str(place))
+        source = LatentSource(read(world))
+        assert source.cache.reader.place == f"{place}/{folder.name}"
+        run = tmp_path / f"run{len(str(place))}"
+        assert content_of(source, run, read(world), accelerator) == expected
+        assert encode(read(world), accelerator, quiet).reader.place == f"{place}/{folder.name}"
+    with pytest.raises(UserError, match="is stored in fp32; expected fp16"):
+        encode(read(world), accelerator, quiet, "fp16")
+    monkeypatch.delenv("JKOFLOW_LATENTS")
+    data = {"name": "latents", "path": other.as_uri(), "size": None, "mode": "RGB"}
+    own = read(world, data=data)
+    assert content_of(LatentSource(own), tmp_path / "own", own, accelerator) == expected
+    left = list((world.root / "home" / "remote").glob("*/shard-*"))
+    assert 0 < sum(path.stat().st_size for path in left) <= 2.1 * shard
+
+
+def content_of(
+    source: LatentSource, run: Path, config: Config, accelerator: Accelerator
+) -> dict[str, bytes]:
+    stage = source.first_stage(run, config, accelerator)
+    return {path.name: path.read_bytes() for path in stage.folder.glob("shard-*")}
