@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
@@ -41,13 +41,13 @@ class TableImages:
         if not self.path.exists():
             raise FileNotFoundError(f"no table at {self.path}; check the path")
         self.files = table_files(self.path)
-        tables = [_Table(file) for file in self.files]
-        self.column = _choose_column(self.path, tables[0], column)
+        tables = [Table(file) for file in self.files]
+        self.column = choose_column(self.path, tables[0], column)
         for table in tables:
             if not table.has_pictures(self.column):
                 raise ValueError(
                     f"{table.file} has no images in the column {self.column!r}; expected the "
-                    f"columns of {tables[0].file.name}; write it again"
+                    f"columns of {Path(tables[0].file).name}; write it again"
                 )
         self.counts = [len(table) for table in tables]
 
@@ -70,46 +70,9 @@ class TableImages:
         """Yield file, first row and encoded images of every batch."""
         for file in self.files:
             first = 0
-            for rows in _Table(file).rows([self.column], size):
+            for rows in Table(file).rows([self.column], size):
                 yield file, first, rows[self.column]
                 first += len(rows[self.column])
-
-    @property
-    def column_names(self) -> list[str]:
-        """Names of all columns."""
-        return _Table(self.files[0]).columns
-
-    def class_names(self, column: str) -> list[str] | None:
-        """Return the names of a column's classes, if the datasets library has noted them."""
-        notes = (_Table(self.files[0]).schema.metadata or {}).get(b"huggingface")
-        try:
-            names = json.loads(notes or b"{}")["info"]["features"][column]["names"]
-        except (ValueError, KeyError, TypeError):
-            return None
-        return [str(name).replace("/", "-") for name in names]
-
-    def pictures(
-        self, others: Sequence[str] = ()
-    ) -> Iterator[tuple[BytesIO, str, list[Any], str | None]]:
-        """Yield every encoded image, its name, its values of other columns, and its path."""
-        for file in self.files:
-            first = 0
-            for rows in _Table(file).rows([self.column, *others], BATCH):
-                for i, value in enumerate(rows[self.column]):
-                    name = f"image {first + i} of {file}"
-                    path = value.get("path") if isinstance(value, dict) else None
-                    others_here = [rows[key][i] for key in others]
-                    yield BytesIO(_bytes(value, name)), name, others_here, path
-                first += len(rows[self.column])
-
-    def require_column(self, name: str) -> None:
-        """Raise ValueError unless every file has a column."""
-        for file in self.files:
-            if name not in _Table(file).columns:
-                raise ValueError(
-                    f"{file} has the columns {', '.join(_Table(file).columns)}; expected "
-                    f"{name!r} among them"
-                )
 
 
 def table_files(path: Path) -> list[Path]:
@@ -119,29 +82,40 @@ def table_files(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
 
 
-class _Table:
-    """Table of one file; its rows are read in batches."""
+class Table:
+    """Table of one file; its rows are read in batches, or by the groups that they are stored in.
 
-    def __init__(self, file: Path) -> None:
+    Args:
+        file: a local file, or the name of `source` in messages.
+        source: open parquet file of another file system; None opens the local file.
+
+    Raises:
+        ValueError: pyarrow is missing, or the file is damaged, compressed arrow, or too large.
+    """
+
+    def __init__(self, file: Path | str, source: IO[bytes] | None = None) -> None:
         pyarrow = _pyarrow()
         self.file = file
         self.largest = 0  # bytes of the largest group of rows, which no cell exceeds
+        self.groups: list[int] = []  # rows of every group, or batch of an arrow file
         try:
-            if file.suffix == ".parquet":
+            if str(file).endswith(".parquet"):
                 from pyarrow.parquet import ParquetFile
 
-                self.parquet = ParquetFile(file, memory_map=True)
+                self.parquet = ParquetFile(source or file, memory_map=source is None)
                 self.schema = self.parquet.schema_arrow
                 meta = self.parquet.metadata
                 for group in range(meta.num_row_groups):
                     require_size(meta.row_group(group).total_byte_size, file)
                     self.largest = max(self.largest, meta.row_group(group).total_byte_size)
+                    self.groups.append(meta.row_group(group).num_rows)
                 self.count = meta.num_rows
             else:
                 self.parquet = None
-                self.batches = _arrow_batches(file)
+                self.batches = _arrow_batches(Path(file))
+                self.groups = [len(batch) for batch in self.batches]
                 self.schema = self.batches[0].schema
-                self.count = sum(len(batch) for batch in self.batches)
+                self.count = sum(self.groups)
         except (pyarrow.ArrowException, OSError, IndexError) as error:
             raise ValueError(
                 f"{file} is not a complete table ({' '.join(str(error).split())[:200]}); write it "
@@ -155,6 +129,77 @@ class _Table:
     def columns(self) -> list[str]:
         """Names of the columns."""
         return list(self.schema.names)
+
+    def require_column(self, name: str) -> None:
+        """Raise ValueError unless the table has a column."""
+        if name not in self.columns:
+            raise ValueError(
+                f"{self.file} has the columns {', '.join(self.columns)}; expected {name!r} among "
+                "them"
+            )
+
+    def class_names(self, column: str) -> list[str] | None:
+        """Return the names of a column's classes, if the datasets library has noted them."""
+        notes = (self.schema.metadata or {}).get(b"huggingface")
+        try:
+            names = json.loads(notes or b"{}")["info"]["features"][column]["names"]
+        except (ValueError, KeyError, TypeError):
+            return None
+        return [str(name).replace("/", "-") for name in names]
+
+    def pictures(
+        self, column: str, others: Sequence[str] = ()
+    ) -> Iterator[tuple[bytes, list[Any], str | None]]:
+        """Yield every encoded image, its values of other columns, and its path.
+
+        Raises:
+            ValueError: the file is damaged, or a cell has no image.
+        """
+        first = 0
+        for rows in self.rows([column, *others], BATCH):
+            for i, value in enumerate(rows[column]):
+                path = value.get("path") if isinstance(value, dict) else None
+                content = _bytes(value, f"image {first + i} of {self.file}")
+                yield content, [rows[key][i] for key in others], path
+            first += len(rows[column])
+
+    def group_pictures(
+        self, group: int, column: str, rows: Collection[int]
+    ) -> Iterator[tuple[int, bytes]]:
+        """Yield row and encoded image of some rows of a group, counted from its first one.
+
+        Few rows are decoded at once, so the memory is that of the group as it is stored.
+
+        Raises:
+            ValueError: the file is damaged, or a cell has no image.
+        """
+        pyarrow, first = _pyarrow(), 0
+        try:
+            for batch in self._group_batches(group, column):
+                for row in range(first, first + len(batch)):
+                    if row in rows:
+                        (value,) = _values(batch.slice(row - first, 1))[column]
+                        yield row, _bytes(value, f"row {row} of group {group} of {self.file}")
+                first += len(batch)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise _damaged(self.file, error) from error
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether rows are read from a map of the file, without decoding their group."""
+        return self.parquet is None
+
+    def group_bytes(self, group: int) -> int:
+        """Return the bytes of a group of a parquet file, as its index claims them."""
+        return int(self.parquet.metadata.row_group(group).total_byte_size)
+
+    def _group_batches(self, group: int, column: str) -> Iterator[Any]:
+        """Yield the rows of a group in batches within a part of the limit."""
+        if self.parquet is None:
+            yield self.batches[group].select([column])
+            return
+        few = max(1, min(BATCH, limit() // _PART // max(1, self.group_bytes(group))))
+        yield from self.parquet.iter_batches(few, row_groups=[group], columns=[column])
 
     def has_pictures(self, column: str) -> bool:
         """Return whether a column can hold encoded images."""
@@ -190,9 +235,7 @@ class _Table:
                     for start in range(0, len(batch), size):
                         yield _values(batch.slice(start, size).select(columns))
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise ValueError(
-                f"{self.file} is damaged ({' '.join(str(error).split())[:200]}); write it again"
-            ) from error
+            raise _damaged(self.file, error) from error
 
     def _parquet_rows(self, columns: list[str], size: int) -> Iterator[dict[str, list[Any]]]:
         """Yield the values of some columns of a parquet file, within a part of the limit."""
@@ -208,6 +251,12 @@ class _Table:
             count, total = count + len(batch), total + batch.nbytes
         if count:
             yield waiting
+
+
+def _damaged(file: Path | str, error: Exception) -> ValueError:
+    """Return the error of a file that pyarrow cannot read."""
+    reason = " ".join(str(error).split())[:200]
+    return ValueError(f"{file} is damaged ({reason}); write it again")
 
 
 def _pyarrow() -> Any:  # noqa: ANN401 - pyarrow is untyped
@@ -274,8 +323,12 @@ def _is_compressed(metadata: Any) -> bool:  # noqa: ANN401 - pyarrow is untyped
         return True  # it is damaged
 
 
-def _choose_column(path: Path, table: _Table, column: str | None) -> str:
-    """Return the column of images."""
+def choose_column(path: Path | str, table: Table, column: str | None) -> str:
+    """Return the column of images: `column`, else the only such one, or one of a usual name.
+
+    Raises:
+        ValueError: there is no such column, or it holds no encoded images.
+    """
     fitting = [name for name in table.columns if table.has_pictures(name)]
     if column is not None:
         if column not in fitting:

@@ -28,10 +28,10 @@ class DataConfig:
             (docs/python.md); or a table or a set of points (`jkoflow bench`, `toy2d`).
         split: the split that the flow or the autoencoder trains on.
         test_split: the split that measures reconstruction and likelihood.
-        path: the folder of the images (folder; also s3://…), or of the official files
-            (imagenet32); the file of npz; the cache of latents. hf has a parquet or arrow file, a
-            folder of them or a hub id. webdataset has a tar file or a folder of them. A table has
-            its file or folder, and data.name=picture its image.
+        path: the folder of the images, or of the official files (imagenet32); the file of npz;
+            the cache of latents. hf has a parquet or arrow file, a folder of them or a hub id.
+            webdataset has a tar file or a folder of them. A table has its file or folder, and
+            data.name=picture its image. folder, hf, webdataset and latents take s3://…, too.
         columns: hf: the column of the images, and that of the classes; empty takes usual names.
         size: folder, hf, webdataset: side of the square that images are resized and
             centre-cropped to.

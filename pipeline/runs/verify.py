@@ -215,9 +215,6 @@ def _fault(folder: Path, name: str, problem: str) -> Fault:
         return Fault(path, problem, f"make it again by `jkoflow evaluate --run {run}`", True)
     if name.endswith("/row.json") or name.startswith("tuning/"):
         return Fault(path, problem, "make it again by the same `jkoflow bench`", True)
-    if folder.parent == data_root() / "unpacked":
-        remedy = f"remove {folder}; the command that reads these images unpacks them again"
-        return Fault(path, problem, remedy, False)
     if is_store or name.endswith(".png"):
         return Fault(path, problem, f"make it again by `jkoflow generate --run {run}`", True)
     remedy = "no command makes it again; bring it back from a copy, or make this folder again"

@@ -374,7 +374,7 @@ def _table(name: str, path: Path) -> Any:
     return {split: rows.read(0, len(rows)) for split, rows in table.rows.items()}
 
 
-def _unpacked(name: str, path: Path) -> Any:
+def _packed(name: str, path: Path) -> Any:
     shutil.rmtree(Path(path.parent / "home"), ignore_errors=True)
     return _images(name, path, size=8)
 
@@ -388,12 +388,12 @@ def _tables(root: Path) -> Iterator[Reader]:
     yield Reader("text of GAS", root / "ethylene_CO.txt", text, partial(_table, "gas"))
     samples = {f"{i}.{k}": v for i in range(3) for k, v in
                (("png", _picture("png")), ("cls", str(i).encode()))}  # fmt: skip
-    yield Reader("webdataset", root / "w.tar", _tar(samples), partial(_unpacked, "webdataset"),
-                 names=("image", "unpacked"))
+    yield Reader("webdataset", root / "w.tar", _tar(samples), partial(_packed, "webdataset"),
+                 names=("image", "packed"))
     labels = {f"{i}.{k}": v for i in range(3) for k, v in
               (("png", _picture("png")), ("json", b'{"label": 1}'))}  # fmt: skip
-    yield Reader("webdataset json", root / "v.tar", _tar(labels), partial(_unpacked, "webdataset"),
-                 names=("image", "unpacked"))
+    yield Reader("webdataset json", root / "v.tar", _tar(labels), partial(_packed, "webdataset"),
+                 names=("image", "packed"))
     import importlib.util
 
     if importlib.util.find_spec("pyarrow") is None:
@@ -408,16 +408,16 @@ def _tables(root: Path) -> Iterator[Reader]:
     }).replace_schema_metadata({"huggingface": json.dumps(notes)})  # fmt: skip
     file = io.BytesIO()
     parquet.write_table(table, file)
-    yield Reader("parquet", root / "x.parquet", file.getvalue(), partial(_unpacked, "hf"),
-                 names=("unpacked", "image"))  # fmt: skip
+    yield Reader("parquet", root / "x.parquet", file.getvalue(), partial(_packed, "hf"),
+                 names=("packed", "image"))  # fmt: skip
     yield Reader("parquet set", root / "y.parquet", file.getvalue(), _statistics)
     for name, opened in (("file", pyarrow.ipc.new_file), ("stream", pyarrow.ipc.new_stream)):
         sink = io.BytesIO()
         with opened(sink, table.schema) as writer:
             writer.write_table(table)
         yield Reader(
-            f"arrow {name}", root / f"{name}.arrow", sink.getvalue(), partial(_unpacked, "hf"),
-            names=("unpacked", "image"),
+            f"arrow {name}", root / f"{name}.arrow", sink.getvalue(), partial(_packed, "hf"),
+            names=("packed", "image"),
         )
 
 

@@ -1,4 +1,4 @@
-"""Index of the images of tar shards and remote folders, made in one pass over the data.
+"""Index of the images of tar shards, tables and remote folders, made in one pass over the data.
 
 It holds their names, places and hashes and is stored under the data root.
 """
@@ -13,45 +13,66 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from eval.sets.tables import SUFFIXES
 from pipeline.config.data import DataConfig
 from pipeline.data.image_folder import ENDINGS
 from pipeline.data.packed.places import Place
+from pipeline.data.packed.tables import place_of_tables, table_places
 from pipeline.data.packed.tar_shards import tar_places
 from pipeline.errors import UserError
 from pipeline.integrity.limits import require_size
+from pipeline.runtime.console import say
 from pipeline.storage import atomic
+from pipeline.storage.lock import locked
 from pipeline.storage.paths import data_root
+from pipeline.storage.remote_shards import is_url
 from pipeline.storage.shards import content_key
 
 #: files that are read at once
 THREADS = 8
 
 
-def index(data: DataConfig) -> list[Place]:
-    """Return the places of all images; they are found and hashed in one pass, once.
+def index(data: DataConfig) -> tuple[str, list[Place]]:
+    """Return the address and the places of all images, which are found and hashed once.
+
+    Images of tables are in the order of their rows.
 
     Raises:
         UserError: nothing is there, it cannot be read, or two images have one name.
     """
-    url = str(data.path) if "://" in str(data.path) else str(Path(str(data.path)).expanduser())
-    system, files = _listing(url, (".tar",) if data.name == "webdataset" else ENDINGS)
+    place = place_of_tables(data) if data.name == "hf" else str(data.path)
+    url = place if is_url(place) else str(Path(place).expanduser())
+    endings = {"webdataset": (".tar",), "hf": SUFFIXES}.get(data.name, ENDINGS)
+    system, files = _listing(url, endings)
     facts = [
         [name, info["size"], str(info.get("ETag") or info.get("mtime") or info.get("created"))]
         for name, info in files.items()
     ]
-    key = content_key({"name": data.name, "url": os.path.abspath(url) if "://" not in url else url,
-                       "files": facts})  # fmt: skip
-    path = data_root() / "packed" / f"{key}.json"
-    if path.is_file():
-        stored = atomic.read_json(path, "index of images", part=1)
-        return [Place(*row) for row in stored]
-    find = tar_places if data.name == "webdataset" else _file_places
+    where = url if is_url(url) else os.path.abspath(url)
+    identity = {"name": data.name, "url": where, "files": facts}
+    if data.name == "hf":
+        identity["columns"] = data.columns
+    path = data_root() / "packed" / f"{content_key(identity)}.json"
+    if not path.is_file():
+        with locked(path, "the index", say):
+            if not path.is_file():  # no other process was faster
+                found = _found(data, system, files)
+                atomic.write_bytes(path, json.dumps(found).encode(), sealed=False)
+    stored = atomic.read_json(path, "index of images", part=1)
+    return url, [Place(*row) for row in stored]
+
+
+def _found(data: DataConfig, system: Any, files: dict[str, dict[str, Any]]) -> list[Place]:  # noqa: ANN401
+    """Return the places of all images of some files."""
     places: dict[str, Place] = {}
-    for place in find(system, files):
+    if data.name == "hf":
+        rows = table_places(system, files, data.columns)
+    else:
+        rows = (tar_places if data.name == "webdataset" else _file_places)(system, files)
+    for place in rows:
         if place.name in places:
             raise UserError(f"two images are called {place.name}; expected one of a name")
         places[place.name] = place
-    atomic.write_bytes(path, json.dumps(list(places.values())).encode(), sealed=False)
     return list(places.values())
 
 
@@ -62,7 +83,7 @@ def _listing(url: str, endings: tuple[str, ...]) -> tuple[Any, dict[str, dict[st
     kinds = " or ".join(endings[:2])
     try:
         system, root = fsspec.core.url_to_fs(url)
-        listing = system.find(root, detail=True)
+        listing = {p: _follow(p, f) for p, f in system.find(root, detail=True).items()}
     except Exception as error:  # noqa: BLE001 - file systems raise errors of many libraries
         raise UserError(
             f"data.path is {url}, which cannot be read ({' '.join(str(error).split())[:200]}); "
@@ -78,9 +99,17 @@ def _listing(url: str, endings: tuple[str, ...]) -> tuple[Any, dict[str, dict[st
     }
     files = {n: info for n, info in files.items() if not f"/{n}".count("/.")}
     if not files:
-        what = "images" if endings is ENDINGS else "tar files"
+        what = {ENDINGS: "images", SUFFIXES: "tables"}.get(endings, "tar files")
         raise UserError(f"data.path is {url}, which has no {what}; expected {kinds}, …")
     return system, files
+
+
+def _follow(path: str, info: dict[str, Any]) -> dict[str, Any]:
+    """Return the properties of the file that a local link points to; others are as they are."""
+    if not info.get("islink") or not os.path.isfile(path):
+        return info
+    state = os.stat(path)
+    return info | {"type": "file", "size": state.st_size, "mtime": state.st_mtime}
 
 
 def _file_places(system: Any, files: dict[str, dict[str, Any]]) -> Iterator[Place]:  # noqa: ANN401

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from eval.sets.images import NpzImages
 from eval.sets.sources import open_images, open_source
-from eval.sets.tables import TableImages
+from eval.sets.tables import Table, TableImages
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), np.uint8)
 
@@ -51,9 +51,17 @@ def test_tables_hold_the_pixels_of_a_folder(tmp_path, table):
     for name in ("a.parquet", "stream.arrow", "file.arrow", "shards"):
         assert np.array_equal(read(tmp_path / name), PIXELS), name
     plain = TableImages(tmp_path / "a.parquet", "plain")
+    rows = list(Table(tmp_path / "a.parquet").pictures("image", ["label"]))
+    assert [(label, path) for _, (label,), path in rows] == [(i, f"{i}.png") for i in range(7)]
+    for name in ("a.parquet", "stream.arrow", "file.arrow"):
+        held, first = Table(tmp_path / name), 0
+        for group, count in enumerate(held.groups):
+            some = dict(held.group_pictures(group, "plain", {0, count - 1}))
+            assert some == {i: rows[first + i][0] for i in {0, count - 1}}, name
+            first += count
+        assert first == len(held) == 7 and len(held.groups) > 2
     assert torch.equal(torch.cat(list(plain.batches())), torch.cat(list(
         TableImages(tmp_path / "a.parquet").batches())))  # fmt: skip
-    assert [label for _, _, (label,), _ in plain.pictures(["label"])] == list(range(7))
 
 
 def test_bad_tables_are_named(tmp_path, table):

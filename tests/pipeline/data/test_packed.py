@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import tarfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from eval.sets.tables import Table
 from pipeline.config.data import DataConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.packed import index
 from pipeline.errors import UserError
 from pipeline.integrity.limits import VARIABLE
-from pipeline.runs import verify
 from tests.pipeline.hub_server import serving_hub
 
 CLASSES = ("cat", "dog")
@@ -84,10 +86,75 @@ def check(name: str, path: str, folder: Path, **more: object) -> None:
         assert np.array_equal(actual.take(everything), expected.take(everything))
 
 
+def check_tables(path: str, folder: Path, **more: object) -> list[str]:
+    """Compare with the folder, image by image; return the fingerprints of the splits."""
+    prints = []
+    for split in ("train", "test"):
+        expected = load_images(DataConfig(name="folder", path=str(folder), size=8, split=split))
+        actual = load_images(DataConfig(name="hf", path=path, size=8, split=split, **more))
+        assert actual.class_names == expected.class_names == CLASSES
+        rows = [f"{file.parent.name}/{file.name}" for file in pictures(folder, split)]
+        assert actual.pixels.names == (*rows[::2], *rows[1::2])  # the rows of two files
+        order = [expected.pixels.names.index(name) for name in actual.pixels.names]
+        assert np.array_equal(actual.labels, expected.labels[order])
+        everything = np.arange(len(expected))
+        assert np.array_equal(actual.take(everything), expected.take(everything)[order])
+        assert np.array_equal(actual.read(2, 4), expected.take(everything)[order][2:4])
+        prints.append(actual.fingerprint)
+    return prints
+
+
 def test_tables_are_the_folder(folder: Path, tmp_path: Path):
     out = tables(folder, tmp_path / "tables")
-    check("hf", str(out), folder)
-    check("hf", str(out), folder, columns=["image", "label"])
+    prints = check_tables(str(out), folder)
+    assert check_tables(str(out), folder, columns=["image", "label"]) == prints
+    memory = fsspec.filesystem("memory")
+    memory.put(str(out), "/tables", recursive=True)
+    try:
+        assert check_tables("memory://tables", folder) == prints
+    finally:
+        memory.rm("/tables", recursive=True)
+    kept = sum(file.stat().st_size for file in (tmp_path / "home").rglob("*") if file.is_file())
+    assert kept < 3 * 12 * 400  # the records of ten pictures, in three indices and of the folder
+
+
+def test_a_group_of_rows_is_decoded_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Neighbours are kept within an eighth of the limit; large groups are not kept."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    content = [file.read_bytes() for file in pictures(folder, "train")] * 20
+    content = [data + bytes(10_000) + str(i).encode() for i, data in enumerate(content)]
+    pq.write_table(pa.table({"image": content}), tmp_path / "x.parquet", row_group_size=10)
+    data = DataConfig(name="hf", path=str(tmp_path / "x.parquet"), size=8)
+    expected = load_images(data).read(0, 120)
+    decoded = []
+    read = Table.group_pictures
+
+    def count(self, group, column, rows):
+        decoded.append((group, len(rows)))
+        return read(self, group, column, rows)
+
+    monkeypatch.setattr(Table, "group_pictures", count)
+    for gib, most in ((2.0, 120), (2**-10, 13)):  # 1 MiB / 8 has room for 13 images of 10 kB
+        monkeypatch.setenv(VARIABLE, repr(gib))
+        decoded.clear()
+        images = load_images(data)
+        rows = [images.read(i, i + 4) for i in range(0, 120, 4)]
+        assert np.array_equal(np.concatenate(rows), expected)
+        assert decoded == [(group, 10) for group in range(12)]
+        assert sum(len(group) for group in images.pixels._groups.values()) <= most
+    monkeypatch.setenv(VARIABLE, repr(2**-11))  # less than a group: only the wanted rows
+    decoded.clear()
+    images = load_images(data)
+    rows = [images.read(i, i + 4) for i in range(0, 120, 4)]
+    assert np.array_equal(np.concatenate(rows), expected)
+    assert max(count for _, count in decoded) <= 4 and not images.pixels._groups
+    with pytest.raises(UserError, match=r"image x-00000003.png in .* \(it has changed since"):
+        place = images.pixels.places[3]._replace(sha256="0" * 64)
+        dataclasses.replace(images.pixels, places=(place,)).take(np.arange(1))
 
 
 def test_a_data_set_of_the_hub_is_the_folder(folder: Path, tmp_path: Path, monkeypatch):
@@ -100,7 +167,7 @@ def test_a_data_set_of_the_hub_is_the_folder(folder: Path, tmp_path: Path, monke
         server.repositories["me/pets"] = {
             f.relative_to(out).as_posix(): f.read_bytes() for f in out.rglob("*.parquet")
         }
-        check("hf", "me/pets", folder)
+        check_tables("me/pets", folder)
 
 
 def test_tar_shards_are_the_folder(folder: Path, tmp_path: Path):
@@ -138,8 +205,6 @@ def test_a_pipe_is_no_tar_file(folder: Path, tmp_path: Path):
 
 
 def test_remote_tar_shards_are_the_folder(folder: Path, tmp_path: Path):
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     memory.put(str(shards(folder, tmp_path / "shards")), "/tars", recursive=True)
     try:
@@ -162,8 +227,6 @@ def test_a_tar_file_that_is_cut_short_is_refused(folder: Path, tmp_path: Path):
 
 
 def test_a_remote_folder_is_the_folder(folder: Path):
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/pets", recursive=True)
     try:
@@ -208,7 +271,7 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path):
         load("hf", out, columns=["label"])
     with pytest.raises(ValueError, match="expected 'kind' among them"):
         load("hf", out, columns=["image", "kind"])
-    with pytest.raises(UserError, match="has no .parquet or .arrow"):
+    with pytest.raises(UserError, match="has no tables; expected .parquet or .arrow"):
         load("hf", folder)
     with pytest.raises(UserError, match="has no images"):
         load("folder", "memory://nothing")
@@ -220,7 +283,7 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path):
         archive.addfile(info, io.BytesIO())
     with pytest.raises(UserError, match="expected a relative path"):
         load("webdataset", tmp_path / "evil.tar")
-    assert not list((tmp_path / "home" / "unpacked").iterdir())
+    assert not list((tmp_path / "home").rglob("*.png"))
 
 
 def test_an_archive_is_bounded(
@@ -256,15 +319,7 @@ def test_an_archive_is_bounded(
             writer.write_table(plain)
         with pytest.raises(ValueError, match="is a compressed table"):
             load("hf", tmp_path / f"{name}.arrow")
-    assert not list((tmp_path / "home" / "unpacked").iterdir())
-
-
-def test_unpacked_images_are_sealed(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
-    load_images(DataConfig(name="hf", path=str(tables(folder, tmp_path / "t")), size=8))
-    (unpacked,) = (tmp_path / "home" / "unpacked").iterdir()
-    assert verify.verify(unpacked) == []
-    picture = sorted(unpacked.rglob("*.png"))[0]
-    picture.write_bytes(picture.read_bytes()[:-1])
-    (fault,) = verify.verify(unpacked)
-    assert fault.path == picture and f"remove {unpacked}" in str(fault)
+        with pytest.raises(UserError, match="is an arrow file at an address; expected parquet"):
+            fsspec.filesystem("memory").pipe_file("/x.arrow", b"x")
+            load("hf", "memory://x.arrow")
+    assert not list((tmp_path / "home").rglob("*.png"))
