@@ -10,27 +10,23 @@ the same latents, smaller or trained for a shorter time (`flows.autoguidance`).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from flows.autoguidance import autoguide
 from flows.flow import Flow
-from flows.freezing import can_freeze, freeze_flow
 from flows.mixed_precision import in_mixed_precision
 from flows.networks.condition import Condition
 from flows.solving.solver import SolverConfig
 from pipeline.config.sampling import GenerateConfig
-from pipeline.errors import JkoflowError, UserError
-from pipeline.runs.run import Run, open_run, require_latents, same_autoencoder
-from pipeline.runs.snapshots import open_snapshot
+from pipeline.runs.run import Run, require_latents
 from pipeline.runtime.rng import generator
 from pipeline.sampling.class_labels import ClassLabels, class_labels_of
+from pipeline.sampling.guide import guiding_flow, open_guide
 from pipeline.sampling.refiner import Refiner, open_refiner
 from pipeline.sampling.solvers import budget_steps, solver_identity, solvers_of
 
@@ -80,7 +76,7 @@ class SamplingPlan:
             tuple(solvers_of(run)),
             class_labels_of(run, settings),
             1.0 if settings.guidance is None else settings.guidance,
-            None if settings.guide is None else _open_guide(run, settings),
+            None if settings.guide is None else open_guide(run, settings),
             refiner,
         )
         _ = plan.flow, plan.condition(0, 1, 0)  # both refuse a weight that is out of range
@@ -97,9 +93,7 @@ class SamplingPlan:
         flow = self._in_precision(self.run.flow)
         if self.guide is None or self.guidance == 1:
             return flow
-        guide, count = self.guide.flow, len(self.run.manifest.blocks)
-        if len(guide) == 1 < count:  # it guides the parts of one block, see _require_fit
-            guide = freeze_flow(guide, count)[: len(flow)]
+        guide = guiding_flow(self.run, self.guide)
         return autoguide(flow, self._in_precision(guide), self.guidance)
 
     def _in_precision(self, flow: Flow) -> Flow:
@@ -225,78 +219,3 @@ def with_guidance(
     if guidance is not None:
         settings = dataclasses.replace(settings, guidance=guidance)
     return settings
-
-
-def _open_guide(run: Run, settings: GenerateConfig) -> Run:
-    """Open the guide, cut to the blocks that the run uses; UserError if it does not fit."""
-    name = str(settings.guide)
-    if settings.guidance is None:
-        raise UserError("a guide needs a weight; add --guidance, such as --guidance 2")
-    try:
-        guide = _open_run_or_snapshot(name)
-    except JkoflowError as error:
-        raise UserError(
-            f"the guide of the run at {run.folder} cannot be used ({error}); give another "
-            "--guide, or sample without one by --guide none"
-        ) from error
-    _require_fit(run, guide, name)
-    return dataclasses.replace(guide, flow=guide.flow[: len(run.flow)])
-
-
-def _open_run_or_snapshot(name: str) -> Run:
-    """Open RUN, or RUN@STEP, which has the weights that training kept at that step."""
-    folder, sign, step = name.rpartition("@")
-    if sign and step.isdecimal() and not Path(name).exists():
-        return open_snapshot(Path(folder), int(step))
-    return open_run(Path(name))
-
-
-def _require_fit(run: Run, guide: Run, name: str) -> None:
-    """Refuse a guide of other latents or steps, or one that cannot be evaluated without labels."""
-    if not same_autoencoder(run, guide) or not run.standardisation.is_close(guide.standardisation):
-        raise UserError(
-            f"guide {name} was trained on other latents than the run at {run.folder}; train one "
-            "on the same data and autoencoder"
-        )
-    if not _began_as_parts_of_one(run, guide) and not _same_steps(run, guide):
-        raise UserError(
-            f"guide {name} must have the objective, the interpolant and the steps of the run at "
-            f"{run.folder}; train it with the same section {run.config.train.objective} (jko: "
-            "with the run's steps as jko.h, and schedule.tolerance=0) and a smaller "
-            "velocity.width; a jko run that began as parts of one flow-matching block also takes "
-            "one flow-matching block with matching.interpolant=trigonometric"
-        )
-    dropout = min(spec.velocity.class_dropout for spec in guide.flow.specs)
-    if guide.flow.classes and not dropout:
-        raise UserError(
-            f"guide {name} was trained with class_dropout=0, but a guide is evaluated without "
-            "labels; retrain it with velocity.classes=0 or velocity.class_dropout=0.1"
-        )
-
-
-def _began_as_parts_of_one(run: Run, guide: Run) -> bool:
-    """Whether a run began as frozen parts of one block, and the guide is such a block.
-
-    The guide is then frozen at the same times (`flows.freezing`).
-    """
-    begun, rows = run.manifest.init_from, guide.manifest.blocks
-    return (
-        run.config.train.objective == "jko"
-        and begun is not None
-        and begun.shares_time(run.manifest.blocks[0].spec.velocity.autonomous)
-        and len(rows) == 1
-        and can_freeze(rows[0].spec.velocity)
-        and guide.config.regression.interpolant == "trigonometric"
-    )
-
-
-def _same_steps(run: Run, guide: Run) -> bool:
-    """Whether the blocks of a run that are in use have the steps of the guide's blocks."""
-    if run.config.regression.interpolant != guide.config.regression.interpolant:
-        return False
-    count = len(run.flow)
-    run_rows, guide_rows = (each.manifest.blocks[:count] for each in (run, guide))
-    return len(run_rows) == len(guide_rows) and all(
-        a.objective == b.objective and math.isclose(a.step or 0.0, b.step or 0.0, rel_tol=1e-6)
-        for a, b in zip(run_rows, guide_rows, strict=True)
-    )

@@ -209,6 +209,17 @@ def test_a_guide_of_more_blocks_is_not_exported(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_first_blocks_are_guided_by_the_first_blocks_of_the_guide(
+    run: Path, guide: Path, count: int
+) -> None:
+    opened, weak = open_run(run), open_run(guide)
+    plan = plan_of(open_run(run, blocks=count), guidance=2.0, guide=str(guide))
+    noise, solver = torch.randn(4, 2, 3, 3, generator=generator(0, "x")), plan.solvers[0]
+    expected = autoguide(opened.flow[:count], weak.flow[:count], 2.0).decode(noise, solver)
+    assert torch.equal(plan.flow.decode(noise, solver), expected)
+
+
 def test_a_guide_is_cut_to_the_blocks_of_the_run(run: Path, guide: Path) -> None:
     plan = plan_of(open_run(run, blocks=2), guidance=2.0, guide=str(guide))
     assert len(plan.flow) == 2 and plan.guide is not None
