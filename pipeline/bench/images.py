@@ -22,8 +22,9 @@ from eval.gaussian import GaussianStats
 from pipeline.config.data import IMAGE_SETS, LATENTS
 from pipeline.config.load import with_values
 from pipeline.config.schema import Config
+from pipeline.data.encoding import encode, standardised_latents
 from pipeline.data.image_set import ImageSet
-from pipeline.data.latent_cache import LatentCache, build_encoder, encode, standardised_latents
+from pipeline.data.latent_cache import LatentCache, build_encoder
 from pipeline.errors import UserError
 from pipeline.evaluation.features import FeatureExtractor
 from pipeline.evaluation.kid_precision_recall import LEAST, MOST

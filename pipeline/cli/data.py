@@ -53,7 +53,7 @@ def encode_command(
     dry_run: DryRunOption = False,
 ) -> None:
     """Encode a data set into the latent cache; resumes when interrupted."""
-    from pipeline.data.latent_cache import encode, reconstruction_psnr, storage_error
+    from pipeline.data.encoding import encode, reconstruction_psnr, storage_error
     from pipeline.data.latent_file import require_format, write_latents
 
     settings = load_settings(config, overrides)

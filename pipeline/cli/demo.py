@@ -51,7 +51,7 @@ def run_demo(config: Config, folder: Path, accelerator: Accelerator) -> None:
         UserError: there are several processes, or the folder holds another run.
     """
     from pipeline.assets.fetch import ASSETS, fetch_asset
-    from pipeline.data.latent_cache import encode
+    from pipeline.data.encoding import encode
     from pipeline.evaluation.tables import metrics_line, metrics_table
     from pipeline.runs.directory import ResumePolicy, RunDirectory
     from pipeline.runs.movement_plot import plot_movement

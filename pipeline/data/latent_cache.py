@@ -15,36 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoders.adapt import Adaptation
-from autoencoders.base import Autoencoder, Moments, to_float, to_uint8
+from autoencoders.base import Autoencoder, Moments
 from autoencoders.registry import build_autoencoder
 from autoencoders.weights import load_weights, locate_weights
-from eval.reconstruction import psnr
 from pipeline.config.data import LATENTS
 from pipeline.config.schema import Config, EncoderConfig
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
-from pipeline.data.one_writer import one_writer
-from pipeline.data.standardisation import Standardisation, class_counts, facts
+from pipeline.data.standardisation import Standardisation, class_counts
 from pipeline.errors import UserError
-from pipeline.runtime.console import Progress
-from pipeline.runtime.devices import to_device
-from pipeline.runtime.distributed import errors_on_all_ranks, require_same
-from pipeline.runtime.system import require_disk_space, require_memory
 from pipeline.storage import atomic, seal
 from pipeline.storage.paths import data_root
 from pipeline.storage.remote_shards import find_remote_store, is_url, open_remote_store
 from pipeline.storage.shards import (
     FORMAT,
     MANIFEST,
-    Shard,
     StoreReader,
-    StoreWriter,
     content_key,
     open_store,
     require_identity,
@@ -53,11 +43,7 @@ from pipeline.storage.shards import (
 #: environment variable with a folder or an address of caches that are not under the data root
 PLACE = "JKOFLOW_LATENTS"
 #: types of the stored moments by precision
-_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-#: images whose reconstructions are measured
-_MEASURED = 64
-#: images that are encoded together outside of a cache
-_BATCH = 250
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class LatentCache:
@@ -174,7 +160,7 @@ def cache_identity(config: Config, images: ImageSet, autoencoder: Autoencoder) -
 
 def latent_bytes(shape: tuple[int, ...], stochastic: bool, precision: str = "fp32") -> int:
     """Return the bytes of the moments of a latent of a shape in the cache."""
-    return _TYPES[precision].itemsize * math.prod(shape) * (2 if stochastic else 1)
+    return TYPES[precision].itemsize * math.prod(shape) * (2 if stochastic else 1)
 
 
 def cache_folder(identity: dict[str, Any]) -> Path:
@@ -182,138 +168,36 @@ def cache_folder(identity: dict[str, Any]) -> Path:
     return data_root() / "latents" / f"{identity['dataset']}-{content_key(identity)}"
 
 
-def encode(
-    config: Config, accelerator: Accelerator, progress: Progress, precision: str | None = None
-) -> LatentCache:
-    """Encode a data set, or open its cache if it exists; encoding resumes at missing shards.
-
-    Rank r of P writes the shards r, r + P, ….
-
-    Args:
-        config: data, autoencoder and latents.
-        accelerator: device and ranks.
-        progress: wraps the loop over batches.
-        precision: of the stored moments: fp16 or bf16 take half the room of fp32. None is that of
-            an existing cache, else fp32.
-
-    Raises:
-        UserError: the data set, the autoencoder or a size is invalid, or a cache in another
-            precision exists.
-    """
-    if precision not in (None, *_TYPES):
-        raise UserError(f"--precision is {precision}; expected one of {', '.join(_TYPES)}")
-    images, autoencoder = load_images_and_autoencoder(config)
-    identity = cache_identity(config, images, autoencoder)
-    folder = cache_folder(identity)
-    require_same(accelerator, folder.name, "the latent cache")
-    cache = _existing(folder, identity)
-    if cache is not None:
-        if precision not in (None, cache.precision):
-            raise UserError(
-                f"latent cache {cache.reader.place} is stored in {cache.precision}; expected "
-                f"{precision}; leave --precision out, or delete the cache and encode again"
-            )
-        return cache
-    if config.latents.batch_size < 1:
-        raise UserError(f"latents.batch_size is {config.latents.batch_size}; expected at least 1")
-    with one_writer(folder, "latent cache", accelerator, wait=True):
-        if not (folder / MANIFEST).is_file():
-            stored = _identity_in(identity, precision or "fp32")
-            _encode(config, stored, images, autoencoder, accelerator, progress)
-    return _open(folder, identity)
-
-
-def _identity_in(identity: dict[str, Any], precision: str) -> dict[str, Any]:
-    """Return the identity of a cache whose moments are stored in a precision."""
+def with_precision(identity: dict[str, Any], precision: str) -> dict[str, Any]:
+    """Return the identity of the cache that stores the same moments in a precision."""
     return identity if precision == "fp32" else {**identity, "precision": precision}
 
 
-def _open(folder: Path, identity: dict[str, Any]) -> LatentCache:
+def open_identity(folder: Path, identity: dict[str, Any]) -> LatentCache:
     """Open the cache of an identity, which may be stored in any precision."""
     with contextlib.suppress(UserError, AttributeError, TypeError):  # `open_store` says what
         stored = atomic.read_json(folder / MANIFEST, "manifest").get("identity")
-        identity = _identity_in(identity, stored.get("precision", "fp32"))
+        identity = with_precision(identity, stored.get("precision", "fp32"))
     return LatentCache(open_store(folder, "latent cache", identity))
 
 
-def _existing(folder: Path, identity: dict[str, Any]) -> LatentCache | None:
+def find_cache(folder: Path, identity: dict[str, Any]) -> LatentCache | None:
     """Open the cache of an identity, under the data root or in `$JKOFLOW_LATENTS`; or None."""
     if (folder / MANIFEST).is_file():
-        return _open(folder, identity)
+        return open_identity(folder, identity)
     place = os.environ.get(PLACE)
     if not place:
         return None
     if not is_url(place):
         other = Path(place).expanduser() / folder.name
-        return _open(other, identity) if (other / MANIFEST).is_file() else None
+        return open_identity(other, identity) if (other / MANIFEST).is_file() else None
     reader = find_remote_store(f"{place.rstrip('/')}/{folder.name}", "latent cache")
     if reader is None:
         return None
     stored = dict(reader.manifest.get("identity") or {})
-    expected = _identity_in(identity, str(stored.get("precision", "fp32")))
+    expected = with_precision(identity, str(stored.get("precision", "fp32")))
     require_identity(reader.manifest, expected, reader.url, "latent cache")
     return LatentCache(reader)
-
-
-def _encode(
-    config: Config,
-    identity: dict[str, Any],
-    images: ImageSet,
-    autoencoder: Autoencoder,
-    accelerator: Accelerator,
-    progress: Progress,
-) -> None:
-    """Write the missing shards of a cache, and its manifest."""
-    precision = identity.get("precision", "fp32")
-    folder = cache_folder({k: v for k, v in identity.items() if k != "precision"})
-    total = len(images) * (2 if config.latents.mirror else 1)
-    written = sum(path.stat().st_size for path in folder.glob("shard-*"))
-    one = latent_bytes(autoencoder.latent_shape, autoencoder.stochastic, precision)
-    size = total * one - written
-    require_disk_space(folder, size, f"the latents of {total} images")
-    batch = min(config.latents.batch_size, config.latents.shard_size, total)
-    require_memory(
-        4 * batch * math.prod(images.shape), f"a batch of {batch} images of {images.shape}",
-        "choose a smaller latents.batch_size or data.size",
-    )
-    writer = StoreWriter(folder, identity, total, config.latents.shard_size)
-    size = config.latents.batch_size
-    with errors_on_all_ranks(accelerator):
-        _write_shards(writer, images, autoencoder, size, accelerator, progress)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        writer.finish(facts)
-    accelerator.wait_for_everyone()
-
-
-@torch.inference_mode()
-def reconstruction_psnr(config: Config) -> float:
-    """Return the mean PSNR in dB of the reconstructions of a data set's first images.
-
-    It shows an autoencoder that was trained on other images before a flow is trained.
-    """
-    images, autoencoder = load_images_and_autoencoder(config)
-    x = torch.from_numpy(np.ascontiguousarray(images.read(0, min(len(images), _MEASURED))))
-    decoded = to_uint8(autoencoder.decode(autoencoder.encode(to_float(x)).mean))
-    return float(psnr(x, decoded).mean())
-
-
-@torch.inference_mode()
-def storage_error(config: Config, cache: LatentCache) -> tuple[float, float]:
-    """Return what storing in half precision changed in the first latents, as root mean squares.
-
-    The first is the error of the means, in units of the channel's standard deviation. The second
-    is the relative error of the posterior's standard deviations.
-    """
-    images, autoencoder = load_images_and_autoencoder(config)
-    x = torch.from_numpy(np.ascontiguousarray(images.read(0, min(len(images), _MEASURED))))
-    exact, rows = autoencoder.encode(to_float(x)), torch.arange(len(x))
-    mean = cache.mean(rows) - cache.standardisation.apply(exact.mean.float())
-    std = torch.zeros(1)
-    if exact.log_var is not None:
-        log_var = cache.reader.take("log_var", rows).float() - exact.log_var.float()
-        std = torch.expm1(log_var / 2)
-    return float(mean.square().mean().sqrt()), float(std.square().mean().sqrt())
 
 
 def open_cache(config: Config) -> LatentCache:
@@ -330,7 +214,7 @@ def open_cache(config: Config) -> LatentCache:
     images, autoencoder = load_images_and_autoencoder(config)
     identity = cache_identity(config, images, autoencoder)
     folder = cache_folder(identity)
-    cache = _existing(folder, identity)
+    cache = find_cache(folder, identity)
     if cache is None:
         raise UserError(
             f"latent cache {folder} of {images.name} ({images.split}) does not exist; run "
@@ -363,78 +247,6 @@ def autoencoder_of_latents(config: Config, shape: tuple[int, ...]) -> Autoencode
     return model if tuple(model.latent_shape) == tuple(shape) else None
 
 
-def standardised_latents(
-    autoencoder: Autoencoder,
-    standardisation: Standardisation,
-    noise: float,
-    images: ImageSet,
-    indices: npt.NDArray[np.int64],
-    device: torch.device,
-    rng: torch.Generator,
-) -> Tensor:
-    """Encode images (n,) of a set to standardised latents float32 (n, *shape).
-
-    Args:
-        autoencoder: of the latents; its posterior is sampled, if it has one.
-        standardisation: of the latents.
-        noise: standard deviation of the noise on latents without a posterior.
-        images: the set.
-        indices: of its images.
-        device: of the encoder.
-        rng: source of the posterior samples and of the noise.
-    """
-    moments = _encoded(autoencoder, images, indices, device)
-    z = standardisation.apply(moments.sample(rng).cpu())
-    if moments.log_var is None and noise > 0:
-        z = z + noise * torch.randn(z.shape, generator=rng)
-    return z.clone()
-
-
-@torch.inference_mode()
-def _encoded(
-    autoencoder: Any,  # noqa: ANN401 - a module with the interface of Autoencoder
-    images: ImageSet,
-    indices: npt.NDArray[np.int64],
-    device: torch.device,
-) -> Moments:
-    autoencoder.to(device)
-    parts = []
-    for start in range(0, len(indices), _BATCH):
-        x = to_float(torch.from_numpy(images.take(indices[start : start + _BATCH])))
-        parts.append(autoencoder.encode(x.to(device)))
-    log_vars = [part.log_var for part in parts if part.log_var is not None]
-    mean = torch.cat([part.mean for part in parts])
-    return Moments(mean, torch.cat(log_vars) if log_vars else None)
-
-
-@torch.inference_mode()
-def _write_shards(
-    writer: StoreWriter,
-    images: ImageSet,
-    autoencoder: Autoencoder,
-    batch_size: int,
-    accelerator: Accelerator,
-    progress: Progress,
-) -> None:
-    """Encode and write the missing shards of this rank."""
-    missing = writer.missing(accelerator.process_index, accelerator.num_processes)
-    jobs = []
-    for index in missing:
-        first, last = writer.bounds(index)
-        starts = range(first, last, batch_size)
-        jobs += [(index, start, min(start + batch_size, last)) for start in starts]
-    model: Any = autoencoder
-    model.to(accelerator.device)
-    parts: list[Shard] = []
-    for index, start, stop in progress(jobs, len(jobs), "encode"):
-        x, labels = read_rows(images, start, stop)
-        moments = autoencoder.encode(to_device(to_float(x), accelerator.device))
-        parts.append(_to_shard(moments, labels, writer.identity.get("precision", "fp32")))
-        if stop == writer.bounds(index)[1]:
-            writer.write(index, {k: torch.cat([p[k] for p in parts]) for k in parts[0]})
-            parts = []
-
-
 def read_rows(images: ImageSet, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Read images (B, C, H, W) and labels (B,) of rows [start, stop); rows ≥ n are mirrored."""
     rows = np.arange(start, stop)
@@ -443,17 +255,3 @@ def read_rows(images: ImageSet, start: int, stop: int) -> tuple[Tensor, Tensor]:
     x[mirrored] = x[mirrored].flip(-1)
     labels = np.full(len(x), -1) if images.labels is None else images.labels[indices]
     return x, torch.from_numpy(labels)
-
-
-def _to_shard(moments: Moments, labels: Tensor, precision: str) -> Shard:
-    """Return the fields of a batch on the CPU; latents that are not finite are a UserError."""
-    mean = moments.mean.cpu().to(_TYPES[precision])
-    if not bool(torch.isfinite(mean).all()):
-        raise UserError(
-            f"latents of the autoencoder are not finite in {precision}; expected finite ones; "
-            "encode in fp32"
-        )
-    shard = {"mean": mean, "labels": labels}
-    if moments.log_var is not None:
-        shard["log_var"] = moments.log_var.cpu().to(_TYPES[precision])
-    return shard

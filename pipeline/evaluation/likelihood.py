@@ -21,8 +21,8 @@ from flows.likelihood import LogProb, log_prob
 from flows.solving.divergence import Divergence
 from flows.solving.estimators import make_divergence
 from flows.solving.solver import SolverConfig
+from pipeline.data.encoding import standardised_latents
 from pipeline.data.image_set import ImageSet
-from pipeline.data.latent_cache import standardised_latents
 from pipeline.evaluation.features import SHARD
 from pipeline.evaluation.real_images import held_out_images, subset_indices
 from pipeline.runs.run import Run

@@ -1,36 +1,22 @@
 """Short measurement of a configuration on this machine: seconds, operations, memory and bytes.
 
 Images and samples are random, and blocks have random weights, so that neither a data set nor a
-cache is needed. Operations are counted by torch.utils.flop_counter, which sees matrix products,
-convolutions and attention.
+cache is needed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch import Tensor
 
 from autoencoders.base import Autoencoder, to_float, to_uint8
-from eval.features.folded_conv import FoldedConv
 from flows.block import Block
 from flows.networks.condition import Condition
 from flows.spec import BlockSpec
@@ -42,16 +28,12 @@ from pipeline.data.drawn_latents import MANY
 from pipeline.data.latent_cache import build_encoder, latent_bytes, open_cache
 from pipeline.errors import JkoflowError
 from pipeline.evaluation.features import load_inception
-from pipeline.planning.estimate import (
-    BlockCost,
-    Measurement,
-    Rate,
-    stage_bytes,
-)
+from pipeline.planning.estimate import BlockCost, Measurement, Rate, stage_bytes
+from pipeline.planning.meter import Meter, convolution_flops, machine_of
 from pipeline.runs.passes import Pass
 from pipeline.runtime.console import no_progress
 from pipeline.runtime.rng import generator
-from pipeline.runtime.system import keep_freed_memory, peak_memory
+from pipeline.runtime.system import keep_freed_memory
 from pipeline.storage import atomic
 from pipeline.storage.shards import StoreReader, StoreWriter
 from pipeline.training.block_source import TrainedBlocks, TrainingContext
@@ -60,17 +42,8 @@ from pipeline.training.matching_loss import IMAGE
 from pipeline.training.planner import next_pass
 from pipeline.training.stages import ensure_stage
 
-#: operations of the fused attention of CPUs, which PyTorch's counter leaves out
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
-        sdpa_flop_count(q, k, v)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-    ),
-}
-#: seconds that each kind of work is repeated for, and most repetitions
-SECONDS, _MOST = 2.0, 50
+#: seconds that each kind of work is repeated for
+SECONDS = 2.0
 #: images of data sets whose shape needs no files
 _SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet32": (3, 32, 32)}
 _FEATURES_BATCH, _GENERATED = 50, 50
@@ -133,72 +106,6 @@ def measure(config: Config, accelerator: Accelerator, seconds: float = SECONDS) 
         snapshots=_snapshots(config, blocks),
         drawn=None if refines else MANY,
     )
-
-
-class Meter:
-    """Meter of seconds, operations and peak memory on one device."""
-
-    def __init__(self, accelerator: Accelerator, seconds: float) -> None:
-        self.accelerator, self.seconds = accelerator, seconds
-        self.device = accelerator.device
-
-    def rate(self, work: Callable[[], object], units: float, precision: str = "fp32") -> Rate:
-        """Measure a piece of work of some units: the median of its repetitions.
-
-        The first call is warm-up, in which operations are counted.
-        """
-        counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-        with _Kernels() as kernels, counter:
-            work()
-        self.reset_peak()
-        times: list[float] = []
-        while not times or (sum(times) < self.seconds and len(times) < _MOST):
-            self._synchronise()
-            began, used = time.perf_counter(), time.process_time()
-            work()
-            self._synchronise()
-            elapsed, used = time.perf_counter() - began, time.process_time() - used
-            # other programs lengthen the clock's seconds, but not those of one thread
-            times.append(min(elapsed, used) if self.device.type == "cpu" else elapsed)
-        flops = float(counter.get_total_flops())
-        seconds = statistics.median(times) / units
-        return Rate(seconds, flops / units, precision, self.peak(), kernels.count / units)
-
-    def peak(self) -> float:
-        """Return the peak memory since `reset_peak` in bytes, on the GPU or of this process."""
-        if self.device.type == "cuda":
-            return float(torch.cuda.max_memory_allocated(self.device))
-        with contextlib.suppress(OSError, StopIteration, ValueError):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            line = next(line for line in lines if line.startswith("VmHWM"))
-            return 1024.0 * int(line.split()[1])
-        return float(peak_memory())
-
-    def reset_peak(self) -> None:
-        """Forget the peak so far, where the system can; else the peak is that of the process."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-class _Kernels(TorchDispatchMode):
-    """Counter of the operators that a device would launch: all but views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(  # noqa: D105
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
-        self.count += not getattr(func, "is_view", False)
-        return func(*args, **(kwargs or {}))
 
 
 class _NoiseSource:
@@ -301,28 +208,6 @@ def _measure_features(image: tuple[int, int, int], meter: Meter) -> Rate | None:
     return dataclasses.replace(rate, flops=flops)
 
 
-def convolution_flops(network: nn.Module, work: Callable[[], object]) -> float:
-    """Count the operations of the folded convolutions of a network in a piece of work.
-
-    On a CPU they are operators of oneDNN, which torch.utils.flop_counter does not know.
-    """
-    counts: list[float] = []
-
-    def add(module: nn.Module, inputs: Any, outputs: Tensor) -> None:  # noqa: ANN401
-        pixels = len(outputs) * math.prod(outputs.shape[2:])
-        counts.append(2.0 * pixels * module.get_buffer("weight").numel())
-
-    hooks = [
-        module.register_forward_hook(add)
-        for module in network.modules()
-        if isinstance(module, FoldedConv)
-    ]
-    work()
-    for hook in hooks:
-        hook.remove()
-    return sum(counts)
-
-
 def _measure_blocks(
     context: TrainingContext, meter: Meter
 ) -> tuple[tuple[BlockCost, ...], dict[str, float]]:
@@ -411,15 +296,3 @@ def _snapshots(config: Config, blocks: tuple[BlockCost, ...]) -> int:
     """Return the number of snapshots of the block that flow matching keeps."""
     every = config.fm.snapshot_every if config.fm is not None else 0
     return blocks[0].iterations // every if every else 0
-
-
-def machine_of(device: torch.device) -> str:
-    """Return the name of the GPU, or that of the processor with its cores and threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line for line in lines if line.startswith("model name")).partition(":")[2]
-    threads = torch.get_num_threads()
-    return f"{name.strip()}, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}"

@@ -17,7 +17,7 @@ from jkoflow.model import Model, load
 from pipeline.cli.session import make_accelerator
 from pipeline.config.data import LATENTS
 from pipeline.config.load import load_config
-from pipeline.data.latent_cache import encode
+from pipeline.data.encoding import encode
 from pipeline.data.one_writer import one_writer
 from pipeline.data.tensors import check_own_labels, write_images, write_latents
 from pipeline.errors import UserError

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.data.drawn_latents import DrawnLatents
-from pipeline.data.latent_cache import encode, open_cache
+from pipeline.data.encoding import encode
+from pipeline.data.latent_cache import open_cache
 from pipeline.distillation.distilled_blocks import PairReader
 from pipeline.errors import UserError
 from pipeline.runs import verify

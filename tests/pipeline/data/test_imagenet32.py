@@ -271,7 +271,7 @@ ENCODE = """
 import sys
 from accelerate import Accelerator
 from pipeline.config.load import load_config
-from pipeline.data.latent_cache import encode
+from pipeline.data.encoding import encode
 from pipeline.runtime.system import peak_memory
 
 for limit in (2400, 12000):

@@ -18,13 +18,8 @@ from autoencoders.weights import load_weights
 from pipeline.cli import main
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
-from pipeline.data.latent_cache import (
-    LatentCache,
-    encode,
-    open_cache,
-    reconstruction_psnr,
-    storage_error,
-)
+from pipeline.data.encoding import encode, reconstruction_psnr, storage_error
+from pipeline.data.latent_cache import LatentCache, open_cache
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runtime.rng import generator

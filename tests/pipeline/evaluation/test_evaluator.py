@@ -17,7 +17,7 @@ from eval.distances import kid
 from eval.gaussian import GaussianStats
 from pipeline.config.load import load_config
 from pipeline.data.datasets import load_images
-from pipeline.data.latent_cache import encode
+from pipeline.data.encoding import encode
 from pipeline.evaluation.evaluator import Evaluator, warn_of_other_data
 from pipeline.evaluation.real_images import subset_indices
 from pipeline.evaluation.tables import metrics_line

@@ -19,7 +19,8 @@ from pipeline.config.load import load_config
 from pipeline.errors import JkoflowError
 from pipeline.planning import measure as measuring
 from pipeline.planning.estimate import Hardware, Work, estimate, stage_sizes
-from pipeline.planning.measure import Meter, convolution_flops, measure
+from pipeline.planning.measure import measure
+from pipeline.planning.meter import Meter, convolution_flops
 from tests.pipeline.tiny import World, make_world, run_child, say
 
 

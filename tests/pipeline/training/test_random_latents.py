@@ -12,7 +12,8 @@ from flows.networks.config import VelocityConfig
 from flows.spec import BlockSpec, build_block
 from pipeline.config.load import load_config
 from pipeline.config.training import JkoConfig, TrainConfig
-from pipeline.data.latent_cache import encode, open_cache
+from pipeline.data.encoding import encode
+from pipeline.data.latent_cache import open_cache
 from pipeline.runtime.rng import generator
 from pipeline.storage.shards import StoreReader, StoreWriter
 from pipeline.training.block_trainer import BlockTrainer
