@@ -59,8 +59,25 @@ def train_autoencoder(
         JkoflowError: the training diverged.
     """
     images = load_images(config.data)
+    require_trackers(config.training.trackers)
+    trainer = _new_trainer(config, images, accelerator)
+    policy = ResumePolicy(
+        resume, "jkoflow autoencoder train --out", changes=(), noun="training"
+    )
+    RunDirectory.open_or_create(folder, config, policy, accelerator)
+    images = with_random_access(images, accelerator, progress)
+    _optimise(config, folder, trainer, images, accelerator, progress)
+    if accelerator.is_main_process:
+        _finish(config, folder, trainer, images)
+    accelerator.wait_for_everyone()
+    return folder / WEIGHTS
+
+
+def _new_trainer(
+    config: AutoencoderConfig, images: ImageSet, accelerator: Accelerator
+) -> AutoencoderTrainer:
+    """Build the trainer; weights that do not fit the images or the recipe are a UserError."""
     recipe = config.training
-    require_trackers(recipe.trackers)
     start = _initial_weights(recipe.start)
     architecture = config.architecture.build(images.shape) if start is None else start.config
     if tuple(architecture.image_shape) != images.shape:
@@ -74,12 +91,19 @@ def train_autoencoder(
             f"training.start={recipe.start} is of the flavour gumbel; expected kl or vq to train "
             "an encoder; set training.decoder_only=true, or choose other weights"
         )
-    trainer = AutoencoderTrainer(architecture, recipe, accelerator, start)
-    policy = ResumePolicy(
-        resume, "jkoflow autoencoder train --out", changes=(), noun="training"
-    )
-    RunDirectory.open_or_create(folder, config, policy, accelerator)
-    images = with_random_access(images, accelerator, progress)
+    return AutoencoderTrainer(architecture, recipe, accelerator, start)
+
+
+def _optimise(
+    config: AutoencoderConfig,
+    folder: Path,
+    trainer: AutoencoderTrainer,
+    images: ImageSet,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> None:
+    """Take the optimiser steps that are left; a signal saves a checkpoint and ends them."""
+    recipe = config.training
     checkpoint, began, before = folder / _CHECKPOINT, time.monotonic(), 0.0
     if checkpoint.is_file():
         state = load_checkpoint(checkpoint)
@@ -126,10 +150,6 @@ def train_autoencoder(
         save(log)
         seconds = round(before + time.monotonic() - began, 1)
         log.write({"block": 0, "step": trainer.done, "event": "finished", "seconds": seconds})
-    if accelerator.is_main_process:
-        _finish(config, folder, trainer, images)
-    accelerator.wait_for_everyone()
-    return folder / WEIGHTS
 
 
 def _initial_weights(name_or_path: str | None) -> TamingAutoencoder | None:

@@ -51,7 +51,7 @@ class Sampler(nn.Module):
 
     def __init__(self, plan: SamplingPlan) -> None:
         super().__init__()
-        self.flow, self.guidance = plan.flow, plan.guidance if plan.guide is None else 1.0
+        self.flow, self.guidance = plan.flow, plan.class_guidance
         self.standardisation = plan.run.standardisation
         self.legs = [
             (make_segments(self.flow[k].velocity, solver), solver)

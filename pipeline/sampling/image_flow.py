@@ -94,8 +94,7 @@ class ImageFlow:
         for start, part in _batches(noise):
             rng = generator(seed, "sample", "given", start)
             chosen = None if labels is None else labels[start : start + len(part)]
-            weight = self.plan.guidance if self.plan.guide is None else 1.0
-            condition = None if chosen is None else Condition(chosen, weight)
+            condition = None if chosen is None else Condition(chosen, self.plan.class_guidance)
             parts.append(images_from_noise(self.plan, self.autoencoder, part, condition, rng))
         return torch.cat(parts)
 
@@ -213,14 +212,13 @@ class ImageFlow:
         """
         self.require_edit(strength)
         stop = strength * len(self.run.flow)
-        weight = self.plan.guidance if self.plan.guide is None else 1.0
         there, solvers = part_of(self.unguided.flow, self.plan.solvers, 0.0, stop)
         back, back_solvers = part_of(self.plan.flow, self.plan.solvers, 0.0, stop)
         parts = []
         for start, part in _batches(z_0.to(self.device)):
             condition = self.condition(source, start, len(part))
             moved, _ = round_trip(there, solvers, part, condition)
-            wanted = Condition(target[start : start + len(part)], weight)
+            wanted = Condition(target[start : start + len(part)], self.plan.class_guidance)
             parts.append(back.decode(moved, back_solvers, condition=wanted))
         return torch.cat(parts)
 
@@ -260,8 +258,8 @@ class ImageFlow:
         plan = self.plan if reverse else self.unguided
         flow, solvers = part_of(plan.flow, plan.solvers, min(before, after), max(before, after))
         condition = self.condition(labels, 0, len(z))
-        if reverse and plan.guide is None and condition is not None:
-            condition = dataclasses.replace(condition, guidance=plan.guidance)
+        if reverse and condition is not None:
+            condition = dataclasses.replace(condition, guidance=plan.class_guidance)
         return flow.transport(z, reverse, solvers, condition=condition).z
 
     def condition(self, labels: Tensor | None, start: int, count: int) -> Condition | None:

@@ -100,6 +100,11 @@ class SamplingPlan:
         return in_mixed_precision(flow) if self.precision == "bf16" else flow
 
     @property
+    def class_guidance(self) -> float:
+        """The weight of classifier-free guidance, which is 1 under a guide."""
+        return self.guidance if self.guide is None else 1.0
+
+    @property
     def networks_per_evaluation(self) -> int:
         """Network evaluations that one evaluation of the velocity field takes: 1 or 2."""
         return 1 if self.guidance == 1 else 2
@@ -121,8 +126,7 @@ class SamplingPlan:
         """Return the condition of the samples first … first + count − 1 (see `ClassLabels`)."""
         if self.labels is None:
             return None
-        weight = self.guidance if self.guide is None else 1.0
-        return Condition(self.labels.of_samples(first, count, *seed), weight)
+        return Condition(self.labels.of_samples(first, count, *seed), self.class_guidance)
 
     def identity(self) -> dict[str, Any]:
         """Return everything that decides the images except the noise, as JSON values."""

@@ -92,11 +92,7 @@ def measure(
     divergence = make_divergence("exact" if block.velocity.dim <= _EXACT_UP_TO else "hutchinson")
     steps = aligned_steps(block.velocity.smooth_pieces(), 8)
     solver = SolverConfig(method="rk4", steps=steps) if push.adaptive else push
-    count = min(len(stage), samples)
-    if trainer.spec.objective != "jko":
-        weights = sum(p.numel() for p in block.parameters()) // trainer.spec.velocity.nets
-        evaluations = min(_MOST_EVALUATIONS, _MOST_READS // weights)
-        count = min(count, max(_LEAST_SAMPLES, evaluations // _evaluations(solver)))
+    count = min(len(stage), _affordable(trainer, block, solver, samples))
     chosen = Batches(len(stage), count, recipe.seed, "measure").indices(0)
     source = generator(recipe.seed, "measure", trainer.index, *trainer.salt)
     norm, log_det, moved = 0.0, 0.0, 0.0
@@ -123,14 +119,17 @@ def measure(
         terms["movement"] = moved / count / (2 * trainer.spec.h)
     terms = {"total": sum(terms.values()), **terms}
     squared = moved / count
-    return Diagnostics(
-        terms,
-        {
-            "movement": math.sqrt(squared),
-            "squared_movement": squared,
-            "squared_norm": norm / count,
-        },
-    )
+    movement = {"movement": math.sqrt(squared), "squared_movement": squared}
+    return Diagnostics(terms, {**movement, "squared_norm": norm / count})
+
+
+def _affordable(trainer: BlockTrainer, block: Block, solver: SolverConfig, samples: int) -> int:
+    """Limit a number of samples under objectives that integrate nothing."""
+    if trainer.spec.objective == "jko":
+        return samples
+    weights = sum(p.numel() for p in block.parameters()) // trainer.spec.velocity.nets
+    evaluations = min(_MOST_EVALUATIONS, _MOST_READS // weights)
+    return min(samples, max(_LEAST_SAMPLES, evaluations // _evaluations(solver)))
 
 
 def check_grid(
