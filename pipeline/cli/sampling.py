@@ -65,8 +65,8 @@ def generate_command(
         str | None,
         typer.Option(
             "--blocks",
-            help="Use only the first blocks, this many; or 0:3, a strip of the images in front "
-            "of blocks 3, 2, 1 and 0: one row per image, from the noise side to the data.",
+            help="Use only the first blocks, this many; or 0:3, a strip of z_3, z_2, z_1 and z_0, "
+            "decoded: one row per image, from the noise side to the data.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The PNG file of the grid.")] = None,
@@ -157,7 +157,10 @@ def _write_states(
     columns = flow.states(n, plan.settings.seed, [float(t) for t in range(last, first - 1, -1)])
     path = out or plan.run.folder / "samples" / "blocks.png"
     write_strip(columns, path, {"blocks": [first, last], "sampling": plan.identity()})
-    say(f"columns: images in front of blocks {last} to {first}, from left to right")
+    say(
+        f"columns from left to right: z_{last} to z_{first}, decoded (z_0 is the data side, "
+        f"z_{len(plan.run.flow)} the noise)"
+    )
     print(path)
 
 

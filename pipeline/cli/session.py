@@ -32,7 +32,7 @@ def explain(error: Exception) -> tuple[str, int]:
     if type(error).__name__ == "NoArgsIsHelpError":
         return "no command given; see --help", 2
     if hasattr(error, "format_message"):  # errors of typer, from its own copy of click or another
-        return f"{error.format_message()}; see --help", 2
+        return f"{error.format_message().rstrip('.')}; see --help", 2
     if isinstance(error, JkoflowError):
         return str(error), error.exit_code
     if isinstance(error, (ValueError, FileNotFoundError)):

@@ -193,6 +193,11 @@ def train_command(
         outcome = train(settings, folder, accelerator, progress_bar, resume, add_blocks=add_blocks)
     if accelerator.is_main_process:
         state = "finished" if outcome.complete else "stopped in time; continue with --resume"
+        if outcome.spared:
+            state += (
+                f"; {outcome.spared} planned blocks were left out, because a block moved the "
+                "samples by less than schedule.tolerance"
+            )
         times = f" in pass {outcome.passes - 1}" if outcome.passes > 1 else ""
         say(f"{outcome.blocks} blocks{times}, {outcome.trained} trained now: {state}")
         print(folder)

@@ -74,19 +74,16 @@ def metric_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         pair = f"{metrics['precision']:.3f} / {metrics['recall']:.3f}"
         rows.append(("precision / recall", f"{pair}   {note}"))
     if "nll_per_dim" in metrics:
-        nll = metrics["nll"]
-        rows.append(
-            ("NLL per dim", f"{_nll_text(metrics)}, inversion MSE {nll['inversion_mse']:.1e}")
-        )
+        rows.append(("NLL per dim", _nll_text(metrics)))
     rows.append(("NFE a sample", str(metrics["nfe"])))
     return rows
 
 
 def _nll_text(metrics: Mapping[str, Any]) -> str:
-    """Format the NLL per dimension with its standard errors, its unit and its n."""
+    """Format the NLL per dimension with its standard errors, its n, its unit and the inversion."""
     nll = metrics["nll"]
     text = f"{metrics['nll_per_dim']:.3f}"
     for name in ("image", "probe"):
         if nll.get(f"{name}_error") is not None:
             text += f" ± {nll[f'{name}_error']:.4f} ({name}s)"
-    return f"{text} {nll['unit']}, n={nll['n']}"
+    return f"{text}   (n={nll['n']}, {nll['unit']}; inversion MSE {nll['inversion_mse']:.1e})"

@@ -116,7 +116,7 @@ def next_stage(
     labels = partial(_read, before, "labels", picks) if block.velocity.classes else None
 
     def make(writer: StoreWriter, index: int) -> torch.Tensor:
-        bounds, label = writer.bounds(index), f"push {stage}.{index}"
+        bounds, label = writer.bounds(index), f"push through block {stage - 1}, part {index}"
         try:
             blocks = {stage - 1: (block, solver)}
             return carry(before, bounds, blocks, accelerator, progress, label, picks)

@@ -54,12 +54,14 @@ class Outcome:
         complete: whether all passes are finished; if not, the run can be resumed.
         trained: blocks that this call finished.
         passes: passes of the run, an unfinished one included.
+        spared: planned blocks of the last pass that its stopping rule made unnecessary.
     """
 
     blocks: int
     complete: bool
     trained: int
     passes: int = 1
+    spared: int = 0
 
 
 def train(
@@ -90,17 +92,7 @@ def train(
         UserError: bad configuration, or a run that may not continue.
         JkoflowError: a block failed.
     """
-    check(config)
-    if config.train.objective == "distill":
-        raise UserError(
-            "train.objective is distill; expected jko, lfm or fm; make and continue distilled "
-            "runs by `jkoflow distill`"
-        )
-    if config.jko is not None and not config.velocity.autonomous and accelerator.is_main_process:
-        say(
-            "warning: velocity.autonomous=false under train.objective=jko: a field that depends "
-            "on t can overfit the error of its training grid without bound"
-        )
+    _check_objective(config, accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     default = ResidualSource if config.velocity.image_channels else LatentSource
@@ -128,8 +120,27 @@ def train(
     if upcoming is None:
         trainer.tidy()
     passes = trainer.passes
-    finished = len(passes[-1].blocks) if passes else 0
-    return Outcome(finished, upcoming is None, trainer.trained, len(passes))
+    if not passes:
+        return Outcome(0, upcoming is None, trainer.trained, 0)
+    last = passes[-1]
+    finished = len(last.blocks)
+    spared = len(last.steps) + last.free - finished if last.complete else 0
+    return Outcome(finished, upcoming is None, trainer.trained, len(passes), spared)
+
+
+def _check_objective(config: Config, accelerator: Accelerator) -> None:
+    """Check a configuration; warn of a JKO objective without a lower bound."""
+    check(config)
+    if config.train.objective == "distill":
+        raise UserError(
+            "train.objective is distill; expected jko, lfm or fm; make and continue distilled "
+            "runs by `jkoflow distill`"
+        )
+    if config.jko is not None and not config.velocity.autonomous and accelerator.is_main_process:
+        say(
+            "warning: velocity.autonomous=false under train.objective=jko: a field that depends "
+            "on t can overfit the error of its training grid without bound"
+        )
 
 
 def _require_same_training(context: TrainingContext) -> None:
