@@ -162,7 +162,7 @@ class UNetVelocity(Velocity):
     of the folded grid is odd it is one level.
 
     Each level has ``depth`` residual blocks each way. The lowest level has attention, and so have
-    the others on grids up to 8x8. A network of one level is the blocks of the lowest.
+    the others on grids up to 8x8. A network of one level has only the blocks of the lowest level.
 
     Raises:
         FlowError: the shape is not (C, H, W), the patches do not divide it, the levels halve an

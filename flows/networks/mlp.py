@@ -42,9 +42,9 @@ class LinearVelocity(Velocity):
 class MlpVelocity(Velocity):
     """A multilayer perceptron on (z, t), with ``depth`` hidden layers of ``width`` features.
 
-    In the paper's two-dimensional experiments it has 3 of 128, with softplus of β = 20. There, in
-    the authors' released code, it does not see t. With ``autonomous`` it does not see t here
-    either.
+    In the paper's two-dimensional experiments it has 3 layers of 128 features, with softplus of
+    β = 20, and in the authors' released code it does not see t. With ``autonomous`` it does not
+    see t here either.
     """
 
     def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:

@@ -272,6 +272,7 @@ def invert_command(
         there = list(own.path(z, times, labels))
         back = list(own.path(there[-1], times[::-1], labels))
         write_animation([flow.decode(state) for state in [*there, *back[1:]]], gif)
+    say("columns: images, their states on the way to the noise, and the images on return")
     print(path)
 
 
@@ -347,4 +348,5 @@ def edit_command(
     path = out or flow.run.folder / "samples" / "edits.png"
     note = {"strength": strength, "to": targets, "sampling": flow.plan.identity()}
     write_strip(columns, path, note)
+    say("columns: images, their reconstructions, and the results for every class of --to")
     print(path)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -21,6 +22,8 @@ _DeviceOption = Annotated[
     str | None,
     typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: the best of this machine."),
 ]
+#: the end of click's message about a word that it does not know
+_SUGGESTION = re.compile(r"\.? Did you mean (.*)\?$")
 #: the value of `--device` of the command that runs
 _device: ContextVar[str | None] = ContextVar("device", default=None)
 
@@ -32,7 +35,8 @@ def explain(error: Exception) -> tuple[str, int]:
     if type(error).__name__ == "NoArgsIsHelpError":
         return "no command given; see --help", 2
     if hasattr(error, "format_message"):  # errors of typer, from its own copy of click or another
-        return f"{error.format_message().rstrip('.')}; see --help", 2
+        message = _SUGGESTION.sub(r" (did you mean \1?)", error.format_message().rstrip("."))
+        return f"{message}; see --help", 2
     if isinstance(error, JkoflowError):
         return str(error), error.exit_code
     if isinstance(error, (ValueError, FileNotFoundError)):

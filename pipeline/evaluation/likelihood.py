@@ -1,8 +1,8 @@
 """Likelihoods of images: log p(z) of the images of a set, and the NLL that `evaluate` reports.
 
 A likelihood is the density of an image's standardised latent under the flow, in nats, given the
-class if the run is class-conditional. A latent is a posterior sample, or carries the configured
-noise, as in training. The inversion error ‖z_0 − T⁻¹(T(z_0))‖ measures the solver.
+class if the run is class-conditional. A latent is a posterior sample, or has the configured
+noise added, as in training. The inversion error ‖z_0 − T⁻¹(T(z_0))‖ measures the solver.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def latents_of(
 
 
 def unit(run: Run) -> str:
-    """Return what a NLL per dimension is of."""
+    """Return the unit of an NLL per dimension, with the latents that it is of."""
     what = "latents"
     if run.manifest.latents is not None and run.manifest.latents.stochastic:
         what = "posterior samples of latents"

@@ -33,7 +33,7 @@ def at_least(data: DataConfig, n: int) -> ImageSet:
 def subset_indices(images: ImageSet, n: int) -> npt.NDArray[np.int64]:
     """Return n indices of a set: the start of one fixed random order of the whole set.
 
-    The first n images of a split are no fair sample: MNIST's test digits come from two groups of
+    The first n images of a split may not represent it: MNIST's test digits come from two groups of
     writers, one after the other. A whole set keeps its own order.
 
     Raises:

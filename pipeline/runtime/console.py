@@ -126,7 +126,7 @@ class ImageCounter:
 
     def callback(self, name: str) -> Any:  # noqa: ANN401 - a callback
         """Return the function that adds a number of images of the named set."""
-        self._bar.set_description(name)
+        self._bar.set_description_str(name, refresh=False)  # a bar without a total adds the colon
         return self._bar.update
 
 

@@ -146,8 +146,8 @@ class SamplingPlan:
     def differences(self, identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Compare an identity that was written earlier with this plan's, see `differences`.
 
-        An export changes fingerprints, so those of this plan's runs before it count as the present
-        ones.
+        An export changes the fingerprint of a run. So the fingerprints that this plan's runs had
+        before their export count as their present ones.
         """
         runs = [self.run, self.guide, self.refiner and self.refiner.run]
         renamed = {old: run.fingerprint for run in runs if run for old in run.origins}

@@ -115,7 +115,7 @@ class BlockSource(Protocol):
             log: of the run.
 
         Raises:
-            JkoflowError: the block is of no use.
+            JkoflowError: the block fails its checks and is discarded.
         """
 
 
@@ -231,9 +231,8 @@ class TrainedBlocks:
         warm = train.warm_start and index > 0
         return self.context.folder, plan.blocks[index - 1] if warm else None
 
-
     def _interval(self, plan: Pass, index: int) -> tuple[float, float]:
-        """Return the part of a time-dependent block's time that an autonomous block starts as."""
+        """Return the part of a time-dependent block's time whose frozen field a block starts as."""
         assert self.warm_start is not None
         if not self.warm_start.shares_time(True):
             return 0.0, 1.0

@@ -71,7 +71,7 @@ class SampleSource(Protocol):
 
 
 class LatentSource:
-    """Draws from the latent cache of a configuration.
+    """Samples of the latents in the cache of a configuration.
 
     Args:
         config: sections data, autoencoder and latents.

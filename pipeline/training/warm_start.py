@@ -2,7 +2,7 @@
 
 Block k starts from block k of the other run, and the free block from its free block. A block
 without a counterpart starts as it would without the other run. A network may start from one with
-other classes, or without classes: every class then starts as the absent label. A network r times
+other classes, or without classes: every class then starts as the null label. A network r times
 as wide starts as the same velocity (Net2Net). Several networks in one block (`velocity.nets`)
 start as copies of one. An autonomous network starts as the time-dependent one at the middle of its
 time (`flows.freezing`). K blocks share the time of a run of one block in equal parts. The manifest
