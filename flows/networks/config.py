@@ -55,8 +55,8 @@ class VelocityConfig:
             for an unconditional network.
         classes: classes that condition the network; 0 for an unconditional network.
         class_dropout: probability in [0, 1) that training replaces a sample's class by the null
-            label, which guidance needs. Under jko a sample with the null label takes the step of all
-            classes together, although the blocks before have moved it with its class.
+            label, which guidance needs. Under jko a sample with the null label takes the step of
+            all classes together, although the blocks before have moved it with its class.
         zero_init: whether the network starts as v = 0, so that a new block is the identity.
 
     Raises:

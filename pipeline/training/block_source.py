@@ -232,7 +232,7 @@ class TrainedBlocks:
         return self.context.folder, plan.blocks[index - 1] if warm else None
 
     def _interval(self, plan: Pass, index: int) -> tuple[float, float]:
-        """Return the part of a time-dependent block's time whose frozen field a block starts as."""
+        """Return the part of a block's time whose frozen field an autonomous block starts as."""
         assert self.warm_start is not None
         if not self.warm_start.shares_time(True):
             return 0.0, 1.0
