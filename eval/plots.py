@@ -74,7 +74,7 @@ def strips(file: Target, rows: Mapping[str, Images]) -> None:
 def movement_bars(
     file: Target, movements: Sequence[Sequence[float]], labels: Sequence[str]
 ) -> None:
-    """Draw the W2 movements S_1 … S_K of each training pass as bars; later passes are darker.
+    """Draw the W2 movements of blocks 0, 1, … of each training pass; later passes are darker.
 
     Raises:
         ValueError: a pass has no movement, or the labels do not match.
@@ -91,9 +91,9 @@ def movement_bars(
     width = 0.8 / passes
     for i, (values, label) in enumerate(zip(movements, labels, strict=True)):
         shade = _DARK if passes == 1 else _LIGHT + (_DARK - _LIGHT) * i / (passes - 1)
-        x = np.arange(1, len(values) + 1) + (i - (passes - 1) / 2) * width
+        x = np.arange(len(values)) + (i - (passes - 1) / 2) * width
         axes.bar(x, values, 0.92 * width, color=tuple(shade), label=label)
-    axes.set_xticks(range(1, blocks + 1))
+    axes.set_xticks(range(blocks))
     axes.set_ylim(bottom=0)
     if passes > 1:
         axes.legend(fontsize=8, frameon=False)

@@ -79,16 +79,6 @@ def open_source(source: str | Path) -> Source:
     raise ValueError(f"{path} is another file; expected {_KINDS}")
 
 
-def open_images(path: str | Path) -> Images:
-    """Open a set of images; a ValueError says that the source has statistics alone."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no images at {path}; check the path")
-    images = open_source(path).images
-    if images is None:
-        raise ValueError(f"{path} holds statistics alone; expected images")
-    return images
-
-
 def compute_stats(
     images: Images, network: Inception, progress: BatchCallback | None = None
 ) -> GaussianStats:

@@ -168,12 +168,19 @@ def reference_command(
 
 def evaluate_command(
     run: options.RunOption,
-    n: Annotated[int | None, typer.Option("-n", help="Number of sampled images.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise.")] = None,
+    n: Annotated[
+        int | None,
+        typer.Option("-n", help="Number of sampled images. Default: evaluate.n of the run."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Seed of the noise. Default: 0.")
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
-            "--reference", help="A shipped name, a folder, a .npz, or a file of `reference`."
+            "--reference",
+            help="A shipped name, a folder, a .npz, or a file of `reference`. Default: "
+            "evaluate.reference of the run.",
         ),
     ] = None,
     kid: Annotated[

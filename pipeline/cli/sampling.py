@@ -32,7 +32,10 @@ ClassOption = Annotated[
         "or no class for images of a file.",
     ),
 ]
-StripOption = Annotated[Path | None, typer.Option("--out", help="The PNG file of the strip.")]
+StripOption = Annotated[
+    Path | None,
+    typer.Option("--out", help="The PNG file of the strip. Default: in samples/ of the run."),
+]
 PlaceOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="data.path=DIR: the folder of the test split on this machine."),
@@ -44,8 +47,13 @@ CountOption = Annotated[
 
 def generate_command(
     run: options.RunOption,
-    n: Annotated[int | None, typer.Option("-n", help="Number of images.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise.")] = None,
+    n: Annotated[
+        int | None,
+        typer.Option("-n", help="Number of images. Default: generate.n of the run, else 64."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Seed of the noise. Default: 0.")
+    ] = None,
     steps: options.StepsOption = None,
     method: options.MethodOption = None,
     nfe: options.NfeOption = None,
@@ -69,7 +77,10 @@ def generate_command(
             "decoded: one row per image, from the noise side to the data.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The PNG file of the grid.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The PNG of the grid. Default: samples/grid.png of the run."),
+    ] = None,
     images: Annotated[
         Path | None, typer.Option("--images", help="Also write every image as a PNG here.")
     ] = None,

@@ -37,7 +37,7 @@ class _Run:
 
     @property
     def values(self) -> dict[str, str]:
-        """Metrics, and what the flow costs, by name."""
+        """What the flow is and costs, and its metrics, by name."""
         rows = self.manifest.blocks
         facts = {
             "state": "finished" if self.manifest.complete else "unfinished",
@@ -49,7 +49,7 @@ class _Run:
         }
         with well_formed(self.folder / "metrics.json"):
             measured = metric_rows(self.metrics) if "fid" in self.metrics else []
-        return {**{name.strip(): value for name, value in measured}, **facts}
+        return {**facts, **{name.strip(): value for name, value in measured}}
 
     @property
     def losses(self) -> list[tuple[float, float]]:

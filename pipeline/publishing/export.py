@@ -41,7 +41,6 @@ from pipeline.storage.lock import locked
 AUTOENCODER = "autoencoder.safetensors"
 GUIDE = "guide"
 REFINER = "refiner"
-HELPERS = (GUIDE, REFINER)
 _GRID = "samples/grid.png"
 _INSIDE = r"blocks/block-\d+\.safetensors|autoencoder\.safetensors|config\.yaml"
 #: the files that an export writes before its flow.json

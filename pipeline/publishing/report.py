@@ -61,7 +61,7 @@ def write_report(folder: Path) -> Path:
     previews = previews_of(folder)
     if previews:
         parts.append(section("Previews", gallery(previews)))
-    environment = _flat(directory.environment)
+    environment = [row for row in _flat(directory.environment) if row[0] != "command"]
     if environment:
         parts.append(section("Environment", table((), environment)))
     parts.append(section("Configuration", f"<pre>{escape(resolved_yaml(config))}</pre>"))
@@ -150,7 +150,13 @@ def previews_of(folder: Path) -> list[tuple[str, Path]]:
     if len(paths) > _PREVIEWS:
         stride = (len(paths) - 1) / (_PREVIEWS - 1)
         paths = [paths[round(index * stride)] for index in range(_PREVIEWS)]
-    return [(path.stem.replace("-", " "), path) for path in paths]
+    return [(_caption(path.stem), path) for path in paths]
+
+
+def _caption(stem: str) -> str:
+    """Return `block 0, step 500` for block-00-step-00000500; a pass comes first."""
+    words = [part.lstrip("0") or "0" for part in stem.split("-")]
+    return ", ".join(" ".join(words[i : i + 2]) for i in range(0, len(words), 2))
 
 
 def _order(stem: str) -> str:

@@ -145,4 +145,5 @@ def _style() -> dict[str, Any]:
     """Return the options of a bar: often on a terminal, a line now and then elsewhere."""
     if sys.stderr.isatty():
         return {"mininterval": 0.2}
-    return {"file": _Lines(), "mininterval": LOG_SECONDS, "delay": LOG_SECONDS, "ncols": 0}
+    bar = {"file": _Lines(), "mininterval": LOG_SECONDS, "delay": LOG_SECONDS, "ncols": 0}
+    return {**bar, "miniters": 1}  # else a thread of tqdm repeats the last line

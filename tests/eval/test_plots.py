@@ -43,7 +43,7 @@ def test_movement_bars_draw_the_numbers(tmp_path, figures):
     (axes,) = figures[0].axes
     bars = [[(round(b.get_x() + b.get_width() / 2), b.get_height()) for b in c]
             for c in axes.containers]  # fmt: skip
-    assert bars == [[(1, 3.0), (2, 2.0), (3, 1.0)], [(1, 2.0), (2, 1.5)]]
+    assert bars == [[(0, 3.0), (1, 2.0), (2, 1.0)], [(0, 2.0), (1, 1.5)]]
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["iter 1", "r-iter 1"]
     assert Image.open(tmp_path / "m.png").format == "PNG"
 

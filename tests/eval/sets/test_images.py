@@ -7,7 +7,7 @@ from PIL import Image
 from pytorch_fid.fid_score import get_activations
 
 from eval.sets.images import FolderImages, NpzImages
-from eval.sets.sources import compute_stats, open_images, stats_of
+from eval.sets.sources import compute_stats, open_source, stats_of
 from tests.eval.moments import stats_from
 
 
@@ -57,7 +57,7 @@ def test_batches_keep_order_and_pixels(tmp_path):
 def test_npz_streams_the_same_pixels(tmp_path, save, channels):
     array = np.random.default_rng(0).integers(0, 256, (23, 6, 5, channels), np.uint8)
     save(tmp_path / "images.npz", array)
-    images = open_images(tmp_path / "images.npz")
+    images = open_source(tmp_path / "images.npz").images
     assert isinstance(images, NpzImages) and len(images) == 23
     for size in (5, 100):
         actual = torch.cat(list(images.batches(size)))
@@ -72,7 +72,7 @@ def test_folder_and_npz_of_the_same_images_agree(tmp_path, random_network):
     np.savez(tmp_path / "i.npz", array)
     seen = []
     a, b = (
-        compute_stats(open_images(tmp_path / name), random_network, seen.append)
+        compute_stats(open_source(tmp_path / name).images, random_network, seen.append)
         for name in ("f", "i.npz")
     )
     assert seen == [4, 4]
@@ -96,12 +96,12 @@ def test_bad_sets_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a path nor a shipped reference"):
         stats_of(tmp_path / "absent", no_network)
     with pytest.raises(ValueError, match="holds 0 images; expected at least 2"):
-        open_images(tmp_path)
+        open_source(tmp_path)
     Image.fromarray(pixels(0, 4, 4)).save(tmp_path / "one.png")
     with pytest.raises(ValueError, match="holds 1 images; expected at least 2"):
-        open_images(tmp_path)
+        open_source(tmp_path)
     with pytest.raises(ValueError, match="expected a folder of images, an .npz"):
-        open_images(tmp_path / "one.png")
+        open_source(tmp_path / "one.png")
     for name, array, message in (
         ("float", np.zeros((3, 4, 4, 3)), "expected uint8 "),
         ("flat", np.zeros((3, 4, 4), np.uint8), "expected uint8 "),
@@ -110,7 +110,7 @@ def test_bad_sets_are_named(tmp_path):
     ):
         np.savez(tmp_path / f"{name}.npz", array)
         with pytest.raises(ValueError, match=message):
-            open_images(tmp_path / f"{name}.npz")
+            open_source(tmp_path / f"{name}.npz")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     with pytest.raises(ValueError, match="expected images .* or statistics"):
         stats_of(tmp_path / "other.npz", no_network)
@@ -137,7 +137,7 @@ def test_a_damaged_npz_is_named(tmp_path, save):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"i\.npz is .* damaged"):
-        open_images(path)
+        open_source(path)
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 0xFF
     path.write_bytes(bytes(flipped))
@@ -156,7 +156,7 @@ def test_an_npz_whose_entry_has_no_utf8_name_is_damaged(tmp_path):
     damaged[name] = 0x80
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"i\.npz is not an \.npz, or is damaged"):
-        open_images(path)
+        open_source(path)
 
 
 def test_leaving_early_stops_the_readers(tmp_path):

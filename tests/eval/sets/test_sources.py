@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from eval.sets.images import NpzImages
-from eval.sets.sources import open_images, open_source
+from eval.sets.sources import open_source
 from eval.sets.tables import Table, TableImages
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), np.uint8)
@@ -25,7 +25,7 @@ def encoded(pixels):
 
 
 def read(path):
-    return torch.cat(list(open_images(path).batches(3))).numpy().transpose(0, 2, 3, 1)
+    return torch.cat(list(open_source(path).images.batches(3))).numpy().transpose(0, 2, 3, 1)
 
 
 @pytest.fixture
