@@ -83,6 +83,7 @@ def encode_command(
             )
         if out is not None:
             write_latents(cache, out)
+            say(f"latents are in {out}")
         print(cache.reader.place)
 
 

@@ -195,7 +195,7 @@ def train_command(
         state = "finished" if outcome.complete else "stopped in time; continue with --resume"
         if outcome.spared:
             state += (
-                f"; {outcome.spared} planned blocks were left out, because a block moved the "
+                f"; planned were {outcome.blocks + outcome.spared} blocks, but one moved the "
                 "samples by less than schedule.tolerance"
             )
         times = f" in pass {outcome.passes - 1}" if outcome.passes > 1 else ""

@@ -154,7 +154,8 @@ def test_blocks_of_two_networks_train_refine_and_grow(tmp_path: Path) -> None:
 
 
 def test_the_stopping_rule_ends_the_ordinary_pass(tmp_path: Path) -> None:
-    run(tmp_path / "run", "schedule.max_blocks=5", "schedule.tolerance=1e9")
+    outcome = run(tmp_path / "run", "schedule.max_blocks=5", "schedule.tolerance=1e9")
+    assert outcome == Outcome(2, True, 2, 1, spared=4)
     assert steps(tmp_path / "run") == [0.1, None]
 
 
