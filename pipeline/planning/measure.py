@@ -32,7 +32,7 @@ from pipeline.planning.estimate import BlockCost, Measurement, Rate, stage_bytes
 from pipeline.planning.meter import Meter, convolution_flops, machine_of
 from pipeline.runs.passes import Pass
 from pipeline.runtime.console import no_progress
-from pipeline.runtime.rng import generator
+from pipeline.runtime.rng import Batches, generator
 from pipeline.runtime.system import keep_freed_memory
 from pipeline.storage import atomic
 from pipeline.storage.shards import StoreReader, StoreWriter
@@ -180,11 +180,15 @@ def _measure_autoencoder(
     model: Any = autoencoder
     model.to(meter.device)
     x = torch.randint(0, 256, (size, *image), generator=generator(0, "plan")).to(torch.uint8)
-    encode = meter.rate(lambda: autoencoder.encode(to_float(x).to(meter.device)).mean.cpu(), size)
-    count = min(_GENERATED, config.generate.batch_size)
-    z = autoencoder.encode(to_float(x[:count]).to(meter.device)).mean
-    decode = meter.rate(lambda: to_uint8(autoencoder.decode(z)).cpu(), len(z))
-    return encode, _in_batches(decode, len(z), config)
+
+    def encoded(count: int) -> Tensor:
+        return autoencoder.encode(to_float(x[:count]).to(meter.device)).mean.cpu()
+
+    encode = meter.rate(encoded, size, size)
+    count = min(_GENERATED, config.generate.batch_size, size)
+    z = encoded(1).expand(count, *autoencoder.latent_shape).contiguous().to(meter.device)
+    decode = meter.rate(lambda n: to_uint8(autoencoder.decode(z[:n])).cpu(), count, count)
+    return encode, _in_batches(decode, count, config)
 
 
 def _in_batches(rate: Rate, count: int, config: Config) -> Rate:
@@ -203,8 +207,9 @@ def _measure_features(image: tuple[int, int, int], meter: Meter) -> Rate | None:
         return None
     images = torch.randint(0, 256, (_FEATURES_BATCH, *image), generator=generator(0, "plan"))
     images = images.to(torch.uint8)
-    rate = meter.rate(lambda: network.features(images).cpu(), len(images))
-    flops = convolution_flops(network, lambda: network.features(images)) / len(images)
+    count = len(images)
+    rate = meter.rate(lambda n: network.features(images[:n]).cpu(), count, count)
+    flops = convolution_flops(network, lambda: network.features(images[:1]))
     return dataclasses.replace(rate, flops=flops)
 
 
@@ -227,8 +232,7 @@ def _measure_blocks(
         kind = repr((dataclasses.replace(spec, h=None, gamma=None), solver))
         if kind not in known:
             if not sizes:
-                meter.reset_peak()
-                sizes["base"] = 0.0 if meter.device.type == "cuda" else meter.peak()
+                sizes["base"] = 0.0 if meter.device.type == "cuda" else meter.memory()
             known[kind] = _measure_block(context, plan, spec, block, index, stage, meter, sizes)
         step, push, weights = known[kind]
         blocks.append(BlockCost(plan.iterations[index], step, push, weights))
@@ -252,7 +256,13 @@ def _measure_block(
     )
     options = config.jko or config.regression
     trainer = BlockTrainer(block, spec, stage, recipe, options, context.accelerator)
-    step = meter.rate(lambda: trainer.step(), 1, config.train.precision)
+
+    def take_step(size: int) -> None:
+        trainer.recipe = dataclasses.replace(recipe, batch_size=size)
+        trainer.batches = Batches(len(stage), size, recipe.seed, "plan")
+        trainer.step()
+
+    step = meter.rate(take_step, recipe.batch_size, 1, config.train.precision)
     step = dataclasses.replace(step, shared=False)
     path = context.folder / "checkpoint.safetensors"
     trainer.save(path)
@@ -265,14 +275,15 @@ def _measure_block(
     z = stage.read("z", 0, count).float().to(meter.device)
     labels = stage.read("labels", 0, count) if block.velocity.classes else None
     image = stage.read(IMAGE, 0, count) if config.velocity.image_channels else None
-    given = None if labels is None and image is None else Condition(labels, image=image)
     solver = config.sampler.of_block(index)
 
-    def transport() -> Tensor:
+    def transport(size: int) -> Tensor:
+        some, pictures = (None if x is None else x[:size] for x in (labels, image))
+        given = None if some is None and pictures is None else Condition(some, image=pictures)
         with torch.inference_mode():
-            return finished.transport(z, solver=solver, condition=given).z.cpu()
+            return finished.transport(z[:size], solver=solver, condition=given).z.cpu()
 
-    push = meter.rate(transport, count, config.generate.precision)
+    push = meter.rate(transport, count, count, config.generate.precision)
     return step, _in_batches(push, count, config), weights.stat().st_size
 
 

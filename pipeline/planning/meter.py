@@ -7,6 +7,7 @@ attention.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import platform
@@ -41,6 +42,35 @@ _CPU_ATTENTION = {
 }
 #: most repetitions of a piece of work
 _MOST = 50
+#: seconds of a call that is measured with all its samples
+LONG = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cost:
+    """Cost of a call with some samples; memory is the peak of the process."""
+
+    samples: int
+    seconds: float = 0.0
+    flops: float = 0.0
+    memory: float = 0.0
+    kernels: float = 0.0
+
+    def extended(self, other: _Cost, samples: int) -> _Cost:
+        """Return the cost of more samples, on the line through this cost and a smaller one.
+
+        The kernels are those of this cost, because a larger batch has as many.
+        """
+        factor = (samples - self.samples) / (self.samples - other.samples)
+        seconds, flops, memory = (
+            high + factor * max(0.0, high - low)
+            for high, low in (
+                (self.seconds, other.seconds),
+                (self.flops, other.flops),
+                (self.memory, other.memory),
+            )
+        )
+        return _Cost(samples, seconds, flops, memory, self.kernels)
 
 
 class Meter:
@@ -50,27 +80,64 @@ class Meter:
         self.accelerator, self.seconds = accelerator, seconds
         self.device = accelerator.device
 
-    def rate(self, work: Callable[[], object], units: float, precision: str = "fp32") -> Rate:
+    def rate(
+        self, work: Callable[[int], object], most: int, units: float, precision: str = "fp32"
+    ) -> Rate:
         """Measure a piece of work of some units: the median of its repetitions.
 
-        The first call is warm-up, in which operations are counted.
+        The first call is warm-up, in which operations are counted. Work that would take longer
+        than `LONG` is measured with fewer samples, and a line is drawn through the results.
+
+        Args:
+            work: takes a number of samples.
+            most: samples of the whole work.
+            units: of the whole work, to which the rate refers.
+            precision: of the work.
         """
-        counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-        with _Kernels() as kernels, counter:
-            work()
+        base = self.memory()
+        first = self._once(work, 1)
+        if most > 1 and most * first.seconds > LONG:
+            first = self._once(work, 1)
+        if most > 1 and most * first.seconds > LONG:
+            few = int(LONG / first.seconds)
+            low, high = _Cost(0, memory=base), first
+            if few > 1:
+                low, high = first, self._once(work, few)
+            cost = high.extended(low, most)
+        else:
+            cost = self._once(work, most) if most > 1 else first
+            self.reset_peak()
+            times: list[float] = []
+            while not times or (sum(times) < self.seconds and len(times) < _MOST):
+                times.append(self._seconds(lambda: work(most)))
+            cost = dataclasses.replace(cost, seconds=statistics.median(times), memory=self.peak())
+        return Rate(
+            cost.seconds / units, cost.flops / units, precision, cost.memory, cost.kernels / units
+        )
+
+    def memory(self) -> float:
+        """Return the memory that is in use now, in bytes."""
         self.reset_peak()
-        times: list[float] = []
-        while not times or (sum(times) < self.seconds and len(times) < _MOST):
-            self._synchronise()
-            began, used = time.perf_counter(), time.process_time()
-            work()
-            self._synchronise()
-            elapsed, used = time.perf_counter() - began, time.process_time() - used
-            # other programs lengthen the clock's seconds, but not those of one thread
-            times.append(min(elapsed, used) if self.device.type == "cpu" else elapsed)
+        return self.peak()
+
+    def _once(self, work: Callable[[int], object], samples: int) -> _Cost:
+        """Measure a call of a piece of work with a number of samples, and count its operations."""
+        counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+        self.reset_peak()
+        with _Kernels() as kernels, counter:
+            seconds = self._seconds(lambda: work(samples))
         flops = float(counter.get_total_flops())
-        seconds = statistics.median(times) / units
-        return Rate(seconds, flops / units, precision, self.peak(), kernels.count / units)
+        return _Cost(samples, seconds, flops, self.peak(), kernels.count)
+
+    def _seconds(self, work: Callable[[], object]) -> float:
+        """Return the seconds of a call."""
+        self._synchronise()
+        began, used = time.perf_counter(), time.process_time()
+        work()
+        self._synchronise()
+        elapsed, used = time.perf_counter() - began, time.process_time() - used
+        # other programs lengthen the clock's seconds, but not those of one thread
+        return min(elapsed, used) if self.device.type == "cpu" else elapsed
 
     def peak(self) -> float:
         """Return the peak memory since `reset_peak` in bytes, on the GPU or of this process."""

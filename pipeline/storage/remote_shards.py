@@ -246,17 +246,21 @@ def find_remote_store(url: str, what: str) -> RemoteStoreReader | None:
 
 
 @contextlib.contextmanager
-def reading(what: str) -> Iterator[None]:
+def reading(what: str, *others: type[Exception]) -> Iterator[None]:
     """Turn the errors of a file system of fsspec into one sentence.
+
+    Args:
+        what: is read.
+        others: kinds of errors that remain as they are.
 
     Raises:
         UserError: something cannot be read.
     """
     try:
         yield
-    except JkoflowError:
-        raise
     except Exception as error:  # noqa: BLE001 - file systems raise errors of many libraries
+        if isinstance(error, (JkoflowError, *others)):
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"{what} cannot be read ({reason}); check the address and the credentials, or "

@@ -1,12 +1,16 @@
 """Opening and first training step on a latent cache of many latents, without their disk space.
 
     python -m tests.benchmarks.bench_cache [--latents 20000,2000000,100000000] [--objective fm|jko]
+    python -m tests.benchmarks.bench_cache --encode --latents 20000,2000000 --shape 3,8,8
 
 The shards are sparse files: every mean and logarithm of a variance is zero, and none takes room on
 the disk. Their verification counts as done by an earlier command. A fresh process opens each cache
 and trains the network of `imagenet32` for some steps. Printed are the seconds until the cache is
 open and until the first step is done, by the clock and of the processor. The processor seconds of
 a step follow, the share of reading in it, and the memory that all this adds.
+
+With --encode, a fresh process encodes computed images by the identity instead, and opens their
+cache, which takes room on the disk. Printed are the seconds and the memory that this adds.
 """
 
 from __future__ import annotations
@@ -25,12 +29,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from autoencoders.identity import IdentityAutoencoder
 from pipeline.config.load import load_config
+from pipeline.data import latent_cache
+from pipeline.data.image_set import ImageSet
 from pipeline.data.latent_cache import open_cache
 from pipeline.data.standardisation import Standardisation
 from pipeline.integrity.digests import sha256_file
+from pipeline.runtime.console import no_progress
 from pipeline.runtime.system import peak_memory
 from pipeline.storage import atomic, seal, shards
 from pipeline.training.train import train
@@ -149,6 +158,42 @@ def measure(folder: Path, steps: int, objective: str, width: int) -> dict[str, A
     }  # fmt: skip
 
 
+class _Computed:
+    """Pixels of images (C, H, W) of a hundred classes, functions of their indices."""
+
+    random_access = True
+
+    def __init__(self, count: int, shape: tuple[int, ...]) -> None:
+        self.count, self.places = count, np.arange(math.prod(shape)).reshape(shape)
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Return pixels uint8 (n, C, H, W)."""
+        rows = indices[:, None, None, None] * 2_654_435_761 + self.places * 40_503
+        return (rows >> 13).astype(np.uint8)
+
+    def labels(self) -> np.ndarray:
+        """Return classes int64 (N,)."""
+        return np.arange(self.count) % 100
+
+
+def measure_encoding(count: int, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Encode images in this process, and open their cache."""
+    from accelerate import Accelerator
+
+    config = load_config("imagenet32", ["latents.mirror=false"])
+    sides = (shape[0], shape[1], shape[2])
+    images = ImageSet("computed", "train", sides, f"computed-{count}", count,
+                      _Computed(count, sides))  # fmt: skip
+    model = IdentityAutoencoder(sides)
+    latent_cache.load_images_and_autoencoder = lambda _: (images, model)
+    base, began = peak_memory(), _now()
+    cache = latent_cache.encode(config, Accelerator(cpu=True), no_progress)
+    spent = _since(began)
+    moments = cache.standardisation
+    assert len(cache) == count and float((moments.std - 3**-0.5).abs().max()) < 0.02, moments
+    return {"latents": count, "encode_s": spent, "MiB": (peak_memory() - base) / 2**20}
+
+
 def _now() -> tuple[float, float]:
     """Return the clock, and the processor seconds of this process."""
     return time.perf_counter(), time.process_time()
@@ -171,8 +216,12 @@ def main() -> None:
     parser.add_argument("--objective", default="fm", choices=OBJECTIVES)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--width", type=int, default=128, help="channels of the network")
+    parser.add_argument("--encode", action="store_true", help="encode images instead")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.child and args.encode:
+        sides = tuple(map(int, args.shape.split(",")))
+        return print(json.dumps(measure_encoding(int(args.latents), sides)))
     if args.child:
         return print(json.dumps(measure(args.child, args.steps, args.objective, args.width)))
     shape = tuple(map(int, args.shape.split(",")))
@@ -180,10 +229,12 @@ def main() -> None:
         os.environ["JKOFLOW_HOME"] = name
         for count in map(int, args.latents.split(",")):
             folder = Path(name) / "latents" / f"sparse-{count}"
-            write_sparse_cache(folder, count, shape)
+            if not args.encode:
+                write_sparse_cache(folder, count, shape)
             command = [sys.executable, "-m", "tests.benchmarks.bench_cache", "--child"]
             command += [str(folder), "--steps", str(args.steps), "--objective", args.objective]
-            command += ["--width", str(args.width)]
+            command += ["--width", str(args.width), "--shape", args.shape]
+            command += ["--encode", "--latents", str(count)] if args.encode else []
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             print(done.stdout.splitlines()[-1], flush=True)
 

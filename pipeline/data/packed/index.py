@@ -25,7 +25,7 @@ from pipeline.runtime.console import say
 from pipeline.storage import atomic
 from pipeline.storage.lock import locked
 from pipeline.storage.paths import data_root
-from pipeline.storage.remote_shards import is_url
+from pipeline.storage.remote_shards import is_url, reading
 from pipeline.storage.shards import content_key
 
 #: files that are read at once
@@ -56,7 +56,8 @@ def index(data: DataConfig) -> tuple[str, list[Place]]:
     if not path.is_file():
         with locked(path, "the index", say):
             if not path.is_file():  # no other process was faster
-                found = _found(data, system, files)
+                with reading(f"data.path {url}", ValueError):  # of a damaged table
+                    found = _found(data, system, files)
                 atomic.write_bytes(path, json.dumps(found).encode(), sealed=False)
     stored = atomic.read_json(path, "index of images", part=1)
     return url, [Place(*row) for row in stored]
@@ -81,14 +82,9 @@ def _listing(url: str, endings: tuple[str, ...]) -> tuple[Any, dict[str, dict[st
     import fsspec
 
     kinds = " or ".join(endings[:2])
-    try:
+    with reading(f"data.path {url}"):
         system, root = fsspec.core.url_to_fs(url)
         listing = {p: _follow(p, f) for p, f in system.find(root, detail=True).items()}
-    except Exception as error:  # noqa: BLE001 - file systems raise errors of many libraries
-        raise UserError(
-            f"data.path is {url}, which cannot be read ({' '.join(str(error).split())[:200]}); "
-            "install the file system's library (s3://: pip install s3fs) or check the address"
-        ) from error
     info = listing.get(root) or (system.info(root) if root in listing else {})
     if info.get("type") == "file":
         return system, {PurePosixPath(root).name: info | {"name": root}}

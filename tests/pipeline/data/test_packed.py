@@ -256,6 +256,40 @@ def test_a_bucket_is_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch):
         s3fs.S3FileSystem.clear_instance_cache()
 
 
+@pytest.mark.parametrize("name", ["folder", "webdataset", "hf"])
+def test_a_bucket_without_credentials_is_one_sentence(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3fs = pytest.importorskip("s3fs")
+    for variable in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "PROFILE", "SESSION_TOKEN"):
+        monkeypatch.delenv(f"AWS_{variable}", raising=False)
+    for variable, value in (("EC2_METADATA_DISABLED", "true"), ("CONFIG_FILE", "/nonexistent"),
+                            ("SHARED_CREDENTIALS_FILE", "/nonexistent")):  # fmt: skip
+        monkeypatch.setenv(f"AWS_{variable}", value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match=r"s3://bucket/x cannot be read \(.*; check the address"):
+        load_images(DataConfig(name=name, path="s3://bucket/x", size=8))
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_file_that_cannot_be_opened_is_one_sentence(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that lists its files, but refuses to send them."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("the server refuses")
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(shards(folder, tmp_path / "shards")), "/tars", recursive=True)
+    try:
+        monkeypatch.setattr(type(memory), "_open", refuse)
+        with pytest.raises(UserError, match=r"memory://tars cannot be read \(the server refuses"):
+            load_images(DataConfig(name="webdataset", path="memory://tars", size=8))
+    finally:
+        memory.rm("/tars", recursive=True)
+
+
 def test_mistakes_are_named(folder: Path, tmp_path: Path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq

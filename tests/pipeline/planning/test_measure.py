@@ -34,9 +34,56 @@ def no_inception(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_operations_of_a_matrix_product_are_counted(accelerator: Accelerator) -> None:
     a, b = torch.randn(8, 16), torch.randn(16, 32)
-    rate = Meter(accelerator, 0.0).rate(lambda: (a @ b).T.exp(), 4)
+    rate = Meter(accelerator, 0.0).rate(lambda n: (a[:n] @ b).T.exp(), 8, 4)
     assert rate.flops == 2 * 8 * 16 * 32 / 4
     assert rate.kernels == 2 / 4  # the product and the exponential; a transpose is a view
+
+
+def test_long_work_is_measured_with_fewer_samples(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fixed part, as of an optimiser, is not multiplied; 512 samples would take ten seconds."""
+    a, b = torch.randn(512, 16), torch.randn(16, 32)
+    meter, sizes = Meter(accelerator, 0.0), list[int]()
+
+    def work(size: int) -> None:
+        sizes.append(size)
+        torch.mm(a[:size], b)
+        torch.mm(b, b.T)  # once for any size
+
+    def seconds(call: Any) -> float:
+        call()
+        return 0.1 + 0.02 * sizes[-1]
+
+    monkeypatch.setattr(meter, "_seconds", seconds)
+    rate = meter.rate(work, 512, 1)
+    assert sizes == [1, 1, 41]  # 41 calls with one sample would take less than LONG seconds
+    assert rate.seconds == pytest.approx(0.1 + 0.02 * 512)
+    assert rate.flops == 2 * 512 * 16 * 32 + 2 * 16 * 32 * 16
+    assert rate.kernels == 2
+    sizes.clear()
+    monkeypatch.setattr(meter, "_seconds", lambda call: (call(), 3.0)[1])
+    assert meter.rate(work, 512, 512).seconds == 3.0 and sizes == [1, 1]
+    sizes.clear()
+    monkeypatch.setattr(meter, "_seconds", lambda call: (call(), 0.001)[1])
+    assert meter.rate(work, 512, 512).seconds == 0.001 / 512 and sizes == [1, 512, 512]
+
+
+def test_the_memory_of_more_samples_is_on_a_line(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample takes 64 MiB; 40 of them are extrapolated from three."""
+    meter, sizes = Meter(accelerator, 0.0), list[int]()
+
+    def work(size: int) -> None:
+        sizes.append(size)
+        torch.ones(size, 2**24).sum()
+
+    monkeypatch.setattr(meter, "_seconds", lambda call: (call(), 1.5 * sizes[-1])[1])
+    base = meter.memory()
+    rate = meter.rate(work, 40, 1)
+    assert sizes == [1, 1, 3]
+    assert rate.memory - base == pytest.approx(40 * 2**26, rel=0.1)
 
 
 def test_operations_of_fused_attention_are_those_of_plain_products(
@@ -47,10 +94,10 @@ def test_operations_of_fused_attention_are_those_of_plain_products(
     network, t = make_velocity(config, (3, 8, 8)), torch.tensor(0.5)
     z = torch.randn(2, 3, 8, 8)
     meter = Meter(accelerator, 0.0)
-    fused = meter.rate(lambda: network(t, z), 1)
-    plain = meter.rate(lambda: network(t, z.clone().requires_grad_()), 1)
+    fused = meter.rate(lambda _: network(t, z), 1, 1)
+    plain = meter.rate(lambda _: network(t, z.clone().requires_grad_()), 1, 1)
     assert fused.flops == plain.flops > 0
-    trained = meter.rate(lambda: network(t, z).sum().backward(), 1)
+    trained = meter.rate(lambda _: network(t, z).sum().backward(), 1, 1)
     assert 2.5 * fused.flops < trained.flops < 3.5 * fused.flops
 
 

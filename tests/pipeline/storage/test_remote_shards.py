@@ -212,3 +212,27 @@ def test_a_bucket_without_credentials_is_one_sentence(monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match=r"s3://bucket/store cannot be read \(.*credentials"):
         open_remote_store("s3://bucket/store", "store")
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_bucket_holds_a_store(local: StoreReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server of moto on this machine stands for s3."""
+    s3fs = pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in (("ENDPOINT_URL", f"http://{host}:{port}"), ("DEFAULT_REGION", "us-east-1"),
+                        ("ACCESS_KEY_ID", "any"), ("SECRET_ACCESS_KEY", "any")):  # fmt: skip
+        monkeypatch.setenv(f"AWS_{name}", value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        bucket = s3fs.S3FileSystem(skip_instance_cache=True)
+        bucket.mkdir("latents")
+        bucket.put(str(local.folder), "latents/store", recursive=True)
+        hold(monkeypatch, 3, local)
+        remote = open_remote_store("s3://latents/store", "store")
+        rows = torch.randperm(COUNT, generator=torch.Generator().manual_seed(2))
+        assert torch.equal(remote.take("x", rows), local.take("x", rows))
+        assert find_remote_store("s3://latents/none", "store") is None
+    finally:
+        server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()
