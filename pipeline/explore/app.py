@@ -126,87 +126,100 @@ def build(explorer: Explorer) -> Any:  # noqa: ANN401 - an optional package
     gradio = import_gradio()
     page = _Page(explorer, gradio)
     run, count = explorer.run, len(explorer.run.flow)
-    names, weight = explorer.classes, explorer.run.config.generate.guidance or 1.0
     with gradio.Blocks(title=f"jkoflow: {run.config.name}", delete_cache=(600, 3600)) as app:
         blocks = f"{count} block" + "s" * (count > 1)
         gradio.Markdown(f"# {run.config.name}\n{run.config.train.objective}, {blocks}")
-        with gradio.Tab("Samples"), gradio.Row():
-            with gradio.Column(scale=1):
-                controls = [
-                    gradio.Dropdown(
-                        [_ANY, *names], value=_ANY, label="Class", visible=bool(names)
-                    ),
-                    gradio.Slider(
-                        0, 8, weight, step=0.25, label="Guidance", visible=explorer.can_guide
-                    ),
-                    gradio.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed"),
-                    gradio.Number(1, label="Second seed", precision=0, minimum=0),
-                    gradio.Slider(
-                        0, 1, 0, step=0.05, label="From seed to second seed", elem_id="mix"
-                    ),
-                    gradio.Slider(
-                        1, max(_MOST_STEPS, explorer.steps or 1), explorer.steps or 1, step=1,
-                        label="Solver steps per block", visible=explorer.steps is not None,
-                    ),
-                    gradio.Slider(
-                        1, max(count, 2), count, step=1, label="First blocks used",
-                        visible=count > 1,
-                    ),
-                    gradio.Slider(
-                        0, count, count, step=1, label="Along the blocks, from noise to images",
-                        elem_id="passed",
-                    ),
-                ]  # fmt: skip
-                button = gradio.Button("New seed", elem_id="new-seed")
-            with gradio.Column(scale=2):
-                picture = gradio.Image(
-                    label="Samples", format="png", interactive=False, buttons=_BUTTONS,
-                    elem_id="samples",
-                )  # fmt: skip
-                with gradio.Row():
-                    png = gradio.DownloadButton("PNG", elem_id="png")
-                    npz = gradio.DownloadButton("NPZ", elem_id="npz")
-        outputs = [picture, png, npz]
-        gradio.on(
-            [control.change for control in controls],
-            page.sample, controls, outputs, trigger_mode="always_last", show_progress="minimal",
-        )  # fmt: skip
-        button.click(page.new_seed, controls[2], controls[2])
-        app.load(page.sample, controls, outputs)
-        with gradio.Tab("Your image"), gradio.Row():
-            with gradio.Column(scale=1):
-                file = gradio.File(label="Image", elem_id="drop", height=160)
-                label = gradio.Dropdown(
-                    [_UNKNOWN, *names], value=_UNKNOWN, label="Class of the image",
-                    visible=bool(names), elem_id="label",
-                )  # fmt: skip
-                text = gradio.Markdown(elem_id="text")
-            with gradio.Column(scale=2):
-                pictures = [
-                    gradio.Image(
-                        label=title, format="png", interactive=False, buttons=_BUTTONS,
-                        elem_id=name,
-                    )  # fmt: skip
-                    for title, name in (
-                        ("Image, reconstruction, image of its noise", "inverted"),
-                        ("Its noise, one tile per channel", "noise"),
-                    )
-                ]
-                with gradio.Row(visible=bool(names)):
-                    first = names[0] if names else None
-                    target = gradio.Dropdown(names, value=first, label="Turn into")
-                    strength = gradio.Slider(0.05, 1, 0.6, step=0.05, label="Strength")
-                    edit = gradio.Button("Edit", elem_id="edit")
-                edited = gradio.Image(
-                    label="The image as another class", format="png", interactive=False,
-                    visible=bool(names), buttons=_BUTTONS, elem_id="edited",
-                )  # fmt: skip
-        edit.click(page.edit, [file, label, target, strength], edited, show_progress="minimal")
-        image, shown = [file, label], [*pictures, text]
-        for changed in (file.upload, label.input):
-            inverted = changed(page.invert, image, shown, show_progress="minimal")
-            inverted.success(page.likelihood, [*image, text], text, show_progress="minimal")
+        _build_samples(gradio, page, app)
+        _build_image(gradio, page)
     return app
+
+
+def _build_samples(gradio: Any, page: _Page, app: Any) -> None:  # noqa: ANN401
+    """Build the tab of the samples, which also shows the first ones when the page is loaded."""
+    explorer = page.explorer
+    count, names = len(explorer.run.flow), explorer.classes
+    weight = explorer.run.config.generate.guidance or 1.0
+    with gradio.Tab("Samples"), gradio.Row():
+        with gradio.Column(scale=1):
+            controls = [
+                gradio.Dropdown(
+                    [_ANY, *names], value=_ANY, label="Class", visible=bool(names)
+                ),
+                gradio.Slider(
+                    0, 8, weight, step=0.25, label="Guidance", visible=explorer.can_guide
+                ),
+                gradio.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed"),
+                gradio.Number(1, label="Second seed", precision=0, minimum=0),
+                gradio.Slider(
+                    0, 1, 0, step=0.05, label="From seed to second seed", elem_id="mix"
+                ),
+                gradio.Slider(
+                    1, max(_MOST_STEPS, explorer.steps or 1), explorer.steps or 1, step=1,
+                    label="Solver steps per block", visible=explorer.steps is not None,
+                ),
+                gradio.Slider(
+                    1, max(count, 2), count, step=1, label="First blocks used",
+                    visible=count > 1,
+                ),
+                gradio.Slider(
+                    0, count, count, step=1, label="Along the blocks, from noise to images",
+                    elem_id="passed",
+                ),
+            ]  # fmt: skip
+            button = gradio.Button("New seed", elem_id="new-seed")
+        with gradio.Column(scale=2):
+            picture = gradio.Image(
+                label="Samples", format="png", interactive=False, buttons=_BUTTONS,
+                elem_id="samples",
+            )  # fmt: skip
+            with gradio.Row():
+                png = gradio.DownloadButton("PNG", elem_id="png")
+                npz = gradio.DownloadButton("NPZ", elem_id="npz")
+    outputs = [picture, png, npz]
+    gradio.on(
+        [control.change for control in controls],
+        page.sample, controls, outputs, trigger_mode="always_last", show_progress="minimal",
+    )  # fmt: skip
+    button.click(page.new_seed, controls[2], controls[2])
+    app.load(page.sample, controls, outputs)
+
+
+def _build_image(gradio: Any, page: _Page) -> None:  # noqa: ANN401
+    """Build the tab of an image of the user."""
+    names = page.explorer.classes
+    with gradio.Tab("Your image"), gradio.Row():
+        with gradio.Column(scale=1):
+            file = gradio.File(label="Image", elem_id="drop", height=160)
+            label = gradio.Dropdown(
+                [_UNKNOWN, *names], value=_UNKNOWN, label="Class of the image",
+                visible=bool(names), elem_id="label",
+            )  # fmt: skip
+            text = gradio.Markdown(elem_id="text")
+        with gradio.Column(scale=2):
+            pictures = [
+                gradio.Image(
+                    label=title, format="png", interactive=False, buttons=_BUTTONS,
+                    elem_id=name,
+                )  # fmt: skip
+                for title, name in (
+                    ("Image, reconstruction, image of its noise", "inverted"),
+                    ("Its noise, one tile per channel", "noise"),
+                )
+            ]
+            with gradio.Row(visible=bool(names)):
+                first = names[0] if names else None
+                target = gradio.Dropdown(names, value=first, label="Turn into")
+                strength = gradio.Slider(0.05, 1, 0.6, step=0.05, label="Strength")
+                edit = gradio.Button("Edit", elem_id="edit")
+            edited = gradio.Image(
+                label="The image as another class", format="png", interactive=False,
+                visible=bool(names), buttons=_BUTTONS, elem_id="edited",
+            )  # fmt: skip
+    edit.click(page.edit, [file, label, target, strength], edited, show_progress="minimal")
+    image, shown = [file, label], [*pictures, text]
+    for changed in (file.upload, label.input):
+        inverted = changed(page.invert, image, shown, show_progress="minimal")
+        inverted.success(page.likelihood, [*image, text], text, show_progress="minimal")
 
 
 class _Page:
