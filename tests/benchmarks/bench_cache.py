@@ -34,7 +34,7 @@ import torch
 
 from autoencoders.identity import IdentityAutoencoder
 from pipeline.config.load import load_config
-from pipeline.data import latent_cache
+from pipeline.data import encoding
 from pipeline.data.image_set import ImageSet
 from pipeline.data.latent_cache import open_cache
 from pipeline.data.standardisation import Standardisation
@@ -185,9 +185,9 @@ def measure_encoding(count: int, shape: tuple[int, ...]) -> dict[str, Any]:
     images = ImageSet("computed", "train", sides, f"computed-{count}", count,
                       _Computed(count, sides))  # fmt: skip
     model = IdentityAutoencoder(sides)
-    latent_cache.load_images_and_autoencoder = lambda _: (images, model)
+    encoding.load_images_and_autoencoder = lambda _: (images, model)
     base, began = peak_memory(), _now()
-    cache = latent_cache.encode(config, Accelerator(cpu=True), no_progress)
+    cache = encoding.encode(config, Accelerator(cpu=True), no_progress)
     spent = _since(began)
     moments = cache.standardisation
     assert len(cache) == count and float((moments.std - 3**-0.5).abs().max()) < 0.02, moments
