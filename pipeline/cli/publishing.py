@@ -80,6 +80,7 @@ def export_command(
         f"{exported.bytes / 1e6:.1f} MB; rounding to {dtype} moves generated latents by "
         f"{exported.change:.1e} (RMS)"
     )
+    say("CARD.md has (to be written) in place of purpose, hardware and licences; fill them in")
     print(exported.folder)
 
 
