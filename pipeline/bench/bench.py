@@ -29,7 +29,7 @@ from pipeline.bench.measure import KEPT, log_density, measure
 from pipeline.bench.models import BLOCKWISE, TITLES, check_models, require_one_fits
 from pipeline.bench.problem import DEFAULTS, HeldOut, Problem, open_problem, problem_config
 from pipeline.bench.results import Point, Row, markdown, outcome, table_csv
-from pipeline.bench.training import Checkpoint, Training
+from pipeline.bench.training import CHECKPOINT, Checkpoint, Training
 from pipeline.bench.tuning import SEED, Tuner, read_tuned, tuned_line
 from pipeline.config.schema import Config
 from pipeline.errors import JkoflowError, UserError
@@ -159,9 +159,7 @@ def run_bench(
         )
     configs = bench.configs()
     _require_same_settings(folder / SETTINGS, bench.settings())
-    training = Training(bench.budget, bench.most, accelerator, progress)
-    search = partial(bench.open_search, accelerator, progress)
-    tuner = Tuner(training, bench.rates, folder, search)
+    tuner = tuner_of(bench, folder, accelerator, progress)
     for seed in range(bench.seeds):
         for data in configs:
             missing = [m for m in bench.models if not _is_done(_cell(folder, data, m, seed))]
@@ -173,7 +171,7 @@ def run_bench(
             _keep_settings(folder, bench.settings())
             for model in missing:
                 say(f"{TITLES[model]} on {data}, seed {seed}, {bench.budget}")
-                row = _run_cell(tuner, model, problem, _cell(folder, data, model, seed))
+                row = run_cell(tuner, model, problem, _cell(folder, data, model, seed))
                 say(outcome(row))
                 write_tables(folder, published)
     rows = write_tables(folder, published)
@@ -228,21 +226,29 @@ def read_rows(folder: Path) -> list[Row]:
     return sorted(rows, key=lambda row: (row.data, order.index(row.model), row.seed))
 
 
-def _run_cell(tuner: Tuner, model: str, problem: Problem, cell: Path) -> Row:
+def tuner_of(
+    bench: Bench, folder: Path, accelerator: Accelerator, progress: Progress
+) -> Tuner:
+    """Return the search of learning rates of a benchmark, with its trainings."""
+    training = Training(bench.budget, bench.most, accelerator, progress)
+    return Tuner(training, bench.rates, folder, partial(bench.open_search, accelerator, progress))
+
+
+def run_cell(tuner: Tuner, model: str, problem: Problem, cell: Path) -> Row:
     """Train and measure one model; a failure of the training becomes its row."""
     training = tuner.training
-    device, points = training.accelerator.device, list[Point]()
+    device = training.accelerator.device
 
-    def record(checkpoint: Checkpoint) -> None:
+    def record(checkpoint: Checkpoint) -> Point | None:
         try:
             metrics, _ = measure(checkpoint.model, problem, device, quick=True)
         except (JkoflowError, SolveError) as error:
             say(f"not measured at batch {checkpoint.batches}: {error}")
-            return
+            return None
         fid = None if metrics.images is None else metrics.images.fid
         place = (checkpoint.seconds, checkpoint.batches)
-        points.append(Point(*place, metrics.nll, metrics.mmd_m, fid))
         say(f"NLL {metrics.nll:.3f} after {checkpoint.batches:,} batches")
+        return Point(*place, metrics.nll, metrics.mmd_m, fid)
 
     seed = problem.config.train.seed
     try:
@@ -254,6 +260,7 @@ def _run_cell(tuner: Tuner, model: str, problem: Problem, cell: Path) -> Row:
     except (JkoflowError, SolveError) as error:
         failed = Row(problem.name, model, seed, problem.note, error=str(error))
         atomic.write_json(cell / ROW, to_json(failed))
+        (cell / "training" / CHECKPOINT).unlink(missing_ok=True)
         return failed
     compare = problem.compare[:KEPT]
     kept = {"samples": samples[:KEPT], "data": compare}
@@ -275,9 +282,10 @@ def _run_cell(tuner: Tuner, model: str, problem: Problem, cell: Path) -> Row:
         overhead=round(trained.overhead, 3),
         batches=trained.batches,
         measured=metrics,
-        curve=tuple(points),
+        curve=trained.curve,
     )
     atomic.write_json(cell / ROW, to_json(row))
+    (cell / "training" / CHECKPOINT).unlink(missing_ok=True)
     return row
 
 

@@ -6,7 +6,7 @@ import copy
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from pipeline.bench.budget import Budget
 from pipeline.bench.clock import used_seconds
 from pipeline.bench.models import (
     BLOCKWISE,
+    TITLES,
     WARMUP,
     as_jko,
     baseline_config,
@@ -31,6 +32,7 @@ from pipeline.bench.models import (
     width_for,
 )
 from pipeline.bench.problem import Problem, batch_of, batches_of
+from pipeline.bench.results import Point
 from pipeline.config.schema import Config
 from pipeline.errors import JkoflowError
 from pipeline.optim.ema import Ema
@@ -38,11 +40,16 @@ from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
 from pipeline.optim.optimisers import MuonAdam, make_optimizer
 from pipeline.runs.directory import CONFIG, read_config
 from pipeline.runs.run import open_run
-from pipeline.runtime.console import Progress
+from pipeline.runtime import signals
+from pipeline.runtime.console import Progress, say
 from pipeline.runtime.rng import generator
 from pipeline.storage import atomic
+from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
+from pipeline.storage.records import from_json, to_json
 from pipeline.training.train import train
 
+#: of a baseline in training
+CHECKPOINT = "checkpoint.safetensors"
 #: parts of the budget after which a model is measured
 _PARTS = 4
 #: steps of the schedule, whatever the budget
@@ -77,6 +84,7 @@ class Trained:
         batches: of all blocks together.
         parameters: number of weights.
         width: hidden features of its networks.
+        curve: what was measured on the way.
     """
 
     model: DensityModel
@@ -85,10 +93,11 @@ class Trained:
     batches: int
     parameters: int
     width: int
+    curve: tuple[Point, ...]
 
 
-#: measures a checkpoint
-Measure = Callable[[Checkpoint], None]
+#: measures a model in training; None where it cannot
+Measure = Callable[[Checkpoint], Point | None]
 
 
 @dataclass(frozen=True)
@@ -145,14 +154,17 @@ class Training:
         earlier = [row for whole in before for row in whole.blocks]
         seconds = share * sum(row.seconds for row in earlier)
         done, rows = float(sum(row.iterations for row in earlier)), last.blocks
+        curve: list[Point | None] = []
         for count, row in enumerate(rows, start=1):
             seconds, done = seconds + share * row.seconds, done + row.iterations
             if count < len(rows):
-                measure(Checkpoint(FlowModel(run.flow[:count]), seconds, int(done)))
+                curve.append(measure(Checkpoint(FlowModel(run.flow[:count]), seconds, int(done))))
         remove_samples(folder)
         parameters = sum(row.parameters for row in rows)
         overhead = max(0.0, elapsed - seconds)
-        return Trained(FlowModel(run.flow), seconds, overhead, int(done), parameters, width)
+        return Trained(
+            FlowModel(run.flow), seconds, overhead, int(done), parameters, width, _known(curve)
+        )
 
     def _batches(self, name: str, width: int, problem: Problem) -> int:
         """Return the batches that the budget allows; a short training finds their seconds."""
@@ -187,7 +199,10 @@ class Training:
     def _train_baseline(
         self, name: str, width: int, problem: Problem, folder: Path, measure: Measure
     ) -> Trained:
-        """Train a baseline with the optimiser, clipping and average of the blocks."""
+        """Train a baseline with the optimiser, clipping and average of the blocks.
+
+        A signal saves a checkpoint first, from which the same call goes on.
+        """
         config, recipe = problem.config, problem.config.train
         device = self.accelerator.device
         settings = baseline_config(name, width, config.velocity.depth)
@@ -197,25 +212,49 @@ class Training:
         batches, average = batches_of(stage, config), Ema(model, recipe.ema)
         peak = problem.learning_rate
         optimizer = make_optimizer(recipe.optimizer, model, peak)
-        seconds, done, part = 0.0, 0, 1
-        while (spent := self.budget.spent(done, seconds)) < 1:
-            if spent >= part / _PARTS:
-                measure(Checkpoint(_averaged(model, average), seconds, done))
-                part += 1
-            began = used_seconds(device)
-            latents = generator(recipe.seed, "bench", "latents", done)
-            z = batch_of(stage, batches.indices(done), latents).to(device)
-            lr = warmup_cosine(
-                int(spent * _SCHEDULE), _SCHEDULE, peak=peak, final=recipe.lr_final, warmup=0
-            ) * min(1.0, max((done + 1) / max(1, recipe.warmup), spent / WARMUP))
-            set_learning_rate(optimizer, lr)
-            noise = generator(recipe.seed, "bench", name, "noise", done)
-            self._step(model, optimizer, z, noise, recipe.grad_clip, done)
-            average.update(model)
-            done, seconds = done + 1, seconds + used_seconds(device) - began
+        path, saved = folder / CHECKPOINT, time.monotonic()
+        seconds, done, curve = 0.0, 0, list[Point | None]()
+        if path.is_file():
+            state = load_checkpoint(path)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            average.load_state_dict(state["average"])
+            seconds, done = state["seconds"], state["done"]
+            curve = from_json(list[Point | None], state["curve"], str(path))
+
+        def save() -> None:
+            save_checkpoint(path, {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "average": average.state_dict(), "seconds": seconds, "done": done,
+                "curve": to_json(curve),
+            })  # fmt: skip
+
+        with signals.deferred():
+            while (spent := self.budget.spent(done, seconds)) < 1:
+                if spent >= (len(curve) + 1) / _PARTS:
+                    save()  # a measurement may take longer than a signal waits
+                    curve.append(measure(Checkpoint(_averaged(model, average), seconds, done)))
+                began = used_seconds(device)
+                latents = generator(recipe.seed, "bench", "latents", done)
+                z = batch_of(stage, batches.indices(done), latents).to(device)
+                lr = warmup_cosine(
+                    int(spent * _SCHEDULE), _SCHEDULE, peak=peak, final=recipe.lr_final, warmup=0
+                ) * min(1.0, max((done + 1) / max(1, recipe.warmup), spent / WARMUP))
+                set_learning_rate(optimizer, lr)
+                noise = generator(recipe.seed, "bench", name, "noise", done)
+                self._step(model, optimizer, z, noise, recipe.grad_clip, done)
+                average.update(model)
+                done, seconds = done + 1, seconds + used_seconds(device) - began
+                if signals.pending() or time.monotonic() - saved > recipe.checkpoint_seconds:
+                    save()
+                    saved = time.monotonic()
+                if signals.pending():
+                    say(f"{TITLES[name]}: saved at batch {done:,}")
+                    signals.raise_pending()
+            save()
         remove_samples(folder)
         final = _averaged(model, average)
-        return Trained(final, seconds, 0.0, done, model.parameter_count, width)
+        return Trained(final, seconds, 0.0, done, model.parameter_count, width, _known(curve))
 
     @staticmethod
     def _step(
@@ -253,6 +292,11 @@ def _averaged(model: DensityModel, average: Ema) -> DensityModel:
     average.copy_to(shadow)
     shadow.refresh()
     return shadow
+
+
+def _known(curve: Sequence[Point | None]) -> tuple[Point, ...]:
+    """Return the points that could be measured."""
+    return tuple(point for point in curve if point is not None)
 
 
 def remove_samples(folder: Path) -> None:

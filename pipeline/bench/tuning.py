@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,13 +109,16 @@ def tune(
     """
     budget = training.budget.part(PART)
     short = dataclasses.replace(training, budget=budget)
-    values = [_nll(short, model, problem, rate) for rate in rates]
+    begun = {rate: folder / _FOLDER / f"{model}-{rate:g}" for rate in rates}
+    values = [_nll(short, model, problem, rate, place) for rate, place in begun.items()]
     known = [(nll, rate) for nll, rate in zip(values, rates, strict=True) if nll is not None]
     if not known:
         tried = ", ".join(f"{rate:g}" for rate in rates)
         raise JkoflowError(f"training fails with each learning rate of {tried}; lower --tune")
     tuned = Tuned(model, problem.name, str(budget), list(rates), values, min(known)[1])
     atomic.write_json(folder / _FOLDER / f"{model}.json", to_json(tuned))
+    for place in begun.values():
+        shutil.rmtree(place, ignore_errors=True)
     say(tuned_line(tuned))
     return tuned
 
@@ -145,8 +149,13 @@ def tuned_line(tuned: Tuned) -> str:
     )
 
 
-def _nll(training: Training, model: str, problem: Problem, rate: float) -> float | None:
-    """Return the held-out NLL after a training with a learning rate; None if it fails."""
+def _nll(
+    training: Training, model: str, problem: Problem, rate: float, folder: Path
+) -> float | None:
+    """Return the held-out NLL after a training with a learning rate; None if it fails.
+
+    The training in the folder goes on, where a signal has ended it.
+    """
     config = with_values(problem.config, {"train.lr": rate})
     tried = dataclasses.replace(problem, config=config)
 
@@ -154,9 +163,8 @@ def _nll(training: Training, model: str, problem: Problem, rate: float) -> float
         """Measure nothing on the way."""
 
     try:
-        with atomic.scratch_folder() as scratch:
-            trained = training.train(model, tried, scratch, ignore)
-            measured, _ = measure(trained.model, tried, training.accelerator.device, quick=True)
+        trained = training.train(model, tried, folder, ignore)
+        measured, _ = measure(trained.model, tried, training.accelerator.device, quick=True)
     except UserError:
         raise
     except (JkoflowError, SolveError) as error:

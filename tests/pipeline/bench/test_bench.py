@@ -7,8 +7,11 @@ import dataclasses
 import io
 import json
 import math
+import os
 import shutil
+import signal
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +37,7 @@ from pipeline.bench.budget import Budget
 from pipeline.bench.measure import Measured, measure
 from pipeline.bench.models import (
     AUTOREGRESSIVE,
+    BLOCKWISE,
     TITLES,
     blockwise_config,
     parameter_count,
@@ -47,6 +51,7 @@ from pipeline.errors import JkoflowError, UserError
 from pipeline.evaluation.likelihood import PROBES, summarise
 from pipeline.runs import verify
 from pipeline.runs.run import open_run
+from pipeline.runtime import signals
 from pipeline.runtime.rng import generator
 from pipeline.storage import atomic
 from tests.flows.problems import fresh_flow
@@ -160,6 +165,61 @@ def test_an_interrupted_training_by_blocks_goes_on(finished, tmp_path, monkeypat
             run(tiny("jko"), tmp_path / "b")
     rows = run(tiny("jko"), tmp_path / "b")
     assert rows[0].measured == finished[1][0].measured
+
+
+def stopped(bench: Bench, folder, monkeypatch, after: int) -> None:
+    """Run a benchmark that gets SIGTERM in a step of a baseline."""
+    step, steps = bench_module.Training._step, []
+
+    def signalled(*arguments):
+        step(*arguments)
+        steps.append(arguments)
+        if len(steps) == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    restore = signals.install()
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_module.Training, "_step", staticmethod(signalled))
+        patch.setattr(signals, "GRACE_SECONDS", 600.0)  # of the clock, on a busy machine
+        try:
+            with pytest.raises(signals.Interrupted):
+                run(bench, folder)
+        finally:
+            restore()
+            signals.install()()  # forgets the signal, as the end of a process does
+    assert len(steps) == after  # it ends at once
+
+
+@pytest.mark.parametrize("model", [m for m in MODELS if m not in BLOCKWISE])
+def test_a_baseline_goes_on_after_a_signal(model, finished, tmp_path, monkeypatch) -> None:
+    """The model, its curve and its metrics are those of an uninterrupted training."""
+    stopped(tiny(model), tmp_path / "b", monkeypatch, after=1)
+    place = Path("8gaussians", model, "seed-0")
+    assert (tmp_path / "b" / place / "training" / "checkpoint.safetensors").is_file()
+    (row,) = run(tiny(model), tmp_path / "b")
+    whole = next(row for row in finished[1] if row.model == model)
+    assert row.measured == whole.measured
+    assert [(p.batches, p.nll) for p in row.curve] == [(p.batches, p.nll) for p in whole.curve]
+    for name in ("model.safetensors", "samples.safetensors"):
+        again = atomic.read_tensors(tmp_path / "b" / place / name)
+        for key, value in atomic.read_tensors(finished[0] / place / name).items():
+            assert torch.equal(again[key], value), (name, key)
+    assert not (tmp_path / "b" / place / "training" / "checkpoint.safetensors").exists()
+
+
+def test_a_search_of_learning_rates_goes_on_after_a_signal(tmp_path, monkeypatch) -> None:
+    bench = tiny("otflow", budget=Budget(8, "batches"), rates=(1e-3, 1e-2))
+    run(bench, tmp_path / "whole")
+    stopped(bench, tmp_path / "b", monkeypatch, after=3)  # the first step of the second rate
+    steps, step = [], bench_module.Training._step
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_module.Training, "_step",
+                      staticmethod(lambda *a: (steps.append(a), step(*a))))  # fmt: skip
+        run(bench, tmp_path / "b")
+    assert len(steps) == 1 + 8  # what was left of the search, and the training itself
+    file = Path("tuning", "otflow.json")
+    assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert [p.name for p in (tmp_path / "b" / "tuning").iterdir()] == ["otflow.json"]
 
 
 def test_a_budget_of_seconds_is_kept(tmp_path) -> None:
@@ -368,9 +428,8 @@ def test_a_changed_row_is_noticed(finished, tmp_path) -> None:
     path.write_text(path.read_text().replace('"batches": 2', '"batches": 3'))
     with pytest.raises(UserError, match="damaged or foreign"):
         read_rows(folder)
-    repaired = verify.repair(verify.verify(folder))
-    assert len(repaired) == 1 and "the same `jkoflow bench`" in repaired[0]
-    assert not path.exists()
+    (fault,) = verify.verify(folder)
+    assert fault.path == path and "the same `jkoflow bench`" in str(fault)
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch) -> None:
