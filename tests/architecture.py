@@ -21,6 +21,7 @@ LAYERS = (
     ("sampling", "training"),
     ("distillation", "evaluation", "toy2d"),
     ("autoencoder_training", "bench", "explore", "planning", "publishing", "dry_run"),
+    ("repair",),
     ("cli",),
     ("__main__", "document"),
     ("facade",),

@@ -99,8 +99,8 @@ def verify_command(
         bool,
         typer.Option(
             "--repair",
-            help="Take broken files from the package or a mirror; remove those that a command "
-            "makes again, and name the command.",
+            help="Take broken files from the package or a mirror, or make them again as they were "
+            "made, which may train; what nothing knows how to make is removed or named.",
         ),
     ] = False,
     as_it_is: Annotated[
@@ -118,11 +118,19 @@ def verify_command(
     faults = [fault for path in paths or [] for fault in verify.verify(path)]
     if not paths:
         faults = verify.verify_installation()
-    for line in verify.repair(faults) if repair else map(str, faults):
-        print(line)
-    left = [fault for fault in faults if not (repair and verify.mended(fault))]
+    left = len(faults)
+    for fault in [] if repair else faults:
+        print(fault)
+    if repair and faults:
+        from pipeline.repair.repair import repair as mend
+        from pipeline.repair.tools import Tools
+
+        tools = Tools(make_accelerator, progress_bar, [Path(path) for path in paths or []])
+        for done in mend(faults, tools):
+            print(done.sentence)
+            left -= done.whole
     if left:
         raise JkoflowError(
-            f"{len(left)} file{'s are' if len(left) > 1 else ' is'} broken; see the list above"
+            f"{left} file{'s are' if left > 1 else ' is'} broken; see the list above"
         )
     say(f"{len(faults)} broken files mended" if faults else "every file is whole")

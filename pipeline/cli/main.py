@@ -116,7 +116,7 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
 }
 
 #: commands and groups that use no accelerator, and so have no `--device`
-_WITHOUT_DEVICE = ("fetch", "export", "push", "verify", "convert", "config")
+_WITHOUT_DEVICE = ("fetch", "export", "push", "convert", "config")
 
 for name, command in COMMANDS.items():
     app.command(name)(command if name in _WITHOUT_DEVICE else on_device(command))

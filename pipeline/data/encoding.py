@@ -5,12 +5,15 @@ Rank r of P writes the shards r, r + P, …. An interrupted encoding resumes at 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import yaml
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -32,12 +35,15 @@ from pipeline.data.latent_cache import (
 )
 from pipeline.data.one_writer import one_writer
 from pipeline.data.standardisation import Standardisation, facts
-from pipeline.errors import UserError
+from pipeline.errors import JkoflowError, UserError
 from pipeline.runtime.console import Progress
 from pipeline.runtime.devices import to_device
 from pipeline.runtime.distributed import errors_on_all_ranks, require_same
 from pipeline.runtime.system import require_disk_space, require_memory
-from pipeline.storage.shards import MANIFEST, Shard, StoreWriter
+from pipeline.storage import seal
+from pipeline.storage.paths import absolute
+from pipeline.storage.records import keep_recipe, read_recipe
+from pipeline.storage.shards import CACHE_RECIPE, MANIFEST, Shard, StoreWriter
 
 #: images whose reconstructions are measured
 _MEASURED = 64
@@ -76,6 +82,9 @@ def encode(
                 f"latent cache {cache.reader.place} is stored in {cache.precision}; expected "
                 f"{precision}; leave --precision out, or delete the cache and encode again"
             )
+        if accelerator.is_main_process and read_recipe(folder / CACHE_RECIPE) is None:
+            with contextlib.suppress(JkoflowError):  # of a folder that this process cannot write
+                keep_recipe(folder / CACHE_RECIPE, recipe_of(config))
         return cache
     if config.latents.batch_size < 1:
         raise UserError(f"latents.batch_size is {config.latents.batch_size}; expected at least 1")
@@ -84,6 +93,29 @@ def encode(
             stored = with_precision(identity, precision or "fp32")
             _encode(config, stored, images, autoencoder, accelerator, progress)
     return open_identity(folder, identity)
+
+
+def recipe_of(config: Config) -> bytes:
+    """Return a YAML configuration with what decides a cache, which `encode` takes.
+
+    Values that are the defaults are left out, and paths are absolute.
+    """
+    data, encoder, latents = config.data, config.autoencoder, config.latents
+    data = dataclasses.replace(data, path=absolute(data.path))
+    encoder = dataclasses.replace(encoder, weights=absolute(encoder.weights))
+    sections: dict[str, Any] = {"data": data, "autoencoder": encoder, "latents": latents}
+    decides = {"latents": ("mirror", "shard_size", "batch_size")}
+    values = {
+        name: {
+            field.name: getattr(section, field.name)
+            for field in dataclasses.fields(section)
+            if field.name in decides.get(name, (field.name,))
+            and getattr(section, field.name) != getattr(type(section)(), field.name)
+        }
+        for name, section in sections.items()
+    }
+    plain = {name: section for name, section in values.items() if section}
+    return yaml.safe_dump(plain, sort_keys=False).encode()
 
 
 def _encode(
@@ -107,6 +139,9 @@ def _encode(
         "choose a smaller latents.batch_size or data.size",
     )
     writer = StoreWriter(folder, identity, total, config.latents.shard_size)
+    if accelerator.is_main_process:
+        seal.start(folder)
+        keep_recipe(folder / CACHE_RECIPE, recipe_of(config))
     with errors_on_all_ranks(accelerator):
         _write_shards(
             writer, images, autoencoder, config.latents.batch_size, accelerator, progress

@@ -117,11 +117,13 @@ def distill(
     progress: Progress,
     resume: bool = False,
     source: SampleSource | None = None,
+    until: int | None = None,
 ) -> Outcome:
     """Merge each `pairs` consecutive blocks of a run into one block of a new run.
 
     The last group may be smaller. The configuration is from `student_config`. Samples come from
-    `source`, or else from the latent cache.
+    `source`, or else from the latent cache. At the step `until` of the next block, the training
+    saves and stops.
 
     Raises:
         UserError: the folder holds a run that may not continue, or the samples are not those of
@@ -153,12 +155,37 @@ def distill(
     if not manifest.passes and accelerator.is_main_process:
         write_manifest(folder, manifest)
     trainer = PassTrainer(context, manifest, DistilledBlocks(context, teacher, groups))
+    trainer.until = until
     plan = manifest.current if manifest.passes else distillation_plan(config, teacher, groups)
     with open_log(folder, config, config.train.trackers, accelerator) as log:
         complete = trainer.train(plan, log)
     if complete:
         trainer.tidy()
     return Outcome(len(trainer.current.blocks), complete, trainer.trained)
+
+
+def restore_stages(
+    teacher: Run,
+    folder: Path,
+    config: Config,
+    accelerator: Accelerator,
+    progress: Progress,
+    source: SampleSource | None = None,
+) -> None:
+    """Make the stages of a distilled run again where they are lost; see `distill`.
+
+    Raises:
+        UserError: the latent cache is absent, or a block of the teacher is broken.
+        JkoflowError: the teacher cannot be integrated.
+    """
+    manifest = RunDirectory(folder).started
+    if manifest is None or manifest.derived_from is None:
+        raise UserError(f"the run at {folder} is not distilled; make it by `jkoflow distill`")
+    groups = [range(group[0], group[-1] + 1) for group in manifest.derived_from.groups]
+    samples = source or LatentSource(config)
+    context = TrainingContext(config, folder, samples, accelerator, progress)
+    blocks = DistilledBlocks(context, teacher, groups)
+    PassTrainer(context, manifest, blocks).restore_stages()
 
 
 def headline(manifest: Manifest) -> str:

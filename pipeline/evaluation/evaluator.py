@@ -37,9 +37,11 @@ from pipeline.runtime.console import say
 from pipeline.runtime.system import peak_memory
 from pipeline.sampling.class_labels import condition_of
 from pipeline.sampling.generate import sample_images, stores_to_reuse
+from pipeline.sampling.image_recipe import recipe_of
 from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage import atomic
-from pipeline.storage.records import to_json, well_formed
+from pipeline.storage.paths import absolute
+from pipeline.storage.records import keep_recipe, to_json, well_formed
 from pipeline.storage.shards import MANIFEST, StoreReader, open_store
 
 
@@ -82,7 +84,12 @@ class Evaluator(FeatureExtractor):
         if run.training is not None:
             metrics["unfinished"] = dataclasses.asdict(run.training)
         if self.accelerator.is_main_process:
-            atomic.write_json(_metrics_file(run, metrics), metrics)
+            path = _metrics_file(run, metrics)
+            recipe = recipe_of(plan, settings.n, plan.settings.seed)
+            recipe["evaluate"] = dataclasses.asdict(settings)
+            recipe["reference"] = absolute(settings.reference)
+            keep_recipe(recipe_file(path), recipe)
+            atomic.write_json(path, metrics)
         return metrics
 
     def sample_features(
@@ -90,13 +97,19 @@ class Evaluator(FeatureExtractor):
     ) -> tuple[StoreReader, StoreReader]:
         """Sample n images and extract their features; stores that exist are opened."""
         images = sample_images(plan, n, seed, self.accelerator, self.progress)
-        samples = plan.run.folder / "samples"
+        return images, self.stored_features(plan.run.folder / "samples", images)
+
+    def stored_features(self, samples: Path, images: StoreReader) -> StoreReader:
+        """Extract the features of a store of sampled images, or open the store that has them.
+
+        `samples` is the folder of both stores.
+        """
         folder, identity = _store_of_features(samples, images)
         begun = [] if (folder / MANIFEST).is_file() else _features_to_reuse(samples, images)
-        features = self.features(
-            folder, identity, n, lambda a, b, _: images.read("images", a, b), "samples", begun
-        )
-        return images, features
+        return self.features(
+            folder, identity, len(images), lambda a, b, _: images.read("images", a, b),
+            "samples", begun,
+        )  # fmt: skip
 
     def floor(self, plan: SamplingPlan, n: int, reference: GaussianStats) -> dict[str, Any]:
         """Measure the FID of decoded (and refined) latents of n real images.
@@ -128,6 +141,11 @@ class Evaluator(FeatureExtractor):
         if stored is None or len(sampled) < LEAST:
             return {}
         return kid_precision_recall(*stored, sampled)
+
+
+def recipe_file(metrics: Path) -> Path:
+    """Return the file with the recipe of metrics.json, or of metrics-N.json."""
+    return metrics.parent / "samples" / f"{metrics.stem}.recipe.json"
 
 
 def inputs_of(plan: SamplingPlan, settings: EvaluateConfig) -> dict[str, Any]:

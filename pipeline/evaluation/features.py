@@ -70,20 +70,30 @@ class FeatureExtractor:
         Raises:
             UserError: the set has fewer than n images.
         """
+        features = self.reconstructed_features(
+            autoencoder, images, n, noise, standardisation, refiner
+        )
+        return fid_of(features, reference)
+
+    def reconstructed_features(
+        self,
+        autoencoder: Autoencoder,
+        images: ImageSet,
+        n: int,
+        noise: float = 0.0,
+        standardisation: Standardisation | None = None,
+        refiner: Refiner | None = None,
+    ) -> StoreReader:
+        """Extract the features of the reconstructions of n images of a set.
+
+        Raises:
+            UserError: the set has fewer than n images.
+        """
         order = subset_indices(images, n)
-        identity: dict[str, Any] = {
-            "kind": "floor",
-            "autoencoder": autoencoder.fingerprint,
-            "data": images.fingerprint,
-            "n": n,
-            "order": ORDER,
-            **extractor_identity(),
-        }
-        if noise > 0 and standardisation is not None:
-            identity |= {"noise": noise, "standardisation": standardisation.to_dict()}
-        if refiner is not None:
-            identity |= {"refiner": refiner.identity(), "precision": refiner.precision}
-        folder = data_root() / "features" / f"floor-{content_key(identity)}"
+        identity = reconstructed_identity(
+            autoencoder, images, n, noise, standardisation, refiner
+        )
+        folder = features_folder(identity)
         autoencoder.to(self.accelerator.device)  # type: ignore[attr-defined]
 
         def make(first: int, last: int, index: int) -> Tensor:
@@ -97,17 +107,17 @@ class FeatureExtractor:
             decoded = autoencoder.decode(z)
             return to_uint8(decoded if refiner is None else refiner.sample_detail(decoded, rng))
 
-        features = self.features(folder, identity, n, make, "reconstructed")
-        return fid_of(features, reference)
+        return self.features(folder, identity, n, make, "reconstructed")
 
     def real_features(self, images: ImageSet, n: int) -> StoreReader:
         """Extract the features of n real images of a set, in the order of `subset_indices`."""
         order = subset_indices(images, n)
         identity = real_features_identity(images, n)
-        folder = data_root() / "features" / f"real-{content_key(identity)}"
-        return self.features(
-            folder, identity, n, lambda a, b, _: torch.from_numpy(images.take(order[a:b])), "real"
-        )
+
+        def make(first: int, last: int, _: int) -> Tensor:
+            return torch.from_numpy(images.take(order[first:last]))
+
+        return self.features(features_folder(identity), identity, n, make, "real")
 
     def reference(self, name: str) -> GaussianStats:
         """Return the feature statistics of a shipped reference, a folder or a .npz."""
@@ -194,6 +204,35 @@ def statistics_of(features: StoreReader) -> GaussianStats:
 def extractor_identity() -> dict[str, str]:
     """Return the name of the network and the sha256 of its weights, for the keys of stores."""
     return {"extractor": EXTRACTOR, "weights": ASSETS["inception"].sha256[:16]}
+
+
+def features_folder(identity: dict[str, Any]) -> Path:
+    """Return the folder of a store of features that runs share."""
+    return data_root() / "features" / f"{identity['kind']}-{content_key(identity)}"
+
+
+def reconstructed_identity(
+    autoencoder: Autoencoder,
+    images: ImageSet,
+    n: int,
+    noise: float = 0.0,
+    standardisation: Standardisation | None = None,
+    refiner: Refiner | None = None,
+) -> dict[str, Any]:
+    """Return the identity of the store of features of the reconstructions of n images."""
+    identity: dict[str, Any] = {
+        "kind": "floor",
+        "autoencoder": autoencoder.fingerprint,
+        "data": images.fingerprint,
+        "n": n,
+        "order": ORDER,
+        **extractor_identity(),
+    }
+    if noise > 0 and standardisation is not None:
+        identity |= {"noise": noise, "standardisation": standardisation.to_dict()}
+    if refiner is not None:
+        identity |= {"refiner": refiner.identity(), "precision": refiner.precision}
+    return identity
 
 
 def real_features_identity(images: ImageSet, n: int | None = None) -> dict[str, Any]:

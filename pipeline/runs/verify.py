@@ -1,31 +1,41 @@
 """Verification of a run, a cache, an asset, a shipped run, a single file or the installation.
 
-Every file is hashed and compared with its seal. A repair takes a broken file from the package or
-from its mirror. Where a command can make it again, the repair removes it and names that command,
-which makes only what is missing, to the same bytes.
+Every file is hashed and compared with its seal. A fault says of what kind the broken file is, and
+which command makes it again. `pipeline.repair` mends faults by their kinds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.assets.catalogue import ASSETS
-from pipeline.assets.fetch import broken_files, fetch_asset
+from pipeline.assets.fetch import broken_files
 from pipeline.errors import UserError
 from pipeline.integrity.digests import HOME, check_file, check_shipped, sha256_file, shipped
-from pipeline.runs.directory import CONFIG, RunDirectory
+from pipeline.runs.directory import CONFIG, START, RunDirectory
 from pipeline.runs.manifest import FILE
 from pipeline.runs.zoo import is_absent, is_shipped, locate, source_of
 from pipeline.storage import atomic, seal
 from pipeline.storage.paths import data_root
-from pipeline.storage.records import well_formed
-from pipeline.storage.shards import MANIFEST, shard_name
+from pipeline.storage.records import read_recipe, well_formed
+from pipeline.storage.shards import CACHE_RECIPE, MANIFEST, RECIPE, shard_name
 
 #: endings of the files that are read again; any other file may lie in a run
 _TRUSTED = (".safetensors", ".json", ".yaml")
 _GROWING = ("log.jsonl", "tensorboard/", "wandb/")
+
+
+#: kinds of files that no command makes again
+KEPT, PACKAGED, ASSET = "kept", "packaged", "asset"
+#: kinds of files that a repair makes again
+CACHE, FEATURES = "cache", "features"
+STAGE, CHECKPOINT, IMAGES, RESULT = "stage", "checkpoint", "images", "result"
+BENCH, AUTOENCODER, HOW, INDEX = "bench", "autoencoder", "recipe", "index"
+_COPY = "no command makes it again; bring it back from a copy, or make this folder again"
+#: settings of a benchmark, in its folder
+_BENCH = "bench.json"
 
 
 @dataclass(frozen=True)
@@ -36,13 +46,17 @@ class Fault:
         path: of the file.
         problem: damaged, missing or unknown.
         remedy: the command that makes the file again, or what else to do.
-        removable: whether the remedy makes the file again once it is removed.
+        kind: of the file: one of the kinds of this module.
+        owner: the run, the store or the benchmark that the file belongs to.
+        expected: sha256 of the contents that its seal holds.
     """
 
     path: Path
     problem: str
     remedy: str
-    removable: bool
+    kind: str = KEPT
+    owner: Path = Path()
+    expected: Sequence[str] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return f"{self.path} is {self.problem}; {self.remedy}"
@@ -62,7 +76,7 @@ def verify(path: Path | str) -> list[Fault]:
         return verify_installation(source_of(str(path))) + verify(locate(path))
     if str(path) in ASSETS and not Path(path).exists():
         return _verify_asset(str(path))
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().absolute()
     if path.is_file():
         return _verify_file(path)
     if not path.is_dir():
@@ -85,41 +99,8 @@ def verify_installation(below: Path = HOME) -> list[Fault]:
                 check_shipped(path)
             except (ValueError, OSError):
                 problem = "damaged" if path.exists() else "missing"
-                faults.append(Fault(path, problem, "install jkoflow again", False))
+                faults.append(Fault(path, problem, "install jkoflow again"))
     return faults
-
-
-def repair(faults: list[Fault]) -> list[str]:
-    """Repair what can be repaired, and return one sentence for each fault.
-
-    Raises:
-        JkoflowError: an asset cannot be fetched.
-    """
-    done = []
-    for fault in faults:
-        source = _packaged(fault.path)
-        if source is not None:
-            check_shipped(source)
-            atomic.write_bytes(fault.path, source.read_bytes())
-            done.append(f"{fault.path} was taken from the package")
-        elif fault.path.parent.parent == data_root() / "assets":
-            fetch_asset(fault.path.parent.name)
-            done.append(f"{fault.path} was fetched again")
-        elif fault.removable:
-            if (fault.path.parent / MANIFEST).is_file():  # it marks a complete store
-                (fault.path.parent / MANIFEST).unlink()
-            fault.path.unlink(missing_ok=True)
-            done.append(f"{fault.path} was removed; {fault.remedy}")
-        else:
-            done.append(str(fault))
-    return done
-
-
-def mended(fault: Fault) -> bool:
-    """Return whether a repair left nothing broken at the path of a fault."""
-    if fault.removable:
-        return not fault.path.exists() or fault.path.parent.parent == data_root() / "assets"
-    return _packaged(fault.path) is not None
 
 
 def seal_as_it_is(folder: Path) -> int:
@@ -155,13 +136,13 @@ def _verify_file(path: Path) -> list[Fault]:
     try:
         check_file(path)
     except (ValueError, OSError) as error:
-        return [Fault(path, "damaged", f"bring it back or make it again ({error})", False)]
+        return [Fault(path, "damaged", f"bring it back or make it again ({error})")]
     return []
 
 
 def _verify_asset(name: str) -> list[Fault]:
     command = f"fetch it by `jkoflow fetch {name}`"
-    return [Fault(path, "damaged", command, True) for path in broken_files(name)]
+    return [Fault(path, "damaged", command, ASSET, Path(name)) for path in broken_files(name)]
 
 
 def _verify_sealed(folder: Path) -> list[Fault]:
@@ -200,29 +181,84 @@ def _needed(folder: Path, broken: set[Path]) -> list[str]:
 
 def _fault(folder: Path, name: str, problem: str) -> Fault:
     """Describe a broken file with its remedy."""
-    path, run = folder / name, folder
-    while not (run / CONFIG).is_file() and run.parent != run:
-        run = run.parent
+    path = folder / name
+    kind, owner, remedy = _remedy(folder, name)
+    return Fault(path, problem, remedy, kind, owner, seal.recorded(folder).get(name, ()))
+
+
+def _remedy(folder: Path, name: str) -> tuple[str, Path, str]:
+    """Return the kind of a broken file, what it belongs to, and its remedy."""
+    path = folder / name
+    if packaged(path) is not None:
+        return PACKAGED, folder, "take it from the package by --repair"
+    if folder == data_root() / "packed":
+        return INDEX, folder, "the command that reads these images makes it again"
+    bench, run = _above(folder, _BENCH), _above(folder, CONFIG)
+    if bench is not None and path != bench / _BENCH:
+        return BENCH, bench, "make it again by the same `jkoflow bench`"
     is_store = name == MANIFEST or name.startswith("shard-")
+    if name in (RECIPE, CACHE_RECIPE) or name.endswith(f".{RECIPE}"):
+        return HOW, folder, "the command that made its neighbours writes it again"
     if is_store and folder.parent.name == "latents":
-        return Fault(path, problem, "make it again by `jkoflow encode` with its --config", True)
+        recipe, command = folder / CACHE_RECIPE, "`jkoflow encode` with its --config"
+        if read_recipe(recipe) is not None:
+            command = f"`jkoflow encode --config {recipe}`"
+        return CACHE, folder, f"make it again by {command}"
+    if is_store and run is None and folder.parent.name == "features":
+        return FEATURES, folder, "the evaluation that needs it makes it again"
+    if run is None:
+        return KEPT, folder, _COPY
+    return _remedy_in_run(run, folder, name, is_store)
+
+
+def _remedy_in_run(run: Path, folder: Path, name: str, is_store: bool) -> tuple[str, Path, str]:
+    """Return the same for a file of a run, or of a training of an autoencoder."""
+    mend = f"make it again by `jkoflow verify {run} --repair`"
     if is_store and "stages" in folder.parts:
-        return Fault(path, problem, "the training that needs it makes it again", True)
+        return STAGE, folder, mend
+    if is_store and folder.parent.name == "samples":
+        command = "evaluate" if folder.name.startswith("features") else "generate"
+        return IMAGES, folder, f"make it again by `jkoflow {command} --run {run}`"
+    is_run = any((run / each).is_file() for each in (FILE, START))
+    if not is_run and name in ("checkpoint.safetensors", "autoencoder.safetensors",
+                               "before_after.png"):  # fmt: skip
+        return AUTOENCODER, run, f"make it again by `{_resume(run)}`"
     if name.startswith("checkpoints/"):
-        command = RunDirectory(run).resume_command
-        return Fault(path, problem, f"make it again by `{command}`", True)
-    if is_store and "features" in folder.parts or name in ("metrics.json", "report.html"):
-        return Fault(path, problem, f"make it again by `jkoflow evaluate --run {run}`", True)
-    if name.endswith("/row.json") or name.startswith("tuning/"):
-        return Fault(path, problem, "make it again by the same `jkoflow bench`", True)
-    if is_store or name.endswith(".png"):
-        return Fault(path, problem, f"make it again by `jkoflow generate --run {run}`", True)
-    remedy = "no command makes it again; bring it back from a copy, or make this folder again"
-    return Fault(path, problem, remedy, False)
+        return CHECKPOINT, run, f"make it again by `{_resume(run)}`"
+    stem, _, ending = name.rpartition(".")
+    if (stem.startswith("metrics") and ending == "json") or name == "report.html":
+        command = "report" if ending == "html" else "evaluate"
+        return RESULT, run, f"make it again by `jkoflow {command} --run {run}`"
+    if name in ("samples/grid.png", "samples/movement.png", "samples/metrics.json"):
+        return RESULT, run, mend
+    if name.startswith("samples/") and ending in ("png", "gif"):
+        return RESULT, run, "make it again by the command that made it"
+    if name.startswith("previews/"):
+        return KEPT, run, "remove it; no training makes this preview again, and nothing reads it"
+    if is_run and name.startswith(("blocks/", FILE, START)):
+        again = f"train again by `jkoflow train --config {run / CONFIG} --run OTHER`"
+        return KEPT, run, f"bring it back from a copy, or {again}"
+    return KEPT, run, _COPY
 
 
-def _packaged(path: Path) -> Path | None:
-    """Return the shipped file that a file of a shipped run's copy was copied from."""
+def _above(folder: Path, name: str) -> Path | None:
+    """Return the nearest sealed folder from this one upwards that has a file of a name."""
+    for place in (folder, *folder.absolute().parents):
+        if (place / name).is_file() and (place / seal.NAME).is_file():
+            return place
+    return None
+
+
+def _resume(run: Path) -> str:
+    """Return the command that resumes a training, whose environment.json may be broken."""
+    try:
+        return RunDirectory(run).resume_command
+    except UserError:
+        return f"jkoflow train --run {run} --resume"
+
+
+def packaged(path: Path) -> Path | None:
+    """Return the shipped file that a file of a shipped run's copy is a copy of; None for none."""
     root = data_root() / "zoo"
     if not path.is_relative_to(root):
         return None

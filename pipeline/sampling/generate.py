@@ -23,9 +23,13 @@ from pipeline.runtime.console import Progress
 from pipeline.runtime.distributed import errors_on_all_ranks, require_same
 from pipeline.runtime.rng import generator
 from pipeline.runtime.system import require_disk_space, require_memory
+from pipeline.sampling.image_recipe import recipe_of
 from pipeline.sampling.sampling_plan import SamplingPlan
+from pipeline.storage import seal
+from pipeline.storage.records import keep_recipe
 from pipeline.storage.shards import (
     MANIFEST,
+    RECIPE,
     StoreReader,
     StoreWriter,
     content_key,
@@ -94,6 +98,8 @@ def _sample_images(
     writer = StoreWriter(folder, identity, n, per_shard)
     with errors_on_all_ranks(accelerator):
         if accelerator.is_main_process:
+            seal.start(folder)
+            keep_recipe(folder / RECIPE, recipe_of(plan, n, seed))
             for other, count in stores_to_reuse(folder.parent, identity):
                 writer.adopt(other, count)
     autoencoder = plan.run.autoencoder()

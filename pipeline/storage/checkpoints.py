@@ -52,7 +52,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return state
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise UserError(
-            f"checkpoint {path} is damaged ({error}); {seal.advice(path)}, and the block starts "
+            f"checkpoint {path} is damaged ({error}); {seal.advice(path)}, which trains the block "
             "again"
         ) from error
 

@@ -22,6 +22,13 @@ def data_root() -> Path:
     return Path(home).expanduser().absolute() if home else platformdirs.user_cache_path("jkoflow")
 
 
+def absolute(name: str | None) -> str | None:
+    """Return the full path of a file or a folder that exists; any other name stays."""
+    if name is None or not Path(name).expanduser().exists():
+        return name
+    return str(Path(name).expanduser().absolute())
+
+
 def unwritable(path: Path, error: OSError, failed: str) -> JkoflowError:
     """Return the error of a path that a command could not write.
 

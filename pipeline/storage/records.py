@@ -1,5 +1,8 @@
 """JSON ↔ frozen dataclasses, for the JSON files that Python reads again.
 
+A recipe says how a store or a result was made, so that a repair makes it again. It lies next to
+what it makes, is written before that, and sealed.
+
 A field is stored under its own name, or under `metadata={"key": …}`. A field whose value and
 default are both None is left out of the JSON. A class with methods `to_dict` and `from_dict` is
 converted by those. Unknown keys in the JSON are ignored.
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -17,6 +21,8 @@ from typing import Any, TypeVar
 
 from flows.errors import FlowError
 from pipeline.errors import UserError
+from pipeline.integrity.limits import DOCUMENT, read_regular
+from pipeline.storage import atomic, seal
 
 T = TypeVar("T")
 
@@ -131,3 +137,28 @@ def _under(key: str, name: str) -> str:
 
 def _key(field: dataclasses.Field[Any]) -> str:
     return str(field.metadata.get("key", field.name))
+
+
+def keep_recipe(path: Path, recipe: bytes | dict[str, Any]) -> None:
+    """Write a recipe, its bytes or its JSON values, unless it is there."""
+    data = recipe if isinstance(recipe, bytes) else atomic.json_bytes(recipe)
+    if read_recipe(path) != data:
+        atomic.write_bytes(path, data)
+
+
+def read_recipe(path: Path) -> bytes | None:
+    """Return the content of a recipe; None for one that is absent or broken."""
+    try:
+        data = read_regular(path, DOCUMENT)
+        seal.check(path, data)
+    except (UserError, ValueError, OSError):
+        return None
+    return data
+
+
+def read_recipe_values(path: Path) -> dict[str, Any]:
+    """Return the JSON values of a recipe; none for one that is absent or broken."""
+    with contextlib.suppress(ValueError, RecursionError):
+        values = json.loads(read_recipe(path) or b"null")
+        return values if isinstance(values, dict) else {}
+    return {}

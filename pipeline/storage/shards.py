@@ -31,6 +31,8 @@ from pipeline.storage.paths import data_root
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+#: recipes of a store of images, and of a latent cache, for which it is a configuration
+RECIPE, CACHE_RECIPE = "recipe.json", "recipe.yaml"
 #: bytes from which the verification of a store is remembered; fewer are hashed in a moment
 WORTH_REMEMBERING = 1 << 26
 #: shards that a reader keeps mapped; Linux allows a process 65 530 maps
@@ -150,9 +152,16 @@ class StoreWriter:
         text = atomic.json_bytes(manifest)
         sums = {str(row["file"]): str(row["sha256"]) for row in rows}
         sums[MANIFEST] = hashlib.sha256(text).hexdigest()
+        sums |= self._recipes()
         atomic.write_bytes(self.folder / seal.NAME, seal.lines(sums))
         atomic.write_bytes(self.folder / MANIFEST, text, sealed=False)  # its line is there
         return StoreReader(self.folder, manifest)
+
+    def _recipes(self) -> dict[str, str]:
+        """Return the sha256 of the recipes in the folder, by name."""
+        known = seal.recorded(self.folder)
+        names = [n for n in (RECIPE, CACHE_RECIPE) if n in known and (self.folder / n).is_file()]
+        return {name: known[name][-1] for name in names}
 
     def _owner(self, index: int) -> str:
         """Return the metadata of a shard, which tells it from shards of other stores."""
@@ -271,7 +280,7 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
         )
     seal.require(folder, what)
     manifest = atomic.read_json(folder / MANIFEST, f"manifest of {what}")
-    mend = f"run `jkoflow verify {folder} --repair`, and then the command that makes it"
+    mend = f"make it again by `jkoflow verify {folder} --repair`"
     rows = require_manifest(manifest, folder, what, mend)
     if identity is not None:
         require_identity(manifest, identity, folder, what)
@@ -281,8 +290,8 @@ def open_store(folder: Path, what: str, identity: dict[str, Any] | None = None) 
             atomic.verify_file(folder / name, sha256)
         except UserError as error:  # a deleted shard alone would not be made again
             raise UserError(
-                f"{name} of {what} {folder} is missing or damaged; run `jkoflow verify {folder} "
-                "--repair`, and then the command that makes it"
+                f"{name} of {what} {folder} is missing or damaged; make it again by `jkoflow "
+                f"verify {folder} --repair`"
             ) from error
     states = {name: state for name, _, _ in rows if (state := remembered(folder / name))}
     if states != known and sum(int(state[0]) for state in states.values()) >= WORTH_REMEMBERING:

@@ -41,6 +41,7 @@ class PassTrainer:
     Attributes:
         passes: of the run; it grows.
         trained: number of blocks that this trainer has finished.
+        until: optimiser step of the block in training at which to save and stop; None for none.
     """
 
     def __init__(self, context: TrainingContext, manifest: Manifest, blocks: BlockSource) -> None:
@@ -51,6 +52,7 @@ class PassTrainer:
         self.previews = Previews(context, manifest)
         self.passes = list(manifest.passes)
         self.deadline = time.monotonic() + 60 * self.config.train.max_minutes
+        self.until: int | None = None
         self.trained = 0
 
     @property
@@ -155,7 +157,7 @@ class PassTrainer:
                     save_snapshot(self.folder, trainer)
                 now = time.monotonic()
                 out_of_time = recipe.max_minutes > 0 and now > self.deadline
-                halt = out_of_time or signals.pending()
+                halt = out_of_time or signals.pending() or trainer.done == self.until
                 due = halt or now - saved > recipe.checkpoint_seconds
                 if broadcast_decision(self.accelerator, due):
                     trainer.save(path, log.state(), self.manifest)
@@ -230,6 +232,16 @@ class PassTrainer:
             event = {"block": len(self.current.blocks), "event": "pass finished"}
             log.write({**event, "kind": self.current.kind, **to_json(summary)})
             plot_movement(self.manifest, self.folder / "samples" / "movement.png")
+
+    def restore_stages(self) -> None:
+        """Make the samples again that the last pass was trained on, where they are lost."""
+        self.context.first_stage()
+        rows = self.current.blocks if self.passes else ()
+        count = len(rows)
+        if rows and self.blocks.regression is None and rows[-1].step is not None:
+            count += 1  # the samples after the last block, which is not free
+        for index in range(count):
+            self.blocks.samples(self.passes, index)
 
     def _commit(self) -> None:
         if self.accelerator.is_main_process:

@@ -74,6 +74,7 @@ def train(
     *,
     add_blocks: int = 0,
     command: str = "jkoflow train --run",
+    until: int | None = None,
 ) -> Outcome:
     """Train a run to its end, or until `train.max_minutes`.
 
@@ -87,6 +88,7 @@ def train(
         source: of the samples; None is the latent cache.
         add_blocks: number of blocks to add to a finished run; implies `resume`.
         command: that resumes the training, up to the folder.
+        until: optimiser step of the next block at which to save and stop; None for none.
 
     Raises:
         UserError: bad configuration, or a run that may not continue.
@@ -95,8 +97,7 @@ def train(
     _check_objective(config, accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    default = ResidualSource if config.velocity.image_channels else LatentSource
-    samples = source or default(config)
+    samples = source or _source_of(config)
     check_shape(config, samples.shape)
     if config.velocity.classes:
         check_classes(samples.class_counts, config.velocity.classes)
@@ -113,6 +114,7 @@ def train(
     if not manifest.passes and manifest.init_from is not None and accelerator.is_main_process:
         write_manifest(folder, manifest)
     trainer = PassTrainer(context, manifest, TrainedBlocks(context, manifest.init_from))
+    trainer.until = until
     if upcoming is not None:
         with open_log(folder, config, config.train.trackers, accelerator) as log:
             while upcoming is not None and trainer.train(upcoming, log):
@@ -141,6 +143,34 @@ def _check_objective(config: Config, accelerator: Accelerator) -> None:
             "warning: velocity.autonomous=false under train.objective=jko: a field that depends "
             "on t can overfit the error of its training grid without bound"
         )
+
+
+def restore_stages(
+    config: Config,
+    folder: Path,
+    accelerator: Accelerator,
+    progress: Progress,
+    source: SampleSource | None = None,
+) -> None:
+    """Make the stages of a run again where they are lost, to the same bytes.
+
+    The arguments are those of `train`, for the run as it is.
+
+    Raises:
+        UserError: the latent cache is absent, or a block is broken.
+        JkoflowError: a block cannot be integrated.
+    """
+    context = TrainingContext(
+        config, folder, source or _source_of(config), accelerator, progress
+    )
+    manifest = _manifest(context, RunDirectory(folder).started)
+    blocks = TrainedBlocks(context, manifest.init_from)
+    PassTrainer(context, manifest, blocks).restore_stages()
+
+
+def _source_of(config: Config) -> SampleSource:
+    """Open the latent cache of a configuration as the source of its samples."""
+    return (ResidualSource if config.velocity.image_channels else LatentSource)(config)
 
 
 def _require_same_training(context: TrainingContext) -> None:

@@ -11,14 +11,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.faults import bad_input, strangers
 from tests.faults.damages import build, corrupt, mend
 from tests.faults.fuzz import fuzz
 from tests.faults.kills import MOMENTS, kill
+from tests.faults.mistakes import trying
 from tests.faults.neighbours import lines as of_neighbours
 from tests.faults.power import NAMES, cut
 from tests.faults.races import RESULTS, race
-from tests.faults.readers import readers
+from tests.faults.readers.every import readers
+from tests.faults.strangers import reading
 from tests.faults.table import Table
 
 _ENDS = ("same bytes", "differences", "no temporary left", "temporaries left")
@@ -69,22 +70,23 @@ def lines(
             yield f"\n{time.monotonic() - start:.0f} s.\n"
         if mistakes:
             start, ends = time.monotonic(), Table()
-            bad_input.mistake(root / "mistakes", mistakes, seed, world, world.root / "run", ends)
-            yield from ends.lines(("commands", *bad_input.RESULTS))
+            trying.mistake(root / "mistakes", mistakes, seed, world, world.root / "run", ends)
+            yield from ends.lines(("commands", *trying.RESULTS))
             yield f"\nSeed {seed}, {time.monotonic() - start:.0f} s.\n"
         if files:
             start, harms = time.monotonic(), Table()
-            strangers.read_all(root / "strangers", files, seed, world, harms)
-            yield from harms.lines(("files", *strangers.RESULTS))
+            reading.read_all(root / "strangers", files, seed, world, harms)
+            yield from harms.lines(("files", *reading.RESULTS))
             yield f"\nSeed {seed}, {time.monotonic() - start:.0f} s.\n"
         yield from of_neighbours(kills=40, flips=1000)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
+    #: more malicious files than there are, so that all are read
     counts = {
         "corruptions": 3000, "mutations": 200, "kills": 500, "cuts": 200, "races": 20,
-        "mistakes": 500, "files": 220, "seed": 0
+        "mistakes": 500, "files": 1000, "seed": 0
     }  # fmt: skip
     for option, default in counts.items():
         parser.add_argument(f"--{option}", type=int, default=default)

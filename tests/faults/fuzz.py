@@ -26,7 +26,7 @@ from tests.faults.mutations import (
     edits,
     is_sentence,
 )
-from tests.faults.readers import Reader
+from tests.faults.readers.reader import Reader
 
 
 class FuzzError(AssertionError):

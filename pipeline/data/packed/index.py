@@ -22,7 +22,7 @@ from pipeline.data.packed.tar_shards import tar_places
 from pipeline.errors import UserError
 from pipeline.integrity.limits import require_size
 from pipeline.runtime.console import say
-from pipeline.storage import atomic
+from pipeline.storage import atomic, seal
 from pipeline.storage.lock import locked
 from pipeline.storage.paths import data_root
 from pipeline.storage.remote_shards import is_url, reading
@@ -36,6 +36,8 @@ def index(data: DataConfig) -> tuple[str, list[Place]]:
     """Return the address and the places of all images, which are found and hashed once.
 
     Images of tables are in the order of their rows.
+
+    The index is sealed; a broken one is made again.
 
     Raises:
         UserError: nothing is there, it cannot be read, or two images have one name.
@@ -53,12 +55,13 @@ def index(data: DataConfig) -> tuple[str, list[Place]]:
     if data.name == "hf":
         identity["columns"] = data.columns
     path = data_root() / "packed" / f"{content_key(identity)}.json"
-    if not path.is_file():
+    if not seal.is_whole(path):
         with locked(path, "the index", say):
-            if not path.is_file():  # no other process was faster
+            if not seal.is_whole(path):  # no other process was faster
                 with reading(f"data.path {url}", ValueError):  # of a damaged table
                     found = _found(data, system, files)
-                atomic.write_bytes(path, json.dumps(found).encode(), sealed=False)
+                seal.start(path.parent)
+                atomic.write_bytes(path, json.dumps(found).encode())
     stored = atomic.read_json(path, "index of images", part=1)
     return url, [Place(*row) for row in stored]
 

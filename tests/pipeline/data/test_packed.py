@@ -20,6 +20,7 @@ from pipeline.data.datasets import load_images
 from pipeline.data.packed import index
 from pipeline.errors import UserError
 from pipeline.integrity.limits import VARIABLE
+from pipeline.runs import verify
 from tests.pipeline.hub_server import serving_hub
 
 CLASSES = ("cat", "dog")
@@ -181,7 +182,7 @@ def test_nothing_is_copied_and_the_index_is_made_once(
     check("webdataset", str(path), folder)
     home = tmp_path / "home"
     stored = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
-    assert not (home / "unpacked").exists() and len(list((home / "packed").iterdir())) == 1
+    assert not (home / "unpacked").exists() and len(list((home / "packed").glob("*.json"))) == 1
     assert stored < 12 * 400  # the records of ten pictures, in the index of the folder too
     monkeypatch.setattr(index, "tar_places", None)
     data = DataConfig(name="webdataset", path=str(path), size=8)
@@ -193,6 +194,19 @@ def test_nothing_is_copied_and_the_index_is_made_once(
     archive.write_bytes(content)
     with pytest.raises(UserError, match=r"train0.png in .* could not be read \(it has changed"):
         images.take(np.arange(6))
+
+
+def test_a_broken_index_is_made_again(folder: Path, tmp_path: Path):
+    """A changed letter of a class would be a class more."""
+    data = DataConfig(name="webdataset", path=str(shards(folder, tmp_path / "shards")), size=8)
+    whole = load_images(data)
+    (index,) = (tmp_path / "home" / "packed").glob("*.json")
+    content = index.read_bytes()
+    index.write_bytes(content.replace(b"cat/train0", b"cap/train0"))
+    assert index.read_bytes() != content and len(verify.verify(index.parent)) == 1
+    images = load_images(data)
+    assert (images.class_names, images.fingerprint) == (whole.class_names, whole.fingerprint)
+    assert index.read_bytes() == content and verify.verify(index.parent) == []
 
 
 def test_a_pipe_is_no_tar_file(folder: Path, tmp_path: Path):

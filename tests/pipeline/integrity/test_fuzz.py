@@ -19,7 +19,8 @@ from pipeline.runs import verify
 from pipeline.storage import seal
 from tests.faults.fuzz import FuzzError, fuzz
 from tests.faults.mutations import HangError, bounded
-from tests.faults.readers import Reader, readers
+from tests.faults.readers.every import readers
+from tests.faults.readers.reader import Reader
 from tests.pipeline.tiny import World
 
 _EXAMPLES = 2

@@ -102,7 +102,7 @@ def test_a_truncated_file_is_a_user_error(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "state"
     save_checkpoint(path, STATE)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match="is damaged .*, and the block starts again"):
+    with pytest.raises(UserError, match="is damaged .*, which trains the block again"):
         load_checkpoint(path)
 
 

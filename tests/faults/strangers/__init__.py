@@ -1,0 +1,1 @@
+"""Malicious files: of a pickle nothing runs, nothing is written outside, and bombs stay small."""
