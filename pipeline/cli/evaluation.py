@@ -187,8 +187,8 @@ def evaluate_command(
         int | None,
         typer.Option(
             "--kid",
-            help="Number of real images for KID, precision and recall; by default the stored "
-            "features of an earlier --kid for any run on the same data.",
+            help="Number of real images for KID, precision and recall, which are not measured "
+            "by default. Their features are stored, once for all runs on the same data.",
         ),
     ] = None,
     steps: options.StepsOption = None,
@@ -265,8 +265,5 @@ def evaluate_command(
         say(warning)
     metrics = evaluator.evaluate(plan, settings)
     if accelerator.is_main_process:
-        if "kid" not in metrics:
-            say("no stored features of real images for KID, precision and recall; --kid 2000 "
-                "extracts them, once for all runs on this data")  # fmt: skip
         say(metrics_line(metrics))
         print(opened.folder / "metrics.json")

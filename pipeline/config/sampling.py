@@ -80,8 +80,8 @@ class EvaluateConfig:
         n: generated images.
         reference: shipped statistics, such as mnist-train, or a .npz, .safetensors or folder.
         floor: measure the reconstruction floor (rFID), too.
-        kid: real images for KID, precision and recall; 0 uses those whose features are cached, if
-            any. They are of the test split, or of the training split if that is too small.
+        kid: real images for KID, precision and recall; 0 measures none of the three. The images
+            are of the test split, or of the training split if that is too small.
         nll: images of the test split whose likelihood is measured; 0 measures none.
     """
 

@@ -22,7 +22,6 @@ from pipeline.evaluation.features import FeatureExtractor, extractor_identity, f
 from pipeline.evaluation.kid_precision_recall import (
     LEAST,
     kid_precision_recall,
-    stored_real_features,
 )
 from pipeline.evaluation.likelihood import held_out_nll
 from pipeline.evaluation.real_images import (
@@ -133,14 +132,11 @@ class Evaluator(FeatureExtractor):
     def _kid_precision_recall(
         self, data: DataConfig, sampled: StoreReader, n: int
     ) -> dict[str, Any]:
-        """Compare with n real images; n = 0 takes stored features, if there are any."""
-        if n:
-            images = at_least(data, n)
-            return kid_precision_recall(images, self.real_features(images, n), sampled)
-        stored = stored_real_features(data)
-        if stored is None or len(sampled) < LEAST:
+        """Compare with n real images, or with none if n is 0."""
+        if not n:
             return {}
-        return kid_precision_recall(*stored, sampled)
+        images = at_least(data, n)
+        return kid_precision_recall(images, self.real_features(images, n), sampled)
 
 
 def recipe_file(metrics: Path) -> Path:

@@ -235,7 +235,7 @@ def reconstructed_identity(
     return identity
 
 
-def real_features_identity(images: ImageSet, n: int | None = None) -> dict[str, Any]:
+def real_features_identity(images: ImageSet, n: int) -> dict[str, Any]:
     """Return the identity of the store of features of n real images."""
     content = {"kind": "real", "data": images.fingerprint, "n": n, "order": ORDER}
     return content | extractor_identity()

@@ -1,7 +1,6 @@
 """KID, precision and recall of sampled images against real images of the same data set.
 
-Inception is slow on a CPU, so by default only stored features of real images are used. `evaluate
---kid N` and `reference --test N` extract and store them under the data root.
+Features of real images are stored under the data root, so each image is evaluated once.
 """
 
 from __future__ import annotations
@@ -14,34 +13,14 @@ from torch import Tensor
 
 from eval.distances import kid
 from eval.manifolds import manifold_metrics
-from pipeline.config.data import DataConfig
-from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet
-from pipeline.errors import JkoflowError
-from pipeline.evaluation.features import real_features_identity
 from pipeline.runtime.rng import generator
-from pipeline.storage.paths import data_root
-from pipeline.storage.shards import StoreReader, find_similar_stores
+from pipeline.storage.shards import StoreReader
 
 #: the most images of either set; 10 000 x 2 048 floats take 80 MB, and the cost is quadratic
 MOST = 10_000
 #: the fewest images, because a manifold's radius is a distance to the third neighbour
 LEAST = 4
-
-
-def stored_real_features(data: DataConfig) -> tuple[ImageSet, StoreReader] | None:
-    """Find real images, of the test or else of the training split, with their most features."""
-    folder = data_root() / "features"
-    splits = dict.fromkeys((data.test_split, data.split))
-    for split in splits if any(folder.glob("real-*")) else ():
-        try:
-            images = load_images(data.of_split(split))
-        except (JkoflowError, OSError):  # these metrics are optional
-            continue
-        stores = find_similar_stores(folder, real_features_identity(images), "n", LEAST)
-        if stores:
-            return images, stores[0]
-    return None
 
 
 def kid_precision_recall(

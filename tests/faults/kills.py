@@ -80,9 +80,9 @@ def verbs(world: World) -> dict[str, Verb]:
         "train": lambda to: ["train", "-c", config, "-r", to / "run", "--resume"],
         "generate": lambda to: ["generate", "-r", to / "run", "-n", "10", "--npz", to / "x.npz",
                                 "--images", to / "images"],
-        # before `evaluate`, which measures KID where the features of real images are stored
         "reference": lambda to: ["reference", to / "reference.safetensors", "-c", config],
-        "evaluate": lambda to: ["evaluate", "-r", to / "run", "-n", "12", "--reference", real],
+        "evaluate": lambda to: ["evaluate", "-r", to / "run", "-n", "12", "--reference", real,
+                                "--kid", "12"],
         "likelihood": lambda to: ["likelihood", "-r", to / "run", "-n", "6"],
         "invert": lambda to: ["invert", "-r", to / "run", "-n", "3", "--out", to / "strip.png",
                               "--npz", to / "noise.npz"],

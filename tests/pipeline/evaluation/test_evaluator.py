@@ -195,18 +195,18 @@ def test_the_floor_of_the_identity_is_the_fid_of_the_real_images(
     assert "nll_per_dim" not in metrics
 
 
-def test_stored_real_features_are_used_by_default(
+def test_features_of_real_images_are_stored_once(
     trained: World, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """KID, precision and recall equal brute force, and no real image is evaluated again."""
     reference = trained.root / "pictures" / "train"
-    plain = evaluate(folder, reference, n=20, nll=0, floor=False)
-    assert "kid" not in plain and "precision" not in plain
     evaluate(folder, reference, n=20, nll=0, floor=False, kid=6)
     evaluate(folder, reference, n=20, nll=0, floor=False, kid=18)
+    plain = evaluate(folder, reference, n=20, nll=0, floor=False)
+    assert "kid" not in plain and "precision" not in plain  # whatever is stored
     seen, look = [], Glance.features
     monkeypatch.setattr(Glance, "features", lambda net, x: seen.append(len(x)) or look(net, x))
-    metrics = evaluate(folder, reference, n=20, nll=0, floor=False)
+    metrics = evaluate(folder, reference, n=20, nll=0, floor=False, kid=18)
     assert sum(seen) == 40  # the reference's own images, given as a folder
     run = open_run(folder)
     images = sample_images(plan_of(run), 20, 0, Accelerator(), quiet).field("images")
