@@ -41,7 +41,9 @@ def plan(classes: int, guidance: float, method: str) -> SimpleNamespace:
             torch.nn.init.normal_(parameter, std=0.3)
     run = SimpleNamespace(flow=flow, standardisation=STANDARDISATION)
     solvers = (SolverConfig(method, 2), SolverConfig(method, 3))
-    return SimpleNamespace(flow=flow, guidance=guidance, guide=None, run=run, solvers=solvers)
+    return SimpleNamespace(
+        flow=flow, guidance=guidance, class_guidance=guidance, guide=None, run=run, solvers=solvers
+    )
 
 
 def expected(plan, noise, labels):
