@@ -147,8 +147,8 @@ def test_a_run_knows_the_cache_that_it_was_trained_on(
     (cache / CACHE_RECIPE).unlink()
     flip(shard)
     code, out, _ = say(capsys, "verify", cache, "--repair")
-    told = "was removed; make it again by `jkoflow encode` with its --config"
-    assert code == 0 and out == f"{shard} {told}\n" and not shard.exists()
+    advice = "was removed; make it again by `jkoflow encode` with its --config"
+    assert code == 0 and out == f"{shard} {advice}\n" and not shard.exists()
 
 
 def test_data_that_are_gone_are_named_and_nothing_is_lost(
