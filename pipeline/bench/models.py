@@ -19,6 +19,7 @@ from flows.baselines.registry import BASELINES, make_baseline
 from flows.baselines.score_sde import ScoreSdeConfig
 from flows.networks.config import VelocityConfig
 from flows.networks.registry import make_velocity
+from pipeline.config.sampling import SamplerConfig
 from pipeline.config.schema import Config
 from pipeline.config.training import (
     FmConfig,
@@ -31,8 +32,11 @@ from pipeline.config.training import (
 from pipeline.config.validate import ends_free, steps
 from pipeline.errors import JkoflowError, UserError
 
-#: models that are trained block by block, by the pipeline of images
-BLOCKWISE = {"jko": "JKO-iFlow", "lfm": "local flow matching", "fm": "flow matching"}
+#: models that the pipeline of images trains
+BLOCKWISE = {
+    "jko": "JKO-iFlow", "lfm": "local flow matching", "fm": "flow matching",
+    "segments": "flow matching, a network for each part of time",
+}  # fmt: skip
 TITLES = {**BLOCKWISE, **{name: baseline.title for name, baseline in BASELINES.items()}}
 #: largest part of a training that warms up, so that a short one has its learning rate, too
 WARMUP = 0.1
@@ -85,17 +89,18 @@ def as_jko(config: Config) -> Config:
     return dataclasses.replace(config, train=train, **changed)
 
 
-def blockwise_config(config: Config, objective: str, width: int, batches: int) -> Config:
-    """Return the configuration of jko, lfm or fm with all networks of one width.
+def blockwise_config(config: Config, name: str, width: int, batches: int) -> Config:
+    """Return the configuration of a blockwise model with all networks of one width.
 
-    JKO blocks do not see the time. Regressions keep the section matching of their configuration.
-    The number of blocks is fixed, so that the parameters are known. Batches are split as the
-    configuration of JKO splits its iterations, for lfm evenly, and evenly over the passes of
-    `jko.reparameterize`. The warm-up takes at most a tenth of the shortest block.
+    JKO blocks do not see the time. Segments are flow matching with as many networks as JKO has
+    blocks, each on an equal part of the time. Regressions keep the section matching of their
+    configuration. The number of blocks is fixed, so that the parameters are known. Batches are
+    split as the configuration of JKO splits its iterations, for lfm evenly, and evenly over the
+    passes of `jko.reparameterize`. The warm-up takes at most a tenth of the shortest block.
 
     Args:
         config: of any objective; see `as_jko`.
-        objective: jko, lfm or fm.
+        name: a key of `BLOCKWISE`.
         width: of every network.
         batches: of all blocks and passes together, at least one for each.
 
@@ -105,52 +110,58 @@ def blockwise_config(config: Config, objective: str, width: int, batches: int) -
     matching = config.matching or MatchingConfig()
     config = as_jko(config)
     assert config.schedule is not None and config.jko is not None
-    blocks, passes = block_count(config, objective), pass_count(config, objective)
+    blocks, passes = block_count(config, name), pass_count(config, name)
     if batches < blocks * passes:
         raise UserError(
-            f"the budget is {batches} batches for {blocks} blocks of {objective}"
+            f"the budget is {batches} batches for {blocks} blocks of {name}"
             + (f" in {passes} passes" if passes > 1 else "")
             + "; expected at least one for each; raise --budget"
         )
-    if objective == "jko" and config.jko.refine > 1:
+    if name == "jko" and config.jko.refine > 1:
         raise UserError(
             f"jko.refine is {config.jko.refine}; expected 1, because split blocks have more "
             "parameters than --parameters; set jko.h to more steps instead"
         )
     given = config.train.iterations
     shares = [given] if isinstance(given, int) else list(given)
-    if objective != "jko":
+    if name != "jko":
         shares = [1]
     shares = [shares[min(index, len(shares) - 1)] for index in range(blocks)]
     batches //= passes
     iterations = [max(1, int(batches * share / sum(shares))) for share in shares]
     iterations[0] += batches - sum(iterations)
-    kind = cast(Objective, objective)
+    kind = cast(Objective, "fm" if name == "segments" else name)
     warmup = min(config.train.warmup, int(WARMUP * min(iterations)))
     train = dataclasses.replace(config.train, objective=kind, iterations=iterations, warmup=warmup)
-    velocity = dataclasses.replace(config.velocity, width=width, autonomous=objective == "jko")
+    velocity = dataclasses.replace(config.velocity, width=width, autonomous=name == "jko")
+    sampler = config.sampler
+    if name == "segments":
+        nets = block_count(config, "jko")
+        velocity = dataclasses.replace(velocity, nets=nets)
+        # the sampler serves the check of the block alone; its grid must meet the parts
+        sampler = SamplerConfig("midpoint", nets)
     changed: dict[str, Any] = {
         "schedule": dataclasses.replace(config.schedule, tolerance=0.0),
         "jko": dataclasses.replace(config.jko, later_iterations=None),
     }
-    if objective == "lfm":
+    if name == "lfm":
         schedule = ScheduleConfig(max_blocks=blocks - 1, tolerance=0.0)
         changed = {"jko": None, "lfm": LfmConfig(), "schedule": schedule, "matching": matching}
-    elif objective == "fm":
+    elif kind == "fm":
         changed = {"jko": None, "fm": FmConfig(), "schedule": None, "matching": matching}
-    return dataclasses.replace(config, train=train, velocity=velocity, **changed)
+    return dataclasses.replace(config, train=train, velocity=velocity, sampler=sampler, **changed)
 
 
-def block_count(config: Config, objective: str) -> int:
-    """Return the number of blocks of jko and lfm under a configuration; 1 for fm."""
+def block_count(config: Config, name: str) -> int:
+    """Return the number of blocks of jko and lfm under a configuration; 1 for fm and segments."""
     config = as_jko(config)
-    return 1 if objective == "fm" else len(steps(config)) + ends_free(config)
+    return 1 if name in ("fm", "segments") else len(steps(config)) + ends_free(config)
 
 
-def pass_count(config: Config, objective: str) -> int:
+def pass_count(config: Config, name: str) -> int:
     """Return how often the blocks are trained: further passes of jko have other step sizes."""
     jko = config.jko
-    return 1 if objective != "jko" or jko is None else 1 + jko.reparameterize
+    return 1 if name != "jko" or jko is None else 1 + jko.reparameterize
 
 
 def baseline_config(name: str, width: int, depth: int) -> Any:  # noqa: ANN401

@@ -64,8 +64,8 @@ def bench_command(
         str,
         typer.Option(
             "--models",
-            help="Models: jko, lfm, fm, ffjord, otflow, ignn, iresnet and scoresde; maf and nsf "
-            "with the extra zuko.",
+            help="Models: jko, lfm, fm, ffjord, otflow, ignn, iresnet and scoresde; also "
+            "segments, and maf and nsf with the extra zuko.",
         ),
     ] = "jko,lfm,fm,ffjord,otflow,ignn,iresnet,scoresde",
     data: Annotated[

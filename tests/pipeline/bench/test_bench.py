@@ -1,10 +1,8 @@
-"""`jkoflow bench`: rows, resuming, failures, budgets, sizes, and mistakes."""
+"""`jkoflow bench`: rows, resuming, failures, budgets, and mistakes."""
 
 from __future__ import annotations
 
 import csv
-import dataclasses
-import io
 import json
 import math
 import os
@@ -20,41 +18,24 @@ from accelerate import Accelerator
 from PIL import Image
 from typer.testing import CliRunner
 
-from flows.baselines.base import Decoded
-from flows.baselines.cnf import FlowModel
-from flows.baselines.ignn import Ignn, IgnnConfig
-from flows.baselines.iresnet import IResNet, IResNetConfig
 from flows.baselines.registry import config_from_dict, make_baseline
-from flows.baselines.residual import FixedPoint
-from flows.likelihood import log_prob
-from flows.networks.config import VelocityConfig
-from flows.solving.solver import SolverConfig
-from flows.spec import BlockSpec
 from pipeline.bench import bench as bench_module
-from pipeline.bench import measure as measure_module
 from pipeline.bench.bench import Bench, read_rows, run_bench
 from pipeline.bench.budget import Budget
-from pipeline.bench.measure import Measured, measure
+from pipeline.bench.measure import measure
 from pipeline.bench.models import (
     AUTOREGRESSIVE,
     BLOCKWISE,
     TITLES,
-    blockwise_config,
-    parameter_count,
-    width_for,
 )
 from pipeline.bench.problem import HeldOut, open_problem, problem_config
-from pipeline.bench.results import Row, markdown, table_csv
+from pipeline.bench.results import Row
 from pipeline.cli.main import app
-from pipeline.config.load import with_values
 from pipeline.errors import JkoflowError, UserError
-from pipeline.evaluation.likelihood import PROBES, summarise
 from pipeline.runs import verify
 from pipeline.runs.run import open_run
 from pipeline.runtime import signals
-from pipeline.runtime.rng import generator
 from pipeline.storage import atomic
-from tests.flows.problems import fresh_flow
 
 TINY = (
     "points.train=300", "train.batch_size=50", "jko.h=[0.5]", "velocity.depth=1",
@@ -112,7 +93,7 @@ def test_every_model_has_a_row_with_its_budget(finished) -> None:
 def test_a_saved_baseline_is_the_measured_model(finished) -> None:
     folder, rows = finished
     problem = open_problem(problem_config("toy2d", "8gaussians", TINY, 0), FEW)
-    for row in rows[3:]:
+    for row in rows[len(BLOCKWISE):]:
         cell = folder / "8gaussians" / row.model / "seed-0"
         described = json.loads((cell / "model.json").read_text())
         config = config_from_dict(described["model"], described["config"])
@@ -231,41 +212,7 @@ def test_a_budget_of_seconds_is_kept(tmp_path) -> None:
     assert all(point.seconds < 0.4 for point in otflow.curve)
 
 
-# ---------------------------------------------------------------- sizes
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("suite", [("toy2d", "rose", 2, 35_000), ("tabular", "power", 6, 76_000)])
-def test_models_have_at_most_the_parameters_that_are_wanted(name, suite) -> None:
-    config = problem_config(suite[0], suite[1], (), 0)
-    shape = (suite[2],)
-    width = width_for(name, config, shape, suite[3])
-    count = parameter_count(name, config, shape, width)
-    assert 0.9 * suite[3] < count <= suite[3] < parameter_count(name, config, shape, width + 1)
-
-
-def test_batches_are_split_over_blocks() -> None:
-    config = problem_config("toy2d", "rose", (), 0)
-    assert config.train.iterations == [2000, 1200, 1000, 1000]
-    jko = blockwise_config(config, "jko", 8, 521)
-    assert sum(jko.train.iterations) == 521 and jko.train.iterations[1:] == [120, 100, 100]
-    assert jko.velocity.autonomous and jko.schedule.tolerance == 0
-    assert config.train.warmup == 50 and jko.train.warmup == 10
-    lfm = blockwise_config(config, "lfm", 8, 400)
-    assert lfm.train.iterations == [100] * 4 and lfm.schedule.max_blocks == 3 and lfm.jko is None
-    fm = blockwise_config(config, "fm", 8, 400)
-    assert fm.train.iterations == [400] and not fm.velocity.autonomous
-    assert fm.train.warmup == 40 and blockwise_config(config, "fm", 8, 900).train.warmup == 50
-    with pytest.raises(UserError, match="3 batches for 4 blocks"):
-        blockwise_config(config, "jko", 8, 3)
-    again = with_values(config, {"jko.reparameterize": 2, "jko.later_iterations": 7})
-    three = blockwise_config(again, "jko", 8, 1563)
-    assert three.train.iterations == jko.train.iterations and three.jko.later_iterations is None
-    assert blockwise_config(again, "fm", 8, 400).train.iterations == [400]
-    with pytest.raises(UserError, match="11 batches for 4 blocks of jko in 3 passes"):
-        blockwise_config(again, "jko", 8, 11)
-    with pytest.raises(UserError, match="jko.refine is 2; expected 1"):
-        blockwise_config(with_values(config, {"jko.refine": 2}), "jko", 8, 400)
+# ---------------------------------------------------------------- problems
 
 
 def test_passes_with_other_steps_share_the_budget(tmp_path) -> None:
@@ -287,98 +234,6 @@ def test_a_picture_is_a_problem(tmp_path) -> None:
     problem = open_problem(config, FEW)
     assert config.name == "picture" and config.train.seed == 3
     assert (problem.test[:, 0] <= -3).all() and (problem.test[:, 1] >= 2).all()
-
-
-# ---------------------------------------------------------------- measuring
-
-
-def identity(dim: int) -> FlowModel:
-    """A flow that leaves its samples unchanged."""
-    model = FlowModel(fresh_flow((dim,), []))
-    model.flow.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
-    return model
-
-
-def test_the_identity_measures_as_the_normal_distribution() -> None:
-    problem = open_problem(problem_config("toy2d", "gaussian", (), 0), HeldOut(400, 500))
-    model = identity(2)
-    measured, samples = measure(model, problem, CPU)
-    nll = problem.test.double().square().sum(1) / 2 + math.log(2 * math.pi)
-    assert measured.nll == pytest.approx(float(nll.mean()), rel=1e-6)
-    assert measured.nll_error == pytest.approx(float(nll.std()) / 20, rel=1e-5)
-    assert len(samples) == 500 and measured.failures == 0
-    assert measured.mmd_m > measured.thresholds[0] and measured.mmd_1 > measured.thresholds[1]
-    scaled = dataclasses.replace(problem, log_scale=-3.5)
-    assert measure(model, scaled, CPU)[0].nll == pytest.approx(measured.nll - 3.5)
-
-
-def test_random_probes_have_their_part_of_the_error(monkeypatch) -> None:
-    problem = open_problem(problem_config("toy2d", "gaussian", TINY, 0), FEW)
-    network = VelocityConfig("mlp", 8, 1, autonomous=True, zero_init=False)
-    spec = BlockSpec(network, SolverConfig("rk4", 2))
-    flow = fresh_flow((2,), [spec])
-    exact, _ = measure(FlowModel(flow), problem, CPU)
-    assert exact.probe_error is None
-    monkeypatch.setattr(measure_module, "EXACT_UP_TO", 1)
-    measured, _ = measure(FlowModel(flow), problem, CPU)
-    known = log_prob(flow, problem.test, "hutchinson", PROBES, generator=generator(
-        0, "nll", "probes"))  # fmt: skip
-    assert measured.probe_error == pytest.approx(summarise([known])["probe_error"] * 2)
-    assert abs(measured.nll - exact.nll) < 5 * measured.probe_error + 1e-6
-
-
-def test_samples_without_an_inverse_are_counted_and_left_out(monkeypatch) -> None:
-    problem = open_problem(problem_config("toy2d", "gaussian", TINY, 0), FEW)
-    model = Ignn(IgnnConfig(VelocityConfig("mlp", 8, 1, autonomous=True), 1), 2)
-    whole, samples = measure(model, problem, CPU)
-
-    def half(noise):
-        keep = torch.arange(len(noise)) % 2 == 0
-        return Decoded(torch.where(keep[:, None], noise, torch.nan), keep, 7)
-
-    monkeypatch.setattr(model, "decode_checked", half)
-    measured, found = measure(model, problem, CPU)
-    assert whole.failures == 0 and measured.failures == 0.5
-    torch.testing.assert_close(found, samples[::2])
-    nothing = lambda noise: Decoded(noise, torch.zeros(len(noise), dtype=torch.bool), 7)  # noqa: E731
-    monkeypatch.setattr(model, "decode_checked", nothing)
-    measured, _ = measure(model, problem, CPU)
-    assert measured.mmd_m is None and measured.mmd_1 is None and measured.failures == 1
-    # one iteration is too few for any sample
-    model = IResNet(IResNetConfig(8, blocks=2, fixed_point=FixedPoint(1e-9, 1)), 2)
-    measured, _ = measure(model, problem, CPU)
-    assert measured.mmd_m is None and measured.failures == 1 and math.isfinite(measured.nll)
-    text = markdown([row("iresnet", 0, 1.0, measured=measured)], [])
-    assert "i-ResNet, seed 0: the inverse of 100.00% of 40 samples was not found" in text
-    assert "changes no coordinate by more than 1e-05; the median of ‖z − T⁻¹(T(z))‖ is" in text
-
-
-# ---------------------------------------------------------------- tables
-
-
-def row(model: str, seed: int, nll: float, **changes) -> Row:
-    measured = Measured(nll, 0.25, 1e-3 * (seed + 1), None, [1e-3], 0.125, 0.0, 9, 60, 40)
-    values = {"parameters": 1234, "seconds": 2.0, "batches": 4, "measured": measured}
-    return Row("power", model, seed, "rows", **{**values, **changes})
-
-
-def test_the_table_has_means_and_deviations() -> None:
-    rows = [row("jko", 0, 1.0, overhead=0.5), row("jko", 1, 2.0), row("otflow", 0, 3.0),
-            row("fm", 0, 0.0, measured=None, error="no luck")]  # fmt: skip
-    text = markdown(rows, ["Settings."], published=True)
-    line = "| JKO-iFlow | 1.500 ± 0.707 | 1.50e-03 ± 7.07e-04 | – | 1,234 | 2.0 + 0.2 | 4 |"
-    assert line in text
-    assert "| OT-Flow | 3.000 (± 0.250) | 1.00e-03 | – |" in text
-    assert "| flow matching | failed |" in text and "seed 0: failed: no luck" in text
-    assert "JKO-iFlow, seed 1: the inverse of 12.50% of 40 samples was not found" in text
-    assert "| *JKO-iFlow, published* | -0.12 |" in text and "arXiv:2212.14424" in text
-    assert "published" not in markdown(rows, []) and "fixed point" not in text
-    noisy = dataclasses.replace(rows[0].measured, probe_error=0.0123)
-    text = markdown([row("jko", 0, 1.0, measured=noisy)], [])
-    assert "The random probes have at most 0.01 of the standard error" in text
-    lines = list(csv.DictReader(io.StringIO(table_csv(rows))))
-    assert lines[0]["seconds_per_batch"] == "0.5" and lines[3]["error"] == "no luck"
-    assert lines[3]["nll"] == "" and lines[1]["failures"] == "0.125"
 
 
 # ---------------------------------------------------------------- mistakes
