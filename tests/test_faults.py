@@ -110,7 +110,7 @@ def test_a_payload_that_runs_is_noticed(
     monkeypatch.setattr(reading, "readers_of", lambda kind, path: [lambda: pickle.loads(
         path.read_bytes()
     )])  # fmt: skip
-    monkeypatch.setattr(reading, "_SERVER", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(reading, "FORKSERVER", multiprocessing.get_context("fork"))
     monkeypatch.setattr(reading, "strangers", lambda canary: [
         x for x in pickles(canary) if x.name in ("os system called", "eval in a value")
     ])  # fmt: skip

@@ -253,6 +253,6 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
     probes = [m.probe_error for row in rows if (m := row.measured) is not None and m.probe_error]
     if probes:
         lines.append(
-            f"* The random probes have at most {max(probes):.1g} of the standard error of a NLL."
+            f"* The random probes have at most {max(probes):.1g} of the standard error of an NLL."
         )
     return [*lines, ""] if lines else []

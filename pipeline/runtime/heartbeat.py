@@ -196,7 +196,7 @@ def death(rank: int, host: str) -> str:
     """Return the sentence about a dead rank."""
     return (
         f"rank {rank} on {host} has died; the other processes stop too; finished steps are kept; "
-        "start all processes again (train: with --resume)"
+        "start all processes again (a training: with --resume)"
     )
 
 

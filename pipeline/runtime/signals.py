@@ -18,7 +18,7 @@ from types import FrameType
 
 GRACE_SECONDS = 4.5
 SENTENCE = (
-    "interrupted; finished steps are kept; run the same command again (train: with --resume)"
+    "interrupted; finished steps are kept; run the same command again (a training: with --resume)"
 )
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 

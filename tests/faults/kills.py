@@ -32,10 +32,10 @@ from pipeline.runs import verify
 from pipeline.storage import atomic, seal
 from tests.faults.table import Table
 from tests.pipeline.glance import stand_in
-from tests.pipeline.tiny import _SERVER, World, make_world
+from tests.pipeline.tiny import FORKSERVER, World, make_world
 
 # a child starts with everything imported, so that it dies in its work
-_SERVER.set_forkserver_preload([
+FORKSERVER.set_forkserver_preload([
     "tests.faults.kills", "pipeline.training.train", "pipeline.sampling.generate",
     "pipeline.evaluation.evaluator", "pipeline.autoencoder_training.train",
     "pipeline.distillation.distill", "pipeline.publishing.export", "pipeline.bench.bench",
@@ -249,7 +249,7 @@ def run_to_its_end(words: list[Any], world: World, unsealed: bool = False) -> in
 
 def _start(words: list[Any], world: World, moment: str | None, at: float, unsealed: bool) -> int:
     arguments = ([str(word) for word in words], world.environment, moment, at, unsealed)
-    process: Any = _SERVER.Process(target=_run, args=arguments)
+    process: Any = FORKSERVER.Process(target=_run, args=arguments)
     process.start()
     process.join()
     return int(process.exitcode)

@@ -21,7 +21,7 @@ from typing import Any
 from pipeline.storage import atomic
 from tests.faults import kills
 from tests.faults.table import Table
-from tests.pipeline.tiny import _SERVER, World, make_world
+from tests.pipeline.tiny import FORKSERVER, World, make_world
 
 #: what becomes of names that were not synced
 NAMES = ("names kept", "names dropped")
@@ -195,7 +195,7 @@ def cut(
 
 def _start(words: list[Any], world: World, root: Path, at: int, keep: bool, sync: bool) -> int:
     arguments = ([str(word) for word in words], world.environment, root, at, keep, sync)
-    process: Any = _SERVER.Process(target=_run, args=arguments)
+    process: Any = FORKSERVER.Process(target=_run, args=arguments)
     process.start()
     process.join()
     return int(process.exitcode)

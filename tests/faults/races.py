@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.faults import kills
 from tests.faults.table import Table
-from tests.pipeline.tiny import _SERVER, World, make_world
+from tests.pipeline.tiny import FORKSERVER, World, make_world
 
 VERBS = ("encode", "train", "generate", "evaluate")
 RESULTS = ("both worked", "one sentence", "second refused", "other end")
@@ -57,7 +57,7 @@ def _start(words: list[Any], world: World) -> tuple[Any, Path]:
     said = world.home.parent / f"said-{len(list(world.home.parent.glob('said-*')))}"
     said.touch()
     arguments = ([str(word) for word in words], world.environment, said)
-    process: Any = _SERVER.Process(target=kills.run, args=arguments)
+    process: Any = FORKSERVER.Process(target=kills.run, args=arguments)
     process.start()
     return process, said
 

@@ -28,7 +28,7 @@ def kill_at(commits: Sequence[int], work: Callable[..., object], *words: object)
         words: its arguments, such as can be sent to another process.
     """
     for commit in commits:
-        process = harness._SERVER.Process(target=_until, args=(commit, work, words))
+        process = harness.FORKSERVER.Process(target=_until, args=(commit, work, words))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL

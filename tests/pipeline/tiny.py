@@ -171,9 +171,9 @@ def python(*arguments: str | Path, env: Mapping[str, str], **options: Any) -> su
     )
 
 
-_SERVER = multiprocessing.get_context("forkserver")
+FORKSERVER = multiprocessing.get_context("forkserver")
 # torch.optim imports dynamo when it is first used, which takes longer than a whole tiny training
-_SERVER.set_forkserver_preload(
+FORKSERVER.set_forkserver_preload(
     [
         "tests.pipeline.tiny", "pipeline.training.train", "pipeline.sampling.generate",
         "torch._dynamo",
@@ -197,7 +197,7 @@ def child(
             is whole.
     """
     words = [str(word) for word in arguments]
-    return _SERVER.Process(target=_run, args=(words, dict(env), die_at, after))
+    return FORKSERVER.Process(target=_run, args=(words, dict(env), die_at, after))
 
 
 def run_child(*arguments: str | Path, env: Mapping[str, str]) -> None:

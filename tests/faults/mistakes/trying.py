@@ -24,7 +24,7 @@ from pipeline.cli import main
 from tests.faults.mistakes.cases import Case, cases
 from tests.faults.table import Table
 from tests.pipeline.glance import stand_in
-from tests.pipeline.tiny import _SERVER, World
+from tests.pipeline.tiny import FORKSERVER, World
 
 #: of the processor, after the imports
 SECONDS = 5.0
@@ -48,7 +48,7 @@ def try_all(
         here.mkdir(parents=True)
         said = root / "said"
         said.write_text("")
-        process: Any = _SERVER.Process(
+        process: Any = FORKSERVER.Process(
             target=_run, args=(case.words, world.environment, here, said)
         )
         process.start()

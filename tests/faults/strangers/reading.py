@@ -25,7 +25,7 @@ from tests.faults.strangers.pictures import pictures
 from tests.faults.strangers.readers import readers_of
 from tests.faults.strangers.stranger import Stranger
 from tests.faults.table import Table
-from tests.pipeline.tiny import _SERVER, World
+from tests.pipeline.tiny import FORKSERVER, World
 
 SECONDS, BYTES = 10.0, 2 << 30
 RESULTS = ("harmless", "payload ran", "written outside", "too slow", "too large", "other end")
@@ -68,7 +68,7 @@ def read_all(
         said.write_text("")
         before = {p for p in root.rglob("*") if not p.is_relative_to(folder)}
         env = {**world.environment, "JKOFLOW_HOME": str(folder / "home")}
-        process: Any = _SERVER.Process(target=_read, args=(stranger.kind, path, env, said))
+        process: Any = FORKSERVER.Process(target=_read, args=(stranger.kind, path, env, said))
         process.start()
         process.join(60 * SECONDS)
         if process.is_alive():

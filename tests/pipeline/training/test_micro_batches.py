@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from pipeline.optim.micro_batches import is_out_of_memory
 from pipeline.runtime.rng import generator
 from pipeline.training.block_trainer import BlockTrainer
 from tests.pipeline.gaussian_source import GaussianSource, tiny
+from tests.pipeline.tiny import FORKSERVER
 
 CASES = [
     ("jko", {"divergence": "exact"}),
@@ -43,10 +46,16 @@ class InDouble(Velocity):
 
 
 def trainer_of(
-    folder: Path, objective: str, changes: dict[str, str], double: bool = True, **recipe: Any
+    folder: Path,
+    objective: str,
+    changes: dict[str, str],
+    double: bool = True,
+    count: int = 60,
+    width: int = 8,
+    **recipe: Any,
 ) -> BlockTrainer:
-    stage = GaussianSource(count=60).first_stage(folder, tiny(), Accelerator())
-    net = VelocityConfig("mlp", width=8, depth=1, zero_init=False)
+    stage = GaussianSource(count=count).first_stage(folder, tiny(), Accelerator())
+    net = VelocityConfig("mlp", width=width, depth=1, zero_init=False)
     step = {"jko": {"h": 0.5}, "lfm": {"gamma": 0.3}, "fm": {}}[objective]
     spec = BlockSpec(net, objective="jko" if objective == "jko" else "lfm", **step)
     block = build_block(spec, (2,), generator(0, "weights", 0))
@@ -114,6 +123,33 @@ def test_memory_that_runs_out_halves_the_parts(
     assert "memory has run out; batches are taken in parts of 3 samples" in capsys.readouterr().err
     small.step()
     assert sizes[6:] == [3, 3, 3, 1]  # it keeps the size
+
+
+#: a batch whose gradient needs about a gigabyte
+LARGE: Any = {"double": False, "count": 8000, "width": 400, "batch_size": 8000}
+
+
+def _gradient_in_little_memory(folder: Path) -> None:
+    """Compute the gradient of a large batch in this process, with 300 MiB of further memory."""
+    trainer = trainer_of(folder, "jko", {}, **LARGE)
+    warm = trainer_of(folder / "warm", "jko", {}, double=False)
+    warm.gradient(0)  # starts the threads of autograd, which take room of their own
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
+    gradient = trainer.gradient(0)
+    torch.save({"gradient": gradient, "size": trainer.micro_batches.size}, folder / "result.pt")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is that of Linux")
+def test_a_process_with_little_memory_takes_parts(tmp_path: Path) -> None:
+    process = FORKSERVER.Process(target=_gradient_in_little_memory, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    result = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert 1 <= result["size"] <= 4000
+    given = trainer_of(tmp_path / "given", "jko", {}, micro_batch=result["size"], **LARGE)
+    torch.testing.assert_close(result["gradient"], given.gradient(0))
 
 
 @pytest.mark.parametrize(("given", "most", "size"), [(4, 3, 4), (None, 0, 1)])
