@@ -113,7 +113,8 @@ def content(folder: Path) -> dict[str, str]:
             if path.suffix == ".csv" or {"file-index", "plots"} & {*parts}:
                 continue  # times of a benchmark, and of files
             if path.suffix in (".json", ".jsonl"):
-                data = repr([_plain(json.loads(x), folder) for x in _documents(path)]).encode()
+                with contextlib.suppress(ValueError):  # a broken file counts as it is
+                    data = repr([_plain(json.loads(x), folder) for x in _documents(path)]).encode()
             sums["/".join(parts)] = hashlib.sha256(data).hexdigest()
     return sums
 
