@@ -43,12 +43,17 @@ def require_size(size: int, what: object) -> None:
 
 
 def require_archive_size(archive: zipfile.ZipFile, what: object) -> None:
-    """Check the unpacked size of a zip archive, as its directory claims it.
+    """Check the unpacked size of a zip archive and the places of its members, as it claims them.
 
     Raises:
-        ValueError: the members together exceed the limit.
+        ValueError: the members together exceed the limit, or one begins outside the file.
     """
     require_size(sum(entry.file_size for entry in archive.infolist()), what)
+    for entry in archive.infolist():
+        if not 0 <= entry.header_offset < archive.start_dir:
+            raise ValueError(
+                f"{what} is damaged: member {entry.filename} begins at byte {entry.header_offset}"
+            )
 
 
 def read_regular(path: Path, part: int) -> bytes:

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,21 @@ def test_a_damaged_archive_next_to_whole_files(tmp_path):
     names = ["thing.bin", "thing.bin.gz"]  # either would do
     files = find_files(tmp_path, names, tmp_path / "scratch")
     assert files == {"thing.bin": tmp_path / "thing.bin"}
+
+
+@pytest.mark.parametrize("offset", [90, 2**31])
+def test_a_member_outside_its_archive_is_damage(tmp_path, offset):
+    """A directory that claims another place moves all members before the file."""
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w") as zipped:
+        zipped.writestr("thing.bin", b"content")
+    data = bytearray(archive.read_bytes())
+    end = data.rindex(b"PK\x05\x06")  # the record whose bytes 16 to 20 are this place
+    assert int.from_bytes(data[end + 16 : end + 20], "little") < offset
+    data[end + 16 : end + 20] = offset.to_bytes(4, "little")
+    archive.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"a.zip is damaged"):
+        find_files(archive, ["thing.bin"], tmp_path)
 
 
 def play(folder: Path, name: str, script: str) -> str:
