@@ -34,6 +34,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.features import SHARD, FeatureExtractor
 from pipeline.runs.passes import Pass
 from pipeline.runtime.rng import generator
+from pipeline.runtime.sharding import enable_sharding
 from pipeline.sampling.generate import sample_images
 from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.training.block_trainer import BlockTrainer
@@ -41,18 +42,19 @@ from pipeline.training.train import train
 from tests.autoencoders.models import blobs, config
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
 from tests.pipeline.records import synthetic_manifest
+from tests.pipeline.sharding import OTHERS, compare
 
 ROOT = Path(__file__).parents[1]
 RANKS = 2
 
 
-def run_job(job: str, folder: Path) -> list[Any]:
-    """Run a job on two processes; what each of them saw, by rank."""
+def run_job(job: str, folder: Path, **variables: str) -> list[Any]:
+    """Run a job on two processes with variables; what each of them saw, by rank."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         "--nproc_per_node", str(RANKS), "-m", "tests.processes", job, str(folder),
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -185,6 +187,17 @@ def networks(accelerator: Accelerator, folder: Path, halt: bool) -> Any:
     return train(config, folder / "run", accelerator, quiet, True, source).complete
 
 
+def jko_flow(accelerator: Accelerator, folder: Path) -> Any:
+    """How a training of two JKO blocks ends whose grids are compared."""
+    config = tiny(
+        "jko.divergence=finite-difference", "jko.h=[0.1,0.3]", "velocity.kind=mlp",
+        "velocity.width=8", "velocity.depth=2", "train.iterations=100", "train.lr=0.003",
+        "train.ema=0.9", "train.batch_size=32",
+    )  # fmt: skip
+    done = train(config, folder / "run", accelerator, quiet, False, GaussianSource(count=64))
+    return [done.trained, done.complete]
+
+
 JOBS: dict[str, Callable[[Accelerator, Path], Any]] = {
     "codebook": codebook,
     "autoencoder": autoencoder,
@@ -193,6 +206,9 @@ JOBS: dict[str, Callable[[Accelerator, Path], Any]] = {
     "images": images,
     "first clock": partial(clock, ahead=0),
     "second clock": partial(clock, ahead=1),
+    "jko flow": jko_flow,
+    "sharded fm": lambda *job: compare(*job, "fm"),
+    "sharded others": lambda *job: compare(*job, *OTHERS),
     "networks": partial(networks, halt=False),
     "networks, halted": partial(networks, halt=True),
     "unsolvable": partial(block, objective="jko", size=float("1e38")),
@@ -204,6 +220,7 @@ JOBS: dict[str, Callable[[Accelerator, Path], Any]] = {
 def main() -> None:
     job, folder = sys.argv[1], Path(sys.argv[2])
     accelerator = Accelerator(cpu=True)
+    enable_sharding(accelerator, os.environ)
     assert accelerator.num_processes == RANKS
     seen = JOBS[job](accelerator, folder)
     (folder / f"{accelerator.process_index}.json").write_text(json.dumps(seen))

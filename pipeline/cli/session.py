@@ -108,11 +108,16 @@ def replace_given(settings: Any, **values: Any) -> Any:  # noqa: ANN401
     return dataclasses.replace(settings, **given)
 
 
-def make_accelerator(device: str | None = None) -> Any:  # noqa: ANN401 - imported late
-    """Return the accelerator on a device, or on that of `--device`; ranks watch each other."""
+def make_accelerator(device: str | None = None, shards: bool = False) -> Any:  # noqa: ANN401
+    """Return the accelerator on a device, or on that of `--device`; ranks watch each other.
+
+    Args:
+        device: None is that of `--device`.
+        shards: whether the command trains a network that the ranks may share by FSDP.
+    """
     from pipeline.runtime import devices
 
-    accelerator = devices.make_accelerator(device or _device.get())
+    accelerator = devices.make_accelerator(device or _device.get(), shards)
     heartbeat.start(accelerator.process_index, accelerator.num_processes, end_process)
     return accelerator
 

@@ -184,7 +184,7 @@ def train_command(
         from pipeline.dry_run import train_lines
 
         return print("\n".join(train_lines(settings, folder, add_blocks)))
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(shards=True)
     warn_of_slow_bf16(settings.train.precision, accelerator)
     if measure_noise:
         with one_writer(folder, "the run at", accelerator):

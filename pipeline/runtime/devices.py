@@ -14,12 +14,12 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.runtime.console import say
+from pipeline.runtime.sharding import enable_sharding, refuse_sharding_settings
 
 #: variables that `accelerate launch` sets, the values without effect, and what to do instead
 _REFUSED: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("ACCELERATE_MIXED_PRECISION", ("no", "fp32"), "set train.precision=bf16 instead"),
     ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1",), "set train.micro_batch instead"),
-    ("ACCELERATE_USE_FSDP", ("false", "0"), "launch without FSDP; every process holds a block"),
     ("ACCELERATE_USE_DEEPSPEED", ("false", "0"), "launch without DeepSpeed"),
     ("ACCELERATE_USE_MEGATRON_LM", ("false", "0"), "launch without Megatron-LM"),
     ("ACCELERATE_USE_PARALLELISM_CONFIG", ("false", "0"), "launch without that section"),
@@ -32,7 +32,7 @@ _SLOW = 2.0
 _SIDE, _REPEATS = 96, 3
 
 
-def make_accelerator(device: str | None = None) -> Accelerator:
+def make_accelerator(device: str | None = None, shards: bool = False) -> Accelerator:
     """Return the accelerator: the device and the ranks of this process.
 
     `accelerate launch` starts several processes on GPUs, but only one on a CPU. On CPUs,
@@ -40,11 +40,18 @@ def make_accelerator(device: str | None = None) -> Accelerator:
 
     Args:
         device: cpu, cuda, cuda:N or mps; None is the best one of this machine.
+        shards: whether the command trains a network that the ranks may share by FSDP.
 
     Raises:
         UserError: the device is not there, or a setting of accelerate has no effect here.
     """
-    refuse_settings(os.environ)
+    refuse_settings(os.environ, shards)
+    accelerator = _accelerator(device)
+    enable_sharding(accelerator, os.environ)
+    return accelerator
+
+
+def _accelerator(device: str | None) -> Accelerator:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     handlers = [InitProcessGroupKwargs(timeout=_PATIENCE)] if several else None
@@ -87,8 +94,12 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device)
 
 
-def refuse_settings(environ: Mapping[str, str]) -> None:
+def refuse_settings(environ: Mapping[str, str], shards: bool = False) -> None:
     """Refuse settings of `accelerate config` that jkoflow does not honour, by name.
+
+    Args:
+        environ: the environment.
+        shards: see `make_accelerator`.
 
     Raises:
         UserError: one is set.
@@ -97,6 +108,7 @@ def refuse_settings(environ: Mapping[str, str]) -> None:
         value = environ.get(name, "").lower()
         if value and value not in idle:
             raise UserError(f"{name} is {value}; expected {idle[0]} or none; {advice}")
+    refuse_sharding_settings(environ, shards)
 
 
 def warn_of_slow_bf16(precision: str, accelerator: Accelerator) -> None:

@@ -1,7 +1,8 @@
 """Trains one block on a stage: optimiser, learning rate, EMA, checks for divergence, checkpoint.
 
 Only this block is in memory. Batches and probes derive from (seed, stage, step). Every rank takes
-its share of each batch, and gradients are averaged over ranks.
+its share of each batch, and gradients are averaged over ranks. Under FSDP, every rank also holds
+only its part of the network (`pipeline.runtime.sharding`).
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 from flows.block import Block
 from flows.errors import SolveError
 from flows.mixed_precision import MixedPrecision
+from flows.networks.base import Velocity
 from flows.networks.condition import Condition
 from flows.networks.image_condition import ImageConditionedNetwork
 from flows.objectives.losses import JkoLoss, LfmLoss, jko_loss, join_losses
 from flows.solving.divergence import Divergence, Probes
 from flows.solving.estimators import make_divergence
-from flows.spec import BlockSpec
+from flows.spec import BlockSpec, build_block
 from pipeline.config.training import JkoConfig, MatchingConfig, TrainConfig
 from pipeline.config.values import of_block
 from pipeline.errors import JkoflowError
@@ -38,10 +40,14 @@ from pipeline.runs.manifest import Manifest
 from pipeline.runtime.devices import to_device
 from pipeline.runtime.distributed import raise_on_all_ranks, sum_over_ranks
 from pipeline.runtime.rng import Batches, generator
+from pipeline.runtime.sharding import gather, scatter, shard, shards_networks
 from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.storage.shards import StoreReader
 from pipeline.training.matching_loss import IMAGE, Regression, matching_regression
 from pipeline.training.stages import number_of
+
+#: state of Adam with the shape of the parameter
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class BlockTrainer:
         regression: loss of an objective that integrates nothing; None is flow matching.
 
     Raises:
-        UserError: there are more ranks than samples in a batch.
+        UserError: there are more ranks than samples in a batch, or a network cannot be sharded.
     """
 
     def __init__(
@@ -88,7 +94,15 @@ class BlockTrainer:
         self.block, self.spec, self.stage = block, spec, stage
         self.recipe, self.accelerator = recipe, accelerator
         self.index = number_of(stage)
-        block.train().requires_grad_(True).to(accelerator.device)
+        self.sharded = shards_networks(accelerator)
+        block.train().requires_grad_(True)
+        if self.sharded:  # part by part, so that the whole network is never on the device
+            network: Velocity = block.velocity
+            if isinstance(network, ImageConditionedNetwork):
+                network = network.inner  # which is what a pass calls
+            shard(accelerator, network)
+        else:
+            block.to(accelerator.device)
         self.parameters = list(block.parameters())
         self.iterations = of_block(recipe.iterations, self.index)
         self.lr = of_block(recipe.lr, self.index)
@@ -108,7 +122,9 @@ class BlockTrainer:
         parts = ("block", self.index, *self.salt)
         self.batches = Batches(len(stage), recipe.batch_size, recipe.seed, *parts)
         self.batches.require_samples_for_all(accelerator.num_processes)
-        self.micro_batches = MicroBatches(recipe.micro_batch)
+        # parts that follow memory would differ between ranks, whose passes are collectives
+        most = recipe.batch_size if self.sharded else None
+        self.micro_batches = MicroBatches(recipe.micro_batch or most)
         self.done = 0
         self.seconds = 0.0
         self.stopped = False
@@ -174,28 +190,49 @@ class BlockTrainer:
 
     def keep(self) -> None:
         """Keep the present averaged weights, so that `stop` can return to them."""
-        self._sound = {name: value.clone() for name, value in self.weights().items()}
+        self._sound = {name: value.clone() for name, value in self._weights().items()}
 
     def stop(self) -> None:
         """End the training of the block with the weights that were kept last."""
         self.stopped = True
 
     def snapshot(self) -> Block:
-        """Return a frozen copy of the block with its present averaged weights."""
-        block = copy.deepcopy(self.block).eval().requires_grad_(False)
-        block.load_state_dict(self.weights())
-        return block
+        """Return a frozen copy of the block with its present averaged weights; see `weights`."""
+        weights = self.weights()
+        if self.sharded:
+            block = build_block(self.spec, self.block.velocity.shape)
+            block.to(self.accelerator.device)
+        else:
+            block = copy.deepcopy(self.block)
+        block.load_state_dict(weights)
+        return block.eval().requires_grad_(False)
 
     def finish(self) -> Block:
-        """Return the trained block with its averaged weights, frozen."""
-        if self.stopped and self._sound is not None:
+        """Return the trained block with its averaged weights, frozen; see `weights`.
+
+        It is whole on every rank, also under FSDP, where it ends the training.
+        """
+        if self.sharded:
+            self.block, self.sharded = self.snapshot(), False
+            self.parameters, self.average = list(self.block.parameters()), None
+            if isinstance(self.optimizer, torch.optim.Adam):
+                self.optimizer.state.clear()
+        elif self.stopped and self._sound is not None:
             self.block.load_state_dict(self._sound)
         elif self.average is not None:
             self.average.copy_to(self.block)
         return self.block.eval().requires_grad_(False)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the weights that the block would have if it were finished now."""
+        """Return the weights that the block would have if it were finished now.
+
+        Under FSDP this is a collective.
+        """
+        whole: dict[str, Tensor] = gather(self._weights())
+        return whole
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Return the weights; under FSDP those that this rank holds."""
         if self.stopped and self._sound is not None:
             return self._sound
         averages = self.average.average if self.average is not None else {}
@@ -211,15 +248,19 @@ class BlockTrainer:
             log: state of the log.
             manifest: of the run, with which `pipeline.runs.unfinished` opens it.
         """
+        tensors = {
+            "block": self.block.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "sound": self._sound,
+        }
+        tensors = gather(tensors, keep=self.accelerator.is_main_process)
         if not self.accelerator.is_main_process:
             return
         state: dict[str, Any] = {
             "step": self.done,
             "seconds": self.seconds,
-            "block": self.block.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.state_dict() if self.average else None,
-            "sound": self._sound,
+            **tensors,
             "stopped": self.stopped,
             "log": log,
             "spec": self.spec.to_dict(),
@@ -228,8 +269,14 @@ class BlockTrainer:
         save_checkpoint(path, state)
 
     def load(self, path: Path) -> dict[str, Any] | None:
-        """Continue from a checkpoint; return the state of the log."""
+        """Continue from a checkpoint, of any number of ranks; return the state of the log."""
         state = load_checkpoint(path)
+        if self.sharded:
+            weights = self.block.state_dict()
+            averages = self.average.state_dict() if self.average else None
+            moments = {i: dict.fromkeys(_MOMENTS, p) for i, p in enumerate(self.parameters)}
+            own = {"block": weights, "sound": weights, "average": averages}
+            state = scatter(state, own | {"optimizer": {"state": moments}})
         self.done, self.seconds = state["step"], state["seconds"]
         self.block.load_state_dict(state["block"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -240,10 +287,15 @@ class BlockTrainer:
         return log
 
     def _loss_or_failure(self) -> tuple[JkoLoss | LfmLoss | None, JkoflowError | None]:
-        """Compute the objective and its gradient on this rank's share, or catch its error."""
+        """Compute the objective and its gradient on this rank's share, or catch its error.
+
+        Under FSDP the other ranks wait inside the network, so the error ends this one at once.
+        """
         try:
             return self._loss_and_gradient(), None
         except JkoflowError as error:
+            if self.sharded:
+                raise
             return None, error
 
     def _loss_and_gradient(self) -> JkoLoss | LfmLoss:
@@ -353,8 +405,9 @@ class BlockTrainer:
             weight = loss.samples * self.accelerator.num_processes / self.recipe.batch_size
         limit = self.recipe.grad_clip if self.recipe.grad_clip > 0 else math.inf
         self._fill_gradients()
-        mean = average_gradients(self.accelerator, self.parameters, weight, total)
-        return float(nn.utils.clip_grad_norm_(self.parameters, limit)), float(mean)
+        here = [] if self.sharded else self.parameters  # FSDP has averaged those gradients
+        mean = average_gradients(self.accelerator, here, weight, total)
+        return float(gather(nn.utils.clip_grad_norm_(self.parameters, limit))), float(mean)
 
     def _fill_gradients(self) -> None:
         """Set gradients to zero that this rank lacks and another has.
@@ -362,7 +415,7 @@ class BlockTrainer:
         A rank's share of a batch may hold no sample of the time that one of a block's several
         networks covers.
         """
-        if self.accelerator.num_processes == 1 or self.spec.velocity.nets == 1:
+        if self.accelerator.num_processes == 1 or self.spec.velocity.nets == 1 or self.sharded:
             return
         present = torch.tensor([float(p.grad is not None) for p in self.parameters])
         counts = sum_over_ranks(self.accelerator, present.to(self.accelerator.device)).tolist()

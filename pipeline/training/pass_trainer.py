@@ -281,9 +281,9 @@ def save_snapshot(folder: Path, trainer: BlockTrainer) -> None:
         folder: the run directory.
         trainer: of the block.
     """
+    weights, step, file = trainer.weights(), trainer.done, snapshot_file(trainer.done)
     if not trainer.accelerator.is_main_process:
         return
-    weights, step, file = trainer.weights(), trainer.done, snapshot_file(trainer.done)
     sha256 = atomic.write_tensors(folder / file, weights)
     seen, seconds = step * trainer.recipe.batch_size, round(trainer.seconds, 3)
     add_snapshot(folder, Snapshot(file, sha256, step, seen, seconds))

@@ -19,9 +19,11 @@ from eval.features.inception import FidInception
 from eval.gaussian import GaussianStats
 from eval.pictures import image_grid, save_png
 from eval.sets.sources import stats_of
+from flows.block import Block
 from flows.errors import SolveError
 from flows.flow import Flow
 from flows.networks.condition import Condition
+from flows.spec import BlockSpec
 from pipeline.assets.fetch import fetch_asset
 from pipeline.errors import JkoflowError
 from pipeline.runs.manifest import Manifest
@@ -53,6 +55,7 @@ class Previews:
         config = context.config
         drawable = manifest.autoencoder is not None and not config.velocity.image_channels
         self.every = config.train.preview_every if drawable else 0
+        self._failed = False
 
     def due(self, trainer: BlockTrainer) -> bool:
         """Return whether a preview follows the step that a block has come to."""
@@ -69,15 +72,19 @@ class Previews:
             log: of the run; its `number` is that of the pass.
             total_step: steps of all blocks and passes.
         """
-        if not self.every or not self.context.accelerator.is_main_process:
+        main = self.context.accelerator.is_main_process and not self._failed
+        if not self.every or not (main or trainer.sharded):
+            return
+        block = trainer.snapshot()
+        if not main:
             return
         index, step, n = trainer.index, trainer.done, self.context.config.train.preview_fid
         try:
-            images = self._sample(self._flow(plan, trainer), max(n, _SHOWN))
+            images = self._sample(self._flow(plan, trainer.spec, block), max(n, _SHOWN))
         except SolveError as error:
             return say(f"block {index} has no preview at step {step}: {error}")
         except JkoflowError as error:  # as of an autoencoder that is not available here
-            self.every = 0
+            self._failed = True
             return say(f"the run has no previews: {error}")
         path = self.context.folder / preview_file(index, step, log.number)
         note = {"kind": "preview", "pass": log.number, "block": index, "step": step}
@@ -92,11 +99,11 @@ class Previews:
             else:
                 log.measure(index, step, total_step, fid=round(fid, 4), fid_n=n)
 
-    def _flow(self, plan: Pass, trainer: BlockTrainer) -> Flow:
+    def _flow(self, plan: Pass, spec: BlockSpec, block: Block) -> Flow:
         """Return the flow of the finished blocks of a pass and the block in training."""
         folder, shape = self.context.folder, self.manifest.shape
         blocks = [load_block(folder, row, shape) for row in plan.blocks]
-        flow = Flow.from_blocks(shape, [*blocks, (trainer.spec, trainer.snapshot())])
+        flow = Flow.from_blocks(shape, [*blocks, (spec, block)])
         return flow.eval().requires_grad_(False).to(self.context.accelerator.device)
 
     @torch.inference_mode()

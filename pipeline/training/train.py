@@ -30,6 +30,7 @@ from pipeline.runs.manifest import ClassesRecord, Manifest
 from pipeline.runs.open_log import open_log
 from pipeline.runtime.console import Progress, say
 from pipeline.runtime.distributed import require_same
+from pipeline.runtime.sharding import shards_networks
 from pipeline.runtime.system import keep_freed_memory
 from pipeline.storage.records import to_json
 from pipeline.storage.shards import content_key
@@ -95,6 +96,8 @@ def train(
         JkoflowError: a block failed.
     """
     _check_objective(config, accelerator)
+    if shards_networks(accelerator):
+        _check_sharding(config, accelerator.num_processes)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     samples = source or _source_of(config)
@@ -142,6 +145,39 @@ def _check_objective(config: Config, accelerator: Accelerator) -> None:
         say(
             "warning: velocity.autonomous=false under train.objective=jko: a field that depends "
             "on t can overfit the error of its training grid without bound"
+        )
+
+
+def _check_sharding(config: Config, ranks: int) -> None:
+    """Check that ranks can share a network under FSDP; its passes are the same on all of them.
+
+    Raises:
+        UserError: a setting prevents it.
+    """
+    train, jko = config.train, config.jko
+    if train.batch_size % ranks:
+        raise UserError(
+            f"train.batch_size is {train.batch_size} for {ranks} processes under FSDP; expected "
+            "a multiple of the processes; change it, or launch without FSDP"
+        )
+    if train.optimizer != "adam":
+        raise UserError(
+            f"train.optimizer is {train.optimizer} under FSDP; expected adam, because Muon needs "
+            "whole matrices; set train.optimizer=adam, or launch without FSDP"
+        )
+    if jko is None:
+        return
+    if (
+        jko.divergence != "finite-difference"
+        or jko.solver.adjoint
+        or jko.solver.of_block(0).adaptive
+        or config.velocity.nets > 1
+    ):
+        raise UserError(
+            "train.objective is jko under FSDP, which calls a network only as a whole and "
+            "differentiates it once; expected fm, lfm, or jko with "
+            "jko.divergence=finite-difference, a fixed grid without the adjoint method and "
+            "velocity.nets=1; change that, or launch without FSDP"
         )
 
 

@@ -61,7 +61,7 @@ def fit(
         raise UserError("labels are given without data; expected both; give the data")
     settings = load_config(config, overrides(given))
     folder = Path(out) if out is not None else Path("runs") / settings.name
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(shards=True)
     if settings.data.name != LATENTS:
         encode(settings, accelerator, progress_bar)
     with one_writer(folder, "the run at", accelerator):

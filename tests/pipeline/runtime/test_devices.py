@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.runtime import devices
-from tests.pipeline.tiny import say
+from tests.pipeline.tiny import ROOT, say
 
 REFUSED = [
     ("ACCELERATE_MIXED_PRECISION", "bf16", "set train.precision=bf16"),
@@ -33,6 +35,60 @@ def test_settings_of_a_plain_launch_are_accepted() -> None:
              "ACCELERATE_USE_CPU": "true"}  # fmt: skip
     devices.refuse_settings(plain)
     devices.refuse_settings({})
+
+
+#: what `accelerate launch --use_fsdp --fsdp_version 2` sets by default
+PLAIN_FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_MIN_NUM_PARAMS": "100000000", "FSDP_FORWARD_PREFETCH": "false",
+    "FSDP_USE_ORIG_PARAMS": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_SYNC_MODULE_STATES": "true", "FSDP_ACTIVATION_CHECKPOINTING": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "false",
+}  # fmt: skip
+REFUSED_FSDP = [
+    ("ACCELERATE_USE_FSDP", "1", "expected false or none"),
+    ("FSDP_VERSION", "1", "expected 2; set fsdp_version: 2"),
+    ("FSDP_VERSION", "", "expected 2"),
+    ("FSDP_OFFLOAD_PARAMS", "true", "expected false"),
+    ("FSDP_ACTIVATION_CHECKPOINTING", "true", "lower train.micro_batch"),
+    ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "no_wrap or transformer_based_wrap"),
+    ("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP", "set DitBlock for a dit"),
+    ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT", "expected full_state_dict or none"),
+    ("FSDP_IGNORED_MODULES", "output", "every parameter is sharded"),
+    ("FSDP_SHARDING_STRATEGY", "SHARD_GRAD_OP", "fsdp_reshard_after_forward"),
+    ("FSDP_BACKWARD_PREFETCH", "BACKWARD_PRE", "expected no_prefetch"),
+    ("FSDP_FORWARD_PREFETCH", "true", "version 2"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), REFUSED_FSDP)
+def test_settings_of_fsdp_without_effect_are_refused(name: str, value: str, words: str) -> None:
+    devices.refuse_settings(PLAIN_FSDP, shards=True)
+    environ = {**PLAIN_FSDP, name: value}
+    if not value:
+        del environ[name]
+    with pytest.raises(UserError, match=words):
+        devices.refuse_settings(environ, shards=True)
+
+
+def test_settings_of_fsdp_are_those_of_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launcher sets the defaults above, and those of docs/cluster/fsdp.yaml are honoured."""
+    for name in PLAIN_FSDP:
+        monkeypatch.delenv(name, raising=False)
+
+    def launched(*words: str) -> dict[str, str]:
+        arguments = launch.launch_command_parser().parse_args([*words, "script.py"])
+        arguments, _, _ = launch._validate_launch_command(arguments)
+        environ = prepare_multi_gpu_env(arguments)
+        assert environ["ACCELERATE_USE_FSDP"] == "true"
+        return {key: value for key, value in environ.items() if "FSDP" in key}
+
+    plain = launched("--use_fsdp", "--fsdp_version", "2", "--num_processes", "2")
+    assert plain == PLAIN_FSDP
+    documented = launched("--config_file", str(ROOT / "docs" / "cluster" / "fsdp.yaml"))
+    devices.refuse_settings(documented, shards=True)
+    assert documented["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "DitBlock"
 
 
 def test_a_command_refuses_them(

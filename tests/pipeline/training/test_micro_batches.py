@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from flows.networks.base import Velocity
 from flows.networks.config import VelocityConfig
 from flows.spec import BlockSpec, build_block
 from pipeline.config.training import JkoConfig, MatchingConfig, TrainConfig
@@ -21,6 +20,7 @@ from pipeline.errors import JkoflowError
 from pipeline.optim.micro_batches import is_out_of_memory
 from pipeline.runtime.rng import generator
 from pipeline.training.block_trainer import BlockTrainer
+from tests.pipeline.double import InDouble
 from tests.pipeline.gaussian_source import GaussianSource, tiny
 from tests.pipeline.tiny import FORKSERVER
 
@@ -32,17 +32,6 @@ CASES = [
     ("lfm", {"coupling": "ot"}),
     ("fm", {"times": "logit-normal"}),
 ]
-
-
-class InDouble(Velocity):
-    """A velocity in float64, for samples of any precision."""
-
-    def __init__(self, inner: Velocity) -> None:
-        super().__init__(inner.shape, inner.classes)
-        self.inner = inner.double()
-
-    def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.inner(t.double(), z.double())
 
 
 def trainer_of(
