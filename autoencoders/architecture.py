@@ -69,8 +69,11 @@ class TamingConfig:
         for name, most in _LARGEST.items():
             value = getattr(self, name)
             several = isinstance(getattr(type(self), name), tuple)
-            values = value if several and isinstance(value, tuple) else (value,)
-            if not all(type(part) is int and 0 <= part <= most for part in values):
+            values = value if several else (value,)
+            whole = isinstance(values, tuple) and all(
+                type(part) is int and 0 <= part <= most for part in values
+            )
+            if not whole:
                 raise ValueError(f"{name} is {value!r}; expected integers from 0 to {most}")
         if not 1 <= len(self.ch_mult) <= _LEVELS or len(self.image_shape) != 3:
             raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eval.features.inception import require_pictures
 from pipeline.integrity.digests import sha256_file
+from pipeline.integrity.reason import reason_of
 
 _BATCH = 32
 
@@ -169,5 +170,5 @@ def _library(name: str) -> Any:  # noqa: ANN401 - an untyped library
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
     """Describe a folder that a library cannot load."""
-    reason = " ".join(str(error).split())[:200]
+    reason = reason_of(error)
     return ValueError(f"{path} cannot be loaded ({reason}); expected a complete model")

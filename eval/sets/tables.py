@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eval.sets.images import BATCH, Batch, decode_picture, read_ahead, require_two, stack_batch
 from pipeline.integrity.limits import limit, require_size
+from pipeline.integrity.reason import reason_of
 
 SUFFIXES = (".parquet", ".arrow")
 #: a batch of rows has at most this part of the limit, as its values are copied
@@ -118,7 +119,7 @@ class Table:
                 self.count = sum(self.groups)
         except (pyarrow.ArrowException, OSError, IndexError) as error:
             raise ValueError(
-                f"{file} is not a complete table ({' '.join(str(error).split())[:200]}); write it "
+                f"{file} is not a complete table ({reason_of(error)}); write it "
                 "again"
             ) from error
 
@@ -255,7 +256,7 @@ class Table:
 
 def _damaged(file: Path | str, error: Exception) -> ValueError:
     """Return the error of a file that pyarrow cannot read."""
-    reason = " ".join(str(error).split())[:200]
+    reason = reason_of(error)
     return ValueError(f"{file} is damaged ({reason}); write it again")
 
 

@@ -15,6 +15,7 @@ from typing import IO
 
 from pipeline.assets.download import DamagedError
 from pipeline.integrity.limits import require_archive_size, require_size
+from pipeline.integrity.reason import reason_of
 
 _ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip", ".whl")
 _DEPTH = 3
@@ -67,7 +68,7 @@ def read_bytes(path: Path) -> bytes:
             file.seek(0)
             return file.read()
     except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
-        raise DamagedError(f"{path.name} is damaged ({error})") from error
+        raise DamagedError(f"{path.name} is damaged ({reason_of(error)})") from error
 
 
 def _walk(raw: Path) -> Iterator[Path]:
@@ -108,5 +109,5 @@ def _unpack(archive: Path, names: Sequence[str], scratch: Path) -> dict[str, Pat
                         copy(member.name, stream)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, gzip.BadGzipFile,
             lzma.LZMAError, RuntimeError, ValueError) as error:  # fmt: skip
-        raise DamagedError(f"{archive.name} is damaged ({error})") from error
+        raise DamagedError(f"{archive.name} is damaged ({reason_of(error)})") from error
     return unpacked

@@ -23,6 +23,7 @@ from pipeline.config.schema import WHERE, Config
 from pipeline.config.values import convert
 from pipeline.errors import UserError
 from pipeline.integrity.limits import CONFIGURATION, read_regular
+from pipeline.integrity.reason import reason_of
 from pipeline.runtime.console import say
 from pipeline.runtime.plugins import load_plugins
 from pipeline.storage import seal
@@ -181,7 +182,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = _plain_yaml(read_regular(path, CONFIGURATION).decode())
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         raise UserError(f"{path} is not readable YAML: {reason}") from error
     if values is None:
         return {}

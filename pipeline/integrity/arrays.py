@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.integrity.limits import require_archive_size, require_size
+from pipeline.integrity.reason import reason_of
 
 Array = npt.NDArray[Any]
 
@@ -30,7 +31,7 @@ def read_array(path: Path) -> Array:
             return _read(file, size)
     except Exception as error:
         raise ValueError(
-            f"{path} is not a whole .npy file of numbers ({_reason(error)})"
+            f"{path} is not a whole .npy file of numbers ({reason_of(error)})"
         ) from error
 
 
@@ -54,7 +55,7 @@ def read_arrays(path: Path, names: Collection[str]) -> dict[str, Array]:
         raise
     except Exception as error:
         raise ValueError(
-            f"{path} is not a whole .npz file of numbers ({_reason(error)})"
+            f"{path} is not a whole .npz file of numbers ({reason_of(error)})"
         ) from error
     return arrays
 
@@ -70,7 +71,7 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         old = format_.read_magic(file) == (1, 0)
         header = (format_.read_array_header_1_0 if old else format_.read_array_header_2_0)(file)
     except Exception as error:  # a header is parsed as Python, which raises errors of many kinds
-        raise ValueError(f"it has no header of a .npy ({_reason(error)})") from error
+        raise ValueError(f"it has no header of a .npy ({reason_of(error)})") from error
     if min(header[0], default=0) < 0:
         raise ValueError(f"its shape is {header[0]}")
     return header
@@ -88,8 +89,3 @@ def _read(file: IO[bytes], size: int) -> Array:
     file.seek(0)
     values: Array = np.lib.format.read_array(file, allow_pickle=False)
     return values
-
-
-def _reason(error: Exception) -> str:
-    """Describe an error on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

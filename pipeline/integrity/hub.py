@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.integrity.limits import require_size
+from pipeline.integrity.reason import reason_of
 
 #: a `Path` of the name has one slash less
 _NAME = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -129,7 +130,7 @@ def library() -> Any:  # noqa: ANN401 - an untyped library
 
 def _unreachable(repository: str, error: Exception) -> ValueError:
     """Describe a failed request."""
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = reason_of(error)
     return ValueError(
         f"the repository {repository} of the hub cannot be used ({reason}); check the name, the "
         "network and `hf auth login`"

@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline.errors import JkoflowError, UserError
 from pipeline.integrity.digests import sha256_file
 from pipeline.integrity.limits import DOCUMENT, LIST, limit, require_size
+from pipeline.integrity.reason import reason_of
 from pipeline.storage import atomic, seal
 from pipeline.storage.memory_maps import map_tensors
 from pipeline.storage.paths import data_root, unwritable
@@ -261,7 +262,7 @@ def reading(what: str, *others: type[Exception]) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - file systems raise errors of many libraries
         if isinstance(error, (JkoflowError, *others)):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         raise UserError(
             f"{what} cannot be read ({reason}); check the address and the credentials, or "
             "install the file system's library (s3://: pip install s3fs)"

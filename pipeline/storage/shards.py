@@ -323,7 +323,9 @@ def require_manifest(
         )
     try:
         rows = [(row["file"], row["count"], str(row["sha256"])) for row in manifest["shards"]]
-        complete = bool(rows) and manifest["count"] == sum(count for _, count, _ in rows)
+        described = isinstance(manifest["key"], str) and isinstance(manifest["identity"], dict)
+        total = sum(count for _, count, _ in rows)
+        complete = described and bool(rows) and manifest["count"] == total
         complete = complete and all(type(count) is int and count > 0 for _, count, _ in rows)
         names = [shard_name(index) for index in range(len(rows))]
         complete = complete and [name for name, _, _ in rows] == names

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.integrity.arrays import read_array
+from pipeline.integrity.reason import reason_of
 
 SPLITS = ("train", "validation", "test")
 #: where the archive of the MAF paper is, for messages
@@ -171,7 +172,7 @@ def read_text(path: Path, delimiter: str | None, skip: int, columns: tuple[int, 
     try:
         return np.loadtxt(path, delimiter=delimiter, skiprows=skip, usecols=columns, ndmin=2)
     except (OSError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         raise UserError(
             f"{path} is not a readable table ({reason}); expected numbers in "
             f"{max(columns) + 1} columns; copy the file again"

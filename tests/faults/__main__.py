@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.faults.damages import build, corrupt, mend
-from tests.faults.fuzz import fuzz
+from tests.faults.fuzz import FuzzError, fuzz
 from tests.faults.kills import MOMENTS, kill
 from tests.faults.mistakes import trying
 from tests.faults.neighbours import lines as of_neighbours
@@ -50,8 +50,13 @@ def lines(
         if mutations:
             start, answers = time.monotonic(), Table()
             for reader in readers(root / "readers", world, world.root / "run"):
-                answers.counts[reader.name] = fuzz(reader, mutations, seed)
-            yield from answers.lines(("sentence", "same content", "other content"))
+                try:
+                    answers.counts[reader.name] = fuzz(reader, mutations, seed)
+                except FuzzError as error:
+                    answers.add(reader.name, "other answer")
+                    yield f"{str(error)[:1000]}\n"
+            ends = ("sentence", "same content", "other content", "other answer")
+            yield from answers.lines(ends)
             yield f"\nSeed {seed}, {time.monotonic() - start:.0f} s.\n"
         if kills:
             start, deaths = time.monotonic(), Table()

@@ -34,6 +34,7 @@ from pipeline.data.packed.places import Place, split_names
 from pipeline.data.packed.tables import TablePixels
 from pipeline.errors import UserError
 from pipeline.integrity.pictures import open_picture
+from pipeline.integrity.reason import reason_of
 from pipeline.storage.remote_shards import is_url
 
 FOLDERS = ("folder", "hf", "webdataset")
@@ -107,7 +108,7 @@ class PackedPixels(FolderPixels):
             with open_picture(BytesIO(content)) as image:
                 return prepare(image, self.size, self.mode)
         except Exception as error:  # decoders and file systems raise many kinds of errors
-            reason = " ".join(str(error).split())[:200]
+            reason = reason_of(error)
             raise UserError(
                 f"image {place.name} in {place.file} could not be read ({reason}); repair or "
                 "remove it"

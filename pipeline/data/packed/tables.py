@@ -28,6 +28,7 @@ from pipeline.errors import UserError
 from pipeline.integrity import hub
 from pipeline.integrity.limits import limit, require_size
 from pipeline.integrity.pictures import open_picture
+from pipeline.integrity.reason import reason_of
 from pipeline.storage.remote_shards import is_url
 
 #: images together may exceed the limit as far as their files are that much smaller at most
@@ -192,7 +193,7 @@ class TablePixels(FolderPixels):
 
 def _unreadable(what: str, error: Exception) -> UserError:
     """Return the error of something that could not be read."""
-    reason = " ".join(str(error).split())[:200]
+    reason = reason_of(error)
     return UserError(f"{what} could not be read ({reason}); repair or remove it")
 
 
