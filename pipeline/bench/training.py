@@ -54,8 +54,10 @@ CHECKPOINT = "checkpoint.safetensors"
 _PARTS = 4
 #: steps of the schedule, whatever the budget
 _SCHEDULE = 10_000
-#: batches of the training that finds the seconds of a batch
+#: batches of a block in the training that finds the seconds of a batch
 _PROBE = 8
+#: part of the budget, and the most seconds, that this training takes at least
+_PROBE_PART, _PROBE_SECONDS = 0.03, 3.0
 
 
 @dataclass(frozen=True)
@@ -177,12 +179,24 @@ class Training:
         return max(blocks, int(self.budget.amount / self.paces[key]))
 
     def _pace(self, name: str, width: int, blocks: int, problem: Problem) -> float:
-        """Return the seconds of a batch, of a short training."""
-        config = blockwise_config(problem.config, name, width, blocks * _PROBE)
+        """Return the seconds of a batch, of a short training; of a longer one if it is over soon.
+
+        The first batches of a training take longer, and a few fast ones measure little.
+        """
+        wanted = min(_PROBE_PART * self.budget.amount, _PROBE_SECONDS)
+        seconds, done = self._probe(name, width, blocks * _PROBE, problem)
+        if seconds < wanted:
+            batches = int(wanted / seconds * done)
+            seconds, done = self._probe(name, width, batches, problem)
+        return seconds / done
+
+    def _probe(self, name: str, width: int, batches: int, problem: Problem) -> tuple[float, int]:
+        """Train for some batches in a scratch folder; return their seconds and number."""
+        config = blockwise_config(problem.config, name, width, batches)
         with atomic.scratch_folder() as run:
             _, share = self._train_run(config, run, False, problem)
             rows = open_run(run).manifest.blocks
-        return share * sum(row.seconds for row in rows) / sum(row.iterations for row in rows)
+        return share * sum(row.seconds for row in rows), sum(row.iterations for row in rows)
 
     def _train_run(
         self, config: Config, folder: Path, resume: bool, problem: Problem

@@ -1,9 +1,12 @@
 """Sizes and budgets of the models of a benchmark."""
 
 import pytest
+from accelerate import Accelerator
 
+from pipeline.bench.budget import Budget
 from pipeline.bench.models import blockwise_config, parameter_count, width_for
 from pipeline.bench.problem import problem_config
+from pipeline.bench.training import Training
 from pipeline.config.load import with_values
 from pipeline.errors import UserError
 from tests.pipeline.bench.test_bench import MODELS
@@ -44,3 +47,16 @@ def test_batches_are_split_over_blocks() -> None:
         blockwise_config(again, "jko", 8, 11)
     with pytest.raises(UserError, match="jko.refine is 2; expected 1"):
         blockwise_config(with_values(config, {"jko.refine": 2}), "jko", 8, 400)
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.01, [8, 300]), (0.5, [8])])
+def test_seconds_of_a_batch_come_from_enough_batches(monkeypatch, seconds, calls) -> None:
+    training = Training(Budget(100, "seconds"), 600, Accelerator(), lambda items, **_: items)
+    probed = []
+
+    def probe(_self, _name, _width, batches, _problem):
+        probed.append(batches)
+        return seconds * batches, batches
+
+    monkeypatch.setattr(Training, "_probe", probe)
+    assert training._pace("fm", 8, 1, None) == pytest.approx(seconds) and probed == calls
