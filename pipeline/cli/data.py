@@ -91,8 +91,8 @@ def verify_command(
     paths: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Runs, caches, zoo:NAME, assets, or files of weights and statistics. Default: "
-            "the installation."
+            help="Runs, caches, also at addresses such as s3://bucket/NAME, zoo:NAME, assets, or "
+            "files of weights and statistics. Default: the installation."
         ),
     ] = None,
     repair: Annotated[
@@ -108,9 +108,16 @@ def verify_command(
     ] = False,
 ) -> None:
     """Hash every file and compare it with its seal; the exit code is 1 if a file is broken."""
-    from pipeline.errors import JkoflowError
+    from pipeline.errors import JkoflowError, UserError
     from pipeline.runs import verify
+    from pipeline.storage.remote_shards import is_url
 
+    address = next((path for path in paths or [] if is_url(path)), None)
+    if address is not None and (repair or as_it_is):
+        raise UserError(
+            f"{address} is an address; expected a path with --repair and --seal, which change "
+            "files; copy the folder of the cache there again"
+        )
     if as_it_is:
         for path in paths or []:
             print(f"{path}: {verify.seal_as_it_is(Path(path))} files sealed")

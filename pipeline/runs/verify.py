@@ -16,10 +16,12 @@ from pipeline.errors import UserError
 from pipeline.integrity.digests import HOME, check_file, check_shipped, sha256_file, shipped
 from pipeline.runs.directory import CONFIG, START, RunDirectory
 from pipeline.runs.manifest import FILE
+from pipeline.runs.verify_remote import find_broken
 from pipeline.runs.zoo import is_absent, is_shipped, locate, source_of
 from pipeline.storage import atomic, seal
 from pipeline.storage.paths import data_root
 from pipeline.storage.records import read_recipe, well_formed
+from pipeline.storage.remote_shards import FETCH_AGAIN, is_url
 from pipeline.storage.shards import CACHE_RECIPE, MANIFEST, RECIPE, shard_name
 
 #: endings of the files that are read again; any other file may lie in a run
@@ -49,6 +51,7 @@ class Fault:
         kind: of the file: one of the kinds of this module.
         owner: the run, the store or the benchmark that the file belongs to.
         expected: sha256 of the contents that its seal holds.
+        address: of a file that is not on a disk; it has no path.
     """
 
     path: Path
@@ -57,9 +60,10 @@ class Fault:
     kind: str = KEPT
     owner: Path = Path()
     expected: Sequence[str] = field(default=(), compare=False)
+    address: str = ""
 
     def __str__(self) -> str:
-        return f"{self.path} is {self.problem}; {self.remedy}"
+        return f"{self.address or self.path} is {self.problem}; {self.remedy}"
 
 
 def verify(path: Path | str) -> list[Fault]:
@@ -67,11 +71,17 @@ def verify(path: Path | str) -> list[Fault]:
 
     Args:
         path: a sealed folder, a folder of such folders, zoo:NAME, the name of an asset, or a
-            file of autoencoder weights or reference statistics.
+            file of autoencoder weights or reference statistics. A cache may also be an address.
 
     Raises:
-        UserError: nothing is there, or it has no seal.
+        UserError: nothing is there, it has no seal, or the address cannot be read.
     """
+    if is_url(path):
+        url = str(path).rstrip("/")
+        return [
+            Fault(Path(), problem, FETCH_AGAIN, address=f"{url}/{name}")
+            for name, problem in find_broken(url)
+        ]
     if is_shipped(path):
         return verify_installation(source_of(str(path))) + verify(locate(path))
     if str(path) in ASSETS and not Path(path).exists():

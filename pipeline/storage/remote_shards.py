@@ -37,7 +37,7 @@ _THREADS = 8
 _CHUNK = 1 << 20
 #: copies that other processes may remove in a row before this one has read them
 _ATTEMPTS = 100
-_FETCH_AGAIN = "copy the folder of the cache to that address again"
+FETCH_AGAIN = "copy the folder of the cache to that address again"
 
 
 def is_url(place: object) -> bool:
@@ -136,7 +136,7 @@ class RemoteStoreReader(StoreReader):
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"the manifest of {self.url} does not describe its shards ({error}); "
-                f"{_FETCH_AGAIN}"
+                f"{FETCH_AGAIN}"
             ) from error
 
     def _fetch(self, indices: Iterable[int]) -> None:
@@ -185,7 +185,7 @@ class RemoteStoreReader(StoreReader):
             self._path(index).unlink(missing_ok=True)
             raise UserError(
                 f"{row['file']} of {self.url} is damaged; expected the sha256 of its manifest; "
-                f"{_FETCH_AGAIN}"
+                f"{FETCH_AGAIN}"
             )
 
     def _remote(self, index: int) -> str:
@@ -228,20 +228,20 @@ def find_remote_store(url: str, what: str) -> RemoteStoreReader | None:
         system, root = fsspec.core.url_to_fs(url.rstrip("/"))
         if not (_exists(system, f"{root}/{MANIFEST}") and _exists(system, f"{root}/{seal.NAME}")):
             return None
-        sums = _read(system, f"{root}/{seal.NAME}", limit() // LIST)
-        text = _read(system, f"{root}/{MANIFEST}", limit() // DOCUMENT)
+        sums = read_file(system, f"{root}/{seal.NAME}", limit() // LIST)
+        text = read_file(system, f"{root}/{MANIFEST}", limit() // DOCUMENT)
     if f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}" not in sums.decode(errors="replace"):
         raise UserError(
             f"{MANIFEST} of {what} {url} is damaged or foreign; expected a sha256 of "
-            f"{seal.NAME}; {_FETCH_AGAIN}"
+            f"{seal.NAME}; {FETCH_AGAIN}"
         )
     try:
         manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{MANIFEST} of {what} {url} is not JSON ({error}); {_FETCH_AGAIN}"
+            f"{MANIFEST} of {what} {url} is not JSON ({error}); {FETCH_AGAIN}"
         ) from error
-    require_manifest(manifest, url, what, _FETCH_AGAIN)
+    require_manifest(manifest, url, what, FETCH_AGAIN)
     name = hashlib.sha256(f"{url} {manifest.get('key')}".encode()).hexdigest()[:16]
     return RemoteStoreReader(url, system, root, _copies() / name, manifest)
 
@@ -281,7 +281,7 @@ def _exists(system: Any, path: str) -> bool:  # noqa: ANN401 - untyped library
     return True
 
 
-def _read(system: Any, path: str, most: int) -> bytes:  # noqa: ANN401 - untyped library
+def read_file(system: Any, path: str, most: int) -> bytes:  # noqa: ANN401 - untyped library
     """Read a file of at most `most` bytes."""
     size = int(system.info(path)["size"])
     require_size(size if size <= most else limit() + 1, path)

@@ -60,13 +60,18 @@ def recorded(folder: Path) -> dict[str, list[str]]:
     key = (state.st_size, state.st_mtime_ns, state.st_ino)
     known = _read.get(path)
     if known is None or known[0] != key:
-        sums: dict[str, list[str]] = {}
-        for line in read_regular(path, LIST).decode(errors="replace").splitlines():
-            match = _LINE.fullmatch(line)
-            if match is not None:
-                sums.setdefault(match[2], []).append(match[1])
-        _read[path] = known = (key, sums)
+        _read[path] = known = (key, parse(read_regular(path, LIST)))
     return known[1]
+
+
+def parse(content: bytes) -> dict[str, list[str]]:
+    """Return the sha256 that the content of a seal has of every file, by name."""
+    sums: dict[str, list[str]] = {}
+    for line in content.decode(errors="replace").splitlines():
+        match = _LINE.fullmatch(line)
+        if match is not None:
+            sums.setdefault(match[2], []).append(match[1])
+    return sums
 
 
 def lines(sums: dict[str, str]) -> bytes:
