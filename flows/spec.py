@@ -35,7 +35,7 @@ class BlockSpec:
         length: length of that part.
 
     Raises:
-        FlowError: the objective is unknown, or h or gamma is out of range.
+        FlowError: the objective is unknown, or h, gamma, start or length is out of range.
     """
 
     velocity: VelocityConfig = field(default_factory=VelocityConfig)
@@ -55,6 +55,10 @@ class BlockSpec:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise FlowError(f"{name} must be positive and finite, found {value}")
+        if not (0 <= self.start < 1 and 0 < self.length <= 1):
+            raise FlowError(
+                f"start is {self.start} and length {self.length}; expected a part of [0, 1]"
+            )
 
     @property
     def step(self) -> float | None:
@@ -112,8 +116,27 @@ def build_block(
 
 
 def _from_mapping(kind: Any, plain: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401
-    """Build a dataclass from a mapping; raise FlowError if it has unknown keys."""
+    """Build a dataclass from a mapping.
+
+    Raises:
+        FlowError: a key is unknown, or a value has another type than its default.
+    """
     unknown = set(plain) - {item.name for item in fields(kind)}
     if unknown:
         raise FlowError(f"unknown key {', '.join(sorted(unknown))} in the {name} of a flow")
+    defaults = kind()
+    for key, value in plain.items():
+        if not _is_like(value, getattr(defaults, key)):
+            raise FlowError(f"{key} is {value!r} in the {name} of a flow; expected another type")
     return kind(**plain)
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Return whether a value has the type of a default; None stands for a number or None."""
+    if default is None and value is None:
+        return True
+    if default is None or isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if type(default) is int and isinstance(value, (list, tuple)):  # widths of a unet's levels
+        return all(type(part) is int for part in value)
+    return type(value) is type(default)

@@ -11,6 +11,7 @@ from torch import Tensor
 from autoencoders.base import Autoencoder
 from autoencoders.registry import build_autoencoder
 from flows.block import Block
+from flows.errors import FlowError
 from flows.flow import Flow
 from flows.networks.config import VelocityConfig
 from flows.networks.registry import BUILT_IN
@@ -19,6 +20,7 @@ from pipeline.config.data import LATENTS
 from pipeline.config.schema import Config
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
+from pipeline.integrity.reason import reason_of
 from pipeline.runs.directory import RunDirectory
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.passes import StoredBlock
@@ -54,10 +56,11 @@ def build_stored(
         _require_size(spec.velocity, shape, tensors)
         block = build_block(spec, tuple(shape))
         block.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, FlowError) as error:
+        reason = f" ({reason_of(error)})" if isinstance(error, FlowError) else ""
         raise UserError(
-            f"{path} does not fit its specification in flow.json; bring back the file of this "
-            "run, or train the run again"
+            f"{path} does not fit its specification in flow.json{reason}; bring back the file of "
+            "this run, or train the run again"
         ) from error
     return block.eval().requires_grad_(False)
 
@@ -199,6 +202,8 @@ def open_run(
             f"the run at {folder} stopped after {count} blocks; finish it with "
             f"`{directory.resume_command}`, or use --blocks {count}"
         )
+    if manifest.complete and not count:
+        raise UserError(f"the run at {folder} has no block; bring back its flow.json")
     if blocks is not None and not 1 <= blocks <= count:
         raise UserError(f"--blocks must lie between 1 and {count} for the run at {folder}")
     used = blocks or count
