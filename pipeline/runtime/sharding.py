@@ -7,6 +7,7 @@ the network is a collective, which gathers the parameters of one unit after anot
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,8 @@ _HONOURED: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("FSDP_BACKWARD_PREFETCH", "", ("no_prefetch",), "version 2 of FSDP has none"),
     ("FSDP_FORWARD_PREFETCH", "", _OFF, "version 2 of FSDP has none"),
 )
+#: warnings about accelerate's meshes, and about changes of a network's output; there are none
+_NOT_OURS = ("Slicing a flattened dim", r"FSDP2-wrapped module \(.*\) returned a view")
 
 
 def refuse_sharding_settings(environ: Mapping[str, str], shards: bool) -> None:
@@ -75,6 +78,8 @@ def enable_sharding(accelerator: Accelerator, environ: Mapping[str, str]) -> Non
     """
     if accelerator.num_processes == 1 or environ.get(_SWITCH, "").lower() != "true":
         return
+    for message in _NOT_OURS:
+        warnings.filterwarnings("ignore", message=message)
     plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
     plugin.cpu_ram_efficient_loading = False  # of pretrained models; all ranks have the weights
     accelerator.state.fsdp_plugin = plugin
