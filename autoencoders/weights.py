@@ -16,6 +16,7 @@ from autoencoders.architecture import TamingConfig, config_from_description
 from autoencoders.taming import TamingAutoencoder
 from pipeline.integrity import hub
 from pipeline.integrity.digests import BLANK, check_file
+from pipeline.integrity.reason import reason_of
 
 HUB_FILE = "autoencoder.safetensors"
 """Name of the weights in a repository of the hub."""
@@ -91,7 +92,8 @@ def load_weights(path: Path) -> TamingAutoencoder:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is not a complete safetensors file ({error}); download or write it again"
+            f"{path} is not a complete safetensors file ({reason_of(error)}); download or write "
+            "it again"
         ) from error
     if DESCRIPTION not in metadata:
         raise ValueError(

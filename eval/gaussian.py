@@ -9,6 +9,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from pipeline.integrity.arrays import read_arrays
+from pipeline.integrity.reason import reason_of
 
 Array = npt.NDArray[np.float64]
 Features = Tensor | npt.NDArray[np.floating]
@@ -142,6 +143,6 @@ class GaussianStats:
             raise FileNotFoundError(f"no statistics at {file}; check the path") from error
         except (KeyError, ValueError, OSError, TypeError) as error:
             raise ValueError(
-                f"{file} is not an .npz of statistics ({error}); expected the arrays `mu` and "
-                "`sigma`"
+                f"{file} is not an .npz of statistics ({reason_of(error)}); expected the arrays "
+                "`mu` and `sigma`"
             ) from error

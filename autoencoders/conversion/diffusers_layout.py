@@ -20,6 +20,7 @@ from autoencoders import weights
 from autoencoders.architecture import TamingConfig
 from autoencoders.taming import TamingAutoencoder
 from pipeline.integrity.checkpoints import read_checkpoint
+from pipeline.integrity.reason import reason_of
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _PART = "vae"
@@ -137,7 +138,7 @@ def load_folder(
         if not isinstance(config, dict):
             raise ValueError("no object")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a readable JSON file ({error})") from error
+        raise ValueError(f"{path} is not a readable JSON file ({reason_of(error)})") from error
     model = TamingAutoencoder(architecture_of(config, image_shape))
     stored = read_checkpoint(place / WEIGHTS)
     tensors = rename(stored, len(model.config.ch_mult))

@@ -20,6 +20,7 @@ from autoencoders import weights
 from autoencoders.architecture import TamingConfig
 from autoencoders.taming import TamingAutoencoder
 from pipeline.integrity.checkpoints import read_checkpoint
+from pipeline.integrity.reason import reason_of
 
 _NESTED = "first_stage_model."
 _AVERAGES = "model_ema."
@@ -55,7 +56,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise ValueError(f"larger than {_MAX_YAML_BYTES >> 20} MiB")
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a readable yaml file ({error})") from error
+        raise ValueError(f"{path} is not a readable yaml file ({reason_of(error)})") from error
     node = content.get("model", content) if isinstance(content, dict) else None
     while isinstance(node, dict) and isinstance(node.get("params"), dict):
         inner = node["params"].get("first_stage_config")

@@ -20,6 +20,7 @@ from torch import Tensor
 from eval.features.pytorch_fid import convolutions
 from pipeline.integrity.checkpoints import read_checkpoint
 from pipeline.integrity.limits import require_archive_size
+from pipeline.integrity.reason import reason_of
 
 #: tensors of a convolution, in the order of the TorchScript archive
 _SUFFIXES = ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")
@@ -55,8 +56,8 @@ def _load_state(path: Path) -> dict[str, Tensor] | None:
         return read_checkpoint(path)
     except ValueError as error:
         raise ValueError(
-            f"{path} is not a readable file of Inception weights ({error}); delete it and fetch "
-            "it again"
+            f"{path} is not a readable file of Inception weights ({reason_of(error)}); delete it "
+            "and fetch it again"
         ) from error
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from pipeline.integrity.arrays import read_header
 from pipeline.integrity.limits import require_size
 from pipeline.integrity.pictures import DAMAGE, open_picture
+from pipeline.integrity.reason import reason_of
 
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 """pytorch-fid's extensions, here in upper and lower case."""
@@ -107,7 +108,7 @@ class NpzImages:
             file = archive.open("arr_0.npy")
         except _DAMAGE as error:
             raise ValueError(
-                f"{self.path} is damaged or encrypted ({error}); write it again"
+                f"{self.path} is damaged or encrypted ({reason_of(error)}); write it again"
             ) from error
         with file:
             return self._header(file)

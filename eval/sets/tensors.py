@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eval.sets.images import BATCH, Batch, read_ahead, require_two
 from pipeline.integrity.limits import require_size
+from pipeline.integrity.reason import reason_of
 
 _FIELD = "images"
 
@@ -38,7 +39,7 @@ class TensorImages:
                 }
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{self.path} is not a complete .safetensors ({error}); write it again"
+                f"{self.path} is not a complete .safetensors ({reason_of(error)}); write it again"
             ) from error
         fitting = [name for name, (dtype, shape) in shapes.items() if _is_images(dtype, shape)]
         self.name = _FIELD if _FIELD in fitting else fitting[0] if len(fitting) == 1 else ""

@@ -25,6 +25,7 @@ from pipeline.assets.archives import find_files, read_bytes
 from pipeline.assets.download import DamagedError
 from pipeline.integrity.digests import sha256_file
 from pipeline.integrity.pictures import DAMAGE, open_picture
+from pipeline.integrity.reason import reason_of
 from pipeline.integrity.safe_pickle import UnsafePickleError, load_batch
 
 MNIST_FILES = (
@@ -137,7 +138,7 @@ def _picture_batch(path: Path) -> np.ndarray:
         with open_picture(path) as picture:
             rows = np.asarray(picture)
     except DAMAGE as error:
-        raise DamagedError(f"{path.name} is damaged ({error})") from error
+        raise DamagedError(f"{path.name} is damaged ({reason_of(error)})") from error
     if rows.shape != (10000, 1024, 3) or rows.dtype != np.uint8:
         raise DamagedError(f"{path.name} has shape {rows.shape}; expected (10000, 1024, 3)")
     return np.ascontiguousarray(rows.transpose(0, 2, 1)).reshape(-1, 3, 32, 32)
@@ -148,7 +149,7 @@ def _json_labels(path: Path) -> np.ndarray:
     try:
         return _labels(json.loads(path.read_text()), path)
     except ValueError as error:
-        raise DamagedError(f"{path.name} is damaged ({error})") from error
+        raise DamagedError(f"{path.name} is damaged ({reason_of(error)})") from error
 
 
 def _labels(labels: object, path: Path) -> np.ndarray:

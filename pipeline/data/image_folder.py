@@ -17,6 +17,7 @@ from pipeline.data.file_index import file_records
 from pipeline.data.image_set import ImageSet, Pixels, apply_limit, fingerprint
 from pipeline.errors import UserError
 from pipeline.integrity.pictures import open_picture
+from pipeline.integrity.reason import reason_of
 
 ENDINGS = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
@@ -210,7 +211,7 @@ class FolderPixels:
         # Decoders raise many kinds of errors for damaged files.
         except Exception as error:
             raise UserError(
-                f"image {path} could not be read ({error}); repair or remove it"
+                f"image {path} could not be read ({reason_of(error)}); repair or remove it"
             ) from error
 
 

@@ -16,6 +16,7 @@ from pipeline.data.file_index import FileRecord, file_records
 from pipeline.data.image_set import ImageSet, apply_limit, fingerprint
 from pipeline.errors import UserError
 from pipeline.integrity.arrays import read_arrays, read_header
+from pipeline.integrity.reason import reason_of
 from pipeline.integrity.safe_pickle import load_batch
 
 _TRAIN = tuple(f"train_data_batch_{i}" for i in range(1, 11))
@@ -152,7 +153,7 @@ def _count_rows(path: Path) -> FileRecord:
         with zipfile.ZipFile(path) as archive, archive.open("data.npy") as member:
             shape, _, _ = read_header(member)
     except _DAMAGE as error:
-        raise _not_a_batch(path, str(error)) from error
+        raise _not_a_batch(path, reason_of(error)) from error
     return {"rows": int(shape[0]) if shape else 0}
 
 
@@ -163,7 +164,7 @@ def _read_arrays(path: Path, wanted: tuple[str, ...]) -> dict[str, object]:
             return dict(load_batch(path))
         return dict(read_arrays(path, wanted))
     except _DAMAGE as error:
-        raise _not_a_batch(path, str(error)) from error
+        raise _not_a_batch(path, reason_of(error)) from error
 
 
 def _not_a_batch(path: Path, reason: str) -> UserError:

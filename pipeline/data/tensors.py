@@ -16,6 +16,7 @@ from pipeline.data.image_set import ImageSet, apply_limit, image_set_of
 from pipeline.data.standardisation import facts
 from pipeline.errors import UserError
 from pipeline.integrity.arrays import read_arrays
+from pipeline.integrity.reason import reason_of
 from pipeline.storage import atomic
 from pipeline.storage.paths import data_root
 from pipeline.storage.shards import FORMAT, MANIFEST, StoreWriter, content_key
@@ -57,8 +58,8 @@ def read_images(path: Path, split: str, limit: int | None) -> ImageSet:
         pixels, labels = arrays["arr_0"], arrays.get("labels")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"data.path is {path}, which is no .npz of images ({error}); expected `arr_0` uint8 "
-            "(n, H, W, C)"
+            f"data.path is {path}, which is no .npz of images ({reason_of(error)}); expected "
+            "`arr_0` uint8 (n, H, W, C)"
         ) from error
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
         raise UserError(

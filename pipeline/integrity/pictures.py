@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.integrity.limits import require_size
+from pipeline.integrity.reason import reason_of
 
 #: formats that Pillow decodes itself; others, such as EPS, start an interpreter
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -38,7 +39,7 @@ def open_picture(path: str | Path | BytesIO) -> Image.Image:
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from error
         except (SyntaxError, TypeError, LookupError, OverflowError, struct.error) as error:
-            raise OSError(f"it is not a complete image ({error})") from error
+            raise OSError(f"it is not a complete image ({reason_of(error)})") from error
     try:
         name = "an image" if isinstance(path, BytesIO) else path
         require_size(picture.width * picture.height * _BYTES_PER_PIXEL, name)

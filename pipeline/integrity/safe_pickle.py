@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.integrity.limits import require_size
 from pipeline.integrity.pickles import BoundedUnpickler
+from pipeline.integrity.reason import reason_of
 
 #: numpy's functions in a pickled array, a pickled number, and an array of protocol 5
 _RECONSTRUCT: Any = np.empty(0).__reduce__()[0]
@@ -82,7 +83,7 @@ def load_batch(path: Path) -> dict[str, Any]:
     except UnsafePickleError:
         raise
     except Exception as error:  # noqa: BLE001 - a damaged pickle can raise any error
-        raise UnsafePickleError(f"it is not a complete pickle ({error})") from error
+        raise UnsafePickleError(f"it is not a complete pickle ({reason_of(error)})") from error
     if not isinstance(batch, dict):
         raise UnsafePickleError(f"it is a {type(batch).__name__}; expected a dictionary")
     for value in batch.values():

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save
 from pipeline.errors import UserError
 from pipeline.integrity.digests import sha256_file, stamp
 from pipeline.integrity.limits import DOCUMENT, read_regular
+from pipeline.integrity.reason import reason_of
 from pipeline.storage import seal
 from pipeline.storage.lock import has_ended, number_space
 from pipeline.storage.paths import require_place, unwritable
@@ -210,7 +211,8 @@ def read_json(path: Path, what: str, part: int = DOCUMENT) -> Any:  # noqa: ANN4
         raise
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(
-            f"{what} {path} is not readable JSON ({error}); it is damaged; make it again"
+            f"{what} {path} is not readable JSON ({reason_of(error)}); it is damaged; make it "
+            "again"
         ) from error
 
 
@@ -231,7 +233,7 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, torch.Tenso
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(
-            f"{path} is not a complete safetensors file ({error}); {seal.advice(path)}"
+            f"{path} is not a complete safetensors file ({reason_of(error)}); {seal.advice(path)}"
         ) from error
 
 

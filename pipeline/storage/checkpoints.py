@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.integrity.reason import reason_of
 from pipeline.storage import atomic, seal
 
 _STATE = "jkoflow.state"
@@ -52,8 +53,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return state
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise UserError(
-            f"checkpoint {path} is damaged ({error}); {seal.advice(path)}, which trains the block "
-            "again"
+            f"checkpoint {path} is damaged ({reason_of(error)}); {seal.advice(path)}, which "
+            "trains the block again"
         ) from error
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.integrity.pictures import DAMAGE, open_picture
+from pipeline.integrity.reason import reason_of
 from pipeline.runtime.rng import generator
 from pipeline.tabular.table import ARCHIVE, SPLITS, Array, ArrayRows, Rows, Table, log_product
 
@@ -166,8 +167,8 @@ def _from_hdf5(file: Path) -> Table:
             splits = {split: np.asarray(content[split], np.float32) for split in SPLITS}
     except (OSError, KeyError) as error:
         raise UserError(
-            f"{file} is not the MAF paper's BSDS300 ({error}); expected the data sets train, "
-            "validation and test; copy it again"
+            f"{file} is not the MAF paper's BSDS300 ({reason_of(error)}); expected the data sets "
+            "train, validation and test; copy it again"
         ) from error
     for split, values in splits.items():
         if values.ndim != 2 or values.shape[1] != SIDE**2 - 1 or not np.isfinite(values).all():

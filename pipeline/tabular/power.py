@@ -21,6 +21,7 @@ import numpy as np
 
 from pipeline.assets.fetch import fetch_asset
 from pipeline.errors import UserError
+from pipeline.integrity.reason import reason_of
 from pipeline.runtime.console import say
 from pipeline.tabular.table import (
     Array,
@@ -99,8 +100,8 @@ def _read_uci(file: Path) -> Array:
         values = np.asarray(rows, np.float64)
     except ValueError as error:
         raise UserError(
-            f"{file} is not the UCI archive's table ({error}); expected nine columns with ';'; "
-            "copy it again"
+            f"{file} is not the UCI archive's table ({reason_of(error)}); expected nine columns "
+            "with ';'; copy it again"
         ) from error
     return check_values(values, 8, file)
 

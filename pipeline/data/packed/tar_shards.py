@@ -12,6 +12,7 @@ from pipeline.data.image_folder import ENDINGS
 from pipeline.data.packed.places import Place, class_name, relative_name, split_of
 from pipeline.errors import UserError
 from pipeline.integrity.limits import require_size
+from pipeline.integrity.reason import reason_of
 
 
 def tar_places(system: Any, files: dict[str, dict[str, Any]]) -> Iterator[Place]:  # noqa: ANN401
@@ -39,7 +40,7 @@ def tar_places(system: Any, files: dict[str, dict[str, Any]]) -> Iterator[Place]
                 if info["size"] < archive.offset + tarfile.BLOCKSIZE:
                     raise EOFError("it ends without the block of zeros of a whole one")
         except (tarfile.TarError, EOFError) as error:
-            raise UserError(f"{file} is not a complete tar file ({error})") from error
+            raise UserError(f"{file} is not a complete tar file ({reason_of(error)})") from error
 
 
 def _samples(
