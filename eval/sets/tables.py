@@ -117,10 +117,10 @@ class Table:
                 self.groups = [len(batch) for batch in self.batches]
                 self.schema = self.batches[0].schema
                 self.count = sum(self.groups)
-        except (pyarrow.ArrowException, OSError, IndexError) as error:
+            self.names = tuple(self.schema.names)  # decodes them
+        except (pyarrow.ArrowException, OSError, IndexError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"{file} is not a complete table ({reason_of(error)}); write it "
-                "again"
+                f"{file} is not a complete table ({reason_of(error)}); write it again"
             ) from error
 
     def __len__(self) -> int:
@@ -182,7 +182,7 @@ class Table:
                         (value,) = _values(batch.slice(row - first, 1))[column]
                         yield row, _bytes(value, f"row {row} of group {group} of {self.file}")
                 first += len(batch)
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _damaged(self.file, error) from error
 
     @property

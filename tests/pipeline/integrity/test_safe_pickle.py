@@ -115,6 +115,8 @@ def test_other_names_are_errors_and_run_no_code(tmp_path, name, protocol):
 
 
 RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\n"
+DTYPE = b"cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R"
+EMPTY = RECONSTRUCT + b"cnumpy\nndarray\nK\x00\x85C\x01b\x87R"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +125,13 @@ RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\n"
         RECONSTRUCT + b"}X\x05\x00\x00\x00_callK\x01sb.",  # state of a function
         RECONSTRUCT + b"N}X\x05\x00\x00\x00_callK\x01s\x86b.",  # attributes of a function
         b"cnumpy\ndtype\nX\x02\x00\x00\x00O8\x85R.",  # references as numbers
+        DTYPE + b"(K\x03X\x01\x00\x00\x00|NX\x01\x00\x00\x00a}K\x01K\x01K\x00tb.",  # fields
+        DTYPE + b"(K\x03X\x01\x00\x00\x00?NNNK\x01K\x01K\x00tb.",  # a byte order
+        DTYPE + b"Nb.",
+        EMPTY + b".",  # an array without content
+        EMPTY + b"(K\x01K\x01\x85NK\x00C\x01atb.",  # and without dtype
+        EMPTY + b"(K\x01K\x02\x85" + DTYPE + b"K\x00C\x01atb.",  # two bytes of one
+        EMPTY + b"(K\x01J\xff\xff\xff\xff\x85" + DTYPE + b"K\x00C\x00tb.",  # a negative side
         b"cnumpy\ndtype\nX\x10\x00\x00\x00(1000000000,)u1 \x85R.",
         RECONSTRUCT + b"cos\nsystem\nK\x00\x85C\x01b\x87R.",  # another class than ndarray
         RECONSTRUCT + b"cnumpy\nndarray\nK\x00\x85C\x01b\x87R(K\x01K\x02\x85K\x03K\x00C\x02abtb.",
@@ -147,10 +156,23 @@ def test_hand_written_attacks_are_errors(tmp_path, attack):
     assert np.array_equal(load_batch(tmp_path / "b")["data"], sample()["data"])
 
 
+def test_shared_containers_are_read_once(tmp_path):
+    """Otherwise 40 levels would take 2⁴⁰ steps."""
+    level: list[object] = [np.arange(3)]
+    for _ in range(40):
+        level = [level, level]
+    (tmp_path / "b").write_bytes(pickle.dumps({"data": level}, 4))
+    back = load_batch(tmp_path / "b")["data"]
+    for _ in range(40):
+        assert back[0] is back[1]
+        back = back[0]
+    assert np.array_equal(back[0], np.arange(3))
+
+
 def test_an_array_larger_than_its_bytes_is_an_error(tmp_path):
     data = pickle.dumps({"data": np.zeros((3, 5), np.uint8)}, 2)
     (tmp_path / "b").write_bytes(data.replace(b"K\x03K\x05\x86", b"K\x03K\xff\x86"))
-    with pytest.raises(UnsafePickleError, match="not a complete pickle"):
+    with pytest.raises(UnsafePickleError, match="15 bytes that claims another size"):
         load_batch(tmp_path / "b")
     (tmp_path / "b").write_bytes(data[:-20])
     with pytest.raises(UnsafePickleError):
