@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ class Rank:
         self.present = present
         self.process_index, self.num_processes = rank, ranks
         self.is_main_process, self.device = rank == 0, torch.device("cpu")
+        self.state = SimpleNamespace(fsdp_plugin=None)
         self.given: list[Tensor] = []
 
     def reduce(self, tensor: Tensor, reduction: str) -> Tensor:

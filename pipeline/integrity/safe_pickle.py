@@ -1,7 +1,7 @@
 """Safe reader of the pickled batches of CIFAR-10 and ImageNet-32.
 
 A pickle is a program that calls functions by name. This reader resolves only the names by which
-numpy rebuilds arrays and numbers, and binds them to stand-ins: numpy's own code trusts the state
+numpy rebuilds arrays and numbers, and binds them to stand-ins. Numpy's own code trusts the state
 that a pickle gives it, and may crash. Any other name raises an error before code of the pickle
 runs. The work that a pickle may ask for is bounded (`pipeline.integrity.pickles`).
 """

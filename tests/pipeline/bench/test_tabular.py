@@ -16,7 +16,8 @@ from pipeline.bench.measure import measure
 from pipeline.bench.problem import HeldOut, open_problem, problem_config
 from pipeline.errors import UserError
 from pipeline.tabular.whitening import Whitening
-from tests.pipeline.bench.test_bench import CPU, FEW, identity, run
+from tests.pipeline.bench.test_bench import CPU, FEW, run
+from tests.pipeline.bench.test_results import identity
 
 
 def test_a_table_is_trained_and_measured(tmp_path) -> None:
