@@ -129,7 +129,7 @@ class Table:
     @property
     def columns(self) -> list[str]:
         """Names of the columns."""
-        return list(self.schema.names)
+        return list(self.names)
 
     def require_column(self, name: str) -> None:
         """Raise ValueError unless the table has a column."""
