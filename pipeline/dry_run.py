@@ -22,7 +22,7 @@ from pipeline.data.latent_cache import (
 from pipeline.runs.directory import RunDirectory
 from pipeline.sampling.generate import images_folder
 from pipeline.sampling.sampling_plan import SamplingPlan
-from pipeline.storage.shards import MANIFEST
+from pipeline.storage.shards.manifest import MANIFEST
 from pipeline.training.planner import next_pass
 
 _FLOAT = 4

@@ -29,7 +29,8 @@ from pipeline.runs.manifest import DataRecord, Manifest
 from pipeline.runtime.console import Progress, progress_bar
 from pipeline.runtime.rng import Batches
 from pipeline.runtime.system import require_disk_space
-from pipeline.storage.shards import StoreReader, StoreWriter
+from pipeline.storage.shards.reader import StoreReader
+from pipeline.storage.shards.writer import StoreWriter
 from pipeline.tabular.load import load_table
 from pipeline.tabular.table import Table
 from pipeline.tabular.whitening import Whitening, whiten

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pipeline.data.latent_cache import LatentCache
 from pipeline.runtime.rng import normals
-from pipeline.storage.shards import StoreReader, content_key
+from pipeline.storage.shards.manifest import content_key
+from pipeline.storage.shards.reader import StoreReader
 
 #: samples from which draws are not stored; those of 2²⁰ latents (4, 32, 32) take 17 GB
 MANY = 1 << 20

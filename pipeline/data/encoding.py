@@ -43,7 +43,8 @@ from pipeline.runtime.system import require_disk_space, require_memory
 from pipeline.storage import seal
 from pipeline.storage.paths import absolute
 from pipeline.storage.records import keep_recipe, read_recipe
-from pipeline.storage.shards import CACHE_RECIPE, MANIFEST, Shard, StoreWriter
+from pipeline.storage.shards.manifest import CACHE_RECIPE, MANIFEST, Shard
+from pipeline.storage.shards.writer import StoreWriter
 
 #: images whose reconstructions are measured
 _MEASURED = 64

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.storage.shards import StoreReader
+from pipeline.storage.shards.reader import StoreReader
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from pipeline.integrity.arrays import read_arrays
 from pipeline.integrity.reason import reason_of
 from pipeline.storage import atomic
 from pipeline.storage.paths import data_root
-from pipeline.storage.shards import FORMAT, MANIFEST, StoreWriter, content_key
+from pipeline.storage.shards.manifest import FORMAT, MANIFEST, content_key
+from pipeline.storage.shards.writer import StoreWriter
 
 _SHARD = 10_000
 

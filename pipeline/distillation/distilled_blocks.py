@@ -25,7 +25,8 @@ from pipeline.runs.manifest import DerivationRecord, Manifest
 from pipeline.runs.passes import Pass
 from pipeline.runs.run import Run
 from pipeline.runtime.rng import Batches, generator
-from pipeline.storage.shards import StoreReader, StoreWriter
+from pipeline.storage.shards.reader import StoreReader
+from pipeline.storage.shards.writer import StoreWriter
 from pipeline.storage.training_log import TrainingLog
 from pipeline.training.block_source import Measurement, TrainingContext
 from pipeline.training.block_trainer import BlockTrainer

@@ -41,7 +41,9 @@ from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage import atomic
 from pipeline.storage.paths import absolute
 from pipeline.storage.records import keep_recipe, to_json, well_formed
-from pipeline.storage.shards import MANIFEST, StoreReader, open_store
+from pipeline.storage.shards.manifest import MANIFEST
+from pipeline.storage.shards.opening import open_store
+from pipeline.storage.shards.reader import StoreReader
 
 
 class Evaluator(FeatureExtractor):

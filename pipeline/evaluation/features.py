@@ -30,7 +30,10 @@ from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.runtime.rng import generator
 from pipeline.sampling.refiner import Refiner
 from pipeline.storage.paths import data_root
-from pipeline.storage.shards import MANIFEST, StoreReader, StoreWriter, content_key, open_store
+from pipeline.storage.shards.manifest import MANIFEST, content_key
+from pipeline.storage.shards.opening import open_store
+from pipeline.storage.shards.reader import StoreReader
+from pipeline.storage.shards.writer import StoreWriter
 
 #: images per shard of a store of features, and per batch of the network
 SHARD = 250

@@ -15,7 +15,7 @@ from eval.distances import kid
 from eval.manifolds import manifold_metrics
 from pipeline.data.image_set import ImageSet
 from pipeline.runtime.rng import generator
-from pipeline.storage.shards import StoreReader
+from pipeline.storage.shards.reader import StoreReader
 
 #: the most images of either set; 10 000 x 2 048 floats take 80 MB, and the cost is quadratic
 MOST = 10_000

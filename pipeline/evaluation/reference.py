@@ -21,7 +21,7 @@ from pipeline.evaluation.features import FeatureExtractor, statistics_of
 from pipeline.evaluation.real_images import require_fid_sample, require_images, subset_indices
 from pipeline.runtime.console import Progress
 from pipeline.storage import atomic
-from pipeline.storage.shards import StoreReader
+from pipeline.storage.shards.reader import StoreReader
 
 
 def make_reference(

@@ -35,7 +35,8 @@ from pipeline.runtime.console import no_progress
 from pipeline.runtime.rng import Batches, generator
 from pipeline.runtime.system import keep_freed_memory
 from pipeline.storage import atomic
-from pipeline.storage.shards import StoreReader, StoreWriter
+from pipeline.storage.shards.reader import StoreReader
+from pipeline.storage.shards.writer import StoreWriter
 from pipeline.training.block_source import TrainedBlocks, TrainingContext
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.matching_loss import IMAGE

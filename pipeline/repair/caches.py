@@ -35,7 +35,7 @@ from pipeline.runtime.console import say
 from pipeline.storage import atomic
 from pipeline.storage.paths import data_root
 from pipeline.storage.records import keep_recipe, read_recipe
-from pipeline.storage.shards import CACHE_RECIPE, MANIFEST
+from pipeline.storage.shards.manifest import CACHE_RECIPE, MANIFEST
 
 _MISSING = (UserError, ValueError, OSError)
 #: types of stored latents in a file of safetensors, by the precision of `encode`

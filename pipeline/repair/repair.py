@@ -21,7 +21,7 @@ from pipeline.runs import verify
 from pipeline.runs.verify import Fault
 from pipeline.runtime.console import say
 from pipeline.storage import atomic, seal
-from pipeline.storage.shards import MANIFEST
+from pipeline.storage.shards.manifest import MANIFEST
 
 #: kinds in the order of their repair
 _ORDER = (

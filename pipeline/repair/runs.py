@@ -27,7 +27,8 @@ from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage import atomic
 from pipeline.storage.paths import absolute
 from pipeline.storage.records import keep_recipe, read_recipe_values, well_formed
-from pipeline.storage.shards import MANIFEST, RECIPE, open_store
+from pipeline.storage.shards.manifest import MANIFEST, RECIPE
+from pipeline.storage.shards.opening import open_store
 from pipeline.toy2d.experiment import run_experiment
 
 _IMAGES, _FEATURES = "images-", "features-"

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from pipeline.errors import UserError
 from pipeline.runtime.console import Progress
 from pipeline.storage import atomic
-from pipeline.storage.shards import MANIFEST
+from pipeline.storage.shards.manifest import MANIFEST
 
 
 @dataclass(frozen=True)

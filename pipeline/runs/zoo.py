@@ -13,7 +13,7 @@ from pipeline.integrity import hub
 from pipeline.integrity.digests import shipped
 from pipeline.storage import atomic, seal
 from pipeline.storage.paths import data_root
-from pipeline.storage.shards import content_key
+from pipeline.storage.shards.manifest import content_key
 
 PREFIX = "zoo:"
 #: names of the runs in the distribution jkoflow-zoo end so; all others are in jkoflow itself

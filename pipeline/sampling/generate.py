@@ -27,15 +27,10 @@ from pipeline.sampling.image_recipe import recipe_of
 from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage import seal
 from pipeline.storage.records import keep_recipe
-from pipeline.storage.shards import (
-    MANIFEST,
-    RECIPE,
-    StoreReader,
-    StoreWriter,
-    content_key,
-    find_similar_stores,
-    open_store,
-)
+from pipeline.storage.shards.manifest import MANIFEST, RECIPE, content_key
+from pipeline.storage.shards.opening import find_similar_stores, open_store
+from pipeline.storage.shards.reader import StoreReader
+from pipeline.storage.shards.writer import StoreWriter
 
 _KEEP_SMALLER_THAN = 500
 _FLOAT = 4

@@ -22,7 +22,7 @@ from pipeline.runtime.console import say
 from pipeline.runtime.system import require_disk_space
 from pipeline.storage import atomic
 from pipeline.storage.lock import locked
-from pipeline.storage.shards import StoreReader
+from pipeline.storage.shards.reader import StoreReader
 
 _NAME = "{:06d}.png"
 #: bytes that the smallest file takes on most disks

@@ -14,7 +14,8 @@ from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runs.manifest import DataRecord, Manifest
 from pipeline.runtime.rng import generator
-from pipeline.storage.shards import StoreReader, StoreWriter
+from pipeline.storage.shards.reader import StoreReader
+from pipeline.storage.shards.writer import StoreWriter
 from pipeline.toy2d.point_sets import PointSet, point_set
 from pipeline.training.stages import ensure_stage
 

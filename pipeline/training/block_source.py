@@ -27,7 +27,7 @@ from pipeline.runs.zoo import locate
 from pipeline.runtime.console import Progress
 from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.runtime.rng import generator
-from pipeline.storage.shards import StoreReader
+from pipeline.storage.shards.reader import StoreReader
 from pipeline.storage.training_log import TrainingLog
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.diagnostics import check_grid, measure

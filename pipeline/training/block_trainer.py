@@ -42,7 +42,7 @@ from pipeline.runtime.distributed import raise_on_all_ranks, sum_over_ranks
 from pipeline.runtime.rng import Batches, generator
 from pipeline.runtime.sharding import gather, scatter, shard, shards_networks
 from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
-from pipeline.storage.shards import StoreReader
+from pipeline.storage.shards.reader import StoreReader
 from pipeline.training.matching_loss import IMAGE, Regression, matching_regression
 from pipeline.training.stages import number_of
 

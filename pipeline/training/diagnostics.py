@@ -20,7 +20,7 @@ from flows.solving.solver import FIXED_METHODS, SolverConfig
 from pipeline.errors import JkoflowError
 from pipeline.runtime.console import Progress, say
 from pipeline.runtime.rng import Batches, generator
-from pipeline.storage.shards import StoreReader
+from pipeline.storage.shards.reader import StoreReader
 from pipeline.storage.training_log import TrainingLog
 from pipeline.training.block_trainer import BlockTrainer
 

@@ -21,7 +21,7 @@ from flows.objectives.losses import LfmLoss, matching_loss, ou_target
 from flows.spec import BlockSpec
 from pipeline.config.training import MatchingConfig
 from pipeline.runtime.devices import to_device
-from pipeline.storage.shards import StoreReader
+from pipeline.storage.shards.reader import StoreReader
 
 #: field of a stage: the image that each sample is conditioned on
 IMAGE = "image"

@@ -32,7 +32,9 @@ from pipeline.errors import UserError
 from pipeline.runs.manifest import AutoencoderRecord, DataRecord, LatentsRecord, Manifest
 from pipeline.runtime.console import progress_bar
 from pipeline.runtime.rng import generator
-from pipeline.storage.shards import Shard, StoreReader, StoreWriter
+from pipeline.storage.shards.manifest import Shard
+from pipeline.storage.shards.reader import StoreReader
+from pipeline.storage.shards.writer import StoreWriter
 from pipeline.training.matching_loss import IMAGE
 from pipeline.training.stages import ensure_drawn_stage, ensure_stage, has_stored_stage
 

@@ -32,14 +32,10 @@ from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.runtime.rng import generator, order
 from pipeline.runtime.system import require_disk_space
 from pipeline.storage import atomic, seal
-from pipeline.storage.shards import (
-    MANIFEST,
-    Shard,
-    StoreReader,
-    StoreWriter,
-    open_store,
-    require_identity,
-)
+from pipeline.storage.shards.manifest import MANIFEST, Shard, require_identity
+from pipeline.storage.shards.opening import open_store
+from pipeline.storage.shards.reader import StoreReader
+from pipeline.storage.shards.writer import StoreWriter
 
 CHUNK = 2000
 #: samples that a stage has at least, if the stage before has them

@@ -33,7 +33,7 @@ from pipeline.runtime.distributed import require_same
 from pipeline.runtime.sharding import shards_networks
 from pipeline.runtime.system import keep_freed_memory
 from pipeline.storage.records import to_json
-from pipeline.storage.shards import content_key
+from pipeline.storage.shards.manifest import content_key
 from pipeline.training.block_source import TrainedBlocks, TrainingContext
 from pipeline.training.pass_trainer import PassTrainer
 from pipeline.training.planner import next_pass, recipe_of, with_lower_iterations

@@ -41,7 +41,10 @@ from pipeline.data.standardisation import Standardisation
 from pipeline.integrity.digests import sha256_file
 from pipeline.runtime.console import no_progress
 from pipeline.runtime.system import peak_memory
-from pipeline.storage import atomic, seal, shards
+from pipeline.storage import atomic, seal
+from pipeline.storage.shards.manifest import FORMAT, MANIFEST, content_key, shard_name
+from pipeline.storage.shards.opening import memory_file
+from pipeline.storage.shards.reader import StoreReader
 from pipeline.training.train import train
 
 SHARD = 10_000
@@ -56,7 +59,7 @@ OBJECTIVES = {
 def write_sparse_cache(folder: Path, count: int, shape: tuple[int, ...]) -> None:
     """Write a stochastic cache whose shards are holes, and remember their verification."""
     identity = {
-        "kind": "latents", "format": shards.FORMAT, "data": "sparse", "dataset": "latents",
+        "kind": "latents", "format": FORMAT, "data": "sparse", "dataset": "latents",
         "split": "train", "count": count, "latent_shape": list(shape), "stochastic": True,
         "shard_size": SHARD,
     }  # fmt: skip
@@ -64,7 +67,7 @@ def write_sparse_cache(folder: Path, count: int, shape: tuple[int, ...]) -> None
     rows, states, sums = [], {}, {}
     for index in range(math.ceil(count / SHARD)):
         size = min(SHARD, count - index * SHARD)
-        path = folder / shards.shard_name(index)
+        path = folder / shard_name(index)
         _write_hole(path, size, shape)
         if not index or size < SHARD:
             sha256 = sha256_file(path)
@@ -76,16 +79,16 @@ def write_sparse_cache(folder: Path, count: int, shape: tuple[int, ...]) -> None
         rows.append({"file": path.name, "count": size, "sha256": sha256})
     channels = torch.zeros(shape[0])
     manifest = {
-        "format": shards.FORMAT, "key": shards.content_key(identity), "identity": identity,
+        "format": FORMAT, "key": content_key(identity), "identity": identity,
         "count": count, "shards": rows, "complete": True,
         "standardisation": Standardisation(channels, channels + 1).to_dict(),
         "classes": [[0, count]],
     }  # fmt: skip
     text = atomic.json_bytes(manifest)
-    sums[shards.MANIFEST] = hashlib.sha256(text).hexdigest()
+    sums[MANIFEST] = hashlib.sha256(text).hexdigest()
     atomic.write_bytes(folder / seal.NAME, seal.lines(sums))
-    atomic.write_bytes(folder / shards.MANIFEST, text, sealed=False)
-    atomic.write_bytes(shards._memory(folder), json.dumps(states).encode(), sealed=False)
+    atomic.write_bytes(folder / MANIFEST, text, sealed=False)
+    atomic.write_bytes(memory_file(folder), json.dumps(states).encode(), sealed=False)
 
 
 def _write_hole(path: Path, size: int, shape: tuple[int, ...]) -> None:
@@ -135,7 +138,7 @@ def measure(folder: Path, steps: int, objective: str, width: int) -> dict[str, A
     base, began = peak_memory(), _now()
     count = len(open_cache(config))
     opened, first, share = _since(began), list[float](), list[float]()
-    reading = _Clock(DrawnLatents if count >= MANY else shards.StoreReader, "take")
+    reading = _Clock(DrawnLatents if count >= MANY else StoreReader, "take")
     stepping = 0.0
 
     def progress(items: Any, total: int, label: str) -> Any:

@@ -44,7 +44,8 @@ from pipeline.config.schema import Config
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.rng import generator
 from pipeline.runtime.system import peak_memory
-from pipeline.storage.shards import StoreReader, StoreWriter
+from pipeline.storage.shards.reader import StoreReader
+from pipeline.storage.shards.writer import StoreWriter
 from pipeline.training.block_trainer import BlockTrainer
 
 _WARM_UP = 2

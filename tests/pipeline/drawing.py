@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.runs.run import Run
 from pipeline.sampling.generate import sample_images
 from pipeline.sampling.sampling_plan import SamplingPlan
-from pipeline.storage.shards import StoreReader
+from pipeline.storage.shards.reader import StoreReader
 from tests.pipeline.gaussian_source import quiet
 
 

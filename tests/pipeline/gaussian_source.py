@@ -12,7 +12,8 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.runs.manifest import Manifest
 from pipeline.runtime.rng import generator
-from pipeline.storage.shards import StoreReader, StoreWriter
+from pipeline.storage.shards.reader import StoreReader
+from pipeline.storage.shards.writer import StoreWriter
 from pipeline.training.stages import ensure_stage
 from tests.pipeline.records import synthetic_manifest
 

@@ -20,7 +20,8 @@ from pipeline.config.training import JkoConfig, MatchingConfig, TrainConfig
 from pipeline.runtime.rng import generator
 from pipeline.runtime.sharding import enable_sharding, gather, refuse_sharding_settings
 from pipeline.storage.checkpoints import load_checkpoint
-from pipeline.storage.shards import StoreReader, StoreWriter
+from pipeline.storage.shards.reader import StoreReader
+from pipeline.storage.shards.writer import StoreWriter
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.matching_loss import IMAGE
 from pipeline.training.stages import ensure_stage

@@ -20,7 +20,7 @@ from pipeline.runs.directory import RunDirectory
 from pipeline.runs.run import open_run
 from pipeline.runs.snapshots import snapshots_of
 from pipeline.storage import seal
-from pipeline.storage.shards import open_store
+from pipeline.storage.shards.opening import open_store
 from pipeline.storage.trackers import Trackers
 from tests.faults.mutations import as_json, as_yaml
 from tests.faults.readers.reader import Reader

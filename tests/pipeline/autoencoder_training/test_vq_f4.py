@@ -22,7 +22,7 @@ from eval.pictures import image_grid
 from flows.solving.solver import SolverConfig
 from pipeline.runs.run import open_run
 from pipeline.runtime.rng import generator
-from pipeline.storage.shards import open_store
+from pipeline.storage.shards.opening import open_store
 from tests.autoencoders.official_layout import Official, state_of, write_checkpoint, write_yaml
 from tests.pipeline.evaluation.test_evaluator import distance
 from tests.pipeline.glance import stand_in

@@ -21,7 +21,7 @@ from PIL import Image
 import jkoflow
 from pipeline.runs.run import open_run
 from pipeline.storage import atomic
-from pipeline.storage.shards import open_store
+from pipeline.storage.shards.opening import open_store
 from tests import device as strict
 from tests.pipeline.evaluation.test_metrics import Glimpse
 from tests.pipeline.glance import stand_in

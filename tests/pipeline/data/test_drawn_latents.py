@@ -16,7 +16,7 @@ from pipeline.data.latent_cache import open_cache
 from pipeline.distillation.distilled_blocks import PairReader
 from pipeline.errors import UserError
 from pipeline.runs import verify
-from pipeline.storage.shards import MANIFEST
+from pipeline.storage.shards.manifest import MANIFEST
 from pipeline.training import sources
 from pipeline.training.sources import LatentSource
 from pipeline.training.stages import stage_folder

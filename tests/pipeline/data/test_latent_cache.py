@@ -23,7 +23,7 @@ from pipeline.data.latent_cache import LatentCache, open_cache
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runtime.rng import generator
-from pipeline.storage.shards import open_store
+from pipeline.storage.shards.opening import open_store
 from pipeline.training.sources import LatentSource
 from tests.pipeline.tiny import World, pictures, write_autoencoder
 
@@ -177,7 +177,7 @@ def test_a_second_call_reads_the_cache(
 ) -> None:
     world, folder = cached
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    monkeypatch.setattr("pipeline.storage.shards.StoreWriter.write", None)
+    monkeypatch.setattr("pipeline.storage.shards.writer.StoreWriter.write", None)
     again = encode(read(world), accelerator, quiet)
     assert isinstance(again, LatentCache) and len(again) == 40
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before

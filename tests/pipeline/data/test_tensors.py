@@ -13,7 +13,7 @@ from pipeline.data.datasets import load_images
 from pipeline.data.latent_cache import LatentCache
 from pipeline.data.tensors import write_images, write_latents
 from pipeline.errors import UserError
-from pipeline.storage.shards import open_store
+from pipeline.storage.shards.opening import open_store
 
 
 @pytest.fixture(autouse=True)

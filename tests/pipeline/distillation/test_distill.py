@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.runs.directory import read_config, read_manifest
 from pipeline.runs.run import Run, open_run
 from pipeline.runs.zoo import zoo
-from pipeline.storage.shards import open_store
+from pipeline.storage.shards.opening import open_store
 from pipeline.toy2d.point_source import PointSource
 from pipeline.training.stages import stage_folder
 from pipeline.training.train import Outcome, train

@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.storage import seal
 from pipeline.storage.checkpoints import load_checkpoint
-from pipeline.storage.shards import CACHE_RECIPE
+from pipeline.storage.shards.manifest import CACHE_RECIPE
 from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import World, child, make_world, run_child, say
 

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.runs.directory import read_manifest
 from pipeline.runs.passes import Pass, labels, spread
 from pipeline.runs.run import open_run
-from pipeline.storage.shards import open_store
+from pipeline.storage.shards.opening import open_store
 from pipeline.training.block_trainer import BlockTrainer, StepReport
 from pipeline.training.stages import stage_folder
 from pipeline.training.train import Outcome, train

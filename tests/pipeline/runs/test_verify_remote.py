@@ -14,8 +14,8 @@ from pipeline.errors import UserError
 from pipeline.runs import verify_remote
 from pipeline.runs.verify import verify
 from pipeline.storage import atomic
-from pipeline.storage.remote_shards import FOLDER
-from pipeline.storage.shards import StoreWriter
+from pipeline.storage.shards.remote import FOLDER
+from pipeline.storage.shards.writer import StoreWriter
 from tests.pipeline.tiny import say
 
 MANIFEST, SHARD, RECIPE = "manifest.json", "shard-00001.safetensors", "recipe.yaml"

@@ -20,7 +20,8 @@ from pipeline.runs.manifest import ClassesRecord
 from pipeline.runs.run import load_blocks, open_run
 from pipeline.runtime.rng import generator
 from pipeline.sampling.class_labels import class_labels_of
-from pipeline.storage.shards import StoreReader, open_store
+from pipeline.storage.shards.opening import open_store
+from pipeline.storage.shards.reader import StoreReader
 from pipeline.training.stages import stage_folder
 from pipeline.training.train import Outcome, train
 from tests.flows.closed_form import jko_step

@@ -27,7 +27,8 @@ from pipeline.runs.manifest import ClassesRecord
 from pipeline.runs.run import open_run
 from pipeline.runtime.rng import generator
 from pipeline.sampling.class_labels import ClassLabels, condition_of, parse_classes
-from pipeline.storage.shards import StoreReader, open_store
+from pipeline.storage.shards.opening import open_store
+from pipeline.storage.shards.reader import StoreReader
 from pipeline.training.stages import stage_folder
 from tests.pipeline import tiny as harness
 from tests.pipeline.drawing import plan_of, store_of

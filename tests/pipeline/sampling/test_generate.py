@@ -25,7 +25,7 @@ from pipeline.sampling.generate import sample_batch as sample
 from pipeline.sampling.generate import sample_images
 from pipeline.sampling.solvers import with_solver
 from pipeline.storage import atomic
-from pipeline.storage.shards import StoreReader
+from pipeline.storage.shards.reader import StoreReader
 from tests.pipeline.drawing import plan_of
 from tests.pipeline.gaussian_source import quiet
 from tests.pipeline.records import rewrite

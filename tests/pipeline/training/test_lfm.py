@@ -22,7 +22,7 @@ from pipeline.runs.passes import Pass
 from pipeline.runs.run import load_blocks, open_run
 from pipeline.runtime.rng import generator
 from pipeline.sampling.solvers import solvers_of
-from pipeline.storage.shards import open_store
+from pipeline.storage.shards.opening import open_store
 from pipeline.training.matching_loss import batch_loss, logit_normal, stratified_times
 from pipeline.training.stages import stage_folder
 from pipeline.training.train import Outcome, train

@@ -18,7 +18,7 @@ from pipeline.config.load import load_config
 from pipeline.config.training import JkoConfig, TrainConfig
 from pipeline.errors import UserError
 from pipeline.runtime.rng import generator
-from pipeline.storage.shards import StoreReader
+from pipeline.storage.shards.reader import StoreReader
 from pipeline.training.block_trainer import BlockTrainer
 from tests.pipeline.gaussian_source import GaussianSource, tiny
 

@@ -15,7 +15,8 @@ from pipeline.config.training import JkoConfig, TrainConfig
 from pipeline.data.encoding import encode
 from pipeline.data.latent_cache import open_cache
 from pipeline.runtime.rng import generator
-from pipeline.storage.shards import StoreReader, StoreWriter
+from pipeline.storage.shards.reader import StoreReader
+from pipeline.storage.shards.writer import StoreWriter
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.sources import LatentSource
 from pipeline.training.stages import ensure_stage

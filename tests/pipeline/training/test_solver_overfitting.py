@@ -20,7 +20,7 @@ from flows.solving.solver import SolverConfig
 from pipeline.errors import JkoflowError
 from pipeline.runs.directory import read_manifest
 from pipeline.runs.run import load_blocks
-from pipeline.storage.shards import open_store
+from pipeline.storage.shards.opening import open_store
 from pipeline.training import diagnostics
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.diagnostics import TOLERANCE

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from flows.networks.condition import Condition
 from pipeline.runs.directory import read_manifest
 from pipeline.runs.run import load_blocks
-from pipeline.storage.shards import open_store
+from pipeline.storage.shards.opening import open_store
 from pipeline.training import stages
 from pipeline.training.stages import stage_folder
 from pipeline.training.train import train

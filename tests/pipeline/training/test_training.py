@@ -25,7 +25,8 @@ from pipeline.runs.directory import read_manifest
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.run import load_blocks
 from pipeline.runtime.rng import generator
-from pipeline.storage.shards import StoreReader, open_store
+from pipeline.storage.shards.opening import open_store
+from pipeline.storage.shards.reader import StoreReader
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.train import Outcome, train
 from tests.flows.closed_form import GaussianStep, jko_step, kl_to_standard

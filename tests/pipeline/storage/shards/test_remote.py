@@ -12,15 +12,17 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.storage import atomic, remote_shards
-from pipeline.storage.remote_shards import (
+from pipeline.storage import atomic
+from pipeline.storage.shards import remote
+from pipeline.storage.shards.reader import StoreReader
+from pipeline.storage.shards.remote import (
     BOUND,
     FOLDER,
     RemoteStoreReader,
     find_remote_store,
     open_remote_store,
 )
-from pipeline.storage.shards import StoreReader, StoreWriter
+from pipeline.storage.shards.writer import StoreWriter
 
 COUNT, SHARD = 60, 8
 
@@ -54,7 +56,7 @@ def hold(monkeypatch: pytest.MonkeyPatch, shards: float, local: StoreReader) -> 
     """Set the bound to a number of shards; return its bytes."""
     size = int(shards * size_of_shard(local))
     monkeypatch.setenv(BOUND, repr(size / 2**30))
-    return remote_shards.bound()
+    return remote.bound()
 
 
 def copies(tmp_path: Path) -> list[Path]:

@@ -24,9 +24,10 @@ from pipeline.integrity.digests import sha256_file
 from pipeline.integrity.limits import DOCUMENT, LIST, limit, require_size
 from pipeline.integrity.reason import reason_of
 from pipeline.storage import atomic, seal
-from pipeline.storage.memory_maps import map_tensors
 from pipeline.storage.paths import data_root, unwritable
-from pipeline.storage.shards import MANIFEST, Shard, StoreReader, require_manifest
+from pipeline.storage.shards.manifest import MANIFEST, Shard, require_manifest
+from pipeline.storage.shards.memory_maps import map_tensors
+from pipeline.storage.shards.reader import StoreReader
 
 #: environment variable with the folder of the copies, which may lie on a disk of one machine
 FOLDER = "JKOFLOW_CACHE"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.storage import shards
-from pipeline.storage.memory_maps import map_tensors
-from pipeline.storage.shards import StoreWriter
+from pipeline.storage.shards import reader
+from pipeline.storage.shards.memory_maps import map_tensors
+from pipeline.storage.shards.writer import StoreWriter
 
 KINDS = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")
 
@@ -33,15 +33,15 @@ def test_many_shards_are_read_with_few_maps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond the limit the oldest map is closed, and what is read stays the same."""
-    monkeypatch.setattr(shards, "_SCATTERED", 1)
-    monkeypatch.setattr(shards, "_MOST_MAPS", 3)
+    monkeypatch.setattr(reader, "_SCATTERED", 1)
+    monkeypatch.setattr(reader, "_MOST_MAPS", 3)
     writer = StoreWriter(tmp_path, {"kind": "test"}, 95, 10)
     for index in writer.missing():
         writer.write(index, {"x": torch.arange(*writer.bounds(index))})
-    reader = writer.finish()
+    store = writer.finish()
     order = torch.randperm(95, generator=torch.Generator().manual_seed(0))
     for part in (order, order.flip(0), torch.tensor([94, 0, 94])):
-        assert torch.equal(reader.take("x", part), part)
-    assert len(reader._maps) == 3
+        assert torch.equal(store.take("x", part), part)
+    assert len(store._maps) == 3
     for start, stop in ((0, 95), (0, 10), (10, 10), (9, 11), (0, 0), (95, 95), (37, 73)):
-        assert reader.read("x", start, stop).tolist() == list(range(start, stop))
+        assert store.read("x", start, stop).tolist() == list(range(start, stop))

@@ -1,0 +1,1 @@
+"""Stores: arrays of many samples as safetensors shards with a manifest."""
