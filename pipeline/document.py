@@ -13,9 +13,9 @@ import typer
 
 from pipeline.cli.main import app
 from pipeline.config import packaged
-from pipeline.config.applies import APPLIES
 from pipeline.config.autoencoder import AutoencoderConfig
 from pipeline.config.keys import Key, count, fields_of, keys, section_of
+from pipeline.config.rules.applies import APPLIES
 from pipeline.config.schema import WHERE, Config
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

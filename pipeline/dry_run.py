@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from flows.networks.registry import make_velocity
+from pipeline.config.rules.validate import check
 from pipeline.config.sampling import EvaluateConfig
 from pipeline.config.schema import Config
-from pipeline.config.validate import check
 from pipeline.data.latent_cache import (
     PLACE,
     cache_folder,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.validate import check
+from pipeline.config.rules.validate import check
 from tests import device
 from tests.benchmarks import bench_memory, throughput
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 CHECKED = ("flows", "autoencoders", "eval", "pipeline")
 FILES = sorted(path for folder in CHECKED for path in (ROOT / folder).rglob("*.py"))
 #: its keys are those of earlier configurations
-OLD_KEYS = ROOT / "pipeline" / "config" / "moved.py"
+OLD_KEYS = ROOT / "pipeline" / "config" / "rules" / "moved.py"
 BANNED = ("told", "beside", "at hand", "anew", "so many", "thereby")
 #: words that a sentence may have
 LONGEST = 25

@@ -16,7 +16,7 @@ from autoencoders.taming import TamingAutoencoder
 from eval.plots import before_after
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
 from pipeline.config.autoencoder import AutoencoderConfig
-from pipeline.config.load import to_dict
+from pipeline.config.plain import to_dict
 from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet, with_random_access
 from pipeline.errors import JkoflowError, UserError

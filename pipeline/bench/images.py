@@ -20,7 +20,7 @@ from eval.distances import frechet_distance, kid
 from eval.frechet_error import frechet_error
 from eval.gaussian import GaussianStats
 from pipeline.config.data import IMAGE_SETS, LATENTS
-from pipeline.config.load import with_values
+from pipeline.config.plain import with_values
 from pipeline.config.schema import Config
 from pipeline.data.encoding import encode, standardised_latents
 from pipeline.data.image_set import ImageSet

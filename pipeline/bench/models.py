@@ -19,6 +19,7 @@ from flows.baselines.registry import BASELINES, make_baseline
 from flows.baselines.score_sde import ScoreSdeConfig
 from flows.networks.config import VelocityConfig
 from flows.networks.registry import make_velocity
+from pipeline.config.rules.validate import ends_free, steps
 from pipeline.config.sampling import SamplerConfig
 from pipeline.config.schema import Config
 from pipeline.config.training import (
@@ -29,7 +30,6 @@ from pipeline.config.training import (
     Objective,
     ScheduleConfig,
 )
-from pipeline.config.validate import ends_free, steps
 from pipeline.errors import JkoflowError, UserError
 
 #: models that the pipeline of images trains

@@ -20,7 +20,8 @@ from pipeline.bench.images import (
 )
 from pipeline.config import packaged
 from pipeline.config.data import IMAGE_SETS, TABLES
-from pipeline.config.load import load_config, with_values
+from pipeline.config.load import load_config
+from pipeline.config.plain import with_values
 from pipeline.config.schema import Config
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError

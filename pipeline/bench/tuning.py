@@ -14,7 +14,7 @@ from pipeline.bench.measure import measure
 from pipeline.bench.models import TITLES
 from pipeline.bench.problem import Problem
 from pipeline.bench.training import Checkpoint, Training
-from pipeline.config.load import with_values
+from pipeline.config.plain import with_values
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runtime.console import say
 from pipeline.storage import atomic

@@ -100,7 +100,7 @@ def list_configurations() -> None:
 
 def show_configuration(name: NameArgument, overrides: SetOption = None) -> None:
     """Print a whole configuration: defaults, the file's values, and overrides."""
-    from pipeline.config.load import resolved_yaml
+    from pipeline.config.plain import resolved_yaml
 
     print(resolved_yaml(_load(name, overrides)), end="")
 
@@ -132,7 +132,7 @@ def list_keys(
 
 def compare_configurations(a: NameArgument, b: NameArgument) -> None:
     """Print the keys in which two configurations differ."""
-    from pipeline.config.load import differences
+    from pipeline.config.plain import differences
 
     one, other = _load(a, None), _load(b, None)
     if type(one) is not type(other):

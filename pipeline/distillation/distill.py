@@ -17,9 +17,9 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from pipeline.config.load import overridden
+from pipeline.config.rules.validate import check, check_shape
 from pipeline.config.sampling import SamplerConfig
 from pipeline.config.schema import Config
-from pipeline.config.validate import check, check_shape
 from pipeline.config.values import of_block
 from pipeline.distillation.distilled_blocks import (
     DistilledBlocks,

@@ -17,7 +17,7 @@ from flows.networks.base import Velocity
 from flows.networks.condition import Condition
 from flows.objectives.losses import LfmLoss, matching_loss
 from flows.spec import BlockSpec, build_block
-from pipeline.config.load import to_dict
+from pipeline.config.plain import to_dict
 from pipeline.config.schema import Config
 from pipeline.config.values import of_block
 from pipeline.errors import JkoflowError

@@ -21,8 +21,8 @@ from flows.block import Block
 from flows.networks.condition import Condition
 from flows.spec import BlockSpec
 from pipeline.config.data import LATENTS
+from pipeline.config.rules.validate import check, check_shape
 from pipeline.config.schema import Config
-from pipeline.config.validate import check, check_shape
 from pipeline.data.datasets import load_images
 from pipeline.data.drawn_latents import MANY
 from pipeline.data.latent_cache import build_encoder, latent_bytes, open_cache

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.load import flat
+from pipeline.config.plain import flat
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.evaluation.tables import metric_rows

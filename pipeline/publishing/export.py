@@ -19,7 +19,7 @@ from autoencoders.weights import locate_weights, shipped_weights
 from flows.flow import Flow
 from flows.networks.condition import Condition
 from flows.solving.solver import SolverConfig
-from pipeline.config.load import resolved_yaml
+from pipeline.config.plain import resolved_yaml
 from pipeline.config.sampling import GenerateConfig
 from pipeline.config.schema import Config
 from pipeline.errors import UserError

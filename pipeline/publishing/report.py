@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.pictures import note_of
-from pipeline.config.load import resolved_yaml
+from pipeline.config.plain import resolved_yaml
 from pipeline.evaluation.tables import metric_rows
 from pipeline.publishing.page import gallery, page, picture, section, table
 from pipeline.runs.directory import RunDirectory

@@ -31,7 +31,8 @@ from accelerate import Accelerator
 
 from pipeline.config.autoencoder import AutoencoderConfig
 from pipeline.config.keys import resume_rule
-from pipeline.config.load import differences, read_resolved, resolved_yaml, with_values
+from pipeline.config.load import read_resolved
+from pipeline.config.plain import differences, resolved_yaml, with_values
 from pipeline.config.schema import Config
 from pipeline.config.values import of_block
 from pipeline.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from pipeline.config.load import flat
+from pipeline.config.plain import flat
 from pipeline.runtime.console import say
 from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.storage.trackers import Trackers

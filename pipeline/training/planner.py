@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from flows.objectives.schedule import refined_steps, reparameterize, step_sizes
 from pipeline.config.keys import resume_rule
-from pipeline.config.load import to_dict
+from pipeline.config.plain import to_dict
+from pipeline.config.rules.validate import ends_free, objective_of, steps
 from pipeline.config.schema import SECTIONS, Config
 from pipeline.config.training import JkoConfig
-from pipeline.config.validate import ends_free, objective_of, steps
 from pipeline.config.values import of_block
 from pipeline.errors import UserError
 from pipeline.runs.passes import BlockRow, Pass

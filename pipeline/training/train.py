@@ -16,8 +16,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from pipeline.config.rules.validate import check, check_shape
 from pipeline.config.schema import Config
-from pipeline.config.validate import check, check_shape
 from pipeline.errors import UserError
 from pipeline.runs.directory import (
     EXTENDED,

@@ -30,8 +30,8 @@ from pipeline.bench.problem import HeldOut, batch_of, open_problem, problem_conf
 from pipeline.bench.results import Row
 from pipeline.cli.main import app
 from pipeline.config.load import load_config
+from pipeline.config.rules.validate import check
 from pipeline.config.schema import Config
-from pipeline.config.validate import check
 from pipeline.data.datasets import load_images
 from pipeline.errors import JkoflowError, UserError
 from pipeline.evaluation.likelihood import held_out_nll

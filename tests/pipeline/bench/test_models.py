@@ -7,7 +7,7 @@ from pipeline.bench.budget import Budget
 from pipeline.bench.models import blockwise_config, parameter_count, width_for
 from pipeline.bench.problem import problem_config
 from pipeline.bench.training import Training
-from pipeline.config.load import with_values
+from pipeline.config.plain import with_values
 from pipeline.errors import UserError
 from tests.pipeline.bench.test_bench import MODELS
 

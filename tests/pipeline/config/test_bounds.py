@@ -15,8 +15,8 @@ from pipeline.autoencoder_training.train import train_autoencoder
 from pipeline.config.autoencoder import AutoencoderConfig
 from pipeline.config.keys import Key, keys, options
 from pipeline.config.load import load, load_config
+from pipeline.config.rules.validate import check, check_shape
 from pipeline.config.schema import Config
-from pipeline.config.validate import check, check_shape
 from pipeline.errors import UserError
 from tests.pipeline.tiny import World, say
 

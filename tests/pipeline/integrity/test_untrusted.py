@@ -26,7 +26,7 @@ from flows.errors import FlowError
 from flows.networks.config import VelocityConfig
 from pipeline.assets.archives import find_files, read_bytes
 from pipeline.assets.download import DamagedError
-from pipeline.config.load import read_yaml
+from pipeline.config.yaml_files import read_yaml
 from pipeline.data.image_folder import load_folder
 from pipeline.errors import UserError
 from pipeline.integrity import pickles

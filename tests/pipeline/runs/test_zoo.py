@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pipeline.cli import main
-from pipeline.config.load import resolved_yaml
+from pipeline.config.plain import resolved_yaml
 from pipeline.errors import UserError
 from pipeline.publishing.export import _WRITTEN, export
 from pipeline.runs import zoo as shipped

@@ -10,8 +10,8 @@ from flows.errors import FlowError
 from flows.networks.registry import KINDS, make_velocity
 from flows.objectives.schedule import gammas, step_sizes
 from flows.solving.solver import ADAPTIVE_METHODS, SolverConfig
-from pipeline.config.applies import check_applicable, value_of
 from pipeline.config.keys import keys
+from pipeline.config.rules.applies import check_applicable, value_of
 from pipeline.config.schema import Config
 from pipeline.config.values import check_bounds
 from pipeline.errors import UserError
