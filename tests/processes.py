@@ -163,7 +163,7 @@ def clock(accelerator: Accelerator, folder: Path, ahead: int) -> Any:
     now = iter([0.0]) if accelerator.process_index == ahead else repeat(0.0)
     clocks = SimpleNamespace(monotonic=lambda: next(now, 1e6))
     config = tiny("train.max_minutes=1", "train.iterations=6")
-    with mock.patch("pipeline.training.pass_trainer.time", clocks):
+    with mock.patch("pipeline.training.block_loop.time", clocks):
         done = train(config, folder / "run", accelerator, quiet, False, GaussianSource(count=64))
     return [done.trained, done.complete]
 

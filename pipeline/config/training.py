@@ -164,7 +164,7 @@ class MatchingConfig:
         coupling: assignment of targets to the samples of a batch: independent (each sample its
             own), or ot (the assignment of least total squared distance).
         times: density of training times: uniform, or logit-normal, which samples the middle of the
-            path more often (see `pipeline.training.matching_loss`).
+            path more often (see `pipeline.training.batches.matching_loss`).
     """
 
     interpolant: Interpolant = setting("linear", resume="added")

@@ -155,7 +155,7 @@ def distill(
     if not manifest.passes and accelerator.is_main_process:
         write_manifest(folder, manifest)
     trainer = PassTrainer(context, manifest, DistilledBlocks(context, teacher, groups))
-    trainer.until = until
+    trainer.limits.until = until
     plan = manifest.current if manifest.passes else distillation_plan(config, teacher, groups)
     with open_log(folder, config, config.train.trackers, accelerator) as log:
         complete = trainer.train(plan, log)

@@ -28,10 +28,10 @@ from pipeline.runtime.rng import Batches, generator
 from pipeline.storage.shards.reader import StoreReader
 from pipeline.storage.shards.writer import StoreWriter
 from pipeline.storage.training_log import TrainingLog
+from pipeline.training.batches.matching_loss import Regression, stratified_times
 from pipeline.training.block_source import Measurement, TrainingContext
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.diagnostics import measure
-from pipeline.training.matching_loss import Regression, stratified_times
 from pipeline.training.planner import recipe_of
 from pipeline.training.stages import carry, ensure_stage, number_of, stage_file
 
@@ -155,8 +155,8 @@ def pair_loss(
 
     If the paths do not cross, the minimum is a velocity with straight trajectories whose map is T.
     One step of any solver follows it, in either direction. See
-    `pipeline.training.matching_loss.Regression` for the arguments; `stage` has z in the field `z`
-    and T(z) in `end`.
+    `pipeline.training.batches.matching_loss.Regression` for the arguments; `stage` has z in the
+    field `z` and T(z) in `end`.
 
     Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024), distillation; Liu,
     Gong, Liu, "Flow straight and fast" (2023).

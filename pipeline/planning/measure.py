@@ -32,14 +32,15 @@ from pipeline.planning.estimate import BlockCost, Measurement, Rate, stage_bytes
 from pipeline.planning.meter import Meter, convolution_flops, machine_of
 from pipeline.runs.passes import Pass
 from pipeline.runtime.console import no_progress
-from pipeline.runtime.rng import Batches, generator
+from pipeline.runtime.rng import generator
 from pipeline.runtime.system import keep_freed_memory
 from pipeline.storage import atomic
 from pipeline.storage.shards.reader import StoreReader
 from pipeline.storage.shards.writer import StoreWriter
+from pipeline.training.batches.block_batches import BlockBatches
+from pipeline.training.batches.matching_loss import IMAGE
 from pipeline.training.block_source import TrainedBlocks, TrainingContext
 from pipeline.training.block_trainer import BlockTrainer
-from pipeline.training.matching_loss import IMAGE
 from pipeline.training.planner import next_pass
 from pipeline.training.stages import ensure_stage
 
@@ -260,7 +261,7 @@ def _measure_block(
 
     def take_step(size: int) -> None:
         trainer.recipe = dataclasses.replace(recipe, batch_size=size)
-        trainer.batches = Batches(len(stage), size, recipe.seed, "plan")
+        trainer.batches = BlockBatches(spec, stage, trainer.recipe)
         trainer.step()
 
     step = meter.rate(take_step, recipe.batch_size, 1, config.train.precision)

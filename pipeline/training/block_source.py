@@ -29,9 +29,9 @@ from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.runtime.rng import generator
 from pipeline.storage.shards.reader import StoreReader
 from pipeline.storage.training_log import TrainingLog
+from pipeline.training.batches.matching_loss import Regression
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.diagnostics import check_grid, measure
-from pipeline.training.matching_loss import Regression
 from pipeline.training.sources import SampleSource
 from pipeline.training.stages import has_stage, next_stage, number_of, stage_file
 from pipeline.training.warm_start import initial_row

@@ -1,8 +1,9 @@
 """Trains one block on a stage: optimiser, learning rate, EMA, checks for divergence, checkpoint.
 
-Only this block is in memory. Batches and probes derive from (seed, stage, step). Every rank takes
-its share of each batch, and gradients are averaged over ranks. Under FSDP, every rank also holds
-only its part of the network (`pipeline.runtime.sharding`).
+Only this block is in memory. Batches and probes derive from (seed, stage, step)
+(`pipeline.training.batches`). Every rank takes its share of each batch, and gradients are averaged
+over ranks. Under FSDP, every rank also holds only its part of the network
+(`pipeline.runtime.sharding`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from flows.block import Block
 from flows.errors import SolveError
 from flows.mixed_precision import MixedPrecision
 from flows.networks.base import Velocity
-from flows.networks.condition import Condition
 from flows.networks.image_condition import ImageConditionedNetwork
 from flows.objectives.losses import JkoLoss, LfmLoss, jko_loss, join_losses
 from flows.solving.divergence import Divergence, Probes
@@ -39,11 +39,11 @@ from pipeline.optim.optimisers import make_optimizer
 from pipeline.runs.manifest import Manifest
 from pipeline.runtime.devices import to_device
 from pipeline.runtime.distributed import raise_on_all_ranks, sum_over_ranks
-from pipeline.runtime.rng import Batches, generator
 from pipeline.runtime.sharding import gather, scatter, shard, shards_networks
 from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.storage.shards.reader import StoreReader
-from pipeline.training.matching_loss import IMAGE, Regression, matching_regression
+from pipeline.training.batches.block_batches import BlockBatches
+from pipeline.training.batches.matching_loss import Regression, matching_regression
 from pipeline.training.stages import number_of
 
 #: state of Adam with the shape of the parameter
@@ -118,9 +118,7 @@ class BlockTrainer:
             )
         elif regression is None:
             self.regression = matching_regression(spec, options)
-        self.salt = (number,) if number else ()
-        parts = ("block", self.index, *self.salt)
-        self.batches = Batches(len(stage), recipe.batch_size, recipe.seed, *parts)
+        self.batches = BlockBatches(spec, stage, recipe, number)
         self.batches.require_samples_for_all(accelerator.num_processes)
         # parts that follow memory would differ between ranks, whose passes are collectives
         most = recipe.batch_size if self.sharded else None
@@ -129,7 +127,6 @@ class BlockTrainer:
         self.seconds = 0.0
         self.stopped = False
         self._sound: dict[str, Tensor] | None = None
-        self._redraw: tuple[str | int, ...] = ()
 
     def gradient(self, step: int, redraw: int = 0) -> Tensor:
         """Compute the gradient on the batch of a step on the CPU, float64 (parameters,).
@@ -141,11 +138,11 @@ class BlockTrainer:
             JkoflowError: the block cannot be integrated.
         """
         done, self.done = self.done, step
-        self._redraw = ("redraw", redraw) if redraw else ()
+        self.batches.redraw = ("redraw", redraw) if redraw else ()
         try:
             self._loss_and_gradient()
         finally:
-            self.done, self._redraw = done, ()
+            self.done, self.batches.redraw = done, ()
         zero = torch.zeros(())
         gradients = [zero.expand_as(p) if p.grad is None else p.grad for p in self.parameters]
         return torch.cat([gradient.cpu().double().flatten() for gradient in gradients])
@@ -324,71 +321,24 @@ class BlockTrainer:
 
     def _loss(self, part: Tensor) -> JkoLoss | LfmLoss:
         """Compute the block's objective on a part of the next batch, int64 positions (n,)."""
+        step = self.done
         if self.regression is not None:
-            device, half = self.accelerator.device.type, self.recipe.precision == "bf16"
-            place = (self.index, self.done, *self.salt, *self._redraw)
-            source = generator(self.recipe.seed, "matching", *place)
-            batch = self.batches.indices(self.done)
-            with torch.autocast(device, torch.bfloat16, enabled=half):
+            kind, half = self.accelerator.device.type, self.recipe.precision == "bf16"
+            batch, source = self.batches.indices(step), self.batches.matching_source(step)
+            with torch.autocast(kind, torch.bfloat16, enabled=half):
                 return self.regression(self.block.velocity, self.stage, batch, source, part)
-        rows = self.batches.indices(self.done)[part]
-        z, labels = self._samples(rows, part), self._labels_with_dropout(rows, part)
-        probe = self._probe(z, part)
-        z = to_device(z, self.accelerator.device)
         assert self.divergence is not None
+        device = self.accelerator.device
+        z, labels = self.batches.samples(step, part), self.batches.labels_with_dropout(step, part)
+        probes = self.batches.probes(self.divergence, z, step, part, device)
+        eps: Tensor | Probes | None = probes
+        if probes is not None and not self.block.solver.allows_probes_per_evaluation:
+            eps = probes()  # one for the whole solve
+        z = to_device(z, device)
         try:
-            return jko_loss(self.integrated, z, self.spec.h, self.divergence, probe, labels)
+            return jko_loss(self.integrated, z, self.spec.h, self.divergence, eps, labels)
         except SolveError as error:
             raise self._failure(str(error)) from error
-
-    def _samples(self, rows: Tensor, part: Tensor) -> Tensor:
-        """Return the samples of a part of the batch; they are drawn again if moments are known."""
-        if not self.stage.manifest["identity"].get("moments"):
-            return self.stage.take("z", rows)
-        mean, std = self.stage.take("mean", rows), self.stage.take("std", rows)
-        source = generator(self.recipe.seed, "posterior", self.index, self.done, *self.salt)
-        noise = torch.randn(self.recipe.batch_size, *mean.shape[1:], generator=source)
-        return mean + std * noise[part]
-
-    def _labels_with_dropout(self, rows: Tensor, part: Tensor) -> Tensor | None:
-        """Return the classes of a part of the batch; the null label replaces some at random."""
-        labels, dropout = self.labels(rows), self.spec.velocity.class_dropout
-        if labels is None or not dropout:
-            return labels
-        source = generator(self.recipe.seed, "labels", self.index, self.done, *self.salt)
-        dropped = torch.rand(self.recipe.batch_size, generator=source)[part] < dropout
-        return labels.masked_fill(dropped, self.spec.velocity.classes)
-
-    def labels(self, rows: Tensor) -> Tensor | None:
-        """Return the classes (n,) of the samples at rows (n,), for a block with classes."""
-        return self.stage.take("labels", rows) if self.block.velocity.classes else None
-
-    def condition(self, rows: Tensor) -> Condition | None:
-        """Return the classes and images that condition the samples at rows (n,)."""
-        conditioned = isinstance(self.block.velocity, ImageConditionedNetwork)
-        images = self.stage.take(IMAGE, rows).float() if conditioned else None
-        labels = self.labels(rows)
-        return None if labels is None and images is None else Condition(labels, image=images)
-
-    def _probe(self, z: Tensor, part: Tensor) -> Tensor | Probes | None:
-        """Return the probes of a part of the batch; they are drawn for the whole batch.
-
-        On a fixed grid each evaluation has its own, from (seed, block, step, evaluation).
-        """
-        whole = z.new_empty(()).expand(self.recipe.batch_size, *z.shape[1:])
-        divergence = self.divergence
-        assert divergence is not None
-
-        def draw(*evaluation: int) -> Tensor:
-            place = (self.index, self.done, *self.salt, *self._redraw, *evaluation)
-            eps = divergence.draw_probe(whole, generator(self.recipe.seed, "probe", *place))
-            assert eps is not None
-            eps = eps if len(part) == eps.shape[1] else eps[:, part]
-            return to_device(eps, self.accelerator.device)
-
-        if not divergence.random:
-            return None
-        return draw if self.block.solver.allows_probes_per_evaluation else draw()
 
     def _average_gradients(self, loss: JkoLoss | LfmLoss | None) -> tuple[float, float]:
         """Average the gradients over ranks and clip them.

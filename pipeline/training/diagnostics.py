@@ -94,7 +94,7 @@ def measure(
     solver = SolverConfig(method="rk4", steps=steps) if push.adaptive else push
     count = min(len(stage), _affordable(trainer, block, solver, samples))
     chosen = Batches(len(stage), count, recipe.seed, "measure").indices(0)
-    source = generator(recipe.seed, "measure", trainer.index, *trainer.salt)
+    source = generator(recipe.seed, "measure", trainer.index, *trainer.batches.salt)
     norm, log_det, moved = 0.0, 0.0, 0.0
     batches = chosen.split(max(_BATCH, recipe.batch_size))
     for rows in progress(batches, len(batches), f"measure block {trainer.index}"):
@@ -102,7 +102,7 @@ def measure(
         eps = divergence.draw_probe(z, source)
         z = z.to(device)
         eps = None if eps is None else eps.to(device)
-        condition = trainer.condition(rows)
+        condition = trainer.batches.condition(rows)
         try:
             end = block.transport(z, False, divergence, eps, solver, condition)
         except SolveError as error:

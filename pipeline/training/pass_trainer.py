@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from flows.objectives.schedule import stopping_ratio
@@ -17,12 +15,12 @@ from pipeline.runs.manifest import Manifest
 from pipeline.runs.movement_plot import plot_movement
 from pipeline.runs.passes import BlockRow, Pass, summarise
 from pipeline.runs.snapshots import Snapshot, add_snapshot, snapshot_file
-from pipeline.runtime import signals
-from pipeline.runtime.console import annotate, estimate_whole, say
+from pipeline.runtime.console import say
 from pipeline.runtime.distributed import broadcast_decision
 from pipeline.storage import atomic
 from pipeline.storage.records import to_json
 from pipeline.storage.training_log import TrainingLog
+from pipeline.training.block_loop import Limits, Place, optimise
 from pipeline.training.block_source import BlockSource, Measurement, TrainingContext
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.diagnostics import compares_grids, overfits_grid
@@ -41,7 +39,7 @@ class PassTrainer:
     Attributes:
         passes: of the run; it grows.
         trained: number of blocks that this trainer has finished.
-        until: optimiser step of the block in training at which to save and stop; None for none.
+        limits: of the training.
     """
 
     def __init__(self, context: TrainingContext, manifest: Manifest, blocks: BlockSource) -> None:
@@ -51,8 +49,7 @@ class PassTrainer:
         self._manifest = manifest
         self.previews = Previews(context, manifest)
         self.passes = list(manifest.passes)
-        self.deadline = time.monotonic() + 60 * self.config.train.max_minutes
-        self.until: int | None = None
+        self.limits = Limits(self.config.train.max_minutes)
         self.trained = 0
 
     @property
@@ -122,52 +119,34 @@ class PassTrainer:
         return file, atomic.sha256_file(self.folder / file)
 
     def _optimise(self, trainer: BlockTrainer, log: TrainingLog) -> bool:
-        """Run the optimiser to its end, with checkpoints; return False when the time is up."""
-        recipe, index = trainer.recipe, trainer.index
-        path = self.folder / checkpoint_file(index, self.number)
-        state = trainer.load(path) if path.is_file() else None
-        log.rewind(index, trainer.done)
-        if state is not None:
-            log.restore(state)
-        saved = time.monotonic()
+        """Run the optimiser to its end; return False when the time is up."""
+        snapshot_every = self.config.fm.snapshot_every if self.config.fm is not None else 0
+        place = self._place(trainer)
+
+        def after_step() -> bool:
+            overfit = compares_grids(trainer) and self._has_overfit(trainer, log)
+            if overfit or self.previews.due(trainer):  # before a checkpoint, which counts as drawn
+                self.previews.draw(self.current, trainer, log, place.before + trainer.done)
+            if not overfit and snapshot_every and trainer.done % snapshot_every == 0:
+                save_snapshot(self.folder, trainer)
+            return overfit
+
+        return optimise(trainer, log, place, self.limits, self.context.progress, after_step)
+
+    def _place(self, trainer: BlockTrainer) -> Place:
+        """Return the place of the block in training."""
+        index, step = trainer.index, trainer.spec.step
         before = sum(sum(earlier.iterations) for earlier in self.passes[:-1])
         before += sum(self.current.iterations[:index])
-        snapshot_every = self.config.fm.snapshot_every if self.config.fm is not None else 0
-        remaining = range(trainer.done, trainer.done if trainer.stopped else trainer.iterations)
-        step, symbol = trainer.spec.step, "γ" if trainer.spec.h is None else "h"
-        kind = "free" if step is None else f"{symbol}={step:.3g}"
-        name = f"pass {self.number} block {index}" if self.number else f"block {index}"
-        bar = self.context.progress(remaining, len(remaining), f"{name} ({kind})")
-        left = sum(self.current.iterations[index:]) - trainer.done
-        estimate_whole(bar, "training", left, "iteration")
-        samples_per_second = _rate(trainer)
-        with signals.deferred():
-            for _ in bar:
-                log.add(trainer.step().terms)
-                annotate(bar, loss=log.mean()["total"], samples_per_s=samples_per_second())
-                if trainer.done % recipe.log_every == 0 or trainer.done == trainer.iterations:
-                    seconds = round(trainer.seconds, 3)
-                    log.flush(index, trainer.done, before + trainer.done, seconds=seconds)
-                if compares_grids(trainer) and self._has_overfit(trainer, log):
-                    self.previews.draw(self.current, trainer, log, before + trainer.done)
-                    break
-                if self.previews.due(trainer):  # before the checkpoint, which counts as drawn
-                    self.previews.draw(self.current, trainer, log, before + trainer.done)
-                if snapshot_every and trainer.done % snapshot_every == 0:
-                    save_snapshot(self.folder, trainer)
-                now = time.monotonic()
-                out_of_time = recipe.max_minutes > 0 and now > self.deadline
-                halt = out_of_time or signals.pending() or trainer.done == self.until
-                due = halt or now - saved > recipe.checkpoint_seconds
-                if broadcast_decision(self.accelerator, due):
-                    trainer.save(path, log.state(), self.manifest)
-                    saved = time.monotonic()
-                    if broadcast_decision(self.accelerator, halt):
-                        if self.accelerator.is_main_process:
-                            say(f"{name}: saved at step {trainer.done} of {trainer.iterations}")
-                        return False
-            trainer.save(path, log.state(), self.manifest)
-        return True
+        symbol = "γ" if trainer.spec.h is None else "h"
+        return Place(
+            f"pass {self.number} block {index}" if self.number else f"block {index}",
+            "free" if step is None else f"{symbol}={step:.3g}",
+            self.folder / checkpoint_file(index, self.number),
+            before,
+            sum(self.current.iterations[index:]),
+            self.manifest,
+        )
 
     def _has_overfit(self, trainer: BlockTrainer, log: TrainingLog) -> bool:
         """Stop a block that overfits the error of its training grid, at its last sound weights."""
@@ -259,17 +238,6 @@ class PassTrainer:
                 # the manifest goes first, so that a half-removed stage does not look complete
                 (stage / "manifest.json").unlink(missing_ok=True)
                 shutil.rmtree(stage)
-
-
-def _rate(trainer: BlockTrainer) -> Callable[[], float]:
-    """Return a function that gives the samples per second of the steps since this call."""
-    done, seconds = trainer.done, trainer.seconds
-
-    def rate() -> float:
-        steps = trainer.done - done
-        return steps * trainer.recipe.batch_size / max(trainer.seconds - seconds, 1e-9)
-
-    return rate
 
 
 def save_snapshot(folder: Path, trainer: BlockTrainer) -> None:

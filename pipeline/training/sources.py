@@ -35,7 +35,7 @@ from pipeline.runtime.rng import generator
 from pipeline.storage.shards.manifest import Shard
 from pipeline.storage.shards.reader import StoreReader
 from pipeline.storage.shards.writer import StoreWriter
-from pipeline.training.matching_loss import IMAGE
+from pipeline.training.batches.matching_loss import IMAGE
 from pipeline.training.stages import ensure_drawn_stage, ensure_stage, has_stored_stage
 
 #: images in each part of the cache that the standardisation is measured on, and number of parts

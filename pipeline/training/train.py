@@ -117,7 +117,7 @@ def train(
     if not manifest.passes and manifest.init_from is not None and accelerator.is_main_process:
         write_manifest(folder, manifest)
     trainer = PassTrainer(context, manifest, TrainedBlocks(context, manifest.init_from))
-    trainer.until = until
+    trainer.limits.until = until
     if upcoming is not None:
         with open_log(folder, config, config.train.trackers, accelerator) as log:
             while upcoming is not None and trainer.train(upcoming, log):

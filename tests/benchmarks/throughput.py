@@ -157,7 +157,7 @@ def training(
         def read() -> None:
             rows = trainer.batches.indices(trainer.done)
             stage.take("z", rows)
-            trainer.labels(rows)
+            trainer.batches.labels(rows)
 
         precision, device = recipe.precision, accelerator.device
         return timed(name, recipe.batch_size, precision, device, seconds, trainer.step, read)

@@ -22,8 +22,8 @@ from pipeline.runtime.sharding import enable_sharding, gather, refuse_sharding_s
 from pipeline.storage.checkpoints import load_checkpoint
 from pipeline.storage.shards.reader import StoreReader
 from pipeline.storage.shards.writer import StoreWriter
+from pipeline.training.batches.matching_loss import IMAGE
 from pipeline.training.block_trainer import BlockTrainer
-from pipeline.training.matching_loss import IMAGE
 from pipeline.training.stages import ensure_stage
 from tests.pipeline.double import InDouble
 from tests.pipeline.gaussian_source import GaussianSource, tiny
@@ -131,8 +131,8 @@ def _trainer(
     target = "pipeline.training.block_trainer.shards_networks"
     with mock.patch(target, lambda _: sharded):
         trainer = BlockTrainer(block, spec, stage, recipe, options, accelerator)
-    samples = trainer._samples
-    trainer._samples = lambda *rows: samples(*rows).double()  # type: ignore[method-assign]
+    samples = trainer.batches.samples
+    trainer.batches.samples = lambda *part: samples(*part).double()  # type: ignore[method-assign]
     return trainer
 
 

@@ -21,7 +21,7 @@ from pipeline.runtime.rng import generator
 from pipeline.sampling.refiner import Refiner
 from pipeline.sampling.sampling_plan import SamplingPlan, differences, with_guidance
 from pipeline.storage.shards.opening import open_store
-from pipeline.training.matching_loss import IMAGE, batch_loss
+from pipeline.training.batches.matching_loss import IMAGE, batch_loss
 from pipeline.training.sources import ResidualSource
 from tests.pipeline.drawing import images, plan_of
 from tests.pipeline.glance import stand_in

@@ -23,7 +23,7 @@ from pipeline.runs.run import load_blocks, open_run
 from pipeline.runtime.rng import generator
 from pipeline.sampling.solvers import solvers_of
 from pipeline.storage.shards.opening import open_store
-from pipeline.training.matching_loss import batch_loss, logit_normal, stratified_times
+from pipeline.training.batches.matching_loss import batch_loss, logit_normal, stratified_times
 from pipeline.training.stages import stage_folder
 from pipeline.training.train import Outcome, train
 from tests.flows.closed_form import kl_to_standard

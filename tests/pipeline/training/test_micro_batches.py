@@ -54,8 +54,8 @@ def trainer_of(
     config = TrainConfig(**{"batch_size": 10, "ema": 0.0, **recipe})
     trainer = BlockTrainer(block, spec, stage, config, options, Accelerator())
     if double:
-        samples = trainer._samples
-        trainer._samples = lambda *rows: samples(*rows).double()  # type: ignore[method-assign]
+        samples = trainer.batches.samples
+        trainer.batches.samples = lambda *part: samples(*part).double()  # type: ignore[method-assign]
     return trainer
 
 
