@@ -91,7 +91,7 @@ def optimise(
     bar = progress(remaining, len(remaining), f"{place.name} ({place.kind})")
     estimate_whole(bar, "training", place.planned - trainer.done, "iteration")
     samples_per_second = _rate(trainer)
-    with signals.deferred():
+    with signals.deferred(), trainer.batches.reading_ahead(trainer.iterations):
         for _ in bar:
             log.add(trainer.step().terms)
             annotate(bar, loss=log.mean()["total"], samples_per_s=samples_per_second())

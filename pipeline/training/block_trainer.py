@@ -326,7 +326,8 @@ class BlockTrainer:
             kind, half = self.accelerator.device.type, self.recipe.precision == "bf16"
             batch, source = self.batches.indices(step), self.batches.matching_source(step)
             with torch.autocast(kind, torch.bfloat16, enabled=half):
-                return self.regression(self.block.velocity, self.stage, batch, source, part)
+                stage = self.batches.stage
+                return self.regression(self.block.velocity, stage, batch, source, part)
         assert self.divergence is not None
         device = self.accelerator.device
         z, labels = self.batches.samples(step, part), self.batches.labels_with_dropout(step, part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from pipeline.storage.shards.memory_maps import map_tensors
 
 #: shards that a reader keeps mapped; Linux allows a process 65 530 maps
 _MOST_MAPS = 1 << 14
-#: samples from which a batch is scattered, so that what is read ahead of a sample is of no use
-_SCATTERED = 1 << 20
+#: samples from which a batch is scattered: what the system reads ahead of a sample is of no use,
+#: and a training reads the next batch ahead
+SCATTERED = 1 << 20
 
 
 class StoreReader:
@@ -29,6 +31,7 @@ class StoreReader:
         self.folder, self.manifest = Path(folder), manifest
         self.starts = np.cumsum([0] + [row["count"] for row in manifest["shards"]])
         self._maps: dict[int, Shard] = {}
+        self._mapping = threading.Lock()  # a training may read ahead in a thread
 
     def __len__(self) -> int:
         return int(self.manifest["count"])
@@ -74,12 +77,14 @@ class StoreReader:
 
     def _mapped(self, name: str, index: int) -> Tensor:
         """Return a field of a shard as a memory map, kept for later calls."""
-        if index not in self._maps:
-            if len(self._maps) >= _MOST_MAPS:
-                del self._maps[next(iter(self._maps))]
-            path = self.folder / self.manifest["shards"][index]["file"]
-            self._maps[index] = map_tensors(path) if len(self) >= _SCATTERED else load_file(path)
-        return self._maps[index][name]
+        with self._mapping:
+            if index not in self._maps:
+                if len(self._maps) >= _MOST_MAPS:
+                    del self._maps[next(iter(self._maps))]
+                path = self.folder / self.manifest["shards"][index]["file"]
+                scattered = len(self) >= SCATTERED
+                self._maps[index] = map_tensors(path) if scattered else load_file(path)
+            return self._maps[index][name]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Return the samples [start, stop) of a field, (n, …); only their shards are read."""

@@ -6,7 +6,8 @@ sliced. So it does not depend on the ranks and micro-batches that share the batc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from flows.spec import BlockSpec
 from pipeline.config.training import TrainConfig
 from pipeline.runtime.devices import to_device
 from pipeline.runtime.rng import Batches, generator
-from pipeline.storage.shards.reader import StoreReader
+from pipeline.storage.shards.read_ahead import ReadAhead
+from pipeline.storage.shards.reader import SCATTERED, StoreReader
 from pipeline.training.batches.matching_loss import IMAGE
 from pipeline.training.stages import number_of
 
@@ -45,6 +47,25 @@ class BlockBatches:
         self.redraw: tuple[str | int, ...] = ()
         parts = ("block", self.index, *self.salt)
         self._order = Batches(len(stage), recipe.batch_size, recipe.seed, *parts)
+        self._indices: Callable[[int], Tensor] = self._order.indices
+
+    @contextlib.contextmanager
+    def reading_ahead(self, last: int) -> Iterator[None]:
+        """Let a thread read the next batch of a large stage while a step computes.
+
+        Args:
+            last: step after the last.
+        """
+        if len(self.stage) < SCATTERED:
+            yield
+            return
+        store, ahead = self.stage, ReadAhead(self.stage, self._order.indices, last)
+        self.stage, self._indices = ahead, ahead.batch
+        try:
+            yield
+        finally:
+            self.stage, self._indices = store, self._order.indices
+            ahead.close()
 
     def require_samples_for_all(self, ranks: int) -> None:
         """Raise UserError if a rank gets no sample of a batch."""
@@ -52,7 +73,7 @@ class BlockBatches:
 
     def indices(self, step: int) -> Tensor:
         """Return the indices of the samples in the batch of a step, int64 (B,)."""
-        return self._order.indices(step)
+        return self._indices(step)
 
     def matching_source(self, step: int) -> torch.Generator:
         """Return the generator of noise and times of a step."""

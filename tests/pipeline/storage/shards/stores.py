@@ -12,6 +12,8 @@ from pipeline.storage.shards.writer import StoreWriter
 
 IDENTITY: dict[str, Any] = {"kind": "numbers", "seed": 3}
 COUNT, SHARD = 23, 5
+#: of the store that also lies at an address
+REMOTE_COUNT, REMOTE_SHARD = 60, 8
 
 
 def rows(first: int, last: int) -> torch.Tensor:

@@ -33,7 +33,7 @@ def test_many_shards_are_read_with_few_maps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond the limit the oldest map is closed, and what is read stays the same."""
-    monkeypatch.setattr(reader, "_SCATTERED", 1)
+    monkeypatch.setattr(reader, "SCATTERED", 1)
     monkeypatch.setattr(reader, "_MOST_MAPS", 3)
     writer = StoreWriter(tmp_path, {"kind": "test"}, 95, 10)
     for index in writer.missing():

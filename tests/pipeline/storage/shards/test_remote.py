@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -17,35 +16,11 @@ from pipeline.storage.shards import remote
 from pipeline.storage.shards.reader import StoreReader
 from pipeline.storage.shards.remote import (
     BOUND,
-    FOLDER,
     RemoteStoreReader,
     find_remote_store,
     open_remote_store,
 )
-from pipeline.storage.shards.writer import StoreWriter
-
-COUNT, SHARD = 60, 8
-
-
-@pytest.fixture
-def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StoreReader:
-    """Store whose copies go to a folder of their own."""
-    monkeypatch.setenv(FOLDER, str(tmp_path / "copies"))
-    writer = StoreWriter(tmp_path / "store", {"kind": "numbers"}, COUNT, SHARD)
-    x = torch.randn(COUNT, 200, generator=torch.Generator().manual_seed(0))
-    for index in writer.missing():
-        first, last = writer.bounds(index)
-        writer.write(index, {"x": x[first:last].clone(), "n": torch.arange(first, last)})
-    return writer.finish()
-
-
-@pytest.fixture
-def url(local: StoreReader) -> Iterator[str]:
-    """Address of the store in fsspec's memory."""
-    memory = fsspec.filesystem("memory")
-    memory.put(str(local.folder), "/bucket/store", recursive=True)
-    yield "memory://bucket/store"
-    memory.rm("/bucket", recursive=True)
+from tests.pipeline.storage.shards.stores import REMOTE_COUNT as COUNT
 
 
 def size_of_shard(local: StoreReader) -> int:
