@@ -123,6 +123,27 @@ class FidInception(Inception):
         return self.mixed(self.stem(x)).mean((2, 3))
 
 
+class Bfloat16Inception(FidInception):
+    """The folded network in bfloat16: features with a rounding error of a few percent.
+
+    It is twice as fast as in float32 where the processor has bfloat16 instructions.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of the features, which ends with bf16."""
+        return f"{super().name}/bf16"
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        super().__init__(state)
+        self.to(torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute features float32 (B, 2048) of prepared images x (B, 3, 299, 299) in [-1, 1]."""
+        x = x.to(torch.bfloat16, memory_format=torch.channels_last)
+        return self.mixed(self.stem(x)).float().mean((2, 3))
+
+
 class Wiring(NamedTuple):
     """Order of the convolutions inside an Inception block.
 

@@ -80,8 +80,8 @@ def fid_command(
     features: Annotated[
         str,
         typer.Option(
-            help="Implementation of the Inception network: jkoflow, or pytorch-fid for a "
-            "cross-check with the network and the resize of that package."
+            help="Implementation of the Inception network: jkoflow; bf16 for the same network in "
+            "bfloat16, whose FID is inexact; pytorch-fid for a cross-check with that package."
         ),
     ] = "jkoflow",
 ) -> None:

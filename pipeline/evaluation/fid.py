@@ -8,7 +8,12 @@ from functools import cache
 from accelerate import Accelerator
 
 from eval.distances import frechet_distance
-from eval.features.inception import FidInception, Inception, PytorchFidInception
+from eval.features.inception import (
+    Bfloat16Inception,
+    FidInception,
+    Inception,
+    PytorchFidInception,
+)
 from eval.sets.sources import stats_of
 from pipeline.errors import UserError
 from pipeline.evaluation.features import inception_weights
@@ -16,6 +21,7 @@ from pipeline.evaluation.features import inception_weights
 #: name, as `jkoflow fid --features` takes it, → network
 NETWORKS: dict[str, type[Inception]] = {
     "jkoflow": FidInception,
+    "bf16": Bfloat16Inception,
     "pytorch-fid": PytorchFidInception,
 }
 

@@ -1,10 +1,10 @@
-"""Images per second of the FID features: pytorch-fid's way against ours, in one process.
+"""Images per second of the FID features: pytorch-fid's way against ours and bfloat16, in turn.
 
     python -m tests.benchmarks.bench_inception [--images 200] [--rounds 3]
 
-Both read the same folder of 28x28 PNGs, from the files to the statistics: pytorch-fid as its
+All read the same folder of 28x28 PNGs, from the files to the statistics: pytorch-fid as its
 command does (batches of 50, a worker process per core), ours with `compute_stats`. They
-alternate, so that what else the machine does falls on both. The medians are compared, of the
+alternate, so that what else the machine does falls on all. The medians are compared, of the
 clock and of the processor seconds with those of the workers, which other programs hardly lengthen.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from eval.features.inception import FidInception
+from eval.features.inception import Bfloat16Inception, FidInception
 from eval.features.inception_weights import read_weights
 from eval.gaussian import GaussianStats
 from eval.sets.images import FolderImages
@@ -53,10 +53,13 @@ def main() -> None:
     from pipeline.assets.fetch import fetch_asset
 
     state = read_weights(fetch_asset("inception"))
-    theirs, ours = pytorch_fid_network(state), FidInception(state)
+    theirs = pytorch_fid_network(state)
+    ours = {"jkoflow": FidInception(state), "bf16": Bfloat16Inception(state)}
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 8)
-    clock: dict[str, list[float]] = {"pytorch-fid": [], "jkoflow": []}
-    processor: dict[str, list[float]] = {"pytorch-fid": [], "jkoflow": []}
+    ways = ("pytorch-fid", *ours)
+    clock: dict[str, list[float]] = {way: [] for way in ways}
+    processor: dict[str, list[float]] = {way: [] for way in ways}
+    gaps: dict[str, float] = {}
 
     def note(way: str, began: tuple[float, float]) -> None:
         for times, now, then in zip((clock, processor), _seconds(), began, strict=True):
@@ -65,26 +68,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         digits(Path(name), args.images)
         images = FolderImages(name)
-        ours.features(torch.zeros(10, 1, 28, 28, dtype=torch.uint8))  # reorders the weights
+        for network in ours.values():  # reorders the weights
+            network.features(torch.zeros(10, 1, 28, 28, dtype=torch.uint8))
         for _ in range(args.rounds):
             start = _seconds()
             mean, cov = calculate_activation_statistics(
                 images.files, theirs, batch_size=50, num_workers=workers
             )
             note("pytorch-fid", start)
-            start = _seconds()
-            actual: GaussianStats = compute_stats(images, ours)
-            note("jkoflow", start)
-            gap = max(np.abs(actual.mean - mean).max(), np.abs(actual.cov - cov).max())
+            for way, network in ours.items():
+                start = _seconds()
+                actual: GaussianStats = compute_stats(images, network)
+                note(way, start)
+                gaps[way] = max(np.abs(actual.mean - mean).max(), np.abs(actual.cov - cov).max())
     print(f"{args.images} images, {args.rounds} rounds, {torch.get_num_threads()} threads")
     for kind, seconds in (("by the clock", clock), ("of the processor", processor)):
-        rates = {k: args.images / statistics.median(v) for k, v in seconds.items()}
-        ratios = [a / b for a, b in zip(seconds["pytorch-fid"], seconds["jkoflow"], strict=True)]
-        for way, rate in rates.items():
-            print(f"{way:12s} {rate:6.1f} images/s {kind}")
-        rounds = " ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
-        print(f"ratio        {rates['jkoflow'] / rates['pytorch-fid']:6.2f} (rounds: {rounds})")
-    print(f"largest difference of a mean or covariance: {gap:.1e}")
+        for way in ways:
+            rate = args.images / statistics.median(seconds[way])
+            ratios = [a / b for a, b in zip(seconds["pytorch-fid"], seconds[way], strict=True)]
+            rounds = " ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
+            print(
+                f"{way:12s} {rate:6.1f} images/s {kind}, {statistics.median(ratios):.2f} times "
+                f"pytorch-fid (rounds: {rounds})"
+            )
+    for way, gap in gaps.items():
+        print(f"{way}: largest difference of a mean or covariance {gap:.1e}")
 
 
 if __name__ == "__main__":

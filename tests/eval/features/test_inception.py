@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eval.features.folded_conv as folded_conv
-from eval.features.inception import FidInception, PytorchFidInception
+from eval.features.inception import Bfloat16Inception, FidInception, PytorchFidInception
 from eval.features.inception_weights import read_weights, weights_sha256
 
 
@@ -58,12 +58,26 @@ def test_real_weights_have_the_known_content(inception_weights):
 def test_portable_path_agrees(random_network, monkeypatch):
     x = images(2)
     fast = random_network.features(x)
-    monkeypatch.setattr(folded_conv, "prepacked_works", lambda: False)
+    monkeypatch.setattr(folded_conv, "prepacked_works", lambda _: False)
     plain = random_network.features(x)
     torch.testing.assert_close(fast, plain, atol=1e-5 * float(plain.abs().max()), rtol=0)
 
 
-def test_an_operator_that_is_wrong_or_missing_is_not_trusted(monkeypatch):
+@pytest.mark.parametrize("packed", [True, False])
+def test_bfloat16_agrees_to_its_rounding(random_state, random_network, monkeypatch, packed):
+    """Ten bfloat16 roundings of 2⁻⁹ in a row stay below 5 %."""
+    if not packed:
+        monkeypatch.setattr(folded_conv, "prepacked_works", lambda _: False)
+    x, network = images(3), Bfloat16Inception(random_state)
+    exact, rounded = random_network.features(x), network.features(x)
+    assert rounded.dtype == torch.float32
+    assert network.name.endswith("/bf16")
+    error = (rounded - exact).norm() / exact.norm()
+    assert 1e-5 < float(error) < 0.05
+
+
+@pytest.mark.parametrize("dtype", folded_conv.PACKED_DTYPES)
+def test_an_operator_that_is_wrong_or_missing_is_not_trusted(monkeypatch, dtype):
     real = folded_conv._packed_conv
 
     def without_bias(x, packed, bias, *rest):
@@ -74,7 +88,7 @@ def test_an_operator_that_is_wrong_or_missing_is_not_trusted(monkeypatch):
 
     for operator in (without_bias, missing):
         monkeypatch.setattr(folded_conv, "_packed_conv", operator)
-        assert folded_conv.prepacked_works.__wrapped__() is False
+        assert folded_conv.prepacked_works.__wrapped__(dtype) is False
 
 
 def test_features_do_not_depend_on_the_split(random_network):
