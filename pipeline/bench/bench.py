@@ -9,6 +9,7 @@ interrupted, or gets further models, data sets or seeds, trains only what is mis
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,10 +31,10 @@ from pipeline.bench.models import BLOCKWISE, TITLES, check_models, require_one_f
 from pipeline.bench.problem import DEFAULTS, HeldOut, Problem, open_problem, problem_config
 from pipeline.bench.results import Point, Row, markdown, outcome, table_csv
 from pipeline.bench.training import CHECKPOINT, Checkpoint, Training
-from pipeline.bench.tuning import SEED, Tuner, read_tuned, tuned_line
+from pipeline.bench.tuning import PART, SEED, Tuner, read_tuned, tuned_line
 from pipeline.config.schema import Config
 from pipeline.errors import JkoflowError, UserError
-from pipeline.runtime.console import Progress, progress_bar, say
+from pipeline.runtime.console import Progress, duration, progress_bar, say
 from pipeline.storage import atomic, seal
 from pipeline.storage.records import from_json, to_json
 
@@ -160,6 +161,11 @@ def run_bench(
     configs = bench.configs()
     _require_same_settings(folder / SETTINGS, bench.settings())
     tuner = tuner_of(bench, folder, accelerator, progress)
+    cells = [(s, data, m) for s in range(bench.seeds) for data in configs for m in bench.models]
+    waiting = sum(not _is_done(_cell(folder, data, m, s)) for s, data, m in cells)
+    if waiting:
+        say(_work(bench, folder, waiting))
+    trained, began = 0, time.monotonic()
     for seed in range(bench.seeds):
         for data in configs:
             missing = [m for m in bench.models if not _is_done(_cell(folder, data, m, seed))]
@@ -174,9 +180,26 @@ def run_bench(
                 row = run_cell(tuner, model, problem, _cell(folder, data, model, seed))
                 say(outcome(row))
                 write_tables(folder, published)
+                trained += 1
+                left = (time.monotonic() - began) / trained * (waiting - trained)
+                if trained < waiting:
+                    say(f"{trained} of {waiting} trainings; about {duration(left)} are left")
     rows = write_tables(folder, published)
     draw_plots(folder, rows)
     return rows
+
+
+def _work(bench: Bench, folder: Path, waiting: int) -> str:
+    """Describe the trainings of a call, and their seconds where the budget has them."""
+    budget, searched = bench.budget, {tuned.model for tuned in read_tuned(folder)}
+    searches = len(bench.rates) * len(set(bench.models) - searched)
+    line = f"{waiting} trainings of {budget}"
+    if searches:
+        line += f", and {searches} of {budget.part(PART)} that choose learning rates"
+    if budget.unit == "seconds":
+        seconds = waiting * budget.amount + searches * budget.part(PART).amount
+        line += f": {duration(seconds)} of optimiser steps, without measurements"
+    return line
 
 
 def write_tables(folder: Path, published: bool = False) -> list[Row]:

@@ -33,7 +33,13 @@ from pipeline.training.block_source import Measurement, TrainingContext
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.diagnostics import measure
 from pipeline.training.planner import recipe_of
-from pipeline.training.stages import carry, ensure_stage, number_of, stage_file
+from pipeline.training.stages import (
+    carry,
+    ensure_stage,
+    number_of,
+    samples_left,
+    stage_file,
+)
 
 _MEASURED = 4096
 _SOLVED = SolverConfig(method="dopri5")
@@ -118,11 +124,11 @@ class DistilledBlocks:
         blocks = {k: (flow[k], sampler.of_block(k)) for k in self.groups[index]}
 
         def make(writer: StoreWriter, shard: int) -> Tensor:
-            bounds, label = writer.bounds(shard), f"teacher {index + 1}.{shard}"
+            label = f"push through the teacher's group {index}, part {shard}"
+            left = samples_left(writer, shard, context.accelerator.num_processes)
+            place = context.accelerator, context.progress
             try:
-                return carry(
-                    before, bounds, blocks, context.accelerator, context.progress, label
-                )
+                return carry(before, writer.bounds(shard), blocks, *place, label, left)
             except SolveError as error:
                 raise JkoflowError(
                     f"the teacher at {self.teacher.folder} cannot be integrated ({error}); "

@@ -15,6 +15,8 @@ LOG_SECONDS = 15.0
 
 #: steps whose time is left out of an estimate, and steps and seconds that it needs
 _WARM, _STEPS, _SECONDS = 1, 3, 1.0
+#: seconds that suffice for an estimate, however few steps they hold
+_ENOUGH = 10.0
 #: seconds of a loop that is worth an estimate
 LONG_SECONDS = 60.0
 _UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
@@ -32,8 +34,9 @@ def say(message: str) -> None:
 def progress_bar(items: Any, total: int, label: str) -> Any:  # noqa: ANN401 - any iterable
     """Wrap an iterable in a progress bar with the remaining time, on the main process only.
 
-    Where stderr is no terminal, the bar is a line every `LOG_SECONDS`. After its first steps a
-    loop of over `LONG_SECONDS` says how long it will take, the first time in a process.
+    Where stderr is no terminal, the bar is a line every `LOG_SECONDS`. A loop of over
+    `LONG_SECONDS` says how long it will take, the first time in a process. It needs four steps, or
+    those of the first `_ENOUGH` seconds.
     """
     from accelerate.state import PartialState
     from tqdm import tqdm
@@ -84,20 +87,27 @@ def duration(seconds: float) -> str:
 
 
 def _with_estimate(bar: Any, steps: Iterable[Any]) -> Iterator[Any]:  # noqa: ANN401
-    """Yield the steps of a loop; print an estimate after the first ones, if it is long."""
-    began, done, waits = 0.0, 0, True
+    """Yield the steps of a loop; print an estimate after the first ones, if it is long.
+
+    The first step is left out, unless it alone is long.
+    """
+    began, done, waits = _clock(), 0, True
     for step in steps:
         yield step
         done += 1
-        if done <= _WARM:
-            began = _clock()
-        elif waits and done >= _WARM + _STEPS and _clock() - began >= _SECONDS:
+        if not waits:
+            continue
+        spent = _clock() - began
+        counted = max(1, done - _WARM)
+        if spent >= _ENOUGH or (done >= _WARM + _STEPS and spent >= _SECONDS):
             waits = False
             label, count, unit = bar.whole
-            each, word = (_clock() - began) / (done - _WARM), label.split()[0]
-            if each * count >= LONG_SECONDS and word not in _estimated:
+            each, word = spent / counted, label.split()[0]
+            if done < count and each * count >= LONG_SECONDS and word not in _estimated:
                 _estimated.add(word)
                 bar.write(estimate(label, each, count, unit), file=sys.stderr)
+        elif done == _WARM:
+            began += spent
 
 
 def annotate(bar: Any, **values: float) -> None:  # noqa: ANN401 - any iterable

@@ -8,6 +8,7 @@ standardised residuals x − c, each conditioned on c (`flows.networks.image_con
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,13 +31,18 @@ from pipeline.data.latent_cache import (
 from pipeline.data.standardisation import Standardisation
 from pipeline.errors import UserError
 from pipeline.runs.manifest import AutoencoderRecord, DataRecord, LatentsRecord, Manifest
-from pipeline.runtime.console import progress_bar
+from pipeline.runtime.console import estimate_whole, progress_bar
 from pipeline.runtime.rng import generator
 from pipeline.storage.shards.manifest import Shard
 from pipeline.storage.shards.reader import StoreReader
 from pipeline.storage.shards.writer import StoreWriter
 from pipeline.training.batches.matching_loss import IMAGE
-from pipeline.training.stages import ensure_drawn_stage, ensure_stage, has_stored_stage
+from pipeline.training.stages import (
+    ensure_drawn_stage,
+    ensure_stage,
+    has_stored_stage,
+    samples_left,
+)
 
 #: images in each part of the cache that the standardisation is measured on, and number of parts
 _IMAGES_PER_PART, _PARTS = 50, 20
@@ -242,7 +248,10 @@ class ResidualSource(LatentSource):
         def make(writer: StoreWriter, index: int) -> Shard:
             source = generator(_SEED, "residuals", index)
             spans, parts = self.rows(*writer.bounds(index), _BATCH), []
-            for row, stop in progress_bar(spans, len(spans), f"decode shard {index}"):
+            bar = progress_bar(spans, len(spans), f"decode shard {index}")
+            left = samples_left(writer, index, accelerator.num_processes)
+            estimate_whole(bar, "decode", math.ceil(left / _BATCH), "batch")
+            for row, stop in bar:
                 x, decoded = self.pairs(row, stop, source)
                 z = self.standardisation.apply(x - decoded)
                 parts.append((z.half(), decoded.half()))

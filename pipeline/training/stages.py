@@ -26,7 +26,7 @@ from flows.networks.condition import Condition
 from flows.solving.solver import SolverConfig
 from pipeline.config.schema import Config
 from pipeline.errors import JkoflowError, UserError
-from pipeline.runtime.console import Progress
+from pipeline.runtime.console import Progress, estimate_whole
 from pipeline.runtime.devices import to_device
 from pipeline.runtime.distributed import errors_on_all_ranks
 from pipeline.runtime.rng import generator, order
@@ -112,10 +112,13 @@ def next_stage(
     labels = partial(_read, before, "labels", picks) if block.velocity.classes else None
 
     def make(writer: StoreWriter, index: int) -> torch.Tensor:
-        bounds, label = writer.bounds(index), f"push through block {stage - 1}, part {index}"
+        label = f"push through block {stage - 1}, part {index}"
+        left = samples_left(writer, index, accelerator.num_processes)
         try:
             blocks = {stage - 1: (block, solver)}
-            return carry(before, bounds, blocks, accelerator, progress, label, picks)
+            return carry(
+                before, writer.bounds(index), blocks, accelerator, progress, label, left, picks
+            )
         except SolveError as error:
             raise JkoflowError(
                 f"{error}; the samples cannot be pushed through this block; train elsewhere with "
@@ -160,6 +163,7 @@ def carry(
     accelerator: Accelerator,
     progress: Progress,
     label: str,
+    left: int,
     picks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Transport some samples of a stage through blocks, chunk by chunk.
@@ -171,6 +175,7 @@ def carry(
         accelerator: the device.
         progress: wraps the loop over chunks.
         label: of that loop.
+        left: samples of this part and the later ones, for the estimate of the time.
         picks: indices (n,) that the bounds refer to; None for all samples of the stage.
 
     Returns:
@@ -181,7 +186,9 @@ def carry(
     """
     parts, starts = [], range(*bounds, CHUNK)
     classes = any(block.velocity.classes for block, _ in blocks.values())
-    for start in progress(starts, len(starts), label):
+    bar = progress(starts, len(starts), label)
+    estimate_whole(bar, label.rpartition(",")[0] or label, math.ceil(left / CHUNK), "chunk")
+    for start in bar:
         stop = min(start + CHUNK, bounds[1])
         z = to_device(_read(before, "z", picks, start, stop), accelerator.device)
         condition = Condition(_read(before, "labels", picks, start, stop)) if classes else None
@@ -192,6 +199,12 @@ def carry(
                 raise error.in_block(index) from error
         parts.append(z.cpu())
     return torch.cat(parts)
+
+
+def samples_left(writer: StoreWriter, index: int, ranks: int) -> int:
+    """Return the number of samples in a shard and the later ones of the same rank."""
+    spans = map(writer.bounds, range(index, writer.shards, ranks))
+    return sum(last - first for first, last in spans)
 
 
 def ensure_stage(

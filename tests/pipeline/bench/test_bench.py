@@ -36,6 +36,7 @@ from pipeline.runs import verify
 from pipeline.runs.run import open_run
 from pipeline.runtime import signals
 from pipeline.storage import atomic
+from pipeline.storage.records import to_json
 
 TINY = (
     "points.train=300", "train.batch_size=50", "jko.h=[0.5]", "velocity.depth=1",
@@ -88,6 +89,28 @@ def test_every_model_has_a_row_with_its_budget(finished) -> None:
     for name in ("8gaussians-nll", "8gaussians-mmd", "8gaussians-samples"):
         with Image.open(folder / "plots" / f"{name}.png") as picture:
             assert min(picture.size) > 100
+
+
+def test_the_work_of_a_call_is_said_before_it(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two models with two seeds, 4 · 60 s, and three rates for each model, 6 · 15 s."""
+
+    def cell(tuner, model: str, problem, place) -> Row:
+        row = Row(problem.name, model, problem.config.train.seed, problem.note, error="none")
+        atomic.write_json(place / "row.json", to_json(row))
+        return row
+
+    monkeypatch.setattr(bench_module, "run_cell", cell)
+    bench = tiny("jko", "fm", seeds=2, budget=Budget(60, "seconds"), rates=(1e-3, 1e-2, 1e-1))
+    run(bench, tmp_path / "bench")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == (
+        "4 trainings of 60 seconds, and 6 of 15 seconds that choose learning rates: "
+        "5.5 minutes of optimiser steps, without measurements"
+    )
+    left = [line.partition(";")[0] for line in lines if line.endswith(" are left")]
+    assert left == [f"{done} of 4 trainings" for done in (1, 2, 3)]
 
 
 def test_a_saved_baseline_is_the_measured_model(finished) -> None:

@@ -60,12 +60,34 @@ def clocked(
 def test_a_long_loop_says_once_how_long_it_takes(
     accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The clock is looked at after the warm step, and twice after three more."""
-    assert clocked(monkeypatch, 3.0) == "encode: about 33 minutes (2 s a step, 1,000 steps)\n"
+    assert clocked(monkeypatch, 3.0) == "encode: about 50 minutes (3 s a step, 1,000 steps)\n"
     assert clocked(monkeypatch, 0.01) == ""
     whole = ("training", 5400, "iteration")
-    line = "training: about 3 hours (2 s an iteration, 5,400 iterations)\n"
+    line = "training: about 4.5 hours (3 s an iteration, 5,400 iterations)\n"
     assert clocked(monkeypatch, 3.0, whole) == line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps", "after", "text"),
+    [
+        (40.0, 3, 1, "generate: about 2 minutes (40 s a step, 3 steps)\n"),  # one step suffices
+        (7.0, 20, 3, "generate: about 2.3 minutes (7 s a step, 20 steps)\n"),
+        (2.0, 60, 4, "generate: about 2 minutes (2 s a step, 60 steps)\n"),
+        (90.0, 1, 1, ""),  # it is over
+    ],
+)
+def test_few_long_steps_have_an_early_estimate(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch,
+    seconds: float, steps: int, after: int, text: str,
+) -> None:  # fmt: skip
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(console, "_clock", lambda: now[0])
+    monkeypatch.setattr(console, "_estimated", set())
+    for step in console.progress_bar(range(steps), steps, "generate"):
+        assert stream.getvalue() == (text if step >= after else "")
+        now[0] += seconds
+    assert stream.getvalue() == text
 
 
 @pytest.mark.parametrize(

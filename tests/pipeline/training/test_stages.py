@@ -66,3 +66,26 @@ def test_a_finished_stage_is_kept_when_more_is_drawn(least: None, tmp_path: Path
 def test_all_samples_of_a_small_set_are_pushed(tmp_path: Path) -> None:
     run(tmp_path)
     assert len(open_store(stage_folder(tmp_path, 2), "stage")) == COUNT
+
+
+def test_the_bar_of_a_shard_estimates_all_that_are_left(
+    least: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1200 samples in shards of 600, pushed in chunks of 200: 6 chunks are left, then 3."""
+    monkeypatch.setattr(stages, "CHUNK", 200)
+    config = tiny(*OBJECTIVES["jko"], *SHORT, "train.iterations=[1,20,20]")
+    bars: dict[str, Bar] = {}
+
+    class Bar(list):
+        whole: tuple[str, int, str] = ("", 0, "")
+
+    def progress(items, total: int, label: str) -> Bar:
+        return bars.setdefault(label, Bar(items))
+
+    train(config, tmp_path, Accelerator(), progress, resume=False, source=LabelledSource(COUNT))
+    pushed = {label: bar.whole for label, bar in bars.items() if "push" in label}
+    assert pushed == {
+        f"push through block {block}, part {part}": (f"push through block {block}", left, "chunk")
+        for block in (0, 1, 2)
+        for part, left in ((0, 6), (1, 3))
+    }
