@@ -20,9 +20,11 @@ from pipeline.data.latent_cache import (
     load_images_and_autoencoder,
 )
 from pipeline.runs.directory import RunDirectory
+from pipeline.runs.networks import is_finished, network_folder, trains_alone, unfinished_networks
 from pipeline.sampling.generate import images_folder
 from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage.shards.manifest import MANIFEST
+from pipeline.training.networks.train_network import require_independent
 from pipeline.training.planner import next_pass
 
 _FLOAT = 4
@@ -44,16 +46,32 @@ def encode_lines(config: Config, precision: str | None = None) -> list[str]:
     ]
 
 
-def train_lines(config: Config, folder: Path, add_blocks: int = 0) -> list[str]:
-    """Describe `train`: the latent cache, the blocks of the next pass, and parameters."""
+def train_lines(
+    config: Config, folder: Path, add_blocks: int = 0, network: int | None = None
+) -> list[str]:
+    """Describe `train`: the latent cache, the blocks of the next pass, and parameters.
+
+    Args:
+        config: the configuration.
+        folder: the run directory.
+        add_blocks: number of blocks to add; 0 for none.
+        network: the network to train alone; None trains all.
+
+    Raises:
+        UserError: the configuration is wrong, or has no such network.
+    """
     check(config)
+    if network is not None:
+        require_independent(config, network)
+        if is_finished(folder, network):
+            return [f"network {network} of run {folder} is finished; nothing to train"]
     images, autoencoder = load_images_and_autoencoder(config)
     cache = cache_folder(cache_identity(config, images, autoencoder))
     refines = config.velocity.image_channels > 0
     shape = tuple(images.shape if refines else autoencoder.latent_shape)
     with torch.device("meta"):
-        network = make_velocity(config.velocity, shape)
-    parameters = sum(p.numel() for p in network.parameters())
+        velocity = make_velocity(config.velocity, shape)
+    parameters = sum(p.numel() for p in velocity.parameters())
     place = os.environ.get(PLACE)
     absent = f"is not under the data root; it is read in {place}" if place else (
         "is absent; run `jkoflow encode`"
@@ -67,6 +85,17 @@ def train_lines(config: Config, folder: Path, add_blocks: int = 0) -> list[str]:
         return [*lines, f"run {folder} is finished; nothing to train"]
     done, total = len(upcoming.blocks), len(upcoming.steps) + upcoming.free
     more = f", {done} of them finished" if done else ""
+    count = config.velocity.nets
+    if network is not None:
+        return [
+            *lines,
+            f"train network {network} of {count} alone, {upcoming.iterations[0]} iterations, lr "
+            f"{upcoming.lr[0]:g}, on samples {shape}, in {network_folder(folder, network)}",
+            f"{parameters // count:,} parameters per network",
+        ]
+    if trains_alone(folder):
+        left = len(unfinished_networks(folder, count))
+        return [*lines, f"join {count} networks to a block, {left} of them yet to train"]
     lines.append(
         f"train {total} block(s) in pass {len(passes) - (upcoming in passes)} ({upcoming.kind})"
         f"{more}, on samples {shape}, in {folder}"

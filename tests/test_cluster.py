@@ -7,17 +7,19 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.pipeline.tiny import World, make_world
+from tests.pipeline.tiny import World, make_world, run_child
 from tests.test_documents import JOBS, ROOT, check_configuration, mistakes, name_of
 
 #: arguments of a job, and the jkoflow commands that it gives
 CALLS = {
     "encode": (["mnist"], ["encode"]),
     "train": (["mnist", "RUN"], ["train", "train"]),
+    "train-networks": (["mnist", "RUN"], ["train", "train"]),
     "evaluate": (["RUN", "-n", "100"], ["evaluate"]),
 }
 #: programs of a cluster, for two tasks on this machine
@@ -43,7 +45,8 @@ def run_job(
         ["bash", str(job), *map(str, words)],
         env={
             **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_NNODES": "2",
-            "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]", **environment,
+            "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_ARRAY_TASK_ID": "0",
+            **environment,
         },
         cwd=ROOT, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
@@ -57,7 +60,7 @@ def test_jobs_are_sound(job: Path) -> None:
     subprocess.run(["bash", "-n", str(job)], check=True)
     head, _, body = text.partition("set -euo pipefail")
     assert "\n#SBATCH --requeue\n" in head and "#SBATCH" not in body  # Slurm stops at a command
-    if job.stem == "train":  # the wall time is longer than the default of MINUTES
+    if job.stem.startswith("train"):  # the wall time is longer than the default of MINUTES
         hours = int(head.partition("--time=")[2][:2])
         assert int(body.partition("MINUTES:-")[2].partition("}")[0]) < 60 * hours - 10
 
@@ -83,7 +86,7 @@ def test_commands_of_jobs_exist(job: Path, tmp_path: Path) -> None:
         check_configuration(call)
     assert not requeued.exists()
     run_job(job, tmp_path, list(words), JKOFLOW_HOME="home", STATE="train 3 block(s)")
-    assert requeued.exists() == (job.stem == "train")
+    assert requeued.exists() == job.stem.startswith("train")
     assert run_job(job, tmp_path, list(words), JKOFLOW_HOME="").returncode != 0
 
 
@@ -128,6 +131,39 @@ def test_jobs_run_on_two_launchers(cluster: Path) -> None:
     assert requeued.read_text() == "17\n"  # not again
     rows = json.loads((run / "flow.json").read_text())["passes"][0]["blocks"]
     assert len(rows) == 3
+
+
+@pytest.mark.slow
+def test_networks_train_in_an_array_of_jobs(cluster: Path) -> None:
+    """Two tasks at once, stopped in time and submitted again; a third job joins the networks."""
+    world = make_world(cluster)
+    recipe = {"objective": "fm", "checkpoint_seconds": 0}
+    config, run = world.config(train=recipe, velocity={"nets": 2}), cluster / "run"
+    jobs = {job.stem: job for job in JOBS}
+    write_program(cluster, "srun", '#!/bin/sh\nexec "$@"\n')  # a task of an array has one machine
+
+    def submit(name: str, task: int = 0, **environment: str) -> str:
+        environment |= {**world.environment, "PROCESSES": "1", "PORT": free_port()}
+        environment["SLURM_ARRAY_TASK_ID"] = str(task)
+        done = run_job(jobs[name], cluster, [config, run], **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    def submit_array(**environment: str) -> list[str]:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(lambda j: submit("train-networks", j, **environment), range(2)))
+
+    run_child("encode", "--config", config, env=world.environment)
+    requeued = cluster / "requeued"
+    assert all("stopped in time" in text for text in submit_array(MINUTES="1e-9"))
+    assert requeued.read_text() == "17\n17\n"
+    for network, text in enumerate(submit_array()):
+        assert f"network {network}: finished" in text
+    write_program(cluster, "srun", SRUN)
+    assert "1 blocks, 1 trained now: finished" in submit("train")
+    assert requeued.read_text() == "17\n17\n"  # not again
+    (row,) = json.loads((run / "flow.json").read_text())["passes"][0]["blocks"]
+    assert row["iterations"] == 6
 
 
 @pytest.mark.slow

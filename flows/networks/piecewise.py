@@ -119,6 +119,11 @@ class PiecewiseVelocity(Velocity):
         nets = [self._net(j) for j in range(low, high)]
         return PiecewiseVelocity(nets, self.count, low)
 
+    def covers(self, t: Tensor) -> Tensor:
+        """Return which times (B,) in [0, 1] are those of a network that this field holds, bool."""
+        index = (t * self.count).floor().clamp(0, self.count - 1)
+        return (index >= self.first) & (index < self.first + len(self.nets))
+
     def _index(self, t: Tensor) -> Tensor:
         """Return the index j of the network at times t, 0-d or (B,)."""
         last = self.first + len(self.nets) - 1

@@ -212,6 +212,7 @@ def matching_loss(
     t: Tensor,
     interpolant: str = "linear",
     labels: Tensor | None = None,
+    samples: int | None = None,
 ) -> LfmLoss:
     """Compute the flow-matching regression E ‖v(t, I_t) − İ_t‖² on given pairs and times.
 
@@ -222,6 +223,7 @@ def matching_loss(
         t: times (B,) in [0, 1].
         interpolant: ``linear`` | ``trigonometric``.
         labels: int64 (B,), for a field with classes.
+        samples: number that the sum over samples is divided by; None is B.
 
     Returns:
         the loss; its total is a scalar tensor.
@@ -233,4 +235,5 @@ def matching_loss(
     """
     position, slope = interpolate(z, target, t, interpolant)
     residual = velocity(t, position, *optional(labels)) - slope
-    return LfmLoss(residual.square().sum() / max(1, z.shape[0]), z.shape[0])
+    count = z.shape[0] if samples is None else samples
+    return LfmLoss(residual.square().sum() / max(1, count), count)

@@ -135,6 +135,14 @@ def train_command(
             "for jko, or a narrower network.",
         ),
     ] = None,
+    network: Annotated[
+        int | None,
+        typer.Option(
+            "--network",
+            help="Train one network of velocity.nets alone, from 0, under fm. Others may train at "
+            "the same time; `jkoflow train` without this option then joins them.",
+        ),
+    ] = None,
     measure_noise: Annotated[
         bool,
         typer.Option(
@@ -154,6 +162,9 @@ def train_command(
     from pipeline.runtime.devices import warn_of_slow_bf16
     from pipeline.training.train import train
 
+    if network is not None and (add_blocks or measure_noise):
+        other = "--add-blocks" if add_blocks else "--measure-noise"
+        raise UserError(f"{other} has no meaning for one network; leave it or --network out")
     overrides = list(overrides or [])
     later = {"jko.reparameterize": reparameterize, "jko.refine": refine}
     later["train.iterations"] = iterations
@@ -183,12 +194,14 @@ def train_command(
     if dry_run:
         from pipeline.dry_run import train_lines
 
-        return print("\n".join(train_lines(settings, folder, add_blocks)))
+        return print("\n".join(train_lines(settings, folder, add_blocks, network)))
     accelerator = make_accelerator(shards=True)
     warn_of_slow_bf16(settings.train.precision, accelerator)
     if measure_noise:
         with one_writer(folder, "the run at", accelerator):
             return _print_noise(settings, folder, accelerator)
+    if network is not None:
+        return _train_network(settings, folder, accelerator, network, resume)
     with one_writer(folder, "the run at", accelerator):
         outcome = train(settings, folder, accelerator, progress_bar, resume, add_blocks=add_blocks)
     if accelerator.is_main_process:
@@ -200,6 +213,26 @@ def train_command(
             )
         times = f" in pass {outcome.passes - 1}" if outcome.passes > 1 else ""
         say(f"{outcome.blocks} blocks{times}, {outcome.trained} trained now: {state}")
+        print(folder)
+
+
+def _train_network(
+    settings: Config, folder: Path, accelerator: Accelerator, network: int, resume: bool
+) -> None:
+    """Train a network alone, and say what is left to do."""
+    from pipeline.runs.directory import RunDirectory
+    from pipeline.runs.networks import unfinished_networks
+    from pipeline.training.networks.train_network import train_network
+
+    finished = train_network(settings, folder, accelerator, progress_bar, resume, network)
+    if accelerator.is_main_process:
+        left = unfinished_networks(folder, settings.velocity.nets)
+        state = "finished" if finished else "stopped in time; continue with --resume"
+        if left and finished:
+            state += f"; {len(left)} of {settings.velocity.nets} are left"
+        elif finished:
+            state += f"; join all by `{RunDirectory(folder).resume_command}`"
+        say(f"network {network}: {state}")
         print(folder)
 
 

@@ -9,6 +9,7 @@
 * stages/: training samples pushed through the blocks.
 * checkpoints/: the state to resume from, with the manifest.
 * snapshots/: averaged weights at regular steps (fm.snapshot_every).
+* networks/: networks of a block that train alone (see `pipeline.runs.networks`).
 * previews/: grids of samples of the blocks in training (train.preview_every).
 * log.jsonl: the log of the training; tensorboard/, wandb/, trackers.json: its trackers.
 * samples/, metrics.json: results of `generate` and `evaluate`.

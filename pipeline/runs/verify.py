@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.integrity.digests import HOME, check_file, check_shipped, sha256_file, shipped
 from pipeline.runs.directory import CONFIG, START, RunDirectory
 from pipeline.runs.manifest import FILE
+from pipeline.runs.networks import FOLDER, RECORD, WEIGHTS
 from pipeline.runs.verify_remote import find_broken
 from pipeline.runs.zoo import is_absent, is_shipped, locate, source_of
 from pipeline.storage import atomic, seal
@@ -183,6 +184,10 @@ def _needed(folder: Path, broken: set[Path]) -> list[str]:
         manifest = atomic.read_json(folder / MANIFEST, "manifest")
         with well_formed(folder / MANIFEST):
             return [shard_name(index) for index in range(len(manifest["shards"]))]
+    if (folder / RECORD).is_file() and folder / RECORD not in broken:
+        record = atomic.read_json(folder / RECORD, "record of a network")
+        with well_formed(folder / RECORD):
+            return [WEIGHTS] if record.get("sha256") else []
     if (folder / FILE).is_file() and folder / FILE not in broken:
         passes = RunDirectory(folder).manifest.passes
         return [CONFIG, *(row.file for entry in passes for row in entry.blocks)]
@@ -224,6 +229,9 @@ def _remedy(folder: Path, name: str) -> tuple[str, Path, str]:
 def _remedy_in_run(run: Path, folder: Path, name: str, is_store: bool) -> tuple[str, Path, str]:
     """Return the same for a file of a run, or of a training of an autoencoder."""
     mend = f"make it again by `jkoflow verify {run} --repair`"
+    if folder.parent == run / FOLDER:
+        again = f"train it again by `{_resume(run)} --network {folder.name}`"
+        return KEPT, run, f"remove {folder}, which holds one network, and {again}"
     if is_store and "stages" in folder.parts:
         return STAGE, folder, mend
     if is_store and folder.parent.name == "samples":

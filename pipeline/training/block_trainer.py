@@ -220,6 +220,18 @@ class BlockTrainer:
             self.average.copy_to(self.block)
         return self.block.eval().requires_grad_(False)
 
+    def adopt(self, weights: dict[str, Tensor], seconds: float) -> None:
+        """End the training with weights that were trained elsewhere; not under FSDP.
+
+        Args:
+            weights: of the block.
+            seconds: of their training.
+        """
+        self.block.load_state_dict(weights)
+        if self.average is not None:
+            self.average.restart(self.block)
+        self.done, self.seconds = self.iterations, seconds
+
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that the block would have if it were finished now.
 

@@ -3,7 +3,8 @@
 For every block: open its stage, train, commit the block, push the stage through it, commit
 flow.json. Each of these steps is skipped when its result exists. So a training that was killed and
 resumed ends in the same bytes as one that was never stopped. Later passes
-(`pipeline.training.planner`) repeat this; until one is complete, the pass before it is in use.
+(`pipeline.training.planner`) repeat this; until one is complete, the pass before it is in use. The
+networks of a block may have trained alone (`pipeline.training.networks`); they are joined.
 
 Reference: JKO-iFlow, Algorithm 1.
 """
@@ -27,6 +28,7 @@ from pipeline.runs.directory import (
     write_manifest,
 )
 from pipeline.runs.manifest import ClassesRecord, Manifest
+from pipeline.runs.networks import trains_alone
 from pipeline.runs.open_log import open_log
 from pipeline.runtime.console import Progress, say
 from pipeline.runtime.distributed import require_same
@@ -35,6 +37,7 @@ from pipeline.runtime.system import keep_freed_memory
 from pipeline.storage.records import to_json
 from pipeline.storage.shards.manifest import content_key
 from pipeline.training.block_source import TrainedBlocks, TrainingContext
+from pipeline.training.networks.join import NetworkJoiner, check_join
 from pipeline.training.pass_trainer import PassTrainer
 from pipeline.training.planner import next_pass, recipe_of, with_lower_iterations
 from pipeline.training.sources import (
@@ -92,22 +95,15 @@ def train(
         until: optimiser step of the next block at which to save and stop; None for none.
 
     Raises:
-        UserError: bad configuration, or a run that may not continue.
+        UserError: bad configuration, a run that may not continue, or networks that are missing.
         JkoflowError: a block failed.
     """
-    _check_objective(config, accelerator)
-    if shards_networks(accelerator):
-        _check_sharding(config, accelerator.num_processes)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-    samples = source or _source_of(config)
-    check_shape(config, samples.shape)
-    if config.velocity.classes:
-        check_classes(samples.class_counts, config.velocity.classes)
-    context = TrainingContext(config, folder, samples, accelerator, progress)
-    resume = resume or bool(add_blocks)
-    _require_same_training(context)
-    manifest = _manifest(context, RunDirectory(folder).started if resume else None)
+    joins = trains_alone(folder)
+    if joins:
+        check_join(config, folder, accelerator)
+    context = open_context(config, folder, accelerator, progress, source)
+    resume = resume or bool(add_blocks) or joins
+    manifest = manifest_to_continue(context, RunDirectory(folder).started if resume else None)
     upcoming = next_pass(config, manifest.passes, add_blocks)
     adds = bool(add_blocks) and upcoming not in manifest.passes
     policy = ResumePolicy(
@@ -116,7 +112,8 @@ def train(
     RunDirectory.open_or_create(folder, config, policy, accelerator)
     if not manifest.passes and manifest.init_from is not None and accelerator.is_main_process:
         write_manifest(folder, manifest)
-    trainer = PassTrainer(context, manifest, TrainedBlocks(context, manifest.init_from))
+    kind = NetworkJoiner if joins else PassTrainer
+    trainer = kind(context, manifest, TrainedBlocks(context, manifest.init_from))
     trainer.limits.until = until
     if upcoming is not None:
         with open_log(folder, config, config.train.trackers, accelerator) as log:
@@ -131,6 +128,34 @@ def train(
     finished = len(last.blocks)
     spared = len(last.steps) + last.free - finished if last.complete else 0
     return Outcome(finished, upcoming is None, trainer.trained, len(passes), spared)
+
+
+def open_context(
+    config: Config,
+    folder: Path,
+    accelerator: Accelerator,
+    progress: Progress,
+    source: SampleSource | None = None,
+) -> TrainingContext:
+    """Check a configuration, and open its samples (a collective).
+
+    The arguments are those of `train`.
+
+    Raises:
+        UserError: the configuration does not fit itself, the samples, or the ranks.
+    """
+    _check_objective(config, accelerator)
+    if shards_networks(accelerator):
+        _check_sharding(config, accelerator.num_processes)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    samples = source or _source_of(config)
+    check_shape(config, samples.shape)
+    if config.velocity.classes:
+        check_classes(samples.class_counts, config.velocity.classes)
+    context = TrainingContext(config, folder, samples, accelerator, progress)
+    _require_same_training(context)
+    return context
 
 
 def _check_objective(config: Config, accelerator: Accelerator) -> None:
@@ -199,7 +224,7 @@ def restore_stages(
     context = TrainingContext(
         config, folder, source or _source_of(config), accelerator, progress
     )
-    manifest = _manifest(context, RunDirectory(folder).started)
+    manifest = manifest_to_continue(context, RunDirectory(folder).started)
     blocks = TrainedBlocks(context, manifest.init_from)
     PassTrainer(context, manifest, blocks).restore_stages()
 
@@ -219,8 +244,16 @@ def _require_same_training(context: TrainingContext) -> None:
         require_same(accelerator, content_key(to_json(settings)), "the key of the settings")
 
 
-def _manifest(context: TrainingContext, started: Manifest | None) -> Manifest:
-    """Return the manifest to continue, or that of a new run."""
+def manifest_to_continue(context: TrainingContext, started: Manifest | None) -> Manifest:
+    """Return the manifest to continue, or that of a new run.
+
+    Args:
+        context: of the training.
+        started: the manifest so far; None for a new run.
+
+    Raises:
+        UserError: the samples are scaled otherwise, or no block can start as `train.init_from`.
+    """
     config, samples = context.config, context.samples
     manifest = samples.manifest(config.name)
     if started is not None:

@@ -3,6 +3,7 @@
 Nothing is integrated. The block's samples z and their targets z' (`flows.objectives.losses`) are
 joined by an interpolant, and the velocity is regressed on its slope. Noise and times are drawn for
 the whole batch, and each rank takes its rows. So the loss does not depend on the number of ranks.
+Some of a block's several networks (`flows.networks.piecewise`) take the rows of their times alone.
 
 Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024).
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from flows.networks.base import Velocity
 from flows.networks.image_condition import ImageConditionedNetwork
+from flows.networks.piecewise import PiecewiseVelocity
 from flows.objectives.coupling import optimal_pairing
 from flows.objectives.losses import LfmLoss, matching_loss, ou_target
 from flows.spec import BlockSpec
@@ -82,6 +84,10 @@ def batch_loss(
 ) -> LfmLoss:
     """Compute the flow-matching loss on this rank's share of a batch.
 
+    A velocity with only some of a block's networks sums over the rows of their times, and divides
+    by the number of all. So the losses and gradients of networks that train alone add up to those
+    of the block.
+
     Args:
         velocity: in training.
         stage: the samples that the block trains on.
@@ -98,6 +104,9 @@ def batch_loss(
     t = stratified_times(len(batch), source)
     if options.times == "logit-normal":
         t = logit_normal(t)
+    share = len(rows)
+    if isinstance(velocity, PiecewiseVelocity):
+        rows = rows[velocity.covers(t[rows])]
     labels = stage.take("labels", batch) if velocity.classes else None
     kept_labels = None
     if labels is not None:
@@ -115,7 +124,7 @@ def batch_loss(
     if isinstance(velocity, ImageConditionedNetwork):
         image = stage.take(IMAGE, batch[rows]).float()
         velocity = velocity.with_image(to_device(image, device))
-    return matching_loss(velocity, z, target, t, options.interpolant, kept_labels)
+    return matching_loss(velocity, z, target, t, options.interpolant, kept_labels, share)
 
 
 def stratified_times(count: int, source: torch.Generator) -> Tensor:

@@ -1,0 +1,1 @@
+"""Networks of a block under flow matching, trained alone and joined."""
