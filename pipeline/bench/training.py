@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -149,16 +150,16 @@ class Training:
         else:
             batches = self._batches(name, width, problem)
             config = blockwise_config(problem.config, name, width, batches)
-        elapsed, share = self._train_run(config, folder, True, problem)
+        elapsed = self._train_run(config, folder, True, problem)
         run = open_run(folder)
         run.flow.to(self.accelerator.device)
         *before, last = run.manifest.passes
         earlier = [row for whole in before for row in whole.blocks]
-        seconds = share * sum(row.seconds for row in earlier)
+        seconds = sum(row.seconds for row in earlier)
         done, rows = float(sum(row.iterations for row in earlier)), last.blocks
         curve: list[Point | None] = []
         for count, row in enumerate(rows, start=1):
-            seconds, done = seconds + share * row.seconds, done + row.iterations
+            seconds, done = seconds + row.seconds, done + row.iterations
             if count < len(rows):
                 curve.append(measure(Checkpoint(FlowModel(run.flow[:count]), seconds, int(done))))
         remove_samples(folder)
@@ -194,19 +195,17 @@ class Training:
         """Train for some batches in a scratch folder; return their seconds and number."""
         config = blockwise_config(problem.config, name, width, batches)
         with atomic.scratch_folder() as run:
-            _, share = self._train_run(config, run, False, problem)
+            self._train_run(config, run, False, problem)
             rows = open_run(run).manifest.blocks
-        return share * sum(row.seconds for row in rows), sum(row.iterations for row in rows)
+        return sum(row.seconds for row in rows), sum(row.iterations for row in rows)
 
-    def _train_run(
-        self, config: Config, folder: Path, resume: bool, problem: Problem
-    ) -> tuple[float, float]:
-        """Train a run; return the seconds that it used, and their share in those of the clock."""
-        device = self.accelerator.device
-        began, used = time.perf_counter(), used_seconds(device)
-        train(config, folder, self.accelerator, self.progress, resume, problem.source)
-        elapsed = used_seconds(device) - used
-        return elapsed, elapsed / (time.perf_counter() - began)
+    def _train_run(self, config: Config, folder: Path, resume: bool, problem: Problem) -> float:
+        """Train a run, whose seconds are those of `used_seconds`; return all that it used."""
+        clock = partial(used_seconds, self.accelerator.device)
+        began = clock()
+        source = problem.source
+        train(config, folder, self.accelerator, self.progress, resume, source, clock=clock)
+        return clock() - began
 
     # ---------------------------------------------------------------- all weights together
 

@@ -7,7 +7,8 @@ before it have moved.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -47,6 +48,7 @@ class TrainingContext:
         samples: source of the samples of stage 0.
         accelerator: device and ranks.
         progress: wraps loops.
+        clock: of the seconds of optimiser steps.
     """
 
     config: Config
@@ -54,6 +56,7 @@ class TrainingContext:
     samples: SampleSource
     accelerator: Accelerator
     progress: Progress
+    clock: Callable[[], float] = time.perf_counter
 
     def first_stage(self) -> StoreReader:
         """Open stage 0; it is made where it is missing."""

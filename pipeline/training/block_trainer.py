@@ -76,6 +76,10 @@ class BlockTrainer:
         number: of the pass; each pass draws its own batches and probes.
         regression: loss of an objective that integrates nothing; None is flow matching.
 
+    Attributes:
+        seconds: of all steps, by `clock`; a checkpoint keeps them.
+        clock: function that returns seconds from an arbitrary origin.
+
     Raises:
         UserError: there are more ranks than samples in a batch, or a network cannot be sharded.
     """
@@ -124,7 +128,7 @@ class BlockTrainer:
         most = recipe.batch_size if self.sharded else None
         self.micro_batches = MicroBatches(recipe.micro_batch or most)
         self.done = 0
-        self.seconds = 0.0
+        self.seconds, self.clock = 0.0, time.perf_counter
         self.stopped = False
         self._sound: dict[str, Tensor] | None = None
 
@@ -154,7 +158,7 @@ class BlockTrainer:
             JkoflowError: the block cannot be integrated, or its loss or gradient is not finite, on
                 any rank.
         """
-        began = time.perf_counter()
+        began = self.clock()
         loss, failure = self._loss_or_failure()  # with its gradient
         lr = warmup_cosine(
             self.done,
@@ -173,7 +177,7 @@ class BlockTrainer:
         if self.average is not None:
             self.average.update(self.block)
         self.done += 1
-        self.seconds += time.perf_counter() - began
+        self.seconds += self.clock() - began
         nfe = loss.nfe if isinstance(loss, JkoLoss) else 1
         terms = loss.per_dim(self.block.velocity.dim)
         if self.accelerator.num_processes > 1:

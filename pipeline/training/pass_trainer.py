@@ -103,6 +103,7 @@ class PassTrainer:
             self.number,
             self.blocks.regression,
         )
+        trainer.clock = self.context.clock
         if not self._optimise(trainer, log):
             return False
         file, sha256 = self._commit_block(trainer)

@@ -12,6 +12,8 @@ Reference: JKO-iFlow, Algorithm 1.
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +81,7 @@ def train(
     add_blocks: int = 0,
     command: str = "jkoflow train --run",
     until: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
     """Train a run to its end, or until `train.max_minutes`.
 
@@ -93,6 +96,7 @@ def train(
         add_blocks: number of blocks to add to a finished run; implies `resume`.
         command: that resumes the training, up to the folder.
         until: optimiser step of the next block at which to save and stop; None for none.
+        clock: of the seconds of optimiser steps.
 
     Raises:
         UserError: bad configuration, a run that may not continue, or networks that are missing.
@@ -102,6 +106,7 @@ def train(
     if joins:
         check_join(config, folder, accelerator)
     context = open_context(config, folder, accelerator, progress, source)
+    context = dataclasses.replace(context, clock=clock)
     resume = resume or bool(add_blocks) or joins
     manifest = manifest_to_continue(context, RunDirectory(folder).started if resume else None)
     upcoming = next_pass(config, manifest.passes, add_blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from dataclasses import fields, replace
@@ -121,6 +122,18 @@ def test_a_training_stopped_by_time_resumes_to_the_same_flow(tmp_path: Path) -> 
         name = f"blocks/block-{index:02d}.safetensors"
         whole, pieces = tmp_path / "whole" / name, tmp_path / "pieces" / name
         assert whole.read_bytes() == pieces.read_bytes()
+
+
+def test_seconds_are_those_of_the_clock_also_after_a_resume(tmp_path: Path) -> None:
+    """A clock that ticks once a call gives every step one second; other work takes none."""
+    config = tiny("train.iterations=6", "schedule.max_blocks=1")
+    until: int | None
+    for until in (2, None):
+        train(
+            config, tmp_path / "run", Accelerator(), quiet, resume=True, source=GaussianSource(),
+            until=until, clock=itertools.count().__next__,
+        )  # fmt: skip
+    assert {row.seconds for row in rows_of(tmp_path / "run")} == {6.0}
 
 
 # ------------------------------------------------------------------------ one block, its recipe
