@@ -57,7 +57,8 @@ def test_pytorch_fids_own_network_gives_the_same_number(tmp_path, inception_weig
 
 def test_an_unknown_network_is_refused(tmp_path, capsys):
     code, _, error = say(capsys, "fid", "mnist-train", "mnist-train", "--features", "clip")
-    assert code == 2 and "--features is 'clip'; expected one of jkoflow, pytorch-fid" in error
+    known = "jkoflow, bf16, pytorch-fid"
+    assert code == 2 and f"--features is 'clip'; expected one of {known}" in error
 
 
 @pytest.mark.slow
