@@ -58,7 +58,7 @@ VERBS = (
     Verb(
         "evaluate, zoo:mnist without floor and NLL",
         "evaluate -r zoo:mnist -n {n} --set evaluate.nll=0 --set evaluate.floor=false",
-        2_000,
+        1_000,
         20,
     ),
 )
