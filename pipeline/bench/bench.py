@@ -193,7 +193,7 @@ def _work(bench: Bench, folder: Path, waiting: int) -> str:
     """Describe the trainings of a call, and their seconds where the budget has them."""
     budget, searched = bench.budget, {tuned.model for tuned in read_tuned(folder)}
     searches = len(bench.rates) * len(set(bench.models) - searched)
-    line = f"{waiting} trainings of {budget}"
+    line = f"{waiting} training{'s' * (waiting > 1)} of {budget}"
     if searches:
         line += f", and {searches} of {budget.part(PART)} that choose learning rates"
     if budget.unit == "seconds":
