@@ -30,3 +30,8 @@ jkoflow train "${half[@]}" --run runs/h-jko --init-from runs/h-trig --set train.
 for run in h-trig h-jko; do
   jkoflow evaluate --run "runs/$run" -n 1000 --seed 1 --kid 1000 --set evaluate.nll=32
 done
+# instead of JKO: a network for each part of time, by flow matching
+jkoflow train "${half[@]}" --run runs/h-nets --init-from runs/h-trig --set velocity.nets=8 \
+  --set matching.interpolant=trigonometric --set train.batch_size=256 --set train.iterations=420 --set train.lr=4e-3 \
+  --set train.warmup=20 --set train.ema=0.98 --set sampler.steps=8 --set train.preview_every=0
+jkoflow evaluate --run runs/h-nets -n 1000 --seed 1 --set evaluate.nll=0
