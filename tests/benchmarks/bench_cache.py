@@ -14,7 +14,7 @@ With --wait, each cache is trained on twice, with the thread that reads ahead an
 are the seconds by the clock that a step waits for its samples and takes in all, and the processor
 seconds of all threads in it. --compute lets every step sleep, as the processor does while a GPU
 computes. --cold writes real shards and drops their pages from memory first. --remote reads them
-at an address of fsspec, and each copy of a shard takes so many seconds more.
+at an address of fsspec, and each copy of a shard takes that many seconds longer.
 
 With --encode, a fresh process encodes computed images by the identity instead, and opens their
 cache, which takes room on the disk. Printed are the seconds and the memory that this adds.
