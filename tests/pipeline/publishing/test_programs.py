@@ -54,10 +54,11 @@ def expected(plan, noise, labels):
 
 @pytest.mark.parametrize("method", FIXED_METHODS)
 def test_the_unrolled_solver_equals_torchdiffeqs(method):
-    drawn, noise = plan(0, 1.0, method), torch.randn(3, 2, 4, 4)
+    drawn, noise = plan(0, 1.0, method), torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    drawn.flow.double()
     with torch.no_grad():
         actual = Sampler(drawn)(noise)
-    torch.testing.assert_close(actual, expected(drawn, noise, None), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, expected(drawn, noise, None), atol=1e-10, rtol=1e-10)
     assert (actual - STANDARDISATION.undo(noise)).abs().max() > 0.1
 
 
