@@ -1,11 +1,11 @@
-"""Freezing: an autonomous network that equals a time-dependent one at a fixed time.
+"""Freezing: a network that equals another one at a fixed time, or at the null label.
 
 A network sees a fixed time as a constant, which its biases and scales can hold. So v(t*, ·) is
 exactly a network of the same kind without time. K frozen blocks
 
     v_k(z) = (t_{k+1} − t_k) v(t*_k, z),   t*_k = (t_k + t_{k+1}) / 2,
 
-approximate the flow of v with an error O(K⁻²).
+approximate the flow of v with an error O(K⁻²). The same holds for a fixed label.
 """
 
 from __future__ import annotations
@@ -116,11 +116,9 @@ def freeze(velocity: Velocity, time: float, length: float = 1.0) -> dict[str, Te
         if isinstance(velocity, DitVelocity):
             state = _freeze_dit(velocity, state, velocity.time(context[None]))
         elif velocity.classes:  # the class embedding is added to the features of the time
-            first = "modulation" if isinstance(velocity, ConvVelocity) else "time"
-            state[f"{first}.bias"] += state[f"{first}.weight"] @ context
+            _add_context(velocity, state, context)
         else:
-            _absorb(velocity, state, context[None])
-            state = {k: v for k, v in state.items() if "modulation" not in k and k[:5] != "time."}
+            state = _absorb(velocity, state, context[None])
     if isinstance(velocity, MlpVelocity):
         weight = state["first.weight"]
         state["first.weight"] = weight[:, : velocity.dim].clone()
@@ -131,6 +129,54 @@ def freeze(velocity: Velocity, time: float, length: float = 1.0) -> dict[str, Te
     return state
 
 
+@torch.no_grad()
+def freeze_classes(module: nn.Module) -> dict[str, Tensor]:
+    """Compute the weights without classes with the field v(t, z, ∅), where ∅ is the null label.
+
+    Args:
+        module: a network with classes, or a block or a sequence of such networks.
+
+    Returns:
+        a state dict that the same module with ``classes`` = 0 loads.
+    """
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    for name, network in module.named_modules():
+        if isinstance(network, Velocity) and type(network) in _OUTPUTS:
+            prefix = f"{name}." if name else ""
+            inner = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
+            inner = {key.removeprefix(prefix): value for key, value in inner.items()}
+            frozen = _freeze_label(network, inner)
+            state |= {prefix + key: value for key, value in frozen.items()}
+    return state
+
+
+def _freeze_label(velocity: Velocity, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Move the embedding of the null label into the biases that it is added to."""
+    name = next(key for key in state if key.endswith("label.embedding.weight"))
+    null = state.pop(name)[-1]
+    features = getattr(velocity, "features", None)
+    autonomous = isinstance(features, ContextFeatures) and features.omega is None
+    if isinstance(velocity, DitVelocity) and autonomous:
+        state = _constant_modulations(velocity, state, null[None])
+    elif isinstance(velocity, DitVelocity):
+        state["time.2.bias"] += null
+    elif isinstance(velocity, LinearVelocity):
+        state["affine.bias"] += null
+    elif isinstance(velocity, MlpVelocity):
+        state["first.bias"] += null
+    elif autonomous:
+        state = _absorb(velocity, state, null[None])
+    else:
+        _add_context(velocity, state, null)
+    return state
+
+
+def _add_context(velocity: Velocity, state: dict[str, Tensor], context: Tensor) -> None:
+    """Add a constant (F,) to the features of time and class that a network sees."""
+    first = "modulation" if isinstance(velocity, ConvVelocity) else "time"
+    state[f"{first}.bias"] += state[f"{first}.weight"] @ context
+
+
 def _freeze_dit(
     velocity: DitVelocity, state: dict[str, Tensor], embedding: Tensor
 ) -> dict[str, Tensor]:
@@ -139,6 +185,13 @@ def _freeze_dit(
     if velocity.classes:
         state["label.embedding.weight"] += embedding
         return state
+    return _constant_modulations(velocity, state, embedding)
+
+
+def _constant_modulations(
+    velocity: DitVelocity, state: dict[str, Tensor], embedding: Tensor
+) -> dict[str, Tensor]:
+    """Replace the modulations of a condition by their values at a constant one (1, W)."""
     for name, module in velocity.named_modules():
         if isinstance(module, Modulation):
             state[f"{name}.bias"] = module(embedding)[0, 0].clone()
@@ -146,7 +199,9 @@ def _freeze_dit(
     return state
 
 
-def _absorb(velocity: Velocity, state: dict[str, Tensor], context: Tensor) -> None:
+def _absorb(
+    velocity: Velocity, state: dict[str, Tensor], context: Tensor
+) -> dict[str, Tensor]:
     """Move the scales and shifts of a context (1, F) into the weights that follow them."""
     names: dict[nn.Module, str] = {module: name for name, module in velocity.named_modules()}
     if isinstance(velocity, UNetVelocity):
@@ -173,3 +228,4 @@ def _absorb(velocity: Velocity, state: dict[str, Tensor], context: Tensor) -> No
             weight, bias = f"convs.{index}.weight", f"convs.{index}.bias"
             state[weight] = state[weight] * (1 + scale)[:, None, None, None]
             state[bias] = state[bias] * (1 + scale) + shift
+    return {k: v for k, v in state.items() if "modulation" not in k and k[:5] != "time."}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.block import Block
+from flows.freezing import freeze_classes
 from flows.networks.config import VelocityConfig
 from flows.networks.convnet import Attention
 from flows.networks.layers import reset_classes
@@ -59,8 +60,8 @@ def transform_block(
     """Build the block of another specification with the same map.
 
     Of the velocity only width, classes and nets may differ; equal velocities give the present
-    block. If the classes differ, every new class starts as the null label did. The generator is
-    the source of the random shares of :func:`widen`.
+    block. If the classes differ, every new class starts as the null label did, and a network
+    without classes does, too. The generator is the source of the random shares of :func:`widen`.
     """
     if before.velocity == after.velocity:
         return block
@@ -73,7 +74,9 @@ def transform_block(
         return several
     transformed = build_block(after, block.velocity.shape, generator)
     state: Mapping[str, Tensor] = block.state_dict()
-    if before.velocity.classes != after.velocity.classes:
+    if not after.velocity.classes and before.velocity.classes:
+        state = freeze_classes(block)
+    elif before.velocity.classes != after.velocity.classes:
         state = reset_classes(state, transformed)
     if before.velocity.width != after.velocity.width:
         state = widen(state, transformed, generator)

@@ -46,8 +46,9 @@ class TrainConfig:
             jko.divergence=hutchinson or exact.
         warm_start: start each block from the weights of the block before it.
         init_from: a run whose blocks these blocks start from. It needs the same shape of latents
-            and the same velocity. A width that divides this one's is possible, too (unet, conv,
-            resmlp), by one factor for all levels of a unet; the field then starts unchanged.
+            and the same velocity, but for its classes. A width that divides this one's is
+            possible, too (unet, conv, resmlp), by one factor for all levels of a unet; the field
+            then starts unchanged.
         max_minutes: minutes after which the training stops and can be resumed; 0 has no limit.
         checkpoint_seconds: least time between two checkpoints.
         log_every: steps between two lines of the log.

@@ -2,11 +2,12 @@
 
 Block k starts from block k of the other run, and the free block from its free block. A block
 without a counterpart starts as it would without the other run. A network may start from one with
-other classes, or without classes: every class then starts as the null label. A network r times
-as wide starts as the same velocity (Net2Net). Several networks in one block (`velocity.nets`)
-start as copies of one. An autonomous network starts as the time-dependent one at the middle of its
-time (`flows.freezing`). K blocks share the time of a run of one block in equal parts. The manifest
-records the sha256 of the weights, and a resumed training checks them.
+other classes, or without classes: every class then starts as the null label. A network without
+classes starts as the null label of one with classes. A network r times as wide starts as the same
+velocity (Net2Net). Several networks in one block (`velocity.nets`) start as copies of one. An
+autonomous network starts as the time-dependent one at the middle of its time (`flows.freezing`).
+K blocks share the time of a run of one block in equal parts. The manifest records the sha256 of
+the weights, and a resumed training checks them.
 """
 
 from __future__ import annotations
@@ -85,9 +86,7 @@ def _differences(start: VelocityConfig, wanted: VelocityConfig) -> list[str]:
     pairs = zip(
         dataclasses.asdict(start).items(), dataclasses.asdict(wanted).values(), strict=True
     )
-    free = ["class_dropout"]  # a setting of the training
-    if wanted.classes:
-        free.append("classes")
+    free = ["class_dropout", "classes"]  # the first is a setting of the training
     if widening_factor(start, wanted):
         free.append("width")
     if becomes_several(start, wanted):

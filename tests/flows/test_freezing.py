@@ -10,7 +10,7 @@ import torch
 from flows.block import Block
 from flows.errors import FlowError
 from flows.flow import Flow
-from flows.freezing import freeze, freeze_block, freeze_flow
+from flows.freezing import freeze, freeze_block, freeze_classes, freeze_flow
 from flows.networks.base import Velocity
 from flows.networks.config import VelocityConfig
 from flows.networks.registry import KINDS, make_velocity
@@ -45,6 +45,23 @@ def test_a_frozen_network_is_the_field_at_its_time(kind, classes):
     torch.testing.assert_close(frozen(late, z, *labels), expected)
     if kind != "linear":
         assert not torch.allclose(0.25 * network(late, z, *labels), expected)
+
+
+@pytest.mark.parametrize(("autonomous", "nets"), [(False, 1), (False, 2), (True, 1)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_without_classes_is_the_field_of_the_null_label(kind, autonomous, nets):
+    config = replace(SMALL, kind=kind, classes=3, autonomous=autonomous, nets=nets)
+    spec = BlockSpec(velocity=config)
+    block = build_block(spec, SHAPES.get(kind, (5,))).double()
+    network = randomise(block.velocity)
+    plain = build_block(replace(spec, velocity=replace(config, classes=0)), network.shape).double()
+    plain.load_state_dict(freeze_classes(block))
+    z, null = points(network, batch=4), torch.full((4,), 3)
+    for time in (0.2, 0.9):
+        t = torch.tensor(time, dtype=torch.float64)
+        expected = network(t, z, null)
+        torch.testing.assert_close(plain.velocity(t, z), expected)
+        assert not torch.allclose(network(t, z, null - 1), expected)
 
 
 def test_the_error_of_frozen_blocks_falls_with_the_square_of_their_number():

@@ -174,8 +174,14 @@ def test_blocks_start_from_a_conditional_run(quick: Path, tmp_path: Path) -> Non
     before, after = (load_blocks(f, read_manifest(f))[0] for f in (quick, tmp_path / "jko"))
     for name, value in after.state_dict().items():
         torch.testing.assert_close(value, before.state_dict()[name], rtol=0, atol=1e-9)
-    with pytest.raises(UserError, match=r"another velocity network: velocity.classes \(2,"):
-        run(tmp_path / "plain", f"train.init_from={quick}")
+
+
+def test_a_run_without_classes_starts_as_the_null_label(quick: Path, tmp_path: Path) -> None:
+    start = ("jko.h=[0.1]", "train.iterations=1", "train.lr=1e-12")
+    run(tmp_path / "plain", *start, f"train.init_from={quick}")
+    z, t = torch.randn(20, 2, generator=generator("plain")), torch.tensor(0.3)
+    before, after = (open_run(f).flow[0].velocity for f in (quick, tmp_path / "plain"))
+    torch.testing.assert_close(after(t, z), before(t, z, torch.full((20,), 2)))
 
 
 def test_other_classes_start_as_no_class(learnt: Path, tmp_path: Path) -> None:
