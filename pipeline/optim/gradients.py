@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+
+from pipeline.runtime.distributed import sum_over_ranks
 
 
 def average_gradients(
@@ -29,3 +31,18 @@ def average_gradients(
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
     return loss
+
+
+def fill_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+    """Set gradients to zero that this rank lacks and another has.
+
+    All ranks call it with the same parameters. A parameter without a gradient on every rank stays
+    without one, so that an optimiser passes over it.
+    """
+    if accelerator.num_processes == 1:
+        return
+    present = torch.tensor([float(p.grad is not None) for p in parameters])
+    counts = sum_over_ranks(accelerator, present.to(accelerator.device)).tolist()
+    for parameter, count in zip(parameters, counts, strict=True):
+        if count and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)

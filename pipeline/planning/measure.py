@@ -261,7 +261,7 @@ def _measure_block(
 
     def take_step(size: int) -> None:
         trainer.recipe = dataclasses.replace(recipe, batch_size=size)
-        trainer.batches = BlockBatches(spec, stage, trainer.recipe)
+        trainer.objective.batches = BlockBatches(spec, stage, trainer.recipe)
         trainer.step()
 
     step = meter.rate(take_step, recipe.batch_size, 1, config.train.precision)

@@ -1,9 +1,8 @@
-"""Trains one block on a stage: optimiser, learning rate, EMA, checks for divergence, checkpoint.
+"""Optimises the weights of one block: optimiser, learning rate, EMA, checks, checkpoint.
 
-Only this block is in memory. Batches and probes derive from (seed, stage, step)
-(`pipeline.training.batches`). Every rank takes its share of each batch, and gradients are averaged
-over ranks. Under FSDP, every rank also holds only its part of the network
-(`pipeline.runtime.sharding`).
+Only this block is in memory. Its loss and gradient come from `pipeline.training.batches`. Every
+rank takes its share of each batch, and gradients are averaged over ranks. Under FSDP, every rank
+also holds only its part of the network (`pipeline.runtime.sharding`).
 """
 
 from __future__ import annotations
@@ -20,30 +19,26 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flows.block import Block
-from flows.errors import SolveError
-from flows.mixed_precision import MixedPrecision
 from flows.networks.base import Velocity
 from flows.networks.image_condition import ImageConditionedNetwork
-from flows.objectives.losses import JkoLoss, LfmLoss, jko_loss, join_losses
-from flows.solving.divergence import Divergence, Probes
-from flows.solving.estimators import make_divergence
+from flows.objectives.losses import JkoLoss, LfmLoss
 from flows.spec import BlockSpec, build_block
 from pipeline.config.training import JkoConfig, MatchingConfig, TrainConfig
 from pipeline.config.values import of_block
 from pipeline.errors import JkoflowError
 from pipeline.optim.ema import Ema
-from pipeline.optim.gradients import average_gradients
+from pipeline.optim.gradients import average_gradients, fill_gradients
 from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
 from pipeline.optim.micro_batches import MicroBatches
 from pipeline.optim.optimisers import make_optimizer
 from pipeline.runs.manifest import Manifest
-from pipeline.runtime.devices import to_device
-from pipeline.runtime.distributed import raise_on_all_ranks, sum_over_ranks
+from pipeline.runtime.distributed import raise_on_all_ranks
 from pipeline.runtime.sharding import gather, scatter, shard, shards_networks
 from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.storage.shards.reader import StoreReader
 from pipeline.training.batches.block_batches import BlockBatches
-from pipeline.training.batches.matching_loss import Regression, matching_regression
+from pipeline.training.batches.block_objective import BlockObjective
+from pipeline.training.batches.matching_loss import Regression
 from pipeline.training.stages import number_of
 
 #: state of Adam with the shape of the parameter
@@ -112,44 +107,23 @@ class BlockTrainer:
         self.lr = of_block(recipe.lr, self.index)
         self.optimizer = make_optimizer(recipe.optimizer, block, self.lr)
         self.average = Ema(block, recipe.ema) if recipe.ema > 0 else None
-        half = recipe.precision == "bf16"
-        self.integrated = Block(MixedPrecision(block.velocity), block.solver) if half else block
-        self.divergence: Divergence | None = None
-        self.regression = regression
-        if isinstance(options, JkoConfig):
-            self.divergence = make_divergence(
-                options.divergence, noise="rademacher", penalty=options.jacobian_weight
-            )
-        elif regression is None:
-            self.regression = matching_regression(spec, options)
-        self.batches = BlockBatches(spec, stage, recipe, number)
-        self.batches.require_samples_for_all(accelerator.num_processes)
+        batches = BlockBatches(spec, stage, recipe, number)
+        batches.require_samples_for_all(accelerator.num_processes)
         # parts that follow memory would differ between ranks, whose passes are collectives
         most = recipe.batch_size if self.sharded else None
-        self.micro_batches = MicroBatches(recipe.micro_batch or most)
+        parts = MicroBatches(recipe.micro_batch or most)
+        self.objective = BlockObjective(
+            block, spec, batches, parts, options, accelerator, regression
+        )
         self.done = 0
         self.seconds, self.clock = 0.0, time.perf_counter
         self.stopped = False
         self._sound: dict[str, Tensor] | None = None
 
-    def gradient(self, step: int, redraw: int = 0) -> Tensor:
-        """Compute the gradient on the batch of a step on the CPU, float64 (parameters,).
-
-        The weights stay. Each value of `redraw` has other probes, or times and noise, for the same
-        samples.
-
-        Raises:
-            JkoflowError: the block cannot be integrated.
-        """
-        done, self.done = self.done, step
-        self.batches.redraw = ("redraw", redraw) if redraw else ()
-        try:
-            self._loss_and_gradient()
-        finally:
-            self.done, self.batches.redraw = done, ()
-        zero = torch.zeros(())
-        gradients = [zero.expand_as(p) if p.grad is None else p.grad for p in self.parameters]
-        return torch.cat([gradient.cpu().double().flatten() for gradient in gradients])
+    @property
+    def batches(self) -> BlockBatches:
+        """Batches of the block."""
+        return self.objective.batches
 
     def step(self) -> StepReport:
         """Make one optimiser step.
@@ -172,7 +146,8 @@ class BlockTrainer:
         if loss is None or not math.isfinite(norm) or not math.isfinite(total):
             # norm and total are those of the whole batch, so every rank comes here
             raise_on_all_ranks(self.accelerator, failure)
-            raise self._failure(f"the loss is {total}, its gradient's norm {norm}")
+            reason = f"the loss is {total}, its gradient's norm {norm}"
+            raise self.objective.failure(self.done, reason)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.block)
@@ -305,57 +280,11 @@ class BlockTrainer:
         Under FSDP the other ranks wait inside the network, so the error ends this one at once.
         """
         try:
-            return self._loss_and_gradient(), None
+            return self.objective.loss_and_gradient(self.done), None
         except JkoflowError as error:
             if self.sharded:
                 raise
             return None, error
-
-    def _loss_and_gradient(self) -> JkoLoss | LfmLoss:
-        """Compute the block's objective and gradient on this rank's share of the next batch."""
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        share = torch.arange(rank, self.recipe.batch_size, ranks)
-        losses: list[JkoLoss | LfmLoss] = []
-
-        def add(parts: tuple[Tensor, ...]) -> None:
-            losses.clear()
-            self.optimizer.zero_grad(set_to_none=True)
-            for part in parts:
-                loss = self._loss(part)
-                self._backward(loss.total * (len(part) / len(share)))
-                losses.append(join_losses([loss]))  # without its graph, whose memory is free then
-
-        self.micro_batches.run(share, add)
-        return join_losses(losses)
-
-    def _backward(self, total: Tensor) -> None:
-        """Add the gradient of a loss; the adjoint method integrates here."""
-        try:
-            total.backward()
-        except (SolveError, AssertionError) as error:  # torchdiffeq raises AssertionError
-            raise self._failure(str(error) or "the adjoint solver failed") from error
-
-    def _loss(self, part: Tensor) -> JkoLoss | LfmLoss:
-        """Compute the block's objective on a part of the next batch, int64 positions (n,)."""
-        step = self.done
-        if self.regression is not None:
-            kind, half = self.accelerator.device.type, self.recipe.precision == "bf16"
-            batch, source = self.batches.indices(step), self.batches.matching_source(step)
-            with torch.autocast(kind, torch.bfloat16, enabled=half):
-                stage = self.batches.stage
-                return self.regression(self.block.velocity, stage, batch, source, part)
-        assert self.divergence is not None
-        device = self.accelerator.device
-        z, labels = self.batches.samples(step, part), self.batches.labels_with_dropout(step, part)
-        probes = self.batches.probes(self.divergence, z, step, part, device)
-        eps: Tensor | Probes | None = probes
-        if probes is not None and not self.block.solver.allows_probes_per_evaluation:
-            eps = probes()  # one for the whole solve
-        z = to_device(z, device)
-        try:
-            return jko_loss(self.integrated, z, self.spec.h, self.divergence, eps, labels)
-        except SolveError as error:
-            raise self._failure(str(error)) from error
 
     def _average_gradients(self, loss: JkoLoss | LfmLoss | None) -> tuple[float, float]:
         """Average the gradients over ranks and clip them.
@@ -371,29 +300,9 @@ class BlockTrainer:
             total = loss.total.detach().reshape(1)
             weight = loss.samples * self.accelerator.num_processes / self.recipe.batch_size
         limit = self.recipe.grad_clip if self.recipe.grad_clip > 0 else math.inf
-        self._fill_gradients()
+        if not self.sharded and self.spec.velocity.nets > 1:
+            # a rank's share may hold no sample of the time that one of the networks covers
+            fill_gradients(self.accelerator, self.parameters)
         here = [] if self.sharded else self.parameters  # FSDP has averaged those gradients
         mean = average_gradients(self.accelerator, here, weight, total)
         return float(gather(nn.utils.clip_grad_norm_(self.parameters, limit))), float(mean)
-
-    def _fill_gradients(self) -> None:
-        """Set gradients to zero that this rank lacks and another has.
-
-        A rank's share of a batch may hold no sample of the time that one of a block's several
-        networks covers.
-        """
-        if self.accelerator.num_processes == 1 or self.spec.velocity.nets == 1 or self.sharded:
-            return
-        present = torch.tensor([float(p.grad is not None) for p in self.parameters])
-        counts = sum_over_ranks(self.accelerator, present.to(self.accelerator.device)).tolist()
-        for parameter, count in zip(self.parameters, counts, strict=True):
-            if count and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-
-    def _failure(self, reason: str) -> JkoflowError:
-        advice = "lower train.lr"
-        if self.spec.objective == "jko":
-            advice += " or jko.h0, or take more jko.solver.steps"
-        return JkoflowError(
-            f"block {self.index} failed at step {self.done}: {reason}; {advice}, then train again"
-        )

@@ -141,9 +141,10 @@ def gradient_noise(
     """
     zero = torch.zeros(sum(p.numel() for p in trainer.parameters), dtype=torch.float64)
     parts = [_Moments(zero) for _ in range(groups)]
-    count = groups * batches
+    count, objective = groups * batches, trainer.objective
     for step in progress(range(count), count, f"noise of block {trainer.index}"):
-        parts[step % groups].add(trainer.gradient(step), trainer.gradient(step, redraw=1))
+        gradient, repeated = objective.gradient(step), objective.gradient(step, redraw=1)
+        parts[step % groups].add(gradient, repeated)
     whole = _Moments(zero)
     for part in parts:
         whole = whole.combine(part, 1)

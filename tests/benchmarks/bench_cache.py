@@ -58,8 +58,8 @@ from pipeline.storage.shards.read_ahead import ReadAhead
 from pipeline.storage.shards.reader import StoreReader
 from pipeline.storage.shards.remote import RemoteStoreReader
 from pipeline.storage.shards.writer import StoreWriter
-from pipeline.training import block_trainer
 from pipeline.training.batches import block_batches
+from pipeline.training.batches.block_objective import BlockObjective
 from pipeline.training.train import train
 
 SHARD = 10_000
@@ -237,13 +237,14 @@ def measure_waiting(
     waiting = _Clock([*takes, (block_batches.BlockBatches, "indices")], time.perf_counter)
     if not ahead:
         block_batches.SCATTERED = 1 << 62
-    backward = block_trainer.BlockTrainer._backward
+    gradient = BlockObjective.loss_and_gradient
 
-    def slow(trainer: Any, total: torch.Tensor) -> None:
-        backward(trainer, total)
+    def slow(objective: BlockObjective, step: int) -> Any:
+        loss = gradient(objective, step)
         time.sleep(compute)
+        return loss
 
-    block_trainer.BlockTrainer._backward = slow  # type: ignore[method-assign]
+    BlockObjective.loss_and_gradient = slow  # type: ignore[method-assign]
     rows = list[tuple[float, float, float]]()
 
     def progress(items: Any, total: int, label: str) -> Any:

@@ -1,1 +1,1 @@
-"""Batches of a block in training: samples, classes, probes, and flow matching on them."""
+"""Batches of a block in training, and the loss and gradient of its objective on them."""

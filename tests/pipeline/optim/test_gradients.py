@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from pipeline.optim.gradients import average_gradients
+from pipeline.optim.gradients import average_gradients, fill_gradients
 from tests.ranks import Rank, mean_of
 
 
@@ -48,3 +48,14 @@ def test_the_reduced_values_become_the_gradients() -> None:
     loss = average_gradients(Doubling(0, 2), layer.parameters(), 0.5, torch.full((1,), 3.0))  # type: ignore[arg-type]
     assert layer.weight.grad is not None
     assert torch.equal(layer.weight.grad, torch.ones(1, 2)) and loss.item() == 3.0
+
+
+def test_gradients_that_only_other_ranks_have_become_zero() -> None:
+    layers = [nn.Linear(2, 1, bias=False) for _ in range(3)]
+    layers[0](torch.ones(1, 2)).sum().backward()
+    parameters = [layer.weight for layer in layers]
+    fill_gradients(Rank(0, 2, [True, True, False]), parameters)  # type: ignore[arg-type]
+    own, missing, of_none = (parameter.grad for parameter in parameters)
+    assert own is not None and torch.equal(own, torch.ones(1, 2))
+    assert missing is not None and torch.equal(missing, torch.zeros(1, 2))
+    assert of_none is None

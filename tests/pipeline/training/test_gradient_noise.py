@@ -27,7 +27,7 @@ class KnownGradients:
 
     def __init__(self, mean: float = 1.0) -> None:
         self.index, self.recipe = 0, SimpleNamespace(batch_size=BATCH)
-        self.parameters = [torch.zeros(SIZE)]
+        self.parameters, self.objective = [torch.zeros(SIZE)], self
         self.mean = torch.full((SIZE,), mean / math.sqrt(SIZE), dtype=torch.float64)
 
     def gradient(self, step: int, redraw: int = 0) -> Tensor:

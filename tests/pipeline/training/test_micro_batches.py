@@ -66,9 +66,9 @@ def test_the_gradient_is_that_of_the_whole_batch(
 ) -> None:
     whole = trainer_of(tmp_path, objective, changes)
     parts = trainer_of(tmp_path, objective, changes, micro_batch=size)
-    expected = whole.gradient(2)
+    expected = whole.objective.gradient(2)
     assert expected.abs().max() > 1e-3
-    torch.testing.assert_close(parts.gradient(2), expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(parts.objective.gradient(2), expected, rtol=1e-12, atol=1e-13)
     one, other = whole.step(), parts.step()
     assert one.nfe == other.nfe
     for name, value in one.terms.items():
@@ -89,25 +89,25 @@ def test_a_part_of_the_size_of_the_batch_changes_no_byte(
 
 def limited(trainer: BlockTrainer, most: int) -> list[int]:
     """Let the memory of a trainer's device hold this many samples; return the sizes it took."""
-    loss, sizes = trainer._loss, []
+    loss, sizes = trainer.objective.loss, []
 
-    def checked(part: Tensor) -> Any:
+    def checked(step: int, part: Tensor) -> Any:
         sizes.append(len(part))
         if len(part) > most:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB\nand more")
-        return loss(part)
+        return loss(step, part)
 
-    trainer._loss = checked  # type: ignore[method-assign]
+    trainer.objective.loss = checked  # type: ignore[method-assign]
     return sizes
 
 
 def test_memory_that_runs_out_halves_the_parts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = trainer_of(tmp_path, "jko", {}).gradient(0)
+    expected = trainer_of(tmp_path, "jko", {}).objective.gradient(0)
     small = trainer_of(tmp_path, "jko", {})
     sizes = limited(small, 4)
-    torch.testing.assert_close(small.gradient(0), expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(small.objective.gradient(0), expected, rtol=1e-12, atol=1e-13)
     assert sizes == [10, 5, 3, 3, 3, 1]
     assert "memory has run out; batches are taken in parts of 3 samples" in capsys.readouterr().err
     small.step()
@@ -122,11 +122,11 @@ def _gradient_in_little_memory(folder: Path) -> None:
     """Compute the gradient of a large batch in this process, with 300 MiB of further memory."""
     trainer = trainer_of(folder, "jko", {}, **LARGE)
     warm = trainer_of(folder / "warm", "jko", {}, double=False)
-    warm.gradient(0)  # starts the threads of autograd, which take room of their own
+    warm.objective.gradient(0)  # starts the threads of autograd, which take room of their own
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
-    gradient = trainer.gradient(0)
-    torch.save({"gradient": gradient, "size": trainer.micro_batches.size}, folder / "result.pt")
+    gradient, size = trainer.objective.gradient(0), trainer.objective.micro_batches.size
+    torch.save({"gradient": gradient, "size": size}, folder / "result.pt")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is that of Linux")
@@ -138,7 +138,7 @@ def test_a_process_with_little_memory_takes_parts(tmp_path: Path) -> None:
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     assert 1 <= result["size"] <= 4000
     given = trainer_of(tmp_path / "given", "jko", {}, micro_batch=result["size"], **LARGE)
-    torch.testing.assert_close(result["gradient"], given.gradient(0))
+    torch.testing.assert_close(result["gradient"], given.objective.gradient(0))
 
 
 @pytest.mark.parametrize(("given", "most", "size"), [(4, 3, 4), (None, 0, 1)])
@@ -157,9 +157,9 @@ def test_other_errors_are_no_lack_of_memory(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, "fm", {})
     trainer.recipe = replace(trainer.recipe, batch_size=10)
 
-    def broken(part: Tensor) -> Any:
+    def broken(step: int, part: Tensor) -> Any:
         raise RuntimeError("shapes differ")
 
-    trainer._loss = broken  # type: ignore[method-assign]
+    trainer.objective.loss = broken  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="shapes differ"):
         trainer.step()

@@ -170,7 +170,7 @@ def test_steps_are_adams(stage: StoreReader) -> None:
         optimizer.param_groups[0]["lr"] = 0.02 * (0.1 + 0.9 * cosine)
         z = stage.field("z")[training.batches.indices(step)]
         optimizer.zero_grad()
-        expected = jko_loss(block, z, 0.5, training.divergence).total
+        expected = jko_loss(block, z, 0.5, training.objective.divergence).total
         expected.backward()
         optimizer.step()
         actual = training.step().terms["total"]
@@ -295,7 +295,7 @@ def test_a_way_back_that_cannot_be_solved_names_block_and_step(stage: StoreReade
     with torch.no_grad():
         for parameter in training.parameters:
             parameter.add_(torch.ones_like(parameter))
-    forwards = training._loss(torch.arange(training.recipe.batch_size)).nfe
+    forwards = training.objective.loss(0, torch.arange(training.recipe.batch_size)).nfe
     training.block.solver = replace(training.block.solver, max_evaluations=forwards)
     with pytest.raises(JkoflowError, match=r"block 0 failed at step 0: .*more than \d+ eval"):
         training.step()
