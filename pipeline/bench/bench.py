@@ -1,16 +1,13 @@
 """Runs a benchmark: every model on every data set and seed, each once.
 
-The folder has bench.json, the settings that all rows share, and table and plots of what is
-finished. Each training has a folder with its row.json, weights and samples, and the search of
-learning rates has the folder tuning. A benchmark that was
-interrupted, or gets further models, data sets or seeds, trains only what is missing.
+A benchmark that was interrupted, or gets further models, data sets or seeds, trains only what is
+missing. `pipeline.bench.folder` describes its files.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,20 +22,28 @@ from flows.baselines.base import DensityModel
 from flows.baselines.registry import config_to_dict
 from flows.errors import SolveError
 from pipeline.bench.budget import Budget
-from pipeline.bench.figures import draw_curves, draw_plane, draw_strips
+from pipeline.bench.folder import (
+    ROW,
+    SAMPLES,
+    cell_of,
+    draw_plots,
+    is_done,
+    keep_settings,
+    require_same_settings,
+    write_tables,
+)
 from pipeline.bench.measure import KEPT, log_density, measure
 from pipeline.bench.models import BLOCKWISE, TITLES, check_models, require_one_fits
 from pipeline.bench.problem import DEFAULTS, HeldOut, Problem, open_problem, problem_config
-from pipeline.bench.results import Point, Row, markdown, outcome, table_csv
+from pipeline.bench.results import Point, Row, outcome
 from pipeline.bench.training import CHECKPOINT, Checkpoint, Training
-from pipeline.bench.tuning import PART, SEED, Tuner, read_tuned, tuned_line
+from pipeline.bench.tuning import PART, SEED, Tuner, read_tuned
 from pipeline.config.schema import Config
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runtime.console import Progress, duration, progress_bar, say
-from pipeline.storage import atomic, seal
-from pipeline.storage.records import from_json, to_json
+from pipeline.storage import atomic
+from pipeline.storage.records import to_json
 
-SETTINGS, ROW, SAMPLES = "bench.json", "row.json", "samples.safetensors"
 #: parameters of every model, unless the caller chooses: those of the paper's smallest models
 PARAMETERS = {"toy2d": 35_000, "tabular": 76_000, "images": 200_000}
 #: images in a row of the picture of samples
@@ -159,25 +164,25 @@ def run_bench(
             "launcher"
         )
     configs = bench.configs()
-    _require_same_settings(folder / SETTINGS, bench.settings())
+    require_same_settings(folder, bench.settings())
     tuner = tuner_of(bench, folder, accelerator, progress)
     cells = [(s, data, m) for s in range(bench.seeds) for data in configs for m in bench.models]
-    waiting = sum(not _is_done(_cell(folder, data, m, s)) for s, data, m in cells)
+    waiting = sum(not is_done(cell_of(folder, data, m, s)) for s, data, m in cells)
     if waiting:
         say(_work(bench, folder, waiting))
     trained, began = 0, time.monotonic()
     for seed in range(bench.seeds):
         for data in configs:
-            missing = [m for m in bench.models if not _is_done(_cell(folder, data, m, seed))]
+            missing = [m for m in bench.models if not is_done(cell_of(folder, data, m, seed))]
             if not missing:
                 continue
             config = problem_config(bench.suite, data, bench.overrides, seed)
             problem = open_problem(config, bench.held_out, "test", accelerator, progress)
             require_one_fits(bench.models, config, problem.source.shape, bench.most)
-            _keep_settings(folder, bench.settings())
+            keep_settings(folder, bench.settings())
             for model in missing:
                 say(f"{TITLES[model]} on {data}, seed {seed}, {bench.budget}")
-                row = run_cell(tuner, model, problem, _cell(folder, data, model, seed))
+                row = run_cell(tuner, model, problem, cell_of(folder, data, model, seed))
                 say(outcome(row))
                 write_tables(folder, published)
                 trained += 1
@@ -200,53 +205,6 @@ def _work(bench: Bench, folder: Path, waiting: int) -> str:
         seconds = waiting * budget.amount + searches * budget.part(PART).amount
         line += f": {duration(seconds)} of optimiser steps, without measurements"
     return line
-
-
-def write_tables(folder: Path, published: bool = False) -> list[Row]:
-    """Write table.md and table.csv of all rows in a folder; return the rows.
-
-    Raises:
-        UserError: the folder has no benchmark, or a row is damaged.
-    """
-    settings = atomic.read_json(folder / SETTINGS, "benchmark")
-    rows = read_rows(folder)
-    budget, most = settings["budget"], settings["parameters"]
-    sentences = [
-        f"Suite {settings['suite']}; every model has {budget} of training and at most {most:,} "
-        "parameters. All have one optimiser, batch size and schedule."
-    ]
-    if settings["overrides"]:
-        sentences.append(f"Settings: {', '.join(settings['overrides'])}.")
-    searches = [f"* {tuned_line(tuned)}." for tuned in read_tuned(folder)]
-    if not searches:
-        sentences.append("All have one learning rate, and no search.")
-    given = [*sentences, *(["", *searches] if searches else [])]
-    text = markdown(rows, given, published, settings["suite"] == "images")
-    atomic.write_bytes(folder / "table.md", text.encode())
-    atomic.write_bytes(folder / "table.csv", table_csv(rows).encode())
-    return rows
-
-
-def draw_plots(folder: Path, rows: Sequence[Row]) -> None:
-    """Draw the plots of all rows into the folder plots of a benchmark."""
-    for data in dict.fromkeys(row.data for row in rows):
-        group = [row for row in rows if row.data == data]
-        draw_curves(folder / "plots", data, group)
-        _draw_samples(folder, data, group)
-
-
-def read_rows(folder: Path) -> list[Row]:
-    """Read the rows of a benchmark, by data set, model and seed.
-
-    Raises:
-        UserError: a row is damaged.
-    """
-    order = list(TITLES)
-    rows = [
-        from_json(Row, atomic.read_json(path, "row"), str(path))
-        for path in sorted(folder.glob(f"*/*/seed-*/{ROW}"))
-    ]
-    return sorted(rows, key=lambda row: (row.data, order.index(row.model), row.seed))
 
 
 def tuner_of(
@@ -329,54 +287,3 @@ def _save(model: DensityModel, name: str, cell: Path) -> None:
         described = {"model": name, "dim": model.dim, "config": config_to_dict(model.config)}
         atomic.write_tensors(cell / "model.safetensors", model.state_dict())
         atomic.write_json(cell / "model.json", described)
-
-
-def _draw_samples(folder: Path, data: str, rows: Sequence[Row]) -> None:
-    """Draw samples of the least seed of each model: images, or points with their density."""
-    models: dict[str, dict[str, Tensor]] = {}
-    for row in rows:
-        path = _cell(folder, data, row.model, row.seed) / SAMPLES
-        if row.model not in models and path.is_file():
-            models[row.model] = atomic.read_tensors(path)
-    shapes = {tuple(tensors["data"].shape[1:]) for tensors in models.values()}
-    if shapes == {(2,)}:
-        draw_plane(folder / "plots", data, models)
-    elif any(len(shape) == 3 for shape in shapes):
-        draw_strips(folder / "plots", data, models)
-
-
-def _cell(folder: Path, data: str, model: str, seed: int) -> Path:
-    return folder / data / model / f"seed-{seed}"
-
-
-def _is_done(cell: Path) -> bool:
-    """Return whether a training has a row without an error."""
-    path = cell / ROW
-    return (
-        path.is_file() and from_json(Row, atomic.read_json(path, "row"), str(path)).error is None
-    )
-
-
-def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Check that the benchmark of a folder, if it has one, has some settings.
-
-    Raises:
-        UserError: they differ.
-    """
-    if not path.is_file():
-        return
-    known = atomic.read_json(path, "benchmark")
-    for name in {**settings, **known}:
-        before, now = known.get(name), settings.get(name)
-        if before != now:
-            raise UserError(
-                f"{name} of the benchmark at {path.parent} is {before!r}; this call has "
-                f"{now!r}; rows of one table share it; give another --run"
-            )
-
-
-def _keep_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a new benchmark, and seal its folder."""
-    if not (folder / SETTINGS).is_file():
-        seal.start(folder)
-        atomic.write_json(folder / SETTINGS, settings)

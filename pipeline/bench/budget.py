@@ -1,9 +1,12 @@
-"""The budget of every training of a benchmark: optimiser seconds, or batches."""
+"""The budget of every training of a benchmark, optimiser seconds or batches, and its clock."""
 
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
+
+import torch
 
 from pipeline.errors import UserError
 
@@ -56,3 +59,12 @@ class Budget:
     def spent(self, batches: int, seconds: float) -> float:
         """Return the fraction of the budget that a training has used."""
         return (seconds if self.unit == "seconds" else batches) / self.amount
+
+
+def used_seconds(device: torch.device) -> float:
+    """Return the seconds that this process has used, from an arbitrary origin.
+
+    On a CPU they are those of its processors, all threads together. A busy machine does not change
+    them. On another device they are those of the clock.
+    """
+    return time.process_time() if device.type == "cpu" else time.perf_counter()

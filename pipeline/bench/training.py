@@ -19,8 +19,7 @@ from flows.baselines.base import DensityModel
 from flows.baselines.cnf import FlowModel
 from flows.baselines.registry import make_baseline
 from flows.errors import SolveError
-from pipeline.bench.budget import Budget
-from pipeline.bench.clock import used_seconds
+from pipeline.bench.budget import Budget, used_seconds
 from pipeline.bench.models import (
     BLOCKWISE,
     TITLES,

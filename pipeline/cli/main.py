@@ -22,9 +22,9 @@ from pipeline.cli import (
     evaluation,
     experiments,
     publishing,
-    sampling,
     training,
 )
+from pipeline.cli.sampling import generate, inversion
 from pipeline.cli.session import discard_temporaries, explain, fail_once, on_device
 from pipeline.runtime import heartbeat, signals
 
@@ -76,10 +76,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": configuration.plan_command,
     "encode": data.encode_command,
     "train": training.train_command,
-    "generate": sampling.generate_command,
-    "invert": sampling.invert_command,
-    "interpolate": sampling.interpolate_command,
-    "edit": sampling.edit_command,
+    "generate": generate.generate_command,
+    "invert": inversion.invert_command,
+    "interpolate": inversion.interpolate_command,
+    "edit": inversion.edit_command,
     "evaluate": evaluation.evaluate_command,
     "fid": evaluation.fid_command,
     "metrics": evaluation.metrics_command,

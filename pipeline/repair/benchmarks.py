@@ -9,17 +9,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from pipeline.bench.bench import (
-    ROW,
-    SETTINGS,
-    Bench,
-    draw_plots,
-    read_rows,
-    run_cell,
-    tuner_of,
-    write_tables,
-)
+from pipeline.bench.bench import Bench, run_cell, tuner_of
 from pipeline.bench.budget import Budget
+from pipeline.bench.folder import ROW, SETTINGS, draw_plots, read_rows, write_tables
 from pipeline.bench.models import TITLES
 from pipeline.bench.problem import HeldOut, open_problem, problem_config
 from pipeline.bench.results import outcome

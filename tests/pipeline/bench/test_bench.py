@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 from flows.baselines.registry import config_from_dict, make_baseline
 from pipeline.bench import bench as bench_module
-from pipeline.bench.bench import Bench, read_rows, run_bench
+from pipeline.bench.bench import Bench, run_bench
 from pipeline.bench.budget import Budget
+from pipeline.bench.folder import read_rows
 from pipeline.bench.measure import measure
 from pipeline.bench.models import (
     AUTOREGRESSIVE,

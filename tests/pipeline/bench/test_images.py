@@ -21,8 +21,9 @@ from flows.baselines.cnf import FlowModel
 from flows.baselines.registry import config_from_dict, make_baseline
 from pipeline.bench import bench as bench_module
 from pipeline.bench import measure as measure_module
-from pipeline.bench.bench import Bench, read_rows
+from pipeline.bench.bench import Bench
 from pipeline.bench.budget import Budget
+from pipeline.bench.folder import read_rows
 from pipeline.bench.images import _others
 from pipeline.bench.measure import measure
 from pipeline.bench.models import SizeError, blockwise_config, parameter_count, width_for

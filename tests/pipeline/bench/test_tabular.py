@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.bench.bench import Bench, read_rows
+from pipeline.bench.bench import Bench
 from pipeline.bench.budget import Budget
+from pipeline.bench.folder import read_rows
 from pipeline.bench.measure import measure
 from pipeline.bench.problem import HeldOut, open_problem, problem_config
 from pipeline.errors import UserError

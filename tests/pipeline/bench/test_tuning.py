@@ -11,9 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from pipeline.bench import tuning as tuning_module
-from pipeline.bench.bench import read_rows
-from pipeline.bench.budget import Budget
-from pipeline.bench.clock import used_seconds
+from pipeline.bench.budget import Budget, used_seconds
+from pipeline.bench.folder import read_rows
 from pipeline.bench.problem import open_problem, problem_config
 from pipeline.cli.main import app
 from pipeline.errors import JkoflowError, UserError

@@ -1,0 +1,1 @@
+"""Commands that sample images, or carry images to noise and back."""
