@@ -110,7 +110,7 @@ def verify_command(
     """Hash every file and compare it with its seal; the exit code is 1 if a file is broken."""
     from pipeline.errors import JkoflowError, UserError
     from pipeline.runs import verify
-    from pipeline.storage.shards.remote import is_url
+    from pipeline.storage.remote_files import is_url
 
     address = next((path for path in paths or [] if is_url(path)), None)
     if address is not None and (repair or as_it_is):

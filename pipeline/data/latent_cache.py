@@ -30,10 +30,11 @@ from pipeline.data.standardisation import Standardisation, class_counts
 from pipeline.errors import UserError
 from pipeline.storage import atomic, seal
 from pipeline.storage.paths import data_root
+from pipeline.storage.remote_files import is_url
 from pipeline.storage.shards.manifest import FORMAT, MANIFEST, content_key, require_identity
 from pipeline.storage.shards.opening import open_store
 from pipeline.storage.shards.reader import StoreReader
-from pipeline.storage.shards.remote import find_remote_store, is_url, open_remote_store
+from pipeline.storage.shards.remote import find_remote_store, open_remote_store
 
 #: environment variable with a folder or an address of caches that are not under the data root
 PLACE = "JKOFLOW_LATENTS"

@@ -22,8 +22,9 @@ from pipeline.runs.zoo import is_absent, is_shipped, locate, source_of
 from pipeline.storage import atomic, seal
 from pipeline.storage.paths import data_root
 from pipeline.storage.records import read_recipe, well_formed
+from pipeline.storage.remote_files import is_url
 from pipeline.storage.shards.manifest import CACHE_RECIPE, MANIFEST, RECIPE, shard_name
-from pipeline.storage.shards.remote import FETCH_AGAIN, is_url
+from pipeline.storage.shards.remote import FETCH_AGAIN
 
 #: endings of the files that are read again; any other file may lie in a run
 _TRUSTED = (".safetensors", ".json", ".yaml")

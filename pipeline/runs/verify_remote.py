@@ -15,8 +15,9 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.integrity.limits import DOCUMENT, LIST, limit
 from pipeline.storage import seal
+from pipeline.storage.remote_files import read_file, reading
 from pipeline.storage.shards.manifest import MANIFEST, require_manifest
-from pipeline.storage.shards.remote import FETCH_AGAIN, read_file, reading
+from pipeline.storage.shards.remote import FETCH_AGAIN
 
 #: files that are read at once, and bytes of each in memory
 _THREADS, _CHUNK = 8, 1 << 20

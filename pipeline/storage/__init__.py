@@ -1,1 +1,1 @@
-"""Atomic writes, sharded arrays, checkpoints and training logs."""
+"""Atomic writes, sharded arrays, files at addresses, checkpoints and training logs."""

@@ -25,8 +25,8 @@ from pipeline.runtime.console import say
 from pipeline.storage import atomic, seal
 from pipeline.storage.lock import locked
 from pipeline.storage.paths import data_root
+from pipeline.storage.remote_files import is_url, reading
 from pipeline.storage.shards.manifest import content_key
-from pipeline.storage.shards.remote import is_url, reading
 
 #: files that are read at once
 THREADS = 8

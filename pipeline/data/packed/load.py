@@ -35,7 +35,7 @@ from pipeline.data.packed.tables import TablePixels
 from pipeline.errors import UserError
 from pipeline.integrity.pictures import open_picture
 from pipeline.integrity.reason import reason_of
-from pipeline.storage.shards.remote import is_url
+from pipeline.storage.remote_files import is_url
 
 FOLDERS = ("folder", "hf", "webdataset")
 """Data sets that are read as folders of images."""

@@ -29,7 +29,7 @@ from pipeline.integrity import hub
 from pipeline.integrity.limits import limit, require_size
 from pipeline.integrity.pictures import open_picture
 from pipeline.integrity.reason import reason_of
-from pipeline.storage.shards.remote import is_url
+from pipeline.storage.remote_files import is_url
 
 #: images together may exceed the limit as far as their files are that much smaller at most
 _EXPANSION = 4

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -21,45 +20,20 @@ from torch import Tensor
 
 from pipeline.errors import JkoflowError, UserError
 from pipeline.integrity.digests import sha256_file
-from pipeline.integrity.limits import DOCUMENT, LIST, limit, require_size
-from pipeline.integrity.reason import reason_of
+from pipeline.integrity.limits import DOCUMENT, LIST, limit
 from pipeline.storage import atomic, seal
-from pipeline.storage.paths import data_root, unwritable
+from pipeline.storage.remote_files import exists, read_file, reading
+from pipeline.storage.shards.local_copies import BOUND, alone, bound, copies_folder, make_room
 from pipeline.storage.shards.manifest import MANIFEST, Shard, require_manifest
 from pipeline.storage.shards.memory_maps import map_tensors
 from pipeline.storage.shards.reader import StoreReader
 
-#: environment variable with the folder of the copies, which may lie on a disk of one machine
-FOLDER = "JKOFLOW_CACHE"
-#: environment variable with the bound of all copies together
-BOUND = "JKOFLOW_CACHE_GIB"
 #: shards that are copied at once
 _THREADS = 8
 _CHUNK = 1 << 20
 #: copies that other processes may remove in a row before this one has read them
 _ATTEMPTS = 100
 FETCH_AGAIN = "copy the folder of the cache to that address again"
-
-
-def is_url(place: object) -> bool:
-    """Return whether a place is an address of a file system of fsspec, such as `s3://bucket`."""
-    return "://" in str(place)
-
-
-def bound() -> int:
-    """Return the bytes of all copies together: `$JKOFLOW_CACHE_GIB`, else 50 GiB.
-
-    Raises:
-        UserError: the variable is not a positive number.
-    """
-    text = os.environ.get(BOUND, "50")
-    try:
-        size = int(float(text) * 2**30)
-    except (ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise UserError(f"{BOUND} is {text!r}; expected a positive number of GiB")
-    return size
 
 
 class RemoteStoreReader(StoreReader):
@@ -145,7 +119,7 @@ class RemoteStoreReader(StoreReader):
         wanted = list(indices)
         if all(self._is_whole(index) for index in wanted):
             return
-        with _alone(self.folder.parent):
+        with alone(self.folder.parent):
             missing = [index for index in wanted if not self._is_whole(index)]
             with ThreadPoolExecutor(_THREADS) as pool:
                 sizes = dict(zip(missing, pool.map(self._size, missing), strict=True))
@@ -159,7 +133,7 @@ class RemoteStoreReader(StoreReader):
                         f"{BOUND} is {bound() / 2**30:g}; expected room for a shard of "
                         f"{sizes[missing[0]] / 2**30:g} GiB; raise it"
                     )
-                _make_room(self.folder.parent, total, {self._path(index) for index in wanted})
+                make_room(self.folder.parent, total, {self._path(index) for index in wanted})
                 list(pool.map(self._copy, some))
 
     def _size(self, index: int) -> int:
@@ -227,7 +201,7 @@ def find_remote_store(url: str, what: str) -> RemoteStoreReader | None:
     bound()
     with reading(f"{what} {url}"):
         system, root = fsspec.core.url_to_fs(url.rstrip("/"))
-        if not (_exists(system, f"{root}/{MANIFEST}") and _exists(system, f"{root}/{seal.NAME}")):
+        if not (exists(system, f"{root}/{MANIFEST}") and exists(system, f"{root}/{seal.NAME}")):
             return None
         sums = read_file(system, f"{root}/{seal.NAME}", limit() // LIST)
         text = read_file(system, f"{root}/{MANIFEST}", limit() // DOCUMENT)
@@ -244,84 +218,4 @@ def find_remote_store(url: str, what: str) -> RemoteStoreReader | None:
         ) from error
     require_manifest(manifest, url, what, FETCH_AGAIN)
     name = hashlib.sha256(f"{url} {manifest.get('key')}".encode()).hexdigest()[:16]
-    return RemoteStoreReader(url, system, root, _copies() / name, manifest)
-
-
-@contextlib.contextmanager
-def reading(what: str, *others: type[Exception]) -> Iterator[None]:
-    """Turn the errors of a file system of fsspec into one sentence.
-
-    Args:
-        what: is read.
-        others: kinds of errors that remain as they are.
-
-    Raises:
-        UserError: something cannot be read.
-    """
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - file systems raise errors of many libraries
-        if isinstance(error, (JkoflowError, *others)):
-            raise
-        reason = reason_of(error)
-        raise UserError(
-            f"{what} cannot be read ({reason}); check the address and the credentials, or "
-            "install the file system's library (s3://: pip install s3fs)"
-        ) from error
-
-
-def _exists(system: Any, path: str) -> bool:  # noqa: ANN401 - untyped library
-    """Return whether a file exists; other errors than its absence are raised.
-
-    `exists` of fsspec takes missing credentials for the absence of the file.
-    """
-    try:
-        system.info(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def read_file(system: Any, path: str, most: int) -> bytes:  # noqa: ANN401 - untyped library
-    """Read a file of at most `most` bytes."""
-    size = int(system.info(path)["size"])
-    require_size(size if size <= most else limit() + 1, path)
-    return bytes(system.cat_file(path))
-
-
-def _copies() -> Path:
-    """Return the folder of all copies: `$JKOFLOW_CACHE`, else one below the data root."""
-    folder = os.environ.get(FOLDER)
-    return Path(folder).expanduser().absolute() if folder else data_root() / "remote"
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let one process at a time change the copies, where the system can lock files."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise unwritable(folder, error, "written") from error
-    with lock:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)  # ends when the file is closed
-        yield
-
-
-def _make_room(folder: Path, size: int, wanted: set[Path]) -> None:
-    """Remove the oldest copies until `size` bytes fit, those of `wanted` last."""
-    found = []
-    for path in folder.glob("*/*"):
-        with contextlib.suppress(OSError):
-            state = path.stat()
-            kept = path in wanted, not path.name.startswith(atomic.TEMPORARY_PREFIX)
-            found.append((kept, state.st_mtime_ns, state.st_size, path))
-    total = sum(row[2] for row in found)
-    for _, _, own, path in sorted(found):
-        if total + size <= bound():
-            return
-        path.unlink(missing_ok=True)
-        total -= own
+    return RemoteStoreReader(url, system, root, copies_folder() / name, manifest)

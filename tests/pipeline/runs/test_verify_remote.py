@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.runs import verify_remote
 from pipeline.runs.verify import verify
 from pipeline.storage import atomic
-from pipeline.storage.shards.remote import FOLDER
+from pipeline.storage.shards.local_copies import FOLDER
 from pipeline.storage.shards.writer import StoreWriter
 from tests.pipeline.tiny import say
 

@@ -9,8 +9,8 @@ import fsspec
 import pytest
 import torch
 
+from pipeline.storage.shards.local_copies import FOLDER
 from pipeline.storage.shards.reader import StoreReader
-from pipeline.storage.shards.remote import FOLDER
 from pipeline.storage.shards.writer import StoreWriter
 from tests.pipeline.storage.shards.stores import REMOTE_COUNT, REMOTE_SHARD, write
 

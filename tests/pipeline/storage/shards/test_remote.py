@@ -13,10 +13,9 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.storage import atomic
-from pipeline.storage.shards import remote
+from pipeline.storage.shards.local_copies import BOUND, bound
 from pipeline.storage.shards.reader import StoreReader
 from pipeline.storage.shards.remote import (
-    BOUND,
     RemoteStoreReader,
     find_remote_store,
     open_remote_store,
@@ -32,7 +31,7 @@ def hold(monkeypatch: pytest.MonkeyPatch, shards: float, local: StoreReader) -> 
     """Set the bound to a number of shards; return its bytes."""
     size = int(shards * size_of_shard(local))
     monkeypatch.setenv(BOUND, repr(size / 2**30))
-    return remote.bound()
+    return bound()
 
 
 def copies(tmp_path: Path) -> list[Path]:
