@@ -249,41 +249,19 @@ def test_a_remote_folder_is_the_folder(folder: Path):
         memory.rm("/pets", recursive=True)
 
 
-def test_a_bucket_is_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """A server of moto on this machine stands for s3."""
-    s3fs = pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in (("ENDPOINT_URL", f"http://{host}:{port}"), ("DEFAULT_REGION", "us-east-1"),
-                        ("ACCESS_KEY_ID", "any"), ("SECRET_ACCESS_KEY", "any")):  # fmt: skip
-        monkeypatch.setenv(f"AWS_{name}", value)
-    try:
-        bucket = s3fs.S3FileSystem(skip_instance_cache=True)
-        bucket.mkdir("pets")
-        bucket.put(str(folder), "pets/images", recursive=True)
-        check("folder", "s3://pets/images", folder)
-        with pytest.raises(UserError, match="s3://pets/nothing, which has no images"):
-            load_images(DataConfig(name="folder", path="s3://pets/nothing", size=8))
-    finally:
-        server.stop()
-        s3fs.S3FileSystem.clear_instance_cache()
+def test_a_bucket_is_the_folder(folder: Path, s3):
+    s3.mkdir("pets")
+    s3.put(str(folder), "pets/images", recursive=True)
+    check("folder", "s3://pets/images", folder)
+    with pytest.raises(UserError, match="s3://pets/nothing, which has no images"):
+        load_images(DataConfig(name="folder", path="s3://pets/nothing", size=8))
 
 
+@pytest.mark.usefixtures("no_credentials")
 @pytest.mark.parametrize("name", ["folder", "webdataset", "hf"])
-def test_a_bucket_without_credentials_is_one_sentence(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    s3fs = pytest.importorskip("s3fs")
-    for variable in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "PROFILE", "SESSION_TOKEN"):
-        monkeypatch.delenv(f"AWS_{variable}", raising=False)
-    for variable, value in (("EC2_METADATA_DISABLED", "true"), ("CONFIG_FILE", "/nonexistent"),
-                            ("SHARED_CREDENTIALS_FILE", "/nonexistent")):  # fmt: skip
-        monkeypatch.setenv(f"AWS_{variable}", value)
-    s3fs.S3FileSystem.clear_instance_cache()
+def test_a_bucket_without_credentials_is_one_sentence(name: str) -> None:
     with pytest.raises(UserError, match=r"s3://bucket/x cannot be read \(.*; check the address"):
         load_images(DataConfig(name=name, path="s3://bucket/x", size=8))
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_file_that_cannot_be_opened_is_one_sentence(

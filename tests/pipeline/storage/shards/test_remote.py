@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -182,38 +183,19 @@ def test_mistakes_are_named(
         open_remote_store(url, "store")
 
 
-def test_a_bucket_without_credentials_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    s3fs = pytest.importorskip("s3fs")
-    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "PROFILE", "SESSION_TOKEN"):
-        monkeypatch.delenv(f"AWS_{name}", raising=False)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
-    s3fs.S3FileSystem.clear_instance_cache()
+@pytest.mark.usefixtures("no_credentials")
+def test_a_bucket_without_credentials_is_one_sentence() -> None:
     with pytest.raises(UserError, match=r"s3://bucket/store cannot be read \(.*credentials"):
         open_remote_store("s3://bucket/store", "store")
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_a_bucket_holds_a_store(local: StoreReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server of moto on this machine stands for s3."""
-    s3fs = pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in (("ENDPOINT_URL", f"http://{host}:{port}"), ("DEFAULT_REGION", "us-east-1"),
-                        ("ACCESS_KEY_ID", "any"), ("SECRET_ACCESS_KEY", "any")):  # fmt: skip
-        monkeypatch.setenv(f"AWS_{name}", value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    try:
-        bucket = s3fs.S3FileSystem(skip_instance_cache=True)
-        bucket.mkdir("latents")
-        bucket.put(str(local.folder), "latents/store", recursive=True)
-        hold(monkeypatch, 3, local)
-        remote = open_remote_store("s3://latents/store", "store")
-        rows = torch.randperm(COUNT, generator=torch.Generator().manual_seed(2))
-        assert torch.equal(remote.take("x", rows), local.take("x", rows))
-        assert find_remote_store("s3://latents/none", "store") is None
-    finally:
-        server.stop()
-        s3fs.S3FileSystem.clear_instance_cache()
+def test_a_bucket_holds_a_store(
+    local: StoreReader, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.mkdir("latents")
+    s3.put(str(local.folder), "latents/store", recursive=True)
+    hold(monkeypatch, 3, local)
+    remote = open_remote_store("s3://latents/store", "store")
+    rows = torch.randperm(COUNT, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(remote.take("x", rows), local.take("x", rows))
+    assert find_remote_store("s3://latents/none", "store") is None
