@@ -1,20 +1,19 @@
 """Opening and first training step on a latent cache of many latents, without their disk space.
 
-    python -m tests.benchmarks.bench_cache [--latents 20000,2000000,100000000] [--objective fm|jko]
-    python -m tests.benchmarks.bench_cache --wait --latents 2000000 [--compute 0.1] [--cold]
+    python -m tests.benchmarks.bench_cache [--latents 20000,2000000,100000000]
+    python -m tests.benchmarks.bench_cache --wait --latents 2000000 [--cold]
     python -m tests.benchmarks.bench_cache --encode --latents 20000,2000000 --shape 3,8,8
 
 The shards are sparse files: every mean and logarithm of a variance is zero, and none takes room on
 the disk. Their verification counts as done by an earlier command. A fresh process opens each cache
-and trains the network of `imagenet32` for some steps. Printed are the seconds until the cache is
-open and until the first step is done, by the clock and of the processor. The processor seconds of
-a step follow, the share of reading in it, and the memory that all this adds.
+and trains the network of `imagenet32`, of width 32, for some steps. Printed are the seconds until
+the cache is open and until the first step is done, by the clock and of the processor. Then follow
+the processor seconds of a step, the share of reading in it, and the memory that all this adds.
 
-With --wait, each cache is trained on twice, with the thread that reads ahead and without. Printed
-are the seconds by the clock that a step waits for its samples and takes in all, and the processor
-seconds of all threads in it. --compute lets every step sleep, as the processor does while a GPU
-computes. --cold writes real shards and drops their pages from memory first. --remote reads them
-at an address of fsspec, and each copy of a shard takes that many seconds longer.
+With --wait, each cache is trained on twice, without the thread that reads ahead and with it.
+Every step also sleeps 0.1 s, as the processor does while a GPU computes. Printed are the seconds
+by the clock that a step waits for its samples and takes in all, and the processor seconds of all
+threads in it. --cold writes real shards and drops their pages from memory first.
 
 With --encode, a fresh process encodes computed images by the identity instead, and opens their
 cache, which takes room on the disk. Printed are the seconds and the memory that this adds.
@@ -24,133 +23,40 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from autoencoders.identity import IdentityAutoencoder
 from pipeline.config.load import load_config
 from pipeline.data import encoding
 from pipeline.data.image_set import ImageSet
 from pipeline.data.latent_cache import open_cache
-from pipeline.data.standardisation import Standardisation
-from pipeline.integrity.digests import sha256_file
 from pipeline.runtime.console import no_progress
 from pipeline.runtime.system import peak_memory
-from pipeline.storage import atomic, seal
-from pipeline.storage.shards.manifest import FORMAT, MANIFEST, content_key, shard_name
-from pipeline.storage.shards.opening import memory_file, open_store
 from pipeline.storage.shards.read_ahead import ReadAhead
 from pipeline.storage.shards.reader import StoreReader
-from pipeline.storage.shards.remote import RemoteStoreReader
-from pipeline.storage.shards.writer import StoreWriter
 from pipeline.training.batches import block_batches
 from pipeline.training.batches.block_objective import BlockObjective
 from pipeline.training.train import train
+from tests.benchmarks.large_caches import drop_pages, write_cold_cache, write_sparse_cache
 
-SHARD = 10_000
-#: seconds after which the hash of a new file is remembered
-_SETTLED = 5.0
-#: of the training: `imagenet32` without half precision, which a CPU emulates
-SETTINGS = ("data.name=latents", "train.precision=fp32", "train.preview_every=0")
-OBJECTIVES = {
-    "fm": ("fm.snapshot_every=0",),
-    "jko": ("train.objective=jko", "jko.h=[1.0]", "velocity.autonomous=true"),
-}
-
-
-def write_sparse_cache(folder: Path, count: int, shape: tuple[int, ...]) -> None:
-    """Write a stochastic cache whose shards are holes, and remember their verification."""
-    identity = {
-        "kind": "latents", "format": FORMAT, "data": "sparse", "dataset": "latents",
-        "split": "train", "count": count, "latent_shape": list(shape), "stochastic": True,
-        "shard_size": SHARD,
-    }  # fmt: skip
-    seal.start(folder)
-    rows, states, sums = [], {}, {}
-    for index in range(math.ceil(count / SHARD)):
-        size = min(SHARD, count - index * SHARD)
-        path = folder / shard_name(index)
-        _write_hole(path, size, shape)
-        if not index or size < SHARD:
-            sha256 = sha256_file(path)
-        state = os.stat(path)
-        states[path.name] = [
-            state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_dev, state.st_ino, sha256
-        ]
-        sums[path.name] = sha256
-        rows.append({"file": path.name, "count": size, "sha256": sha256})
-    channels = torch.zeros(shape[0])
-    manifest = {
-        "format": FORMAT, "key": content_key(identity), "identity": identity,
-        "count": count, "shards": rows, "complete": True,
-        "standardisation": Standardisation(channels, channels + 1).to_dict(),
-        "classes": [[0, count]],
-    }  # fmt: skip
-    text = atomic.json_bytes(manifest)
-    sums[MANIFEST] = hashlib.sha256(text).hexdigest()
-    atomic.write_bytes(folder / seal.NAME, seal.lines(sums))
-    atomic.write_bytes(folder / MANIFEST, text, sealed=False)
-    atomic.write_bytes(memory_file(folder), json.dumps(states).encode(), sealed=False)
-
-
-def _write_hole(path: Path, size: int, shape: tuple[int, ...]) -> None:
-    """Write a safetensors file of zeros that takes no room: its header, and a hole."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name, kind, sides, width in (
-        ("labels", "I64", [size], 8),
-        ("log_var", "F32", [size, *shape], 4),
-        ("mean", "F32", [size, *shape], 4),
-    ):
-        begin, end = end, end + width * math.prod(sides)
-        header[name] = {"dtype": kind, "shape": sides, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-
-
-def write_cold_cache(folder: Path, count: int, shape: tuple[int, ...], size: int) -> None:
-    """Write a stochastic cache of zeros that takes room, and drop its pages from memory."""
-    identity = {
-        "kind": "latents", "dataset": "latents", "data": "zeros", "split": "train",
-        "count": count, "latent_shape": list(shape), "stochastic": True, "shard_size": size,
-    }  # fmt: skip
-    writer = StoreWriter(folder, identity, count, size)
-    for index in writer.missing():
-        first, last = writer.bounds(index)
-        zeros = torch.zeros(last - first, *shape)
-        labels = torch.zeros(last - first, dtype=torch.int64)
-        writer.write(index, {"mean": zeros, "log_var": zeros.clone(), "labels": labels})
-    channels = torch.zeros(shape[0])
-    moments = Standardisation(channels, channels + 1).to_dict()
-    writer.finish(lambda _: {"standardisation": moments, "classes": [[0, count]]})
-    time.sleep(_SETTLED)
-    open_store(folder, "latent cache")  # remembers that it is verified
-
-
-def drop_pages(folder: Path) -> None:
-    """Drop the pages of the files in a folder from memory."""
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+#: of the training: `imagenet32` with a small network, without half precision, which a CPU emulates
+SETTINGS = ("data.name=latents", "train.precision=fp32", "train.preview_every=0",
+            "fm.snapshot_every=0", "velocity.width=32")  # fmt: skip
+#: seconds that a step of --wait sleeps
+COMPUTE = 0.1
 
 
 class _Clock:
@@ -177,16 +83,14 @@ class _Clock:
         return timed
 
 
-def measure(folder: Path, steps: int, objective: str, width: int) -> dict[str, Any]:
+def measure(folder: Path, steps: int) -> dict[str, Any]:
     """Open a cache and train some steps in this process."""
     from accelerate import Accelerator
 
     from pipeline.data.drawn_latents import MANY, DrawnLatents
 
-    config = load_config("imagenet32", [
-        *SETTINGS, *OBJECTIVES[objective], f"data.path={folder}", f"train.iterations={steps}",
-        f"velocity.width={width}",
-    ])  # fmt: skip
+    changes = [*SETTINGS, f"data.path={folder}", f"train.iterations={steps}"]
+    config = load_config("imagenet32", changes)
     base, began = peak_memory(), _now()
     count = len(open_cache(config))
     opened, first, share = _since(began), list[float](), list[float]()
@@ -213,25 +117,14 @@ def measure(folder: Path, steps: int, objective: str, width: int) -> dict[str, A
     }  # fmt: skip
 
 
-def measure_waiting(
-    place: str, steps: int, objective: str, width: int, compute: float, delay: float, ahead: bool
-) -> dict[str, Any]:
+def measure_waiting(folder: Path, steps: int, ahead: bool) -> dict[str, Any]:
     """Train some steps in this process, and measure how long they wait for their samples."""
     from accelerate import Accelerator
 
     from pipeline.data.drawn_latents import DrawnLatents
 
-    config = load_config("imagenet32", [
-        *SETTINGS, *OBJECTIVES[objective], f"data.path={place}", f"train.iterations={steps + 1}",
-        f"velocity.width={width}",
-    ])  # fmt: skip
-    copy = RemoteStoreReader._copy
-
-    def slow_copy(reader: RemoteStoreReader, index: int) -> None:
-        time.sleep(delay)
-        copy(reader, index)
-
-    RemoteStoreReader._copy = slow_copy  # type: ignore[method-assign]
+    changes = [*SETTINGS, f"data.path={folder}", f"train.iterations={steps + 1}"]
+    config = load_config("imagenet32", changes)
     owners = (StoreReader, DrawnLatents, ReadAhead)
     takes: list[tuple[type, str]] = [(owner, "take") for owner in owners]
     waiting = _Clock([*takes, (block_batches.BlockBatches, "indices")], time.perf_counter)
@@ -241,7 +134,7 @@ def measure_waiting(
 
     def slow(objective: BlockObjective, step: int) -> Any:
         loss = gradient(objective, step)
-        time.sleep(compute)
+        time.sleep(COMPUTE)
         return loss
 
     BlockObjective.loss_and_gradient = slow  # type: ignore[method-assign]
@@ -321,56 +214,38 @@ class _Done(Exception):  # noqa: N818 - no error
     """The steps are measured."""
 
 
+def in_fresh_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+    """Call a function in a process of its own, and print what it returns."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        print(json.dumps(pool.submit(function, *arguments).result()), flush=True)
+
+
 def main() -> None:
     """Measure every number of latents in a process of its own."""
     parser = argparse.ArgumentParser(description="opening of large caches, and a first step")
     parser.add_argument("--latents", default="20000,2000000,100000000", help="several by commas")
     parser.add_argument("--shape", default="11,8,8", help="C,H,W of a latent")
-    parser.add_argument("--objective", default="fm", choices=OBJECTIVES)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--width", type=int, default=128, help="channels of the network")
     parser.add_argument("--encode", action="store_true", help="encode images instead")
     parser.add_argument("--wait", action="store_true", help="measure how long steps wait")
-    parser.add_argument("--compute", type=float, default=0.0, help="seconds that a step sleeps")
     parser.add_argument("--cold", action="store_true", help="real shards, dropped from memory")
-    parser.add_argument("--remote", type=float, help="seconds of a copy of a shard")
-    parser.add_argument("--shard", type=int, default=SHARD, help="latents in a cold shard")
-    parser.add_argument("--ahead", type=int, default=1, help=argparse.SUPPRESS)
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child and args.encode:
-        sides = tuple(map(int, args.shape.split(",")))
-        return print(json.dumps(measure_encoding(int(args.latents), sides)))
-    if args.child and args.wait:
-        remote = args.remote is not None
-        return print(json.dumps(measure_waiting(
-            f"file://{args.child}" if remote else str(args.child), args.steps, args.objective,
-            args.width, args.compute, args.remote or 0.0, bool(args.ahead),
-        )))  # fmt: skip
-    if args.child:
-        return print(json.dumps(measure(args.child, args.steps, args.objective, args.width)))
     shape = tuple(map(int, args.shape.split(",")))
     with tempfile.TemporaryDirectory() as name:
         os.environ["JKOFLOW_HOME"] = name
         for count in map(int, args.latents.split(",")):
+            if args.encode:
+                in_fresh_process(measure_encoding, count, shape)
+                continue
             folder = Path(name) / "latents" / f"sparse-{count}"
-            if args.cold:
-                write_cold_cache(folder, count, shape, args.shard)
-            elif not args.encode:
-                write_sparse_cache(folder, count, shape)
-            command = [sys.executable, "-m", "tests.benchmarks.bench_cache", "--child"]
-            command += [str(folder), "--steps", str(args.steps), "--objective", args.objective]
-            command += ["--width", str(args.width), "--shape", args.shape]
-            command += ["--encode", "--latents", str(count)] if args.encode else []
-            command += ["--wait", "--compute", str(args.compute)] if args.wait else []
-            command += ["--remote", str(args.remote)] if args.remote is not None else []
-            for ahead in (0, 1) if args.wait else (1,):
+            (write_cold_cache if args.cold else write_sparse_cache)(folder, count, shape)
+            for ahead in (False, True) if args.wait else (True,):
                 if args.cold:
                     drop_pages(folder)
-                shutil.rmtree(Path(name) / "remote", ignore_errors=True)
-                own = [*command, "--ahead", str(ahead)]
-                done = subprocess.run(own, check=True, stdout=subprocess.PIPE, text=True)
-                print(done.stdout.splitlines()[-1], flush=True)
+                if args.wait:
+                    in_fresh_process(measure_waiting, folder, args.steps, ahead)
+                else:
+                    in_fresh_process(measure, folder, args.steps)
 
 
 if __name__ == "__main__":
