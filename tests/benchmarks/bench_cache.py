@@ -50,7 +50,7 @@ from pipeline.storage.shards.reader import StoreReader
 from pipeline.training.batches import block_batches
 from pipeline.training.batches.block_objective import BlockObjective
 from pipeline.training.train import train
-from tests.benchmarks.large_caches import drop_pages, write_cold_cache, write_sparse_cache
+from tests.large_caches import drop_pages, write_cold_cache, write_sparse_cache
 
 #: of the training: `imagenet32` with a small network, without half precision, which a CPU emulates
 SETTINGS = ("data.name=latents", "train.precision=fp32", "train.preview_every=0",
