@@ -64,7 +64,7 @@ FM = {
     "velocity.width": 16,
 }
 SHIPPED = (
-    "mnist", "mnist-fm", "mnist-fine", "mnist-classes",
+    "mnist", "mnist-fm", "mnist-fine", "mnist-classes", "mnist-jko",
     "cifar10", "cifar10-jko", "cifar10-wide", "imagenet32-like-wide",
 )  # fmt: skip
 BLOCKS, CHECKPOINTS = "blocks/**/*.safetensors", "checkpoints/*.safetensors"  # in a run

@@ -101,7 +101,7 @@ def test_wheels_run_in_a_folder_with_packages_of_its_own(tmp_path: Path) -> None
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
     assert "run: pip install 'jkoflow[zoo]'" in refused.stderr
     assert run("verify").returncode == 0
-    for name in ("cifar10-jko", "cifar10-wide", "imagenet32-like-wide"):
+    for name in ("mnist-jko", "cifar10-jko", "cifar10-wide", "imagenet32-like-wide"):
         path = f"pipeline/zoo/{name}"
         with zipfile.ZipFile(zoo) as archive:  # pip's --target replaces whole folders
             archive.extractall(site, [n for n in archive.namelist() if n.startswith(path)])
