@@ -123,7 +123,7 @@ def evaluate_lines(plan: SamplingPlan, settings: EvaluateConfig) -> list[str]:
     measured += [f"KID, precision and recall with {settings.kid} real images"] * (settings.kid > 0)
     measured += [f"the likelihood of {settings.nll} images"] * (settings.nll > 0)
     return [
-        f"sample {settings.n} images {shape} of {plan.run.folder} with "
+        f"sample {settings.n} images {shape} of {plan.run.name} with "
         f"{plan.nfe} network evaluations each, seed {plan.settings.seed}",
         _shards(folder, settings.n, None, settings.n * math.prod(shape)),
         f"measure {', '.join(measured)}",

@@ -149,7 +149,7 @@ def distill(
                 "continue it with those, or distill elsewhere with --out"
             )
         manifest = manifest.with_passes(started.passes)
-    command = f"jkoflow distill --run {teacher.folder} --out"
+    command = f"jkoflow distill --run {teacher.name} --out"
     policy = ResumePolicy(resume, command, verify=context.verify_samples)
     RunDirectory.open_or_create(folder, config, policy, accelerator)
     if not manifest.passes and accelerator.is_main_process:
@@ -209,6 +209,6 @@ def _require_same_data(teacher: Run, samples: SampleSource) -> None:
     if not standardisation.is_close(teacher.standardisation):
         raise UserError(
             f"the latents in the cache are standardised otherwise than those that the run at "
-            f"{teacher.folder} was trained on; encode the images of that run, or bring their "
+            f"{teacher.name} was trained on; encode the images of that run, or bring their "
             "cache back"
         )

@@ -131,7 +131,7 @@ class DistilledBlocks:
                 return carry(before, writer.bounds(shard), blocks, *place, label, left)
             except SolveError as error:
                 raise JkoflowError(
-                    f"the teacher at {self.teacher.folder} cannot be integrated ({error}); "
+                    f"the teacher at {self.teacher.name} cannot be integrated ({error}); "
                     "distill another run"
                 ) from error
 

@@ -95,7 +95,7 @@ def _export(plan: SamplingPlan, out: Path, dtype: str, autoencoder: str | None) 
         return _write_export(plan, out, dtype, metrics_of(plan), picture=True)
     if plan.refiner is not None:
         raise UserError(
-            f"the refiner of the run at {plan.run.folder} refines images of the run's own "
+            f"the refiner of the run at {plan.run.name} refines images of the run's own "
             "autoencoder; leave --autoencoder out, or the refiner by --refiner none"
         )
     swapped = _with_decoder(plan, autoencoder)
@@ -125,7 +125,7 @@ def _require_exportable(plan: SamplingPlan) -> None:
     guide.autoencoder()
     if len(guide.manifest.blocks) != len(guide.flow):
         raise UserError(
-            f"the guide at {guide.folder} has {len(guide.manifest.blocks)} blocks and the run "
+            f"the guide at {guide.name} has {len(guide.manifest.blocks)} blocks and the run "
             f"{len(plan.run.flow)}; an exported run needs a guide of as many blocks as its own"
         )
 

@@ -42,7 +42,7 @@ def with_decoder(run: Run, weights: str) -> Run:
     ):
         raise UserError(
             f"--autoencoder {weights} gives other latents than {known.weights}, on which the "
-            f"run at {run.folder} was trained; use one with the same encoder (trained with "
+            f"run at {run.name} was trained; use one with the same encoder (trained with "
             "training.decoder_only), or encode and train again"
         )
     record = dataclasses.replace(known, weights=weights, fingerprint=other.fingerprint)

@@ -24,7 +24,7 @@ from pipeline.integrity.reason import reason_of
 from pipeline.runs.directory import RunDirectory
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.passes import StoredBlock
-from pipeline.runs.zoo import locate
+from pipeline.runs.zoo import locate, name_of
 from pipeline.storage import atomic
 from pipeline.storage.compact_weights import dequantise
 
@@ -129,6 +129,11 @@ class Run:
     training: BlockInTraining | None = None
 
     @property
+    def name(self) -> str:
+        """Name in messages: its folder, zoo:NAME or hf://owner/name."""
+        return name_of(self.folder)
+
+    @property
     def standardisation(self) -> Standardisation:
         """Standardisation of its samples."""
         return self.manifest.standardisation
@@ -168,11 +173,11 @@ class Run:
             model = self.build_autoencoder(self.autoencoder_weights())
         except (ValueError, OSError) as error:
             raise UserError(
-                f"the autoencoder of the run at {self.folder} is not available: {error}"
+                f"the autoencoder of the run at {self.name} is not available: {error}"
             ) from error
         if model.fingerprint != wanted.fingerprint:
             raise UserError(
-                f"the run at {self.folder} was trained with another autoencoder than "
+                f"the run at {self.name} was trained with another autoencoder than "
                 f"{wanted.weights or wanted.name} is now; bring that one back or train again"
             )
         return model
@@ -190,22 +195,22 @@ def open_run(
         UserError: the run is absent, unfinished, damaged or on points, or has fewer blocks.
     """
     folder = locate(folder)
-    directory = RunDirectory(folder)
+    directory, name = RunDirectory(folder), name_of(folder)
     config, manifest = directory.config, directory.manifest
     if images and manifest.autoencoder is None:
-        raise UserError(f"the run at {folder} is on {_description(directory)}")
+        raise UserError(f"the run at {name} is on {_description(directory)}")
     if number is not None:
         manifest = manifest.select(number)
     count = len(manifest.blocks)
     if blocks is None and not manifest.complete:
         raise UserError(
-            f"the run at {folder} stopped after {count} blocks; finish it with "
+            f"the run at {name} stopped after {count} blocks; finish it with "
             f"`{directory.resume_command}`, or use --blocks {count}"
         )
     if manifest.complete and not count:
-        raise UserError(f"the run at {folder} has no block; bring back its flow.json")
+        raise UserError(f"the run at {name} has no block; bring back its flow.json")
     if blocks is not None and not 1 <= blocks <= count:
-        raise UserError(f"--blocks must lie between 1 and {count} for the run at {folder}")
+        raise UserError(f"--blocks must lie between 1 and {count} for the run at {name}")
     used = blocks or count
     flow = load_blocks(folder, manifest.with_blocks(manifest.blocks[:used]))
     return Run(folder, config, manifest, flow)
@@ -240,6 +245,6 @@ def require_latents(run: Run) -> None:
     """Raise UserError if a run is a refiner, which samples no latents."""
     if is_refiner(run):
         raise UserError(
-            f"the run at {run.folder} is a refiner, which samples the detail of decoded images; "
+            f"the run at {run.name} is a refiner, which samples the detail of decoded images; "
             "expected a run on latents; give the refiner to one by --refiner"
         )

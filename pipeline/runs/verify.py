@@ -18,7 +18,7 @@ from pipeline.runs.directory import CONFIG, START, RunDirectory
 from pipeline.runs.manifest import FILE
 from pipeline.runs.networks import FOLDER, RECORD, WEIGHTS
 from pipeline.runs.verify_remote import find_broken
-from pipeline.runs.zoo import is_absent, is_shipped, locate, source_of
+from pipeline.runs.zoo import is_absent, is_shipped, locate, name_of, source_of
 from pipeline.storage import atomic, seal
 from pipeline.storage.paths import data_root
 from pipeline.storage.records import read_recipe, well_formed
@@ -282,5 +282,5 @@ def packaged(path: Path) -> Path | None:
     if not path.is_relative_to(root):
         return None
     copy, *rest = path.relative_to(root).parts
-    source = source_of(f"zoo:{copy.rpartition('-')[0]}").joinpath(*rest)
+    source = source_of(name_of(root / copy)).joinpath(*rest)
     return source if source.is_file() else None

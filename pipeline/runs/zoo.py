@@ -6,6 +6,7 @@ So is a run of the hub; it passes the checks of any run when it is opened.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -22,6 +23,10 @@ _MANIFEST = "flow.json"
 #: the files of a run in a repository of the hub
 _FILES = ("blocks/block-*.safetensors", "autoencoder.safetensors", "config.yaml", "metrics.json",
           "CARD.md", "samples/grid.png", _MANIFEST, seal.NAME)  # fmt: skip
+#: folders of copies: of shipped runs, and of runs of the hub
+_ZOO, _HUB = "zoo", "hub"
+#: name of a copy, with the start of its hash
+_COPY = re.compile("(.+)-[0-9a-f]{12}")
 _HUB_FILES = tuple(f"{helper}{name}" for helper in ("", "guide/", "refiner/") for name in _FILES)
 
 
@@ -65,6 +70,22 @@ def source_of(run: str) -> Path:
     return known[name]
 
 
+def name_of(run: Path | str) -> str:
+    """Return the name of a run in messages: zoo:NAME or hf://owner/name for a copy.
+
+    It inverts `locate`; the folder of any other run is its name.
+    """
+    path, root = Path(run), data_root()
+    for kind, start in ((_ZOO, PREFIX), (_HUB, "hf://")):
+        if (root / kind) not in path.parents:
+            continue
+        copy, *inner = path.relative_to(root / kind).parts
+        if match := _COPY.fullmatch(copy):
+            name = match[1] if kind == _ZOO else match[1].replace("--", "/", 1)
+            return "/".join([start + name, *inner])
+    return str(run)
+
+
 def locate(run: Path | str) -> Path:
     """Return the directory of a run; for zoo:NAME and hf://owner/name, that of its copy.
 
@@ -86,7 +107,7 @@ def locate(run: Path | str) -> Path:
     files = sorted(path for path in source.rglob("*") if path.is_file() and path.name != seal.NAME)
     records = [path for path in files if path.name in (_MANIFEST, "config.yaml")]
     parts = {str(path.relative_to(source)): atomic.sha256_file(path) for path in records}
-    copy = data_root() / "zoo" / f"{name}-{content_key(parts)[:12]}"
+    copy = data_root() / _ZOO / f"{name}-{content_key(parts)[:12]}"
     # the manifest is committed last, and marks a complete copy
     if not ((copy / _MANIFEST).is_file() and (copy / seal.NAME).is_file()):
         seal.start(copy)
@@ -111,7 +132,7 @@ def _copy_of_hub(run: Path | str) -> Path:
     """Return the copy of a run of the hub, made at its first use."""
     snapshot = hub.download(run, _HUB_FILES)
     repository = hub.split(run)[0].replace("/", "--")
-    copy = data_root() / "hub" / f"{repository}-{snapshot.name[:12]}"
+    copy = data_root() / _HUB / f"{repository}-{snapshot.name[:12]}"
     files = sorted(path for path in snapshot.rglob("*") if path.is_file())
     if snapshot / _MANIFEST not in files or snapshot / seal.NAME not in files:
         raise UserError(

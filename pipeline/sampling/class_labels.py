@@ -70,20 +70,20 @@ def class_labels_of(run: Run, settings: GenerateConfig) -> ClassLabels | None:
             if value is not None:
                 guide = " (or give a --guide)" if option == "--guidance" else ""
                 raise UserError(
-                    f"{option} needs a class-conditional run, but the run at {run.folder} was "
+                    f"{option} needs a class-conditional run, but the run at {run.name} was "
                     f"trained without classes; leave it out, or train with velocity.classes{guide}"
                 )
         return None
     if labels is not None and (not labels or not all(0 <= label < classes for label in labels)):
         raise UserError(
-            f"--class must lie between 0 and {classes - 1} for the run at {run.folder}, not "
+            f"--class must lie between 0 and {classes - 1} for the run at {run.name}, not "
             f"{', '.join(map(str, labels)) or 'empty'}"
         )
     dropout = min(spec.velocity.class_dropout for spec in run.flow.specs)
     if guidance not in (None, 1) and not dropout:
         raise UserError(
             f"--guidance {guidance:g} needs a run that was trained with class dropout, but the "
-            f"run at {run.folder} was trained with class_dropout=0 (as all distilled runs); leave "
+            f"run at {run.name} was trained with class_dropout=0 (as all distilled runs); leave "
             "it out, or train with velocity.class_dropout=0.1"
         )
     return ClassLabels(tuple(labels or ()), run.manifest.class_counts())
@@ -160,7 +160,7 @@ def null_condition(run: Run, n: int) -> Condition | None:
         return None
     if not min(spec.velocity.class_dropout for spec in run.flow.specs):
         raise UserError(
-            f"the run at {run.folder} was trained with class_dropout=0; expected the class of "
+            f"the run at {run.name} was trained with class_dropout=0; expected the class of "
             "every image; give it"
         )
     return Condition(torch.full((n,), classes))
@@ -172,7 +172,7 @@ def _numbers_of(run: Run, names: Sequence[str]) -> Tensor:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UserError(
-            f"the run at {run.folder} has no class {unknown[0]!r}; name the subfolders as in its "
+            f"the run at {run.name} has no class {unknown[0]!r}; name the subfolders as in its "
             f"training data: {', '.join(known[:10])}{', …' if len(known) > 10 else ''}"
         )
     return torch.tensor([known.index(name) for name in names])

@@ -16,6 +16,7 @@ from pipeline.config.sampling import GenerateConfig
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runs.run import Run, open_run, same_autoencoder
 from pipeline.runs.snapshots import open_snapshot
+from pipeline.runs.zoo import name_of
 
 
 def open_guide(run: Run, settings: GenerateConfig) -> Run:
@@ -31,10 +32,10 @@ def open_guide(run: Run, settings: GenerateConfig) -> Run:
         guide = _open_run_or_snapshot(name)
     except JkoflowError as error:
         raise UserError(
-            f"the guide of the run at {run.folder} cannot be used ({error}); give another "
+            f"the guide of the run at {run.name} cannot be used ({error}); give another "
             "--guide, or sample without one by --guide none"
         ) from error
-    _require_fit(run, guide, name)
+    _require_fit(run, guide, name_of(name))
     return dataclasses.replace(guide, flow=guide.flow[: len(run.flow)])
 
 
@@ -58,13 +59,13 @@ def _require_fit(run: Run, guide: Run, name: str) -> None:
     """Refuse a guide of other latents or steps, or one that cannot be evaluated without labels."""
     if not same_autoencoder(run, guide) or not run.standardisation.is_close(guide.standardisation):
         raise UserError(
-            f"guide {name} was trained on other latents than the run at {run.folder}; train one "
+            f"guide {name} was trained on other latents than the run at {run.name}; train one "
             "on the same data and autoencoder"
         )
     if not _began_as_parts_of_one(run, guide) and not _same_steps(run, guide):
         raise UserError(
             f"guide {name} must have the objective, the interpolant and the steps of the run at "
-            f"{run.folder}; train it with the same section {run.config.train.objective} (jko: "
+            f"{run.name}; train it with the same section {run.config.train.objective} (jko: "
             "with the run's steps as jko.h, and schedule.tolerance=0) and a smaller "
             "velocity.width; a jko run that began as parts of one flow-matching block also takes "
             "one flow-matching block with matching.interpolant=trigonometric"

@@ -226,7 +226,7 @@ class ImageFlow:
         """Raise UserError for a run without classes, or a strength that is not in (0, 1]."""
         if not self.run.flow.classes:
             raise UserError(
-                f"the run at {self.run.folder} was trained without classes; expected a "
+                f"the run at {self.run.name} was trained without classes; expected a "
                 "class-conditional run, such as zoo:cifar10; edit with one of those"
             )
         if not 0 < strength <= 1:

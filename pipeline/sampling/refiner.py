@@ -80,17 +80,17 @@ def open_refiner(run: Run, name: str, precision: str) -> Refiner:
         other = open_run(Path(name))
     except JkoflowError as error:
         raise UserError(
-            f"the refiner of the run at {run.folder} cannot be used ({error}); give another "
+            f"the refiner of the run at {run.name} cannot be used ({error}); give another "
             "--refiner, or sample without one by --refiner none"
         ) from error
     if not is_refiner(other):
         raise UserError(
-            f"the run at {name} is no refiner: its network is not conditioned on an image "
+            f"the run at {other.name} is no refiner: its network is not conditioned on an image "
             "(velocity.image_channels=0); train one by a configuration such as cifar10-refiner"
         )
     if not same_autoencoder(run, other):
         raise UserError(
-            f"refiner {name} was trained on images of another autoencoder than that of the run at "
-            f"{run.folder}; train one with the same autoencoder.weights"
+            f"refiner {other.name} was trained on images of another autoencoder than that of the "
+            f"run at {run.name}; train one with the same autoencoder.weights"
         )
     return Refiner(other, precision)

@@ -30,13 +30,13 @@ def measure_curve(
     run = plan.run
     if len(run.manifest.blocks) != 1:
         raise UserError(
-            f"a training curve needs a flow of one block, but the run at {run.folder} has "
+            f"a training curve needs a flow of one block, but the run at {run.name} has "
             f"{len(run.manifest.blocks)}; train with train.objective=fm"
         )
     snapshots = snapshots_of(run.folder)
     if not snapshots:
         raise UserError(
-            f"the run at {run.folder} kept no weights during training; train with "
+            f"the run at {run.name} kept no weights during training; train with "
             "--set train.objective=fm --set fm.snapshot_every=1000"
         )
     study = Study(plan, settings, evaluator)

@@ -293,7 +293,7 @@ def load(
     opened = open_run(Path(run), blocks)
     if opened.config.points is not None:
         raise UserError(
-            f"the run at {opened.folder} is on points in the plane; expected a run on images or "
+            f"the run at {opened.name} is on points in the plane; expected a run on images or "
             "tensors; `jkoflow toy2d` samples and plots it"
         )
     opened = with_solver(opened, None if steps is None else str(steps), method)

@@ -294,6 +294,40 @@ def test_the_manifest_of_a_copy_is_written_last(
     assert written[-1] == copy / "flow.json" and copy / "guide" / "flow.json" in written
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "--class", "3"),
+        ("generate", "--blocks", "99"),
+        ("generate", "--guidance", "2", "--guide", "zoo:other"),
+        ("edit", "--to", "3"),
+        ("evaluate", "--curve"),
+        ("likelihood", "--blocks", "99"),
+    ],
+    ids=" ".join,
+)
+def test_errors_name_a_shipped_run_as_it_was_given(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    command, *options = words
+    code, _, error = say(capsys, command, "--run", "zoo:tiny", *options)
+    assert code == 2 and "the run at zoo:tiny" in error, error
+    assert str(tmp_path / "fresh") not in error
+
+
+def test_the_name_of_a_run_is_how_it_was_given(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot of the hub stands for a download."""
+    shutil.copytree(zoo / "tiny", tmp_path / "0123456789abcdef")
+    shutil.copytree(zoo / "tiny", zoo / "tiny" / "guide")
+    monkeypatch.setattr(shipped.hub, "download", lambda *_: tmp_path / "0123456789abcdef")
+    for name in ("zoo:tiny", "zoo:tiny/guide", "hf://me/my-digits", str(tmp_path / "run")):
+        assert shipped.name_of(shipped.locate(name)) == name
+    own = tmp_path / "fresh" / "zoo" / "own"  # no copy, for it has no hash
+    assert shipped.name_of(own) == str(own)
+
+
 def test_init_from_takes_a_shipped_run(
     zoo: Path, trained: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
