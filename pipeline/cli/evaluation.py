@@ -172,9 +172,7 @@ def evaluate_command(
         int | None,
         typer.Option("-n", help="Number of sampled images. Default: evaluate.n of the run."),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", help="Seed of the noise. Default: 0.")
-    ] = None,
+    seed: options.SeedOption = None,
     reference: Annotated[
         str | None,
         typer.Option(

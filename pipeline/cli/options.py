@@ -10,23 +10,27 @@ import typer
 from pipeline.errors import UserError
 from pipeline.storage.paths import require_place
 
-ConfigOption = Annotated[
-    str, typer.Option("--config", "-c", help="A packaged configuration, or the path of a .yaml.")
-]
+_CONFIG = typer.Option(
+    "--config", "-c", help="A packaged configuration, or the path of a .yaml."
+)
+ConfigOption = Annotated[str, _CONFIG]
+OptionalConfigOption = Annotated[str | None, _CONFIG]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override: section.key=value; may be repeated."),
-]
-OptionalConfigOption = Annotated[
-    str | None,
-    typer.Option("--config", "-c", help="A packaged configuration, or the path of a .yaml."),
 ]
 DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Print the work, the files that are reused and sizes; stop."),
 ]
 RunOption = Annotated[
-    Path, typer.Option("--run", "-r", help="A run directory, zoo:NAME for a shipped run, or hf://owner/name.")
+    Path,
+    typer.Option(
+        "--run", "-r", help="A run directory, zoo:NAME for a shipped run, or hf://owner/name."
+    ),
+]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", help="Seed of the noise. Default: 0.")
 ]
 GuidanceOption = Annotated[
     float | None,

@@ -22,9 +22,7 @@ def generate_command(
         int | None,
         typer.Option("-n", help="Number of images. Default: generate.n of the run, else 64."),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", help="Seed of the noise. Default: 0.")
-    ] = None,
+    seed: options.SeedOption = None,
     steps: options.StepsOption = None,
     method: options.MethodOption = None,
     nfe: options.NfeOption = None,
