@@ -17,8 +17,8 @@ from pipeline.runs.directory import read_config, read_manifest
 from pipeline.runs.run import open_run
 from pipeline.storage import atomic
 from tests.pipeline.drawing import plan_of
+from tests.pipeline.publishing.test_export import pixels
 from tests.pipeline.records import rewrite
-from tests.pipeline.runs.test_zoo import pixels
 from tests.pipeline.tiny import World, say
 
 
