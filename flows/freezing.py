@@ -5,7 +5,8 @@ exactly a network of the same kind without time. K frozen blocks
 
     v_k(z) = (t_{k+1} − t_k) v(t*_k, z),   t*_k = (t_k + t_{k+1}) / 2,
 
-approximate the flow of v with an error O(K⁻²). The same holds for a fixed label.
+approximate the flow of v with an error O(K⁻²). The same holds for a fixed label. Of several
+networks in a block the frozen one is that of the time t*.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from flows.networks.convnet import ConvVelocity, ResidualBlock, UNetVelocity
 from flows.networks.dit import DitVelocity, Modulation
 from flows.networks.layers import ContextFeatures
 from flows.networks.mlp import LinearVelocity, MlpVelocity, ResidualLayer, ResidualMlpVelocity
-from flows.networks.piecewise import TimeSlice
+from flows.networks.piecewise import PiecewiseVelocity, TimeSlice
 from flows.spec import BlockSpec, build_block
 
 #: layers of each kind that scale the field
@@ -54,22 +55,23 @@ def freeze_block(
         specification.
 
     Raises:
-        FlowError: the interval is empty or leaves [0, 1], or the block has several networks or is
-            conditioned on images.
+        FlowError: the interval is empty or leaves [0, 1], or the block is conditioned on images.
     """
     if not 0 <= start < end <= 1:
         raise FlowError(
             f"the interval to freeze is [{start}, {end}]; expected 0 ≤ start < end ≤ 1"
         )
-    if spec.velocity.nets > 1 or spec.velocity.image_channels:
+    if spec.velocity.image_channels:
         raise FlowError(
-            f"the block has {spec.velocity.nets} network(s) and {spec.velocity.image_channels} "
-            "image channels; only a single network without images can be frozen"
+            f"the block has {spec.velocity.image_channels} image channels; only a network without "
+            "images can be frozen"
         )
     velocity = block.velocity.inner if isinstance(block.velocity, TimeSlice) else block.velocity
     time = spec.start + spec.length * (start + end) / 2
+    if isinstance(velocity, PiecewiseVelocity):
+        velocity = velocity.network_at(time)
     frozen = replace(
-        spec, velocity=replace(spec.velocity, autonomous=True), start=0.0, length=1.0
+        spec, velocity=replace(spec.velocity, autonomous=True, nets=1), start=0.0, length=1.0
     )
     result = build_block(frozen, velocity.shape)
     weights = freeze(velocity, time, spec.length * (end - start))
@@ -78,8 +80,8 @@ def freeze_block(
 
 
 def can_freeze(config: VelocityConfig) -> bool:
-    """Return whether a network depends on time, is single and sees no image."""
-    return not config.autonomous and config.nets == 1 and not config.image_channels
+    """Return whether a network depends on time and sees no image."""
+    return not config.autonomous and not config.image_channels
 
 
 def freeze_flow(flow: Flow, count: int) -> Flow:

@@ -119,6 +119,10 @@ class PiecewiseVelocity(Velocity):
         nets = [self._net(j) for j in range(low, high)]
         return PiecewiseVelocity(nets, self.count, low)
 
+    def network_at(self, time: float) -> Velocity:
+        """Return the network of a time in [0, 1]; at a jump, the later one."""
+        return self._net(int(self._index(torch.tensor(time, dtype=torch.float64))))
+
     def covers(self, t: Tensor) -> Tensor:
         """Return which times (B,) in [0, 1] are those of a network that this field holds, bool."""
         index = (t * self.count).floor().clamp(0, self.count - 1)

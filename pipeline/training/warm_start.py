@@ -5,9 +5,9 @@ without a counterpart starts as it would without the other run. A network may st
 other classes, or without classes: every class then starts as the null label. A network without
 classes starts as the null label of one with classes. A network r times as wide starts as the same
 velocity (Net2Net). Several networks in one block (`velocity.nets`) start as copies of one. An
-autonomous network starts as the time-dependent one at the middle of its time (`flows.freezing`).
-K blocks share the time of a run of one block in equal parts. The manifest records the sha256 of
-the weights, and a resumed training checks them.
+autonomous network starts as the time-dependent one at the middle of its time (`flows.freezing`),
+of several networks as the one of that time. K blocks share the time of a run of one block in equal
+parts. The manifest records the sha256 of the weights, and a resumed training checks them.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def _differences(start: VelocityConfig, wanted: VelocityConfig) -> list[str]:
         free.append("nets")
     if wanted.autonomous and can_freeze(start):
         free.append("autonomous")
+        free += ["nets"] if wanted.nets == 1 else []
     twice = start.widened(2)
     advice = {"width": "; a multiple of it would do"} if widening_factor(start, twice) else {}
     return [

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flows.block import Block
 from flows.errors import FlowError
 from flows.flow import Flow
 from flows.freezing import freeze, freeze_block, freeze_classes, freeze_flow
@@ -100,11 +99,27 @@ def test_the_interval_lies_in_the_time_of_the_block(interval):
         freeze_block(build_block(spec, (2,)), spec, *interval)
 
 
-def test_several_networks_cannot_be_frozen():
-    spec = BlockSpec(replace(SMALL, kind="mlp", nets=2), SolverConfig("rk4", steps=2))
-    block: Block = build_block(spec, (2,))
-    with pytest.raises(FlowError, match="only a single network"):
-        freeze_block(block, spec)
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_several_networks_the_one_of_the_time_is_frozen(kind):
+    spec = BlockSpec(replace(SMALL, kind=kind, nets=2))
+    block = build_block(spec, SHAPES.get(kind, (5,))).double()
+    network = randomise(block.velocity)
+    z = points(network, batch=4)
+    start, middle = (torch.tensor(t, dtype=torch.float64) for t in (0.0, 0.5))
+    assert not torch.allclose(network.nets[0](middle, z), network.nets[1](middle, z))
+    for interval, time in {(0, 0.5): 0.25, (0.5, 1): 0.75, (0, 1): 0.5}.items():
+        frozen, frozen_spec = freeze_block(block, spec, *interval)
+        assert frozen_spec.velocity == replace(spec.velocity, autonomous=True, nets=1)
+        at = torch.tensor(time, dtype=torch.float64)
+        expected = (interval[1] - interval[0]) * network(at, z)
+        found = frozen.double().velocity(start, z)  # its weights were rounded to float32
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_that_sees_images_cannot_be_frozen():
+    spec = BlockSpec(replace(SMALL, kind="unet", image_channels=3))
+    with pytest.raises(FlowError, match="the block has 3 image channels"):
+        freeze_block(build_block(spec, (2, 4, 4)), spec)
 
 
 def test_a_flow_of_several_blocks_has_no_parts():

@@ -177,10 +177,12 @@ def test_from_the_command_line(
     assert code == 2 and error.startswith("error: ")
 
 
-def test_autonomous_blocks_start_as_parts_of_one_block(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nets", [1, 2])
+def test_autonomous_blocks_start_as_parts_of_one_block(tmp_path: Path, nets: int) -> None:
     """Blocks k of K start as the field at the time (k + 1/2) / K, and together map alike."""
     net = ("velocity.kind=mlp", "velocity.width=16", "velocity.depth=1")
-    run(tmp_path / "fm", "train.objective=fm", *net, "train.iterations=200")
+    several = (f"velocity.nets={nets}", "sampler.steps=4")
+    run(tmp_path / "fm", "train.objective=fm", *net, *several, "train.iterations=200")
     steps = f"jko.h={[0.2] * 7}"
     start = f"train.init_from={tmp_path / 'fm'}"
     run(tmp_path / "jko", steps, "schedule.free_block=true", *net, *STILL, start)
