@@ -1,7 +1,7 @@
 """Freezing: a network that equals another one at a fixed time, or at the null label.
 
 A network sees a fixed time as a constant, which its biases and scales can hold. So v(t*, ·) is
-exactly a network of the same kind without time. K frozen blocks
+exactly a time-independent network of the same kind. K frozen blocks
 
     v_k(z) = (t_{k+1} − t_k) v(t*_k, z),   t*_k = (t_k + t_{k+1}) / 2,
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# docs/comparison.md: JKO without time on CIFAR-10, about half an hour of one core, and the noise of its gradients.
+# docs/comparison.md: time-independent JKO blocks on CIFAR-10, about half an hour of one core, and the noise of its gradients.
 set -euo pipefail
 
 settings=(--config cifar10 --set data.limit=20000 --set latents.mirror=false --set velocity.classes=0

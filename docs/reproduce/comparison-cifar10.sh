@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # docs/comparison.md on CIFAR-10: three objectives, about half an hour of one core each.
-# c-jko has blocks with time (docs/negative-results.md). Its probes were held through a solve, so the present code gives other
+# c-jko has time-dependent blocks (docs/negative-results.md). Its probes were held through a solve, so the present code gives other
 # numbers; comparison-cifar10-jko.sh has the present defaults.
 set -euo pipefail
 
