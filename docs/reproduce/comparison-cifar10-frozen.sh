@@ -17,7 +17,7 @@ for run in c-trig c-frozen; do
   jkoflow evaluate --run "runs/$run" -n 1000 --seed 1 --set evaluate.nll=32
 done
 
-# half an hour for flow matching and then JKO, width 64; seed 1: --set train.seed=1 in both trainings
+# half an hour for flow matching and then JKO, width 64; other seeds: --set train.seed=1, 2 in both trainings
 half=(--config cifar10 --set data.limit=20000 --set latents.mirror=false --set velocity.classes=0
       --set generate.guidance=null --set fm=null --set matching=null)
 jkoflow train "${half[@]}" --run runs/h-trig --set matching.interpolant=trigonometric --set train.batch_size=64 \
