@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage.shards.manifest import MANIFEST
 from pipeline.training.networks.train_network import require_independent
 from pipeline.training.planner import next_pass
+from pipeline.training.sources import check_classes
+from pipeline.training.warm_start import open_warm_start
 
 _FLOAT = 4
 _MEGABYTE = 1e6
@@ -58,7 +61,8 @@ def train_lines(
         network: the network to train alone; None trains all.
 
     Raises:
-        UserError: the configuration is wrong, or has no such network.
+        UserError: the configuration is wrong or has no such network, the images have other
+            classes, or no block can start as `train.init_from`.
     """
     check(config)
     if network is not None:
@@ -72,6 +76,9 @@ def train_lines(
     with torch.device("meta"):
         velocity = make_velocity(config.velocity, shape)
     parameters = sum(p.numel() for p in velocity.parameters())
+    if config.velocity.classes:
+        labels = [] if images.labels is None else images.labels.tolist()
+        check_classes(Counter(labels), config.velocity.classes)
     place = os.environ.get(PLACE)
     absent = f"is not under the data root; it is read in {place}" if place else (
         "is absent; run `jkoflow encode`"
@@ -81,6 +88,11 @@ def train_lines(
     passes = started.passes if started is not None else ()
     upcoming = next_pass(config, passes, add_blocks)
     lines = [f"latent cache {cache} {state}"]
+    if started is None and config.train.init_from is not None:
+        start = open_warm_start(config.train.init_from, config.velocity, shape)
+        lines.append(
+            f"start from {len(start.blocks)} block(s) of the {start.objective} run {start.run}"
+        )
     if upcoming is None:
         return [*lines, f"run {folder} is finished; nothing to train"]
     done, total = len(upcoming.blocks), len(upcoming.steps) + upcoming.free

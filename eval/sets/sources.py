@@ -62,7 +62,8 @@ def open_source(source: str | Path) -> Source:
             return Source(None, reference.stats, reference.card["extractor"])
         raise FileNotFoundError(
             f"'{source}' is neither a path nor a shipped reference "
-            f"({', '.join(reference_names()) or 'none are shipped'})"
+            f"({', '.join(reference_names()) or 'none are shipped'}); "
+            "check its name"
         )
     if path.is_dir():
         return Source(TableImages(path) if _holds_tables(path) else FolderImages(path))

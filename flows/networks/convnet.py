@@ -253,7 +253,7 @@ def _check_heads(heads: int, widths: tuple[int, ...], attends: list[bool]) -> No
         if heads and attend and width % heads:
             raise FlowError(
                 f"velocity.width gives {width} channels where the unet attends, which "
-                f"{heads} attention heads do not divide"
+                f"{heads} attention heads do not divide; change velocity.width or velocity.heads"
             )
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.config.keys import fields_of, keys, options, section_of
 from pipeline.config.plain import leaves, make
-from pipeline.config.rules.applies import InapplicableError
+from pipeline.config.rules.applies import InapplicableError, shown
 from pipeline.config.rules.moved import replacement
 from pipeline.config.schema import WHERE, Config
 from pipeline.config.values import convert
@@ -126,16 +126,12 @@ def _refuse_other_sections(values: dict[str, Any], given: dict[str, Entry]) -> N
         if section == "points":
             here, now, hint = "data.name", probe.data.name, ""
         raise InapplicableError(
-            f"{given[name].source}: {name}={_shown(values[name])} applies to {WHERE[section]}; "
+            f"{given[name].source}: {name}={shown(values[name])} applies to {WHERE[section]}; "
             f"this configuration has {here}={now}; remove it (--set {section}=null removes the "
             f"section){hint}",
             names,
             f"section {section} applies to {WHERE[section]}",
         )
-
-
-def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _unknown(schema: type, name: str) -> str:
@@ -144,11 +140,18 @@ def _unknown(schema: type, name: str) -> str:
     if moved is not None:
         return f"{name} {moved}"
     parent, _, last = name.rpartition(".")
-    section: type | None = schema
+    section = schema
     for part in parent.split(".") if parent else []:
-        section = section_of(fields_of(section).get(part)) if section is not None else None
-    if section is None:
-        return f"unknown key {name}; {parent} has no keys of its own"
+        if part not in fields_of(section):
+            return _not_among(name, section)
+        inner = section_of(fields_of(section)[part])
+        if inner is None:
+            return f"unknown key {name}; {parent} has no keys of its own"
+        section = inner
     if section_of(fields_of(section).get(last)) is not None:
         return f"{name} is a section; expected keys in it, such as {name}.KEY: VALUE"
+    return _not_among(name, section)
+
+
+def _not_among(name: str, section: type) -> str:
     return f"unknown key {name}; known here: {', '.join(fields_of(section))}"

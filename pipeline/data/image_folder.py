@@ -53,8 +53,9 @@ def load_folder(
 def check_format(size: int | None, mode: str) -> None:
     """Raise UserError unless images can get the side `size` and the mode."""
     if size is None or size < 1:
+        given = "null" if size is None else size
         raise UserError(
-            f"data.size is {size}; expected 1 or more; set it to the side of the images in pixels"
+            f"data.size is {given}; expected 1 or more; set it to the side of the images in pixels"
         )
     if mode not in MODES:
         raise UserError(f"data.mode is {mode!r}; expected one of {', '.join(MODES)}")

@@ -27,6 +27,8 @@ from pipeline.storage import atomic
 
 #: rows of the picture
 _ROWS = 2
+#: fewest images of a folder whose spread can be estimated
+_FEWEST = 2
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,16 @@ def separate_folders(
     divergence = make_divergence(settings.divergence, probes=settings.probes)
     shape = run.manifest.require_autoencoder().image_shape
     scores, errors = [], []
-    for folder in (inside, outside):
-        chosen = dataclasses.replace(settings, split=None, folder=folder)
-        images = _load(run.config.data, chosen, shape)
+    folders = [
+        _load(run.config.data, dataclasses.replace(settings, split=None, folder=folder), shape)
+        for folder in (inside, outside)
+    ]
+    if min(settings.n, *map(len, folders)) < _FEWEST:
+        raise UserError(
+            f"-n is {settings.n}, and the folders have {len(folders[0])} and {len(folders[1])} "
+            f"images; expected {_FEWEST} or more; use more images"
+        )
+    for images in folders:
         n = min(settings.n, len(images))
         parts = log_probs(run, images, n, divergence, accelerator.device, progress, by_class=False)
         values, inversions, _ = joined(parts)
@@ -172,6 +181,11 @@ def _load(data: DataConfig, settings: LikelihoodSettings, shape: tuple[int, ...]
         return load_images(data.of_split(settings.split))
     if settings.folder is None:
         return held_out_images(data)
+    if not settings.folder.is_dir():
+        raise UserError(
+            f"{settings.folder} is no folder; expected a folder of images; change --folder or "
+            "--against"
+        )
     channels, height, _ = shape
     mode: Literal["L", "RGB"] = "L" if channels == 1 else "RGB"
     return load_images(

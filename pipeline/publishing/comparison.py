@@ -76,8 +76,8 @@ def write_comparison(runs: Sequence[str], out: Path) -> Path:
     """
     if not 2 <= len(runs) <= _MOST or len(set(runs)) < len(runs):
         raise UserError(
-            f"{len(runs)} runs are given; expected two to {_MOST} different ones; name each "
-            "once, or give a single run with --run"
+            f"the number of different runs is {len(set(runs))}; expected two to {_MOST}; name "
+            "each once, or give a single run with --run"
         )
     opened = [_open(run) for run in runs]
     grids = [(run.name, run.folder / "samples" / "grid.png") for run in opened]

@@ -125,7 +125,7 @@ class RunDirectory:
         path = self.folder / CONFIG
         if not path.is_file():
             raise UserError(
-                f"no run at {self.folder} (it has no {CONFIG}); train one or check --run"
+                f"no run at {self.folder} (it has no {CONFIG}); train one, or check the path"
             )
         seal.require(self.folder, "the run at")
         config = read_resolved(Config, path)

@@ -78,9 +78,10 @@ def open_snapshot(folder: Path, step: int) -> Run:
     snapshots = snapshots_of(run.folder)
     listed = {snapshot.step: snapshot for snapshot in snapshots}
     if step not in listed:
-        steps = ", ".join(map(str, listed)) or "none (fm.snapshot_every makes them)"
+        steps = f"expected one of {', '.join(map(str, listed))}; choose one of them"
+        none = f"expected a run with snapshots; train with fm.snapshot_every, or leave out @{step}"
         raise UserError(
-            f"the run at {folder} has no snapshot of step {step}; expected one of {steps}"
+            f"the run at {folder} has no snapshot of step {step}; {steps if listed else none}"
         )
     opened = at_snapshot(run, listed[step])
     config = dataclasses.replace(opened.config, name=f"{opened.config.name}@{step}")

@@ -64,7 +64,7 @@ def class_labels_of(run: Run, settings: GenerateConfig) -> ClassLabels | None:
             class dropout.
     """
     classes, labels = run.flow.classes, settings.labels
-    guidance = settings.guidance if settings.guide is None else None
+    guidance = settings.guidance if settings.guide is None and settings.guidance != 1 else None
     if not classes:
         for option, value in (("--class", labels), ("--guidance", guidance)):
             if value is not None:
@@ -80,7 +80,7 @@ def class_labels_of(run: Run, settings: GenerateConfig) -> ClassLabels | None:
             f"{', '.join(map(str, labels)) or 'empty'}"
         )
     dropout = min(spec.velocity.class_dropout for spec in run.flow.specs)
-    if guidance not in (None, 1) and not dropout:
+    if guidance is not None and not dropout:
         raise UserError(
             f"--guidance {guidance:g} needs a run that was trained with class dropout, but the "
             f"run at {run.name} was trained with class_dropout=0 (as all distilled runs); leave "
@@ -143,8 +143,8 @@ def condition_of(run: Run, images: ImageSet, indices: npt.NDArray[np.int64]) -> 
             given = f"labels {int(labels.min())} to {int(labels.max())}"
         raise UserError(
             f"the likelihood of a class-conditional run needs a class from 0 to {classes - 1} for "
-            f"every image, but these have {given}; use images with classes (or evaluate with "
-            "--set evaluate.nll=0)"
+            f"every image, but these have {given}; give their classes (classes= in Python), "
+            "or evaluate with --set evaluate.nll=0"
         )
     return Condition(labels)
 

@@ -75,8 +75,9 @@ def _sample_images(
     plan: SamplingPlan, n: int, seed: int, accelerator: Accelerator, progress: Progress
 ) -> StoreReader:
     size = plan.settings.batch_size
-    if n < 1 or size < 1:
-        raise UserError(f"n and generate.batch_size must be at least 1, not {n} and {size}")
+    for name, number in (("the number of images (-n)", n), ("generate.batch_size", size)):
+        if number < 1:
+            raise UserError(f"{name} is {number}; expected 1 or more; change it")
     identity, folder = _identity(plan, n, seed), images_folder(plan, n, seed)
     if (folder / MANIFEST).is_file():
         return open_store(folder, "image store", identity)

@@ -54,8 +54,8 @@ def open_warm_start(
     if len(kinds) > 1 or differing:
         raise UserError(
             f"the blocks of the run at {run} have another velocity network: "
-            f"{', '.join(differing) or 'they differ among themselves'}; give --init-from a run "
-            "with the network of this configuration"
+            f"{', '.join(differing) or 'they differ among themselves'}; set velocity as "
+            "there, or give --init-from a run with the network of this configuration"
         )
     names = [field.name for field in dataclasses.fields(StoredBlock)]
     blocks = tuple(StoredBlock(*(getattr(row, name) for name in names)) for row in rows)

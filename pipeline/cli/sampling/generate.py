@@ -130,8 +130,8 @@ def _write_states(
     first, last = span
     if not 0 <= first < last <= len(plan.run.flow):
         raise UserError(
-            f"--blocks is {first}:{last}; expected bounds in 0:{len(plan.run.flow)}, the number "
-            "of blocks of this run"
+            f"--blocks is {first}:{last}; expected A:B with A below B, both from 0 to "
+            f"{len(plan.run.flow)}, the number of blocks of this run; change it"
         )
     flow = ImageFlow.open(plan, accelerator.device)
     columns = flow.states(n, plan.settings.seed, [float(t) for t in range(last, first - 1, -1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,7 +79,7 @@ APPLIES: tuple[tuple[str, Condition, str], ...] = (
         lambda c: c.jko is None or c.jko.divergence != "finite-difference",
         "train.objective=lfm or fm, or jko with jko.divergence=hutchinson or exact",
     ),
-    ("train.warm_start", _objective("jko", "lfm", "distill"), "several blocks (jko or lfm)"),
+    ("train.warm_start", _objective("jko", "lfm", "distill"), "train.objective=jko or lfm"),
     ("jko.jacobian_weight", lambda c: c.jko is None or c.jko.divergence == "finite-difference",
      "jko.divergence=finite-difference"),
     ("jko.solver.steps", lambda c: c.jko is None or not _adaptive(c.jko.solver.method),
@@ -95,6 +96,11 @@ APPLIES: tuple[tuple[str, Condition, str], ...] = (
         "velocity.classes above 0 or a generate.guide",
     ),
 )  # fmt: skip
+
+
+def shown(value: object) -> str:
+    """Return a value as a file has it."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
 def value_of(config: Any, name: str) -> Any:  # noqa: ANN401
@@ -116,9 +122,12 @@ def check_applicable(config: Any) -> None:  # noqa: ANN401 - other schemas have 
     for name, condition, words in APPLIES:
         value, default = value_of(config, name), known[name].default
         if value is not None and value != default and not condition(config):
-            reason = f"{name}={value} applies to {words}"
+            reason = f"{name}={shown(value)} applies to {words}"
+            deciding = next(word for word in re.findall(r"[a-z_.]+", words) if word in known)
             raise InapplicableError(
-                f"{reason}; this configuration has none of that; remove it (default {default})",
+                f"{reason}; this configuration has {deciding}="
+                f"{shown(value_of(config, deciding))}; change that, or remove {name} "
+                f"(default {shown(default)})",
                 [name],
                 reason,
             )

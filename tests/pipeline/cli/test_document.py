@@ -55,6 +55,17 @@ def test_a_dry_run_does_nothing(
     assert not run.exists()
 
 
+def test_a_dry_run_refuses_what_the_training_would(
+    capsys: pytest.CaptureFixture[str], trained: World, run: Path, tmp_path: Path
+) -> None:
+    words = ("train", "--config", trained.config(), "--run", tmp_path / "b", "--init-from", run)
+    code, out, _ = say(capsys, *words, "--dry-run")
+    assert code == 0 and f"start from 3 block(s) of the jko run {run}" in out
+    for setting in ("velocity.depth=3", "velocity.classes=2"):
+        refused = say(capsys, *words, "--set", setting)
+        assert refused[0] == 2 and say(capsys, *words, "--set", setting, "--dry-run") == refused
+
+
 def test_a_dry_run_says_what_is_there(
     capsys: pytest.CaptureFixture[str], trained: World, run: Path
 ) -> None:

@@ -101,16 +101,33 @@ def test_an_auroc_is_that_of_the_likelihoods(
 
 
 @pytest.mark.parametrize(
+    ("outside", "message"), [("none", "none is no folder"), ("one", "have 2 and 1 images")]
+)
+def test_both_folders_are_checked_before_the_work(
+    trained: World, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, outside: str, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("pipeline.evaluation.ranking.log_probs", None)
+    inside = write_pictures(tmp_path / "in", 2, seed=2)
+    write_pictures(tmp_path / "one", 1, seed=3)
+    words = ("--folder", inside, "--against", tmp_path / outside)
+    code, _, last = say(capsys, "likelihood", "--run", run, *words)
+    assert code == 2 and message in last
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (("edit", "--to", "dog"), "was trained without classes"),
         (("invert", "nowhere.png"), "nowhere.png does not exist"),
         (("invert", "-n", "99"), "99 images were asked for"),
         (("invert", "--class", "3"), "--class needs a class-conditional run"),
-        (("generate", "--blocks", "0:9"), "--blocks is 0:9; expected bounds in 0:3"),
+        (("generate", "--blocks", "0:9"), "--blocks is 0:9; expected A:B with A below B, both"),
+        (("generate", "--blocks", "2:1"), "--blocks is 2:1; expected A:B with A below B, both"),
         (("generate", "--blocks", "a"), "--blocks is 'a'; expected a number"),
         (("generate", "--blocks", "0:1", "--npz", "x.npz"), "leave --images and --npz out"),
         (("likelihood", "--against", "."), "--against compares two folders"),
+        (("likelihood", "--folder", "none"), "none is no folder; expected a folder of images"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -17,7 +17,9 @@ from tests.pipeline.config.files import write
     ("override", "named"),
     [
         ("train.lrr=1", r"--set train\.lrr=1: unknown key train\.lrr; known here: .*\blr\b"),
-        ("trian.lr=1", r"unknown key trian"),
+        ("trian.lr=1", r"unknown key trian\.lr; known here: name, data, .*\btrain\b"),
+        ("trian.data=1", r"unknown key trian\.data; known here: name, data"),
+        ("jko.solvr.steps=1", r"unknown key jko\.solvr\.steps; known here: .*\bsolver\b"),
         ("train.lr=fast", r"train\.lr is 'fast'; expected float or list of float"),
         ("train.iterations=1.5", r"train\.iterations is 1\.5; expected int or list of int"),
         ("train.warm_start=maybe", r"train\.warm_start is 'maybe'; expected true or false"),

@@ -204,7 +204,7 @@ def test_a_decompression_bomb_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"size": None}, "data.size is None"),
+        ({"size": None}, "data.size is null"),
         ({"size": 0}, "data.size is 0"),
         ({"mode": "RGBA"}, "data.mode is 'RGBA'; expected one of RGB, L"),
         ({}, "has no images; expected files that end in .png"),

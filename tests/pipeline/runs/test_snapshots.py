@@ -114,7 +114,7 @@ def test_a_run_is_guided_by_what_it_was(
     assert (guided.int() - again.int()).abs().max() <= 1
     code, _, error = say(capsys, "generate", "-r", tmp_path / "out", "--guide",
                          f"{tmp_path / 'out'}@7", "--guidance", "2")  # fmt: skip
-    assert code == 2 and "has no snapshot of step 7; expected one of none" in error
+    assert code == 2 and "has no snapshot of step 7; expected a run with snapshots" in error
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,18 @@ def test_a_run_without_classes_refuses_labels(
     assert code == 2 and error.startswith(f"error: {words[0]} needs a class-conditional run")
 
 
+def test_a_run_without_classes_takes_the_weight_1_of_its_own_flow(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = []
+    for name, words in (("plain", ()), ("one", ("--guidance", "1"))):
+        path = tmp_path / f"{name}.npz"
+        assert say(capsys, "generate", "-r", run, "-n", "3", "--npz", path, *words)[0] == 0
+        with np.load(path) as arrays:
+            images.append(arrays["arr_0"])
+    np.testing.assert_array_equal(*images)
+
+
 def test_guidance_needs_class_dropout(
     pictured: World, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

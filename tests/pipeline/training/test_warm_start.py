@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,13 +13,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from flows.freezing import can_freeze
+from pipeline.config.load import load_config
 from pipeline.errors import UserError
 from pipeline.runs.directory import read_config, read_manifest
 from pipeline.runs.run import load_blocks, open_run
 from pipeline.training.train import Outcome, train
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
 from tests.pipeline.records import rewrite
-from tests.pipeline.tiny import World, say
+from tests.pipeline.tiny import ROOT, World, say
 
 #: a learning rate that moves nothing keeps the initial weights
 STILL = ("train.lr=1e-12", "train.iterations=1")
@@ -193,3 +198,21 @@ def test_autonomous_blocks_start_as_parts_of_one_block(tmp_path: Path, nets: int
     moved = float((whole.encode(z) - z).norm())
     assert moved > 1.0
     assert float((whole.encode(z) - parts.encode(z)).norm()) < 0.02 * moved
+
+
+def test_the_documented_start_has_one_cache_and_one_network() -> None:
+    text = (ROOT / "docs" / "own-images.md").read_text().split("## JKO-iFlow after")[1]
+    given = text.split('data="')[1].split('"')[0]
+    configs = []
+    for line in text.split("\n## ")[0].splitlines():
+        words = shlex.split(line.replace("$data", given)) if "jkoflow train" in line else []
+        if words:
+            sets = [value for flag, value in pairwise(words) if flag == "--set"]
+            configs.append(load_config(words[words.index("--config") + 1], sets))
+    matched, jko = configs
+    assert (matched.train.objective, jko.train.objective) == ("fm", "jko")
+    assert (jko.data, jko.autoencoder, jko.latents) == (
+        matched.data, matched.autoencoder, matched.latents,
+    )  # fmt: skip
+    assert can_freeze(matched.velocity)
+    assert jko.velocity == dataclasses.replace(matched.velocity, autonomous=True)
