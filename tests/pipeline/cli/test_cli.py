@@ -166,7 +166,7 @@ def test_no_images_is_an_error(
 ) -> None:
     code, _, last = say(capsys, "generate", "--run", trained.root / "run", "-n", value)
     assert code == 2
-    assert_sentence(last, "at least 1", value)
+    assert_sentence(last, "expected 1 or more", value)
     code, _, last = say(capsys, "evaluate", "--run", trained.root / "run", "-n", value)
     assert code == 2
     assert_sentence(last, "at least 2 images", value)
