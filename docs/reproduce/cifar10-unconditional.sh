@@ -4,15 +4,19 @@ set -euo pipefail
 
 none=(--set velocity.classes=0 --set velocity.width=128 --set generate.guidance=null)
 jkoflow encode --config cifar10
+fm=(--config cifar10 "${none[@]}" --set fm.snapshot_every=0 --set matching.interpolant=trigonometric
+    --set train.batch_size=64 --set train.lr=4e-3 --set train.warmup=50)
 # the field of the null label learns the trigonometric interpolant
-jkoflow train --config cifar10 "${none[@]}" --init-from zoo:cifar10-wide --run runs/wide-none --set fm.snapshot_every=0 \
-  --set matching.interpolant=trigonometric --set train.batch_size=64 --set train.lr=4e-3 --set train.iterations=1000 \
-  --set train.warmup=50 --set train.ema=0.995
+jkoflow train "${fm[@]}" --init-from zoo:cifar10-wide --run runs/wide-none --set train.iterations=1000 --set train.ema=0.995
+jkoflow train "${fm[@]}" --init-from runs/wide-none --run runs/wide-none-longer --set train.iterations=2400 --set train.ema=0.998
 # eight frozen parts of it are trained by JKO
 jkoflow train --config cifar10-jko "${none[@]}" --init-from runs/wide-none --run runs/wide-none-jko \
   --set 'train.iterations=[150,100]'
+jkoflow train --config cifar10-jko "${none[@]}" --init-from runs/wide-none-longer --run runs/wide-none-longer-jko
 evaluate=(--set generate.precision=bf16 --set evaluate.nll=0 --set evaluate.floor=false)
-for run in runs/wide-none runs/wide-none-jko; do
-  jkoflow evaluate --run "$run" -n 1000 --seed 1 "${evaluate[@]}"
+for run in wide-none wide-none-jko wide-none-longer wide-none-longer-jko; do
+  jkoflow evaluate --run "runs/$run" -n 1000 --seed 1 "${evaluate[@]}"
 done
-jkoflow evaluate --run runs/wide-none-jko -n 10000 --refiner zoo:cifar10-wide/refiner "${evaluate[@]}"
+for run in wide-none-jko wide-none-longer-jko; do
+  jkoflow evaluate --run "runs/$run" -n 10000 --refiner zoo:cifar10-wide/refiner "${evaluate[@]}"
+done
