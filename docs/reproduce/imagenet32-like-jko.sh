@@ -35,4 +35,7 @@ evaluate=("${data[@]}" --reference tiny.safetensors --set generate.precision=bf1
 for run in exported/like-jko-2.5 exported/like-jko-3 exported/like-jko-3.5 zoo:imagenet32-like-wide; do
   jkoflow evaluate --run "$run" -n 1000 --seed 1 "${evaluate[@]}"
 done
+jkoflow evaluate --run runs/wide-trigonometric -n 1000 --seed 1 --guide runs/like-guide --guidance 3.3 \
+  --refiner zoo:imagenet32-like-wide/refiner "${evaluate[@]}"
+jkoflow evaluate --run exported/wide-jko -n 1000 --seed 1 "${evaluate[@]}"
 jkoflow evaluate --run exported/wide-jko -n 10000 "${evaluate[@]}"
