@@ -93,7 +93,8 @@ def _differences(start: VelocityConfig, wanted: VelocityConfig) -> list[str]:
         free.append("nets")
     if wanted.autonomous and can_freeze(start):
         free.append("autonomous")
-        free += ["nets"] if wanted.nets == 1 else []
+        if wanted.nets == 1:
+            free.append("nets")
     twice = start.widened(2)
     advice = {"width": "; a multiple of it would do"} if widening_factor(start, twice) else {}
     return [
