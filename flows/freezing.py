@@ -7,10 +7,21 @@ exactly a time-independent network of the same kind. K frozen blocks
 
 approximate the flow of v with an error O(K⁻²). The same holds for a fixed label. Of several
 networks in a block the frozen one is that of the time t*.
+
+The samples x_t = (1 − t) z + t z' of the linear interpolant have less variance than z and z'.
+JKO's potential asks for the same variance at all times, which the trigonometric interpolant has.
+Its samples at the angle θ are those of the linear interpolant, scaled:
+
+    z_θ = r x_t,   r = cos θ + sin θ,   t = sin θ / r,
+    dz_θ / dθ = (r' / r) z_θ + (1 / r) v(t, z_θ / r),   r' = cos θ − sin θ.
+
+So a field that learnt the linear interpolant gives that of the trigonometric one without training.
+The map of both is the same, because r = 1 at both ends.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -26,7 +37,18 @@ from flows.networks.dit import DitVelocity, Modulation
 from flows.networks.layers import ContextFeatures
 from flows.networks.mlp import LinearVelocity, MlpVelocity, ResidualLayer, ResidualMlpVelocity
 from flows.networks.piecewise import PiecewiseVelocity, TimeSlice
+from flows.networks.skip import SkipVelocity
 from flows.spec import BlockSpec, build_block
+
+#: the weight of each kind that reads the sample
+_INPUT = {
+    UNetVelocity: "input.weight",
+    DitVelocity: "input.weight",
+    ConvVelocity: "convs.0.weight",
+    ResidualMlpVelocity: "input.weight",
+    MlpVelocity: "first.weight",
+    LinearVelocity: "affine.weight",
+}
 
 #: layers of each kind that scale the field
 _OUTPUTS = {
@@ -40,7 +62,12 @@ _OUTPUTS = {
 
 
 def freeze_block(
-    block: Block, spec: BlockSpec, start: float = 0.0, end: float = 1.0
+    block: Block,
+    spec: BlockSpec,
+    start: float = 0.0,
+    end: float = 1.0,
+    *,
+    from_linear: bool = False,
 ) -> tuple[Block, BlockSpec]:
     """Freeze a block at the middle of an interval of its time.
 
@@ -49,6 +76,9 @@ def freeze_block(
         spec: its specification.
         start: beginning of the interval, in [0, 1).
         end: end of the interval, in (start, 1].
+        from_linear: whether the block is the whole flow, learnt by the linear interpolant. The
+            interval is then one of the time 2 θ / π of the trigonometric interpolant, and the
+            field v is converted to it, as the module says.
 
     Returns:
         the autonomous block with the field (end − start) v((start + end) / 2, z), and its
@@ -68,14 +98,27 @@ def freeze_block(
         )
     velocity = block.velocity.inner if isinstance(block.velocity, TimeSlice) else block.velocity
     time = spec.start + spec.length * (start + end) / 2
+    length, skip, radius = spec.length * (end - start), 0.0, 1.0
+    if from_linear:
+        angle = time * math.pi / 2
+        cosine, sine = math.cos(angle), math.sin(angle)
+        radius = cosine + sine
+        speed = length * math.pi / 2  # dθ over the interval
+        time, skip, length = sine / radius, speed * (cosine - sine) / radius, speed / radius
     if isinstance(velocity, PiecewiseVelocity):
         velocity = velocity.network_at(time)
     frozen = replace(
-        spec, velocity=replace(spec.velocity, autonomous=True, nets=1), start=0.0, length=1.0
+        spec,
+        velocity=replace(spec.velocity, autonomous=True, nets=1),
+        start=0.0,
+        length=1.0,
+        skip=skip,
     )
     result = build_block(frozen, velocity.shape)
-    weights = freeze(velocity, time, spec.length * (end - start))
-    result.velocity.load_state_dict(weights)
+    network = result.velocity
+    if isinstance(network, SkipVelocity):
+        network = network.inner
+    network.load_state_dict(freeze(velocity, time, length, radius))
     return result, frozen
 
 
@@ -84,8 +127,13 @@ def can_freeze(config: VelocityConfig) -> bool:
     return not config.autonomous and not config.image_channels
 
 
-def freeze_flow(flow: Flow, count: int) -> Flow:
+def freeze_flow(flow: Flow, count: int, *, from_linear: bool = False) -> Flow:
     """Freeze a flow of one block into K = `count` autonomous blocks of equal parts of its time.
+
+    Args:
+        flow: one time-dependent block.
+        count: K ≥ 1.
+        from_linear: see `freeze_block`.
 
     Raises:
         FlowError: the flow has several blocks, or its block cannot be frozen.
@@ -93,19 +141,23 @@ def freeze_flow(flow: Flow, count: int) -> Flow:
     if len(flow) != 1:
         raise FlowError(f"the flow to freeze has {len(flow)} blocks; expected one")
     parts = [
-        freeze_block(flow[0], flow.specs[0], k / count, (k + 1) / count) for k in range(count)
+        freeze_block(flow[0], flow.specs[0], k / count, (k + 1) / count, from_linear=from_linear)
+        for k in range(count)
     ]
     return Flow.from_blocks(flow.shape, [(spec, block) for block, spec in parts])
 
 
 @torch.no_grad()
-def freeze(velocity: Velocity, time: float, length: float = 1.0) -> dict[str, Tensor]:
-    """Compute the weights of the autonomous network with the field length · v(time, z).
+def freeze(
+    velocity: Velocity, time: float, length: float = 1.0, radius: float = 1.0
+) -> dict[str, Tensor]:
+    """Compute the weights of the autonomous network with the field length · v(time, z / radius).
 
     Args:
         velocity: a time-dependent network of any kind.
         time: t*, in [0, 1].
         length: factor of the field.
+        radius: divisor of the sample.
 
     Returns:
         a state dict that the network with ``autonomous`` loads.
@@ -125,6 +177,7 @@ def freeze(velocity: Velocity, time: float, length: float = 1.0) -> dict[str, Te
         weight = state["first.weight"]
         state["first.weight"] = weight[:, : velocity.dim].clone()
         state["first.bias"] += time * weight[:, velocity.dim]
+    state[_INPUT[type(velocity)]] /= radius
     for name, value in state.items():
         if name.split(".")[0] in _OUTPUTS[type(velocity)]:
             value *= length

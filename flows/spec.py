@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -13,6 +14,7 @@ from flows.errors import FlowError
 from flows.networks.config import VelocityConfig
 from flows.networks.piecewise import time_slice
 from flows.networks.registry import make_velocity
+from flows.networks.skip import SkipVelocity
 from flows.solving.solver import SolverConfig
 
 #: objectives that a single block is trained by; flow matching (fm) is lfm with gamma None
@@ -33,9 +35,11 @@ class BlockSpec:
         start: beginning of the part of its velocity's time that the block covers; see
             :func:`flows.networks.piecewise.time_slice`.
         length: length of that part.
+        skip: constant c of the term c z that is added to the field of the network or networks;
+            see :class:`flows.networks.skip.SkipVelocity`.
 
     Raises:
-        FlowError: the objective is unknown, or h, gamma, start or length is out of range.
+        FlowError: the objective is unknown, or h, gamma, start, length or skip is out of range.
     """
 
     velocity: VelocityConfig = field(default_factory=VelocityConfig)
@@ -45,6 +49,7 @@ class BlockSpec:
     gamma: float | None = None
     start: float = 0.0
     length: float = 1.0
+    skip: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the objective and the ranges."""
@@ -59,6 +64,8 @@ class BlockSpec:
             raise FlowError(
                 f"start is {self.start} and length {self.length}; expected a part of [0, 1]"
             )
+        if not math.isfinite(self.skip):
+            raise FlowError(f"skip is {self.skip}; expected a finite number")
 
     @property
     def step(self) -> float | None:
@@ -81,8 +88,10 @@ class BlockSpec:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary; it leaves out conditions that the network lacks."""
+        """Return a JSON-ready dictionary; it leaves out what the block or network lacks."""
         plain = asdict(self)
+        if not self.skip:
+            del plain["skip"]
         velocity = plain["velocity"]
         if not self.velocity.classes:
             del velocity["classes"], velocity["class_dropout"]
@@ -112,6 +121,8 @@ def build_block(
             crosses a switch between its networks.
     """
     velocity = make_velocity(spec.velocity, shape, generator)
+    if spec.skip:
+        velocity = SkipVelocity(velocity, spec.skip)
     return Block(time_slice(velocity, spec.start, spec.length), spec.solver)
 
 

@@ -78,14 +78,17 @@ class DistilledBlocks:
         """Build a merged block; it starts from the first block of its group, if that fits."""
         config, shape, plan = self.context.config, self.context.samples.shape, passes[-1]
         step, jko = plan.step(index), bool(plan.h)
+        first = self.groups[index][0]
+        parent = self.teacher.flow.specs[first]
+        fits = parent.velocity == config.velocity and not parent.sliced
+        warm = config.train.warm_start and fits
         spec = BlockSpec(
             velocity=config.velocity, solver=config.sampler.of_block(index), objective="distill",
             h=step if jko else None, gamma=None if jko else step,
+            skip=parent.skip if warm else 0.0,
         )  # fmt: skip
         block = build_block(spec, shape, generator(config.train.seed, "weights", index))
-        first = self.groups[index][0]
-        parent = self.teacher.flow.specs[first]
-        if config.train.warm_start and parent.velocity == spec.velocity and not parent.sliced:
+        if warm:
             block.load_state_dict(self.teacher.flow[first].state_dict())
         return spec, block
 

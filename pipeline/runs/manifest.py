@@ -73,12 +73,27 @@ class ClassesRecord:
 
 @dataclass(frozen=True)
 class WarmStartRecord:
-    """Run, a directory or zoo:NAME, whose weights the blocks started from (`--init-from`)."""
+    """Run, a directory or zoo:NAME, whose weights the blocks started from (`--init-from`).
+
+    Attributes:
+        run: its directory, or zoo:NAME.
+        name: of its configuration.
+        objective: that it was trained with.
+        blocks: its blocks.
+        interpolant: that its flow matching learnt; None in older records, of runs that learnt the
+            trigonometric one or were not converted to it.
+    """
 
     run: str
     name: str
     objective: str
     blocks: tuple[StoredBlock, ...]
+    interpolant: str | None = None
+
+    @property
+    def from_linear(self) -> bool:
+        """Return whether the run is flow matching of the linear interpolant."""
+        return self.objective == "fm" and self.interpolant == "linear"
 
     def shares_time(self, autonomous: bool) -> bool:
         """Return whether autonomous blocks are parts of the time of the only block of the run."""

@@ -44,7 +44,9 @@ def guiding_flow(run: Run, guide: Run) -> Flow:
     if not _began_as_parts_of_one(run, guide):
         return guide.flow
     plan = run.manifest.current
-    return freeze_flow(guide.flow, len(plan.steps) + plan.free)[: len(run.flow)]
+    linear = guide.config.regression.interpolant == "linear"
+    parts = freeze_flow(guide.flow, len(plan.steps) + plan.free, from_linear=linear)
+    return parts[: len(run.flow)]
 
 
 def _open_run_or_snapshot(name: str) -> Run:
@@ -68,7 +70,7 @@ def _require_fit(run: Run, guide: Run, name: str) -> None:
             f"{run.name}; train it with the same section {run.config.train.objective} (jko: "
             "with the run's steps as jko.h, and schedule.tolerance=0) and a smaller "
             "velocity.width; a jko run that began as parts of one flow-matching block also takes "
-            "one flow-matching block with matching.interpolant=trigonometric"
+            "one block of flow matching"
         )
     dropout = min(spec.velocity.class_dropout for spec in guide.flow.specs)
     if guide.flow.classes and not dropout:
@@ -91,7 +93,7 @@ def _began_as_parts_of_one(run: Run, guide: Run) -> bool:
         and begun.shares_time(run.manifest.blocks[0].spec.velocity.autonomous)
         and len(rows) == 1
         and can_freeze(rows[0].spec.velocity)
-        and guide.config.regression.interpolant == "trigonometric"
+        and guide.config.train.objective == "fm"
     )
 
 

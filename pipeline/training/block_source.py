@@ -157,9 +157,11 @@ class TrainedBlocks:
         if start is not None:
             before, block = load_block(folder, start, shape)
             if spec.velocity.autonomous and can_freeze(before.velocity):
-                block, before = freeze_block(block, before, *self._interval(plan, index))
+                block, before = self._freeze(plan, index, block, before)
             if _extends(before, spec):
-                spec = dataclasses.replace(spec, start=before.start, length=before.length)
+                spec = dataclasses.replace(
+                    spec, start=before.start, length=before.length, skip=before.skip
+                )
                 block = transform_block(block, before, spec, source)
                 block.solver = spec.solver
                 return spec, block
@@ -234,13 +236,17 @@ class TrainedBlocks:
         warm = train.warm_start and index > 0
         return self.context.folder, plan.blocks[index - 1] if warm else None
 
-    def _interval(self, plan: Pass, index: int) -> tuple[float, float]:
-        """Return the part of a block's time whose frozen field an autonomous block starts as."""
-        assert self.warm_start is not None
-        if not self.warm_start.shares_time(True):
-            return 0.0, 1.0
+    def _freeze(
+        self, plan: Pass, index: int, block: Block, before: BlockSpec
+    ) -> tuple[Block, BlockSpec]:
+        """Freeze a block of the other run at the time of an autonomous block."""
+        start = self.warm_start
+        assert start is not None
+        if not start.shares_time(True):
+            return freeze_block(block, before)
         count = len(plan.steps) + plan.free
-        return index / count, (index + 1) / count
+        interval = index / count, (index + 1) / count
+        return freeze_block(block, before, *interval, from_linear=start.from_linear)
 
 
 def _extends(before: BlockSpec, spec: BlockSpec) -> bool:

@@ -7,7 +7,8 @@ classes starts as the null label of one with classes. A network r times as wide 
 velocity (Net2Net). Several networks in one block (`velocity.nets`) start as copies of one. An
 autonomous network starts as the time-dependent one at the middle of its time (`flows.freezing`),
 of several networks as the one of that time. K blocks share the time of a run of one block in equal
-parts. The manifest records the sha256 of the weights, and a resumed training checks them.
+parts. Flow matching of the linear interpolant is converted to the trigonometric one first. The
+manifest records the sha256 of the weights, and a resumed training checks them.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def open_warm_start(
         )
     names = [field.name for field in dataclasses.fields(StoredBlock)]
     blocks = tuple(StoredBlock(*(getattr(row, name) for name in names)) for row in rows)
-    return WarmStartRecord(run, config.name, config.train.objective, blocks)
+    interpolant = config.regression.interpolant
+    return WarmStartRecord(run, config.name, config.train.objective, blocks, interpolant)
 
 
 def initial_row(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.func import jvp
 
 from flows.errors import FlowError
 from flows.flow import Flow
@@ -13,6 +15,7 @@ from flows.freezing import freeze, freeze_block, freeze_classes, freeze_flow
 from flows.networks.base import Velocity
 from flows.networks.config import VelocityConfig
 from flows.networks.registry import KINDS, make_velocity
+from flows.refinement import split_block
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
 from tests.flows.problems import points
@@ -44,6 +47,84 @@ def test_a_frozen_network_is_the_field_at_its_time(kind, classes):
     torch.testing.assert_close(frozen(late, z, *labels), expected)
     if kind != "linear":
         assert not torch.allclose(0.25 * network(late, z, *labels), expected)
+
+
+@pytest.mark.parametrize("nets", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_field_of_the_linear_interpolant_is_converted_to_the_trigonometric_one(kind, nets):
+    """z_θ = r x_t, so its slope is r' x_t + r (dt / dθ) v(t, x_t), here by finite differences."""
+    spec = BlockSpec(replace(SMALL, kind=kind, nets=nets))
+    block = build_block(spec, SHAPES.get(kind, (5,))).double()
+    network = randomise(block.velocity)
+    frozen, frozen_spec = freeze_block(block, spec, 0.5, 0.75, from_linear=True)
+    z = points(network, batch=4)
+
+    def place(angle: float) -> tuple[float, float]:
+        sine, cosine = math.sin(angle), math.cos(angle)
+        return sine + cosine, sine / (sine + cosine)
+
+    angle, step = 0.625 * math.pi / 2, 1e-5
+    radius, time = place(angle)
+    assert time > 0.5
+    (r0, t0), (r1, t1) = place(angle - step), place(angle + step)
+    x = z / radius
+    v = network(torch.tensor(time, dtype=torch.float64), x)
+    slope = ((r1 - r0) * x + radius * (t1 - t0) * v) / (2 * step)
+    found = frozen.double().velocity(torch.tensor(0.1, dtype=torch.float64), z)
+    torch.testing.assert_close(found, 0.25 * math.pi / 2 * slope, rtol=1e-5, atol=1e-6)
+    assert BlockSpec.from_dict(frozen_spec.to_dict()) == frozen_spec
+    rebuilt = build_block(frozen_spec, network.shape)
+    rebuilt.load_state_dict(frozen.state_dict())
+    start = torch.tensor(0.0)
+    again = rebuilt.velocity(start, z.float())
+    torch.testing.assert_close(again, found.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_skip_connection_adds_to_the_field_its_derivatives_and_its_pieces():
+    spec = BlockSpec(replace(SMALL, kind="mlp", nets=2), SolverConfig("rk4", steps=2), skip=-0.7)
+    block = build_block(spec, (3,)).double()
+    randomise(block.velocity)
+    z, t = points(block.velocity, batch=4), torch.tensor(0.7, dtype=torch.float64)
+    plain = block.velocity.inner
+    torch.testing.assert_close(block.velocity(t, z), plain(t, z) - 0.7 * z)
+    tangents = points(block.velocity, batch=8).view(2, 4, 3)
+    v, derivatives = block.velocity.directional(t, z, tangents)
+    for tangent, derivative in zip(tangents, derivatives, strict=True):
+        value, expected = jvp(lambda x: block.velocity(t, x), (z,), (tangent,))
+        torch.testing.assert_close(v, value)
+        torch.testing.assert_close(derivative, expected)
+    late = block.velocity.smooth_pieces()[1]
+    assert late.start == 0.5
+    torch.testing.assert_close(late.field(t, z), block.velocity(t, z))
+    children = split_block(replace(spec, h=0.2), block, 2)
+    torch.testing.assert_close(children[1][1](children[0][1](z)), block(z))
+    for child, part in children:
+        assert build_block(child, (3,)).load_state_dict(part.state_dict())
+
+
+@pytest.mark.parametrize("skip", [math.nan, math.inf])
+def test_a_skip_connection_is_finite(skip):
+    with pytest.raises(FlowError, match="skip is"):
+        BlockSpec(skip=skip)
+
+
+def test_a_converted_flow_has_the_map_of_its_block():
+    """The error of K converted blocks falls as K⁻², as that of frozen blocks does."""
+    spec = BlockSpec(replace(SMALL, kind="mlp", width=16, activation="tanh"))
+    block = build_block(spec, (3,), torch.Generator().manual_seed(0)).double()
+    randomise(block.velocity)
+    z = points(block.velocity, batch=8)
+    flow = Flow.from_blocks((3,), [(spec, block)])
+    exact = block.transport(z, solver=SolverConfig("rk4", steps=64)).z
+    errors = []
+    for count in (4, 8, 16):
+        moved = z
+        for part in freeze_flow(flow, count, from_linear=True):
+            moved = part.double().transport(moved, solver=SolverConfig("rk4", steps=4)).z
+        errors.append(float((moved - exact).abs().max().detach()))
+    assert errors[0] > 1e-6
+    for coarse, fine in zip(errors[:-1], errors[1:], strict=True):
+        assert coarse / fine == pytest.approx(4, rel=0.1)
 
 
 @pytest.mark.parametrize(("autonomous", "nets"), [(False, 1), (False, 2), (True, 1)])

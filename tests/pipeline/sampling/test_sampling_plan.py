@@ -67,9 +67,10 @@ def test_autoguided_images_equal_a_direct_computation(run: Path, guide: Path) ->
     assert torch.equal(images(opened, guide=str(guide), guidance=1.0), plain)
 
 
+@pytest.mark.parametrize("interpolant", ["linear", "trigonometric"])
 def test_one_block_guides_a_run_that_began_as_its_parts(
     trained_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    interpolant: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Such a guide equals the guide whose blocks are its frozen parts."""
     monkeypatch.setenv("JKOFLOW_HOME", str(trained_world.home))
@@ -79,7 +80,7 @@ def test_one_block_guides_a_run_that_began_as_its_parts(
         assert say(capsys, "train", "-c", config, "-r", tmp_path / name, *words)[0] == 0
         return tmp_path / name
 
-    fm = {"train": {"objective": "fm"}, "matching": {"interpolant": "trigonometric"}}
+    fm = {"train": {"objective": "fm"}, "matching": {"interpolant": interpolant}}
     strong = trained("strong", **fm)
     weak = trained("weak", velocity={"width": 8}, **fm)
     steps = {"jko": {"h": [0.2, 0.5]}, "schedule": {"free_block": True}}
@@ -98,7 +99,7 @@ def test_one_block_guides_a_run_that_began_as_its_parts(
     assert say(capsys, "export", "-r", parts, *words)[0] == 0
     assert torch.equal(images(open_run(tmp_path / "out")).int(), drawn(weak))
     with pytest.raises(UserError, match="must have the objective, the interpolant and the steps"):
-        drawn(trained("linear", train={"objective": "fm"}))
+        drawn(trained("staged", train={"objective": "lfm"}))
 
 
 def test_identity_depends_on_the_weights_of_the_guide_alone(run: Path, guide: Path) -> None:

@@ -182,18 +182,23 @@ def test_from_the_command_line(
     assert code == 2 and error.startswith("error: ")
 
 
+@pytest.mark.parametrize("interpolant", ["linear", "trigonometric"])
 @pytest.mark.parametrize("nets", [1, 2])
-def test_autonomous_blocks_start_as_parts_of_one_block(tmp_path: Path, nets: int) -> None:
+def test_autonomous_blocks_start_as_parts_of_one_block(
+    tmp_path: Path, nets: int, interpolant: str
+) -> None:
     """Blocks k of K start as the field at the time (k + 1/2) / K, and together map alike."""
     net = ("velocity.kind=mlp", "velocity.width=16", "velocity.depth=1")
     several = (f"velocity.nets={nets}", "sampler.steps=4")
-    run(tmp_path / "fm", "train.objective=fm", *net, *several, "train.iterations=200")
+    path = f"matching.interpolant={interpolant}"
+    run(tmp_path / "fm", "train.objective=fm", path, *net, *several, "train.iterations=200")
     steps = f"jko.h={[0.2] * 7}"
     start = f"train.init_from={tmp_path / 'fm'}"
     run(tmp_path / "jko", steps, "schedule.free_block=true", *net, *STILL, start)
     whole, parts = (open_run(str(tmp_path / name)).flow for name in ("fm", "jko"))
     assert (len(whole), len(parts)) == (1, 8)
     assert parts.specs[0].velocity.autonomous and not whole.specs[0].velocity.autonomous
+    assert all(bool(part.skip) == (interpolant == "linear") for part in parts.specs)
     z = torch.randn(20, 2, generator=torch.Generator().manual_seed(1))
     moved = float((whole.encode(z) - z).norm())
     assert moved > 1.0
