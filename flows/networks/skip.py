@@ -27,7 +27,7 @@ class SkipVelocity(Velocity):
     def directional(
         self, t: Tensor, z: Tensor, tangents: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Add c z to the field of v, c ε to its derivatives (n, B, *shape); see :class:`Velocity`."""
+        """Add c z to v, and c ε to its derivatives (n, B, *shape); see :class:`Velocity`."""
         v, derivatives = self.inner.directional(t, z, tangents, *optional(labels))
         return self.skip * z + v, self.skip * tangents + derivatives
 
