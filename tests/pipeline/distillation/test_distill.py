@@ -145,6 +145,24 @@ def test_blocks_start_from_the_teachers(gaussian: Run, tmp_path: Path) -> None:
             assert same == (index is not None)
 
 
+def test_a_merged_block_has_the_skip_connection_of_its_start(tmp_path: Path) -> None:
+    still = ("train.iterations=1", "train.lr=1e-12")
+    net = ("velocity.kind=mlp", "velocity.width=16", "velocity.depth=1")
+    for name, extra in {
+        "fm": ("train.objective=fm",),
+        "parts": (f"train.init_from={tmp_path / 'fm'}", "schedule.free_block=true"),
+    }.items():
+        config = tiny(*net, *still, *extra)
+        train(config, tmp_path / name, Accelerator(cpu=True), quiet, False, GaussianSource())
+    parts = open_run(tmp_path / "parts")
+    merge(parts, tmp_path / "merged", *still)
+    merge(parts, tmp_path / "random", *still, "train.warm_start=false")
+    skips = [spec.skip for spec in parts.flow.specs]
+    assert len(skips) == 4 and all(skips)
+    assert [spec.skip for spec in open_run(tmp_path / "merged").flow.specs] == skips[::2]
+    assert [spec.skip for spec in open_run(tmp_path / "random").flow.specs] == [0.0, 0.0]
+
+
 OFTEN = ("train.iterations=5", "train.checkpoint_seconds=0", "train.batch_size=32")
 
 
