@@ -13,8 +13,14 @@ jkoflow train "${fm[@]}" --init-from runs/wide-none --run runs/wide-none-longer 
 jkoflow train --config cifar10-jko "${none[@]}" --init-from runs/wide-none --run runs/wide-none-jko \
   --set 'train.iterations=[150,100]'
 jkoflow train --config cifar10-jko "${none[@]}" --init-from runs/wide-none-longer --run runs/wide-none-longer-jko
+# the same with the linear interpolant, whose parts are converted
+jkoflow train --config cifar10 "${none[@]}" --init-from zoo:cifar10-wide --run runs/wide-none-linear \
+  --set fm.snapshot_every=0 --set train.batch_size=64 --set train.lr=3e-3 --set train.warmup=50 \
+  --set train.iterations=2800 --set train.ema=0.998
+jkoflow train --config cifar10-jko "${none[@]}" --init-from runs/wide-none-linear --run runs/wide-none-linear-jko \
+  --set 'train.iterations=[150,100]'
 evaluate=(--set generate.precision=bf16 --set evaluate.nll=0 --set evaluate.floor=false)
-for run in wide-none wide-none-jko wide-none-longer wide-none-longer-jko; do
+for run in wide-none wide-none-jko wide-none-longer wide-none-longer-jko wide-none-linear wide-none-linear-jko; do
   jkoflow evaluate --run "runs/$run" -n 1000 --seed 1 "${evaluate[@]}"
 done
 for run in wide-none-jko wide-none-longer-jko; do

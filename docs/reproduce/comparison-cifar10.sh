@@ -7,6 +7,7 @@ set -euo pipefail
 common=(--config cifar10 --set data.limit=20000 --set latents.mirror=false --set velocity.classes=0
         --set fm=null --set matching=null --set train.batch_size=64 --set train.warmup=20)
 jkoflow encode "${common[@]}"
+# seed 1 of c-fm: --set train.seed=1
 jkoflow train  "${common[@]}" --run runs/c-fm --set train.iterations=10300 --set sampler.steps=24
 jkoflow train  "${common[@]}" --run runs/c-lfm --set train.iterations=4700 --set sampler.steps=6 --set velocity.width=32 \
   --set train.objective=lfm --set 'lfm.gamma=[0.1,0.15,0.225]' --set schedule.tolerance=0

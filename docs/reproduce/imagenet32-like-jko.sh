@@ -24,6 +24,9 @@ jkoflow train "${fm[@]}" --set velocity.width=128 --set velocity.nets=2 --run ru
   --set sampler.steps=8
 jkoflow train "${jko[@]}" --set velocity.width=128 --init-from runs/wide-trigonometric --run runs/wide-jko \
   --set 'train.iterations=[150,100]'
+# width 128 without this step: parts of the shipped run, converted to the interpolant exactly
+jkoflow train "${jko[@]}" --set velocity.width=128 --init-from zoo:imagenet32-like-wide --run runs/wide-parts-jko \
+  --set 'train.iterations=[150,100]'
 
 guided=(--guide runs/like-guide-jko --refiner zoo:imagenet32-like-wide/refiner --dtype int10)
 for weight in 2.5 3 3.5; do
@@ -39,3 +42,8 @@ jkoflow evaluate --run runs/wide-trigonometric -n 1000 --seed 1 --guide runs/lik
   --refiner zoo:imagenet32-like-wide/refiner "${evaluate[@]}"
 jkoflow evaluate --run exported/wide-jko -n 1000 --seed 1 "${evaluate[@]}"
 jkoflow evaluate --run exported/wide-jko -n 10000 "${evaluate[@]}"
+parts=(--run runs/wide-parts-jko --guidance 3.3 --refiner zoo:imagenet32-like-wide/refiner "${evaluate[@]}")
+for guide in zoo:imagenet32-like-wide/guide runs/like-guide-jko; do
+  jkoflow evaluate "${parts[@]}" -n 1000 --seed 1 --guide "$guide"
+done
+jkoflow evaluate "${parts[@]}" -n 10000 --guide zoo:imagenet32-like-wide/guide
