@@ -9,8 +9,8 @@ approximate the flow of v with an error O(K⁻²). The same holds for a fixed la
 networks in a block the frozen one is that of the time t*.
 
 The samples x_t = (1 − t) z + t z' of the linear interpolant have less variance than z and z'.
-JKO's potential asks for the same variance at all times, which the trigonometric interpolant has.
-Its samples at the angle θ are those of the linear interpolant, scaled:
+The JKO scheme keeps the variance, as the trigonometric interpolant does. Its samples at the angle
+θ are those of the linear interpolant, scaled:
 
     z_θ = r x_t,   r = cos θ + sin θ,   t = sin θ / r,
     dz_θ / dθ = (r' / r) z_θ + (1 / r) v(t, z_θ / r),   r' = cos θ − sin θ.
@@ -81,8 +81,9 @@ def freeze_block(
             field v is converted to it, as the module says.
 
     Returns:
-        the autonomous block with the field (end − start) v((start + end) / 2, z), and its
-        specification.
+        the autonomous block and its specification. Its field is (end − start) v(t*, z) with
+        t* = (start + end) / 2. With ``from_linear`` it is Δθ ((r' / r) z + (1 / r) v(t, z / r)) at
+        θ = t* π / 2, where Δθ = (end − start) π / 2.
 
     Raises:
         FlowError: the interval is empty or leaves [0, 1], or the block is conditioned on images.

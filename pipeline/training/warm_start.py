@@ -5,10 +5,12 @@ without a counterpart starts as it would without the other run. A network may st
 other classes, or without classes: every class then starts as the null label. A network without
 classes starts as the null label of one with classes. A network r times as wide starts as the same
 velocity (Net2Net). Several networks in one block (`velocity.nets`) start as copies of one. An
-autonomous network starts as the time-dependent one at the middle of its time (`flows.freezing`),
-of several networks as the one of that time. K blocks share the time of a run of one block in equal
-parts. Flow matching of the linear interpolant is converted to the trigonometric one first. The
-manifest records the sha256 of the weights, and a resumed training checks them.
+autonomous network starts as the time-dependent one, frozen at the middle of its time
+(`flows.freezing`). If the block has several networks, the one of that time is frozen. K autonomous
+blocks share the time of a run of one block in equal parts. If that run is flow matching of the
+linear interpolant, its field is first converted to the trigonometric one.
+
+The manifest records the sha256 of the weights, and a resumed training checks them.
 """
 
 from __future__ import annotations
