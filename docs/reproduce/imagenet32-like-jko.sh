@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # docs/comparison.md: the stand-in for ImageNet-32 by JKO blocks that start as parts of a flow-matching network.
 # Run imagenet32-like.sh DIR first: it makes the reference, the flow and its guide, a snapshot.
-# The values at n = 5 000 take -n 5000. The parts before JKO are not measured here.
+# The values at n = 5 000 take -n 5000. The parts before JKO were measured by a script that is not in the repository.
 set -euo pipefail
 
 dir=${1:?usage: imagenet32-like-jko.sh DIR}
