@@ -20,3 +20,7 @@ for guide in runs/m-guide runs/m-guide-jko; do
   jkoflow evaluate --run exported/mnist-jko -n 2000 --seed 1 --guide "$guide" --guidance 2 --set evaluate.floor=false \
     --set evaluate.nll=0
 done
+# from zoo:mnist-fine without learning the interpolant
+jkoflow train    --config mnist-jko --init-from zoo:mnist-fine --run runs/m-converted
+jkoflow evaluate --run runs/m-converted -n 2000 --seed 1 --guide zoo:mnist-fine/guide --guidance 2 \
+  --set evaluate.floor=false --set evaluate.nll=0
