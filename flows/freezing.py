@@ -37,6 +37,7 @@ from flows.networks.dit import DitVelocity, Modulation
 from flows.networks.layers import ContextFeatures
 from flows.networks.mlp import LinearVelocity, MlpVelocity, ResidualLayer, ResidualMlpVelocity
 from flows.networks.piecewise import PiecewiseVelocity, TimeSlice
+from flows.networks.registry import BUILT_IN
 from flows.networks.skip import SkipVelocity
 from flows.spec import BlockSpec, build_block
 
@@ -124,8 +125,8 @@ def freeze_block(
 
 
 def can_freeze(config: VelocityConfig) -> bool:
-    """Return whether a network depends on time and sees no image."""
-    return not config.autonomous and not config.image_channels
+    """Return whether a network of a built-in kind depends on time and sees no image."""
+    return config.kind in BUILT_IN and not config.autonomous and not config.image_channels
 
 
 def freeze_flow(flow: Flow, count: int, *, from_linear: bool = False) -> Flow:

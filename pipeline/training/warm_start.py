@@ -20,6 +20,7 @@ import dataclasses
 from flows.freezing import can_freeze
 from flows.net2net import becomes_several, widening_factor
 from flows.networks.config import VelocityConfig
+from flows.networks.registry import BUILT_IN
 from pipeline.errors import UserError
 from pipeline.runs.directory import read_config, read_manifest
 from pipeline.runs.manifest import WarmStartRecord
@@ -90,7 +91,9 @@ def _differences(start: VelocityConfig, wanted: VelocityConfig) -> list[str]:
     pairs = zip(
         dataclasses.asdict(start).items(), dataclasses.asdict(wanted).values(), strict=True
     )
-    free = ["class_dropout", "classes"]  # the first is a setting of the training
+    free = ["class_dropout"]  # a setting of the training
+    if wanted.kind in BUILT_IN:
+        free.append("classes")
     if widening_factor(start, wanted):
         free.append("width")
     if becomes_several(start, wanted):

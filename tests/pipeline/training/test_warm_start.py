@@ -14,11 +14,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from flows.freezing import can_freeze
+from flows.networks.base import Velocity
+from flows.networks.config import VelocityConfig
+from flows.networks.registry import KINDS
 from pipeline.config.load import load_config
 from pipeline.errors import UserError
 from pipeline.runs.directory import read_config, read_manifest
 from pipeline.runs.run import load_blocks, open_run
 from pipeline.training.train import Outcome, train
+from pipeline.training.warm_start import open_warm_start
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
 from tests.pipeline.records import rewrite
 from tests.pipeline.tiny import ROOT, World, say
@@ -203,6 +207,32 @@ def test_autonomous_blocks_start_as_parts_of_one_block(
     moved = float((whole.encode(z) - z).norm())
     assert moved > 1.0
     assert float((whole.encode(z) - parts.encode(z)).norm()) < 0.02 * moved
+
+
+class Rate(Velocity):
+    """The network of a plug-in: v = a z."""
+
+    def __init__(self, config: VelocityConfig, shape: tuple[int, ...]) -> None:
+        super().__init__(shape, config.classes)
+        self.rate = torch.nn.Parameter(torch.zeros(shape))
+
+    def forward(self, t: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.rate * z
+
+
+def test_the_network_of_a_plugin_is_not_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Freezing a time needs to know the layers of a network."""
+    monkeypatch.setitem(KINDS, "rate", Rate)
+    run(tmp_path / "fm", "train.objective=fm", "velocity.kind=rate")
+    start = ("velocity.kind=rate", f"train.init_from={tmp_path / 'fm'}")
+    with pytest.raises(UserError, match=r"velocity.autonomous \(False, not True\)"):
+        run(tmp_path / "jko", *start, "velocity.autonomous=true")
+    run(tmp_path / "timed", *start, "velocity.autonomous=false")
+    classes = dataclasses.replace(tiny(*start).velocity, classes=2)
+    with pytest.raises(UserError, match=r"velocity.classes \(0, not 2\)"):
+        open_warm_start(str(tmp_path / "fm"), classes, (2,))
 
 
 def test_the_documented_start_has_one_cache_and_one_network() -> None:
