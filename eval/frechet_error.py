@@ -44,13 +44,13 @@ def frechet_error(
     factor = vectors * root
     squares, axes = scipy.linalg.eigh(factor.T @ cov_b @ factor)
     axes = axes[:, squares > _ROUNDING * squares[-1]]
-    squares = np.sqrt(squares[squares > _ROUNDING * squares[-1]])
+    roots = np.sqrt(squares[squares > _ROUNDING * squares[-1]])
     whitened = first @ (vectors / root) @ axes
-    variance = _variance(2 * first @ shift + (first**2).sum(1) - whitened**2 @ squares)
+    variance = _variance(2 * first @ shift + (first**2).sum(1) - whitened**2 @ roots)
     if b is not None:
         second = _rows(b) - stats_b.mean
         carried = second @ factor @ axes
-        variance += _variance((second**2).sum(1) - 2 * second @ shift - carried**2 @ (1 / squares))
+        variance += _variance((second**2).sum(1) - 2 * second @ shift - carried**2 @ (1 / roots))
     return float(np.sqrt(variance))
 
 

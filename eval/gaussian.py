@@ -28,6 +28,7 @@ class GaussianStats:
         M_{ab} = M_a + M_b + δδᵀ · n_a n_b / (n_a + n_b),   δ = mean_b - mean_a
 
     Therefore the same rows in the same order give the same bits, however they were batched.
+    Reading the mean or the covariance ends a block, and so changes the rounding of later rows.
 
     Reference: Chan, Golub, LeVeque 1983.
     """

@@ -18,12 +18,12 @@ class InceptionScore:
 
 
 def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> InceptionScore:
-    """Compute the Inception score from class logits (n, classes) without bias.
+    """Compute the Inception score from logits (n, classes) of a classifier without its bias.
 
         IS = exp E[KL(p(y|x) ‖ p(y))]
 
-    It is averaged over `splits` random parts of the images, of equal size up to one. Its bias
-    depends on the size of a part.
+    It is averaged over `splits` random parts of the images, of equal size up to one. This estimate
+    is biased, and its bias depends on the size of a part.
 
     Raises:
         ValueError: there are fewer images than parts, fewer than two parts, or a logit is not

@@ -20,7 +20,7 @@ class ManifoldMetrics:
     Attributes:
         precise: whether a generated image lies inside the manifold of real ones, (m,).
         recalled: whether a real image lies inside the manifold of generated ones, (n,).
-        dense: number of real balls with a generated image, divided by their neighbour's k, (m,).
+        dense: number of real balls that contain a generated image, divided by `k_density`, (m,).
         covered: whether the ball of a real image holds a generated one, (n,).
     """
 
@@ -56,7 +56,8 @@ def manifold_metrics(
     """Estimate precision, recall, density and coverage of features real (n, d) and fake (m, d).
 
     A ball around a point reaches its k-th nearest other point of the same set; the balls of a set
-    are its manifold. Precision and recall take k, density and coverage `k_density`, ≥ 1.
+    are its manifold. Precision and recall take k ≥ 1. Density and coverage take `k_density` ≥ 1,
+    and n - 1 for sets that are smaller.
 
     Raises:
         ValueError: the shapes do not fit, or a set has k rows or fewer.
@@ -64,7 +65,7 @@ def manifold_metrics(
     Reference: Kynkäänniemi et al. 2019 (precision, recall); Naeem et al. 2020 (density, coverage).
     """
     if min(k, k_density) < 1:
-        raise ValueError(f"k is {min(k, k_density)}; expected at least 1")
+        raise ValueError(f"k is {k} and k_density {k_density}; expected at least 1")
     real, fake = pair_of_features(real, fake, least=k + 1)
     # Distances are x² + y² - 2xy, which loses fewer digits for small norms.
     center = real.mean(0)

@@ -32,20 +32,19 @@ def mmd(
     scale: float = 1.0,
     bandwidth: float | None = None,
     alpha: float = 0.05,
-    resamples: int = 500,
+    permutations: int = 500,
     seed: int = 0,
 ) -> Mmd:
-    """Compute the biased squared MMD of x (n, D) and y (m, D), and its bootstrap threshold.
+    """Compute the biased squared MMD of x (n, D) and y (m, D), and its permutation threshold.
 
         k(x, y) = exp(-|x - y|² / 2σ²)
         MMD² = Σ k(x_i, x_j) / n² + Σ k(y_i, y_j) / m² - 2 Σ k(x_i, y_j) / nm
 
     This is a V-statistic: the sums include the diagonals, so MMD² ≥ 0. σ is `bandwidth`, or else
     `scale` times the median distance within the pooled sample; 0.1 compares details, 1 the overall
-    shape. The bootstrap threshold τ is the 1 - α quantile of MMD² between random divisions of the
-    pool into n and m points. Two samples of one distribution exceed it with probability α.
-    (Resampling with replacement would repeat points, which increases τ at small σ.) With weights w
-    (1/n and -1/m) on the pool, each MMD² is wᵀKw.
+    shape. The permutation threshold τ is the 1 - α quantile of MMD² between random divisions of
+    the pool into n and m points. Two samples of one distribution exceed it with probability α.
+    With weights w (1/n and -1/m) on the pool, each MMD² is wᵀKw.
 
     Raises:
         ValueError: a shape or an argument is out of range, or all points are equal.
@@ -58,20 +57,20 @@ def mmd(
             f"the samples have the shapes {tuple(x.shape)} and {tuple(y.shape)}; expected (n, D) "
             "and (m, D) with one D, n ≥ 2 and m ≥ 2"
         )
-    if not (0 < alpha < 1 and resamples >= 1):
+    if not (0 < alpha < 1 and permutations >= 1):
         raise ValueError(
-            f"alpha is {alpha} and resamples {resamples}; expected 0 < alpha < 1 and at least 1"
+            f"alpha is {alpha} and permutations {permutations}; expected 0 < alpha < 1 and at "
+            "least 1"
         )
     pool = torch.cat([x, y])
     sigma = scale * median_distance(pool, seed) if bandwidth is None else bandwidth
     if not sigma > 0:
-        raise ValueError(
-            f"the bandwidth is {sigma}; expected a positive number; are all points equal?"
-        )
+        cause = "; half of the points or more are equal" if bandwidth is None and scale > 0 else ""
+        raise ValueError(f"the bandwidth is {sigma}; expected a positive number{cause}")
     n, m = len(x), len(y)
     rng = np.random.default_rng(seed)
     observed = np.concatenate([np.full(n, 1 / n), np.full(m, -1 / m)])[:, None]
-    divisions = rng.permuted(np.broadcast_to(observed, (n + m, resamples)), axis=0)
+    divisions = rng.permuted(np.broadcast_to(observed, (n + m, permutations)), axis=0)
     weights = torch.from_numpy(np.concatenate([observed, divisions], axis=1))
     values = _quadratic(pool, weights, sigma).numpy()
     threshold = float(np.quantile(values[1:], 1 - alpha))

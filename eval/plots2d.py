@@ -63,7 +63,7 @@ class Panel:
 
     title: str
     points: Points
-    log_density: Points | None = None
+    log_density: npt.ArrayLike | Tensor | None = None
 
 
 def samples_and_densities(

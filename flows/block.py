@@ -27,12 +27,14 @@ class Transport:
         log_det: log |det ∂z(end)/∂z(start)| in nats, (B,), for the direction of the pass; None
             without a divergence estimator.
         log_det_probes: the estimates (n, B) by each of n probes, whose mean is ``log_det``.
+        costs: integrals (m, B) of the m running costs that the estimator adds.
         nfe: evaluations of the right-hand side.
     """
 
     z: Tensor
     log_det: Tensor | None
     log_det_probes: Tensor | None
+    costs: Tensor | None
     nfe: int
 
 
@@ -82,8 +84,9 @@ class Block(nn.Module):
             )
         field = bind(self.velocity, condition, z)
         segments = make_segments(field, solver)
-        end, probes, nfe = Integrator(segments, reverse, divergence, eps, solver).solve(z)
-        if probes is None:
-            return Transport(end, None, None, nfe)
+        end, integrals, nfe = Integrator(segments, reverse, divergence, eps, solver).solve(z)
+        if integrals is None or divergence is None:
+            return Transport(end, None, None, None, nfe)
+        probes, costs = integrals[: divergence.probes], integrals[divergence.probes :]
         log_det = probes[0] if probes.shape[0] == 1 else probes.mean(dim=0)
-        return Transport(end, log_det, probes, nfe)
+        return Transport(end, log_det, probes, costs, nfe)

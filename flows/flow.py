@@ -37,8 +37,9 @@ class Flow(nn.Module):
 
         z_0 (data) ──block 0──▶ … ──block K−1──▶ z_K ~ N(0, I)
 
-    Encoding runs left to right, decoding and sampling right to left. No method records gradients:
-    training transports samples through one block at a time (:meth:`flows.block.Block.transport`).
+    Encoding runs left to right, decoding and sampling right to left. No method records gradients
+    but :meth:`transport_block`: training transports samples through one block at a time
+    (:meth:`flows.block.Block.transport`).
     Without :meth:`from_blocks` a flow on samples (D,) or (C, H, W) has no blocks.
     """
 

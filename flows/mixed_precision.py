@@ -16,10 +16,12 @@ def has_bfloat16(device: torch.device) -> bool:
     """Return whether a device computes in bfloat16 without slow emulation.
 
     Processors with AVX2 or less emulate it. A matrix product then takes about 30 times as long
-    as one in float32.
+    as one in float32. GPUs older than NVIDIA's Ampere emulate it, too.
     """
     if device.type == "cpu":
         return torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type != "mps"
 
 

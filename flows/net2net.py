@@ -23,7 +23,8 @@ from flows.networks.convnet import Attention
 from flows.networks.layers import reset_classes
 from flows.spec import BlockSpec, build_block
 
-#: kinds of network whose hidden features all scale with ``width``
+#: kinds that `widen` handles: an mlp's class embedding is a weight of its own hidden features, and
+#: the positions of a dit depend on its width
 WIDENABLE = ("resmlp", "conv", "unet")
 
 #: standard deviation of a copy's share, in units of the even share 1 / r

@@ -21,14 +21,14 @@ def split_block(
 ) -> list[tuple[BlockSpec, Block]]:
     """Split a block into c ≥ 1 children that together are the same map, data side first.
 
-    Child j follows v on [j/c, (j+1)/c] with step size h/c, so it starts on its parent's
-    trajectory. The children have copies of the weights and can be trained separately. A free block
-    (h None) has no step size to divide, so it has a single child. A child has ⌈S/c⌉ sub-intervals,
-    or the next larger number whose grid has a node at every switch between networks, unless
-    ``steps`` are given.
+    Child j follows v on [j/c, (j+1)/c] with the step h/c or γ/c, so it starts on its parent's
+    trajectory. The children have copies of the weights and can be trained separately. A child has
+    ``steps`` sub-intervals. By default these are ⌈S/c⌉, or the next larger number whose grid has a
+    node at every switch between networks. A free block has no step to divide, so it has a single
+    child with the block's solver.
 
     Raises:
-        FlowError: c < 1.
+        FlowError: c < 1, or the grid of ``steps`` has no node at a switch between networks.
     """
     if c < 1:
         raise FlowError(f"a block must be split into at least 1, not {c}")

@@ -130,14 +130,16 @@ def _from_mapping(kind: Any, plain: Mapping[str, Any], name: str) -> Any:  # noq
     """Build a dataclass from a mapping.
 
     Raises:
-        FlowError: a key is unknown, or a value has another type than its default.
+        FlowError: it is no mapping, or has an unknown key or a value of another type.
     """
+    if not isinstance(plain, Mapping):
+        raise FlowError(f"the {name} of a flow is {plain!r}; expected a mapping")
     unknown = set(plain) - {item.name for item in fields(kind)}
     if unknown:
         raise FlowError(f"unknown key {', '.join(sorted(unknown))} in the {name} of a flow")
     defaults = kind()
     for key, value in plain.items():
-        if not _is_like(value, getattr(defaults, key)):
+        if not (_is_like(value, getattr(defaults, key)) or (key == "width" and _is_widths(value))):
             raise FlowError(f"{key} is {value!r} in the {name} of a flow; expected another type")
     return kind(**plain)
 
@@ -148,6 +150,9 @@ def _is_like(value: object, default: object) -> bool:
         return True
     if default is None or isinstance(default, float):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if type(default) is int and isinstance(value, (list, tuple)):  # widths of a unet's levels
-        return all(type(part) is int for part in value)
     return type(value) is type(default)
+
+
+def _is_widths(value: object) -> bool:
+    """Return whether a value has the type of the widths of a unet's levels."""
+    return isinstance(value, (list, tuple)) and all(type(part) is int for part in value)

@@ -40,7 +40,7 @@ BATCH = 50
 _AHEAD = 3
 
 
-class Images(Protocol):
+class ImageSource(Protocol):
     """Set of images, at least two, in a fixed order."""
 
     def __len__(self) -> int: ...

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from eval.features.inception import FEATURES, Inception
 from eval.gaussian import GaussianStats
 from eval.references import load_reference, read_reference, reference_names
-from eval.sets.images import FolderImages, Images, NpzImages, open_archive, require_two
+from eval.sets.images import FolderImages, ImageSource, NpzImages, open_archive, require_two
 from eval.sets.tables import SUFFIXES, TableImages, table_files
 from eval.sets.tensors import TensorImages
 from pipeline.integrity.safe_pickle import UnsafePickleError, load_batch
@@ -38,7 +38,7 @@ class Source:
         extractor: the features of the statistics, if the file names them.
     """
 
-    images: Images | None = None
+    images: ImageSource | None = None
     stats: GaussianStats | None = None
     extractor: str | None = None
 
@@ -81,7 +81,7 @@ def open_source(source: str | Path) -> Source:
 
 
 def compute_stats(
-    images: Images, network: Inception, progress: BatchCallback | None = None
+    images: ImageSource, network: Inception, progress: BatchCallback | None = None
 ) -> GaussianStats:
     """Compute mean and covariance of the features of all images, with one batch in memory."""
     stats = GaussianStats(FEATURES)

@@ -117,7 +117,7 @@ class Table:
                 self.groups = [len(batch) for batch in self.batches]
                 self.schema = self.batches[0].schema
                 self.count = sum(self.groups)
-            self.names = tuple(self.schema.names)  # decodes them
+            self.columns = list(self.schema.names)  # decodes them
         except (pyarrow.ArrowException, OSError, IndexError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{file} is not a complete table ({reason_of(error)}); write it again"
@@ -125,11 +125,6 @@ class Table:
 
     def __len__(self) -> int:
         return int(self.count)
-
-    @property
-    def columns(self) -> list[str]:
-        """Names of the columns."""
-        return list(self.names)
 
     def require_column(self, name: str) -> None:
         """Raise ValueError unless the table has a column."""
@@ -328,7 +323,8 @@ def choose_column(path: Path | str, table: Table, column: str | None) -> str:
     """Return the column of images: `column`, else the only such one, or one of a usual name.
 
     Raises:
-        ValueError: there is no such column, or it holds no encoded images.
+        ValueError: there is no such column, it holds no encoded images, or several columns do and
+            none has a usual name.
     """
     fitting = [name for name in table.columns if table.has_pictures(name)]
     if column is not None:
@@ -339,13 +335,19 @@ def choose_column(path: Path | str, table: Table, column: str | None) -> str:
                 "image type"
             )
         return column
-    usual = [name for name in _USUAL if name in fitting] or fitting[:1]
-    if not usual or (len(fitting) > 1 and usual[0] not in _USUAL):
+    if not fitting:
         raise ValueError(
             f"{path} has no column of images (columns: {', '.join(table.columns)}); expected one "
             "of encoded images, as bytes or as the hub's image type"
         )
-    return usual[0]
+    usual = [name for name in _USUAL if name in fitting]
+    if len(fitting) > 1 and not usual:
+        raise ValueError(
+            f"{path} has {len(fitting)} columns of images ({', '.join(fitting)}); expected one, "
+            f"or one named {', '.join(_USUAL[:-1])} or {_USUAL[-1]}; rename the column "
+            "of images, or set data.columns"
+        )
+    return (usual or fitting)[0]
 
 
 def _decode(value: Any, name: str) -> Tensor:  # noqa: ANN401 - a cell of a table

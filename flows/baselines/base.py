@@ -94,8 +94,7 @@ class DensityModel(nn.Module, ABC):
         if decoded.failures:
             raise FlowError(
                 f"the inverse of {decoded.failures} of {len(z_K)} samples did not converge; "
-                "allow more iterations or a larger tolerance, or train with a smaller Lipschitz "
-                "constant"
+                "allow more iterations or a larger tolerance"
             )
         return decoded.z
 

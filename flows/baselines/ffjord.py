@@ -55,15 +55,15 @@ class FfjordConfig:
 
 
 class RunningCosts(Divergence):
-    """Hutchinson's estimate of ∇·v, with the running costs of RNODE as further rows.
+    """Hutchinson's estimate of ∇·v, with the running costs of RNODE.
 
-    The rows of :meth:`estimates` are εᵀ(∂v/∂z)ε, ‖v‖² and ‖εᵀ ∂v/∂z‖², whose mean over ε is
-    ‖∂v/∂z‖_F². One probe and one product of the reverse mode serve all three.
+    The rows of :meth:`estimates` are εᵀ(∂v/∂z)ε and the costs ‖v‖² and ‖εᵀ ∂v/∂z‖², whose mean
+    over ε is ‖∂v/∂z‖_F². One probe and one product of the reverse mode serve all three.
 
     Reference: Finlay, Jacobsen, Nurbekyan, Oberman, "How to train your neural ODE" (2020).
     """
 
-    probes = 3
+    costs = 2
     random = True
 
     def draw_probe(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -74,8 +74,7 @@ class RunningCosts(Divergence):
         self, velocity: Velocity, t: Tensor, z: Tensor, eps: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute v (B, *shape) and the three rows (3, B); see :class:`Divergence`."""
-        if eps is None or eps.shape != (1, *z.shape):
-            raise FlowError("the running costs need their probe; draw it with draw_probe")
+        eps = self._require(z, eps)
         training = torch.is_grad_enabled()
         with torch.enable_grad():
             x = z if training and z.requires_grad else z.detach().requires_grad_()
@@ -112,12 +111,12 @@ class Ffjord(FlowModel):
         Raises:
             SolveError: a block cannot be solved.
         """
-        costs, estimator = z.new_zeros(3, len(z)), RunningCosts()
+        log_det, costs, estimator = z.new_zeros(len(z)), z.new_zeros(2, len(z)), RunningCosts()
         for block in self.flow:
             eps = estimator.draw_probe(z, generator)
             moved = block.transport(z, divergence=estimator, eps=eps)
-            assert moved.log_det_probes is not None
-            z, costs = moved.z, costs + moved.log_det_probes
-        log_det, kinetic, jacobian = costs
+            assert moved.log_det is not None and moved.costs is not None
+            z, log_det, costs = moved.z, log_det + moved.log_det, costs + moved.costs
+        kinetic, jacobian = costs
         penalty = self.config.kinetic * kinetic + self.config.jacobian * jacobian
         return (penalty - log_normal(z) - log_det).mean()

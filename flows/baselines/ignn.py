@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flows.baselines.residual import FixedPoint, ResidualBlock, ResidualFlow
+from flows.baselines.residual import FixedPoint, InvertibleBlock, ResidualFlow
 from flows.errors import FlowError
 from flows.likelihood import log_normal
 from flows.networks.config import VelocityConfig
@@ -72,7 +72,7 @@ class Ignn(ResidualFlow):
         self, config: IgnnConfig, dim: int, generator: torch.Generator | None = None
     ) -> None:
         layers = [
-            ResidualBlock(make_velocity(config.velocity, (dim,), generator))
+            InvertibleBlock(make_velocity(config.velocity, (dim,), generator))
             for _ in range(config.blocks)
         ]
         super().__init__(dim, layers, config.fixed_point)
@@ -82,7 +82,7 @@ class Ignn(ResidualFlow):
         """Compute the objective of a batch z (B, D), a scalar in nats."""
         log_det, movement = z.new_zeros(len(z)), z.new_zeros(len(z))
         for layer in self.layers:
-            assert isinstance(layer, ResidualBlock)
+            assert isinstance(layer, InvertibleBlock)
             end, change, _ = layer.with_log_det(z)
             movement = movement + (end - z).square().sum(dim=1)
             z, log_det = end, log_det + change
@@ -94,7 +94,7 @@ class Ignn(ResidualFlow):
         self.check_samples(z_0)
         turned = torch.zeros(len(z_0), dtype=torch.bool, device=z_0.device)
         for layer in self.layers:
-            assert isinstance(layer, ResidualBlock)
+            assert isinstance(layer, InvertibleBlock)
             z_0, _, sign = layer.with_log_det(z_0)
             turned |= sign <= 0
         return turned

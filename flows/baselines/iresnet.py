@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flows.baselines.residual import Affine, FixedPoint, ResidualBlock, ResidualFlow
+from flows.baselines.residual import Affine, FixedPoint, InvertibleBlock, ResidualFlow
 from flows.errors import FlowError
 from flows.likelihood import log_normal
 from flows.networks.base import Velocity
@@ -17,7 +17,7 @@ from flows.noise import draw_rademacher, initial_weights
 
 #: estimators of the log-determinant in training
 ESTIMATORS = ("truncated", "roulette")
-#: power iterations on weights that none were made on
+#: power iterations on a weight that has had none yet
 _START = 60
 
 
@@ -191,7 +191,8 @@ class IResNet(ResidualFlow):
     ) -> None:
         with initial_weights(generator):
             layers = [
-                ResidualBlock(LipschitzMlp(config, dim), Affine(dim)) for _ in range(config.blocks)
+                InvertibleBlock(LipschitzMlp(config, dim), Affine(dim))
+                for _ in range(config.blocks)
             ]
         super().__init__(dim, layers, config.fixed_point)
         self.config = config
@@ -210,7 +211,7 @@ class IResNet(ResidualFlow):
         self.refresh(self.config.power_iterations)
         log_det = z.new_zeros(len(z))
         for layer in self.layers:
-            assert isinstance(layer, ResidualBlock) and layer.affine is not None
+            assert isinstance(layer, InvertibleBlock) and layer.affine is not None
             layer.affine.initialise(z)
             weights = self.series_weights(generator)
             eps = draw_rademacher(tuple(z.shape), z, generator)
@@ -234,7 +235,7 @@ class IResNet(ResidualFlow):
 
 
 def series_log_det(
-    layer: ResidualBlock, u: Tensor, eps: Tensor, weights: Sequence[float]
+    layer: InvertibleBlock, u: Tensor, eps: Tensor, weights: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """Compute u + g(u) and an estimate of log det(I + ∂g/∂u) by its power series.
 

@@ -85,7 +85,7 @@ class PotentialVelocity(Velocity):
     def potential(self, t: Tensor, z: Tensor) -> Tensor:
         """Compute Φ at z (B, D) and t, 0-d or (B,): (B,)."""
         s = _with_time(t, z)
-        _, _, u = self._forward(s)
+        _, u = self._forward(s)
         quadratic = (s @ self.low_rank.T).square().sum(dim=1) / 2
         return u @ self.weight + quadratic + s @ self.linear
 
@@ -108,17 +108,17 @@ class PotentialVelocity(Velocity):
             ∇_s Φ, (B, D + 1), whose last column is ∂Φ/∂t, and tr ∇_z² Φ, (B,).
         """
         s = _with_time(t, z)
-        activations, inputs, _ = self._forward(s)
-        adjoints = self._backward(activations)
-        gradient = self._close(s, activations, adjoints)
+        arguments, _ = self._forward(s)
+        adjoints = self._backward(arguments)
+        gradient = self._close(s, arguments, adjoints)
         spatial = self.first.weight[:, : self.dim]
-        slope = activations[0].tanh()
+        slope = arguments[0].tanh()
         # σ'' = 1 − tanh²; row i of the Jacobian of u is ∂u/∂z_i
         curvature = (1 - slope.square()) * adjoints[0]
         trace = curvature @ spatial.square().sum(dim=1)
         jacobian = slope[:, None, :] * spatial.T
         for layer, argument, adjoint in zip(
-            self.layers, activations[1:], adjoints[1:], strict=True
+            self.layers, arguments[1:], adjoints[1:], strict=True
         ):
             assert isinstance(layer, nn.Linear)
             slope = argument.tanh()
@@ -128,15 +128,14 @@ class PotentialVelocity(Velocity):
             jacobian = jacobian + self.step * slope[:, None, :] * moved
         return gradient, trace + self.low_rank[:, : self.dim].square().sum()
 
-    def _forward(self, s: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Return the arguments of σ, the inputs of the layers and the features (B, m)."""
+    def _forward(self, s: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the arguments of σ in each layer, and the features u_M; (B, m) each."""
         arguments = [self.first(s)]
-        features, inputs = _sigma(arguments[0]), []
+        features = _sigma(arguments[0])
         for layer in self.layers:
-            inputs.append(features)
             arguments.append(layer(features))
             features = features + self.step * _sigma(arguments[-1])
-        return arguments, inputs, features
+        return arguments, features
 
     def _backward(self, arguments: list[Tensor]) -> list[Tensor]:
         """Return ∂(wᵀu)/∂u after each layer, first layer first; (B, m) each."""
@@ -154,23 +153,22 @@ class PotentialVelocity(Velocity):
         return residual + (s @ self.low_rank.T) @ self.low_rank + self.linear
 
     def _gradient(self, s: Tensor) -> Tensor:
-        arguments, _, _ = self._forward(s)
+        arguments, _ = self._forward(s)
         return self._close(s, arguments, self._backward(arguments))
 
 
 class PotentialCosts(Divergence):
-    """The exact ∇·v = −tr ∇²Φ, with the running costs of OT-Flow as further rows.
+    """The exact ∇·v = −tr ∇²Φ, with the running costs of OT-Flow.
 
-    The rows of :meth:`estimates` are ∇·v, ½‖v‖² and |∂Φ/∂t − ½‖∇_z Φ‖²|. The last is the
-    violation of the Hamilton–Jacobi–Bellman equation of optimal transport.
+    The costs are ½‖v‖² and |∂Φ/∂t − ½‖∇_z Φ‖²|. The second is the violation of the
+    Hamilton–Jacobi–Bellman equation of optimal transport.
 
     Args:
-        costs: whether the two costs are among the rows; likelihoods need ∇·v alone.
+        costs: 2, or 0 to leave them out; likelihoods need ∇·v alone.
     """
 
-    def __init__(self, costs: bool = True) -> None:
+    def __init__(self, costs: int = 2) -> None:
         self.costs = costs
-        self.probes = 3 if costs else 1
 
     def estimates(
         self, velocity: Velocity, t: Tensor, z: Tensor, eps: Tensor | None = None
@@ -211,7 +209,7 @@ class OtFlow(FlowModel):
     @property
     def divergence(self) -> Divergence:
         """Return the closed form of ∇·v."""
-        return PotentialCosts(costs=False)
+        return PotentialCosts(costs=0)
 
     def loss(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Compute the objective of a batch z (B, D), a scalar in nats.
@@ -220,10 +218,10 @@ class OtFlow(FlowModel):
             SolveError: the ODE cannot be solved.
         """
         moved = self.flow[0].transport(z, divergence=PotentialCosts())
-        assert moved.log_det_probes is not None
-        log_det, energy, violation = moved.log_det_probes
+        assert moved.log_det is not None and moved.costs is not None
+        energy, violation = moved.costs
         costs = self.config.transport * energy + self.config.hjb * violation
-        return (costs - log_normal(moved.z) - log_det).mean()
+        return (costs - log_normal(moved.z) - moved.log_det).mean()
 
 
 def _sigma(x: Tensor) -> Tensor:

@@ -64,6 +64,11 @@ def make_baseline(
             f"the configuration of {name} is a {type(config).__name__}; expected a "
             f"{baseline.config.__name__}"
         )
+    if isinstance(config, AutoregressiveConfig) and (config.bins > 0) != (name == "nsf"):
+        raise FlowError(
+            f"the configuration of {name} has {config.bins} bins; expected "
+            f"{'at least 2' if name == 'nsf' else '0'}"
+        )
     return baseline.build(config, dim, generator)
 
 

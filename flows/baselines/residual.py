@@ -77,7 +77,7 @@ class Affine(nn.Module):
         return (y - self.shift) * (-self.log_scale).exp()
 
 
-class ResidualBlock(nn.Module):
+class InvertibleBlock(nn.Module):
     """The map x ↦ u + g(u), where u is x or an elementwise affine map of x.
 
     Args:
@@ -111,7 +111,7 @@ class ResidualBlock(nn.Module):
 
         Returns:
             the map (B, D), log |det ∂y/∂x| in nats, (B,), and the sign of the determinant, (B,).
-            A negative sign means that the map is not a homeomorphism.
+            A map whose sign differs between samples is not invertible.
         """
         u = self.prepare(x)
         basis = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
@@ -156,7 +156,9 @@ class ResidualFlow(DensityModel):
         fixed_point: settings of the inverse.
     """
 
-    def __init__(self, dim: int, layers: Sequence[ResidualBlock], fixed_point: FixedPoint) -> None:
+    def __init__(
+        self, dim: int, layers: Sequence[InvertibleBlock], fixed_point: FixedPoint
+    ) -> None:
         super().__init__(dim)
         self.layers = nn.ModuleList(layers)
         self.fixed_point = fixed_point
@@ -180,7 +182,7 @@ class ResidualFlow(DensityModel):
         self.check_samples(z_K)
         converged, nfe = torch.ones(len(z_K), dtype=torch.bool, device=z_K.device), 0
         for layer in reversed(self.layers):
-            assert isinstance(layer, ResidualBlock)
+            assert isinstance(layer, InvertibleBlock)
             z_K, done, steps = layer.inverse(z_K, self.fixed_point)
             converged, nfe = converged & done, nfe + steps
         return Decoded(z_K, converged.cpu(), nfe)
@@ -197,7 +199,7 @@ class ResidualFlow(DensityModel):
         for part in z_0.split(CHUNK):
             z, log_det = part, part.new_zeros(len(part))
             for layer in self.layers:
-                assert isinstance(layer, ResidualBlock)
+                assert isinstance(layer, InvertibleBlock)
                 z, change, _ = layer.with_log_det(z)
                 log_det = log_det + change
             values.append(log_normal(z) + log_det)

@@ -61,8 +61,7 @@ class Velocity(nn.Module, ABC):
             FlowError: the field is not conditioned on images, or the shape does not fit.
         """
         raise FlowError(
-            "this velocity network is not conditioned on an image (velocity.image_channels = 0); "
-            "leave Condition.image out"
+            f"a {type(self).__name__} is not conditioned on an image; leave Condition.image out"
         )
 
     def smooth_pieces(self) -> tuple[SmoothPiece, ...]:

@@ -27,7 +27,7 @@ class Condition:
     """The condition of n samples: a label and a guidance weight, an image, or both.
 
     Attributes:
-        labels: int64 (n,), class labels from 0; the number of classes is the null label.
+        labels: int64 (n,), class labels from 0; the label ``velocity.classes`` is the null label.
         guidance: guidance weight w, finite and not negative; 1 is the conditional field.
         image: conditioning images (n, K, H, W).
 

@@ -42,9 +42,9 @@ class VelocityConfig:
             mlp and conv, silu for resmlp and unet, gelu-tanh for dit.
         time_features: sines and cosines of t that resmlp, conv, unet and dit see; an even number.
         autonomous: whether the field does not depend on t, so that the network has no time
-            features. The default is true under jko and false under other objectives. Under jko a
-            field that depends on t can raise the log-det of the training grid without bound while
-            its map stays the same.
+            features. The default of a run is true under jko and false under other objectives.
+            Under jko a field that depends on t can raise the log-det of the training grid without
+            bound while its map stays the same.
         heads: attention heads of the dit, at least 1, and of the unet, where 0 leaves attention
             out. The unet attends at its lowest level, and at the others on grids of at most 8x8.
         patch: side p of the p x p patches that the unet folds into channels, and unfolds at its
@@ -124,7 +124,7 @@ class VelocityConfig:
         return replace(self, width=wide if isinstance(self.width, tuple) else wide[0])
 
     def activation_or(self, default: str) -> Callable[[Tensor], Tensor]:
-        """Return the activation of tensors (…); ``default`` is that of the key given."""
+        """Return the activation of tensors (…); ``default`` is the key of a kind's own."""
         return ACTIVATIONS[default if self.activation == "default" else self.activation]
 
 

@@ -30,7 +30,7 @@ from flows.networks.layers import (
 _EPS = 1e-6
 _STD = 0.02
 _EXPANSION = 4  # of the features inside a block's MLP
-_LOWEST = 1e-4  # lowest frequency of the positions
+_BASE = 1e-4  # base of the geometric frequencies of the positions
 
 
 class Modulation(nn.Module):
@@ -195,7 +195,7 @@ def _positions(width: int, grid: tuple[int, int]) -> Tensor:
 
     They are sin(ω_i x), cos(ω_i x),   ω_i = 10000^(−i / (W / 4)),  i = 0 … W / 4 − 1.
     """
-    omega = _LOWEST ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    omega = _BASE ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = (torch.arange(side, dtype=torch.float64)[:, None] * omega for side in grid)
     row, column = (torch.cat([phase.sin(), phase.cos()], 1) for phase in (rows, columns))
     across = column[None].expand(grid[0], -1, -1)

@@ -22,7 +22,7 @@ from flows.networks.layers import (
 
 
 class LinearVelocity(Velocity):
-    """A linear field v(z) = A z + b, whose Jacobian expm(A) and log-det tr A are known.
+    """An affine field v(z) = A z + b, whose map has the Jacobian expm(A) and the log-det tr A.
 
     With classes, b depends on the class: v(z, y) = A z + b + e(y). Samples are flattened.
     """

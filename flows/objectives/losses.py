@@ -27,7 +27,9 @@ class JkoLoss:
     Attributes:
         total: potential + neg_log_det + movement, the loss to differentiate.
         potential: E ½‖T(z)‖².
-        neg_log_det: −E ∫₀¹ ∇·v dt.
+        neg_log_det: −E ∫₀¹ ∇·v dt. With a Jacobian penalty λ
+            (:class:`flows.solving.estimators.FiniteDifference`) it includes
+            + λ E ∫₀¹ ‖∂v/∂z‖_F² dt.
         movement: E ‖T(z) − z‖² / 2h; None for the free block.
         squared_movement: E ‖T(z) − z‖², detached.
         squared_norm: E ‖T(z)‖², detached; :func:`flows.objectives.schedule.stopping_ratio` needs

@@ -41,7 +41,10 @@ def step_sizes(h0: float, rho: float, h_max: float, blocks: int) -> list[float]:
     cap = math.log(h_max) if math.isfinite(h_max) else math.inf
     exponents = [math.log(h0) + k * math.log(rho) for k in range(blocks)]
     if not math.isfinite(h_max) and exponents[-1] > 700:
-        raise FlowError(f"the steps overflow before block {blocks}; give a finite h_max")
+        raise FlowError(
+            f"the last of {blocks} steps overflows; expected finite steps; choose a smaller rho, "
+            "fewer blocks or a finite h_max"
+        )
     return [h_max if x >= cap else math.exp(x) for x in exponents]
 
 
@@ -66,6 +69,11 @@ def gammas(gamma1: float, rho: float, blocks: int, free_last: bool = True) -> li
     finite = blocks - 1 if free_last else blocks
     _positive("gamma1", gamma1)
     _positive("rho", rho)
+    if finite and math.log(gamma1) + (finite - 1) * math.log(rho) > 700:
+        raise FlowError(
+            f"the last of {finite} times γ overflows; expected finite times; choose a smaller rho "
+            "or fewer blocks"
+        )
     times: list[float | None] = list(step_sizes(gamma1, rho, math.inf, finite)) if finite else []
     return [*times, None] if free_last else times
 

@@ -27,10 +27,12 @@ class Divergence(ABC):
 
     Attributes:
         probes: number n of estimates that :meth:`estimates` returns.
+        costs: number m of running costs that :meth:`estimates` returns after them.
         random: whether the estimates depend on probes.
     """
 
     probes: int = 1
+    costs: int = 0
     random: bool = False
 
     @abstractmethod
@@ -46,8 +48,8 @@ class Divergence(ABC):
             eps: probes (n, B, *shape); None for the exact divergence.
 
         Returns:
-            v(t, z), (B, *shape), and the estimates (n, B) per unit t. Both are differentiable in z
-            and the parameters if gradients are enabled.
+            v(t, z), (B, *shape), and the estimates and costs (n + m, B) per unit t. Both are
+            differentiable in z and the parameters if gradients are enabled.
 
         Raises:
             FlowError: the probes are missing or have another shape.
@@ -58,7 +60,7 @@ class Divergence(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Compute the velocity (B, *shape) and the divergence (B,), its mean over the probes."""
         v, div = self.estimates(velocity, t, z, eps)
-        return v, div[0] if div.shape[0] == 1 else div.mean(dim=0)
+        return v, div[0] if self.probes == 1 else div[: self.probes].mean(dim=0)
 
     def draw_probe(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
         """Draw probes ε (n, B, *shape) of a solve or an evaluation; None for the exact divergence.

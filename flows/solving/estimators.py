@@ -117,7 +117,7 @@ class FiniteDifference(Divergence):
     Gaussian noise its mean is the divergence of v smoothed by N(0, σ² I) (Stein's identity). Both
     points go through the network as one batch.
 
-    A penalty λ subtracts λ‖(v(z + σε) − v(z)) / σ‖², whose mean is λ‖∂v/∂z‖²_F up to O(σ). It
+    A penalty λ subtracts λ‖(v(z + σε) − v(z)) / σ‖², whose mean is λ‖∂v/∂z‖²_F up to O(σ²). It
     keeps an objective that maximises ∫∇·v from fields that the training grid cannot follow.
     Likelihoods must be computed without it.
 

@@ -95,8 +95,8 @@ class Integrator:
             z: samples (B, *shape) at the start.
 
         Returns:
-            the samples (B, *shape) at the end; the integrals of the divergence by each probe
-            (n, B), or None without a divergence; the evaluations of the right-hand side.
+            the samples (B, *shape) at the end; the integrals of the rows of the divergence
+            estimator (n + m, B), or None without one; the evaluations of the right-hand side.
 
         Raises:
             SolveError: the field is not finite, blows up, or needs too many evaluations.
@@ -110,7 +110,8 @@ class Integrator:
     def _integrate(self, z: Tensor) -> State:
         state: State = (z,)
         if self.divergence is not None:
-            state = (z, z.new_zeros(self.divergence.probes, z.shape[0]))
+            rows = self.divergence.probes + self.divergence.costs
+            state = (z, z.new_zeros(rows, z.shape[0]))
         for segment in self.segments:
             state = self._solve_segment(segment, state)
         return state

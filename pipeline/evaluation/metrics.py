@@ -17,7 +17,7 @@ from eval.frechet_error import frechet_error
 from eval.gaussian import GaussianStats
 from eval.inception_score import inception_score
 from eval.manifolds import manifold_metrics
-from eval.sets.images import Images
+from eval.sets.images import ImageSource
 from eval.sets.sources import Source, open_source
 from pipeline.assets.readers import INCEPTION_PTH
 from pipeline.errors import UserError
@@ -102,7 +102,9 @@ def _network(
     return network, read_classifier(weights)
 
 
-def _features(images: Images, network: FeatureNetwork, progress: Callable[[int], None]) -> Tensor:
+def _features(
+    images: ImageSource, network: FeatureNetwork, progress: Callable[[int], None]
+) -> Tensor:
     """Extract the features (n, d) of all images, on the CPU."""
     parts = []
     for batch in images.batches():

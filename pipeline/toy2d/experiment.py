@@ -89,7 +89,7 @@ def measure_flow(flow: Flow, source: PointSource, device: torch.device) -> dict[
     """Measure NLL and inversion error on new points, and the MMD of generated points.
 
     The NLL uses the exact divergence and dopri5. MMD² is the biased V-statistic of `eval.mmd`;
-    its threshold is the bootstrap's at α = 0.05.
+    its threshold is that of a permutation test at α = 0.05.
     """
     settings = source.settings
     test = source.sample("test", 0, settings.test)

@@ -41,5 +41,5 @@ def test_bad_sets_are_named():
     x = np.zeros((10, 3))
     with pytest.raises(ValueError, match="10 and 3 images; expected at least 4"):
         manifold_metrics(x, x[:3])
-    with pytest.raises(ValueError, match="k is 0; expected at least 1"):
+    with pytest.raises(ValueError, match="k is 0 and k_density 5; expected at least 1"):
         manifold_metrics(x, x, k=0)

@@ -46,9 +46,9 @@ def test_threshold_keeps_its_level_and_has_power(scale):
     same, apart = 0, 0
     for trial in range(100):
         x, y = rng.normal(size=(80, 2)), rng.normal(size=(60, 2))
-        null = mmd(x, y, scale=scale, resamples=200, seed=trial)
+        null = mmd(x, y, scale=scale, permutations=200, seed=trial)
         same += null.value > null.threshold
-        far = mmd(x, 1.5 * y + 0.6, scale=scale, resamples=200, seed=trial)
+        far = mmd(x, 1.5 * y + 0.6, scale=scale, permutations=200, seed=trial)
         apart += far.value > far.threshold
     assert 1 <= same <= 12  # binomial(100, 0.05): outside with probability 1 %
     assert apart >= 90 if scale == 1 else apart >= 30

@@ -21,6 +21,8 @@ from flows.spec import BlockSpec
         ({"velocity": {"depth": 2.0}}, "depth is 2.0"),
         ({"solver": {"adjoint": 1}}, "adjoint is 1 in the solver of a flow"),
         ({"solver": {"speed": 1}}, "unknown key speed"),
+        ({"solver": {"steps": [2]}}, r"steps is \[2\] in the solver of a flow"),
+        ({"velocity": 5}, "the velocity of a flow is 5; expected a mapping"),
     ],
 )
 def test_a_specification_of_another_form_is_refused(changes: dict[str, Any], words: str) -> None:

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from flows.baselines.autoregressive import AutoregressiveConfig
 from flows.baselines.cnf import FlowModel
 from flows.baselines.ffjord import FfjordConfig
 from flows.baselines.ignn import IgnnConfig
@@ -128,6 +129,8 @@ def test_maf_of_constant_networks_is_a_gaussian() -> None:
         (lambda: make_baseline("glow", None, 2), "baseline 'glow' is unknown"),
         (lambda: make_baseline("ignn", OtFlowConfig(), 2), "expected a IgnnConfig"),
         (lambda: make_baseline("otflow", OtFlowConfig(), 0), "dimension"),
+        (lambda: make_baseline("nsf", AutoregressiveConfig(), 2), "nsf has 0 bins; .* at least 2"),
+        (lambda: make_baseline("maf", AutoregressiveConfig(bins=8), 2), "8 bins; expected 0"),
         (lambda: config_from_dict("otflow", {"m": 3}), "unknown key m"),
         (lambda: IResNetConfig(lipschitz=1.0), "lipschitz is 1.0"),
         (lambda: IResNetConfig(estimator="exact"), "estimator"),

@@ -9,7 +9,7 @@ import torch
 
 from flows.baselines.ignn import Ignn, IgnnConfig
 from flows.baselines.iresnet import IResNet, IResNetConfig, SpectralLinear, series_log_det
-from flows.baselines.residual import FixedPoint, ResidualBlock
+from flows.baselines.residual import FixedPoint, InvertibleBlock
 from flows.errors import FlowError
 from flows.likelihood import log_normal
 from flows.networks.config import VelocityConfig
@@ -130,7 +130,7 @@ def test_the_gradient_of_ignn_is_that_of_its_loss() -> None:
 def test_affine_maps_start_standardised_once() -> None:
     model = IResNet(IResNetConfig(width=4, blocks=1), 2)
     layer = model.layers[0]
-    assert isinstance(layer, ResidualBlock) and layer.affine is not None
+    assert isinstance(layer, InvertibleBlock) and layer.affine is not None
     data = 3 * normal(100).float() + 5
     layer.affine.initialise(data)
     start = layer.affine(data)
