@@ -264,4 +264,4 @@ def evaluate_command(
     metrics = evaluator.evaluate(plan, settings)
     if accelerator.is_main_process:
         say(metrics_line(metrics))
-        print(opened.folder / "metrics.json")
+        print(evaluator.file)

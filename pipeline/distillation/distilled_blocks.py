@@ -29,16 +29,16 @@ from pipeline.storage.shards.reader import StoreReader
 from pipeline.storage.shards.writer import StoreWriter
 from pipeline.storage.training_log import TrainingLog
 from pipeline.training.batches.matching_loss import Regression, stratified_times
-from pipeline.training.block_source import Measurement, TrainingContext
+from pipeline.training.block_source import TrainingContext
 from pipeline.training.block_trainer import BlockTrainer
-from pipeline.training.diagnostics import measure
+from pipeline.training.diagnostics import Diagnostics, measure
 from pipeline.training.planner import recipe_of
 from pipeline.training.stages import (
     carry,
     ensure_stage,
-    number_of,
     samples_left,
     stage_file,
+    stage_index,
 )
 
 _MEASURED = 4096
@@ -95,20 +95,20 @@ class DistilledBlocks:
     def samples(self, passes: Sequence[Pass], index: int) -> PairReader:
         """Open the samples before a group, paired with those after it."""
         stage = self.context.first_stage() if self._stage is None else self._stage
-        for earlier in range(number_of(stage), index):
+        for earlier in range(stage_index(stage), index):
             stage = self._carry(stage, earlier)
         self._stage = self._carry(stage, index)
         return PairReader(stage, self._stage)
 
     def finish(
         self, passes: Sequence[Pass], trainer: BlockTrainer, sha256: str, log: TrainingLog
-    ) -> Measurement:
+    ) -> Diagnostics:
         """Measure the map of a merged block, and its error in both directions."""
         config = self.context.config
         solver = config.sampler.of_block(trainer.index)
         moved, error = measure_map(trainer.block, trainer.stage, solver, config.train.seed)
-        measured = measure(trainer, trainer.stage, _SOLVED, self.context.progress)
-        return Measurement(moved, measured.terms, error)
+        measured = measure(trainer, _SOLVED, self.context.progress)
+        return Diagnostics(measured.terms, moved, error)
 
     def _carry(self, before: StoreReader, index: int) -> StoreReader:
         """Return the stage after a group of the teacher's blocks, by the teacher's sampler."""

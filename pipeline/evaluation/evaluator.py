@@ -47,10 +47,19 @@ from pipeline.storage.shards.reader import StoreReader
 
 
 class Evaluator(FeatureExtractor):
-    """Evaluator of runs; its arguments are those of :class:`FeatureExtractor`."""
+    """Evaluator of runs; its arguments are those of :class:`FeatureExtractor`.
+
+    Attributes:
+        file: that the latest evaluation wrote; None before it, and on ranks that do not write.
+    """
+
+    file: Path | None = None
 
     def evaluate(self, plan: SamplingPlan, settings: EvaluateConfig) -> dict[str, Any]:
         """Measure a run and write the result to its metrics.json, whose content is returned.
+
+        If metrics.json has the FID of more images, the file is metrics-N.json. The attribute
+        `file` is its path afterwards.
 
         Raises:
             UserError: n is below 2, or a data set has fewer images than the settings ask for.
@@ -85,7 +94,7 @@ class Evaluator(FeatureExtractor):
         if run.training is not None:
             metrics["unfinished"] = dataclasses.asdict(run.training)
         if self.accelerator.is_main_process:
-            path = _metrics_file(run, metrics)
+            path = self.file = _metrics_file(run, metrics)
             recipe = recipe_of(plan, settings.n, plan.settings.seed)
             recipe["evaluate"] = dataclasses.asdict(settings)
             recipe["reference"] = absolute(settings.reference)

@@ -34,7 +34,7 @@ from pipeline.sampling.class_labels import condition_of, null_condition
 EXACT_UP_TO = 128
 #: random probes per sample for a larger D
 PROBES = 16
-_CHUNK = 50
+CHUNK = 50
 #: solver of all likelihoods
 SOLVER = SolverConfig(method="dopri5")
 
@@ -115,12 +115,12 @@ def log_probs(
         SolveError: the solver fails.
     """
     probes = generator(0, "likelihood", "probes")
-    starts, parts = range(0, n, _CHUNK), []
+    starts, parts = range(0, n, CHUNK), []
     for start in progress(starts, len(starts), f"likelihood of {n} images"):
-        indices = np.arange(start, min(start + _CHUNK, n))
+        indices = np.arange(start, min(start + CHUNK, n))
         rngs = (generator(0, "likelihood", "latents", start), probes)
         part = log_prob_of_images(
-            run, images, indices, divergence, device, rngs, _CHUNK, by_class=by_class
+            run, images, indices, divergence, device, rngs, CHUNK, by_class=by_class
         )
         parts.append(part)
     return parts

@@ -18,8 +18,8 @@ ORDER = "order of evaluation"
 
 
 def held_out_images(data: DataConfig) -> ImageSet:
-    """Load the test split, or the training split of a folder that is not split."""
-    if data.name in FOLDERS and data.path and not has_splits(data):
+    """Load the test split, or the training split of an .npz or a folder that is not split."""
+    if data.name == "npz" or (data.name in FOLDERS and data.path and not has_splits(data)):
         return load_images(data.of_split(data.split))
     return load_images(data.of_split(data.test_split))
 

@@ -58,6 +58,7 @@ def draw_neighbours(
 
     The rows of the picture are samples, their nearest of n training images by pixels, and by
     features. The JSON file has the indices, and the median distances of samples and test images.
+    Data without a test split have null as the distance of test images.
 
     Raises:
         UserError: the training split has fewer than n images.
@@ -67,7 +68,8 @@ def draw_neighbours(
     require_images(images, n)
     plan.flow.to(accelerator.device)
     samples = sample_batch(plan, run.autoencoder(), 0, SHOWN, plan.settings.seed)
-    test = torch.from_numpy(held_out.take(subset_indices(held_out, min(SHOWN, len(held_out)))))
+    shown = min(SHOWN, len(held_out)) if held_out.fingerprint != images.fingerprint else 0
+    test = torch.from_numpy(held_out.take(subset_indices(held_out, shown)))
     order, starts = subset_indices(images, n), range(0, n, SHARD)
     pixels = (
         _flat(torch.from_numpy(images.take(order[start : min(start + SHARD, n)])))
@@ -95,7 +97,9 @@ def _summary(distances: Tensor, chosen: np.ndarray, count: int) -> dict[str, Any
     return {
         "indices": chosen.tolist(),
         "median_distance": float(distances[:count].median()),
-        "median_distance_of_test_images": float(distances[count:].median()),
+        "median_distance_of_test_images": (
+            float(distances[count:].median()) if len(distances) > count else None
+        ),
     }
 
 

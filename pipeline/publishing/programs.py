@@ -47,7 +47,7 @@ _TABLEAUS: dict[str, tuple[list[tuple[float, list[float]]], list[float]]] = {
 
 
 class Sampler(nn.Module):
-    """Map noise (B, *shape), and labels (B,) of a run with classes, to latents of the decoder."""
+    """Module that maps noise (B, *shape), and labels (B,) of a run with classes, to latents."""
 
     def __init__(self, plan: SamplingPlan) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Sampler(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Map latents (B, C_z, H_z, W_z) to images (B, C, H, W) in [-1, 1]."""
+    """Module that maps latents (B, C_z, H_z, W_z) to images (B, C, H, W) in [-1, 1]."""
 
     def __init__(self, plan: SamplingPlan) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
 
 
 class RefinerProgram(nn.Module):
-    """Map decoded images and noise, (B, C, H, W) each, to refined images."""
+    """Module that maps decoded images and noise, (B, C, H, W) each, to refined images."""
 
     def __init__(self, refiner: Refiner) -> None:
         super().__init__()
@@ -154,16 +154,24 @@ def write_programs(plan: SamplingPlan, out: Path, format_: str) -> dict[str, Any
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose another place with --out")
-    solvers = [*plan.solvers, *([] if plan.refiner is None else [plan.refiner.solver])]
-    adaptive = [solver.method for solver in solvers if solver.adaptive]
-    if adaptive:
+    for solver in plan.solvers:
+        if solver.adaptive:
+            raise UserError(
+                f"the solver {solver.method} chooses its steps; a program needs a fixed grid; add "
+                "--method rk4 --steps 8"
+            )
+    if plan.refiner is not None and plan.refiner.solver.adaptive:
         raise UserError(
-            f"the solver {adaptive[0]} chooses its steps; a program needs a fixed grid; add "
-            "--method rk4 --steps 8"
+            f"the refiner's solver {plan.refiner.solver.method} chooses its steps; a program "
+            "needs a fixed grid; leave the refiner out by --refiner none"
         )
     run_file = _runner(format_)
     plan = dataclasses.replace(
-        plan, settings=dataclasses.replace(plan.settings, precision="fp32")
+        plan,
+        settings=dataclasses.replace(plan.settings, precision="fp32"),
+        refiner=None
+        if plan.refiner is None
+        else dataclasses.replace(plan.refiner, precision="fp32"),
     )
     description: dict[str, Any] = {"sampling": plan.identity(), "programs": {}}
     for program in _programs(plan):

@@ -29,7 +29,7 @@ def with_decoder(run: Run, weights: str) -> Run:
     """
     known = run.manifest.require_autoencoder()
     if weights not in shipped_weights() and Path(weights).exists():
-        weights = str(Path(weights).resolve())  # a bare name could be name a file in the run
+        weights = str(Path(weights).resolve())  # a bare name could name a file in the run
     try:
         other = run.build_autoencoder(weights)
     except (ValueError, OSError) as error:

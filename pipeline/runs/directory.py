@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -182,7 +183,8 @@ class RunDirectory:
     @property
     def resume_command(self) -> str:
         """The command that finishes the run."""
-        return f"{self.environment.get('command', _COMMAND)} {self.folder} --resume"
+        command = self.environment.get("command", _COMMAND)
+        return f"{command} {shlex.quote(str(self.folder))} --resume"
 
     def inside(self, name: str | None, file: str = "") -> str | None:
         """Return the full path of weights or a run (with `file`) in the folder, else the name."""

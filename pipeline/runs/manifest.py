@@ -205,11 +205,11 @@ class Manifest:
         return self.current.complete
 
     def require_autoencoder(self) -> AutoencoderRecord:
-        """Return the autoencoder of a run on images; a run on points is a UserError."""
+        """Return the autoencoder of a run on images; a run without one is a UserError."""
         if self.autoencoder is None:
             raise UserError(
-                f"the run {self.name} is on points; expected a run on images; "
-                "train one by `jkoflow train`"
+                f"the run {self.name} has no autoencoder, because it is on points or tensors; "
+                "expected a run on images; sample tensors in Python by `jkoflow.load`"
             )
         return self.autoencoder
 

@@ -72,8 +72,9 @@ def verify(path: Path | str) -> list[Fault]:
     """Verify everything at a path, and return the faults.
 
     Args:
-        path: a sealed folder, a folder of such folders, zoo:NAME, the name of an asset, or a
-            file of autoencoder weights or reference statistics. A cache may also be an address.
+        path: a sealed folder, a folder in one, a folder of such folders, zoo:NAME, the name of an
+            asset, or a file of autoencoder weights or reference statistics. A cache may also be an
+            address.
 
     Raises:
         UserError: nothing is there, it has no seal, or the address cannot be read.
@@ -85,7 +86,8 @@ def verify(path: Path | str) -> list[Fault]:
             for name, problem in find_broken(url)
         ]
     if is_shipped(path):
-        return verify_installation(source_of(str(path))) + verify(locate(path))
+        whole, _, inner = str(path).partition("/")
+        return verify_installation(source_of(whole) / inner) + verify(locate(path))
     if str(path) in ASSETS and not Path(path).exists():
         return _verify_asset(str(path))
     path = Path(path).expanduser().absolute()
@@ -97,6 +99,10 @@ def verify(path: Path | str) -> list[Fault]:
     sealed = sorted(found.parent for found in path.rglob(seal.NAME))
     if not sealed and not assets:
         seal.require(path, "the folder")
+        owner = seal.folder_of(path / FILE)
+        if owner is None:
+            return verify_installation(path)
+        return [fault for fault in _verify_sealed(owner) if fault.path.is_relative_to(path)]
     faults = [fault for name in assets if name in ASSETS for fault in _verify_asset(name)]
     return faults + [fault for folder in sealed for fault in _verify_sealed(folder)]
 
@@ -122,8 +128,10 @@ def seal_as_it_is(folder: Path) -> int:
         UserError: the folder does not exist, or has a seal.
     """
     folder = Path(folder)
-    if not folder.is_dir() or (folder / seal.NAME).is_file():
-        raise UserError(f"{folder} is no folder without a seal; leave --seal out")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; expected a run or a cache; check the path")
+    if (folder / seal.NAME).is_file():
+        raise UserError(f"{folder} has a seal; expected a folder without one; leave --seal out")
     stores = [p.parent for p in folder.rglob(MANIFEST) if p.parent != folder]
     for store in stores:
         if not (store / seal.NAME).is_file():

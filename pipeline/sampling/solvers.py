@@ -110,9 +110,10 @@ def budget_steps(
         if all(is_aligned(each, steps) for each in pieces):  # a node at every switch
             return steps
     least = max(aligned_steps(each, 1) for each in pieces)
-    place = f"{len(solvers)} blocks" + (f" of {least} networks" if least > 1 else "")
+    place = "the block" if len(solvers) == 1 else f"each of {len(solvers)} blocks"
+    place += f" of {least} networks" if least > 1 else ""
     place += " with guidance" * (networks > 1) + " and a refiner" * (refiner_nfe > 0)
     raise UserError(
-        f"--nfe {nfe} is below one {method} step in each of {place} "
+        f"--nfe {nfe} is below one {method} step in {place} "
         f"({per_step * least + refiner_nfe}); ask for more, or choose --method euler"
     )

@@ -30,7 +30,7 @@ class Limits:
         self.until: int | None = None
 
     def reached(self, step: int) -> bool:
-        """Return whether the time is up, a signal has come, or the step is the last one."""
+        """Return whether the time is up, a signal has come, or the step is `until`."""
         out_of_time = self._deadline is not None and time.monotonic() > self._deadline
         return out_of_time or signals.pending() or step == self.until
 

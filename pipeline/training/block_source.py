@@ -32,9 +32,9 @@ from pipeline.storage.shards.reader import StoreReader
 from pipeline.storage.training_log import TrainingLog
 from pipeline.training.batches.matching_loss import Regression
 from pipeline.training.block_trainer import BlockTrainer
-from pipeline.training.diagnostics import check_grid, measure
+from pipeline.training.diagnostics import Diagnostics, check_grid, measure
 from pipeline.training.sources import SampleSource
-from pipeline.training.stages import has_stage, next_stage, number_of, stage_file
+from pipeline.training.stages import has_stage, next_stage, stage_file, stage_index
 from pipeline.training.warm_start import initial_row
 
 
@@ -72,22 +72,6 @@ class TrainingContext:
             self.first_stage()
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Measurement of a finished block.
-
-    Attributes:
-        moved: movement, squared_movement and squared_norm of its map.
-        terms: of its objective, nats per sample.
-        error: mean squared distance per dimension to the map that the block was regressed on, by
-            direction; None for a block that was trained on samples.
-    """
-
-    moved: Mapping[str, float]
-    terms: dict[str, float]
-    error: dict[str, float] | None = None
-
-
 class BlockSource(Protocol):
     """Source of the blocks of a pass.
 
@@ -95,7 +79,7 @@ class BlockSource(Protocol):
     is that of the next block.
 
     Attributes:
-        regression: loss of an objective that integrates nothing; None is flow matching.
+        regression: loss of a distillation; None takes the objective jko, lfm or fm.
     """
 
     regression: Regression | None
@@ -108,7 +92,7 @@ class BlockSource(Protocol):
 
     def finish(
         self, passes: Sequence[Pass], trainer: BlockTrainer, sha256: str, log: TrainingLog
-    ) -> Measurement:
+    ) -> Diagnostics:
         """Measure a finished block, and prepare the samples of the next one.
 
         Args:
@@ -172,7 +156,7 @@ class TrainedBlocks:
         context, number, stage = self.context, len(passes) - 1, self._stage
         if stage is None or number != self._number:
             stage = context.first_stage()
-        for earlier in range(number_of(stage), index):
+        for earlier in range(stage_index(stage), index):
             row = passes[-1].blocks[earlier]
             block = load_block(context.folder, row, context.samples.shape)[1]
             stage = self._push(passes[-1], stage, block, row.sha256, row.stage)
@@ -181,11 +165,11 @@ class TrainedBlocks:
 
     def finish(
         self, passes: Sequence[Pass], trainer: BlockTrainer, sha256: str, log: TrainingLog
-    ) -> Measurement:
+    ) -> Diagnostics:
         """Measure a finished block, and push the samples through it."""
         solver = self.context.config.sampler.of_block(trainer.index)
         progress = self.context.progress
-        measured = measure(trainer, trainer.stage, solver, progress)
+        measured = measure(trainer, solver, progress)
         moved: Mapping[str, float] = measured.moved
         if passes[-1].step(trainer.index) is not None:  # no block follows a free one
             name = stage_file(trainer.index + 1, len(passes) - 1)
@@ -193,14 +177,14 @@ class TrainedBlocks:
             moved = self._stage.manifest
         with errors_on_all_ranks(self.context.accelerator):
             if self.context.accelerator.is_main_process:
-                check_grid(trainer, trainer.stage, solver, log, progress)
-        return Measurement(moved, measured.terms)
+                check_grid(trainer, solver, log, progress)
+        return dataclasses.replace(measured, moved=moved)
 
     def _push(
         self, plan: Pass, stage: StoreReader, block: Block, sha256: str, name: str
     ) -> StoreReader:
         """Return the stage after a block; it is made where it is missing."""
-        context, index = self.context, number_of(stage)
+        context, index = self.context, stage_index(stage)
         iterations = plan.iterations[index + 1 :] or plan.iterations[index:]
         block.to(context.accelerator.device)
         return next_stage(

@@ -39,7 +39,7 @@ from pipeline.storage.shards.reader import StoreReader
 from pipeline.training.batches.block_batches import BlockBatches
 from pipeline.training.batches.block_objective import BlockObjective
 from pipeline.training.batches.matching_loss import Regression
-from pipeline.training.stages import number_of
+from pipeline.training.stages import stage_index
 
 #: state of Adam with the shape of the parameter
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -69,7 +69,7 @@ class BlockTrainer:
         options: the section of the objective.
         accelerator: device and ranks.
         number: of the pass; each pass draws its own batches and probes.
-        regression: loss of an objective that integrates nothing; None is flow matching.
+        regression: loss of a distillation; None takes the objective jko, lfm or fm.
 
     Attributes:
         seconds: of all steps, by `clock`; a checkpoint keeps them.
@@ -92,7 +92,7 @@ class BlockTrainer:
     ) -> None:
         self.block, self.spec, self.stage = block, spec, stage
         self.recipe, self.accelerator = recipe, accelerator
-        self.index = number_of(stage)
+        self.index = stage_index(stage)
         self.sharded = shards_networks(accelerator)
         block.train().requires_grad_(True)
         if self.sharded:  # part by part, so that the whole network is never on the device

@@ -1,4 +1,4 @@
-"""Diagnostics of a finished block: terms of its objective, movement, and its training grid.
+"""Diagnostics of a block: terms of its objective, movement, and its training grid.
 
 All are measured on a fixed set of samples.
 """
@@ -6,7 +6,7 @@ All are measured on a fixed set of samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,12 @@ from flows.solving.solver import FIXED_METHODS, SolverConfig
 from pipeline.errors import JkoflowError
 from pipeline.runtime.console import Progress, say
 from pipeline.runtime.rng import Batches, generator
-from pipeline.storage.shards.reader import StoreReader
 from pipeline.storage.training_log import TrainingLog
 from pipeline.training.block_trainer import BlockTrainer
 
 #: samples that a finished block is measured on
 _SAMPLES = 4096
-#: limit of velocity evaluations, over all samples, after a regression: a push solver of many steps
+#: limit of velocity evaluations, over all samples, after a regression: a sampler of many steps
 #: could take longer than the training. There is no limit under jko.
 _MOST_EVALUATIONS = 16 * _SAMPLES
 #: limit of evaluations times parameters after a regression: a minute or two on one core
@@ -50,37 +49,37 @@ HOPELESS = 1.0
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Measurement of a finished block on a fixed set of samples.
+    """Measurement of a block on a fixed set of samples.
 
     Attributes:
         terms: of its objective, nats per sample.
         moved: E‖T(z) − z‖² (squared_movement), its root (movement), and E‖T(z)‖² (squared_norm).
+        error: mean squared distance per dimension to the map that the block was regressed on, by
+            direction; None for a block that was trained on samples.
     """
 
     terms: dict[str, float]
-    moved: dict[str, float]
+    moved: Mapping[str, float]
+    error: dict[str, float] | None = None
 
 
 @torch.no_grad()
 def measure(
     trainer: BlockTrainer,
-    stage: StoreReader,
-    push: SolverConfig,
+    solver: SolverConfig,
     progress: Progress,
     samples: int = _SAMPLES,
     block: Block | None = None,
 ) -> Diagnostics:
-    """Measure the terms of a finished block's objective, and its movement.
+    """Measure the terms of a block's objective, and its movement.
 
-    The same samples are used for all blocks and passes, with the push solver and an unbiased
-    divergence. So the terms of all blocks add up to an estimate of the flow's NLL. Under
-    objectives that integrate nothing, a fine grid or a large network reduces the number of
-    samples.
+    The same samples are used for all blocks and passes, with an unbiased divergence. So the terms
+    of all blocks add up to an estimate of the flow's NLL. Under objectives that integrate nothing,
+    a fine grid or a large network reduces the number of samples.
 
     Args:
-        trainer: of the block, finished.
-        stage: the samples before the block.
-        push: the solver; a fixed grid replaces an adaptive one.
+        trainer: of the block, finished or in training.
+        solver: RK4 with 8 sub-intervals replaces an adaptive one.
         progress: wraps the loop over batches.
         samples: largest number of samples.
         block: with other weights; None takes the trainer's.
@@ -90,8 +89,10 @@ def measure(
     """
     block, recipe, device = block or trainer.block, trainer.recipe, trainer.accelerator.device
     divergence = make_divergence("exact" if block.velocity.dim <= _EXACT_UP_TO else "hutchinson")
-    steps = aligned_steps(block.velocity.smooth_pieces(), 8)
-    solver = SolverConfig(method="rk4", steps=steps) if push.adaptive else push
+    if solver.adaptive:
+        steps = aligned_steps(block.velocity.smooth_pieces(), 8)
+        solver = SolverConfig(method="rk4", steps=steps)
+    stage = trainer.stage
     count = min(len(stage), _affordable(trainer, block, solver, samples))
     chosen = Batches(len(stage), count, recipe.seed, "measure").indices(0)
     source = generator(recipe.seed, "measure", trainer.index, *trainer.batches.salt)
@@ -133,12 +134,8 @@ def _affordable(trainer: BlockTrainer, block: Block, solver: SolverConfig, sampl
 
 
 def check_grid(
-    trainer: BlockTrainer,
-    stage: StoreReader,
-    push: SolverConfig,
-    log: TrainingLog,
-    progress: Progress,
-) -> bool:
+    trainer: BlockTrainer, sampler: SolverConfig, log: TrainingLog, progress: Progress
+) -> None:
     """Compare a finished block's objective on its training grid with that on a finer grid.
 
     They differ where the block overfits the discretisation error of its grid. The sampler's grid
@@ -147,50 +144,51 @@ def check_grid(
 
     Args:
         trainer: of the block, finished.
-        stage: the samples before the block.
-        push: the sampler of the block.
+        sampler: the solver of the block in sampling; an adaptive one is not compared.
         log: of the run.
         progress: wraps loops.
-
-    Returns:
-        whether there was a warning.
 
     Raises:
         JkoflowError: the training grid's difference is beyond `HOPELESS`.
     """
     grid, index = trainer.block.solver, trainer.index
     if trainer.spec.objective != "jko" or grid.adaptive:
-        return False
-    fine, dim = finer_grid(trainer, push), trainer.block.velocity.dim
-    trained, pushed, reference = (
-        measure(trainer, stage, solver, progress, samples=_COMPARED).terms["total"] / dim
-        for solver in (grid, push, fine)
-    )
-    difference, push_difference = abs(trained - reference), abs(pushed - reference)
-    differ = not max(difference, push_difference) <= TOLERANCE
-    objectives = {"training_grid": trained, "push_solver": pushed, "finer_grid": reference}
+        return
+    fine, dim = finer_grid(trainer, sampler), trainer.block.velocity.dim
+    solvers = {"training_grid": grid, "sampler": sampler, "finer_grid": fine}
+    if sampler.adaptive:
+        del solvers["sampler"]
+    objectives = {
+        name: measure(trainer, solver, progress, samples=_COMPARED).terms["total"] / dim
+        for name, solver in solvers.items()
+    }
+    reference = objectives["finer_grid"]
+    differences = {name: abs(value - reference) for name, value in objectives.items()}
+    differ = not all(difference <= TOLERANCE for difference in differences.values())
     event = "grids differ" if differ else "grids agree"
     log.write({"block": index, "step": trainer.done, "event": event, **objectives})
     if not differ:
-        return False
+        return
+    sampled = ""
+    if "sampler" in objectives:
+        sampled = f" and {objectives['sampler']:.4f} with the sampler ({_name(sampler)})"
     finding = (
-        f"block {index}'s objective is {trained:.4f} nats per dimension on its training "
-        f"grid ({_name(grid)}) and {pushed:.4f} with the sampler ({_name(push)}), but "
-        f"{reference:.4f} on a finer grid ({_name(fine)}); "
+        f"block {index}'s objective is {objectives['training_grid']:.4f} nats per dimension on "
+        f"its training grid ({_name(grid)}){sampled}, but {reference:.4f} on a finer grid "
+        f"({_name(fine)}); "
     )
-    if not difference <= HOPELESS:
+    if not differences["training_grid"] <= HOPELESS:
         raise JkoflowError(
             f"{finding}it overfits the discretisation error of its grid and is discarded; train "
             "elsewhere with velocity.autonomous=true, more jko.solver.steps, or fewer "
             "train.iterations"
         )
-    remedy = "jko.solver.steps" if difference > TOLERANCE else "sampler.steps"
+    remedy = "jko.solver.steps" if differences["training_grid"] > TOLERANCE else "sampler.steps"
     say(f"warning: {finding}raise {remedy}")
-    return True
 
 
-def overfits_grid(trainer: BlockTrainer, push: SolverConfig) -> bool:
-    """Return whether a block in training has begun to overfit the error of its grid.
+def overfits_grid(trainer: BlockTrainer, sampler: SolverConfig) -> bool:
+    """Compare the grids of a block in training; return whether it has begun to overfit its own.
 
     The comparison is that of `check_grid`, with fewer samples and the present averaged weights.
     Weights without a difference beyond `TOLERANCE` are kept in the trainer. Without kept weights
@@ -198,7 +196,7 @@ def overfits_grid(trainer: BlockTrainer, push: SolverConfig) -> bool:
 
     Args:
         trainer: of the block.
-        push: the sampler of the block.
+        sampler: the solver of the block in sampling.
 
     Raises:
         JkoflowError: the block cannot be integrated, and there are no kept weights.
@@ -207,8 +205,8 @@ def overfits_grid(trainer: BlockTrainer, push: SolverConfig) -> bool:
     block, few = trainer.snapshot(), _COMPARED_IN_TRAINING
     try:
         trained, reference = (
-            measure(trainer, trainer.stage, solver, _no_bar, few, block).terms["total"] / dim
-            for solver in (grid, finer_grid(trainer, push))
+            measure(trainer, solver, _no_bar, few, block).terms["total"] / dim
+            for solver in (grid, finer_grid(trainer, sampler))
         )
     except JkoflowError:  # a grid on which the field blows up differs from any other
         if not trainer.can_return:
@@ -229,9 +227,10 @@ def compares_grids(trainer: BlockTrainer) -> bool:
     return last or trainer.done % every == 0
 
 
-def finer_grid(trainer: BlockTrainer, push: SolverConfig) -> SolverConfig:
-    """Return RK4 with at least twice the evaluations of the training grid and of the sampler."""
-    most = max(_evaluations(each) for each in (trainer.block.solver, push) if not each.adaptive)
+def finer_grid(trainer: BlockTrainer, sampler: SolverConfig) -> SolverConfig:
+    """Return RK4 with at least twice the evaluations of the training grid and a fixed sampler."""
+    grids = [each for each in (trainer.block.solver, sampler) if not each.adaptive]
+    most = max(_evaluations(each) for each in grids)
     steps = max(2, math.ceil(2 * most / FIXED_METHODS["rk4"]))
     steps = aligned_steps(trainer.block.velocity.smooth_pieces(), steps)
     most = FIXED_METHODS["rk4"] * steps
@@ -246,5 +245,5 @@ def _evaluations(solver: SolverConfig) -> int:
     return FIXED_METHODS[solver.method] * solver.steps
 
 
-def _name(solver: SolverConfig) -> str:
-    return solver.method if solver.adaptive else f"{solver.method}, steps={solver.steps}"
+def _name(grid: SolverConfig) -> str:
+    return f"{grid.method}, steps={grid.steps}"

@@ -18,7 +18,7 @@ from pipeline.runs.run import load_block
 from pipeline.runtime.console import Progress
 from pipeline.training.block_source import TrainedBlocks, TrainingContext
 from pipeline.training.block_trainer import BlockTrainer
-from pipeline.training.sources import LatentSource, SampleSource
+from pipeline.training.sources import SampleSource, source_of
 
 #: groups of batches of the jackknife, and batches of a group
 _GROUPS, _BATCHES = 8, 4
@@ -103,17 +103,22 @@ def measure_gradient_noise(
         source: of the samples; None is the latent cache.
 
     Raises:
-        UserError: the run has no finished block, or there are several processes.
+        UserError: the run has no finished block or is distilled, or there are several processes.
         JkoflowError: a block cannot be integrated.
     """
     if accelerator.num_processes > 1:
         raise UserError("--measure-noise has several processes; expected one; launch one")
+    if config.train.objective == "distill":
+        raise UserError(
+            f"the run at {folder} is distilled; expected one of jko, lfm or fm; measure its "
+            "teacher"
+        )
     manifest = RunDirectory(folder).started
     if manifest is None or not manifest.passes or not manifest.passes[-1].blocks:
         raise UserError(
             f"the run at {folder} has no finished block; expected one; train it first"
         )
-    samples = source or LatentSource(config)
+    samples = source or source_of(config)
     context = TrainingContext(config, folder, samples, accelerator, progress)
     blocks = TrainedBlocks(context, None)
     number = len(manifest.passes) - 1
@@ -134,7 +139,7 @@ def gradient_noise(
         trainer: of the block; its batch size is that of the measurement.
         progress: wraps the loop over batches.
         groups: parts of the jackknife, at least 2.
-        batches: of each part, at least 1.
+        batches: of each part, at least 1, and 2 for two groups.
 
     Raises:
         JkoflowError: the block cannot be integrated.

@@ -21,9 +21,9 @@ from pipeline.storage import atomic
 from pipeline.storage.records import to_json
 from pipeline.storage.training_log import TrainingLog
 from pipeline.training.block_loop import Limits, Place, optimise
-from pipeline.training.block_source import BlockSource, Measurement, TrainingContext
+from pipeline.training.block_source import BlockSource, TrainingContext
 from pipeline.training.block_trainer import BlockTrainer
-from pipeline.training.diagnostics import compares_grids, overfits_grid
+from pipeline.training.diagnostics import Diagnostics, compares_grids, overfits_grid
 from pipeline.training.previews import Previews
 from pipeline.training.stages import stage_file
 
@@ -137,8 +137,8 @@ class PassTrainer:
     def _place(self, trainer: BlockTrainer) -> Place:
         """Return the place of the block in training."""
         index, step = trainer.index, trainer.spec.step
-        before = sum(sum(earlier.iterations) for earlier in self.passes[:-1])
-        before += sum(self.current.iterations[:index])
+        trained = (row for each in self.passes for row in each.blocks[each.kept :])
+        before = sum(row.iterations for row in trained)
         symbol = "γ" if trainer.spec.h is None else "h"
         return Place(
             f"pass {self.number} block {index}" if self.number else f"block {index}",
@@ -169,7 +169,7 @@ class PassTrainer:
         trainer: BlockTrainer,
         file: str,
         sha256: str,
-        measurement: Measurement,
+        measurement: Diagnostics,
         log: TrainingLog,
     ) -> None:
         """Enter the finished block into flow.json; from here on it counts."""

@@ -316,3 +316,8 @@ def check_classes(counts: dict[int, int], classes: int) -> None:
             f"velocity.classes = {classes} allows the labels 0 to {classes - 1}, but the data set "
             f"has the label {largest}; set velocity.classes={largest + 1}"
         )
+
+
+def source_of(config: Config) -> SampleSource:
+    """Open the latent cache of a configuration as the source of its samples."""
+    return (ResidualSource if config.velocity.image_channels else LatentSource)(config)

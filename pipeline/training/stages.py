@@ -49,7 +49,7 @@ def stage_file(stage: int, number: int = 0) -> str:
     return f"stages/pass-{number:02d}/{name}" if number and stage else f"stages/{name}"
 
 
-def number_of(stage: StoreReader) -> int:
+def stage_index(stage: StoreReader) -> int:
     """Return the number of a stage: how many blocks its samples have passed."""
     return int(stage.manifest["identity"]["stage"])
 
@@ -94,7 +94,7 @@ def next_stage(
     Raises:
         JkoflowError: the block cannot be integrated.
     """
-    stage = number_of(before) + 1
+    stage = stage_index(before) + 1
     folder = folder or stage_folder(run, stage)
     solver = config.sampler.of_block(stage - 1)
     identity = {
@@ -245,7 +245,8 @@ def ensure_stage(
     shape = identity.get("shape")
     if shape is not None:
         written = sum(path.stat().st_size for path in folder.glob("shard-*"))
-        size = _FLOAT * count * math.prod(shape) - written
+        arrays = 3 if identity.get("moments") else 1  # z, its mean and its standard deviation
+        size = arrays * _FLOAT * count * math.prod(shape) - written
         require_disk_space(folder, size, f"the samples of stage {stage}")
     writer = StoreWriter(folder, identity, count, shard_size)
     with errors_on_all_ranks(accelerator):

@@ -42,12 +42,7 @@ from pipeline.training.block_source import TrainedBlocks, TrainingContext
 from pipeline.training.networks.join import NetworkJoiner, check_join
 from pipeline.training.pass_trainer import PassTrainer
 from pipeline.training.planner import next_pass, recipe_of, with_lower_iterations
-from pipeline.training.sources import (
-    LatentSource,
-    ResidualSource,
-    SampleSource,
-    check_classes,
-)
+from pipeline.training.sources import SampleSource, check_classes, source_of
 from pipeline.training.warm_start import open_warm_start
 
 
@@ -154,7 +149,7 @@ def open_context(
         _check_sharding(config, accelerator.num_processes)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    samples = source or _source_of(config)
+    samples = source or source_of(config)
     check_shape(config, samples.shape)
     if config.velocity.classes:
         check_classes(samples.class_counts, config.velocity.classes)
@@ -227,16 +222,11 @@ def restore_stages(
         JkoflowError: a block cannot be integrated.
     """
     context = TrainingContext(
-        config, folder, source or _source_of(config), accelerator, progress
+        config, folder, source or source_of(config), accelerator, progress
     )
     manifest = manifest_to_continue(context, RunDirectory(folder).started)
     blocks = TrainedBlocks(context, manifest.init_from)
     PassTrainer(context, manifest, blocks).restore_stages()
-
-
-def _source_of(config: Config) -> SampleSource:
-    """Open the latent cache of a configuration as the source of its samples."""
-    return (ResidualSource if config.velocity.image_channels else LatentSource)(config)
 
 
 def _require_same_training(context: TrainingContext) -> None:

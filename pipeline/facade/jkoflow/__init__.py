@@ -5,9 +5,9 @@
     >>> model.sample(4, seed=0).shape
     torch.Size([4, 1, 28, 28])
 
-Every function does what the command of its name does, with the same code. Mistakes of the caller
-raise `jkoflow.UserError`, a ValueError of one sentence. Names are imported at their first use, so
-that `import jkoflow` takes no time.
+The functions share their code with the commands, so that both give the same images and metrics.
+Mistakes of the caller raise `jkoflow.UserError`, a ValueError of one sentence. Names are imported
+at their first use, so that `import jkoflow` takes no time.
 """
 
 from __future__ import annotations

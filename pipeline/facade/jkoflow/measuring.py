@@ -22,8 +22,8 @@ from pipeline.evaluation.fid import fid_between
 from pipeline.runtime.console import progress_bar
 from pipeline.storage import atomic
 
-#: sections that `set` may change
-_SECTIONS = ("generate", "sampler", "evaluate", "data.path")
+#: sections that `set` may change; `jkoflow.load` decides how images are sampled
+_SECTIONS = ("evaluate", "data.path")
 
 
 @user_errors
@@ -38,14 +38,15 @@ def evaluate(
     """Measure a run as `jkoflow evaluate` does; writes its metrics.json and returns the content.
 
     Args:
-        model: a model, a run directory or zoo:NAME.
+        model: a model, a run directory or zoo:NAME; `jkoflow.load` sets solver and guidance.
         n: sampled images.
         reference: a shipped name, a folder, an .npz or a file of statistics.
         seed: of the noise.
-        set: overrides by dotted key, such as {"evaluate.nll": 0}.
+        set: overrides of the section evaluate and of data.path, such as {"evaluate.nll": 0}.
 
     Raises:
-        UserError: n is below 2, or a data set has fewer images than are needed.
+        UserError: n is below 2, a data set has fewer images than are needed, or `set` has another
+            key.
     """
     if not isinstance(model, Model):
         model = load(model)

@@ -16,7 +16,7 @@ from flows.solving.estimators import make_divergence
 from jkoflow.mistakes import user_errors
 from pipeline.data.image_set import image_set_of
 from pipeline.errors import UserError
-from pipeline.evaluation.likelihood import joined, log_probs
+from pipeline.evaluation.likelihood import CHUNK, SOLVER, joined, log_probs
 from pipeline.runs.run import Run, open_run
 from pipeline.runtime.console import no_progress
 from pipeline.runtime.devices import require_device
@@ -50,7 +50,8 @@ class Model:
     """Trained model with everything that decides its images: guide, refiner, guidance and solver.
 
     `jkoflow.load` makes one. Images are uint8 (n, C, H, W); functions that take images also accept
-    floats in [-1, 1]. Latents are standardised, (n, *shape).
+    floats in [-1, 1]. Latents are standardised, (n, *shape). A run on tensors takes and returns
+    float tensors (n, *shape) in place of images.
     """
 
     def __init__(self, flow: ImageFlow) -> None:
@@ -204,6 +205,8 @@ class Model:
     ) -> LogProb:
         """Compute log p(z) of the latents of images (n, C, H, W), as `jkoflow likelihood` does.
 
+        Float images are rounded to uint8 first.
+
         Args:
             x: images.
             classes: of the images; a class-conditional model needs them.
@@ -228,9 +231,16 @@ class Model:
         self, x: Tensor, labels: Tensor | None, estimator: Divergence
     ) -> LogProb:
         z, flow = self._flow.encode(x), self._flow
+        if labels is None and flow.unguided.flow.classes:
+            raise UserError(
+                f"the run at {self.run.name} has classes; expected that of every sample; give "
+                "classes, such as [0] for all"
+            )
         condition = flow.condition(labels, 0, len(z))
         rng = generator(0, "likelihood", "probes")
-        result = log_prob(flow.unguided.flow, z, estimator, generator=rng, condition=condition)
+        result = log_prob(
+            flow.unguided.flow, z, estimator, 1, SOLVER, rng, CHUNK, condition
+        )
         value, inversion, error = joined([result])
         return LogProb(value, error, inversion)
 

@@ -43,7 +43,7 @@ def register(kind: Kind, name: str) -> Callable[[F], F]:
 
     Args:
         kind: velocity, autoencoder or dataset.
-        name: new, of letters, digits and hyphens.
+        name: new, of letters, digits, hyphens and underscores.
 
     Raises:
         UserError: an unknown kind, or a name that is taken.
@@ -58,7 +58,7 @@ def register(kind: Kind, name: str) -> Callable[[F], F]:
     if name in names[kind]:
         raise UserError(f"the {kind} {name!r} is registered already; choose another name")
     if not name.replace("-", "").replace("_", "").isalnum():
-        raise UserError(f"the name is {name!r}; expected letters, digits and hyphens")
+        raise UserError(f"the name is {name!r}; expected letters, digits, - and _")
 
     def add(factory: F) -> F:
         if kind == "velocity":
@@ -159,7 +159,13 @@ def _loader(name: str, factory: Callable[..., Any]) -> Callable[[DataConfig, str
     """Return the function that opens a data set of a caller's function."""
 
     def load(data: DataConfig, split: str) -> ImageSet:
-        images, labels = factory(data, split)
+        result = factory(data, split)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise UserError(
+                f"the data set {name} returns {type(result).__name__}; expected (images, labels) "
+                "or (images, None)"
+            )
+        images, labels = result
         pixels = np.asarray(images)
         classes = None if labels is None else np.asarray(labels)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or not len(pixels):
@@ -167,7 +173,9 @@ def _loader(name: str, factory: Callable[..., Any]) -> Callable[[DataConfig, str
                 f"the data set {name} has images {pixels.dtype} {pixels.shape}; expected uint8 "
                 "(n, C, H, W)"
             )
-        if classes is not None and (len(classes) != len(pixels) or classes.dtype.kind not in "iu"):
+        if classes is not None and (
+            classes.shape != (len(pixels),) or classes.dtype.kind not in "iu"
+        ):
             raise UserError(
                 f"the data set {name} has labels {classes.dtype} {classes.shape}; expected "
                 f"{len(pixels)} whole numbers"

@@ -114,7 +114,9 @@ def _tensors(data: Tensor | Dataset[Any], labels: Tensor | None) -> tuple[Tensor
             if label is not None:
                 found.append(int(label))
         samples.append(_tensor(item))
-    if not samples or len({(x.shape, x.dtype) for x in samples}) > 1:
+    if not samples:
+        raise UserError("the Dataset is empty; expected at least one item")
+    if len({(x.shape, x.dtype) for x in samples}) > 1:
         raise UserError("the items of the Dataset differ in shape or type; expected one of each")
     if labels is None and found:
         labels = torch.tensor(found)

@@ -21,7 +21,7 @@ from pipeline.runtime.rng import Batches, generator
 from pipeline.storage.shards.read_ahead import ReadAhead
 from pipeline.storage.shards.reader import SCATTERED, StoreReader
 from pipeline.training.batches.matching_loss import IMAGE
-from pipeline.training.stages import number_of
+from pipeline.training.stages import stage_index
 
 
 class BlockBatches:
@@ -42,7 +42,7 @@ class BlockBatches:
         self, spec: BlockSpec, stage: StoreReader, recipe: TrainConfig, number: int = 0
     ) -> None:
         self.spec, self.stage, self.recipe = spec, stage, recipe
-        self.index = number_of(stage)
+        self.index = stage_index(stage)
         self.salt = (number,) if number else ()
         self.redraw: tuple[str | int, ...] = ()
         parts = ("block", self.index, *self.salt)

@@ -35,7 +35,7 @@ class BlockObjective:
         micro_batches: parts in which this rank takes its share of a batch.
         options: the section of the objective.
         accelerator: device and ranks.
-        regression: loss of an objective that integrates nothing; None is flow matching.
+        regression: loss of a distillation; None takes the objective jko, lfm or fm.
 
     Attributes:
         divergence: estimator of ∇·v; None for an objective that integrates nothing.
@@ -53,11 +53,11 @@ class BlockObjective:
     ) -> None:
         self.block, self.spec, self.batches = block, spec, batches
         self.micro_batches, self.accelerator = micro_batches, accelerator
-        self.half = batches.recipe.precision == "bf16"
+        self.mixed_precision = batches.recipe.precision == "bf16"
         self.divergence: Divergence | None = None
         self._regression = regression
         self._integrated = (
-            Block(MixedPrecision(block.velocity), block.solver) if self.half else block
+            Block(MixedPrecision(block.velocity), block.solver) if self.mixed_precision else block
         )
         if isinstance(options, JkoConfig):
             self.divergence = make_divergence(
@@ -118,7 +118,7 @@ class BlockObjective:
         device = self.accelerator.device
         if self._regression is not None:
             batch, source = self.batches.indices(step), self.batches.matching_source(step)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.half):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.mixed_precision):
                 stage = self.batches.stage
                 return self._regression(self.block.velocity, stage, batch, source, part)
         assert self.divergence is not None

@@ -91,7 +91,7 @@ def test_refine_divides_the_steps():
         (lambda: step_sizes(0.1, 1.4, 0, 3), "h_max must be positive"),
         (lambda: step_sizes(0.1, 1.4, math.nan, 3), "h_max must be positive"),
         (lambda: step_sizes(0.1, 1.4, 1, 0), "blocks must be at least 1"),
-        (lambda: step_sizes(0.1, 10.0, math.inf, 1000), "of 1000 steps overflows; .* finite h_max"),
+        (lambda: step_sizes(0.1, 10.0, math.inf, 1000), "of 1000 steps overflows; .* h_max"),
         (lambda: gammas(0.1, 10.0, 1000), "the last of 999 times γ overflows"),
         (lambda: gammas(0, 1.5, 3), "gamma1 must be positive"),
         (lambda: gammas(0.1, 1.5, 0), "blocks must be at least 1"),

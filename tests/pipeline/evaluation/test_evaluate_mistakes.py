@@ -55,6 +55,18 @@ def test_settings_that_do_not_fit_are_refused(
     assert not (folder / "metrics.json").exists()
 
 
+def test_the_printed_file_has_the_metrics(
+    capsys: pytest.CaptureFixture[str], trained: World, folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    stand_in(monkeypatch)
+    reference = ("--reference", trained.root / "pictures" / "train", "--set", "evaluate.nll=0")
+    for n, name in ((20, "metrics.json"), (10, "metrics-10.json")):
+        code, out, _ = say(capsys, "evaluate", "--run", folder, *reference, "-n", n)
+        assert code == 0 and out.strip() == str(folder / name)
+        assert json.loads(Path(out.strip()).read_text())["fid"]["n"] == n
+
+
 def test_a_reference_of_other_images_gives_a_warning(folder: Path) -> None:
     """The metrics have no FID of real test images then."""
     run = open_run(folder)

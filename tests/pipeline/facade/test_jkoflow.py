@@ -19,6 +19,7 @@ from autoencoders.base import to_float
 from flows.errors import FlowError
 from flows.partial import part_of
 from pipeline.runs.zoo import zoo
+from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import SIDE, World, make_world, pictures, say
 
 #: a flow-matching training of a second
@@ -195,6 +196,32 @@ def test_commands_accept_a_run_on_tensors(
     assert code == 2 and "is on tensors of shape 1x3x3" in last
 
 
+def test_the_density_of_tensors_needs_their_classes(
+    classes_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JKOFLOW_HOME", str(classes_world.home))
+    config = classes_world.config("vectors", data={"name": "mnist", "path": None, "size": None,
+                                                   "mode": "RGB"})  # fmt: skip
+    z, short = torch.randn(40, 5), {"train.iterations": 2, "schedule.max_blocks": 1}
+    model = jkoflow.fit(z, torch.arange(40) % 2, config, tmp_path / "run", short)
+    with pytest.raises(jkoflow.UserError, match="expected that of every sample; give classes"):
+        model.log_prob(z[:2])
+    assert model.log_prob(z[:2], classes=[0, 1]).value.shape == (2,)
+    with pytest.raises(jkoflow.UserError, match="has no autoencoder, because it is on points or"):
+        jkoflow.evaluate(model)
+
+
+def test_own_images_are_evaluated(
+    model: jkoflow.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An .npz has one split, which is also that of the floor and the likelihood."""
+    stand_in(monkeypatch)
+    np.savez(model.run.folder / "real.npz", arr_0=own_images(30).permute(0, 2, 3, 1).numpy())
+    metrics = jkoflow.evaluate(model, 12, reference=str(model.run.folder / "real.npz"))
+    assert metrics["fid"]["n"] == 12 and metrics["rfid"]["split"] == "train"
+    assert metrics["nll"]
+
+
 def test_fid_of_tensors_is_that_of_files(tmp_path: Path, inception_weights: Path) -> None:
     a, b = own_images(4), 255 - own_images(4)
     np.savez(tmp_path / "b.npz", arr_0=b.permute(0, 2, 3, 1).numpy())
@@ -234,6 +261,8 @@ def test_fid_of_tensors_is_that_of_files(tmp_path: Path, inception_weights: Path
         (lambda m: jkoflow.fit(torch.zeros(4, 2), torch.zeros(4)), "the labels are torch.float32"),
         (lambda m: jkoflow.fit(labels=torch.zeros(4)), "labels are given without data"),
         (lambda m: jkoflow.fit([torch.zeros(2), torch.zeros(3)]), "differ in shape or type"),
+        (lambda m: jkoflow.fit([]), "the Dataset is empty"),
+        (lambda m: jkoflow.evaluate(m, set={"sampler.steps": 1}), "expected a key of evaluate, d"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(

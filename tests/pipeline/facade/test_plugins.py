@@ -197,6 +197,8 @@ def no_disk(data: Any, split: str) -> Any:
         (no_disk, r"the dataset own could not be made \(OSError: no disk\)"),
         (lambda data, split: (np.zeros((3, 1, 4, 4)), None), r"expected uint8 \(n, C, H, W\)"),
         (lambda data, split: (np.zeros((3, 1, 4, 4), np.uint8), [1]), "expected 3 whole numbers"),
+        (lambda data, split: (np.zeros((3, 1, 4, 4), np.uint8), [[1]] * 3), r"int64 \(3, 1\); "),
+        (lambda data, split: np.zeros((3, 1, 4, 4), np.uint8), "own returns ndarray; expected"),
     ],
 )
 def test_a_data_set_that_fails_is_one_sentence(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.data.datasets import load_images
 from pipeline.publishing.neighbours import SHOWN, nearest
 from tests.pipeline.tiny import pictures, say
 
@@ -55,6 +56,19 @@ def test_a_report_shows_the_nearest_training_images(
     expected = sorted(distances)[(SHOWN - 1) // 2]  # torch's median is the lower one
     assert result["pixels"]["median_distance"] == pytest.approx(expected, rel=1e-4)
     assert result["pixels"]["median_distance_of_test_images"] > 0
+
+
+def test_without_a_test_split_there_is_no_distance_of_test_images(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training images compared with themselves would have the distance 0."""
+    for module in ("evaluation.features", "publishing.neighbours"):
+        monkeypatch.setattr(f"pipeline.{module}.load_inception", lambda _: Levels())
+    monkeypatch.setattr("pipeline.publishing.neighbours.held_out_images", load_images)
+    assert say(capsys, "report", "--run", folder, "--neighbours", 40)[0] == 0
+    result = json.loads((folder / "neighbours.json").read_text())
+    assert result["pixels"]["median_distance_of_test_images"] is None
+    assert result["features"]["median_distance"] >= 0
 
 
 def test_neighbours_of_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:

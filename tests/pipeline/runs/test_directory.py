@@ -34,6 +34,7 @@ def test_a_new_run_records_configuration_command_and_versions(tmp_path: Path) ->
     assert opened.exists and opened.config == tiny()  # the time limit is not the run's
     assert opened.environment["versions"]["torch"]
     assert opened.resume_command == f"jkoflow toy2d --run {folder} --resume"
+    assert RunDirectory(Path("a b")).resume_command.endswith("'a b' --resume")
     with pytest.raises(UserError, match="no finished block yet; finish it with `jkoflow toy2d"):
         _ = opened.manifest
 

@@ -93,6 +93,25 @@ def test_a_shipped_run_is_taken_from_the_package(
     assert say(capsys, "verify", "zoo:mnist")[0] == 0
 
 
+def test_the_guide_of_a_shipped_run_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path))
+    assert say(capsys, "verify", "zoo:mnist-fm/guide")[0] == 0
+    flip(locate("zoo:mnist-fm/guide") / "blocks" / "block-00.safetensors")
+    code, out, _ = say(capsys, "verify", "zoo:mnist-fm/guide")
+    assert code == 1 and len(out.splitlines()) == 1
+    code, _, last = say(capsys, "verify", "zoo:mnist-fm/refiner")
+    assert code == 2 and "zoo:mnist-fm/refiner is no run" in last
+
+
+def test_a_folder_that_cannot_be_sealed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, last = say(capsys, "verify", tmp_path / "none", "--seal")
+    assert code == 2 and "is no folder; expected a run or a cache" in last
+
+
 def test_an_earlier_folder_is_sealed_as_it_is(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

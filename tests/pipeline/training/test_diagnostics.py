@@ -19,13 +19,13 @@ from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.diagnostics import Diagnostics, measure
 from tests.pipeline.gaussian_source import GaussianSource, tiny
 
-PUSH = SolverConfig("rk4", steps=4)  # 16 evaluations
+SAMPLER = SolverConfig("rk4", steps=4)  # 16 evaluations
 
 
 def measured(folder: Path, count: int, **changes: Any) -> tuple[Diagnostics, int, list[str]]:
     """Measure a new block, v = 0; return diagnostics, number of samples, progress labels."""
     network = VelocityConfig("mlp", width=8, depth=1, nets=changes.pop("nets", 1))
-    spec = BlockSpec(network, PUSH, **changes)
+    spec = BlockSpec(network, SAMPLER, **changes)
     stage = GaussianSource(count=count).first_stage(folder, tiny(), Accelerator())
     block = build_block(spec, (2,), generator(0, "weights", 0))
     options = JkoConfig() if spec.objective == "jko" else MatchingConfig()
@@ -39,7 +39,7 @@ def measured(folder: Path, count: int, **changes: Any) -> tuple[Diagnostics, int
             seen[0] += len(rows)
             yield rows
 
-    return measure(trainer, stage, PUSH, bar), seen[0], labels
+    return measure(trainer, SAMPLER, bar), seen[0], labels
 
 
 REGRESSION = {"objective": "lfm", "gamma": 0.1}
@@ -59,7 +59,7 @@ def test_a_large_network_is_measured_on_fewer_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: int, changes: dict[str, Any],
     expected: int,
 ) -> None:  # fmt: skip
-    network = build_block(BlockSpec(VelocityConfig("mlp", width=8, depth=1), PUSH), (2,))
+    network = build_block(BlockSpec(VelocityConfig("mlp", width=8, depth=1), SAMPLER), (2,))
     size = sum(p.numel() for p in network.parameters())
     monkeypatch.setattr("pipeline.training.diagnostics._MOST_READS", reads * size)
     actual, seen, labels = measured(tmp_path, 5000, **changes)

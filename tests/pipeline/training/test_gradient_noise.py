@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +81,16 @@ def test_a_run_without_blocks_is_refused(tmp_path: Path) -> None:
                 tiny(), tmp_path / "none", Accelerator(), quiet, GaussianSource()
             )
         )
+
+
+def test_a_distilled_run_is_refused(folder: Path) -> None:
+    config = read_config(folder)
+    distilled = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, objective="distill"), jko=None,
+        schedule=None,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="is distilled; expected one of jko, lfm or fm"):
+        list(measure_gradient_noise(distilled, folder, Accelerator(), quiet, GaussianSource()))
 
 
 def test_the_command_prints_a_row_per_block(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from pipeline.errors import UserError
 from pipeline.runs.directory import ResumePolicy, RunDirectory, read_config, read_manifest
 from pipeline.runs.run import open_run
 from pipeline.storage.atomic import sha256_file
+from pipeline.training import pass_trainer
+from pipeline.training.block_loop import Place
 from pipeline.training.train import Outcome, train
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
 
@@ -65,6 +69,23 @@ def test_added_blocks_come_before_the_free_one(again: Path) -> None:
     # and once more, upon what is there
     assert run(again, add_blocks=1).blocks == 6
     assert steps(again)[4] == 1.6
+
+
+def test_trackers_count_the_steps_that_were_trained(
+    again: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that a pass takes over are not trained again."""
+    original, seen = pass_trainer.optimise, []
+
+    def counting(trainer: Any, log: Any, place: Place, *others: Any) -> bool:
+        seen.append((place.before, trainer.iterations))
+        return original(trainer, log, place, *others)
+
+    monkeypatch.setattr(pass_trainer, "optimise", counting)
+    before = sum(row.iterations for row in read_manifest(again).blocks)
+    assert run(again, add_blocks=2).complete
+    expected = list(accumulate((each for _, each in seen), initial=before))[:-1]
+    assert [start for start, _ in seen] == expected and len(seen) == 3
 
 
 def test_added_blocks_take_given_steps_first(again: Path) -> None:

@@ -73,7 +73,7 @@ def test_a_sampler_as_coarse_as_the_training_grid_is_a_warning(tmp_path: Path) -
     """The sampler has the same error, so that a comparison with it alone would show none."""
     coarse = ("jko.solver.method=euler", "jko.solver.steps=1", "sampler.method=euler")
     (row,) = events(tmp_path / "run", *coarse, "sampler.steps=1")
-    assert row["training_grid"] == row["push_solver"]
+    assert row["training_grid"] == row["sampler"]
     assert abs(row["training_grid"] - row["finer_grid"]) > TOLERANCE
 
 
@@ -123,9 +123,9 @@ def test_a_block_that_cannot_be_solved_on_the_finer_grid_returns(
     monkeypatch.setattr("pipeline.training.diagnostics._LEAST_STEPS", 10)
     finer, calls = diagnostics.finer_grid, []
 
-    def failing(trainer: BlockTrainer, push: SolverConfig) -> SolverConfig:
+    def failing(trainer: BlockTrainer, sampler: SolverConfig) -> SolverConfig:
         calls.append(trainer.done)
-        solver = finer(trainer, push)
+        solver = finer(trainer, sampler)
         return dataclasses.replace(solver, blow_up=1e-9) if len(calls) == 2 else solver
 
     monkeypatch.setattr(diagnostics, "finer_grid", failing)
@@ -145,6 +145,18 @@ def test_a_long_training_grid_has_a_finer_one() -> None:
 def read_manifest_if_any(folder: Path) -> list[dict[str, Any]]:
     """Blocks that count."""
     return read_manifest(folder).blocks if (folder / "flow.json").is_file() else []
+
+
+def test_an_adaptive_sampler_is_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It controls its error itself, so only the training grid can be too coarse."""
+    coarse = ("jko.solver.method=euler", "jko.solver.steps=1", "sampler.method=dopri5",
+              "sampler.steps=4")  # fmt: skip
+    (row,) = events(tmp_path / "run", *coarse)
+    assert "sampler" not in row
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
+    assert "(euler, steps=1), but" in warning and warning.endswith("raise jko.solver.steps")
 
 
 def test_a_coarse_sampler_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
