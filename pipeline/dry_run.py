@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from flows.networks.registry import make_velocity
+from pipeline.config.data import LATENTS
 from pipeline.config.rules.validate import check
 from pipeline.config.sampling import EvaluateConfig
 from pipeline.config.schema import Config
@@ -19,6 +20,7 @@ from pipeline.data.latent_cache import (
     cache_identity,
     latent_bytes,
     load_images_and_autoencoder,
+    open_cache,
 )
 from pipeline.runs.directory import RunDirectory
 from pipeline.runs.networks import is_finished, network_folder, trains_alone, unfinished_networks
@@ -32,6 +34,18 @@ from pipeline.training.warm_start import open_warm_start
 
 _FLOAT = 4
 _MEGABYTE = 1e6
+
+
+def _samples(config: Config) -> tuple[Path | str, tuple[int, ...], dict[int, int]]:
+    """Return the place and the shape of training samples, and the number of each class."""
+    if config.data.name == LATENTS:
+        own = open_cache(config)
+        return own.reader.place, own.shape, own.class_counts
+    images, autoencoder = load_images_and_autoencoder(config)
+    folder = cache_folder(cache_identity(config, images, autoencoder))
+    refines = config.velocity.image_channels > 0
+    labels = [] if images.labels is None else images.labels.tolist()
+    return folder, tuple(images.shape if refines else autoencoder.latent_shape), Counter(labels)
 
 
 def encode_lines(config: Config, precision: str | None = None) -> list[str]:
@@ -69,21 +83,18 @@ def train_lines(
         require_independent(config, network)
         if is_finished(folder, network):
             return [f"network {network} of run {folder} is finished; nothing to train"]
-    images, autoencoder = load_images_and_autoencoder(config)
-    cache = cache_folder(cache_identity(config, images, autoencoder))
-    refines = config.velocity.image_channels > 0
-    shape = tuple(images.shape if refines else autoencoder.latent_shape)
+    cache, shape, counts = _samples(config)
     with torch.device("meta"):
         velocity = make_velocity(config.velocity, shape)
     parameters = sum(p.numel() for p in velocity.parameters())
     if config.velocity.classes:
-        labels = [] if images.labels is None else images.labels.tolist()
-        check_classes(Counter(labels), config.velocity.classes)
+        check_classes(counts, config.velocity.classes)
     place = os.environ.get(PLACE)
     absent = f"is not under the data root; it is read in {place}" if place else (
         "is absent; run `jkoflow encode`"
     )  # fmt: skip
-    state = "is complete" if (cache / MANIFEST).is_file() else absent
+    own = config.data.name == LATENTS  # which has been opened
+    state = "is complete" if own or (Path(cache) / MANIFEST).is_file() else absent
     started = RunDirectory(folder).started
     passes = started.passes if started is not None else ()
     upcoming = next_pass(config, passes, add_blocks)

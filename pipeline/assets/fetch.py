@@ -75,10 +75,13 @@ def _silent(_: str) -> None:
     """Ignore a message."""
 
 
-def broken_files(name: str, root: Path | None = None) -> list[Path]:
-    """Return the files of a stored asset that are missing or damaged; the manifest is one."""
+def broken_files(name: str, root: Path) -> list[Path]:
+    """Return the files of an asset below a data root that are missing or damaged.
+
+    The manifest is one of them.
+    """
     asset = ASSETS[name]
-    folder = (root or data_root()) / "assets" / name
+    folder = root / "assets" / name
     if _is_stored(asset, folder, _silent):
         return []
     broken = []

@@ -68,9 +68,12 @@ def plan_command(
             limit = " and at most 1" if most == 1 else ""
             raise UserError(f"{name} is {value:g}; expected a value above 0{limit}; change it")
     if images is None:
+        from pipeline.config.data import LATENTS
         from pipeline.data.datasets import load_images
+        from pipeline.data.latent_cache import open_cache
 
-        count = len(load_images(settings.data))
+        given = settings.data.name == LATENTS
+        count = len(open_cache(settings)) if given else len(load_images(settings.data))
     else:
         try:
             count = parse_count(images)

@@ -53,10 +53,17 @@ def encode_command(
     dry_run: DryRunOption = False,
 ) -> None:
     """Encode a data set into the latent cache; resumes when interrupted."""
+    from pipeline.config.data import LATENTS
     from pipeline.data.encoding import encode, reconstruction_psnr, storage_error
     from pipeline.data.latent_file import require_format, write_latents
+    from pipeline.errors import UserError
 
     settings = load_settings(config, overrides)
+    if settings.data.name == LATENTS:
+        raise UserError(
+            "data.name is latents, which are encoded already; expected images; train on the "
+            "latents by `jkoflow train`"
+        )
     if out is not None:
         require_format(out)
         require_places(out)
@@ -119,7 +126,11 @@ def verify_command(
             "files; copy the folder of the cache there again"
         )
     if as_it_is:
-        for path in paths or []:
+        if not paths:
+            raise UserError("--seal is given without a path; expected a folder; give it")
+        if repair:
+            raise UserError("--seal and --repair are both given; expected one; leave one out")
+        for path in paths:
             print(f"{path}: {verify.seal_as_it_is(Path(path))} files sealed")
         return
     faults = [fault for path in paths or [] for fault in verify.verify(path)]

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from pipeline.config.data import DataConfig
 
 SPLITS = ("train", "test")
+_FOLDER_SPLITS = (*SPLITS, "val")
 
 
 def load_images(data: DataConfig) -> ImageSet:
     """Open a data set; MNIST and CIFAR-10 are fetched if they are not stored.
 
-    Pixels are read on access. Size and mode apply to the images of a folder only.
+    Pixels are read on access. Size and mode apply to folders, tables and tar shards.
 
     Raises:
         UserError: a name or split is unknown, a path, size, mode or limit is invalid, or joined
@@ -47,9 +48,10 @@ def _load_one(data: DataConfig) -> ImageSet:
     """Open one data set without those of `data.also`."""
     if data.name not in DATASETS:
         raise UserError(f"data set {data.name!r} is unknown; choose one of {', '.join(DATASETS)}")
-    split = "test" if data.name in ("imagenet32", *FOLDERS) and data.split == "val" else data.split
-    if split not in SPLITS:
-        choices = ", ".join(SPLITS)
+    split = "test" if data.name == "imagenet32" and data.split == "val" else data.split
+    splits = _FOLDER_SPLITS if data.name in FOLDERS else SPLITS
+    if split not in splits:
+        choices = ", ".join(splits)
         raise UserError(f"{data.name} has no split {data.split!r}; choose one of {choices}")
     if data.limit is not None and data.limit < 1:
         raise UserError(f"data.limit is {data.limit}; expected 1 or more, or null for all images")

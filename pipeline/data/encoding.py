@@ -53,7 +53,12 @@ _BATCH = 250
 
 
 def encode(
-    config: Config, accelerator: Accelerator, progress: Progress, precision: str | None = None
+    config: Config,
+    accelerator: Accelerator,
+    progress: Progress,
+    precision: str | None = None,
+    *,
+    elsewhere: bool = True,
 ) -> LatentCache:
     """Encode a data set, or open its cache if it exists; encoding resumes at missing shards.
 
@@ -65,6 +70,7 @@ def encode(
         progress: wraps the loop over batches.
         precision: of the stored moments: fp16 or bf16 take half the room of fp32. None is that of
             an existing cache, else fp32.
+        elsewhere: whether a copy of the cache in `$JKOFLOW_LATENTS` will do.
 
     Raises:
         UserError: the data set, the autoencoder or a size is invalid, or a cache in another
@@ -76,7 +82,7 @@ def encode(
     identity = cache_identity(config, images, autoencoder)
     folder = cache_folder(identity)
     require_same(accelerator, folder.name, "the latent cache")
-    cache = find_cache(folder, identity)
+    cache = find_cache(folder, identity) if elsewhere else None
     if cache is not None:
         if precision not in (None, cache.precision):
             raise UserError(

@@ -138,10 +138,13 @@ def splits_of(folder: Path) -> dict[str, Path]:
 def choose_split(place: Path | str, splits: set[str], split: str) -> str:
     """Return the folder of a split among those that exist; empty for images without splits.
 
+    Where one of test and val is absent, the other one stands for it.
+
     Raises:
         UserError: there is none.
     """
-    for name in ("train",) if split == "train" else ("test", "val"):
+    others = {"train": ("train",), "test": ("test", "val"), "val": ("val", "test")}
+    for name in others[split]:
         if name in splits:
             return name
     if not splits and split == "train":
@@ -157,14 +160,12 @@ def choose_split(place: Path | str, splits: set[str], split: str) -> str:
 def _list_images(folder: Path) -> list[str]:
     """Return the sorted relative paths of all images below a folder, without hidden files."""
     names = []
-    seen = set()
     for subfolder, subfolders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(subfolder)
-        if real in seen:  # a link to a parent folder
-            subfolders[:] = []
+        real, parent = (os.path.realpath(each) for each in (subfolder, os.path.dirname(subfolder)))
+        if os.path.islink(subfolder) and f"{parent}{os.sep}".startswith(f"{real}{os.sep}"):
+            subfolders[:] = []  # a link to a parent folder
             continue
-        seen.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         relative = Path(subfolder).relative_to(folder)
         for name in files:
             if name.lower().endswith(ENDINGS) and not name.startswith("."):

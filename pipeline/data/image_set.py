@@ -51,8 +51,9 @@ class ImageSet:
     """Data set of images of one size in a fixed order.
 
     Attributes:
-        name: "mnist", "cifar10", "imagenet32" or "folder"; names of joined sets have a "+".
-        split: "train" or "test".
+        name: "mnist", "cifar10", "imagenet32", "npz", that of a plug-in, or "folder" for folders,
+            tables and tar shards; names of joined sets have a "+".
+        split: "train", "test" or "val".
         shape: (C, H, W) of one image.
         fingerprint: sha256 (hex) of content, split, preprocessing and limit; sets of equal
             fingerprints hold the same images in the same order.

@@ -203,10 +203,12 @@ def open_cache(config: Config) -> LatentCache:
         UserError: the cache is absent or damaged.
     """
     if config.data.name == LATENTS:
-        place = str(config.data.path)
+        place = config.data.path
+        if not place:
+            raise UserError("data.path is null; set it to the latent cache of data.name=latents")
         if is_url(place):
             return LatentCache(open_remote_store(place, "latent cache"))
-        return LatentCache(open_store(Path(place), "latent cache"))
+        return LatentCache(open_store(Path(place).expanduser(), "latent cache"))
     images, autoencoder = load_images_and_autoencoder(config)
     identity = cache_identity(config, images, autoencoder)
     folder = cache_folder(identity)

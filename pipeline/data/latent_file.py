@@ -39,7 +39,8 @@ def write_latents(cache: LatentCache, path: Path) -> None:
     """Write all latents of a cache, in the order of the images, a batch in memory at a time.
 
     The fields are `mean` and, of a KL autoencoder, `std` of the posteriors, float32
-    (n, C_z, H_z, W_z), in the units of the decoder. Images with classes have `labels` int64 (n,).
+    (n, C_z, H_z, W_z), in the units of the decoder. Images with classes have `labels` int64 (n,),
+    which a .parquet calls `label`.
     `channel_mean` and `channel_std` (C_z,) standardise: z = (mean − channel_mean) / channel_std.
 
     An .npz has them as arrays. A .parquet has a row per image and flat lists; its metadata entry

@@ -38,6 +38,7 @@ def write_images(images: Tensor, labels: Tensor | None) -> Path:
             f"the images are {images.dtype} {tuple(images.shape)}; expected uint8 (n, C, H, W) "
             "with 1 or 3 channels; convert them"
         )
+    images = images.detach().cpu()
     arrays = {"arr_0": images.permute(0, 2, 3, 1).contiguous().numpy()}
     checked = check_own_labels(labels, len(images))
     if checked is not None:
@@ -68,6 +69,8 @@ def read_images(path: Path, split: str, limit: int | None) -> ImageSet:
             "1 or 3 channels; convert it"
         )
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    if labels is not None and labels.dtype.kind not in "iu":
+        raise UserError(f"labels of {path} are {labels.dtype}; expected whole numbers from 0")
     given = None if labels is None else torch.as_tensor(labels.astype(np.int64))
     checked = check_own_labels(given, len(images))
     count, _ = apply_limit(len(images), limit)
@@ -125,7 +128,7 @@ def check_own_labels(labels: Tensor | None, n: int) -> Tensor | None:
     if labels is None:
         return None
     whole = not labels.is_floating_point() and not labels.is_complex()
-    if tuple(labels.shape) != (n,) or not whole or int(labels.min()) < 0:
+    if tuple(labels.shape) != (n,) or not whole or (n and int(labels.min()) < 0):
         raise UserError(
             f"the labels are {labels.dtype} {tuple(labels.shape)}; expected {n} whole numbers "
             "from 0, one for each sample"

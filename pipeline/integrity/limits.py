@@ -11,6 +11,10 @@ from pathlib import Path
 VARIABLE = "JKOFLOW_MAX_GIB"
 
 
+class LimitError(ValueError):
+    """A file that is larger than the limit, or a limit that is no number."""
+
+
 #: parts of the limit that a file may have whose content takes many times its size in memory
 CONFIGURATION, DOCUMENT, LIST = 2048, 32, 8
 
@@ -21,22 +25,23 @@ def limit() -> int:
     try:
         return int(float(text) * 2**30)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{VARIABLE} is {text!r}; expected a number of GiB") from error
+        raise LimitError(f"{VARIABLE} is {text!r}; expected a number of GiB") from error
 
 
-def require_size(size: int, what: object) -> None:
+def require_size(size: int, what: object, part: int = 1) -> None:
     """Check a size that a file claims, before anything is allocated.
 
     Args:
         size: bytes.
         what: the file, or its part.
+        part: the file may have `1 / part` of the limit.
 
     Raises:
-        ValueError: the size exceeds the limit, or is negative.
+        LimitError: the size exceeds the limit, or is negative.
     """
-    most = limit()
+    most = limit() // part
     if not 0 <= size <= most:
-        raise ValueError(
+        raise LimitError(
             f"{what} claims {size} bytes; expected at most {most}; raise the limit by "
             f"{VARIABLE}, if you trust the file"
         )
@@ -61,14 +66,15 @@ def read_regular(path: Path, part: int) -> bytes:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is larger, or a device or a pipe, which may have no end.
+        LimitError: it is larger.
+        ValueError: it is a device or a pipe, which may have no end.
     """
     state = path.stat()
     if not stat.S_ISREG(state.st_mode):
         raise ValueError(f"{path} is not a regular file")
     most = limit() // part
     if state.st_size > most:
-        raise ValueError(
+        raise LimitError(
             f"{path} has {state.st_size} bytes; expected at most {most}; raise the limit by "
             f"{VARIABLE}, if you trust the file"
         )

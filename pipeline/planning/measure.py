@@ -68,7 +68,11 @@ def measure(config: Config, accelerator: Accelerator, seconds: float = SECONDS) 
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     autoencoder, image = _autoencoder_and_shape(config)
-    latent = tuple(autoencoder.latent_shape) if autoencoder else open_cache(config).shape
+    if autoencoder is not None:
+        latent, stochastic = tuple(autoencoder.latent_shape), autoencoder.stochastic
+    else:
+        cache = open_cache(config)
+        latent, stochastic = cache.shape, cache.stochastic
     refines = config.velocity.image_channels > 0
     shape = image if refines else latent
     check_shape(config, shape)
@@ -76,7 +80,6 @@ def measure(config: Config, accelerator: Accelerator, seconds: float = SECONDS) 
     encode, decode = None, Rate(0.0, 0.0)
     if autoencoder is not None:
         encode, decode = _measure_autoencoder(config, autoencoder, image, meter)
-    stochastic = autoencoder is not None and autoencoder.stochastic
     random = config.jko is not None and not refines and (stochastic or config.latents.noise > 0)
     with atomic.scratch_folder() as folder:
         source = _NoiseSource(shape, config, random, image)

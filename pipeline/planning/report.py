@@ -86,7 +86,7 @@ def parse_count(text: str) -> int:
     Raises:
         ValueError: the text is no number of at least 1.
     """
-    factor = _SUFFIXES.get(text[-1:].upper() if text[-1:] != "k" else "k", 1)
+    factor = {name.upper(): size for name, size in _SUFFIXES.items()}.get(text[-1:].upper(), 1)
     digits = text[:-1] if factor > 1 else text
     value = round(float(digits) * factor)
     if value < 1:

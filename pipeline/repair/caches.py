@@ -101,7 +101,7 @@ def encode_again(folder: Path, tools: Tools) -> bool:
     say(f"encoding {images.name} ({len(images)} images): broken shards of {folder}")
     precision = _precision(folder)
     with reopened(folder):
-        encode(config, tools.accelerator, tools.progress, precision)
+        encode(config, tools.accelerator, tools.progress, precision, elsewhere=False)
     return True
 
 
@@ -135,27 +135,33 @@ def extract_again(folder: Path, tools: Tools) -> bool:
     Raises:
         UserError: the images cannot be read.
     """
-    counts = _counts(folder)
+    n = _count(folder)
     for config in known_configurations(tools):
-        with contextlib.suppress(*_MISSING):
-            for n in counts:
-                for images, autoencoder in _candidates(config, n):
-                    identity = (
-                        real_features_identity(images, n)
-                        if autoencoder is None
-                        else reconstructed_identity(autoencoder, images, n)
-                    )
-                    if not _is(folder, features_folder(identity)):
-                        continue
-                    say(f"extracting features of {n} images: broken shards of {folder}")
-                    extractor = FeatureExtractor(tools.accelerator, tools.progress)
-                    with reopened(folder):
-                        if autoencoder is None:
-                            extractor.real_features(images, n)
-                        else:
-                            extractor.reconstructed_features(autoencoder, images, n)
-                    return True
+        found = None
+        with contextlib.suppress(*_MISSING):  # of data that are elsewhere
+            found = next(
+                (each for each in _candidates(config, n) if _have_features_in(folder, *each, n)),
+                None,
+            )
+        if found is None:
+            continue
+        images, autoencoder = found
+        say(f"extracting features of {n} images: broken shards of {folder}")
+        extractor = FeatureExtractor(tools.accelerator, tools.progress)
+        with reopened(folder):
+            if autoencoder is None:
+                extractor.real_features(images, n)
+            else:
+                extractor.reconstructed_features(autoencoder, images, n)
+        return True
     return False
+
+
+def _have_features_in(folder: Path, images: ImageSet, autoencoder: Any, n: int) -> bool:  # noqa: ANN401
+    """Return whether a folder holds the features of n images, reconstructed or not."""
+    if autoencoder is None:
+        return _is(folder, features_folder(real_features_identity(images, n)))
+    return _is(folder, features_folder(reconstructed_identity(autoencoder, images, n)))
 
 
 def _candidates(config: Config, n: int) -> Iterator[tuple[ImageSet, Any]]:
@@ -168,15 +174,15 @@ def _candidates(config: Config, n: int) -> Iterator[tuple[ImageSet, Any]]:
     yield images["more"], autoencoder
 
 
-def _counts(folder: Path) -> list[int]:
-    """Return the numbers of images that a store of features may have, by its readable shards."""
+def _count(folder: Path) -> int:
+    """Return the number of images of a store of features, by its manifest or readable shards."""
     rows = []
     for shard in sorted(folder.glob("shard-*")):
         with contextlib.suppress(SafetensorError, OSError, ValueError):
             with safe_open(shard, "pt") as file:
                 rows.append(file.get_slice("features").get_shape()[0])
-    known = [sum(rows)]
+    known = sum(rows)
     with contextlib.suppress(UserError, TypeError, AttributeError):
         count = atomic.read_json(folder / MANIFEST, "manifest").get("count")
-        known = [count] if isinstance(count, int) else known
+        known = count if isinstance(count, int) else known
     return known

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.errors import FlowError
-from pipeline.assets.fetch import fetch_asset
+from pipeline.assets.catalogue import ASSETS
+from pipeline.assets.fetch import install_asset
 from pipeline.errors import JkoflowError
 from pipeline.integrity.digests import check_shipped, sha256_file
 from pipeline.repair import caches, runs, trainings
@@ -97,7 +98,7 @@ def _make(kind: str, group: list[Fault], tools: Tools) -> bool:
                 _take_from_package(path)
             return True
         case verify.ASSET:
-            fetch_asset(str(owner), log=say)
+            install_asset(ASSETS[owner.name], owner.parents[1], log=say)
             return True
         case verify.INDEX:
             return False  # the next reader makes it again

@@ -48,15 +48,17 @@ class Tools:
 
 @contextlib.contextmanager
 def removed(path: Path) -> Iterator[None]:
-    """Remove a broken file for a block that writes it again; if that fails, the file is back."""
+    """Remove a broken file for a block that writes it again.
+
+    If the block fails, or writes no such file, the file is back.
+    """
     data = path.read_bytes() if path.is_file() else None
     path.unlink(missing_ok=True)
     try:
         yield
-    except BaseException:
+    finally:
         if data is not None and not path.is_file():
             atomic.write_bytes(path, data, sealed=False)
-        raise
 
 
 def reopened(store: Path) -> contextlib.AbstractContextManager[None]:

@@ -89,13 +89,13 @@ def verify(path: Path | str) -> list[Fault]:
         whole, _, inner = str(path).partition("/")
         return verify_installation(source_of(whole) / inner) + verify(locate(path))
     if str(path) in ASSETS and not Path(path).exists():
-        return _verify_asset(str(path))
+        return _verify_asset(data_root() / "assets" / str(path))
     path = Path(path).expanduser().absolute()
     if path.is_file():
         return _verify_file(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist; expected a run, a cache or a file of weights")
-    assets = [p.parent.name for p in sorted(path.glob(f"**/assets/*/{MANIFEST}"))]
+    assets = [p.parent for p in sorted(path.glob(f"**/assets/*/{MANIFEST}"))]
     sealed = sorted(found.parent for found in path.rglob(seal.NAME))
     if not sealed and not assets:
         seal.require(path, "the folder")
@@ -103,7 +103,8 @@ def verify(path: Path | str) -> list[Fault]:
         if owner is None:
             return verify_installation(path)
         return [fault for fault in _verify_sealed(owner) if fault.path.is_relative_to(path)]
-    faults = [fault for name in assets if name in ASSETS for fault in _verify_asset(name)]
+    known = (folder for folder in assets if folder.name in ASSETS)
+    faults = [fault for folder in known for fault in _verify_asset(folder)]
     return faults + [fault for folder in sealed for fault in _verify_sealed(folder)]
 
 
@@ -160,9 +161,13 @@ def _verify_file(path: Path) -> list[Fault]:
     return []
 
 
-def _verify_asset(name: str) -> list[Fault]:
-    command = f"fetch it by `jkoflow fetch {name}`"
-    return [Fault(path, "damaged", command, ASSET, Path(name)) for path in broken_files(name)]
+def _verify_asset(folder: Path) -> list[Fault]:
+    """Verify the folder of an asset, ROOT/assets/NAME."""
+    command = f"fetch it by `jkoflow fetch {folder.name}`"
+    return [
+        Fault(path, "damaged" if path.exists() else "missing", command, ASSET, folder)
+        for path in broken_files(folder.name, folder.parents[1])
+    ]
 
 
 def _verify_sealed(folder: Path) -> list[Fault]:

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.integrity.limits import DOCUMENT, LIST, limit
+from pipeline.integrity.limits import DOCUMENT, LIST
 from pipeline.storage import seal
 from pipeline.storage.remote_files import read_file, reading
 from pipeline.storage.shards.manifest import MANIFEST, require_manifest
@@ -90,7 +90,7 @@ def _json(text: bytes) -> Any:  # noqa: ANN401 - JSON
 def _content(system: Any, path: str, part: int) -> bytes | None:  # noqa: ANN401 - untyped library
     """Read a small file; None if it is absent."""
     try:
-        return read_file(system, path, limit() // part)
+        return read_file(system, path, part)
     except FileNotFoundError:
         return None
 

@@ -80,7 +80,7 @@ def estimate(label: str, seconds: float, count: int, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format a time for people, such as 24 minutes or 1.5 hours."""
+    """Format a time for people, such as 24 minutes or 2.5 hours."""
     size, unit = next((pair for pair in _UNITS if seconds >= 2 * pair[0]), _UNITS[-1])
     value = seconds / size
     return f"{value:.0f} {unit}" if value >= 10 else f"{value:.2g} {unit}"

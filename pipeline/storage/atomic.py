@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save
 
 from pipeline.errors import UserError
 from pipeline.integrity.digests import sha256_file, stamp
-from pipeline.integrity.limits import DOCUMENT, read_regular
+from pipeline.integrity.limits import DOCUMENT, LimitError, read_regular
 from pipeline.integrity.reason import reason_of
 from pipeline.storage import seal
 from pipeline.storage.lock import has_ended, number_space
@@ -199,7 +199,7 @@ def read_json(path: Path, what: str, part: int = DOCUMENT) -> Any:  # noqa: ANN4
     """Read a JSON file of at most `1 / part` of the limit; `what` is its name in an error.
 
     Raises:
-        UserError: the file is absent, is not JSON, or differs from the seal above it.
+        UserError: the file is absent, too large, not JSON, or differs from the seal above it.
     """
     try:
         data = read_regular(Path(path), part)
@@ -209,6 +209,8 @@ def read_json(path: Path, what: str, part: int = DOCUMENT) -> Any:  # noqa: ANN4
         raise UserError(f"{what} {path} does not exist; check the path") from error
     except UserError:  # of the seal
         raise
+    except LimitError as error:
+        raise UserError(f"{what} {error}") from error
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(
             f"{what} {path} is not readable JSON ({reason_of(error)}); it is damaged; make it "

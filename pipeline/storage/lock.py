@@ -100,10 +100,10 @@ def _acquire(path: Path, what: str, wait: Callable[[str], object] | None) -> Non
 
 
 def _used(what: str, owner: dict[str, Any]) -> str:
-    """Say who uses a folder, and since when."""
+    """Say who uses a folder, and for how long."""
     seconds = time.time() - float(owner.get("since", owner["touched"]))
     process = f"process {owner.get('pid')} on {owner.get('host')}"
-    return f"{what} is in use by {process} since {seconds:.0f} s"
+    return f"{what} is in use by {process} for {seconds:.0f} s"
 
 
 def _link(own: Path, path: Path) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.errors import JkoflowError, UserError
-from pipeline.integrity.limits import limit, require_size
+from pipeline.integrity.limits import LimitError, require_size
 from pipeline.integrity.reason import reason_of
 
 
@@ -32,6 +32,8 @@ def reading(what: str, *others: type[Exception]) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - file systems raise errors of many libraries
         if isinstance(error, (JkoflowError, *others)):
             raise
+        if isinstance(error, LimitError):
+            raise UserError(str(error)) from error
         reason = reason_of(error)
         raise UserError(
             f"{what} cannot be read ({reason}); check the address and the credentials, or "
@@ -51,8 +53,7 @@ def exists(system: Any, path: str) -> bool:  # noqa: ANN401 - untyped library
     return True
 
 
-def read_file(system: Any, path: str, most: int) -> bytes:  # noqa: ANN401 - untyped library
-    """Read a file of at most `most` bytes."""
-    size = int(system.info(path)["size"])
-    require_size(size if size <= most else limit() + 1, path)
+def read_file(system: Any, path: str, part: int) -> bytes:  # noqa: ANN401 - untyped library
+    """Read a file of at most `1 / part` of the limit."""
+    require_size(int(system.info(path)["size"]), path, part)
     return bytes(system.cat_file(path))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flows.solving.solver import ADAPTIVE_METHODS
-from pipeline.config.data import IMAGE_SETS, TABLES
+from pipeline.config.data import IMAGE_SETS, LATENTS, TABLES
 from pipeline.config.keys import keys
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
@@ -44,14 +44,26 @@ def _objective(*objectives: str) -> Condition:
     return lambda config: config.train.objective in objectives
 
 
+def _any_data(*names: str) -> Condition:
+    """Whether the data set, or one that is joined to it, is among the names."""
+    return lambda c: bool({c.data.name, *(n.split("/")[0] for n in c.data.also)} & set(names))
+
+
+def _not_latents(config: Config) -> bool:
+    return config.data.name != LATENTS
+
+
 #: kinds of networks that have a width
 _FOLDERS = ("folder", "hf", "webdataset")
 _WIDE = ("mlp", "resmlp", "conv", "unet", "dit")
 #: key, whether it applies, and the condition in words
 APPLIES: tuple[tuple[str, Condition, str], ...] = (
-    ("data.size", lambda c: c.data.name in _FOLDERS, "data.name=folder, hf or webdataset"),
-    ("data.mode", lambda c: c.data.name in _FOLDERS, "data.name=folder, hf or webdataset"),
-    ("data.columns", lambda c: c.data.name == "hf", "data.name=hf"),
+    ("data.size", _any_data(*_FOLDERS), "data.name=folder, hf or webdataset"),
+    ("data.mode", _any_data(*_FOLDERS), "data.name=folder, hf or webdataset"),
+    ("data.columns", _any_data("hf"), "data.name=hf"),
+    ("data.limit", _not_latents, "any data.name but latents"),
+    ("data.also", _not_latents, "any data.name but latents"),
+    ("latents.mirror", _not_latents, "any data.name but latents"),
     (
         "data.path",
         lambda c: (

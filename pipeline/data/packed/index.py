@@ -42,8 +42,12 @@ def index(data: DataConfig) -> tuple[str, list[Place]]:
     Raises:
         UserError: nothing is there, it cannot be read, or two images have one name.
     """
-    place = place_of_tables(data) if data.name == "hf" else str(data.path)
+    if not data.path:
+        raise UserError(f"data.path is null; set it to the images of data.name={data.name}")
+    place = place_of_tables(data) if data.name == "hf" else data.path
     url = place if is_url(place) else str(Path(place).expanduser())
+    if not is_url(url) and not Path(url).exists():
+        raise UserError(f"data.path is {url}, which does not exist; check the path")
     endings = {"webdataset": (".tar",), "hf": SUFFIXES}.get(data.name, ENDINGS)
     system, files = _listing(url, endings)
     facts = [
@@ -51,7 +55,7 @@ def index(data: DataConfig) -> tuple[str, list[Place]]:
         for name, info in files.items()
     ]
     where = url if is_url(url) else os.path.abspath(url)
-    identity = {"name": data.name, "url": where, "files": facts}
+    identity = {"format": 2, "name": data.name, "url": where, "files": facts}
     if data.name == "hf":
         identity["columns"] = data.columns
     path = data_root() / "packed" / f"{content_key(identity)}.json"

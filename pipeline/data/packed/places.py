@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 
-_SPLITS = {"train": "train", "training": "train", "test": "test", "val": "test",
-           "valid": "test", "validation": "test"}  # fmt: skip
+_SPLITS = {"train": "train", "training": "train", "test": "test", "val": "val",
+           "valid": "val", "validation": "val"}  # fmt: skip
 #: folders of splits
 _FOLDERS = ("train", "test", "val")
 

@@ -47,11 +47,9 @@ def place_of_tables(data: DataConfig) -> str:
     """Return the place of the tables of a data set; one of the hub is downloaded.
 
     Raises:
-        UserError: there is no place.
         ValueError: the hub cannot be reached or has no such data set.
     """
-    if not data.path:
-        raise UserError(f"data.path is null; set it to the images of data.name={data.name}")
+    assert data.path
     path = Path(data.path).expanduser()
     if not is_url(data.path) and not path.exists() and data.path.count("/") == 1:
         return str(hub.download(f"hf://{data.path}", [f"*{s}" for s in SUFFIXES], "dataset"))

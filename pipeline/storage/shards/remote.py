@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.errors import JkoflowError, UserError
 from pipeline.integrity.digests import sha256_file
-from pipeline.integrity.limits import DOCUMENT, LIST, limit
+from pipeline.integrity.limits import DOCUMENT, LIST
 from pipeline.storage import atomic, seal
 from pipeline.storage.remote_files import exists, read_file, reading
 from pipeline.storage.shards.local_copies import BOUND, alone, bound, copies_folder, make_room
@@ -203,8 +203,8 @@ def find_remote_store(url: str, what: str) -> RemoteStoreReader | None:
         system, root = fsspec.core.url_to_fs(url.rstrip("/"))
         if not (exists(system, f"{root}/{MANIFEST}") and exists(system, f"{root}/{seal.NAME}")):
             return None
-        sums = read_file(system, f"{root}/{seal.NAME}", limit() // LIST)
-        text = read_file(system, f"{root}/{MANIFEST}", limit() // DOCUMENT)
+        sums = read_file(system, f"{root}/{seal.NAME}", LIST)
+        text = read_file(system, f"{root}/{MANIFEST}", DOCUMENT)
     if f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}" not in sums.decode(errors="replace"):
         raise UserError(
             f"{MANIFEST} of {what} {url} is damaged or foreign; expected a sha256 of "

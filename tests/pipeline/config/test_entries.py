@@ -52,6 +52,7 @@ def test_mistakes_of_overrides_are_named(override: str, named: str) -> None:
         ("- 1", "must hold sections with keys, not list"),
         ("just words", "must hold sections with keys, not str"),
         ("a: [", "not readable YAML"),
+        ("a: {b: 1}\na: {c: 2}", "the key a is given twice; expected it once"),
         ("a: 1: 2", "not readable YAML"),
     ],
 )

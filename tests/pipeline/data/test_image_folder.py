@@ -64,6 +64,15 @@ def test_subfolders_are_classes(tmp_path):
     assert load_images(config(tmp_path)).labels is None
 
 
+def test_links_to_classes_are_classes(tmp_path):
+    """A link to a parent folder alone would have no end."""
+    save(tmp_path, ["cats/1.png", "dogs/1.png"])
+    for name, target in (("aaa", "cats"), ("more", "cats"), ("dogs/loop", ".")):
+        (tmp_path / name).symlink_to(tmp_path / target, target_is_directory=True)
+    images = load_images(config(tmp_path))
+    assert images.class_names == ("aaa", "cats", "dogs", "more") and len(images) == 4
+
+
 def test_splits_are_subfolders(tmp_path, monkeypatch):
     save(tmp_path / "both", ["train/cat/1.png", "train/dog/1.png", "test/dog/2.png"])
     train, test = (load_images(config(tmp_path / "both", split=s)) for s in ("train", "test"))
@@ -71,6 +80,9 @@ def test_splits_are_subfolders(tmp_path, monkeypatch):
     assert train.labels.tolist() == [0, 1]
     save(tmp_path / "val", ["train/1.png", "val/2.png", "val/3.png"])
     assert len(load_images(config(tmp_path / "val", split="test"))) == 2
+    save(tmp_path / "all", ["train/1.png", "val/2.png", "val/3.png", "test/4.png"])
+    lengths = [len(load_images(config(tmp_path / "all", split=s))) for s in ("val", "test")]
+    assert lengths == [2, 1]
     save(tmp_path / "plain", ["1.png"])
     plain = config(tmp_path / "plain")
     with pytest.raises(UserError, match=r"no split 'test'; move the held-out .*test, and the"):

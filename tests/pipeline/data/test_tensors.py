@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pipeline.config.data import DataConfig
+from pipeline.config.load import load_config
 from pipeline.data.datasets import load_images
-from pipeline.data.latent_cache import LatentCache
+from pipeline.data.latent_cache import LatentCache, open_cache
 from pipeline.data.tensors import write_images, write_latents
 from pipeline.errors import UserError
 from pipeline.storage.shards.opening import open_store
@@ -43,14 +44,21 @@ def test_latents_are_standardised_by_their_moments() -> None:
 def test_mistakes_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_text("no archive")
     np.savez(tmp_path / "b.npz", arr_0=np.zeros((2, 3, 3, 1)))
+    pixels = np.zeros((2, 3, 3, 1), np.uint8)
+    np.savez(tmp_path / "d.npz", arr_0=pixels, labels=[0.2, 1.7])
+    np.savez(tmp_path / "e.npz", arr_0=pixels, labels=["cat", "dog"])
     for name, split, message in (
         ("a.npz", "train", "is no .npz of images"),
         ("b.npz", "train", "arr_0 of .* is float64"),
         ("b.npz", "test", "has no split 'test'"),
         ("c.npz", "train", "set it to an .npz of images"),
+        ("d.npz", "train", "labels of .* are float64; expected whole numbers"),
+        ("e.npz", "train", "labels of .* are <U3; expected whole numbers"),
     ):
         with pytest.raises(UserError, match=message):
             load_images(DataConfig(name="npz", path=str(tmp_path / name), split=split))
+    with pytest.raises(UserError, match="data.path is null; set it to the latent cache"):
+        open_cache(load_config("mnist-fm", ["data.name=latents"]))
     with pytest.raises(UserError, match="of which there are no images"):
         load_images(DataConfig(name="latents", path="x"))
     with pytest.raises(UserError, match="expected 3 whole numbers"):

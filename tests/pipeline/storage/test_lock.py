@@ -67,7 +67,7 @@ def test_processes_take_turns(folder: Path, links: bool) -> None:
 def test_the_second_ends_with_a_sentence_until_the_first_is_dead(folder: Path) -> None:
     holder = start(HOLD, folder)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    owner = f"is in use by process {holder.pid} on .* since [0-9]+ s; wait for its end"
+    owner = f"is in use by process {holder.pid} on .* for [0-9]+ s; wait for its end"
     with pytest.raises(JkoflowError, match=owner):
         with lock.locked(folder, "the run at"):
             pass
