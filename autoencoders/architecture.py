@@ -39,8 +39,8 @@ class TamingConfig:
         n_embed: codebook entries (VQ, Gumbel).
         commitment: weight of the commitment term in the codebook loss (VQ).
         dropout: dropout in the residual blocks.
-        resolution: the input resolution that `attn_resolutions` refers to; 0 takes the height of
-            the images.
+        resolution: the input resolution that `attn_resolutions` refers to; 0 takes the rows that
+            the encoder sees, the height of the images (or of the canvas) divided by `patch`.
         attention: False removes all attention, including the middle.
         levels: darkest and brightest grey level of decoded images, which are clamped to them. FID
             sees differences of a few grey levels between ink or paper and a decoded image.

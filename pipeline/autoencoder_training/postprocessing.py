@@ -14,6 +14,8 @@ from autoencoders.taming import TamingAutoencoder
 #: upper limit of the mask's strength
 MAX_STRENGTH = 0.5
 _HALVINGS = 30
+#: images that are encoded at once
+_BATCH = 10
 
 
 @torch.inference_mode()
@@ -25,10 +27,13 @@ def without_unused_channels(
     The information of a channel is KL(q(z|x) ‖ N(0, 1)) in nats, averaged over positions and
     images, uint8 (B, C, H, W). See `select_channels`.
     """
-    moments = model.encode(to_float(images))
-    assert moments.log_var is not None
-    mean, log_var = moments.mean, moments.log_var
-    nats = 0.5 * (mean**2 + log_var.exp() - 1.0 - log_var).mean((0, 2, 3))
+    total = torch.zeros(model.config.embed_dim)
+    for part in images.split(_BATCH):
+        moments = model.encode(to_float(part))
+        assert moments.log_var is not None
+        mean, log_var = moments.mean, moments.log_var
+        total += 0.5 * (mean**2 + log_var.exp() - 1.0 - log_var).mean((2, 3)).sum(0)
+    nats = total / len(images)
     return select_channels(model, (nats >= least_nats).nonzero().flatten().tolist())
 
 
@@ -70,9 +75,13 @@ def with_unsharp_mask(model: TamingAutoencoder, images: Tensor) -> TamingAutoenc
     samples, as those of a flow.
     """
     unmasked = _with_strength(model, 0.0)
-    x = to_float(images)
-    z = unmasked.encode(x).sample(torch.Generator().manual_seed(0))
-    return _with_strength(model, mask_strength(unmasked.decode(z), x, model.config.limits))
+    rng = torch.Generator().manual_seed(0)
+    decoded = [
+        unmasked.decode(unmasked.encode(to_float(part)).sample(rng))
+        for part in images.split(_BATCH)
+    ]
+    strength = mask_strength(torch.cat(decoded), to_float(images), model.config.limits)
+    return _with_strength(model, strength)
 
 
 def _with_strength(model: TamingAutoencoder, strength: float) -> TamingAutoencoder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -21,7 +23,7 @@ from pipeline.data.datasets import load_images
 from pipeline.data.image_set import ImageSet, with_random_access
 from pipeline.errors import JkoflowError, UserError
 from pipeline.evaluation.real_images import subset_indices
-from pipeline.runs.directory import ResumePolicy, RunDirectory
+from pipeline.runs.directory import CONFIG, ResumePolicy, RunDirectory
 from pipeline.runs.open_log import open_log
 from pipeline.runtime import signals
 from pipeline.runtime.console import Progress, annotate, say
@@ -39,6 +41,8 @@ _LOG_EVERY = 50
 SHOWN = 32
 #: images for the postprocessing
 _POSTPROCESSING_IMAGES = 2000
+#: upper limit of the values of their pixels, those of 2 000 images of 32×32, and fewest images
+_POSTPROCESSING_PIXELS, _LEAST_IMAGES = 2000 * 3 * 32 * 32, 64
 
 
 def train_autoencoder(
@@ -62,7 +66,10 @@ def train_autoencoder(
     require_trackers(config.training.trackers)
     trainer = _new_trainer(config, images, accelerator)
     policy = ResumePolicy(
-        resume, "jkoflow autoencoder train --out", changes=(), noun="training"
+        resume,
+        f"jkoflow autoencoder train --config {shlex.quote(str(folder / CONFIG))} --out",
+        changes=(),
+        noun="training",
     )
     RunDirectory.open_or_create(folder, config, policy, accelerator)
     images = with_random_access(images, accelerator, progress)
@@ -184,7 +191,8 @@ def _finish(
         "recipe": to_dict(config.training),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
     }
-    subset = subset_indices(images, min(len(images), _POSTPROCESSING_IMAGES))
+    most = max(_LEAST_IMAGES, _POSTPROCESSING_PIXELS // math.prod(images.shape))
+    subset = subset_indices(images, min(len(images), _POSTPROCESSING_IMAGES, most))
     finished = trainer.finished(torch.from_numpy(images.take(subset)))
     tensors, metadata = weights.to_tensors(finished, recipe=recipe, exact=trainer.untrained)
     atomic.write_tensors(folder / WEIGHTS, tensors, metadata)

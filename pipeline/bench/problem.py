@@ -126,8 +126,11 @@ def problem_config(suite: str, name: str, overrides: Sequence[str], seed: int) -
     """Return the packaged configuration of a data set, with overrides and a seed.
 
     Raises:
-        UserError: the suite, the data set or a setting is unknown.
+        UserError: the suite, the data set or a setting is unknown, or an option sets it.
     """
+    for key, option in (("train.seed", "--seeds"), ("train.max_minutes", "--budget")):
+        if any(each.partition("=")[0] == key for each in overrides):
+            raise UserError(f"{key} is set by {option} in a benchmark; remove it from --set")
     if suite not in SUITES:
         raise UserError(f"suite {suite!r} is unknown; choose one of {', '.join(SUITES)}")
     if name not in CHOICES[suite]:

@@ -114,7 +114,7 @@ def markdown(
             lines += [_published_line(*entry) for entry in PUBLISHED.get(data, ())]
         lines.append("")
         lines += _remarks(group)
-    if published:
+    if published and any(row.data in PUBLISHED for row in rows):
         lines += [f"Published: {SOURCE}"]
     return "\n".join(lines).rstrip() + "\n"
 

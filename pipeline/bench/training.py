@@ -143,7 +143,7 @@ class Training:
     def _train_blocks(
         self, name: str, width: int, problem: Problem, folder: Path, measure: Measure
     ) -> Trained:
-        """Train jko, lfm or fm by `pipeline.training`; a run that stopped goes on."""
+        """Train jko, lfm, fm or segments by `pipeline.training`; a run that stopped goes on."""
         if (folder / CONFIG).is_file():
             config = read_config(folder)
         else:

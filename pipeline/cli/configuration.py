@@ -14,7 +14,8 @@ from pipeline.errors import UserError
 NameArgument = Annotated[
     str,
     typer.Argument(
-        help="A packaged name (mnist, autoencoders/rgb32-kl, toy2d/rose), a .yaml, or a run.",
+        help="A packaged name (mnist, autoencoders/rgb32-kl, toy2d/rose), a .yaml, or a run "
+        "directory.",
     ),
 ]
 

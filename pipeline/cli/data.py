@@ -54,7 +54,12 @@ def encode_command(
 ) -> None:
     """Encode a data set into the latent cache; resumes when interrupted."""
     from pipeline.config.data import LATENTS
-    from pipeline.data.encoding import encode, reconstruction_psnr, storage_error
+    from pipeline.data.encoding import (
+        check_precision,
+        encode,
+        reconstruction_psnr,
+        storage_error,
+    )
     from pipeline.data.latent_file import require_format, write_latents
     from pipeline.errors import UserError
 
@@ -67,6 +72,7 @@ def encode_command(
     if out is not None:
         require_format(out)
         require_places(out)
+    check_precision(precision)
     if dry_run:
         from pipeline.dry_run import encode_lines
 

@@ -96,7 +96,9 @@ def run_demo(config: Config, folder: Path, accelerator: Accelerator) -> None:
 
 
 class _StepTimer:
-    """Timer of the steps, which keeps the time of the first run of every step.
+    """Timer of the steps, which adds up the seconds of every step over all calls.
+
+    A call that only finds the result of a step does not count.
 
     Args:
         path: the JSON file of the seconds by step.

@@ -119,8 +119,9 @@ def report_command(
         Path | None, typer.Option("--run", "-r", help="A run, whose report.html is written.")
     ] = None,
     out: Annotated[
-        Path, typer.Option("--out", help="The HTML file of a comparison.")
-    ] = Path("comparison.html"),
+        Path | None,
+        typer.Option("--out", help="The HTML file of a comparison; default comparison.html."),
+    ] = None,
     neighbours: Annotated[
         int,
         typer.Option(
@@ -148,8 +149,13 @@ def report_command(
     if run is None:
         if neighbours:
             raise UserError("--neighbours goes with --run; leave it out of a comparison")
-        require_places(out)
-        return print(write_comparison(runs or [], out))
+        page = out or Path("comparison.html")
+        require_places(page)
+        return print(write_comparison(runs or [], page))
+    if out is not None:
+        raise UserError(
+            "--out goes with runs to compare; a report lies in its run; leave --out out"
+        )
     if neighbours:
         _draw_neighbours(run, neighbours)
     print(write_report(locate(run)))

@@ -32,7 +32,7 @@ def distill_command(
         typer.Option(
             "--out",
             help="The new run directory; default NAME-distilled, next to the teacher's folder "
-            "NAME; runs/NAME-distilled for zoo:NAME.",
+            "NAME; runs/NAME-distilled for zoo:NAME and hf://OWNER/NAME.",
         ),
     ] = None,
     pairs: Annotated[int, typer.Option("--pairs", help="Consecutive blocks to merge.")] = 2,
@@ -75,8 +75,12 @@ def distill_command(
     config = student_config(teacher, settings, overrides or [], max_minutes)
     accelerator = make_accelerator()
     source = None if teacher.manifest.autoencoder else PointSource(config)
+    words = ["--pairs", str(pairs), "--steps", str(steps), "--method", method]
+    words += [word for value in overrides or [] for word in ("--set", value)]
     with one_writer(out, "the run at", accelerator):
-        outcome = distill(teacher, out, config, pairs, accelerator, progress_bar, resume, source)
+        outcome = distill(
+            teacher, out, config, pairs, accelerator, progress_bar, resume, source, options=words
+        )
     if accelerator.is_main_process:
         if outcome.complete:
             say(headline(read_manifest(out)))
@@ -87,12 +91,15 @@ def distill_command(
 
 def student_folder(out: Path | None, run: Path) -> Path:
     """Return the student's run directory: `--out`, or NAME-distilled next to the teacher."""
+    from pipeline.integrity.hub import is_hub
     from pipeline.runs.zoo import PREFIX, is_shipped, zoo
 
     if out is not None:
         return out
     if is_shipped(run):
         return Path("runs") / f"{str(run).removeprefix(PREFIX)}-distilled"
+    if is_hub(run):
+        return Path("runs") / f"{run.name}-distilled"
     folder = run.expanduser()
     resolved = folder.resolve()
     if resolved in {path.resolve() for path in zoo().values()}:  # the package stays unchanged

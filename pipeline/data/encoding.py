@@ -76,8 +76,7 @@ def encode(
         UserError: the data set, the autoencoder or a size is invalid, or a cache in another
             precision exists.
     """
-    if precision not in (None, *TYPES):
-        raise UserError(f"--precision is {precision}; expected one of {', '.join(TYPES)}")
+    check_precision(precision)
     images, autoencoder = load_images_and_autoencoder(config)
     identity = cache_identity(config, images, autoencoder)
     folder = cache_folder(identity)
@@ -100,6 +99,12 @@ def encode(
             stored = with_precision(identity, precision or "fp32")
             _encode(config, stored, images, autoencoder, accelerator, progress)
     return open_identity(folder, identity)
+
+
+def check_precision(precision: str | None) -> None:
+    """Raise UserError for a precision of moments that does not exist."""
+    if precision not in (None, *TYPES):
+        raise UserError(f"--precision is {precision}; expected one of {', '.join(TYPES)}")
 
 
 def recipe_of(config: Config) -> bytes:

@@ -226,7 +226,7 @@ def prepare(image: Image.Image, size: int, mode: str) -> np.ndarray:
     Raises:
         ValueError: the image has floating-point pixels, whose range is unknown.
     """
-    image = _to_8_bit(ImageOps.exif_transpose(image), mode)
+    image = to_8_bit(ImageOps.exif_transpose(image), mode)
     width, height = image.size
     side = min(width, height)
     if (width, height) != (size, size):
@@ -237,7 +237,7 @@ def prepare(image: Image.Image, size: int, mode: str) -> np.ndarray:
     return pixels[None] if mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _to_8_bit(image: Image.Image, mode: str) -> Image.Image:
+def to_8_bit(image: Image.Image, mode: str) -> Image.Image:
     """Convert an image of any mode to 8 bits in mode "RGB" or "L"."""
     if image.mode == "F":
         raise ValueError("it has floating-point pixels; save it with 8 or 16 bits")

@@ -10,6 +10,7 @@ Reference: Xu, Cheng, Xie, "Local flow matching generative models" (2024), disti
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,12 +119,13 @@ def distill(
     resume: bool = False,
     source: SampleSource | None = None,
     until: int | None = None,
+    options: Sequence[str] = (),
 ) -> Outcome:
     """Merge each `pairs` consecutive blocks of a run into one block of a new run.
 
     The last group may be smaller. The configuration is from `student_config`. Samples come from
     `source`, or else from the latent cache. At the step `until` of the next block, the training
-    saves and stops.
+    saves and stops. `options` are the words of the command line that continue it.
 
     Raises:
         UserError: the folder holds a run that may not continue, or the samples are not those of
@@ -149,7 +151,7 @@ def distill(
                 "continue it with those, or distill elsewhere with --out"
             )
         manifest = manifest.with_passes(started.passes)
-    command = f"jkoflow distill --run {teacher.name} --out"
+    command = shlex.join(["jkoflow", "distill", "--run", teacher.name, *options, "--out"])
     policy = ResumePolicy(resume, command, verify=context.verify_samples)
     RunDirectory.open_or_create(folder, config, policy, accelerator)
     if not manifest.passes and accelerator.is_main_process:

@@ -32,6 +32,7 @@ _STYLE = """
 _BUTTONS = ["fullscreen", "download"]
 #: side in pixels that pictures of one image are enlarged to, about
 _SIDE = 224
+_MOST_GUIDANCE = 8.0
 _MOST_STEPS = 32
 
 
@@ -138,7 +139,8 @@ def _build_samples(gradio: Any, page: _Page, app: Any) -> None:  # noqa: ANN401
     """Build the tab of the samples, which also shows the first ones when the page is loaded."""
     explorer = page.explorer
     count, names = len(explorer.run.flow), explorer.classes
-    weight = explorer.run.config.generate.guidance or 1.0
+    guidance = explorer.run.config.generate.guidance
+    weight = 1.0 if guidance is None else guidance
     with gradio.Tab("Samples"), gradio.Row():
         with gradio.Column(scale=1):
             controls = [
@@ -146,7 +148,8 @@ def _build_samples(gradio: Any, page: _Page, app: Any) -> None:  # noqa: ANN401
                     [_ANY, *names], value=_ANY, label="Class", visible=bool(names)
                 ),
                 gradio.Slider(
-                    0, 8, weight, step=0.25, label="Guidance", visible=explorer.can_guide
+                    0, max(_MOST_GUIDANCE, weight), weight, step=0.25, label="Guidance",
+                    visible=explorer.can_guide,
                 ),
                 gradio.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed"),
                 gradio.Number(1, label="Second seed", precision=0, minimum=0),

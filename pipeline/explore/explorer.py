@@ -129,7 +129,8 @@ class Explorer:
 
         def work() -> None:
             with contextlib.suppress(Exception):  # the page shows the sentence of an error
-                self.sample(Choice(guidance=self.run.config.generate.guidance or 1.0))
+                given = self.run.config.generate.guidance
+                self.sample(Choice(guidance=1.0 if given is None else given))
 
         threading.Thread(target=work, daemon=True).start()
 

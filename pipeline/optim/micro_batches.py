@@ -61,9 +61,10 @@ class MicroBatches:
     def _shrink(self, count: int, reason: str) -> None:
         size = min(self.size or count, count)
         if self._fixed or size <= 1:
+            remedy = "lower train.micro_batch, or take" if size > 1 else "take"
             raise JkoflowError(
                 f"a micro-batch of {size} samples does not fit the memory ({reason}); expected "
-                "room for one; lower train.micro_batch, or take a smaller network"
+                f"room for one; {remedy} a smaller network"
             )
         self.size = (size + 1) // 2
         gc.collect()

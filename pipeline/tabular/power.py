@@ -98,7 +98,7 @@ def _read_uci(file: Path) -> Array:
     try:
         rows = [[*map(float, parts[2:9]), _minute(parts[1])] for parts in complete]
         values = np.asarray(rows, np.float64)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         raise UserError(
             f"{file} is not the UCI archive's table ({reason_of(error)}); expected nine columns "
             "with ';'; copy it again"

@@ -60,7 +60,7 @@ class Table:
     """A tabular data set, ready for a model.
 
     Attributes:
-        name: a key of `pipeline.tabular.load.TABLES`.
+        name: one of `pipeline.config.data.TABLES`.
         dim: D.
         rows: rows of each split.
         source: where the rows come from.

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
+from pipeline.data.image_folder import to_8_bit
 from pipeline.errors import UserError
 from pipeline.integrity.pictures import DAMAGE, open_picture
 
@@ -70,15 +71,13 @@ class PictureDensity:
         """
         try:
             with open_picture(path) as file:
-                rgba = file.convert("RGBA")
+                grey = to_8_bit(file, "L")
         except FileNotFoundError as error:
             raise UserError(f"picture {path} does not exist; check data.path") from error
         except DAMAGE as error:
             raise UserError(
                 f"{path} is not a readable picture; expected an image file; check data.path"
             ) from error
-        paper = Image.new("RGBA", rgba.size, "white")
-        grey = Image.alpha_composite(paper, rgba).convert("L")
         grey.thumbnail((_LARGEST, _LARGEST))
         levels = np.asarray(grey, np.float64)
         ink = levels.max() - levels

@@ -93,8 +93,9 @@ def _report(flow: Any, inverted: Any) -> None:  # noqa: ANN401
     """Print the inversion error."""
     from pipeline.sampling.solvers import method_of
 
-    solver = flow.plan.solvers[0]
-    steps = "" if solver.adaptive else f" with {solver.steps} steps a block"
+    counts = [str(each.steps) for each in flow.plan.solvers if not each.adaptive]
+    listed = counts[0] if len(set(counts)) == 1 else ", ".join(counts)
+    steps = f"; steps of each block: {listed}" if counts else ""
     say(
         f"inversion error of {len(inverted.error)} images: mean square "
         f"{float(inverted.error.mean()):.1e}, largest {float(inverted.error.max()):.1e} "

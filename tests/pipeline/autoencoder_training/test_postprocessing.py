@@ -12,6 +12,7 @@ from pipeline.autoencoder_training.postprocessing import (
     mask_strength,
     select_channels,
     with_unsharp_mask,
+    without_unused_channels,
 )
 from tests.autoencoders.models import blobs, config, model, x_of
 
@@ -44,6 +45,20 @@ def test_the_mask_restores_the_detail_lost_by_a_blur() -> None:
     )
     assert (again - images).abs().mean() < 0.4 * (blurred - images).abs().mean()
     assert mask_strength(images, blurred, (-1.0, 1.0)) == 0.0
+
+
+def test_images_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nats of the channels are those of all images at once."""
+    torch.manual_seed(0)
+    model = TamingAutoencoder(config(flavour="kl")).freeze()
+    images = torch.randint(0, 256, blobs(16).shape, dtype=torch.uint8)
+    moments = model.encode(to_float(images))
+    nats = 0.5 * (moments.mean**2 + moments.log_var.exp() - 1 - moments.log_var).mean((0, 2, 3))
+    limit = float(nats.sort().values[:2].mean())  # between the two smallest
+    monkeypatch.setattr("pipeline.autoencoder_training.postprocessing._BATCH", 3)
+    kept = without_unused_channels(model, images, limit)
+    assert kept.config.embed_dim == model.config.embed_dim - 1
+    assert with_unsharp_mask(model, images).config.sharpen > 0
 
 
 def test_an_autoencoder_with_a_mask_has_the_same_latents_and_more_detail() -> None:

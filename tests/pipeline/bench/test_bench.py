@@ -291,6 +291,8 @@ def test_mistakes_are_one_sentence_and_leave_rows(finished, tmp_path) -> None:
         (tiny("jko", budget=Budget(9, "batches")), "budget of the benchmark"),
         (tiny("jko", overrides=(*TINY, "train.lr=0.1")), "overrides of the benchmark"),
         (tiny("jko", overrides=(*TINY, "train.objective=fm")), "expected jko|applies to"),
+        (tiny("jko", overrides=(*TINY, "train.seed=7")), "train.seed is set by --seeds"),
+        (tiny("jko", overrides=(*TINY, "train.max_minutes=1")), "max_minutes is set by --budget"),
     ]
     for bench, words in cases:
         with pytest.raises(UserError, match=words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipeline.config.load import load_config
 from pipeline.distillation.distill import Distillation, distill, headline, student_config
 from pipeline.distillation.distilled_blocks import student_manifest
 from pipeline.errors import UserError
-from pipeline.runs.directory import read_config, read_manifest
+from pipeline.runs.directory import RunDirectory, read_config, read_manifest
 from pipeline.runs.run import Run, open_run
 from pipeline.runs.zoo import zoo
 from pipeline.storage.shards.opening import open_store
@@ -226,6 +227,8 @@ def test_the_chain_from_pictures(
     code, actual, last = say(capsys, *words, "--method", "euler", "--steps", "3")
     assert code == 0 and actual.strip() == str(out)
     assert "3 blocks of tiny in 2" in last
+    command = shlex.split(RunDirectory(out).resume_command)  # of a finished run, as of any other
+    assert say(capsys, *command[1:])[0] == 0
     code, _, last = say(capsys, "generate", "-r", out, "-n", "3")
     assert code == 0 and "6 network evaluations a sample" in last
     assert say(capsys, "export", "-r", out, "--out", tmp_path / "small")[0] == 0
@@ -238,6 +241,7 @@ def test_the_chain_from_pictures(
     elsewhere = shutil.copytree(trained.root / "pictures", tmp_path / "elsewhere")
     for teacher, place in (
         ("zoo:mnist", "runs/mnist-distilled"),
+        ("hf://me/model", "runs/model-distilled"),
         (zoo()["mnist"], "runs/mnist-distilled"),  # nothing is written into the package
         ("elsewhere/mnist/", "elsewhere/mnist-distilled"),
         (run / "blocks" / "..", tmp_path / "run-distilled"),

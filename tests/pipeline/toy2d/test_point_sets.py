@@ -142,6 +142,17 @@ def test_a_picture_is_the_density_of_the_released_code(tmp_path):
     assert squashed.value > squashed.threshold
 
 
+def test_a_picture_of_16_bits_has_its_grey_levels(tmp_path):
+    """The upper half is black, the lower half white."""
+    levels = np.repeat(np.array([0, 65535], np.uint16), 8)[:, None].repeat(16, axis=1)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    x = draw("picture", 100, path=tmp_path / "deep.png")
+    grey = np.repeat(np.array([30000, 60000], np.uint16), 8)[:, None].repeat(16, axis=1)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    y = draw("picture", 100, path=tmp_path / "grey.png")
+    assert (x[:, 1] > 0).all() and (y[:, 1] > 0).all()
+
+
 def test_transparent_pixels_have_no_density(tmp_path):
     rgba = np.zeros((2, 2, 4), np.uint8)
     rgba[0, 0, 3] = 255  # one black pixel, the others transparent

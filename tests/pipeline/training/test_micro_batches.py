@@ -141,13 +141,16 @@ def test_a_process_with_little_memory_takes_parts(tmp_path: Path) -> None:
     torch.testing.assert_close(result["gradient"], given.objective.gradient(0))
 
 
-@pytest.mark.parametrize(("given", "most", "size"), [(4, 3, 4), (None, 0, 1)])
+@pytest.mark.parametrize(
+    ("given", "most", "size", "remedy"),
+    [(4, 3, 4, "lower train.micro_batch, or take a smaller"), (None, 0, 1, "one; take a smaller")],
+)
 def test_parts_that_do_not_fit_are_an_error(
-    tmp_path: Path, given: int | None, most: int, size: int
+    tmp_path: Path, given: int | None, most: int, size: int, remedy: str
 ) -> None:
     trainer = trainer_of(tmp_path, "fm", {}, micro_batch=given)
     limited(trainer, most)
-    with pytest.raises(JkoflowError, match=f"micro-batch of {size} samples .* train.micro_batch"):
+    with pytest.raises(JkoflowError, match=f"micro-batch of {size} samples .*{remedy}"):
         trainer.step()
 
 
