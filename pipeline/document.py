@@ -52,7 +52,8 @@ There are {count} settings in two kinds of files, which share the section `data`
     jkoflow config keys jko          # keys with type, default and meaning
     jkoflow config diff mnist demo   # differences of two files or runs
 
-An unknown key, a value out of range and a setting without effect are errors that name the key.
+An unknown key and a value out of range are errors that name the key. In the configuration of a
+flow, a setting without effect is one, too.
 `--set` has precedence over the file. `--set train.objective=fm` leaves out the file's section jko,
 and `--set sampler.method=dopri5` the file's sampler.steps; a line on stderr says so.
 `--set matching=null` removes what the file sets in section matching.

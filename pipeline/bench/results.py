@@ -23,7 +23,8 @@ _ERRORS = (
 )
 _SECONDS = (
     "Training seconds are those of the optimiser's steps (of the processors, on a CPU), and + "
-    "those in which samples are pushed through finished blocks."
+    "those of the rest of the training: samples are pushed through finished blocks, and blocks "
+    "are measured."
 )
 _EXPLAINED = {
     _VECTORS: "NLL is in nats per held-out sample, in the units of the data, by the exact "
@@ -69,7 +70,7 @@ class Row:
         width: hidden features of the networks.
         lr: peak learning rate; 0 after an error.
         seconds: of the optimiser.
-        overhead: seconds in which samples were pushed through blocks.
+        overhead: seconds of the rest of the training, such as pushing samples through blocks.
         batches: of all blocks together.
         measured: metrics of the finished model; None after an error.
         curve: metrics of the model in training.

@@ -38,7 +38,8 @@ from pipeline.errors import JkoflowError
 from pipeline.optim.ema import Ema
 from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
 from pipeline.optim.optimisers import MuonAdam, make_optimizer
-from pipeline.runs.directory import CONFIG, read_config
+from pipeline.runs.directory import CONFIG, read_config, read_manifest
+from pipeline.runs.manifest import FILE
 from pipeline.runs.run import open_run
 from pipeline.runtime import signals
 from pipeline.runtime.console import Progress, say
@@ -82,7 +83,8 @@ class Trained:
     Attributes:
         model: with its averaged weights.
         seconds: of the optimiser's steps.
-        overhead: further seconds of training, in which samples are pushed through blocks.
+        overhead: further seconds of the call that trained it: samples are drawn and pushed through
+            finished blocks, and blocks are measured.
         batches: of all blocks together.
         parameters: number of weights.
         width: hidden features of its networks.
@@ -149,6 +151,8 @@ class Training:
         else:
             batches = self._batches(name, width, problem)
             config = blockwise_config(problem.config, name, width, batches)
+        known = read_manifest(folder).passes if (folder / FILE).is_file() else ()
+        spent = sum(row.seconds for each in known for row in each.blocks)
         elapsed = self._train_run(config, folder, True, problem)
         run = open_run(folder)
         run.flow.to(self.accelerator.device)
@@ -163,7 +167,7 @@ class Training:
                 curve.append(measure(Checkpoint(FlowModel(run.flow[:count]), seconds, int(done))))
         remove_samples(folder)
         parameters = sum(row.parameters for row in rows)
-        overhead = max(0.0, elapsed - seconds)
+        overhead = max(0.0, elapsed - (seconds - spent))
         return Trained(
             FlowModel(run.flow), seconds, overhead, int(done), parameters, width, _known(curve)
         )

@@ -172,6 +172,9 @@ def train_command(
     if network is not None and (add_blocks or measure_noise):
         other = "--add-blocks" if add_blocks else "--measure-noise"
         raise UserError(f"{other} has no meaning for one network; leave it or --network out")
+    if measure_noise and (add_blocks or init_from or dry_run):
+        other = "--add-blocks" if add_blocks else "--init-from" if init_from else "--dry-run"
+        raise UserError(f"{other} has no meaning for --measure-noise; leave one of them out")
     overrides = list(overrides or [])
     later = {"jko.reparameterize": reparameterize, "jko.refine": refine}
     later["train.iterations"] = iterations
@@ -187,7 +190,10 @@ def train_command(
         allowed = ["train", "jko", "matching"]
         settings = override_settings(read_config(run), overrides, allowed)
     elif run is None or not (resume or add_blocks):
-        raise UserError("--config is missing; give it, or --run with --resume to continue a run")
+        raise UserError(
+            "--config is missing; give it, or --run with --resume to continue a run, or with "
+            "--measure-noise"
+        )
     else:
         rules = ("later", "moved", "lowered", *(("added",) if add_blocks else ()))
         allowed = [name for name in keys(Config) if resume_rule(name, Config) in rules]

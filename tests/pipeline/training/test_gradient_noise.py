@@ -102,6 +102,16 @@ def test_the_command_prints_a_row_per_block(
     assert [row.split()[0] for row in rows] == [str(k) for k in range(len(rows))] and rows
 
 
+@pytest.mark.parametrize(
+    "option", [("--add-blocks", "2"), ("--init-from", "zoo:mnist"), ("--dry-run",)]
+)
+def test_options_without_meaning_are_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path, option: tuple[str, ...]
+) -> None:
+    code, _, last = say(capsys, "train", "--run", folder, "--measure-noise", *option)
+    assert code == 2 and f"{option[0]} has no meaning for --measure-noise" in last
+
+
 def test_a_shipped_run_has_no_samples(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, last = say(capsys, "train", "--run", "zoo:mnist", "--measure-noise")
     assert code == 2 and out == "" and "is shipped without the samples" in last
