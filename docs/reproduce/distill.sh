@@ -3,5 +3,5 @@
 set -euo pipefail
 
 jkoflow encode   --config mnist
-jkoflow distill  --run zoo:mnist --out runs/mnist-distilled --pairs 2 --steps 1 --set train.iterations=1500
+jkoflow distill  --run zoo:mnist --out runs/mnist-distilled --merge 2 --steps 1 --set train.iterations=1500
 jkoflow evaluate --run runs/mnist-distilled -n 2000 --kid 2000

@@ -35,7 +35,7 @@ def distill_command(
             "NAME; runs/NAME-distilled for zoo:NAME and hf://OWNER/NAME.",
         ),
     ] = None,
-    pairs: Annotated[int, typer.Option("--pairs", help="Consecutive blocks to merge.")] = 2,
+    merge: Annotated[int, typer.Option("--merge", help="Consecutive blocks merged into one.")] = 2,
     steps: Annotated[
         int, typer.Option("--steps", help="Solver steps per merged block of the sampler.")
     ] = 1,
@@ -71,15 +71,15 @@ def distill_command(
     from pipeline.toy2d.point_source import PointSource
 
     teacher, out = open_run(run), student_folder(out, run)
-    settings = Distillation(pairs, steps, method)
+    settings = Distillation(merge, steps, method)
     config = student_config(teacher, settings, overrides or [], max_minutes)
     accelerator = make_accelerator()
     source = None if teacher.manifest.autoencoder else PointSource(config)
-    words = ["--pairs", str(pairs), "--steps", str(steps), "--method", method]
+    words = ["--merge", str(merge), "--steps", str(steps), "--method", method]
     words += [word for value in overrides or [] for word in ("--set", value)]
     with one_writer(out, "the run at", accelerator):
         outcome = distill(
-            teacher, out, config, pairs, accelerator, progress_bar, resume, source, options=words
+            teacher, out, config, merge, accelerator, progress_bar, resume, source, options=words
         )
     if accelerator.is_main_process:
         if outcome.complete:

@@ -53,7 +53,7 @@ class Distillation:
     The solver has a fixed grid of `steps` a merged block.
     """
 
-    pairs: int = 2
+    merge: int = 2
     steps: int = 1
     method: str = "rk4"
 
@@ -70,9 +70,9 @@ def student_config(
         UserError: values out of range, another section, or a refiner.
     """
     require_latents(teacher)
-    if settings.pairs < 1 or settings.steps < 1:
+    if settings.merge < 1 or settings.steps < 1:
         raise UserError(
-            f"--pairs and --steps must be at least 1, not {settings.pairs} and {settings.steps}"
+            f"--merge and --steps must be at least 1, not {settings.merge} and {settings.steps}"
         )
     old = teacher.config
     train = dataclasses.replace(
@@ -113,7 +113,7 @@ def distill(
     teacher: Run,
     folder: Path,
     config: Config,
-    pairs: int,
+    merge: int,
     accelerator: Accelerator,
     progress: Progress,
     resume: bool = False,
@@ -121,7 +121,7 @@ def distill(
     until: int | None = None,
     options: Sequence[str] = (),
 ) -> Outcome:
-    """Merge each `pairs` consecutive blocks of a run into one block of a new run.
+    """Merge each `merge` consecutive blocks of a run into one block of a new run.
 
     The last group may be smaller. The configuration is from `student_config`. Samples come from
     `source`, or else from the latent cache. At the step `until` of the next block, the training
@@ -136,7 +136,7 @@ def distill(
     check_shape(config, tuple(samples.shape))
     _require_same_data(teacher, samples)
     count = len(teacher.manifest.blocks)
-    groups = [range(k, min(k + pairs, count)) for k in range(0, count, pairs)]
+    groups = [range(k, min(k + merge, count)) for k in range(0, count, merge)]
     context = TrainingContext(config, folder, samples, accelerator, progress)
     manifest = student_manifest(teacher, config.name, groups)
     started = RunDirectory(folder).started if resume else None

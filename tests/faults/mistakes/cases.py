@@ -75,7 +75,7 @@ def cases(root: Path, world: World, run: Path) -> Iterator[Case]:
         "--strength": ["0", "1.5", "nan"], "--probes": ["0", "-1"], "--columns": ["0", "-2"],
         "--divergence": ["guess"], "--kid": ["1", "-4"], "--nfe-study": ["", "x", "0"],
         "--seeds": ["0", "-1"], "--models": ["", "gan"], "--parameters": ["0", "-1"],
-        "--tune": ["x", "0"], "--pairs": ["0", "-1"], "--dtype": ["float7"],
+        "--tune": ["x", "0"], "--merge": ["0", "-1"], "--dtype": ["float7"],
         "--features": ["/nowhere", "vgg"], "--mode": ["bicubic"], "--port": ["-1", "99999"],
         "--images": ["x", "-1", "0", "nan"], "--gpus": ["0", "-1"], "--epochs": ["0", "nan"],
         "--utilisation": ["0", "2", "nan"], "--price-per-hour": ["-1", "nan"],

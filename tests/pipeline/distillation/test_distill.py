@@ -37,13 +37,13 @@ MOONS = ("points.train=4000", "latents.shard_size=3000", "velocity.width=48", "v
 EXACT = SolverConfig("dopri5")
 
 
-def merge(teacher: Run, folder: Path, *overrides: str, pairs: int = 2, resume: bool = False,
+def merge(teacher: Run, folder: Path, *overrides: str, blocks: int = 2, resume: bool = False,
           **how: object) -> Outcome:  # fmt: skip
-    settings = Distillation(pairs, **how)  # type: ignore[arg-type]
+    settings = Distillation(blocks, **how)  # type: ignore[arg-type]
     config = student_config(teacher, settings, overrides)
     points = teacher.config.data.name == "two_moons"
     source = PointSource(config) if points else GaussianSource()
-    return distill(teacher, folder, config, pairs, Accelerator(cpu=True), quiet, resume, source)
+    return distill(teacher, folder, config, blocks, Accelerator(cpu=True), quiet, resume, source)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def gaussian(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_a_linear_field_reaches_the_best_regression(gaussian: Run, tmp_path: Path) -> None:
     """T(z) = M z and N = M − I give A = N Σ (I + N/2)ᵀ (Σ + (N Σ + Σ Nᵀ)/2 + N Σ Nᵀ/3)⁻¹."""
-    merge(gaussian, tmp_path, "train.iterations=300", "train.ema=0", pairs=3, steps=2)
+    merge(gaussian, tmp_path, "train.iterations=300", "train.ema=0", blocks=3, steps=2)
     manifest = read_manifest(tmp_path)
     (row,) = manifest.blocks
     assert (row.h, row.gamma, row.objective) == (pytest.approx(1.3), None, "distill")
@@ -119,7 +119,7 @@ def test_the_steps_of_a_group_add_up(gaussian: Run, moons: Run, tmp_path: Path) 
     merge(gaussian, tmp_path / "jko", *quick)
     rows = read_manifest(tmp_path / "jko").blocks
     assert [row.h for row in rows] == [pytest.approx(0.4), pytest.approx(0.9)]
-    merge(moons, tmp_path / "lfm", *quick, pairs=3)
+    merge(moons, tmp_path / "lfm", *quick, blocks=3)
     manifest = read_manifest(tmp_path / "lfm")
     assert [row.gamma for row in manifest.blocks] == [pytest.approx(1.2), None]
     teacher = manifest.derived_from
@@ -181,7 +181,7 @@ def test_killed_and_resumed_ends_in_the_same_bytes(gaussian: Run, tmp_path: Path
 
 def test_invalid_settings_and_other_runs_are_errors(gaussian: Run, tmp_path: Path) -> None:
     for how, said in (
-        ({"pairs": 0}, "--pairs and --steps must be at least 1, not 0 and 1"),
+        ({"blocks": 0}, "--merge and --steps must be at least 1, not 0 and 1"),
         ({"steps": 0}, "not 2 and 0"),
         ({"method": "rk5"}, "unknown solver 'rk5'"),
     ):
@@ -199,13 +199,13 @@ def test_invalid_settings_and_other_runs_are_errors(gaussian: Run, tmp_path: Pat
     stopped = ("train.max_minutes=1e-9", *OFTEN)
     assert not merge(gaussian, tmp_path / "early", *stopped).complete  # in its first block
     with pytest.raises(UserError, match="from other blocks, or in other groups"):
-        merge(gaussian, tmp_path / "early", *OFTEN, pairs=1, resume=True)
+        merge(gaussian, tmp_path / "early", *OFTEN, blocks=1, resume=True)
     assert merge(gaussian, tmp_path / "early", *OFTEN, resume=True).complete
     merge(gaussian, tmp_path / "run", *OFTEN)
     with pytest.raises(UserError, match="there is a run at"):
         merge(gaussian, tmp_path / "run", *OFTEN)
     with pytest.raises(UserError, match="from other blocks, or in other groups"):
-        merge(gaussian, tmp_path / "run", *OFTEN, pairs=3, resume=True)
+        merge(gaussian, tmp_path / "run", *OFTEN, blocks=3, resume=True)
     with pytest.raises(UserError, match=r"started with train\.lr=0\.03 \(now 1\.0\)"):
         merge(gaussian, tmp_path / "run", *OFTEN, "train.lr=1", resume=True)
     with pytest.raises(UserError, match="there is a run at"):
