@@ -129,7 +129,10 @@ def train_command(
         typer.Option(help="Number of later passes, in all, with steps that even out movements."),
     ] = None,
     refine: Annotated[
-        int | None, typer.Option(help="Number of children, in all, that replace every block.")
+        int | None,
+        typer.Option(
+            help="Number of children, in all, that replace every block but the free one."
+        ),
     ] = None,
     add_blocks: Annotated[
         int, typer.Option(help="Number of blocks to add to a finished run, before its free block.")

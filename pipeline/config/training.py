@@ -140,7 +140,8 @@ class JkoConfig:
         reparameterize: number of passes after the first, each with step sizes that even out the
             movements of the pass before, by half.
         eta: fraction of the way to the evened-out steps that such a pass goes.
-        refine: children that every block is split into in a last pass; 1 splits nothing.
+        refine: children that every block but the free one is split into in a last pass; 1 splits
+            nothing.
         later_iterations: optimiser steps per block in later passes; null takes those of the first.
     """
 
