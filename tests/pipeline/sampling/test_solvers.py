@@ -142,7 +142,7 @@ def test_a_budget_of_evaluations_is_spent_on_whole_networks(tmp_path: Path) -> N
     train(tmp_path / "run", *TWO_NETS, "schedule.free_block=false")
     plan = SamplingPlan.open(open_run(tmp_path / "run"), tiny().generate)
     assert [steps_within(plan, nfe) for nfe in (8, 15, 16)] == [{2}, {2}, {4}]
-    with pytest.raises(UserError, match=r"each of 1 blocks of 2 networks \(8\)"):
+    with pytest.raises(UserError, match=r"in the block of 2 networks \(8\)"):
         plan.within(7)
 
 
@@ -154,5 +154,5 @@ def test_a_budget_includes_the_networks_of_the_guide(tmp_path: Path) -> None:
     plan = SamplingPlan.open(opened, settings)
     assert steps_within(plan, 31) == {2}  # three would not meet the guide's switch
     assert steps_within(plan, 32) == {4}
-    with pytest.raises(UserError, match=r"each of 1 blocks of 2 networks with guidance \(16\)"):
+    with pytest.raises(UserError, match=r"in the block of 2 networks with guidance \(16\)"):
         plan.within(15)
