@@ -19,10 +19,22 @@ jkoflow train --config cifar10 "${none[@]}" --init-from zoo:cifar10-wide --run r
   --set train.iterations=2800 --set train.ema=0.998
 jkoflow train --config cifar10-jko "${none[@]}" --init-from runs/wide-none-linear --run runs/wide-none-linear-jko \
   --set 'train.iterations=[150,100]'
+# two networks, one for each half of time, on a core each; then JKO
+two=(--config cifar10 "${none[@]}" --init-from zoo:cifar10-wide --run runs/wide-none-two --set velocity.nets=2
+     --set fm.snapshot_every=0 --set train.batch_size=128 --set train.lr=3e-3 --set train.warmup=50 --set train.iterations=9000)
+for network in 0 1; do taskset -c "$network" jkoflow train "${two[@]}" --network "$network" & done
+wait
+jkoflow train "${two[@]}" --resume    # joins them
+jkoflow train --config cifar10-jko "${none[@]}" --init-from runs/wide-none-two --run runs/wide-none-two-jko \
+  --set 'train.iterations=[150,100]'
 evaluate=(--set generate.precision=bf16 --set evaluate.nll=0 --set evaluate.floor=false)
-for run in wide-none wide-none-jko wide-none-longer wide-none-longer-jko wide-none-linear wide-none-linear-jko; do
+for run in wide-none wide-none-jko wide-none-longer wide-none-longer-jko wide-none-linear wide-none-linear-jko \
+  wide-none-two wide-none-two-jko; do
   jkoflow evaluate --run "runs/$run" -n 1000 --seed 1 "${evaluate[@]}"
 done
-for run in wide-none-jko wide-none-longer-jko; do
+for run in wide-none-two wide-none-two-jko; do
+  jkoflow evaluate --run "runs/$run" -n 1000 --seed 1 --refiner zoo:cifar10-wide/refiner "${evaluate[@]}"
+done
+for run in wide-none-jko wide-none-longer-jko wide-none-two wide-none-two-jko; do
   jkoflow evaluate --run "runs/$run" -n 10000 --refiner zoo:cifar10-wide/refiner "${evaluate[@]}"
 done
