@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,18 @@ from flows.networks.registry import make_velocity
 from flows.solving.solver import FIXED_METHODS, SolverConfig
 from flows.spec import BlockSpec, build_block
 from pipeline.data.standardisation import Standardisation
-from pipeline.publishing.programs import Program, Sampler, _export, _programs, _runner
+from pipeline.publishing import programs
+from pipeline.publishing.programs import (
+    Program,
+    Sampler,
+    _export,
+    _programs,
+    _runner,
+    write_programs,
+)
+from pipeline.runs.run import open_run
+from pipeline.runtime.rng import generator
+from pipeline.sampling.sampling_plan import SamplingPlan
 from tests.pipeline.tiny import say
 
 STANDARDISATION = Standardisation(torch.tensor([0.1, -0.3]), torch.tensor([2.0, 0.5]))
@@ -137,12 +149,19 @@ def test_programs_make_the_images_of_generate(run: Path, tmp_path: Path, capsys)
     assert np.abs(drawn - pixels.numpy()).max() <= 1 and value.std() > 0.01
 
 
+def test_all_networks_of_a_program_are_in_float32(tmp_path, monkeypatch):
+    run = open_run(Path("zoo:cifar10-wide"))
+    plan = SamplingPlan.open(run, replace(run.config.generate, precision="bf16"))
+    assert plan.refiner.precision == "bf16"
+    seen = []
+    monkeypatch.setattr(programs, "_programs", lambda given: seen.append(given) or [])
+    write_programs(plan, tmp_path / "out", "torch-export")
+    (given,) = seen
+    assert given.precision == given.refiner.precision == "fp32"
+
+
 @pytest.mark.slow
 def test_the_refiner_of_a_shipped_run_is_a_program():
-    from pipeline.runs.run import open_run
-    from pipeline.runtime.rng import generator
-    from pipeline.sampling.sampling_plan import SamplingPlan
-
     run = open_run(Path("zoo:cifar10-wide"))
     plan = SamplingPlan.open(run, run.config.generate)
     (program,) = (p for p in _programs(plan) if p.name == "refiner")

@@ -17,6 +17,7 @@ from pipeline.data.latent_cache import open_cache
 from pipeline.runtime.rng import generator
 from pipeline.storage.shards.reader import StoreReader
 from pipeline.storage.shards.writer import StoreWriter
+from pipeline.training import stages
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.sources import LatentSource
 from pipeline.training.stages import ensure_stage
@@ -38,6 +39,22 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
     identity = {"kind": "stage", "stage": 0, "shape": [2], "moments": True}
     folder = tmp_path_factory.mktemp("fresh")
     return ensure_stage(folder, identity, COUNT, COUNT, make, Accelerator())
+
+
+@pytest.mark.parametrize(("moments", "arrays"), [({}, 1), ({"moments": True}, 3)])
+def test_the_room_on_the_disk_is_that_of_all_arrays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: dict[str, bool], arrays: int
+) -> None:
+    """Samples that are drawn again are stored with their means and standard deviations."""
+    asked: list[int] = []
+    monkeypatch.setattr(stages, "require_disk_space", lambda _, size, what: asked.append(size))
+
+    def make(writer: StoreWriter, index: int) -> torch.Tensor:
+        return torch.zeros(COUNT, 2)
+
+    identity = {"kind": "stage", "stage": 0, "shape": [2], **moments}
+    ensure_stage(tmp_path, identity, COUNT, COUNT, make, Accelerator())
+    assert asked == [arrays * 4 * COUNT * 2]
 
 
 def trainer(stage: StoreReader, seed: int = 0) -> BlockTrainer:
