@@ -27,7 +27,8 @@ def export_command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Dtype of the stored weights: float16 (default), bfloat16, float32 or int10."
+            help="Dtype of the stored weights: float16 (default), bfloat16, float32, int10, or "
+            "int2: similar blocks share a mean in ten bits and differ from it by two bits."
         ),
     ] = None,
     guide: GuideOption = None,
@@ -91,7 +92,9 @@ def push_command(
     name: Annotated[str, typer.Argument(help="OWNER/NAME of the repository on the hub.")],
     dtype: Annotated[
         str,
-        typer.Option(help="Dtype of the stored weights: float16, bfloat16, float32 or int10."),
+        typer.Option(
+            help="Dtype of the stored weights: float16, bfloat16, float32, int10 or int2."
+        ),
     ] = "float16",
     private: Annotated[
         bool, typer.Option("--private", help="Create the repository as a private one.")

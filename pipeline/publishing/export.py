@@ -26,23 +26,23 @@ from pipeline.errors import UserError
 from pipeline.publishing.model_card import model_card
 from pipeline.publishing.provenance import metrics_of, reference_name, shows_samples_of
 from pipeline.publishing.swap_decoder import with_decoder
-from pipeline.runs.directory import block_file, write_manifest
+from pipeline.runs.directory import block_file, mean_file, write_manifest
 from pipeline.runs.manifest import ExportRecord, HelperRecord, Manifest
-from pipeline.runs.passes import BlockRow
+from pipeline.runs.passes import BlockRow, SharedFile
 from pipeline.runs.run import Run, is_refiner, load_blocks
 from pipeline.runs.zoo import is_shipped
 from pipeline.runtime.rng import generator
 from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.sampling.solvers import solvers_of
 from pipeline.storage import atomic, seal
-from pipeline.storage.compact_weights import DTYPES, quantise
 from pipeline.storage.lock import locked
+from pipeline.storage.shared_weights import DTYPES, quantise_blocks
 
 AUTOENCODER = "autoencoder.safetensors"
 GUIDE = "guide"
 REFINER = "refiner"
 _GRID = "samples/grid.png"
-_INSIDE = r"blocks/block-\d+\.safetensors|autoencoder\.safetensors|config\.yaml"
+_INSIDE = r"blocks/(block|mean)-\d+\.safetensors|autoencoder\.safetensors|config\.yaml"
 #: the files that an export writes before its flow.json
 _WRITTEN = re.compile(
     rf"{_INSIDE}|{seal.NAME}|metrics\.json|CARD\.md|samples/grid\.png"
@@ -68,7 +68,7 @@ def export(
 ) -> Exported:
     """Write the files of a finished run that are shipped into an empty or absent folder.
 
-    The weights are stored in a dtype of `compact_weights.DTYPES`. `autoencoder` names weights with
+    The weights are stored in a dtype of `shared_weights.DTYPES`. `autoencoder` names weights with
     the same encoder, whose decoder replaces the run's. Metrics and pictures of the run's own
     decoder are then left out.
 
@@ -183,12 +183,19 @@ def _write_weights(
 
     The manifest, which is not written yet, and the change by the rounding are returned.
     """
-    rows = []
-    for index, (row, block) in enumerate(zip(run.manifest.blocks, run.flow, strict=True)):
-        name = block_file(index)
-        tensors = quantise(block.state_dict(), dtype)
-        sha256 = atomic.write_tensors(out / name, tensors)
-        rows.append(dataclasses.replace(row, file=name, sha256=sha256))
+    groups = quantise_blocks([block.state_dict() for block in run.flow], dtype)
+    known = iter(run.manifest.blocks)
+    rows: list[BlockRow] = []
+    for number, group in enumerate(groups):
+        mean = None
+        if group.mean:
+            name = mean_file(number)
+            mean = SharedFile(name, atomic.write_tensors(out / name, group.mean))
+        for tensors in group.blocks:
+            name = block_file(len(rows))
+            sha256 = atomic.write_tensors(out / name, tensors)
+            row = dataclasses.replace(next(known), file=name, sha256=sha256, mean=mean)
+            rows.append(row)
     manifest = _manifest(run, rows, dtype, out)
     return manifest, _change(run, load_blocks(out, manifest), solvers)
 

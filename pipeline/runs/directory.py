@@ -6,6 +6,7 @@
 * start.json: the manifest before the first block is finished.
 * flow.json: the manifest from then on (see `pipeline.runs.manifest`).
 * blocks/block-00.safetensors …: finished blocks; those of later passes are in blocks/pass-01/ ….
+* blocks/mean-00.safetensors …: means of the weights of similar blocks, in an export (int2).
 * stages/: training samples pushed through the blocks.
 * checkpoints/: the state to resume from, with the manifest.
 * snapshots/: averaged weights at regular steps (fm.snapshot_every).
@@ -281,6 +282,11 @@ def block_file(index: int, number: int = 0) -> str:
     """Return the path of a block of a pass inside a run directory."""
     folder = f"blocks/pass-{number:02d}" if number else "blocks"
     return f"{folder}/block-{index:02d}.safetensors"
+
+
+def mean_file(number: int) -> str:
+    """Return the path of the mean of a group of blocks inside an exported run."""
+    return f"blocks/mean-{number:02d}.safetensors"
 
 
 def checkpoint_file(index: int, number: int = 0) -> str:

@@ -227,8 +227,10 @@ class Manifest:
 
         Generated images depend on these and on the seed.
         """
-        shas = [row.sha256[:12] for row in self.blocks[:count]]
-        return "-".join([*shas, self.require_autoencoder().fingerprint[:12]])
+        rows = self.blocks[:count]
+        shas = [row.sha256[:12] for row in rows]
+        means = dict.fromkeys(row.mean.sha256[:12] for row in rows if row.mean is not None)
+        return "-".join([*shas, *means, self.require_autoencoder().fingerprint[:12]])
 
     @property
     def origins(self) -> set[str]:

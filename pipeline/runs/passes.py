@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -25,7 +25,7 @@ from flows.spec import BlockSpec
 from pipeline.storage.records import to_json
 
 #: entries of a block's row that logs and metrics leave out
-_INTERNAL = ("stage", "spec")
+_INTERNAL = ("stage", "spec", "mean")
 
 
 def require_inside(name: str) -> None:
@@ -40,6 +40,17 @@ def require_inside(name: str) -> None:
 
 
 @dataclass(frozen=True)
+class SharedFile:
+    """File of weights that several blocks of an export share, inside its directory."""
+
+    file: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        require_inside(self.file)
+
+
+@dataclass(frozen=True)
 class StoredBlock:
     """File of a finished block, with what is needed to load it.
 
@@ -50,6 +61,8 @@ class StoredBlock:
         gamma: Ornstein–Uhlenbeck time; None for a free block and under jko.
         objective: that the block was trained with.
         spec: the specification it is built from.
+        mean: file of the mean that the block's weights are differences from (`shared_weights`);
+            None for a block of its own.
     """
 
     file: str
@@ -58,6 +71,7 @@ class StoredBlock:
     gamma: float | None
     objective: str
     spec: BlockSpec
+    mean: SharedFile | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         require_inside(self.file)

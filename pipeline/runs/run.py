@@ -23,10 +23,10 @@ from pipeline.errors import UserError
 from pipeline.integrity.reason import reason_of
 from pipeline.runs.directory import RunDirectory
 from pipeline.runs.manifest import Manifest
-from pipeline.runs.passes import StoredBlock
+from pipeline.runs.passes import SharedFile, StoredBlock
 from pipeline.runs.zoo import locate, name_of
 from pipeline.storage import atomic
-from pipeline.storage.compact_weights import dequantise
+from pipeline.storage.shared_weights import dequantise_block
 
 
 def load_block(folder: Path, row: StoredBlock, shape: Sequence[int]) -> tuple[BlockSpec, Block]:
@@ -35,13 +35,27 @@ def load_block(folder: Path, row: StoredBlock, shape: Sequence[int]) -> tuple[Bl
     Raises:
         UserError: the file is missing, damaged or does not fit its specification.
     """
+    stored = _read_weights(folder, row)
+    mean = {} if row.mean is None else _read_weights(folder, row.mean)
+    path = Path(folder) / row.file
+    try:
+        tensors = dequantise_block(stored, mean)
+    except (KeyError, RuntimeError, IndexError, ValueError) as error:
+        raise UserError(
+            f"{path} has no complete weights ({type(error).__name__}: {error}); expected those "
+            "of `jkoflow export`; export the run again"
+        ) from error
+    return row.spec, build_stored(row.spec, shape, tensors, path)
+
+
+def _read_weights(folder: Path, row: StoredBlock | SharedFile) -> dict[str, Tensor]:
+    """Read a file of weights of a run, and check it against its sha256."""
     path = Path(folder) / row.file
     if not path.is_file():
         raise UserError(
             f"the run at {folder} lacks {row.file}; bring the file back, or train the run again"
         )
-    tensors = dequantise(atomic.read_tensors(path, row.sha256))
-    return row.spec, build_stored(row.spec, shape, tensors, path)
+    return atomic.read_tensors(path, row.sha256)
 
 
 def build_stored(

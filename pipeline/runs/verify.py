@@ -204,7 +204,9 @@ def _needed(folder: Path, broken: set[Path]) -> list[str]:
             return [WEIGHTS] if record.get("sha256") else []
     if (folder / FILE).is_file() and folder / FILE not in broken:
         passes = RunDirectory(folder).manifest.passes
-        return [CONFIG, *(row.file for entry in passes for row in entry.blocks)]
+        rows = [row for entry in passes for row in entry.blocks]
+        means = dict.fromkeys(row.mean.file for row in rows if row.mean is not None)
+        return [CONFIG, *(row.file for row in rows), *means]
     return []
 
 

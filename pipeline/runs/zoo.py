@@ -21,7 +21,7 @@ PREFIX = "zoo:"
 _SEPARATE = ("-wide", "-jko")
 _MANIFEST = "flow.json"
 #: the files of a run in a repository of the hub
-_FILES = ("blocks/block-*.safetensors", "autoencoder.safetensors", "config.yaml", "metrics.json",
+_FILES = ("blocks/*.safetensors", "autoencoder.safetensors", "config.yaml", "metrics.json",
           "CARD.md", "samples/grid.png", _MANIFEST, seal.NAME)  # fmt: skip
 #: folders of copies: of shipped runs, and of runs of the hub
 _ZOO, _HUB = "zoo", "hub"

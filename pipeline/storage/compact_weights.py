@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: value of `jkoflow export --dtype` → dtype of rounded floats; None for 10-bit integers
+#: name of a dtype → dtype of rounded floats; None for 10-bit integers
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,

@@ -62,7 +62,7 @@ def open_warm_start(
             "there, or give --init-from a run with the network of this configuration"
         )
     names = [field.name for field in dataclasses.fields(StoredBlock)]
-    blocks = tuple(StoredBlock(*(getattr(row, name) for name in names)) for row in rows)
+    blocks = tuple(StoredBlock(**{name: getattr(row, name) for name in names}) for row in rows)
     interpolant = config.regression.interpolant
     return WarmStartRecord(run, config.name, config.train.objective, blocks, interpolant)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline.cli import main
 from pipeline.config.plain import resolved_yaml
@@ -19,6 +20,7 @@ from pipeline.publishing.export import export
 from pipeline.runs.directory import read_config, read_manifest, write_manifest
 from pipeline.runs.manifest import ExportRecord
 from pipeline.runs.run import open_run
+from pipeline.runs.verify import verify
 from pipeline.sampling.image_files import write_grid
 from pipeline.storage import atomic, seal
 from tests.pipeline.drawing import images, plan_of, store_of
@@ -238,3 +240,42 @@ def test_exports_that_are_refused(
         assert code == 2 and error.startswith("error: ") and named in error
         write_autoencoder(own, seed=7)
     assert not (tmp_path / "out").exists()
+
+
+def test_similar_blocks_share_their_mean(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.storage.shared_weights._LEAST", 32)
+    monkeypatch.setattr("pipeline.storage.shared_weights._NEAR", 10)  # all blocks are similar
+    two = export(plan_of(open_run(run)), tmp_path / "two", "int2")
+    ten = export(plan_of(open_run(run)), tmp_path / "ten", "int10")
+    assert ten.change < two.change < 0.5
+    mean = two.folder / "blocks" / "mean-00.safetensors"
+    rows = read_manifest(two.folder).blocks
+    assert {row.mean.file for row in rows if row.mean} == {"blocks/mean-00.safetensors"}
+    opened = open_run(two.folder)
+    assert rows[0].mean is not None and rows[0].mean.sha256[:12] in opened.fingerprint.split("-")
+    assert verify(two.folder) == []
+    kept = mean.read_bytes()
+    atomic.write_bytes(mean, kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"mean-00\.safetensors"):
+        open_run(two.folder)
+    mean.unlink()
+    with pytest.raises(UserError, match=r"lacks blocks/mean-00\.safetensors"):
+        open_run(two.folder)
+    assert [fault.path for fault in verify(two.folder)] == [mean]
+
+
+def test_a_block_without_its_differences_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.storage.shared_weights._LEAST", 32)
+    monkeypatch.setattr("pipeline.storage.shared_weights._NEAR", 10)
+    out = export(plan_of(open_run(run)), tmp_path / "out", "int2").folder
+    path = out / "blocks" / "block-00.safetensors"
+    tensors = {n: v for n, v in load_file(path).items() if not n.endswith(".rms")}
+    row = json.loads((out / "flow.json").read_text())
+    row["passes"][0]["blocks"][0]["sha256"] = atomic.write_tensors(path, tensors)
+    rewrite(out / "flow.json", json.dumps(row))
+    with pytest.raises(UserError, match="has no complete weights"):
+        open_run(out)
