@@ -56,7 +56,9 @@ def locked(
             _acquire(path, f"{what} {folder}", wait)
         except OSError as error:
             raise unwritable(folder, error, "locked") from error
-    _held[path] = _held.get(path, 0) + 1
+        _held[path] = 0  # before the thread looks
+        threading.Thread(target=_touch, args=(path,), daemon=True).start()
+    _held[path] += 1
     try:
         yield
     finally:
@@ -96,7 +98,6 @@ def _acquire(path: Path, what: str, wait: Callable[[str], object] | None) -> Non
                 time.sleep(_POLL_SECONDS)
     finally:
         own.unlink(missing_ok=True)
-    threading.Thread(target=_touch, args=(path,), daemon=True).start()
 
 
 def _used(what: str, owner: dict[str, Any]) -> str:

@@ -62,3 +62,25 @@ def test_bad_input_is_named():
         mmd(np.ones((5, 2)), np.ones((5, 2)))
     with pytest.raises(ValueError, match="expected 0 < alpha < 1"):
         mmd(x, x, alpha=1.0)
+
+
+def test_the_bandwidth_of_many_points_is_that_of_both_samples(monkeypatch):
+    monkeypatch.setattr("eval.mmd._MEDIAN_ROWS", 200)
+    rng = np.random.default_rng(0)
+    x, y = 0.01 * rng.normal(size=(300, 2)), 10 * rng.normal(size=(300, 2))
+    bandwidths = [mmd(*pair, permutations=1).bandwidth for pair in ((x, y), (y, x))]
+    assert bandwidths == pytest.approx([np.median(bandwidths)] * 2, rel=0.2)
+    assert min(bandwidths) > 1  # that of the first sample alone is 0.01
+
+
+def test_a_lower_level_has_a_higher_threshold():
+    x, y = np.random.default_rng(0).normal(size=(2, 40, 2))
+    low, usual, high = (mmd(x, y, alpha=alpha).threshold for alpha in (0.01, 0.05, 0.5))
+    assert low > usual > high
+
+
+def test_the_seed_decides_the_divisions():
+    x, y = np.random.default_rng(0).normal(size=(2, 40, 2))
+    first, again, other = (mmd(x, y, permutations=50, seed=seed) for seed in (1, 1, 2))
+    assert first == again and other.value == first.value
+    assert other.threshold != first.threshold

@@ -267,3 +267,24 @@ def test_links_are_followed_without_loops(tmp_path):
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "elsewhere")
     images = load_images(config(tmp_path / "data"))
     assert len(images) == 2 and images.labels.tolist() == [0, 0]
+
+
+def test_each_of_test_and_val_stands_for_the_other(tmp_path: Path) -> None:
+    for there, absent in (("test", "val"), ("val", "test")):
+        save(tmp_path / there, ["train/1.png", f"{there}/2.png", f"{there}/3.png"])
+        assert len(load_images(config(tmp_path / there, split=absent))) == 2
+
+
+def test_values_beyond_16_bits_are_black_or_white() -> None:
+    values = np.array([[-5, 0], [65535, 70000]], np.int32)
+    assert prepare(Image.fromarray(values), 2, "L").tolist() == [[[0, 0], [255, 255]]]
+
+
+def test_the_square_is_the_centre_also_of_an_odd_rest() -> None:
+    """The mirror image of a picture has the mirror image of its square."""
+    grey = np.random.default_rng(0).integers(0, 256, (8, 13), np.uint8)
+    for pixels in (grey, grey.T):
+        square, mirrored = (
+            prepare(Image.fromarray(x), 8, "L")[0] for x in (pixels, pixels[::-1, ::-1])
+        )
+        assert np.abs(square[::-1, ::-1].astype(int) - mirrored).max() <= 1

@@ -13,12 +13,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from autoencoders.identity import IdentityAutoencoder
 from eval.distances import kid
 from eval.gaussian import GaussianStats
 from pipeline.config.load import load_config
 from pipeline.data.datasets import load_images
 from pipeline.data.encoding import encode
+from pipeline.data.standardisation import Standardisation
 from pipeline.evaluation.evaluator import Evaluator, warn_of_other_data
+from pipeline.evaluation.features import FeatureExtractor
 from pipeline.evaluation.real_images import subset_indices
 from pipeline.evaluation.tables import metrics_line
 from pipeline.runs.run import open_run
@@ -317,3 +320,22 @@ def test_with_the_real_network(
     distance -= 2 * torch.linalg.matrix_norm(a @ b.T, "nuc")
     assert metrics["fid"]["value"] == pytest.approx(distance.item(), rel=1e-3)
     assert metrics["fid"]["value"] > 1
+
+
+def test_the_floor_has_the_noise_of_training(
+    world: World, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in units of the standardised latents, here pixels of deviation ¼."""
+    images = load_images(load_config(world.config()).data)
+    scale = Standardisation(torch.tensor([0.3]), torch.tensor([0.25]))
+    made: list[torch.Tensor] = []
+    extractor = FeatureExtractor(accelerator, quiet)
+    monkeypatch.setattr(
+        extractor, "features", lambda _, __, n, make, ___: made.append(make(0, n, 0))
+    )
+    for noise in (0.0, 0.2):
+        identity = IdentityAutoencoder(images.shape)
+        extractor.reconstructed_features(identity, images, 40, noise, scale)
+    grey = (made[0] > 64) & (made[0] < 192)  # which no noise takes out of the range
+    change = (made[1].float() - made[0].float())[grey] / 127.5
+    assert float(change.std()) == pytest.approx(0.2 * 0.25, rel=0.1)

@@ -14,7 +14,7 @@ from eval.features import inception_weights
 from eval.gaussian import GaussianStats
 from eval.manifolds import manifold_metrics
 from pipeline.assets import readers
-from pipeline.evaluation.metrics import _inception_score
+from pipeline.evaluation.metrics import _inception_score, _subset
 from tests.pipeline.tiny import say
 
 
@@ -137,3 +137,24 @@ def test_class_weights_come_from_the_authors_file_alone(tmp_path, monkeypatch):
             content.files[readers.INCEPTION_FILE](file)
         weights = inception_weights.read_classifier(tmp_path / "out.safetensors")
         assert (weights is not None and torch.equal(weights, state["fc.weight"])) == kept
+
+
+def test_of_large_sets_rows_are_chosen_at_random_in_their_order(monkeypatch):
+    """The first rows of a folder may be of one class."""
+    monkeypatch.setattr("pipeline.evaluation.metrics.MOST", 20)
+    rows = torch.arange(60.0)[:, None]
+    chosen = _subset(rows)
+    assert chosen.unique().tolist() == chosen.flatten().tolist() and len(chosen) == 20
+    assert 20 < float(chosen.mean()) < 40
+    assert torch.equal(_subset(rows), chosen) and torch.equal(_subset(chosen), chosen)
+
+
+def test_statistics_together_with_images_count_as_exact(sets, capsys):
+    stats = moments(features(1, 60))
+    np.savez(sets / "s.npz", mu=stats.mean, sigma=stats.cov)
+    np.savez(sets / "VIRTUAL.npz", pixels(1, 60), mu=stats.mean, sigma=stats.cov)
+    alone, both, images = (
+        measure(capsys, sets, name)["fid"]["standard_error"]
+        for name in ("s.npz", "VIRTUAL.npz", "b.npz")
+    )
+    assert both == pytest.approx(alone, rel=1e-5) and images > 1.05 * alone

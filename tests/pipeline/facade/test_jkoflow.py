@@ -18,6 +18,7 @@ import jkoflow
 from autoencoders.base import to_float
 from flows.errors import FlowError
 from flows.partial import part_of
+from flows.solving.solver import SolverConfig
 from pipeline.runs.zoo import zoo
 from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import SIDE, World, make_world, pictures, say
@@ -271,3 +272,10 @@ def test_mistakes_are_named(
     with pytest.raises(ValueError, match=message) as caught:
         call(model)
     assert isinstance(caught.value, jkoflow.UserError) and "\n" not in str(caught.value)
+
+
+def test_a_part_of_a_block_has_its_share_of_steps_rounded_up(model: jkoflow.Model) -> None:
+    flow = model.plan.flow[:1]
+    for stop, steps in ((0.3, 2), (0.5, 2), (0.6, 3), (0.75, 3), (1.0, 4)):
+        _, solvers = part_of(flow, [SolverConfig("rk4", steps=4)], 0.0, stop)
+        assert solvers[0].steps == steps

@@ -279,3 +279,12 @@ def test_a_block_without_its_differences_is_refused(
     rewrite(out / "flow.json", json.dumps(row))
     with pytest.raises(UserError, match="has no complete weights"):
         open_run(out)
+
+
+def test_the_mean_of_a_killed_export_is_removed(run: Path, tmp_path: Path) -> None:
+    out = export(plan_of(open_run(run)), tmp_path / "out").folder
+    before = files(out)
+    (out / "flow.json").unlink()
+    (out / "blocks" / "mean-00.safetensors").write_bytes(b"of an export in int2")
+    export(plan_of(open_run(run)), out)
+    assert files(out) == before

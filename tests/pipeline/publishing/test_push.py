@@ -128,3 +128,16 @@ def test_offline_mode_takes_earlier_downloads_alone(server: Hub, tmp_path: Path)
     assert Path(first) == downloaded and server.reads == reads
     assert second.startswith("the repository me/new of the hub cannot be used (")
     assert "offline" in second and second.endswith("the network and `hf auth login`")
+
+
+def test_a_pushed_run_of_similar_blocks_has_their_mean(
+    server: Hub, run: Path, tmp_path: Path, capsys, monkeypatch
+):
+    monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("pipeline.storage.shared_weights._LEAST", 32)
+    monkeypatch.setattr("pipeline.storage.shared_weights._NEAR", 10)
+    code, _, error = say(capsys, "push", run, "me/two", "--dtype", "int2")
+    assert code == 0, error
+    assert "blocks/mean-00.safetensors" in server.repositories["me/two"]
+    local = export(plan_of(open_run(run)), tmp_path / "two", "int2").folder
+    assert torch.equal(images(open_run(Path("hf://me/two"))), images(open_run(local)))

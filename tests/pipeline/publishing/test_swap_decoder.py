@@ -103,3 +103,15 @@ def test_from_the_command_line(
     code, _, error = say(capsys, *words, "rgb32-kl", "--out", tmp_path / "none")
     assert code == 2 and "expected (3, 32, 32), as the autoencoder takes" in error
     assert not (tmp_path / "none").exists()
+
+
+def test_an_encoder_with_another_spread_is_refused(run: Path, tmp_path: Path) -> None:
+    """Its means are the same: the second half of the outputs are log-variances."""
+    model = weights.load_weights(Path(str(open_run(run).autoencoder_weights())))
+    with torch.no_grad():
+        model.quant_conv.bias[model.config.embed_dim :] += 0.5
+    atomic.write_tensors(
+        tmp_path / "other.safetensors", *weights.to_tensors(model, torch.float32)
+    )
+    with pytest.raises(UserError, match="gives other latents than"):
+        with_decoder(open_run(run), str(tmp_path / "other.safetensors"))

@@ -327,3 +327,14 @@ def test_a_run_without_classes_has_no_entry_for_them(trained: World) -> None:
     assert run.manifest.classes is None
     assert "labels" not in stage(run.folder, 0).manifest["identity"]
     assert plan_of(run).identity()["classes"] is None
+
+
+def test_folders_without_classes_are_separated_by_the_null_label(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside, outside = (
+        harness.write_pictures(tmp_path / name, 3, seed) for name, seed in (("in", 5), ("out", 6))
+    )
+    words = ("likelihood", "-r", folder, "--folder", inside, "--against", outside)
+    code, _, said = say(capsys, *words)
+    assert code == 0 and said.startswith("AUROC(3 inside, 3 outside)")

@@ -275,3 +275,12 @@ def test_mistakes(
     assert say(capsys, "train", "-c", config, "-r", tmp_path / "foreign")[0] == 0
     error = refused("--guide", tmp_path / "foreign", "--guidance", "2")
     assert "was trained on other latents" in error
+
+
+def test_a_guide_has_the_standardisation_of_the_run(run: Path, guide: Path) -> None:
+    """A run on other images has the same autoencoder, but latents in other units."""
+    manifest = read_manifest(guide)
+    scale = dataclasses.replace(manifest.standardisation, std=1.1 * manifest.standardisation.std)
+    write_manifest(guide, dataclasses.replace(manifest, standardisation=scale))
+    with pytest.raises(UserError, match="was trained on other latents"):
+        plan_of(open_run(run), guide=str(guide), guidance=2.0)

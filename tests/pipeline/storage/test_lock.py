@@ -135,3 +135,26 @@ def test_pictures_are_written_by_one_process_after_the_other(
     code, _, _ = say(capsys, *words, "--images", folder, "--out", tmp_path / "grid.png")
     assert code == 0 and holder.wait() != 0
     assert len(list(folder.iterdir())) == 4
+
+
+def test_the_owner_touches_its_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other hosts would take over a lock that was not touched for minutes."""
+    monkeypatch.setattr(lock, "_TOUCH_SECONDS", 0.01)
+    path = lock.lock_file(folder)
+    with lock.locked(folder, "the run at"):
+        os.utime(path, (0, 0))
+        end = time.time() + 10
+        while path.stat().st_mtime < end - 60 and time.time() < end:
+            time.sleep(0.01)
+        assert path.stat().st_mtime > end - 60
+
+
+def test_a_lock_that_another_has_just_taken_over_is_put_back(folder: Path) -> None:
+    path = lock.lock_file(folder)
+    path.write_text(owner(pid=2**22 + 1))
+    stale = lock._read(path)
+    assert stale is not None
+    path.write_text(owner())  # a second process was faster
+    lock._remove(path, stale)
+    assert json.loads(path.read_text())["pid"] == os.getppid()
+    assert [each.name for each in folder.parent.iterdir() if each != folder] == [path.name]

@@ -98,3 +98,25 @@ def test_equal_blocks_are_their_mean() -> None:
 def test_other_dtypes_store_every_block_by_itself(dtype: str) -> None:
     groups = quantise_blocks(blocks(networks=1, parts=2), dtype)
     assert [(len(group.blocks), group.mean) for group in groups] == [(1, {}), (1, {})]
+
+
+@pytest.mark.parametrize(("moved", "sizes"), [(0.06, [2]), (0.08, [1, 1])])
+def test_blocks_are_similar_up_to_a_tenth_of_their_weights(moved: float, sizes: list[int]) -> None:
+    """Two parts, both moved by a share s of their weights, are √2 s apart."""
+    given = blocks(networks=1, parts=2, moved=moved)
+    assert [len(group.blocks) for group in quantise_blocks(given, "int2")] == sizes
+
+
+def test_blocks_that_drift_apart_begin_a_new_group() -> None:
+    """Neighbours are 0.06 apart; the third block is 0.12 from the first."""
+    start, step = (
+        torch.randn(256, 128, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
+    )
+    given = [{"weight": start + 0.06 * k * step} for k in range(4)]
+    assert [len(group.blocks) for group in quantise_blocks(given, "int2")] == [2, 2]
+
+
+def test_blocks_of_other_shapes_share_no_mean() -> None:
+    given = blocks(networks=1, parts=2)
+    other = given[1] | {"conv.weight": given[1]["conv.weight"][:, :64]}
+    assert [len(g.blocks) for g in quantise_blocks([given[0], other], "int2")] == [1, 1]

@@ -68,3 +68,13 @@ def test_invalid_sizes_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="x of shard 1 has 5 samples; expected 2"):
         writer.write(1, {"x": rows(0, 5)})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_store_may_have_other_sizes_of_shards(tmp_path: Path) -> None:
+    """Shards of the size before are written again: with them the store had other samples."""
+    writer = StoreWriter(tmp_path, IDENTITY, COUNT, SHARD)
+    for index in (0, 1):
+        writer.write(index, {"x": rows(*writer.bounds(index))})
+    other = StoreWriter(tmp_path, IDENTITY, COUNT, SHARD + 3)
+    assert other.missing() == [0, 1, 2]
+    assert StoreWriter(tmp_path, IDENTITY, COUNT, SHARD).missing() == [2, 3, 4]
