@@ -284,3 +284,19 @@ def test_a_guide_has_the_standardisation_of_the_run(run: Path, guide: Path) -> N
     write_manifest(guide, dataclasses.replace(manifest, standardisation=scale))
     with pytest.raises(UserError, match="was trained on other latents"):
         plan_of(open_run(run), guide=str(guide), guidance=2.0)
+
+
+def test_a_guide_has_the_interpolant_of_the_run(
+    trained_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("JKOFLOW_HOME", str(trained_world.home))
+    for name in ("linear", "trigonometric"):
+        config = trained_world.config(
+            name, train={"objective": "fm"}, matching={"interpolant": name}
+        )
+        assert say(capsys, "train", "-c", config, "-r", tmp_path / name)[0] == 0
+    linear, other = (open_run(tmp_path / name) for name in ("linear", "trigonometric"))
+    plan_of(linear, guide=str(linear.folder), guidance=3.0)
+    with pytest.raises(UserError, match="the interpolant and the steps"):
+        plan_of(linear, guide=str(other.folder), guidance=3.0)
