@@ -218,7 +218,9 @@ class PassTrainer:
         self.context.first_stage()
         rows = self.current.blocks if self.passes else ()
         count = len(rows)
-        if rows and self.blocks.regression is None and rows[-1].step is not None:
+        if self.blocks.regression is not None:  # of pairs, whose second half is the next stage
+            count += not self.passes or not self.current.complete
+        elif rows and rows[-1].step is not None:
             count += 1  # the samples after the last block, which is not free
         for index in range(count):
             self.blocks.samples(self.passes, index)

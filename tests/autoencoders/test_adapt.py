@@ -202,3 +202,15 @@ def test_weights_beyond_half_precision_are_stored_in_full() -> None:
 
 def test_without_a_variance_the_sample_is_the_mean() -> None:
     assert Moments(torch.ones(1)).sample().item() == 1.0
+
+
+def test_every_adaptation_has_a_fingerprint_of_its_own() -> None:
+    """Otherwise latents of one would be taken from the cache of the other."""
+    inner, small = model(), (3, 28, 28)
+    prints = {
+        adapt(inner, shape, Adaptation("resize", size, latents)).fingerprint
+        for shape, size, latents in (
+            (small, 0, "pre"), (small, 0, "quantised"), (small, 64, "pre"), ((1, 28, 28), 0, "pre")
+        )
+    }  # fmt: skip
+    assert len(prints) == 4

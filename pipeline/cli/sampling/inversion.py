@@ -66,11 +66,12 @@ def _open(
 
 def _read(flow: Any, paths: list[Path], n: int, name: str | None) -> tuple[Any, Any]:  # noqa: ANN401
     """Return images uint8 (n, C, H, W) and their labels (n,), or None without classes."""
+    import numpy as np
     import torch
 
     from pipeline.data.image_folder import read_pictures
     from pipeline.evaluation.real_images import held_out_images, require_images
-    from pipeline.sampling.class_labels import parse_classes
+    from pipeline.sampling.class_labels import condition_of, parse_classes
 
     labels, run = None, flow.run
     if paths:
@@ -79,8 +80,9 @@ def _read(flow: Any, paths: list[Path], n: int, name: str | None) -> tuple[Any, 
         images = held_out_images(run.config.data)
         require_images(images, n)
         x = torch.from_numpy(images.read(0, n))
-        if run.flow.classes and images.labels is not None:
-            labels = torch.from_numpy(images.labels[:n])
+        if name is None and images.labels is not None:
+            condition = condition_of(run, images, np.arange(n))
+            labels = None if condition is None else condition.labels
     if name is not None:
         given = parse_classes(run, [name])
         assert given is not None

@@ -96,3 +96,11 @@ def test_a_refused_connection_is_an_error(tmp_path):
     mirror = web_files("http://127.0.0.1:9/", "thing.bin")
     with pytest.raises(JkoflowError, match="Connection refused"):
         install_asset(thing(mirror), tmp_path)
+
+
+def test_a_weak_validator_resumes_nothing(tmp_path, server):
+    """It does not promise the same bytes."""
+    server.etag, server.plan = 'W/"one"', ["break off"]
+    install_asset(thing(url(server)), tmp_path)
+    assert server.asked == [None, None]
+    check_whole(tmp_path)

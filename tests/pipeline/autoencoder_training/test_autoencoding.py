@@ -24,6 +24,7 @@ from pipeline.data.datasets import load_images
 from pipeline.evaluation.real_images import subset_indices
 from pipeline.runtime.rng import generator
 from pipeline.storage import atomic
+from pipeline.storage.checkpoints import load_checkpoint, save_checkpoint
 from tests.pipeline.evaluation.test_evaluator import distance
 from tests.pipeline.gaussian_source import quiet
 from tests.pipeline.glance import stand_in
@@ -265,3 +266,13 @@ def test_without_steps_only_the_mask_is_measured(
         code, _, error = say(capsys, *words, recipe, "--out", no)
         assert code == 2 and "expected at least 1, or training.start and" in error
     assert not no.exists()
+
+
+def test_the_seconds_of_a_stopped_training_count(world: World) -> None:
+    config, out = load_recipe(recipe_of(world)), world.root / "ae"
+    train_autoencoder(config, out, Accelerator(cpu=True), quiet, resume=False)
+    state = load_checkpoint(out / "checkpoint.safetensors")
+    save_checkpoint(out / "checkpoint.safetensors", {**state, "seconds": 1000.0})
+    train_autoencoder(config, out, Accelerator(cpu=True), quiet, resume=True)
+    end = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert end["event"] == "finished" and end["seconds"] >= 1000

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from autoencoders.base import to_float
+from pipeline.autoencoder_training.adversary import R1_EVERY
 from pipeline.autoencoder_training.trainer import AutoencoderTrainer
 from pipeline.config.autoencoder import AutoencoderTraining
 from tests.autoencoders.models import blobs, config, model
@@ -257,3 +258,43 @@ def test_settings_that_contradict_each_other_raise() -> None:
         AutoencoderTraining(decoder_only=True)
     with pytest.raises(ValueError, match="iterations is 0; expected at least 1, or"):
         AutoencoderTraining(iterations=0, sharpen=True)
+
+
+def test_mirrored_images_are_flipped_left_to_right(accelerator: Accelerator) -> None:
+    images = blobs(16)
+    drawn = torch.Generator().manual_seed(0)
+    x, _ = trainer(accelerator, flip=True)._prepare(images, drawn)
+    plain = to_float(images)
+    kept, mirrored = ((x == y).flatten(1).all(1) for y in (plain, plain.flip(-1)))
+    assert bool((kept | mirrored).all()) and 0 < int(mirrored.sum()) < 16
+
+
+def test_the_terms_of_the_latents_have_their_weights(accelerator: Accelerator) -> None:
+    x = to_float(blobs(8))
+    for flavour, name, weight in (("kl", "kl", 0.5 / 100), ("vq", "codebook", 3.0)):
+        loss = trainer(accelerator, flavour, kl_weight=0.5, codebook_weight=3.0).loss
+        _, term, named = loss.latents(x, torch.zeros(8, *loss.model.latent_shape), 0)
+        assert float(term.detach()) == pytest.approx(weight * named[name])
+
+
+def test_the_noise_of_latents_is_relative_to_their_spread(accelerator: Accelerator) -> None:
+    """Of a strength from U(0, 1) for each image, whose mean square is a third."""
+    loss = trainer(accelerator, latent_noise=0.5).loss
+    drawn = torch.Generator().manual_seed(0)
+    scale = torch.tensor([1.0, 10.0])
+    z = torch.randn(2000, 2, 4, 4, generator=drawn) * scale[:, None, None]
+    added = (loss._with_noise(z, drawn) - z).std((0, 2, 3))
+    torch.testing.assert_close(added, 0.5 * scale / 3**0.5, rtol=0.05, atol=0)
+
+
+def test_the_r1_term_stands_for_the_steps_without_it(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = trainer(accelerator, discriminator="r1", r1_weight=5.0)
+    monkeypatch.setattr(training, "_apply", lambda *_: None)
+    real, fake, network = to_float(blobs(8)), to_float(blobs(8, seed=1)), training.discriminator
+    training._step_discriminator(real, fake)
+    weights = list(network.parameters())
+    loss = network.loss(real, fake) + R1_EVERY * network.penalty(real)
+    for weight, expected in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+        torch.testing.assert_close(weight.grad, expected)

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from flows.baselines.registry import config_from_dict, make_baseline
 from pipeline.bench import bench as bench_module
+from pipeline.bench import training as training_module
 from pipeline.bench.bench import Bench, run_bench
 from pipeline.bench.budget import Budget
 from pipeline.bench.folder import read_rows
@@ -333,3 +334,14 @@ def test_the_command_line(tmp_path) -> None:
                            ([*call, "--test", "1"], "--test is 1")):  # fmt: skip
         failed = CliRunner().invoke(app, words)
         assert isinstance(failed.exception, UserError) and message in str(failed.exception)
+
+
+def test_a_baseline_warms_up_and_is_clipped(tmp_path, monkeypatch) -> None:
+    rates, clips, real = [], [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(training_module, "set_learning_rate", lambda _, lr: rates.append(lr))
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda p, most: clips.append(most) or real(p, most)
+    )
+    settings = (*TINY, "train.warmup=4", "train.lr=0.01", "train.lr_final=1")
+    run(tiny("otflow", overrides=settings, budget=Budget(40, "batches")), tmp_path / "b")
+    assert rates[:5] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01]) and set(clips) == {1.0}

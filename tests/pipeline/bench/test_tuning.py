@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from pipeline.bench import tuning as tuning_module
+from pipeline.bench.bench import Bench
 from pipeline.bench.budget import Budget, used_seconds
 from pipeline.bench.folder import read_rows
 from pipeline.bench.problem import open_problem, problem_config
@@ -80,3 +81,12 @@ def test_bad_rates_are_one_sentence(rates: str, words: str, tmp_path) -> None:
     failed = CliRunner().invoke(app, call)
     assert isinstance(failed.exception, UserError) and words in str(failed.exception)
     assert read_rows(tmp_path / "b") == []
+
+
+def test_the_search_on_a_table_is_on_its_validation_split(tmp_path) -> None:
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).normal(size=(600, 43)))
+    settings = (f"data.path={tmp_path}",)
+    bench = Bench("tabular", ("otflow",), ("miniboone",), Budget(2, "batches"), 1, 9000, settings,
+                  FEW)  # fmt: skip
+    config = problem_config("tabular", "miniboone", settings, 0)
+    assert torch.equal(bench.open_search().test, open_problem(config, FEW, "validation").test)

@@ -123,3 +123,9 @@ def test_a_finished_run_is_overridden_in_some_sections_only() -> None:
     with pytest.raises(UserError, match=r"--set train\.lr=1 has no effect here.*generate"):
         overridden(config, ["train.lr=1"], ("generate",))
     assert overridden(config, [], ()) == config
+
+
+def test_a_refiner_has_no_classes() -> None:
+    check(load_config("cifar10-refiner"))
+    with pytest.raises(UserError, match="set train.objective=fm, .* and velocity.classes=0"):
+        check(load_config("cifar10-refiner", ["velocity.classes=10"]))

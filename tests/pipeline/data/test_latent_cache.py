@@ -351,3 +351,13 @@ def content_of(
 ) -> dict[str, bytes]:
     stage = source.first_stage(run, config, accelerator)
     return {path.name: path.read_bytes() for path in stage.folder.glob("shard-*")}
+
+
+def test_standardisations_are_close_up_to_rounding() -> None:
+    def made(mean: list[float], std: list[float]) -> Standardisation:
+        return Standardisation(torch.tensor(mean), torch.tensor(std))
+
+    one = made([0.0, 0.0], [1.0, 1.0])
+    assert one.is_close(made([1e-4, 0.0], [1.0, 1.0001]))
+    for other in (made([0.0, 0.1], [1.0, 1.0]), made([0.0, 0.0], [1.0, 1.1]), made([0.0], [1.0])):
+        assert not one.is_close(other)

@@ -349,3 +349,30 @@ def test_an_archive_is_bounded(
             fsspec.filesystem("memory").pipe_file("/x.arrow", b"x")
             load("hf", "memory://x.arrow")
     assert not list((tmp_path / "home").rglob("*.png"))
+
+
+def test_numbers_of_classes_sort_as_numbers(folder: Path, tmp_path: Path):
+    """Class 10 follows class 2, in a `.cls` as in a `.json`."""
+    content = pictures(folder, "train")[0].read_bytes()
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for key, ending, label in (("a", "cls", b"10"), ("b", "cls", b"2\n"),
+                                   ("c", "json", b'{"label": 2}')):  # fmt: skip
+            for name, data in ((f"{key}.png", content), (f"{key}.{ending}", label)):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    images = load_images(DataConfig(name="webdataset", path=str(tmp_path / "x.tar"), size=8))
+    assert images.class_names == ("00002", "00010") and images.labels.tolist() == [0, 0, 1]
+
+
+def test_other_columns_have_an_index_of_their_own(folder: Path, tmp_path: Path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    content = [pictures(folder, "train")[0].read_bytes()] * 2
+    table = pa.table({"image": content, "coarse": ["a", "b"], "fine": ["c", "d"]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    for label, names in (("coarse", ("a", "b")), ("fine", ("c", "d"))):
+        data = DataConfig(name="hf", path=str(tmp_path / "x.parquet"), size=8,
+                          columns=["image", label])  # fmt: skip
+        assert load_images(data).class_names == names

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from flows.solving.solver import SolverConfig
 from pipeline.cli.training import student_folder
 from pipeline.config.load import load_config
+from pipeline.config.sampling import SamplerConfig
 from pipeline.distillation.distill import Distillation, distill, headline, student_config
 from pipeline.distillation.distilled_blocks import student_manifest
 from pipeline.errors import UserError
@@ -255,3 +256,18 @@ def test_the_chain_from_pictures(
     assert read_config(out).data.path == str(elsewhere)
     code, _, last = say(capsys, "train", "-r", out, "--resume")
     assert code == 2 and "make and continue distilled runs by `jkoflow distill`" in last
+
+
+def test_every_block_of_the_teacher_has_its_own_solver(gaussian: Run, tmp_path: Path) -> None:
+    sampler = SamplerConfig("euler", [1, 4, 2])
+    teacher = replace(gaussian, config=replace(gaussian.config, sampler=sampler))
+    merge(teacher, tmp_path, "train.iterations=1")
+    z, end = (open_store(stage_folder(tmp_path, k), "stage").field("z") for k in (0, 1))
+    for k in (0, 1):
+        z = gaussian.flow[k].transport(z, solver=sampler.of_block(k)).z
+    torch.testing.assert_close(end, z)
+
+
+def test_a_limit_of_time_is_that_of_the_student(gaussian: Run) -> None:
+    config = student_config(gaussian, Distillation(), max_minutes=2.5)
+    assert config.train.max_minutes == 2.5

@@ -12,7 +12,13 @@ import pytest
 
 from eval.references import load_reference
 from pipeline.config.data import DataConfig
-from pipeline.evaluation.evaluator import _metrics_file, _real_test_fid, warn_of_other_data
+from pipeline.evaluation import evaluator
+from pipeline.evaluation.evaluator import (
+    _metrics_file,
+    _real_test_fid,
+    _training_cost,
+    warn_of_other_data,
+)
 from pipeline.runs.run import open_run
 from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import World, say
@@ -99,3 +105,31 @@ def test_metrics_of_more_images_are_kept(tmp_path: Path) -> None:
     assert _metrics_file(run, metrics(8)).name == "metrics-8.json"
     for other in (metrics(10_000), metrics(20_000), metrics(8, "of other blocks")):
         assert _metrics_file(run, other).name == "metrics.json"
+
+
+def test_the_fid_of_real_images_is_that_of_the_same_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(folder)
+    card = {"dataset": "folder", "test_split_fid": {"20": 3.5, "30": 2.5}}
+    card["content_sha256"] = run.manifest.data.fingerprint
+    monkeypatch.setattr(evaluator, "_card", lambda reference: card)
+    at = [dataclasses.replace(run.config.evaluate, n=n) for n in (20, 21)]
+    assert [_real_test_fid(run, settings) for settings in at] == [3.5, None]
+    card["content_sha256"] = "of another folder"
+    assert _real_test_fid(run, at[0]) is None
+
+
+def test_the_cost_is_that_of_the_blocks_in_use(folder: Path) -> None:
+    run = open_run(folder, blocks=2)
+    cost, rows = _training_cost(run), run.manifest.blocks[:2]
+    assert [row["h"] for row in cost["blocks"]] == [row.h for row in rows]
+    assert cost["train_seconds"] == pytest.approx(sum(row.seconds for row in rows))
+
+
+def test_metrics_against_another_reference_are_not_kept_apart(tmp_path: Path) -> None:
+    run: Any = SimpleNamespace(folder=tmp_path)
+    kept = {"fid": {"n": 100, "reference": "digits"}, "sampling": "same"}
+    (tmp_path / "metrics.json").write_text(json.dumps(kept))
+    other = {"fid": {"n": 8, "reference": "letters"}, "sampling": "same"}
+    assert _metrics_file(run, other).name == "metrics.json"

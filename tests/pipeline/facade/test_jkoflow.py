@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,9 +18,14 @@ from torch import Tensor
 import jkoflow
 from autoencoders.base import to_float
 from flows.errors import FlowError
+from flows.networks.condition import Condition
+from flows.networks.config import VelocityConfig
 from flows.partial import part_of
 from flows.solving.solver import SolverConfig
+from flows.spec import BlockSpec
 from pipeline.runs.zoo import zoo
+from pipeline.sampling.inversion import round_trip
+from tests.flows.problems import fresh_flow
 from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import SIDE, World, make_world, pictures, say
 
@@ -279,3 +285,47 @@ def test_a_part_of_a_block_has_its_share_of_steps_rounded_up(model: jkoflow.Mode
     for stop, steps in ((0.3, 2), (0.5, 2), (0.6, 3), (0.75, 3), (1.0, 4)):
         _, solvers = part_of(flow, [SolverConfig("rk4", steps=4)], 0.0, stop)
         assert solvers[0].steps == steps
+
+
+def test_a_fixed_point_step_brings_the_inversion_closer() -> None:
+    spec = BlockSpec(VelocityConfig(kind="mlp", width=8, depth=1, zero_init=False))
+    flow, solver = fresh_flow((3,), [spec], 1), SolverConfig("euler", 8)
+    z = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    plain = flow.decode(flow.encode(z, solver), solver)
+    noise, returned = round_trip(flow, [solver], z, None)
+    before, after = ((z - back).square().mean(1) for back in (plain, returned))
+    assert (after <= before).all() and after.mean() < before.mean() / 4
+    torch.testing.assert_close(flow.decode(noise, solver), returned)
+
+
+def test_an_adaptive_solver_inverts_with_its_own_tolerance(model: jkoflow.Model) -> None:
+    plan = dataclasses.replace(model.plan, solvers=(SolverConfig("dopri5"),))
+    z, labels = torch.randn((3, *model.latent_shape)), torch.tensor([0, 1, 2])
+    inverted = dataclasses.replace(model._flow, plan=plan).invert(z, labels)
+    fine = SolverConfig("dopri5", rtol=1e-6, atol=1e-6)
+    expected = plan.flow.encode(z, fine, condition=Condition(labels))
+    assert torch.equal(inverted.noise, expected)
+
+
+def test_every_batch_has_its_own_classes(
+    model: jkoflow.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.sampling.image_flow._BATCH", 2)
+    x, last = own_images(4), own_images(4)[2:]
+    whole, part = model.invert(x, [0, 0, 1, 2]), model.invert(last, [1, 2])
+    assert torch.allclose(whole.noise[2:], part.noise, atol=1e-5)
+    edited = model.edit(x, [1, 1, 2, 0], 0.5, [0, 0, 1, 2])
+    assert (edited[2:].int() - model.edit(last, [2, 0], 0.5, [1, 2]).int()).abs().max() <= 1
+
+
+def test_guidance_leads_the_way_back(model: jkoflow.Model) -> None:
+    """That of edits and of falling paths, where the way to the noise has none."""
+    z, labels = torch.randn((3, *model.latent_shape)), torch.tensor([0, 1, 2])
+    guided = model._vary(None, 3.0)
+    solvers, run = list(model.plan.solvers), guided.run.flow
+    led = run.decode(z, solvers, condition=Condition(labels, 3.0))
+    assert torch.allclose(list(guided.path(z, [1.0, 0.0], labels))[1], led, atol=1e-6)
+    assert not torch.allclose(run.decode(z, solvers, condition=Condition(labels)), led, atol=1e-3)
+    noise = model._flow.invert(z, labels.flip(0)).noise
+    led = run.decode(noise, solvers, condition=Condition(labels, 3.0))
+    assert torch.allclose(guided.edit(z, labels, 1.0, labels.flip(0)), led, atol=1e-6)

@@ -131,3 +131,17 @@ def test_a_network_of_matrices_alone_or_of_none() -> None:
         optimizer.load_state_dict(optimizer.state_dict())
         moved = zip(net.parameters(), before, strict=True)
         assert not any(torch.equal(parameter, old) for parameter, old in moved)
+
+
+def test_the_momentum_is_that_of_pytorch() -> None:
+    """Several steps in float32 move a matrix as those of PyTorch, up to its rounding."""
+    start = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    moved = []
+    for kind in (torch.optim.Muon, optimisers.Float32Muon):
+        weight, rng = nn.Parameter(start.clone()), torch.Generator().manual_seed(1)
+        muon = kind([weight], 0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        for _ in range(4):
+            weight.grad = torch.randn(6, 40, generator=rng)
+            muon.step()
+        moved.append(weight.detach() - start)
+    assert (moved[1] - moved[0]).norm() < 0.04 * moved[0].norm()

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.publishing.comparison import _Run
 from pipeline.runs.directory import read_manifest
 from pipeline.runs.run import open_run
 from tests.pipeline.drawing import plan_of
+from tests.pipeline.gaussian_source import tiny
 from tests.pipeline.publishing.test_report import Page
-from tests.pipeline.records import rewrite
+from tests.pipeline.records import rewrite, synthetic_manifest
 from tests.pipeline.tiny import World, run_child, say
 
 #: words of the tables that stand on several lines
@@ -120,3 +122,23 @@ def test_one_run_or_too_many(runs: tuple[str, ...], tmp_path: Path, capsys: Any)
 def test_neither_a_run_nor_runs(capsys: Any) -> None:
     code, _, line = say(capsys, "report")
     assert code == 2 and line.startswith("error: report takes either --run")
+
+
+def test_losses_of_passes_follow_each_other(tmp_path: Path) -> None:
+    places = [(0, 0, 5), (0, 0, 10), (0, 1, 5), (1, 0, 5), (2, 0, 5), (2, 0, 10)]
+    rows = [{"pass": p, "block": b, "step": s, "total": 1.0} for p, b, s in places]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = _Run("run", tmp_path, tiny(), synthetic_manifest("run", (2,)), {})
+    assert [step for step, _ in run.losses] == [5, 10, 15, 20, 25, 30]
+
+
+def test_metrics_of_other_blocks_are_left_out(
+    run: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = {"fid": {"n": 4, "reference": "r", "value": 7.0, "seed": 0}, "real_test_fid": None,
+               "nfe": 24}  # fmt: skip
+    for blocks, shown in ((None, True), (1, False)):
+        sampling = plan_of(open_run(run, blocks)).identity()
+        rewrite(run / "metrics.json", json.dumps({**metrics, "sampling": sampling}))
+        text = compare(capsys, tmp_path / "page.html", run, other)
+        assert ("FID(n=4, r)" in text) == shown

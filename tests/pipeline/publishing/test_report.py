@@ -13,6 +13,7 @@ import yaml
 from accelerate import Accelerator
 from PIL import Image
 
+from pipeline.publishing.report import previews_of
 from pipeline.runs.directory import read_manifest
 from pipeline.runs.movement_plot import plot_movement
 from pipeline.runs.run import open_run
@@ -167,3 +168,13 @@ def test_a_run_on_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, last = say(capsys, "report", "--run", tmp_path)
     assert code == 2 and last.startswith(f"error: no run at {tmp_path}")
+
+
+def test_of_many_previews_the_first_and_the_last_are_shown(tmp_path: Path) -> None:
+    places = [(0, step, 0) for step in range(500, 10_500, 500)] + [(1, 500, 0), (0, 500, 1)]
+    (tmp_path / "previews").mkdir()
+    for place in places:
+        (tmp_path / preview_file(*place)).touch()
+    shown = [caption for caption, _ in previews_of(tmp_path)]
+    assert len(shown) == 12 and shown[0] == "block 0, step 500"
+    assert shown[-1] == "pass 1, block 0, step 500"

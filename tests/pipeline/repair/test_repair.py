@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 
+from pipeline.config.load import load_config
 from pipeline.storage import seal
 from pipeline.storage.checkpoints import load_checkpoint
 from pipeline.storage.shards.manifest import CACHE_RECIPE
+from pipeline.toy2d.point_source import PointSource
+from pipeline.training.train import train
+from tests.pipeline.gaussian_source import quiet
 from tests.pipeline.glance import stand_in
 from tests.pipeline.tiny import World, child, make_world, run_child, say
 
@@ -292,3 +297,38 @@ def test_a_finished_autoencoder_is_made_again(
     flip(folder / "checkpoint.safetensors")
     assert say(capsys, "verify", folder, "--repair")[0] == 0
     assert weights.read_bytes() == whole and say(capsys, "verify", folder)[0] == 0
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_cache_in_half_precision_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    precision: str,
+) -> None:  # fmt: skip
+    world = make_world(tmp_path)
+    monkeypatch.setenv("JKOFLOW_HOME", str(world.home))
+    assert say(capsys, "encode", "-c", world.config(), "--precision", precision)[0] == 0
+    repaired(world.caches()[0] / "shard-00001.safetensors", world.home, capsys)
+
+
+POINTS = (
+    "points.train=400", "latents.shard_size=300", "velocity.width=8", "velocity.depth=1",
+    "train.batch_size=64", "train.iterations=[3]", "jko.h=[0.3,0.5]",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_stages_of_a_distilled_run_are_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stopped: bool
+) -> None:
+    """An unfinished one trains on pairs: its last stage is where the teacher carries them."""
+    config = load_config("two_moons", POINTS, "toy2d")
+    train(config, tmp_path / "run", Accelerator(cpu=True), quiet, False, PointSource(config))
+    words = ["distill", "-r", tmp_path / "run", "--merge", "1", "--set", "train.iterations=3"]
+    limit = ["--set", "train.max_minutes=1e-9"] if stopped else []
+    assert say(capsys, *words, *limit)[0] in (0, 75)
+    student = tmp_path / "run-distilled"
+    stages = sorted(student.glob("stages/stage-*/shard-00001.safetensors"))
+    assert len(stages) >= 2
+    for path in stages:
+        repaired(path, student, capsys)
+    assert say(capsys, *words, "--resume")[0] == 0

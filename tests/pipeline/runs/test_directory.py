@@ -115,3 +115,12 @@ def test_a_missing_environment_is_written_again(tmp_path: Path) -> None:
     enter(tmp_path / "run", tiny())
     plain = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert plain["command"] == "jkoflow train --run"
+
+
+@pytest.mark.parametrize("raised", ["7", "[6,7]", "[5,6,7]"])
+def test_iterations_rise_for_no_block(tmp_path: Path, raised: str) -> None:
+    enter(tmp_path / "run", tiny("train.iterations=6"))
+    with pytest.raises(UserError, match=r"was started with train.iterations=6 \(now"):
+        enter(tmp_path / "run", tiny(f"train.iterations={raised}"))
+    lower = tiny("train.iterations=[6,4]")
+    assert enter(tmp_path / "run", lower).config == lower

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from flows.solving.solver import SolverConfig
 from pipeline.errors import UserError
 from pipeline.runs.directory import read_manifest
-from pipeline.runs.passes import Pass, labels, spread
+from pipeline.runs.passes import Pass, labels, spread, summarise
 from pipeline.runs.run import open_run
 from pipeline.storage.shards.opening import open_store
 from pipeline.training.block_trainer import BlockTrainer, StepReport
@@ -22,6 +23,7 @@ from pipeline.training.train import Outcome, train
 from tests.flows.closed_form import GaussianStep, jko_iterates
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
 from tests.pipeline.killing import assert_same_content, kill_at
+from tests.pipeline.records import block_row
 
 
 def run(folder: Path, *overrides: str, resume: bool = True, **request: int) -> Outcome:
@@ -194,3 +196,23 @@ def test_labels_follow_the_paper() -> None:
         "r-Iter 2",
         "2 more",
     ]
+
+
+def test_the_summary_by_hand() -> None:
+    """The objective has the movements once; the spread leaves the free block out."""
+    rows = [
+        block_row(h, None, movement=m, terms={"potential": 3.0, "neg_log_det": 0.5, **way})
+        for h, m, way in ((0.1, 1.0, {"movement": 0.25}), (0.2, 3.0, {"movement": 0.5}),
+                          (None, 9.0, {}))
+    ]  # fmt: skip
+    summary = summarise(rows, 2)
+    assert summary.movement == [1.0, 3.0, 9.0] and summary.spread == spread([1.0, 3.0]) == 0.5
+    assert summary.objective == pytest.approx(3 + 1.5 + 0.75)
+    assert summary.nll == pytest.approx(4.5 + math.log(2 * math.pi))
+
+
+def test_the_free_block_continues_the_free_block() -> None:
+    """Of two blocks that are split into two, and a free one, which is not."""
+    plan = Pass("refine", [0.1] * 4, True, None, [], [], [], base=0, parts=2)
+    parents = [plan.parent(index) for index in range(5)]
+    assert parents == [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2), (2, 0, 1)]

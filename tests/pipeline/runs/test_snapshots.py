@@ -16,7 +16,7 @@ from flows.autoguidance import autoguide
 from pipeline.errors import UserError
 from pipeline.runs.directory import read_manifest
 from pipeline.runs.run import load_blocks, open_run
-from pipeline.runs.snapshots import open_snapshot, snapshots_of
+from pipeline.runs.snapshots import Snapshot, add_snapshot, open_snapshot, snapshots_of
 from pipeline.runtime.rng import generator
 from pipeline.training.train import train
 from tests.pipeline.drawing import images
@@ -174,3 +174,9 @@ def test_the_curve_of_fid_against_samples_seen(
     words[2] = trained.root / "run"
     code, _, last = say(capsys, *words)
     assert code == 2 and "needs a flow of one block" in last and "has 3;" in last
+
+
+def test_later_snapshots_of_a_killed_training_are_dropped(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 4):
+        add_snapshot(tmp_path, Snapshot(f"{step}.safetensors", "0" * 64, step, step, 0.0))
+    assert [row.step for row in snapshots_of(tmp_path)] == [2, 4]

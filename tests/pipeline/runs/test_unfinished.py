@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.runs.directory import read_manifest
 from pipeline.runs.run import load_blocks, open_run
 from pipeline.runs.snapshots import snapshots_of
-from pipeline.runs.unfinished import open_latest
+from pipeline.runs.unfinished import averaged_weights, open_latest
 from pipeline.runtime import signals
 from pipeline.training.train import Outcome, train
 from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
@@ -127,3 +127,10 @@ def test_generate_and_evaluate_say_so(
     code, _, last = say(capsys, "train", "--run", folder, "--resume", "--iterations", "2")
     assert code == 0, last
     assert {row.iterations for row in read_manifest(folder).blocks} == {2}
+
+
+def test_a_stopped_block_has_its_last_sound_weights() -> None:
+    state = {"block": {"w": 1}, "average": {"average.w": 2, "updates": 9}, "sound": {"w": 3}}
+    assert averaged_weights({**state, "stopped": True}) == {"w": 3}
+    assert averaged_weights({**state, "stopped": False}) == {"w": 2}
+    assert averaged_weights({**state, "stopped": True, "sound": None}) == {"w": 2}

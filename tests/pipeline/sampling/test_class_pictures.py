@@ -20,6 +20,8 @@ from flows.likelihood import log_prob
 from flows.networks.condition import Condition
 from pipeline.config.data import DataConfig
 from pipeline.data.datasets import load_images
+from pipeline.data.image_set import image_set_of
+from pipeline.errors import UserError
 from pipeline.evaluation.likelihood import latents_of
 from pipeline.evaluation.real_images import held_out_images
 from pipeline.runs.directory import read_manifest
@@ -338,3 +340,38 @@ def test_folders_without_classes_are_separated_by_the_null_label(
     words = ("likelihood", "-r", folder, "--folder", inside, "--against", outside)
     code, _, said = say(capsys, *words)
     assert code == 0 and said.startswith("AUROC(3 inside, 3 outside)")
+
+
+def test_inversion_matches_the_classes_of_a_folder_by_name(
+    folder: Path, pictured: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A test split that has the second class alone gives it the number 0."""
+    split = tmp_path / "split"
+    for part in ("train", "test/b"):
+        shutil.copytree(pictured.root / "pictures" / part, split / part)
+    words = ("invert", "-r", folder, "-n", "3", "--set", f"data.path={split}")
+    noises = []
+    for name, given in (("own", ()), ("named", ("--class", "b"))):
+        out = ("--out", tmp_path / f"{name}.png", "--npz", tmp_path / f"{name}.npz")
+        assert say(capsys, *words, *given, *out)[0] == 0
+        noises.append(np.load(tmp_path / f"{name}.npz")["arr_0"])
+    assert np.array_equal(*noises)
+    (split / "test" / "b").rename(split / "test" / "c")
+    code, _, error = say(capsys, *words)
+    assert code == 2 and "has no class 'c'; name the subfolders as" in error
+
+
+def test_classes_go_on_in_turn() -> None:
+    """A batch whose size is no multiple of their number begins where the last one ended."""
+    labels = ClassLabels((4, 5, 6), ())
+    whole = labels.of_samples(0, 8).tolist()
+    assert whole == [4, 5, 6, 4, 5, 6, 4, 5]
+    assert labels.of_samples(0, 4).tolist() + labels.of_samples(4, 4).tolist() == whole
+
+
+def test_a_label_beyond_the_classes_is_refused(folder: Path) -> None:
+    run, x = open_run(folder), np.zeros((2, 1, 12, 12), np.uint8)
+    for labels in ([0, 2], [-1, 1]):  # 2 is the null label, which is no class
+        images = image_set_of(x, np.array(labels), "own")
+        with pytest.raises(UserError, match="needs a class from 0 to 1 for every image"):
+            condition_of(run, images, np.arange(2))

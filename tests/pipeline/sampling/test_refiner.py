@@ -262,3 +262,10 @@ def test_the_default_has_no_refiner(run: Path, refiner: Path) -> None:
     assert with_guidance(settings, refiner="none") == opened.config.generate
     assert with_guidance(settings) == settings
     assert plan_of(opened).identity()["refiner"] is None
+
+
+def test_guidance_evaluates_the_refiner_once(run: Path, refiner: Path) -> None:
+    """24 evaluations of the run, 24 of the guide, and 6 of the refiner."""
+    plan = plan_of(open_run(run), guidance=2.0, guide=str(run), refiner=str(refiner))
+    assert plan.nfe == 54
+    assert plan.within(53).nfe == 30

@@ -281,3 +281,15 @@ def test_unreadable_photographs_are_named(tmp_path: Path) -> None:
     (tmp_path / "test" / "000.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="000.png is not a readable photograph"):
         load("bsds300", tmp_path)
+
+
+def test_bsds300_validates_on_photographs_that_do_not_train(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(bsds300, "_PART", 500)
+    photographs(tmp_path, 20)
+    rows = load("bsds300", tmp_path).rows
+    known = [grey.tobytes() for grey in bsds300.read_photographs(tmp_path / "train")]
+    train, validation = (
+        [grey.tobytes() for grey in rows[split].photographs] for split in SPLITS[:2]
+    )
+    assert validation == [known[9], known[19]] and not set(validation) & set(train)
+    assert len(train) == 18

@@ -115,3 +115,22 @@ def test_options_without_meaning_are_refused(
 def test_a_shipped_run_has_no_samples(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, last = say(capsys, "train", "--run", "zoo:mnist", "--measure-noise")
     assert code == 2 and out == "" and "is shipped without the samples" in last
+
+
+class Later(KnownGradients):
+    """The same gradients from another first batch on."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first = first
+
+    def gradient(self, step: int, redraw: int = 0) -> Tensor:
+        return super().gradient(self.first + step, redraw)
+
+
+def test_the_error_is_the_spread_of_repeated_measurements() -> None:
+    trainers: list[Any] = [Later(64 * index) for index in range(40)]
+    rows = [gradient_noise(trainer, quiet, groups=8, batches=8) for trainer in trainers]
+    spread = torch.tensor([row.critical_batch for row in rows]).std()
+    error = torch.tensor([row.error for row in rows]).mean()
+    assert float(error / spread) == pytest.approx(1, abs=0.4)

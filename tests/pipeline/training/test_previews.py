@@ -127,8 +127,9 @@ class Means(torch.nn.Module):
         return images.float().mean((1, 2, 3))[:, None].expand(-1, WIDTH) / 255
 
 
+@pytest.mark.parametrize("count", [70, 20])  # at least 64 are drawn
 def test_the_fid_of_previews_is_logged(
-    trained: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    trained: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, count: int
 ) -> None:
     """With features that are all the mean level, FID is WIDTH · ((Δ mean)² + (Δ deviation)²)."""
     real = torch.tensor([60.0, 90.0, 240.0])
@@ -138,12 +139,17 @@ def test_the_fid_of_previews_is_logged(
     monkeypatch.setattr(previews, "fetch_asset", lambda *_, **__: tmp_path)
     monkeypatch.setattr(previews, "GaussianStats", partial(GaussianStats, WIDTH))
     monkeypatch.setattr(previews, "stats_of", lambda name, network: reference)
-    run, changes = tmp_path / "run", {"train": {"preview_every": 3, "preview_fid": 70}}
+    seen, features = [], Means.features
+    monkeypatch.setattr(
+        Means, "features", lambda self, x: seen.append(len(x)) or features(self, x)
+    )
+    run, changes = tmp_path / "run", {"train": {"preview_every": 3, "preview_fid": count}}
     assert say(capsys, "train", "--config", trained.config("fid", **changes), "--run", run)[0] == 0
     measured = [row for row in rows(run) if "fid" in row]
     assert [(row["block"], row["step"], row["fid_n"]) for row in measured] == [
-        (block, step, 70) for block in (0, 1, 2) for step in (3, 6)
+        (block, step, count) for block in (0, 1, 2) for step in (3, 6)
     ]
+    assert sum(seen) == 6 * count
     opened = open_run(run)
     z = torch.cat(
         [
@@ -153,7 +159,7 @@ def test_the_fid_of_previews_is_logged(
             )
             for index in range(18)
         ]
-    )[:70]
+    )[:count]
     decoded = opened.autoencoder().decode(opened.standardisation.undo(z))
     levels = ((decoded + 1) * 127.5).round().clamp(0, 255).double().mean((1, 2, 3)) / 255
     real = real.double() / 255

@@ -171,3 +171,15 @@ def test_a_fine_grid_is_not(
 ) -> None:
     assert not events(tmp_path / "run", f"jko.solver.steps={steps}", "sampler.steps=4")
     assert "warning" not in capsys.readouterr().err
+
+
+def test_the_last_step_is_compared_where_there_are_weights_to_return_to() -> None:
+    block = SimpleNamespace(solver=SolverConfig("rk4", steps=1))
+    trainer: Any = SimpleNamespace(
+        block=block, spec=SimpleNamespace(objective="jko"), iterations=150
+    )
+    for done, can_return, compared in (
+        (150, True, True), (150, False, False), (100, False, True), (99, True, False)
+    ):  # fmt: skip
+        trainer.done, trainer.can_return = done, can_return
+        assert diagnostics.compares_grids(trainer) == compared

@@ -89,3 +89,9 @@ def test_the_bar_of_a_shard_estimates_all_that_are_left(
         for block in (0, 1, 2)
         for part, left in ((0, 6), (1, 3))
     }
+
+
+def test_every_block_pushes_with_its_own_solver(tmp_path: Path) -> None:
+    run(tmp_path, "sampler.steps=[1,3,2]")
+    stored = [open_store(stage_folder(tmp_path, k), "stage") for k in (1, 2, 3)]
+    assert [each.manifest["identity"]["solver"]["steps"] for each in stored] == [1, 3, 2]

@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from pipeline.runs.run import load_blocks
 from pipeline.runtime.rng import generator
 from pipeline.storage.shards.opening import open_store
 from pipeline.storage.shards.reader import StoreReader
+from pipeline.training.block_loop import Limits
 from pipeline.training.block_trainer import BlockTrainer
 from pipeline.training.train import Outcome, train
 from tests.flows.closed_form import GaussianStep, jko_step, kl_to_standard
@@ -354,3 +356,13 @@ def test_latents_of_another_standardisation_are_an_error(tmp_path: Path) -> None
     assert again.complete and again.trained == 0
     with pytest.raises(UserError, match="standardised otherwise"):
         train(config, tmp_path / "run", Accelerator(), quiet, True, source=Scaled(2.0))
+
+
+def test_the_limit_of_a_training_is_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("pipeline.training.block_loop.time", clock)
+    limits, without = Limits(0.5), Limits(0)
+    for seconds, reached in ((0, False), (29.9, False), (30.1, True)):
+        now[0] = 100.0 + seconds
+        assert limits.reached(1) == reached and not without.reached(1)

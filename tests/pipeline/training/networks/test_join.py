@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.runs.directory import read_manifest
-from pipeline.runs.networks import network_folder
+from pipeline.runs.networks import NetworkRecord, network_folder, require_same
 from pipeline.training.train import Outcome
 from tests.pipeline.gaussian_source import GaussianSource
 from tests.pipeline.labelled_source import LabelledSource
@@ -121,3 +121,10 @@ def test_networks_of_another_training_are_not_joined(
     shutil.copytree(network_folder(other, 1), network_folder(run, 0), dirs_exist_ok=True)
     with pytest.raises(UserError, match="is of network 1; expected network 0"):
         together(settings(), run)
+
+
+def test_networks_of_other_initial_weights_are_not_joined() -> None:
+    run, other = (NetworkRecord(1, {"train.lr": 0.1}, "key", [sha]) for sha in ("a", "b"))
+    require_same(Path("run"), run, run)
+    with pytest.raises(UserError, match="was trained with other initial weights; expected"):
+        require_same(Path("run"), other, run)
