@@ -65,7 +65,7 @@ FM = {
 }
 SHIPPED = (
     "mnist", "mnist-fm", "mnist-fine", "mnist-classes", "mnist-jko",
-    "cifar10", "cifar10-jko", "cifar10-wide", "imagenet32-like-wide",
+    "cifar10", "cifar10-jko", "imagenet32-like-wide",
 )  # fmt: skip
 BLOCKS, CHECKPOINTS = "blocks/**/*.safetensors", "checkpoints/*.safetensors"  # in a run
 LIKELIHOOD = ("likelihood.json", "nll_per_dim", "ranking", "index", "log_prob")

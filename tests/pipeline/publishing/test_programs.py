@@ -150,7 +150,7 @@ def test_programs_make_the_images_of_generate(run: Path, tmp_path: Path, capsys)
 
 
 def test_all_networks_of_a_program_are_in_float32(tmp_path, monkeypatch):
-    run = open_run(Path("zoo:cifar10-wide"))
+    run = open_run(Path("zoo:cifar10-jko"))
     plan = SamplingPlan.open(run, replace(run.config.generate, precision="bf16"))
     assert plan.refiner.precision == "bf16"
     seen = []
@@ -162,7 +162,7 @@ def test_all_networks_of_a_program_are_in_float32(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_refiner_of_a_shipped_run_is_a_program():
-    run = open_run(Path("zoo:cifar10-wide"))
+    run = open_run(Path("zoo:cifar10-jko"))
     plan = SamplingPlan.open(run, run.config.generate)
     (program,) = (p for p in _programs(plan) if p.name == "refiner")
     x = torch.rand((5, 3, 32, 32), generator=generator(0, "test")) * 2 - 1
