@@ -14,7 +14,10 @@ wait
 jkoflow train "${two[@]}" --resume    # joins them
 jkoflow train --config cifar10-jko --set velocity.width=128 --init-from runs/two --run runs/cifar10-jko \
   --set 'train.iterations=[300,200]'
-jkoflow export   --run runs/cifar10-jko "${helpers[@]}" --dtype int2 --out exported/cifar10-jko
+# the refiner again with the same seed, to be solved in four steps
+jkoflow train    --config cifar10-refiner --run runs/cifar10-refiner-4 --set sampler.steps=4
+jkoflow export   --run runs/cifar10-jko --guide exported/cifar10-wide/guide --guidance 2.5 --refiner runs/cifar10-refiner-4 \
+  --dtype int2 --out exported/cifar10-jko
 jkoflow evaluate --run exported/cifar10-jko -n 10000 --kid 2000 --set evaluate.nll=32
 
 # the comparison: the two networks, and JKO blocks from one network
