@@ -54,7 +54,8 @@ def quantise_blocks(blocks: Sequence[Mapping[str, Tensor]], dtype: str) -> list[
     if dtype != _SHARED:
         return [SharedBlocks({}, [quantise(block, dtype)]) for block in blocks]
     groups: list[list[Mapping[str, Tensor]]] = []
-    for block in blocks:
+    for given in blocks:
+        block = {name: value.detach().cpu() for name, value in given.items()}
         if groups and _are_similar(groups[-1][0], block):
             groups[-1].append(block)
         else:
