@@ -130,8 +130,8 @@ def report_command(
         typer.Option(
             "--neighbours",
             min=0,
-            help="With --run: draw the nearest of this many training images for ten samples, by "
-            "pixels and by Inception features; 0 draws none.",
+            help="With --run: compare 100 samples with this many training images, by pixels and "
+            "by Inception features, and draw the ten closest; 0 compares none.",
         ),
     ] = 0,
 ) -> None:

@@ -1,7 +1,9 @@
 """Nearest training images of some samples, by pixels and by Inception features.
 
-A sample that a model has memorised lies much closer to a training image than a held-out image
-does. So the distances of test images stand next to those of the samples.
+A memorised sample lies closer to one training image than a held-out image does. It lies also
+closer to that image than to any other. So two measures of samples stand next to those of test
+images. One is the median distance. The other is the smallest ratio of the distances to the
+nearest and to the second nearest image.
 """
 
 from __future__ import annotations
@@ -26,29 +28,38 @@ from pipeline.sampling.generate import sample_batch
 from pipeline.sampling.sampling_plan import SamplingPlan
 from pipeline.storage import atomic
 
-#: samples, and test images that they are compared with
+#: samples that are measured, and test images that they are compared with
+MEASURED = 100
+#: samples in the picture
 SHOWN = 10
 
 
 def nearest(queries: Tensor, parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Find the nearest of n points to each query, by Euclidean distance.
+    """Find the two nearest of n points to each query, by Euclidean distance.
 
     Args:
         queries: (q, D).
         parts: the points in parts (b, D), one after the other.
 
     Returns:
-        distances (q,), and indices int64 (q,) over all parts.
+        distances (q, 2), the smaller first, infinite where n < 2; and the indices int64 (q,) of
+        the nearest over all parts.
     """
-    distance = torch.full((len(queries),), torch.inf)
+    distances = torch.full((len(queries), 2), torch.inf)
     index, first = torch.zeros(len(queries), dtype=torch.int64), 0
     for part in parts:
-        found = torch.cdist(queries, part, compute_mode="donot_use_mm_for_euclid_dist").min(1)
-        closer = found.values < distance
-        distance = torch.where(closer, found.values, distance)
-        index = torch.where(closer, found.indices + first, index)
+        found = torch.cdist(queries, part, compute_mode="donot_use_mm_for_euclid_dist")
+        near, where = found.min(1)
+        index = torch.where(near < distances[:, 0], where + first, index)
+        distances = torch.cat([distances, found], 1).topk(2, largest=False).values
         first += len(part)
-    return distance, index
+    return distances, index
+
+
+def ratios(distances: Tensor) -> Tensor:
+    """Return the ratios (q,) of distances (q, 2): 1 where both are 0 or the second is infinite."""
+    first, second = distances.unbind(1)
+    return torch.where((second > 0) & second.isfinite(), first / second, 1.0)
 
 
 def draw_neighbours(
@@ -56,20 +67,27 @@ def draw_neighbours(
 ) -> Path:
     """Write samples/neighbours.png and neighbours.json into the plan's run; return the picture.
 
-    The rows of the picture are samples, their nearest of n training images by pixels, and by
-    features. The JSON file has the indices, and the median distances of samples and test images.
-    Data without a test split have null as the distance of test images.
+    `MEASURED` samples are compared. The rows of the picture are the `SHOWN` samples with the
+    smallest ratios by pixels, their nearest of n training images by pixels, and by features. The
+    JSON file has the indices of the samples shown and of their neighbours. It has the medians and
+    ratios of all samples and of as many test images, and null for data without a test split.
 
     Raises:
         UserError: the training split has fewer than n images.
     """
-    run = plan.run
+    run, seed = plan.run, plan.settings.seed
     images, held_out = load_images(run.config.data), held_out_images(run.config.data)
     require_images(images, n)
     plan.flow.to(accelerator.device)
-    samples = sample_batch(plan, run.autoencoder(), 0, SHOWN, plan.settings.seed)
-    shown = min(SHOWN, len(held_out)) if held_out.fingerprint != images.fingerprint else 0
-    test = torch.from_numpy(held_out.take(subset_indices(held_out, shown)))
+    size, autoencoder = plan.settings.batch_size, run.autoencoder()
+    samples = torch.cat(
+        [
+            sample_batch(plan, autoencoder, start, min(size, MEASURED - start), seed)
+            for start in range(0, MEASURED, size)
+        ]
+    )
+    count = min(MEASURED, len(held_out)) if held_out.fingerprint != images.fingerprint else 0
+    test = torch.from_numpy(held_out.take(subset_indices(held_out, count)))
     order, starts = subset_indices(images, n), range(0, n, SHARD)
     pixels = (
         _flat(torch.from_numpy(images.take(order[start : min(start + SHARD, n)])))
@@ -80,12 +98,14 @@ def draw_neighbours(
     store = FeatureExtractor(accelerator, progress).real_features(images, n)
     parts = (store.read("features", start, min(start + SHARD, n)) for start in starts)
     by_features = nearest(load_inception(accelerator).features(both).cpu(), parts)
-    rows = [samples]
-    result: dict[str, Any] = {"run": run.fingerprint, "n": n, "seed": plan.settings.seed}
+    shown = ratios(by_pixels[0][:MEASURED]).argsort(stable=True)[:SHOWN]
+    rows = [samples[shown]]
+    result: dict[str, Any] = {"run": run.fingerprint, "n": n, "seed": seed}
+    result["samples"] = shown.tolist()
     for name, (distances, indices) in (("pixels", by_pixels), ("features", by_features)):
-        chosen = order[indices[: len(samples)].numpy()]
+        chosen = order[indices[shown].numpy()]
         rows.append(torch.cat([torch.from_numpy(images.read(k, k + 1)) for k in chosen]))
-        result[name] = _summary(distances, chosen, len(samples))
+        result[name] = _summary(distances, chosen)
     picture = image_grid(torch.cat(rows), SHOWN, scale=2)
     path, note = run.folder / "samples" / "neighbours.png", {"run": run.fingerprint}
     atomic.write_with(path, partial(save_png, picture, note=json.dumps(note)))
@@ -93,14 +113,14 @@ def draw_neighbours(
     return path
 
 
-def _summary(distances: Tensor, chosen: np.ndarray, count: int) -> dict[str, Any]:
-    return {
-        "indices": chosen.tolist(),
-        "median_distance": float(distances[:count].median()),
-        "median_distance_of_test_images": (
-            float(distances[count:].median()) if len(distances) > count else None
-        ),
-    }
+def _summary(distances: Tensor, chosen: np.ndarray) -> dict[str, Any]:
+    """Summarise distances (q, 2) of samples, and of test images where q exceeds `MEASURED`."""
+    result: dict[str, Any] = {"indices": chosen.tolist()}
+    for suffix, part in (("", distances[:MEASURED]), ("_of_test_images", distances[MEASURED:])):
+        measured = len(part) > 0
+        result[f"median_distance{suffix}"] = float(part[:, 0].median()) if measured else None
+        result[f"smallest_ratio{suffix}"] = float(ratios(part).min()) if measured else None
+    return result
 
 
 def _flat(images: Tensor) -> Tensor:

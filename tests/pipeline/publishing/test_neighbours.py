@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from pipeline.data.datasets import load_images
-from pipeline.publishing.neighbours import SHOWN, nearest
+from pipeline.publishing.neighbours import MEASURED, SHOWN, nearest, ratios
 from tests.pipeline.tiny import pictures, say
 
 
@@ -20,7 +21,16 @@ def test_copies_are_found() -> None:
     copies = points[[3, 69, 31]] + 1e-4
     distances, indices = nearest(copies, points.split(30))
     assert indices.tolist() == [3, 69, 31]
-    assert torch.allclose(distances, torch.full((3,), 1e-4 * 5**0.5), rtol=1e-2)
+    assert torch.allclose(distances[:, 0], torch.full((3,), 1e-4 * 5**0.5), rtol=1e-2)
+    all_distances = torch.cdist(copies, points).sort(1).values
+    assert torch.allclose(distances[:, 1], all_distances[:, 1], rtol=1e-5)
+    assert torch.isinf(nearest(copies, [points[:1]])[0][:, 1]).all()
+
+
+def test_two_distances_of_zero_are_no_sign_of_a_copy() -> None:
+    """Ratios are d₁ / d₂; a point that lies twice in the training set is a duplicate of it."""
+    distances = torch.tensor([[0.0, 0.0], [1.0, 4.0], [0.0, 2.0], [1.0, torch.inf]])
+    assert ratios(distances).tolist() == [1, 0.25, 0, 1]
 
 
 class Levels:
@@ -28,6 +38,15 @@ class Levels:
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         return images.float().mean((1, 2, 3))[:, None].expand(-1, 2048)
+
+
+def generated(
+    folder: Path, n: int, capsys: pytest.CaptureFixture[str]
+) -> list[np.ndarray[Any, Any]]:
+    """The first n images of the run, as `jkoflow generate` saves them: grey levels (12, 12)."""
+    out = folder.parent / "images"
+    assert say(capsys, "generate", "--run", folder, "-n", n, "--images", out)[0] == 0
+    return [np.asarray(Image.open(path)) for path in sorted(out.rglob("*.png"))]
 
 
 def test_a_report_shows_the_nearest_training_images(
@@ -43,19 +62,31 @@ def test_a_report_shows_the_nearest_training_images(
         [grid[2 + 14 * row : 14 + 14 * row, 2 + 14 * k : 14 + 14 * k] for k in range(SHOWN)]
         for row in range(3)
     ]
-    samples = np.array(cells[0]).astype(float)
+    all_samples = np.stack(generated(folder, MEASURED, capsys)).astype(float)
     train = pictures(40, 1).astype(float)
-    by_pixels = ((samples[:, None] - train[None]) ** 2).sum((2, 3)).argmin(1)
-    levels = np.abs(samples.mean((1, 2))[:, None] - train.mean((1, 2))[None]).argmin(1)
     result = json.loads((folder / "neighbours.json").read_text())
-    assert result["pixels"]["indices"] == by_pixels.tolist()
-    assert result["features"]["indices"] == levels.tolist()
-    assert np.array_equal(np.array(cells[1]), train[by_pixels])
-    assert np.array_equal(np.array(cells[2]), train[levels])
-    distances = ((samples[:, None] - train[None]) ** 2).sum((2, 3)).min(1) ** 0.5 / 255
-    expected = sorted(distances)[(SHOWN - 1) // 2]  # torch's median is the lower one
+
+    # the ten samples with the smallest ratios, by a search over all pairs
+    distances = np.sqrt(((all_samples[:, None] - train[None]) ** 2).sum((2, 3))) / 255
+    two = np.sort(distances, 1)[:, :2]
+    ratios = two[:, 0] / two[:, 1]
+    shown = np.array(result["samples"])
+    assert np.allclose(np.sort(ratios)[:SHOWN], ratios[shown], rtol=1e-5)
+    assert result["pixels"]["smallest_ratio"] == pytest.approx(ratios.min(), rel=1e-4)
+    expected = np.sort(two[:, 0])[(MEASURED - 1) // 2]  # torch's median is the lower one
     assert result["pixels"]["median_distance"] == pytest.approx(expected, rel=1e-4)
     assert result["pixels"]["median_distance_of_test_images"] > 0
+    assert 0 < result["pixels"]["smallest_ratio_of_test_images"] <= 1
+
+    # the picture: samples, and their neighbours by pixels and by features
+    samples = all_samples[shown]
+    by_pixels = distances[shown].argmin(1)
+    levels = np.abs(samples.mean((1, 2))[:, None] - train.mean((1, 2))[None]).argmin(1)
+    assert result["pixels"]["indices"] == by_pixels.tolist()
+    assert result["features"]["indices"] == levels.tolist()
+    assert np.array_equal(np.array(cells[0]), samples)
+    assert np.array_equal(np.array(cells[1]), train[by_pixels])
+    assert np.array_equal(np.array(cells[2]), train[levels])
 
 
 def test_without_a_test_split_there_is_no_distance_of_test_images(
@@ -68,6 +99,7 @@ def test_without_a_test_split_there_is_no_distance_of_test_images(
     assert say(capsys, "report", "--run", folder, "--neighbours", 40)[0] == 0
     result = json.loads((folder / "neighbours.json").read_text())
     assert result["pixels"]["median_distance_of_test_images"] is None
+    assert result["pixels"]["smallest_ratio_of_test_images"] is None
     assert result["features"]["median_distance"] >= 0
 
 
