@@ -85,13 +85,13 @@ def run_demo(config: Config, folder: Path, accelerator: Accelerator) -> None:
     )
     grid = folder / "samples" / "grid.png"
     write_grid(images, grid, settings.columns**2, settings.columns)
-    metrics = timer.run("evaluate", lambda: _metrics(plan, config.evaluate, accelerator))
+    metrics, file = timer.run("evaluate", lambda: measure(plan, config.evaluate, accelerator))
     plot = folder / "samples" / "movement.png"
     plot_movement(run.manifest, plot)
     metrics["seconds"] = timer.seconds
-    atomic.write_json(folder / "metrics.json", metrics)
+    atomic.write_json(file, metrics)
     print(f"\n{metrics_table(metrics, timer.seconds, timer.reused)}\n\n{metrics_line(metrics)}\n")
-    for path in (grid, plot, folder / "metrics.json", folder / "log.jsonl"):
+    for path in (grid, plot, file, folder / "log.jsonl"):
         print(path)
 
 
@@ -129,10 +129,13 @@ class _StepTimer:
         return result
 
 
-def _metrics(
+def measure(
     plan: SamplingPlan, settings: EvaluateConfig, accelerator: Accelerator
-) -> dict[str, Any]:
-    """Read the run's metrics.json if it answers these settings, else evaluate the run."""
+) -> tuple[dict[str, Any], Path]:
+    """Read the run's metrics.json if it answers these settings, else evaluate the run.
+
+    The metrics are returned with their file.
+    """
     from eval.references import reference_names
     from pipeline.evaluation.evaluator import Evaluator, inputs_of
     from pipeline.storage import atomic
@@ -142,5 +145,7 @@ def _metrics(
         metrics: dict[str, Any] = atomic.read_json(path, "metrics")
         expected = {"sampling": plan.identity(), "inputs": inputs_of(plan, settings)}
         if all(metrics.get(key) == value for key, value in expected.items()):
-            return metrics
-    return Evaluator(accelerator, progress_bar).evaluate(plan, settings)
+            return metrics, path
+    evaluator = Evaluator(accelerator, progress_bar)
+    metrics = evaluator.evaluate(plan, settings)
+    return metrics, evaluator.file or path

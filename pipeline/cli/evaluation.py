@@ -227,6 +227,9 @@ def evaluate_command(
         raise UserError("--nfe-study and --curve are two measurements; ask for one at a time")
     if nfe_study is not None and (steps is not None or nfe is not None):
         raise UserError("--nfe-study chooses the steps; leave --steps and --nfe out")
+    if dry_run and (nfe_study is not None or curve):
+        other = "--curve" if curve else "--nfe-study"
+        raise UserError(f"--dry-run describes an evaluation without {other}; leave one out")
     if nfe is not None:
         options.require_one_budget(steps)
     opened = open_latest(run, blocks, images=True)

@@ -58,8 +58,8 @@ class Evaluator(FeatureExtractor):
     def evaluate(self, plan: SamplingPlan, settings: EvaluateConfig) -> dict[str, Any]:
         """Measure a run and write the result to its metrics.json, whose content is returned.
 
-        If metrics.json has the FID of more images, the file is metrics-N.json. The attribute
-        `file` is its path afterwards.
+        If metrics.json has the FID of more images of the same sampling against the same
+        reference, the file is metrics-N.json. The attribute `file` is its path afterwards.
 
         Raises:
             UserError: n is below 2, or a data set has fewer images than the settings ask for.

@@ -86,7 +86,8 @@ def draw_neighbours(
             for start in range(0, MEASURED, size)
         ]
     )
-    count = min(MEASURED, len(held_out)) if held_out.fingerprint != images.fingerprint else 0
+    own = load_images(run.config.data.of_split(run.config.data.split))  # without data.also
+    count = min(MEASURED, len(held_out)) if held_out.fingerprint != own.fingerprint else 0
     test = torch.from_numpy(held_out.take(subset_indices(held_out, count)))
     order, starts = subset_indices(images, n), range(0, n, SHARD)
     pixels = (

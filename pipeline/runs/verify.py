@@ -38,6 +38,8 @@ CACHE, FEATURES = "cache", "features"
 STAGE, CHECKPOINT, IMAGES, RESULT = "stage", "checkpoint", "images", "result"
 BENCH, AUTOENCODER, HOW, INDEX = "bench", "autoencoder", "recipe", "index"
 _COPY = "no command makes it again; bring it back from a copy, or make this folder again"
+#: results of `evaluate --nfe-study` and `--curve`, `likelihood` and `report --neighbours`
+_MEASURED = ("nfe.json", "curve.json", "likelihood.json", "auroc.json", "neighbours.json")
 #: settings of a benchmark, in its folder
 _BENCH = "bench.json"
 
@@ -265,7 +267,7 @@ def _remedy_in_run(run: Path, folder: Path, name: str, is_store: bool) -> tuple[
         return RESULT, run, f"make it again by `jkoflow {command} --run {run}`"
     if name in ("samples/grid.png", "samples/movement.png", "samples/metrics.json"):
         return RESULT, run, mend
-    if name.startswith("samples/") and ending in ("png", "gif"):
+    if name in _MEASURED or (name.startswith("samples/") and ending in ("png", "gif")):
         return RESULT, run, "make it again by the command that made it"
     if name.startswith("previews/"):
         return KEPT, run, "remove it; no training makes this preview again, and nothing reads it"

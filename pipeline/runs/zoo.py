@@ -105,7 +105,7 @@ def locate(run: Path | str) -> Path:
         return _inside(locate(whole), whole, inner)
     name, source = str(run).removeprefix(PREFIX), source_of(str(run))
     files = sorted(path for path in source.rglob("*") if path.is_file() and path.name != seal.NAME)
-    records = [path for path in files if path.name in (_MANIFEST, "config.yaml")]
+    records = [path for path in files if path.suffix in (".json", ".yaml", ".md")]
     parts = {str(path.relative_to(source)): atomic.sha256_file(path) for path in records}
     copy = data_root() / _ZOO / f"{name}-{content_key(parts)[:12]}"
     # the manifest is committed last, and marks a complete copy

@@ -97,8 +97,10 @@ def class_names_of(run: Run) -> list[str]:
     return [str(number) for number in range(run.flow.classes)]
 
 
-def parse_classes(run: Run, words: Sequence[str] | None) -> list[int] | None:
+def parse_classes(run: Run, words: Sequence[str | int] | None) -> list[int] | None:
     """Convert the values of `--class`, which are names, numbers or `all`, to classes of a run.
+
+    An integer is a number, also where a class has a number as its name.
 
     Raises:
         UserError: a value is none of these.
@@ -108,7 +110,9 @@ def parse_classes(run: Run, words: Sequence[str] | None) -> list[int] | None:
     labels: list[int] = []
     names = class_names_of(run)
     for word in words:
-        if word == "all":
+        if isinstance(word, int):
+            labels.append(word)
+        elif word == "all":
             labels += range(max(run.flow.classes, 1))  # 0 is refused for a run without classes
         elif word in names:
             labels.append(names.index(word))

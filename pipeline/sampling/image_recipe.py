@@ -17,7 +17,7 @@ from pipeline.storage.records import well_formed
 def recipe_of(plan: SamplingPlan, n: int, seed: int) -> dict[str, Any]:
     """Return the recipe of n images of a plan, as JSON values; its paths are absolute."""
     settings = plan.settings
-    guide, refiner = absolute(settings.guide), absolute(settings.refiner)
+    guide, refiner = absolute_guide(settings.guide), absolute(settings.refiner)
     generate = dataclasses.replace(settings, guide=guide, refiner=refiner)
     used, available = len(plan.run.flow), len(plan.run.manifest.blocks)
     return {
@@ -31,6 +31,14 @@ def recipe_of(plan: SamplingPlan, n: int, seed: int) -> dict[str, Any]:
             "steps": [solver.steps for solver in plan.solvers],
         },
     }
+
+
+def absolute_guide(guide: str | None) -> str | None:
+    """Return the full path of a guide, which may be RUN@STEP."""
+    folder, sign, step = (guide or "").rpartition("@")
+    if sign and step.isdecimal() and not Path(str(guide)).exists():
+        return f"{absolute(folder)}@{step}"
+    return absolute(guide)
 
 
 def open_recipe(run: Path, recipe: dict[str, Any], place: Path) -> tuple[SamplingPlan, int, int]:

@@ -91,7 +91,8 @@ def generate_command(
     if isinstance(span, tuple):
         if images is not None or npz is not None:
             raise UserError("--blocks A:B writes one strip; leave --images and --npz out")
-        return _write_states(plan, span, min(n or _ROWS, settings.batch_size), out, accelerator)
+        rows = min(_ROWS, settings.batch_size) if n is None else n
+        return _write_states(plan, span, rows, out, accelerator)
     require_outputs(opened, settings.n, images, npz)
     store = sample_images(plan, settings.n, settings.seed, accelerator, progress_bar)
     if not accelerator.is_main_process:

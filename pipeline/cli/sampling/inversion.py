@@ -9,6 +9,7 @@ import typer
 
 from pipeline.cli import options
 from pipeline.cli.session import make_accelerator, override_settings, replace_given
+from pipeline.errors import UserError
 from pipeline.runtime.console import say
 
 #: images of a strip, by default
@@ -77,6 +78,8 @@ def _read(flow: Any, paths: list[Path], n: int, name: str | None) -> tuple[Any, 
     if paths:
         x = torch.from_numpy(read_pictures(paths, flow.autoencoder.image_shape))
     else:
+        if n < 1:
+            raise UserError(f"-n is {n}; expected 1 or more")
         images = held_out_images(run.config.data)
         require_images(images, n)
         x = torch.from_numpy(images.read(0, n))
@@ -174,6 +177,9 @@ def interpolate_command(
     from pipeline.sampling.image_flow import interpolate
 
     options.require_places(out)
+    for path in (a, b):
+        if path.expanduser().is_dir():
+            raise UserError(f"{path} is a folder; expected an image; name one of its images")
     flow = _open(run, steps, method)
     x, labels = _read(flow, [a, b], 2, name)
     inverted = flow.invert(flow.encode(x), labels)

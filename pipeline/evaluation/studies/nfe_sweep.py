@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from pipeline.config.sampling import EvaluateConfig
+from pipeline.errors import UserError
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.studies.study import Study, study_heading
 from pipeline.sampling.sampling_plan import SamplingPlan, differences
@@ -56,7 +58,9 @@ def _earlier_rows(study: Study) -> list[dict[str, Any]]:
     path = study.folder / FILE
     if not path.is_file():
         return []
-    earlier: Any = atomic.read_json(path, "study")
+    earlier: Any = None
+    with contextlib.suppress(UserError):  # of a damaged file, which is written again
+        earlier = atomic.read_json(path, "study")
     if not isinstance(earlier, dict):
         return []
     rows: list[dict[str, Any]] = earlier.pop("rows", [])

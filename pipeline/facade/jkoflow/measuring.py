@@ -56,7 +56,10 @@ def evaluate(
     settings = replace_given(config.evaluate, n=n, reference=reference)
     sampling = plan.settings if seed is None else dataclasses.replace(plan.settings, seed=seed)
     plan = dataclasses.replace(plan, run=run, settings=sampling)
-    return Evaluator(make_accelerator(), progress_bar).evaluate(plan, settings)
+    try:
+        return Evaluator(make_accelerator(), progress_bar).evaluate(plan, settings)
+    finally:  # the networks, which the plan shares, were moved to the accelerator
+        model.plan.flow.to(model.device)
 
 
 @user_errors

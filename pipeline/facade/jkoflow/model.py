@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -265,15 +268,20 @@ class Model:
         return plan.labels.of_samples(0, n)
 
 
-def _words(classes: Classes | None) -> list[str] | None:
-    """Return classes as `--class` takes them."""
+def _words(classes: Classes | None) -> list[str | int] | None:
+    """Return classes as `parse_classes` takes them."""
     if classes is None:
         return None
-    if isinstance(classes, Tensor):
+    if isinstance(classes, (Tensor, np.ndarray, np.generic)):
         classes = classes.tolist()
-    if isinstance(classes, (str, int)):
-        classes = [classes]
-    words = [str(word) for word in classes]
+    try:
+        one = isinstance(classes, str) or not isinstance(classes, Iterable)
+        given: Iterable[Any] = [classes] if one else classes  # type: ignore[assignment]
+        words = [word if isinstance(word, str) else index(word) for word in given]
+    except TypeError as error:
+        raise UserError(
+            f"classes is {classes}; expected names or whole numbers of classes, or all"
+        ) from error
     if not words:
         raise UserError("classes is empty; expected the name or number of a class, or all")
     return words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,23 @@ def fit(
 
 
 def overrides(values: Mapping[str, Any] | None) -> list[str]:
-    """Return values by dotted key as `--set` takes them."""
-    return [f"{key}={json.dumps(value)}" for key, value in (values or {}).items()]
+    """Return values by dotted key as `--set` takes them; they may be paths and numpy's numbers.
+
+    Raises:
+        UserError: a value is of another type than settings have.
+    """
+    return [f"{key}={json.dumps(value, default=_plain)}" for key, value in (values or {}).items()]
+
+
+def _plain(value: object) -> object:
+    """Return a path as text, and a number of numpy as one of Python."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    raise UserError(
+        f"a setting is {value!r}; expected a number, a text, a path, a list or None; convert it"
+    )
 
 
 def _data_settings(data: Tensor, labels: Tensor | None) -> dict[str, Any]:

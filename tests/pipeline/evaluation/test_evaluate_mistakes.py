@@ -49,6 +49,8 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
         (["-n", "4", "--nfe-study", "12,x"], "--nfe-study takes a whole number"),
         (["-n", "4", "--nfe-study", "11"], "--nfe 11 is below one rk4 step"),
         (["-n", "1", "--nfe-study", "12"], "at least 2 images, not 1"),
+        (["-n", "4", "--nfe-study", "12", "--dry-run"], "evaluation without --nfe-study"),
+        (["-n", "4", "--curve", "--dry-run"], "an evaluation without --curve; leave one out"),
         (["-n", "4", "--blocks", "9"], "--blocks must lie between 1 and 3"),
     ],
 )

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from autoencoders.identity import IdentityAutoencoder
 from eval.distances import kid
 from eval.gaussian import GaussianStats
+from pipeline.cli import demo
 from pipeline.config.load import load_config
 from pipeline.data.datasets import load_images
 from pipeline.data.encoding import encode
@@ -159,6 +160,24 @@ def test_nfe_sweep(
     words[words.index("12")] = "10"
     assert say(capsys, *words, "--nfe-study", "12")[0] == 0
     assert len(json.loads((folder / "nfe.json").read_text())["rows"]) == 1
+    # a damaged table is written again
+    (folder / "nfe.json").write_text("{}")
+    assert say(capsys, *words, "--nfe-study", "12")[0] == 0
+    assert len(json.loads((folder / "nfe.json").read_text())["rows"]) == 1
+
+
+def test_the_demo_keeps_the_fid_of_more_images(
+    capsys: pytest.CaptureFixture[str], trained: World, folder: Path
+) -> None:
+    reference = str(trained.root / "pictures" / "train")
+    words = ["evaluate", "--run", folder, "-n", "12", "--reference", reference]
+    assert say(capsys, *words)[0] == 0
+    before = (folder / "metrics.json").read_bytes()
+    run = open_run(folder)
+    settings = dataclasses.replace(run.config.evaluate, n=10, reference=reference)
+    metrics, file = demo.measure(plan_of(run), settings, Accelerator())
+    assert file.name == "metrics-10.json" and metrics["fid"]["n"] == 10
+    assert (folder / "metrics.json").read_bytes() == before
 
 
 def test_an_evaluation_uses_the_given_solver(

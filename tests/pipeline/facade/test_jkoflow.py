@@ -23,7 +23,10 @@ from flows.networks.config import VelocityConfig
 from flows.partial import part_of
 from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec
+from jkoflow import measuring
+from jkoflow.training import overrides
 from pipeline.runs.zoo import zoo
+from pipeline.sampling import class_labels
 from pipeline.sampling.inversion import round_trip
 from tests.flows.problems import fresh_flow
 from tests.pipeline.glance import stand_in
@@ -246,6 +249,9 @@ def test_fid_of_tensors_is_that_of_files(tmp_path: Path, inception_weights: Path
         (lambda m: m.sample(0), "n is 0; expected at least 1"),
         (lambda m: m.sample(classes="cat"), r"'cat'; expected the name .* of a class \(0, 1, 2\)"),
         (lambda m: m.sample(classes=[]), "classes is empty"),
+        (lambda m: m.sample(classes=1.0), "classes is 1.0; expected names or whole numbers"),
+        (lambda m: m.sample(classes=[1.5]), r"classes is \[1.5\]; expected names or whole"),
+        (lambda m: jkoflow.evaluate(m, set={"evaluate.n": {1}}), r"a setting is \{1\}; expected"),
         (lambda m: m.sample(2, noise=torch.zeros(2, 2, 3, 3)), "n and noise are both given"),
         (lambda m: m.edit(own_images(2), to=7), "must lie between 0 and 2"),
         (lambda m: m.edit(own_images(2), to=1, strength=0), "strength is 0"),
@@ -278,6 +284,43 @@ def test_mistakes_are_named(
     with pytest.raises(ValueError, match=message) as caught:
         call(model)
     assert isinstance(caught.value, jkoflow.UserError) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("classes", [np.array([2, 0]), torch.tensor([2, 0]), [np.int64(2), 0]])
+def test_numbers_of_classes_are_no_names(
+    model: jkoflow.Model, monkeypatch: pytest.MonkeyPatch, classes: Any
+) -> None:
+    """Folders named 1, 10 and 2 have the numbers 0, 1 and 2; a text is a name first."""
+    monkeypatch.setattr(class_labels, "class_names_of", lambda _: ["1", "10", "2"])
+    assert torch.equal(model.sample(4, classes=classes), model.sample(4, classes=["2", "1"]))
+    assert not torch.equal(model.sample(4, classes=classes), model.sample(4, classes=["10", "0"]))
+
+
+def test_settings_may_be_paths_and_numbers_of_numpy() -> None:
+    values = {"data.path": Path("/x"), "evaluate.n": np.int64(3), "train.lr": np.float32(0.5)}
+    assert overrides(values) == ['data.path="/x"', "evaluate.n=3", "train.lr=0.5"]
+
+
+def test_an_evaluation_leaves_the_networks_on_their_device(
+    model: jkoflow.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluator moves them to the accelerator, which can be another device."""
+
+    class Mover:
+        def __init__(self, *_: Any) -> None:
+            """Take what an evaluator takes."""
+
+        def evaluate(self, plan: Any, _: Any) -> dict[str, Any]:
+            plan.flow.to("meta")
+            raise RuntimeError("stopped")
+
+    moved: list[str] = []
+    flow = type(model.plan.flow)
+    monkeypatch.setattr(flow, "to", lambda self, device: moved.append(str(device)) or self)
+    monkeypatch.setattr(measuring, "Evaluator", Mover)
+    with pytest.raises(RuntimeError, match="stopped"):
+        jkoflow.evaluate(model)
+    assert moved == ["meta", "cpu"]
 
 
 def test_a_part_of_a_block_has_its_share_of_steps_rounded_up(model: jkoflow.Model) -> None:

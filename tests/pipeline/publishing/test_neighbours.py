@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from pipeline.data.datasets import load_images
-from pipeline.publishing.neighbours import MEASURED, SHOWN, nearest, ratios
-from tests.pipeline.tiny import pictures, say
+from pipeline.publishing.neighbours import MEASURED, SHOWN, draw_neighbours, nearest, ratios
+from pipeline.runs.run import open_run
+from tests.pipeline.drawing import plan_of
+from tests.pipeline.gaussian_source import quiet
+from tests.pipeline.tiny import World, pictures, say
 
 
 def test_copies_are_found() -> None:
@@ -101,6 +106,23 @@ def test_without_a_test_split_there_is_no_distance_of_test_images(
     assert result["pixels"]["median_distance_of_test_images"] is None
     assert result["pixels"]["smallest_ratio_of_test_images"] is None
     assert result["features"]["median_distance"] >= 0
+
+
+def test_more_data_make_no_test_split(
+    trained: World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training images of a folder without splits are no test images, also with data.also."""
+    for module in ("evaluation.features", "publishing.neighbours"):
+        monkeypatch.setattr(f"pipeline.{module}.load_inception", lambda _: Levels())
+    plan = plan_of(open_run(folder))
+    data = dataclasses.replace(
+        plan.run.config.data, path=str(trained.root / "pictures" / "train"), also=["folder"]
+    )
+    config = dataclasses.replace(plan.run.config, data=data)
+    plan = dataclasses.replace(plan, run=dataclasses.replace(plan.run, config=config))
+    draw_neighbours(plan, 80, Accelerator(), quiet)
+    result = json.loads((folder / "neighbours.json").read_text())
+    assert result["pixels"]["median_distance_of_test_images"] is None
 
 
 def test_neighbours_of_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:

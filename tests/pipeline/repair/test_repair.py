@@ -13,7 +13,8 @@ import yaml
 from accelerate import Accelerator
 
 from pipeline.config.load import load_config
-from pipeline.storage import seal
+from pipeline.sampling.image_recipe import absolute_guide
+from pipeline.storage import atomic, seal
 from pipeline.storage.checkpoints import load_checkpoint
 from pipeline.storage.shards.manifest import CACHE_RECIPE
 from pipeline.toy2d.point_source import PointSource
@@ -100,6 +101,30 @@ def test_everything_made_from_a_run_is_made_again(
     again = json.loads((run / "metrics.json").read_text())
     del whole["peak_memory_bytes"], again["peak_memory_bytes"]
     assert again == whole
+
+
+@pytest.mark.parametrize("name", ["nfe.json", "likelihood.json", "neighbours.json"])
+def test_a_measurement_has_a_command_that_makes_it_again(
+    measured: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run = Path(shutil.copytree(measured.root / "run", tmp_path / "run"))
+    atomic.write_json(run / name, {"n": 4})
+    flip(run / name, -3)
+    code, out, _ = say(capsys, "verify", run)
+    assert code == 1 and "make it again by the command that made it" in out
+    assert say(capsys, "verify", run, "--repair")[0] == 0 and not (run / name).exists()
+
+
+def test_the_path_of_a_guide_at_a_step_becomes_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weak").mkdir()
+    (tmp_path / "a@7").mkdir()
+    assert absolute_guide("weak@1000") == f"{tmp_path / 'weak'}@1000"
+    assert absolute_guide("a@7") == str(tmp_path / "a@7")
+    assert absolute_guide("weak") == str(tmp_path / "weak")
+    assert absolute_guide("zoo:mnist") == "zoo:mnist" and absolute_guide(None) is None
 
 
 def test_stages_of_a_finished_run_are_made_again(

@@ -58,6 +58,9 @@ def test_a_newer_version_of_a_shipped_run_is_another_copy(zoo: Path) -> None:
     rewrite(zoo / "tiny" / "config.yaml", text.replace("n: 10", "n: 11"))
     new = shipped.locate("zoo:tiny")
     assert new != old and open_run(new).config.generate.n == 11
+    rewrite(zoo / "tiny" / "metrics.json", '{"fid": {"value": 12.5}}')
+    newest = shipped.locate("zoo:tiny")
+    assert newest != new and "12.5" in (newest / "metrics.json").read_text()
 
 
 def test_the_manifest_of_a_copy_is_written_last(
