@@ -99,14 +99,14 @@ def freeze_block(
             "images can be frozen"
         )
     velocity = block.velocity.inner if isinstance(block.velocity, TimeSlice) else block.velocity
-    time = spec.start + spec.length * (start + end) / 2
-    length, skip, radius = spec.length * (end - start), 0.0, 1.0
+    time, length, skip, radius = (start + end) / 2, end - start, 0.0, 1.0  # of the block
     if from_linear:
         angle = time * math.pi / 2
         cosine, sine = math.cos(angle), math.sin(angle)
         radius = cosine + sine
         speed = length * math.pi / 2  # dθ over the interval
         time, skip, length = sine / radius, speed * (cosine - sine) / radius, speed / radius
+    time, length = spec.start + spec.length * time, spec.length * length  # of the networks
     if isinstance(velocity, PiecewiseVelocity):
         velocity = velocity.network_at(time)
     frozen = replace(

@@ -78,11 +78,28 @@ def transform_block(
     if not after.velocity.classes and before.velocity.classes:
         state = freeze_classes(block)
     elif before.velocity.classes != after.velocity.classes:
-        state = reset_classes(state, transformed)
+        state = reset_classes(_with_modulations(state, transformed), transformed)
     if before.velocity.width != after.velocity.width:
         state = widen(state, transformed, generator)
     transformed.load_state_dict(state)
     return transformed
+
+
+def _with_modulations(state: Mapping[str, Tensor], network: nn.Module) -> Mapping[str, Tensor]:
+    """Add the modulations of a network with classes that one without classes and time lacks.
+
+    They start at 0, so the field is the same for every class. The embeddings are those of the new
+    network, because modulations and embeddings of 0 would have no gradient.
+    """
+    own = network.state_dict()
+    if not any("modulation" in name for name in own.keys() - state.keys()):
+        return state
+    constant = re.compile(r"(?<=modulation)\.bias")  # of a dit; that of others is in both networks
+    moved = {
+        name if name in own else constant.sub(".linear.bias", name): value
+        for name, value in state.items()
+    }
+    return {**{name: own[name] for name in own.keys() - moved.keys()}, **moved}
 
 
 def widen(

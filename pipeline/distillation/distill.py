@@ -36,6 +36,7 @@ from pipeline.runs.run import Run, require_latents
 from pipeline.runtime.console import Progress
 from pipeline.training.block_source import TrainingContext
 from pipeline.training.pass_trainer import PassTrainer
+from pipeline.training.planner import with_lower_iterations
 from pipeline.training.sources import LatentSource, SampleSource
 from pipeline.training.train import Outcome
 
@@ -150,7 +151,7 @@ def distill(
                 f"the run at {folder} is distilled from other blocks, or in other groups; "
                 "continue it with those, or distill elsewhere with --out"
             )
-        manifest = manifest.with_passes(started.passes)
+        manifest = manifest.with_passes(with_lower_iterations(config, started.passes))
     command = shlex.join(["jkoflow", "distill", "--run", teacher.name, *options, "--out"])
     policy = ResumePolicy(resume, command, verify=context.verify_samples)
     RunDirectory.open_or_create(folder, config, policy, accelerator)

@@ -28,7 +28,7 @@ from pipeline.publishing.provenance import metrics_of, reference_name, shows_sam
 from pipeline.publishing.swap_decoder import with_decoder
 from pipeline.runs.directory import block_file, mean_file, write_manifest
 from pipeline.runs.manifest import ExportRecord, HelperRecord, Manifest
-from pipeline.runs.passes import BlockRow, SharedFile
+from pipeline.runs.passes import BlockRow, SharedFile, splits
 from pipeline.runs.run import Run, is_refiner, load_blocks
 from pipeline.runs.zoo import is_shipped
 from pipeline.runtime.rng import generator
@@ -242,8 +242,9 @@ def _manifest(run: Run, rows: list[BlockRow], dtype: str, out: Path) -> Manifest
             data = locate_weights(str(run.autoencoder_weights())).read_bytes()
             atomic.write_bytes(out / AUTOENCODER, data)
     alone = dataclasses.replace(
-        known.current, base=None, kept=0, blocks=tuple(rows), recipe=recipe
-    )
+        known.current, base=None, parts=splits(known.passes, known.number), kept=0,
+        blocks=tuple(rows), recipe=recipe,
+    )  # fmt: skip
     return dataclasses.replace(
         known,
         autoencoder=autoencoder,

@@ -25,7 +25,7 @@ from flows.spec import BlockSpec
 from pipeline.storage.records import to_json
 
 #: entries of a block's row that logs and metrics leave out
-_INTERNAL = ("stage", "spec", "mean")
+_INTERNAL = ("stage", "pushed", "seed", "spec", "mean")
 
 
 def require_inside(name: str) -> None:
@@ -95,6 +95,8 @@ class BlockRow(StoredBlock):
         seconds: of training.
         parameters: number of weights.
         stage: folder of the samples after the block, inside the run directory.
+        pushed: number of those samples; None without them, and in older records.
+        seed: that chose them.
         error: of a block that was regressed on a map: mean squared distance to it per dimension,
             by direction.
     """
@@ -107,6 +109,8 @@ class BlockRow(StoredBlock):
     seconds: float
     parameters: int
     stage: str
+    pushed: int | None = None
+    seed: int | None = None
     error: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
@@ -227,6 +231,16 @@ class Pass:
         if index >= len(self.steps):
             return len(self.steps) // self.parts, 0, 1
         return index // self.parts, index % self.parts, self.parts
+
+
+def splits(passes: Sequence[Pass], number: int) -> int:
+    """Count the children that a run has split each of its first blocks into, up to a pass."""
+    last = passes[number]
+    split = last.parts
+    while last.base is not None:
+        last = passes[last.base]
+        split *= last.parts
+    return split
 
 
 def labels(passes: Sequence[Pass]) -> list[str]:

@@ -13,7 +13,6 @@ from autoencoders.registry import build_autoencoder
 from flows.block import Block
 from flows.errors import FlowError
 from flows.flow import Flow
-from flows.networks.config import VelocityConfig
 from flows.networks.registry import BUILT_IN
 from flows.spec import BlockSpec, build_block
 from pipeline.config.data import LATENTS
@@ -67,7 +66,7 @@ def build_stored(
         UserError: the weights do not fit the specification.
     """
     try:
-        _require_size(spec.velocity, shape, tensors)
+        _require_size(spec, shape, tensors)
         block = build_block(spec, tuple(shape))
         block.load_state_dict(tensors)
     except (RuntimeError, FlowError) as error:
@@ -80,7 +79,7 @@ def build_stored(
 
 
 def _require_size(
-    velocity: VelocityConfig, shape: Sequence[int], tensors: dict[str, Tensor]
+    spec: BlockSpec, shape: Sequence[int], tensors: dict[str, Tensor]
 ) -> None:
     """Check that a specification claims no larger network than the file has, before it is built.
 
@@ -88,6 +87,7 @@ def _require_size(
     many as there are products of the width with channels, patches or features of a sample. The
     width is the largest of a unet's levels.
     """
+    velocity = spec.velocity
     if velocity.kind not in BUILT_IN:  # a plug-in's network may use width and depth as it likes
         return
     if velocity.kind == "linear":  # it has neither width nor depth
@@ -99,7 +99,9 @@ def _require_size(
         folds = velocity.kind in ("unet", "dit")
         sizes.append(velocity.widths[0] * velocity.patch**2 if folds else 1)
     largest = max((tensor.numel() for tensor in tensors.values()), default=0)
-    if max(sizes) > largest or velocity.depth * velocity.nets > 4 * len(tensors):
+    depth = 1 if velocity.kind == "linear" else velocity.depth
+    nets = velocity.nets * spec.length  # a part of a block holds only the networks of its time
+    if max(sizes) > largest or depth * nets > 4 * len(tensors):
         raise RuntimeError("the network is larger than its file")
 
 

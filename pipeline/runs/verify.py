@@ -28,6 +28,8 @@ from pipeline.storage.shards.remote import FETCH_AGAIN
 
 #: endings of the files that are read again; any other file may lie in a run
 _TRUSTED = (".safetensors", ".json", ".yaml")
+#: what an export holds in addition to its blocks
+_EXPORTED = ("autoencoder.safetensors", "guide", "refiner")
 _GROWING = ("log.jsonl", "tensorboard/", "wandb/")
 
 
@@ -205,10 +207,15 @@ def _needed(folder: Path, broken: set[Path]) -> list[str]:
         with well_formed(folder / RECORD):
             return [WEIGHTS] if record.get("sha256") else []
     if (folder / FILE).is_file() and folder / FILE not in broken:
-        passes = RunDirectory(folder).manifest.passes
-        rows = [row for entry in passes for row in entry.blocks]
+        manifest = RunDirectory(folder).manifest
+        rows = [row for entry in manifest.passes for row in entry.blocks]
         means = dict.fromkeys(row.mean.file for row in rows if row.mean is not None)
-        return [CONFIG, *(row.file for row in rows), *means]
+        inner = [
+            name
+            for name in seal.recorded(folder)
+            if manifest.exported is not None and name.partition("/")[0] in _EXPORTED
+        ]
+        return [CONFIG, *(row.file for row in rows), *means, *inner]
     return []
 
 

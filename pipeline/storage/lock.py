@@ -103,7 +103,8 @@ def _acquire(path: Path, what: str, wait: Callable[[str], object] | None) -> Non
 def _used(what: str, owner: dict[str, Any]) -> str:
     """Say who uses a folder, and for how long."""
     seconds = time.time() - float(owner.get("since", owner["touched"]))
-    process = f"process {owner.get('pid')} on {owner.get('host')}"
+    known = "pid" in owner  # the lock of another user cannot be read
+    process = f"process {owner['pid']} on {owner.get('host')}" if known else "another process"
     return f"{what} is in use by {process} for {seconds:.0f} s"
 
 
@@ -164,12 +165,16 @@ def _start(pid: int) -> str | None:
 def _read(path: Path) -> dict[str, Any] | None:
     """Read the owner of a lock with the time of its last touch; None if it is gone."""
     try:
-        touched, text = path.stat().st_mtime, path.read_text()
-    except OSError:
+        touched = path.lstat().st_mtime
+    except FileNotFoundError:
         return None
     try:
-        owner = dict(json.loads(text))
-    except (ValueError, TypeError):
+        owner = dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return None
+        owner = {}
+    except (OSError, ValueError, TypeError):  # as of a lock that only its owner may read
         owner = {}
     return {**owner, "touched": touched}
 

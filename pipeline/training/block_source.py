@@ -159,7 +159,9 @@ class TrainedBlocks:
         for earlier in range(stage_index(stage), index):
             row = passes[-1].blocks[earlier]
             block = load_block(context.folder, row, context.samples.shape)[1]
-            stage = self._push(passes[-1], stage, block, row.sha256, row.stage)
+            stage = self._push(
+                passes[-1], stage, block, row.sha256, row.stage, row.pushed, row.seed
+            )
         self._stage, self._number = stage, number
         return stage
 
@@ -181,9 +183,19 @@ class TrainedBlocks:
         return dataclasses.replace(measured, moved=moved)
 
     def _push(
-        self, plan: Pass, stage: StoreReader, block: Block, sha256: str, name: str
+        self,
+        plan: Pass,
+        stage: StoreReader,
+        block: Block,
+        sha256: str,
+        name: str,
+        pushed: int | None = None,
+        seed: int | None = None,
     ) -> StoreReader:
-        """Return the stage after a block; it is made where it is missing."""
+        """Return the stage after a block; it is made where it is missing.
+
+        A stage that is made again has the samples of the first time, `pushed` by their `seed`.
+        """
         context, index = self.context, stage_index(stage)
         iterations = plan.iterations[index + 1 :] or plan.iterations[index:]
         block.to(context.accelerator.device)
@@ -196,7 +208,8 @@ class TrainedBlocks:
             context.accelerator,
             context.progress,
             context.folder / name,
-            max(iterations) * context.config.train.batch_size,
+            pushed or max(iterations) * context.config.train.batch_size,
+            context.config.train.seed if seed is None else seed,
         )
 
     def _spec(self, plan: Pass, index: int) -> BlockSpec:

@@ -189,6 +189,8 @@ class PassTrainer:
             seconds=round(trainer.seconds, 3),
             parameters=sum(p.numel() for p in trainer.parameters),
             stage=stage_file(index + 1, self.number),
+            pushed=int(moved["count"]) if "count" in moved else None,
+            seed=self.config.train.seed if "count" in moved else None,
             error=measurement.error,
         )
         self.passes[-1] = self.current.with_block(row)

@@ -15,7 +15,7 @@ from pipeline.config.schema import SECTIONS, Config
 from pipeline.config.training import JkoConfig
 from pipeline.config.values import of_block
 from pipeline.errors import UserError
-from pipeline.runs.passes import BlockRow, Pass
+from pipeline.runs.passes import BlockRow, Pass, splits
 
 Number = TypeVar("Number", int, float)
 
@@ -44,8 +44,9 @@ def next_pass(config: Config, passes: Sequence[Pass], add_blocks: int = 0) -> Pa
         return None
     if last.reparameterized < config.jko.reparameterize:
         return _reparameterize(config, config.jko, passes)
-    if _split(passes) < config.jko.refine:
-        return _refine(config, config.jko, passes, _split(passes))
+    split = splits(passes, len(passes) - 1)
+    if split < config.jko.refine:
+        return _refine(config, config.jko, passes, split)
     return None
 
 
@@ -218,15 +219,6 @@ def recipe_of(config: Config) -> dict[str, Any]:
     free = {key for key in plain["train"] if resume_rule(f"train.{key}", Config) == "free"}
     train = {key: value for key, value in plain["train"].items() if key not in free}
     return {**train, **{name: plain[name] for name in SECTIONS if name in plain}}
-
-
-def _split(passes: Sequence[Pass]) -> int:
-    """Count the children that this run has split each of its first blocks into."""
-    last, split = passes[-1], passes[-1].parts
-    while last.base is not None:
-        last = passes[last.base]
-        split *= last.parts
-    return split
 
 
 def _efforts(config: Config, count: int) -> tuple[list[int], list[int], list[float]]:

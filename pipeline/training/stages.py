@@ -74,6 +74,7 @@ def next_stage(
     progress: Progress,
     folder: Path | None = None,
     draws: int | None = None,
+    seed: int | None = None,
 ) -> StoreReader:
     """Push a stage through a finished block; the new manifest records the movement.
 
@@ -90,6 +91,7 @@ def next_stage(
         folder: of the new stage; None is that of the first pass.
         draws: samples that a later block draws at most; None pushes all. A finished stage is kept
             as it is.
+        seed: of their choice; None is train.seed.
 
     Raises:
         JkoflowError: the block cannot be integrated.
@@ -106,7 +108,8 @@ def next_stage(
         "shape": before.manifest["identity"]["shape"],
     }
 
-    picks = _picks(before, folder, config.train.seed, stage, draws)
+    seed = config.train.seed if seed is None else seed
+    picks = _picks(before, folder, seed, stage, draws)
     if picks is not None:
         identity["samples"] = len(picks)
     labels = partial(_read, before, "labels", picks) if block.velocity.classes else None

@@ -210,3 +210,22 @@ def test_a_flow_of_several_blocks_has_no_parts():
     assert len(parts) == 3 and all(part.velocity.autonomous for part in parts.specs)
     with pytest.raises(FlowError, match="has 3 blocks; expected one"):
         freeze_flow(parts, 2)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_part_of_a_part_is_frozen(linear: bool) -> None:
+    config = VelocityConfig("mlp", width=8, depth=1, zero_init=False)
+    spec = BlockSpec(config, SolverConfig(steps=16), h=1.0, start=0.25, length=0.5)
+    block, z = build_block(spec, (3,)), torch.randn(4, 3)
+    # its field at its own time 0.4, scaled by the length of the part
+    frozen, _ = freeze_block(block, spec, 0.2, 0.6, from_linear=linear)
+    angle = 0.4 * math.pi / 2
+    r = math.cos(angle) + math.sin(angle)
+    if linear:
+        field = (math.cos(angle) - math.sin(angle)) / r * z
+        field = 0.4 * math.pi / 2 * (
+            field + block.velocity(torch.tensor(math.sin(angle) / r), z / r) / r
+        )
+    else:
+        field = 0.4 * block.velocity(torch.tensor(0.4), z)
+    torch.testing.assert_close(frozen.velocity(torch.tensor(0.0), z), field)

@@ -9,7 +9,9 @@ import torch
 
 from flows.block import Block
 from flows.net2net import becomes_several, transform_block, widening_factor
+from flows.networks.condition import Condition
 from flows.networks.config import VelocityConfig
+from flows.solving.solver import SolverConfig
 from flows.spec import BlockSpec, build_block
 
 GRIDS = {
@@ -133,3 +135,26 @@ def wide_spec(spec: BlockSpec, width: int) -> BlockSpec:
 
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(4)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "resmlp", "conv", "dit", "linear"])
+@pytest.mark.parametrize("nets", [1, 2])
+def test_an_autonomous_network_gets_classes(kind: str, nets: int) -> None:
+    shape = (3, 4, 4) if kind in ("conv", "dit") else (6,)
+    one = VelocityConfig(kind, width=8, depth=2, heads=2, time_features=4, autonomous=True,
+                         zero_init=False)  # fmt: skip
+    several = dataclasses.replace(one, classes=3, nets=nets)
+    source = torch.Generator().manual_seed(0)
+    before, after = (BlockSpec(each, SolverConfig(), h=1.0) for each in (one, several))
+    block = build_block(before, shape, source)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=source)
+    new = transform_block(block, before, after, source)
+    z = torch.randn(4, *shape, generator=source)
+    labels = torch.arange(4)
+    moved = new.transport(z, condition=Condition(labels)).z
+    torch.testing.assert_close(moved, block(z), rtol=1e-5, atol=1e-5)
+    (moved * torch.linspace(1, 2, moved.numel()).view_as(moved)).sum().backward()
+    # something that depends on the class learns
+    learns = [n for n, p in new.named_parameters() if p.grad is not None and p.grad.any()]
+    assert any("label" in name or "modulation" in name for name in learns)

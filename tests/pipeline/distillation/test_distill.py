@@ -271,3 +271,14 @@ def test_every_block_of_the_teacher_has_its_own_solver(gaussian: Run, tmp_path: 
 def test_a_limit_of_time_is_that_of_the_student(gaussian: Run) -> None:
     config = student_config(gaussian, Distillation(), max_minutes=2.5)
     assert config.train.max_minutes == 2.5
+
+
+def test_a_resumed_distillation_takes_lower_iterations(tmp_path: Path) -> None:
+    accelerator = Accelerator()
+    config = tiny("train.iterations=2", "train.preview_every=0")
+    train(config, tmp_path / "t", accelerator, quiet, False, GaussianSource())
+    teacher, out = open_run(tmp_path / "t"), tmp_path / "s"
+    for count, until in ((8, 5), (6, None)):
+        config = student_config(teacher, Distillation(1), (f"train.iterations=[3,{count}]",))
+        distill(teacher, out, config, 1, accelerator, quiet, True, GaussianSource(), until)
+    assert [row.iterations for row in read_manifest(out).blocks] == [3, 6, 6]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from pipeline.cli import main
@@ -19,11 +20,15 @@ from pipeline.errors import UserError
 from pipeline.publishing.export import export
 from pipeline.runs.directory import read_config, read_manifest, write_manifest
 from pipeline.runs.manifest import ExportRecord
+from pipeline.runs.passes import splits
 from pipeline.runs.run import open_run
 from pipeline.runs.verify import verify
 from pipeline.sampling.image_files import write_grid
 from pipeline.storage import atomic, seal
+from pipeline.training.planner import next_pass
+from pipeline.training.train import train
 from tests.pipeline.drawing import images, plan_of, store_of
+from tests.pipeline.gaussian_source import GaussianSource, quiet, tiny
 from tests.pipeline.records import rewrite
 from tests.pipeline.tiny import World, say, write_autoencoder
 
@@ -288,3 +293,20 @@ def test_the_mean_of_a_killed_export_is_removed(run: Path, tmp_path: Path) -> No
     (out / "blocks" / "mean-00.safetensors").write_bytes(b"of an export in int2")
     export(plan_of(open_run(run)), out)
     assert files(out) == before
+
+
+def test_an_export_knows_the_parts_of_its_blocks(tmp_path: Path) -> None:
+    steps = ("train.iterations=1", "train.preview_every=0", "jko.h=[0.5]", "jko.refine=2")
+    for more in ((), ("jko.reparameterize=1",)):
+        train(tiny(*steps, *more), tmp_path, Accelerator(), quiet, True, GaussianSource())
+    manifest = read_manifest(tmp_path)
+    parts = splits(manifest.passes, manifest.number)
+    alone = replace(manifest.current, base=None, parts=parts)  # as `export` does
+    assert next_pass(read_config(tmp_path), (alone,)) is None
+
+
+def test_an_export_without_its_autoencoder_is_not_whole(run: Path, tmp_path: Path) -> None:
+    out = export(plan_of(open_run(run)), tmp_path / "out").folder
+    assert not verify(out)
+    (out / "autoencoder.safetensors").unlink()
+    assert [fault.path.name for fault in verify(out)] == ["autoencoder.safetensors"]

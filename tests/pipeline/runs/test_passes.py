@@ -11,11 +11,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from flows.networks.config import VelocityConfig
+from flows.refinement import split_block
 from flows.solving.solver import SolverConfig
+from flows.spec import BlockSpec, build_block
 from pipeline.errors import UserError
 from pipeline.runs.directory import read_manifest
 from pipeline.runs.passes import Pass, labels, spread, summarise
-from pipeline.runs.run import open_run
+from pipeline.runs.run import build_stored, open_run
 from pipeline.storage.shards.opening import open_store
 from pipeline.training.block_trainer import BlockTrainer, StepReport
 from pipeline.training.stages import stage_folder
@@ -216,3 +219,10 @@ def test_the_free_block_continues_the_free_block() -> None:
     plan = Pass("refine", [0.1] * 4, True, None, [], [], [], base=0, parts=2)
     parents = [plan.parent(index) for index in range(5)]
     assert parents == [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2), (2, 0, 1)]
+
+
+def test_a_small_part_of_many_networks_is_loaded() -> None:
+    config = VelocityConfig("mlp", width=16, depth=4, nets=16, autonomous=True)
+    spec = BlockSpec(config, SolverConfig(steps=16), h=1.0)
+    child, block = split_block(spec, build_block(spec, (2,)), 16)[3]
+    build_stored(child, (2,), block.state_dict(), Path("x"))

@@ -158,3 +158,12 @@ def test_a_lock_that_another_has_just_taken_over_is_put_back(folder: Path) -> No
     lock._remove(path, stale)
     assert json.loads(path.read_text())["pid"] == os.getppid()
     assert [each.name for each in folder.parent.iterdir() if each != folder] == [path.name]
+
+
+def test_a_lock_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    lock.lock_file(tmp_path / "a").mkdir()  # root can read any file
+    with (
+        pytest.raises(JkoflowError, match="is in use by another process for "),
+        lock.locked(tmp_path / "a", "the run at"),
+    ):
+        raise AssertionError("the lock was taken")

@@ -9,13 +9,14 @@ import torch
 from accelerate import Accelerator
 
 from flows.networks.condition import Condition
-from pipeline.runs.directory import read_manifest
+from pipeline.runs.directory import read_config, read_manifest
 from pipeline.runs.run import load_blocks
+from pipeline.storage import atomic
 from pipeline.storage.shards.opening import open_store
 from pipeline.training import stages
 from pipeline.training.stages import stage_folder
-from pipeline.training.train import train
-from tests.pipeline.gaussian_source import OBJECTIVES, quiet, tiny
+from pipeline.training.train import restore_stages, train
+from tests.pipeline.gaussian_source import OBJECTIVES, GaussianSource, quiet, tiny
 from tests.pipeline.labelled_source import LabelledSource
 
 SHORT = ("train.iterations=[4,2,3]", "train.batch_size=64", "velocity.classes=2")
@@ -95,3 +96,21 @@ def test_every_block_pushes_with_its_own_solver(tmp_path: Path) -> None:
     run(tmp_path, "sampler.steps=[1,3,2]")
     stored = [open_store(stage_folder(tmp_path, k), "stage") for k in (1, 2, 3)]
     assert [each.manifest["identity"]["solver"]["steps"] for each in stored] == [1, 3, 2]
+
+
+@pytest.mark.parametrize("change", ["train.seed=1", "train.batch_size=96"])
+def test_lost_stages_of_kept_blocks_are_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    monkeypatch.setattr(stages, "_LEAST", 100)
+    steps = ("train.iterations=10", "train.preview_every=0", "train.batch_size=64",
+             "jko.h=[0.1,0.3]", "schedule.free_block=true")  # fmt: skip
+    arguments = Accelerator(), quiet
+    train(tiny(*steps), tmp_path, *arguments, False, GaussianSource())
+    train(tiny(*steps, change), tmp_path, *arguments, True, GaussianSource(), add_blocks=1)
+    stage = tmp_path / "stages" / "stage-01"
+    sums = {path: atomic.sha256_file(path) for path in stage.glob("shard-*")}
+    (stage / "shard-00000.safetensors").unlink()
+    (stage / "manifest.json").unlink()
+    restore_stages(read_config(tmp_path), tmp_path, *arguments, GaussianSource())
+    assert {path: atomic.sha256_file(path) for path in sums} == sums
