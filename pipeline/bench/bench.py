@@ -95,8 +95,12 @@ class Bench:
         check_models(self.models)
         if self.seeds < 1:
             raise UserError(f"--seeds is {self.seeds}; expected at least 1")
-        if not all(0 < rate < math.inf for rate in self.rates):
-            raise UserError(f"--tune has {list(self.rates)}; expected positive learning rates")
+        positive = all(0 < rate < math.inf for rate in self.rates)
+        if not positive or len(set(self.rates)) != len(self.rates):
+            raise UserError(
+                f"--tune has {list(self.rates)}; expected positive learning rates, each of them "
+                "once"
+            )
         configs = {n: problem_config(self.suite, n, self.overrides, 0) for n in self.names}
         for name, config in configs.items():
             if config.jko is None and self.suite != "images":

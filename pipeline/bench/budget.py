@@ -48,8 +48,8 @@ class Budget:
         return cls(amount, unit)
 
     def __str__(self) -> str:
-        """Return the budget in words."""
-        return f"{self.amount:g} {self.unit}"
+        """Return the budget in words, which `parse` reads."""
+        return f"{self.amount:.15g} {self.unit}"
 
     def part(self, fraction: float) -> Budget:
         """Return a fraction of the budget, at least one batch."""

@@ -42,7 +42,8 @@ class Measured:
         mmd_1: squared MMD with a kernel of width 1; likewise.
         thresholds: of a two-sample test with either kernel at α = 0.05; likewise.
         failures: share of the generated samples whose inverse was not found.
-        inversion_error: median of ‖z_0 − T⁻¹(T(z_0))‖.
+        inversion_error: median of ‖z_0 − T⁻¹(T(z_0))‖; None if the inverse of half of the samples
+            or more diverges.
         nfe: network evaluations per generated sample.
         n: held-out samples of the likelihood.
         compare: samples that are generated.
@@ -56,7 +57,7 @@ class Measured:
     mmd_1: float | None
     thresholds: list[float] | None
     failures: float
-    inversion_error: float
+    inversion_error: float | None
     nfe: int
     n: int
     compare: int
@@ -98,7 +99,7 @@ def measure(
         mmd_1=None,
         thresholds=None,
         failures=0.0,
-        inversion_error=float(errors.median()),
+        inversion_error=_median(errors),
         nfe=0,
         n=len(nll),
         compare=count,
@@ -154,6 +155,12 @@ def _likelihoods(
         )
     probe_error = math.sqrt(sum(squares)) / len(nll) / problem.unit if squares else None
     return nll, torch.cat(errors), probe_error
+
+
+def _median(errors: Tensor) -> float | None:
+    """Return the median of inversion errors (n,), of which NaN is infinite; None if it is, too."""
+    median = float(errors.nan_to_num(nan=math.inf, posinf=math.inf).median())
+    return median if math.isfinite(median) else None
 
 
 def _decoded(model: DensityModel, noise: Tensor, size: int) -> Decoded:

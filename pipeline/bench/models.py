@@ -129,7 +129,9 @@ def blockwise_config(config: Config, name: str, width: int, batches: int) -> Con
     shares = [shares[min(index, len(shares) - 1)] for index in range(blocks)]
     batches //= passes
     iterations = [max(1, int(batches * share / sum(shares))) for share in shares]
-    iterations[0] += batches - sum(iterations)
+    iterations[0] += max(0, batches - sum(iterations))
+    while sum(iterations) > batches:  # one batch for each of many blocks is more than their share
+        iterations[iterations.index(max(iterations))] -= 1
     kind = cast(Objective, "fm" if name == "segments" else name)
     warmup = min(config.train.warmup, int(WARMUP * min(iterations)))
     train = dataclasses.replace(config.train, objective=kind, iterations=iterations, warmup=warmup)

@@ -52,6 +52,11 @@ CHOICES = {
     "tabular": TABLES,
     "images": tuple(packaged.available()),
 }
+#: settings of a configuration that an option of a benchmark sets
+_OPTIONS = {
+    "train.seed": "--seeds", "train.max_minutes": "--budget", "velocity.width": "--parameters",
+    "data.name": "--data",
+}  # fmt: skip
 #: held-out images that measure a likelihood, unless the caller chooses
 IMAGES_TEST = 1000
 _FLOAT = 4
@@ -128,8 +133,10 @@ def problem_config(suite: str, name: str, overrides: Sequence[str], seed: int) -
     Raises:
         UserError: the suite, the data set or a setting is unknown, or an option sets it.
     """
-    for key, option in (("train.seed", "--seeds"), ("train.max_minutes", "--budget")):
-        if any(each.partition("=")[0] == key for each in overrides):
+    for key, option in _OPTIONS.items():
+        if suite == "images" and key == "data.name":
+            continue  # the latents of other images are data, too
+        if any(each.partition("=")[0].strip() == key for each in overrides):
             raise UserError(f"{key} is set by {option} in a benchmark; remove it from --set")
     if suite not in SUITES:
         raise UserError(f"suite {suite!r} is unknown; choose one of {', '.join(SUITES)}")

@@ -245,11 +245,12 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
     for model in (name for name in FIXED_POINTS if any(row.model == name for row in rows)):
         known = [row.measured for row in rows if row.model == model and row.measured is not None]
         if known:
-            error = max(measured.inversion_error for measured in known)
+            errors = [e for measured in known if (e := measured.inversion_error) is not None]
+            median = f"is {max(errors):.1e}" if len(errors) == len(known) else "is not finite"
             lines.append(
                 f"* {TITLES[model]}: the inverse is a fixed point, found when its last iteration "
                 f"changes no coordinate by more than {FixedPoint().tolerance:g}; the median of "
-                f"‖z − T⁻¹(T(z))‖ is {error:.1e}."
+                f"‖z − T⁻¹(T(z))‖ {median}."
             )
     probes = [m.probe_error for row in rows if (m := row.measured) is not None and m.probe_error]
     if probes:

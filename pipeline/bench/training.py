@@ -38,8 +38,9 @@ from pipeline.errors import JkoflowError
 from pipeline.optim.ema import Ema
 from pipeline.optim.learning_rate import set_learning_rate, warmup_cosine
 from pipeline.optim.optimisers import MuonAdam, make_optimizer
-from pipeline.runs.directory import CONFIG, read_config, read_manifest
+from pipeline.runs.directory import CONFIG, checkpoint_file, read_config, read_manifest
 from pipeline.runs.manifest import FILE
+from pipeline.runs.passes import Pass
 from pipeline.runs.run import open_run
 from pipeline.runtime import signals
 from pipeline.runtime.console import Progress, say
@@ -152,7 +153,7 @@ class Training:
             batches = self._batches(name, width, problem)
             config = blockwise_config(problem.config, name, width, batches)
         known = read_manifest(folder).passes if (folder / FILE).is_file() else ()
-        spent = sum(row.seconds for each in known for row in each.blocks)
+        spent = sum(row.seconds for each in known for row in each.blocks) + _begun(folder, known)
         elapsed = self._train_run(config, folder, True, problem)
         run = open_run(folder)
         run.flow.to(self.accelerator.device)
@@ -300,6 +301,22 @@ class Training:
                 f"{size}; lower train.lr"
             )
         optimizer.step()
+
+
+def _begun(folder: Path, passes: Sequence[Pass]) -> float:
+    """Return the seconds of a block in training so far, which its checkpoint has.
+
+    Args:
+        folder: of the run.
+        passes: of its manifest, whose blocks are finished.
+    """
+    finished = {
+        folder / checkpoint_file(index, number)
+        for number, each in enumerate(passes)
+        for index in range(len(each.blocks))
+    }
+    begun = set((folder / checkpoint_file(0)).parent.glob("*.safetensors")) - finished
+    return sum(float(load_checkpoint(path)["seconds"]) for path in begun)
 
 
 def _averaged(model: DensityModel, average: Ema) -> DensityModel:

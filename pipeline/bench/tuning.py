@@ -109,7 +109,7 @@ def tune(
     """
     budget = training.budget.part(PART)
     short = dataclasses.replace(training, budget=budget)
-    begun = {rate: folder / _FOLDER / f"{model}-{rate:g}" for rate in rates}
+    begun = {rate: folder / _FOLDER / f"{model}-{problem.name}-{rate}" for rate in rates}
     values = [_nll(short, model, problem, rate, place) for rate, place in begun.items()]
     known = [(nll, rate) for nll, rate in zip(values, rates, strict=True) if nll is not None]
     if not known:

@@ -65,8 +65,9 @@ def plan_command(
         ("--utilisation", used, 1.0), ("--epochs", epochs, math.inf),
         ("--price-per-hour", price, math.inf),
     ):  # fmt: skip
-        if value is not None and not 0 < value <= most:
+        if value is not None and not (0 < value <= most and math.isfinite(value)):
             limit = " and at most 1" if most == 1 else ""
+            limit = limit if math.isfinite(value) else f" and a finite one{limit}"
             raise UserError(f"{name} is {value:g}; expected a value above 0{limit}; change it")
     if images is None:
         from pipeline.config.data import LATENTS

@@ -24,6 +24,8 @@ from pipeline.explore.explorer import Choice, Explorer
 from pipeline.storage import atomic
 
 _ANY, _UNKNOWN = "as in the data", "unknown"
+#: value of these two; a class may be called unknown, but no folder has this name
+NO_CLASS = "/"
 #: pictures leave room above for their labels and buttons
 _STYLE = """
 #samples, #inverted, #noise, #edited { padding-top: 2em }
@@ -145,7 +147,8 @@ def _build_samples(gradio: Any, page: _Page, app: Any) -> None:  # noqa: ANN401
         with gradio.Column(scale=1):
             controls = [
                 gradio.Dropdown(
-                    [_ANY, *names], value=_ANY, label="Class", visible=bool(names)
+                    [(_ANY, NO_CLASS), *names], value=NO_CLASS, label="Class",
+                    visible=bool(names),
                 ),
                 gradio.Slider(
                     0, max(_MOST_GUIDANCE, weight), weight, step=0.25, label="Guidance",
@@ -194,7 +197,7 @@ def _build_image(gradio: Any, page: _Page) -> None:  # noqa: ANN401
         with gradio.Column(scale=1):
             file = gradio.File(label="Image", elem_id="drop", height=160)
             label = gradio.Dropdown(
-                [_UNKNOWN, *names], value=_UNKNOWN, label="Class of the image",
+                [(_UNKNOWN, NO_CLASS), *names], value=NO_CLASS, label="Class of the image",
                 visible=bool(names), elem_id="label",
             )  # fmt: skip
             text = gradio.Markdown(elem_id="text")
@@ -282,7 +285,7 @@ class _Page:
         return f"{text.rstrip()}\n{added}"  # the page returns the text without its last line end
 
     def _label(self, name: str) -> int | None:
-        return None if name in (_ANY, _UNKNOWN) else self.explorer.classes.index(name)
+        return None if name == NO_CLASS else self.explorer.classes.index(name)
 
     def _choice(
         self,

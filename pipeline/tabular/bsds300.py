@@ -27,7 +27,16 @@ from pipeline.errors import UserError
 from pipeline.integrity.pictures import DAMAGE, open_picture
 from pipeline.integrity.reason import reason_of
 from pipeline.runtime.rng import generator
-from pipeline.tabular.table import ARCHIVE, SPLITS, Array, ArrayRows, Rows, Table, log_product
+from pipeline.tabular.table import (
+    ARCHIVE,
+    SPLITS,
+    Array,
+    ArrayRows,
+    Rows,
+    Table,
+    log_product,
+    require_variation,
+)
 
 FILE = "BSDS300/BSDS300.hdf5"
 #: patches of each split, as in the literature
@@ -176,6 +185,7 @@ def _from_hdf5(file: Path) -> Table:
                 f"{split} in {file} has the shape {values.shape}, or NaN; expected finite (n, 63)"
                 "; copy it again"
             )
+    require_variation(splits["train"][:_PART])
     scale = splits["train"][:_PART].std(axis=0)
     rows: dict[str, Rows] = {split: ArrayRows(v / scale) for split, v in splits.items()}
     counts = {split: len(values) for split, values in splits.items()}

@@ -24,6 +24,7 @@ from pipeline.tabular.table import (
     find_file,
     read_npy,
     read_text,
+    require_variation,
     split_rows,
 )
 
@@ -39,7 +40,7 @@ def load_gas(path: str | None) -> Table:
 
     Raises:
         UserError: the path is null, or the file is missing, damaged, a pickle, or of another
-            width.
+            width, or a sensor is constant.
     """
     file = find_file(path, NAMES, "GAS")
     if file.suffix == ".pickle":
@@ -61,10 +62,15 @@ def load_gas(path: str | None) -> Table:
 
 
 def preprocess(values: Array) -> Array:
-    """Leave out columns and standardise rows (n, 19), as steps 1 to 3 say: (n, D)."""
+    """Leave out columns and standardise rows (n, 19), as steps 1 to 3 say: (n, D).
+
+    Raises:
+        UserError: a sensor is constant.
+    """
     values = values[:, 3:]
+    require_variation(values)
     while True:
-        high = np.corrcoef(values, rowvar=False) > _CORRELATED
+        high = np.atleast_2d(np.corrcoef(values, rowvar=False)) > _CORRELATED
         several = np.nonzero(high.sum(axis=1) > 1)[0]
         if not len(several):
             break

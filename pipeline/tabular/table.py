@@ -102,10 +102,29 @@ def split_rows(values: Array) -> dict[str, Array]:
 
 
 def standardise(splits: Mapping[str, Array]) -> dict[str, Rows]:
-    """Standardise splits (n, D) by mean and std of the training and validation rows together."""
+    """Standardise splits (n, D) by mean and std of the training and validation rows together.
+
+    Raises:
+        UserError: a column is constant.
+    """
     known = np.concatenate([splits["train"], splits["validation"]])
+    require_variation(known)
     mean, std = known.mean(axis=0), known.std(axis=0)
     return {name: ArrayRows((rows - mean) / std) for name, rows in splits.items()}
+
+
+def require_variation(rows: Array) -> None:
+    """Check that every column of rows (n, D) varies, so that it can be divided by its deviation.
+
+    Raises:
+        UserError: one is constant.
+    """
+    constant = np.flatnonzero(np.ptp(rows, axis=0) == 0)
+    if len(constant):
+        raise UserError(
+            f"column {int(constant[0])} of {rows.shape[1]} is constant in {len(rows):,} rows; "
+            "expected varying columns, which have a density; give the whole file of this data set"
+        )
 
 
 def check_values(values: Array, columns: int, path: Path) -> Array:

@@ -43,7 +43,8 @@ class Whitening:
             UserError: the covariance has no inverse.
         """
         values = rows.double()
-        variances, axes = torch.linalg.eigh(torch.cov(values.T).reshape(2 * values.shape[1:]))
+        covariance = torch.cov(values.T, correction=min(1, len(values) - 1))  # 0 of a single row
+        variances, axes = torch.linalg.eigh(covariance.reshape(2 * values.shape[1:]))
         if float(variances[0]) <= _LEAST * float(variances[-1]):
             raise UserError(
                 f"the covariance of {len(rows):,} rows of {name} has no inverse (variances "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -29,16 +30,20 @@ from pipeline.bench.models import (
     AUTOREGRESSIVE,
     BLOCKWISE,
     TITLES,
+    blockwise_config,
 )
 from pipeline.bench.problem import HeldOut, open_problem, problem_config
 from pipeline.bench.results import Row
+from pipeline.bench.training import Training
 from pipeline.cli.main import app
 from pipeline.errors import JkoflowError, UserError
 from pipeline.runs import verify
 from pipeline.runs.run import open_run
 from pipeline.runtime import signals
+from pipeline.runtime.console import no_progress
 from pipeline.storage import atomic
 from pipeline.storage.records import to_json
+from pipeline.training.train import train
 
 TINY = (
     "points.train=300", "train.batch_size=50", "jko.h=[0.5]", "velocity.depth=1",
@@ -173,6 +178,20 @@ def test_an_interrupted_training_by_blocks_goes_on(finished, tmp_path, monkeypat
     assert rows[0].measured == finished[1][0].measured
 
 
+def test_seconds_of_a_checkpoint_are_not_taken_from_the_overhead(tmp_path) -> None:
+    """The rest of a call is its seconds without those of its own optimiser steps."""
+    problem = open_problem(problem_config("toy2d", "8gaussians", TINY, 0), FEW)
+    config, clock = blockwise_config(problem.config, "jko", 8, 4), itertools.count()
+    accelerator, folder = Accelerator(cpu=True), tmp_path / "training"
+    train(
+        config, folder, accelerator, no_progress, True, problem.source, until=1,
+        clock=lambda: 1000.0 * next(clock),
+    )  # fmt: skip
+    training = Training(Budget(4, "batches"), 600, accelerator, no_progress)
+    trained = training.train("jko", problem, folder, lambda _: None)
+    assert trained.seconds >= 1000 and trained.overhead > 0
+
+
 def stopped(bench: Bench, folder, monkeypatch, after: int) -> None:
     """Run a benchmark that gets SIGTERM in a step of a baseline."""
     step, steps = bench_module.Training._step, []
@@ -277,6 +296,8 @@ def test_bad_budgets_are_one_sentence(text: str, words: str) -> None:
 def test_budgets_have_two_units() -> None:
     assert Budget.parse("1.5 seconds") == Budget(1.5, "seconds")
     assert str(Budget.parse("2000b")) == "2000 batches"
+    for text in ("1234567 batches", "1000000 batches", "1.5 seconds", "60 seconds"):
+        assert str(Budget.parse(text)) == text  # bench.json keeps it, and a repair reads it
     assert Budget(10, "batches").spent(5, 99.0) == 0.5
     assert Budget(10, "seconds").spent(5, 2.5) == 0.25
 
@@ -294,6 +315,8 @@ def test_mistakes_are_one_sentence_and_leave_rows(finished, tmp_path) -> None:
         (tiny("jko", overrides=(*TINY, "train.objective=fm")), "expected jko|applies to"),
         (tiny("jko", overrides=(*TINY, "train.seed=7")), "train.seed is set by --seeds"),
         (tiny("jko", overrides=(*TINY, "train.max_minutes=1")), "max_minutes is set by --budget"),
+        (tiny("jko", overrides=(*TINY, "velocity.width=9")), "width is set by --parameters"),
+        (tiny("jko", overrides=(*TINY, "data.name=rose")), "data.name is set by --data"),
     ]
     for bench, words in cases:
         with pytest.raises(UserError, match=words):

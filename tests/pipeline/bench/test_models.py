@@ -49,6 +49,14 @@ def test_batches_are_split_over_blocks() -> None:
         blockwise_config(with_values(config, {"jko.refine": 2}), "jko", 8, 400)
 
 
+@pytest.mark.parametrize("shares", [[100, 100, 100, 20000], [1, 1000], [1, 1, 1000], [9, 9, 1]])
+def test_every_block_has_a_batch_however_small_its_share(shares) -> None:
+    config = problem_config("toy2d", "rose", [f"train.iterations={shares}"], 0)
+    for batches in (4, 5, 6, 32, 1000):
+        iterations = blockwise_config(config, "jko", 8, batches).train.iterations
+        assert min(iterations) >= 1 and sum(iterations) == batches
+
+
 @pytest.mark.parametrize(("seconds", "calls"), [(0.01, [8, 300]), (0.5, [8])])
 def test_seconds_of_a_batch_come_from_enough_batches(monkeypatch, seconds, calls) -> None:
     training = Training(Budget(100, "seconds"), 600, Accelerator(), lambda items, **_: items)

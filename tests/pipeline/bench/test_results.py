@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 import math
 
 import pytest
@@ -25,6 +26,8 @@ from pipeline.bench.problem import HeldOut, open_problem, problem_config
 from pipeline.bench.results import Row, markdown, table_csv
 from pipeline.evaluation.likelihood import PROBES, summarise
 from pipeline.runtime.rng import generator
+from pipeline.storage.atomic import json_bytes
+from pipeline.storage.records import from_json, to_json
 from tests.flows.problems import fresh_flow
 from tests.pipeline.bench.test_bench import CPU, FEW, TINY
 
@@ -88,6 +91,23 @@ def test_samples_without_an_inverse_are_counted_and_left_out(monkeypatch) -> Non
     text = markdown([row("iresnet", 0, 1.0, measured=measured)], [])
     assert "i-ResNet, seed 0: the inverse of 100.00% of 40 samples was not found" in text
     assert "changes no coordinate by more than 1e-05; the median of ‖z − T⁻¹(T(z))‖ is" in text
+
+
+def test_a_diverged_inverse_is_an_infinite_error(monkeypatch) -> None:
+    problem = open_problem(problem_config("toy2d", "gaussian", TINY, 0), FEW)
+    model = Ignn(IgnnConfig(VelocityConfig("mlp", 8, 1, autonomous=True), 1), 2)
+    result = model.log_prob(problem.test)
+    for diverged, known in ((1, True), (len(problem.test), False)):
+        errors = torch.full_like(result.inversion_error, 0.5)
+        errors[:diverged] = torch.nan
+        given = dataclasses.replace(result, inversion_error=errors)
+        monkeypatch.setattr(model, "log_prob", lambda *_, given=given: given)
+        measured, _ = measure(model, problem, CPU)
+        assert measured.inversion_error == (0.5 if known else None)
+        again = from_json(Measured, json.loads(json_bytes(to_json(measured))), "row.json")
+        assert again == measured
+        text = markdown([row("ignn", 0, 1.0, measured=measured)], [])
+        assert f"‖z − T⁻¹(T(z))‖ {'is 5.0e-01' if known else 'is not finite'}." in text
 
 
 def row(model: str, seed: int, nll: float, **changes) -> Row:

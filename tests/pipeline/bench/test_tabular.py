@@ -87,6 +87,8 @@ def test_whitening_has_unit_covariance_and_an_inverse() -> None:
     line = rows[:, :1].repeat(1, 2)
     with pytest.raises(UserError, match="covariance of 3,000 rows of rows has no inverse"):
         Whitening.fit(line, "rows")
+    with pytest.raises(UserError, match="covariance of 1 rows of rows has no inverse"):
+        Whitening.fit(rows[:1], "rows")
 
 
 def test_the_identity_on_whitened_rows_is_the_normal_distribution(tmp_path) -> None:

