@@ -208,6 +208,14 @@ class Table:
             return index >= 0 and self._is_binary(kind.field(index).type)
         return self._is_binary(kind)
 
+    def has_classes(self, column: str) -> bool:
+        """Return whether a column can hold classes: integers, true and false, or texts."""
+        types, kind = _pyarrow().types, self.schema.field(column).type
+        if types.is_dictionary(kind):
+            kind = kind.value_type
+        fitting = (types.is_integer, types.is_boolean, types.is_string, types.is_large_string)
+        return any(fits(kind) for fits in fitting)
+
     def _is_binary(self, kind: Any) -> bool:  # noqa: ANN401 - pyarrow is untyped
         """Return whether a type is that of bytes."""
         types = _pyarrow().types

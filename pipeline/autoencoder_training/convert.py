@@ -46,16 +46,16 @@ def convert_checkpoint(
     """
     if out.suffix != ".safetensors":
         raise UserError(f"the output is named {out.name}; expected *.safetensors")
-    if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
-        raise UserError(f"the output {out} is the checkpoint; choose another name")
+    _require_another(out, checkpoint)
     if checkpoint.is_dir():
         if description is not None or averaged:
             raise UserError(
                 f"{checkpoint} is a folder of diffusers, which describes itself and has one set "
                 "of weights; remove --yaml and --averaged"
             )
-        model = diffusers_layout.load_folder(checkpoint, image_shape)
         folder = diffusers_layout.find_folder(checkpoint)
+        _require_another(out, folder / diffusers_layout.WEIGHTS)
+        model = diffusers_layout.load_folder(checkpoint, image_shape)
         checkpoint, description = (
             folder / diffusers_layout.WEIGHTS, folder / diffusers_layout.CONFIG
         )
@@ -83,3 +83,9 @@ def convert_checkpoint(
     if not half and written.fingerprint != model.fingerprint:
         raise JkoflowError(f"{out} holds other weights than were written; check the disk")
     return Conversion(out, digest, origin, written)
+
+
+def _require_another(out: Path, checkpoint: Path) -> None:
+    """Raise UserError if the output would replace the checkpoint."""
+    if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
+        raise UserError(f"the output {out} is the checkpoint; choose another name")

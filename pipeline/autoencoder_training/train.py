@@ -7,6 +7,7 @@ import shlex
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -55,11 +56,12 @@ def train_autoencoder(
     """Train an autoencoder on a data set; return the path of its weights.
 
     The folder gets weights, checkpoint, log, configuration and picture. `resume` continues the
-    training of the same configuration there.
+    training of the same configuration there, on the same images, which may lie elsewhere now.
 
     Raises:
         UserError: the images have another shape than the initial weights take, the initial weights
-            do not exist, or the folder has a training that cannot be continued.
+            do not exist, or the folder has a training that cannot be continued, such as one on
+            other images.
         JkoflowError: the training diverged.
     """
     images = load_images(config.data)
@@ -68,8 +70,9 @@ def train_autoencoder(
     policy = ResumePolicy(
         resume,
         f"jkoflow autoencoder train --config {shlex.quote(str(folder / CONFIG))} --out",
-        changes=(),
+        changes=("moved",),
         noun="training",
+        verify=lambda: _require_known_images(folder, images),
     )
     RunDirectory.open_or_create(folder, config, policy, accelerator)
     images = with_random_access(images, accelerator, progress)
@@ -114,6 +117,7 @@ def _optimise(
     checkpoint, began, before = folder / _CHECKPOINT, time.monotonic(), 0.0
     if checkpoint.is_file():
         state = load_checkpoint(checkpoint)
+        _require_same_images(state, images)
         trainer.load_state(state["trainer"])
         before = state["seconds"]
     batches = Batches(len(images), recipe.batch_size, recipe.seed, "autoencoder")
@@ -124,7 +128,7 @@ def _optimise(
         if accelerator.is_main_process:
             seconds = before + time.monotonic() - began
             state = {"trainer": trainer.state(), "seconds": seconds, "log": log.state()}
-            save_checkpoint(checkpoint, state)
+            save_checkpoint(checkpoint, {**state, "images": images.fingerprint})
 
     log = open_log(folder, config, recipe.trackers, accelerator)
     with log, signals.deferred():
@@ -157,6 +161,21 @@ def _optimise(
         save(log)
         seconds = round(before + time.monotonic() - began, 1)
         log.write({"block": 0, "step": trainer.done, "event": "finished", "seconds": seconds})
+
+
+def _require_known_images(folder: Path, images: ImageSet) -> None:
+    """Raise UserError if the checkpoint of a folder, where there is one, is not of the images."""
+    if (folder / _CHECKPOINT).is_file():
+        _require_same_images({"images": "", **load_checkpoint(folder / _CHECKPOINT)}, images)
+
+
+def _require_same_images(state: dict[str, Any], images: ImageSet) -> None:
+    """Raise UserError if a checkpoint is of other images; those of earlier versions name none."""
+    if state.get("images", images.fingerprint) != images.fingerprint:
+        raise UserError(
+            f"the images of {images.name} are not those that the training was started with; "
+            "expected the same files; put them back, or train elsewhere with --out"
+        )
 
 
 def _initial_weights(name_or_path: str | None) -> TamingAutoencoder | None:

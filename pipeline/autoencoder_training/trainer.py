@@ -92,7 +92,9 @@ class AutoencoderTrainer:
 
     @property
     def untrained(self) -> set[str]:
-        """Names of the tensors that the training leaves unchanged (`decoder_only`)."""
+        """Names of the tensors that the training leaves unchanged: all without any step."""
+        if not self.recipe.iterations:
+            return set(self.model.state_dict())
         if not self.recipe.decoder_only:
             return set()
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}

@@ -81,13 +81,7 @@ def build(schema: type[S], entries: Entries) -> S:
         UserError: an unknown key, a wrong value, or a section that does not apply.
     """
     load_plugins()
-    known, last = keys(schema), dict[str, Entry]()
-    sections = {name.rpartition(".")[0] for name in known} - {""}
-    for name, entry in entries:
-        if name in sections and entry.value in (None, {}):  # forgets what was set in it so far
-            last = {key: kept for key, kept in last.items() if not key.startswith(f"{name}.")}
-            continue
-        last[name] = entry
+    known, last = keys(schema), latest(schema, entries)
     values: dict[str, Any] = {}
     for name, entry in last.items():
         if name not in known:
@@ -106,6 +100,18 @@ def build(schema: type[S], entries: Entries) -> S:
         return make(schema, "", values)
     except ValueError as error:  # of the dataclasses themselves
         raise UserError(str(error)) from error
+
+
+def latest(schema: type, entries: Entries) -> dict[str, Entry]:
+    """Return the last value of each key; an empty section forgets what was set in it so far."""
+    sections = {name.rpartition(".")[0] for name in keys(schema)} - {""}
+    last: dict[str, Entry] = {}
+    for name, entry in entries:
+        if name in sections and entry.value in (None, {}):
+            last = {key: kept for key, kept in last.items() if not key.startswith(f"{name}.")}
+            continue
+        last[name] = entry
+    return last
 
 
 def _takes_text(kind: object) -> bool:
@@ -136,7 +142,7 @@ def _refuse_other_sections(values: dict[str, Any], given: dict[str, Entry]) -> N
 
 def _unknown(schema: type, name: str) -> str:
     """Why a key is not known, and what is."""
-    moved = replacement(name)
+    moved = replacement(name, fields_of(schema))
     if moved is not None:
         return f"{name} {moved}"
     parent, _, last = name.rpartition(".")

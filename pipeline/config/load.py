@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.config import packaged
-from pipeline.config.entries import Entries, build, file_entries, set_entries
+from pipeline.config.entries import Entries, build, file_entries, latest, set_entries
 from pipeline.config.plain import to_dict, with_values
 from pipeline.config.rules.applies import InapplicableError, check_applicable
 from pipeline.config.schema import Config
@@ -51,7 +51,7 @@ def load(schema: type[S], name_or_path: str, overrides: Sequence[str], folder: s
     values = read_yaml(packaged.find(name_or_path, folder))
     file, given = file_entries(values, f"config {name_or_path}"), set_entries(overrides)
     config = _resolve(schema, file, given)
-    if isinstance(config, Config) and all(name != AUTONOMOUS for name, _ in [*file, *given]):
+    if isinstance(config, Config) and AUTONOMOUS not in latest(schema, [*file, *given]):
         return with_values(config, {AUTONOMOUS: config.train.objective == "jko"})
     return config
 

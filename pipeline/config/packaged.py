@@ -16,6 +16,8 @@ VERBS = {
     TOY2D: "jkoflow toy2d",
     TABULAR: "jkoflow bench tabular",
 }
+#: beginnings of sections that autoencoders alone have
+_SECTIONS = ("architecture:", "training:")
 ROOT = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -60,9 +62,9 @@ def folder_of(name: str) -> str | None:
 
 
 def kind_of(path: Path) -> str:
-    """Return the kind of a file that is not packaged: autoencoders have a section training."""
+    """Return the kind of a file that is not packaged, by the sections of autoencoders."""
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    return AUTOENCODERS if any(line.startswith("training:") for line in lines) else FLOWS
+    return AUTOENCODERS if any(line.startswith(_SECTIONS) for line in lines) else FLOWS
 
 
 def summary(name: str, folder: str) -> str:

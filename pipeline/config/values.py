@@ -45,7 +45,7 @@ def convert(key: Key, value: object) -> Any:  # noqa: ANN401
     """Convert a plain value to the type of a key, and check its bounds.
 
     Raises:
-        UserError: another type, or a value out of bounds.
+        UserError: another type, a value out of bounds, or no value of any block.
     """
     try:
         converted = _convert(value, key.kind)
@@ -53,6 +53,8 @@ def convert(key: Key, value: object) -> Any:  # noqa: ANN401
         raise UserError(
             f"{key.name} is {value!r}; expected {type_name(key.kind)}; change the value"
         ) from None
+    if converted == [] and str in options(key.kind):
+        raise UserError(f"{key.name} is []; expected at least one value; change the value")
     check_bounds(key.name, converted, key.metadata)
     return converted
 

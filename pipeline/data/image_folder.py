@@ -92,6 +92,9 @@ def image_set_of_files(
     classes = _class_names(names)
     count, extra = apply_limit(len(names), limit)
     names = names[:count]
+    own = _class_names(names)
+    if own is not None and (classes is None or classes[: len(own)] != own):
+        extra["classes"] = classes  # images beyond the limit number those within it
     records = hashes(names)
     files = [[n, f["size"], f["sha256"]] for n, f in zip(names, records, strict=True)]
     preprocessing = {"size": size, "mode": mode, "how": _PREPROCESSING}
@@ -118,9 +121,10 @@ def read_pictures(paths: Sequence[Path], shape: tuple[int, int, int]) -> np.ndar
     files: list[str] = []
     for path in paths:
         path = Path(path).expanduser()
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS) if (
-            path.is_dir()
-        ) else [path]  # fmt: skip
+        inside = [path]
+        if path.is_dir():
+            shown = (p for p in path.iterdir() if not p.name.startswith("."))
+            inside = sorted(p for p in shown if p.suffix.lower() in ENDINGS)
         if not inside:
             raise UserError(f"{path} has no images; expected files such as .png or .jpg")
         if not path.exists():
@@ -161,12 +165,14 @@ def _list_images(folder: Path) -> list[str]:
     """Return the sorted relative paths of all images below a folder, without hidden files."""
     names = []
     for subfolder, subfolders, files in os.walk(folder, followlinks=True):
-        real, parent = (os.path.realpath(each) for each in (subfolder, os.path.dirname(subfolder)))
-        if os.path.islink(subfolder) and f"{parent}{os.sep}".startswith(f"{real}{os.sep}"):
-            subfolders[:] = []  # a link to a parent folder
-            continue
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         relative = Path(subfolder).relative_to(folder)
+        if os.path.islink(subfolder):
+            above = [os.path.realpath(folder / parent) for parent in relative.parents]
+            inside = f"{os.path.realpath(subfolder)}{os.sep}"
+            if any(f"{real}{os.sep}".startswith(inside) for real in above):
+                subfolders[:] = []  # a link to a folder on the way to it
+                continue
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in files:
             if name.lower().endswith(ENDINGS) and not name.startswith("."):
                 if os.path.isfile(os.path.join(subfolder, name)):  # not a FIFO or a device
@@ -249,4 +255,4 @@ def to_8_bit(image: Image.Image, mode: str) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
         return image.convert("RGB").convert(mode)
     # A palette is converted to colours first, so that grey values are those of the colours.
-    return (image.convert("RGB") if image.mode in ("P", "CMYK") else image).convert(mode)
+    return (image.convert("RGB") if image.mode in ("P", "CMYK", "LAB") else image).convert(mode)

@@ -38,6 +38,8 @@ def write_images(images: Tensor, labels: Tensor | None) -> Path:
             f"the images are {images.dtype} {tuple(images.shape)}; expected uint8 (n, C, H, W) "
             "with 1 or 3 channels; convert them"
         )
+    if not images.numel():
+        raise UserError(f"the images have the shape {tuple(images.shape)}; expected some images")
     images = images.detach().cpu()
     arrays = {"arr_0": images.permute(0, 2, 3, 1).contiguous().numpy()}
     checked = check_own_labels(labels, len(images))
@@ -68,6 +70,8 @@ def read_images(path: Path, split: str, limit: int | None) -> ImageSet:
             f"arr_0 of {path} is {pixels.dtype} {pixels.shape}; expected uint8 (n, H, W, C) with "
             "1 or 3 channels; convert it"
         )
+    if not pixels.size:
+        raise UserError(f"arr_0 of {path} has the shape {pixels.shape}; expected some images")
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     if labels is not None and labels.dtype.kind not in "iu":
         raise UserError(f"labels of {path} are {labels.dtype}; expected whole numbers from 0")

@@ -49,8 +49,8 @@ def _any_data(*names: str) -> Condition:
     return lambda c: bool({c.data.name, *(n.split("/")[0] for n in c.data.also)} & set(names))
 
 
-def _not_latents(config: Config) -> bool:
-    return config.data.name != LATENTS
+def _of_images(config: Config) -> bool:
+    return config.data.name in IMAGE_SETS and config.data.name != LATENTS
 
 
 #: kinds of networks that have a width
@@ -61,9 +61,10 @@ APPLIES: tuple[tuple[str, Condition, str], ...] = (
     ("data.size", _any_data(*_FOLDERS), "data.name=folder, hf or webdataset"),
     ("data.mode", _any_data(*_FOLDERS), "data.name=folder, hf or webdataset"),
     ("data.columns", _any_data("hf"), "data.name=hf"),
-    ("data.limit", _not_latents, "any data.name but latents"),
-    ("data.also", _not_latents, "any data.name but latents"),
-    ("latents.mirror", _not_latents, "any data.name but latents"),
+    ("data.limit", lambda c: _of_images(c) or c.data.name in TABLES,
+     "data.name of images or of a table"),
+    ("data.also", _of_images, "data.name of images"),
+    ("latents.mirror", _of_images, "data.name of images"),
     (
         "data.path",
         lambda c: (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 _BLOCK_LIST = ", which may be a list of one value per block"
 
 #: old key → its new place
@@ -89,9 +91,13 @@ GONE = {
 }
 
 
-def replacement(key: str) -> str | None:
-    """Return the rest of a sentence on an old key, after `KEY `; None for a key never known."""
+def replacement(key: str, sections: Collection[str] = ()) -> str | None:
+    """Return the rest of a sentence on an old key, after `KEY `; None for a key never known.
+
+    An unknown key of one of the sections that are there is no key of an old section.
+    """
     if key in MOVED:
         return f"is now {MOVED[key]}; rename it"
-    reason = GONE.get(key) or GONE.get(f"{key.partition('.')[0]}.*")
+    section = key.partition(".")[0]
+    reason = GONE.get(key) or (None if section in sections else GONE.get(f"{section}.*"))
     return None if reason is None else f"is no setting here: {reason}; remove it"

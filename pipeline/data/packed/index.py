@@ -16,7 +16,7 @@ from typing import Any
 from eval.sets.tables import SUFFIXES
 from pipeline.config.data import DataConfig
 from pipeline.data.image_folder import ENDINGS
-from pipeline.data.packed.places import Place
+from pipeline.data.packed.places import Place, split_folder
 from pipeline.data.packed.tables import place_of_tables, table_places
 from pipeline.data.packed.tar_shards import tar_places
 from pipeline.errors import UserError
@@ -55,7 +55,7 @@ def index(data: DataConfig) -> tuple[str, list[Place]]:
         for name, info in files.items()
     ]
     where = url if is_url(url) else os.path.abspath(url)
-    identity = {"format": 2, "name": data.name, "url": where, "files": facts}
+    identity = {"format": 3, "name": data.name, "url": where, "files": facts}
     if data.name == "hf":
         identity["columns"] = data.columns
     path = data_root() / "packed" / f"{content_key(identity)}.json"
@@ -121,7 +121,8 @@ def _file_places(system: Any, files: dict[str, dict[str, Any]]) -> Iterator[Plac
     def place(name: str) -> Place:
         path, size = files[name]["name"], files[name]["size"]
         require_size(size, path)
-        return Place(name, path, 0, size, hashlib.sha256(system.cat_file(path)).hexdigest())
+        sha256 = hashlib.sha256(system.cat_file(path)).hexdigest()
+        return Place(name, path, 0, size, sha256, split_folder(name))
 
     with ThreadPoolExecutor(THREADS) as pool:
         yield from pool.map(place, files)

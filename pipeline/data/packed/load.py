@@ -59,7 +59,7 @@ def load_pictures(data: DataConfig, split: str) -> ImageSet:
     url, places = index(data)
     chosen = choose_split(str(data.path), split_names(places), split)
     prefix = f"{chosen}/" if chosen else ""
-    inside = {p.name.removeprefix(prefix): p for p in places if p.name.startswith(prefix)}
+    inside = {p.name.removeprefix(prefix): p for p in places if p.split == chosen}
 
     def pixels(names: tuple[str, ...], classes: tuple[str, ...] | None) -> FolderPixels:
         rows, size = tuple(inside[name] for name in names), data.size or 0

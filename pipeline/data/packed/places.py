@@ -22,6 +22,7 @@ class Place(NamedTuple):
         offset: of its first byte.
         size: in bytes.
         sha256: of its content.
+        split: that it belongs to; empty if it belongs to none.
     """
 
     name: str
@@ -29,11 +30,18 @@ class Place(NamedTuple):
     offset: int
     size: int
     sha256: str
+    split: str = ""
 
 
 def split_names(places: list[Place]) -> set[str]:
-    """Return the names of the splits among the first folders of images."""
-    return {place.name.split("/")[0] for place in places if "/" in place.name} & set(_FOLDERS)
+    """Return the names of the splits that images belong to."""
+    return {place.split for place in places} - {""}
+
+
+def split_folder(name: str) -> str:
+    """Return the first folder of a relative path if it is that of a split; else an empty text."""
+    folder, slash, _ = name.partition("/")
+    return folder if slash and folder in _FOLDERS else ""
 
 
 def relative_name(name: str) -> PurePosixPath:

@@ -89,7 +89,7 @@ def table_places(
             own = relative_name(folder + own).as_posix()
             sha256 = hashlib.sha256(content).hexdigest()
             own = f"{split}/{own}" if split else own
-            yield Place(own, str(info["name"]), row, len(content), sha256)
+            yield Place(own, str(info["name"]), row, len(content), sha256, split)
 
 
 def open_table(system: Any, file: str) -> Table:  # noqa: ANN401 - untyped library
@@ -199,7 +199,8 @@ def _columns(table: Table, columns: list[str]) -> tuple[str, str | None]:
     """Return the column of images, and that of classes or None."""
     column = choose_column(table.file, table, columns[0] if columns else None)
     known = table.columns
-    label = columns[1] if len(columns) > 1 else next((k for k in _LABELS if k in known), None)
+    usual = (k for k in _LABELS if k in known and table.has_classes(k))
+    label = columns[1] if len(columns) > 1 else next(usual, None)
     if label is not None:
         table.require_column(label)
     return column, label

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from typing import IO, Any
 
 from pipeline.data.image_folder import ENDINGS
-from pipeline.data.packed.places import Place, class_name, relative_name, split_of
+from pipeline.data.packed.places import Place, class_name, relative_name, split_folder, split_of
 from pipeline.errors import UserError
 from pipeline.integrity.limits import require_size
 from pipeline.integrity.reason import reason_of
@@ -36,7 +37,9 @@ def tar_places(system: Any, files: dict[str, dict[str, Any]]) -> Iterator[Place]
                     own = relative_name(f"{folder}{key}{ending}").as_posix()
                     sha256 = hashlib.sha256(content).hexdigest()
                     own = f"{split}/{own}" if split else own
-                    yield Place(own, file, offsets[ending], len(content), sha256)
+                    # a class may be called train
+                    part = split or ("" if folder else split_folder(own))
+                    yield Place(own, file, offsets[ending], len(content), sha256, part)
                 if info["size"] < archive.offset + tarfile.BLOCKSIZE:
                     raise EOFError("it ends without the block of zeros of a whole one")
         except (tarfile.TarError, EOFError) as error:
@@ -70,7 +73,7 @@ def _tar_label(parts: dict[str, bytes]) -> str | None:
     """Return the class of a sample: its `.cls`, or the entry `label` of its `.json`."""
     if ".cls" in parts:
         text = parts[".cls"].decode(errors="replace").strip()
-        return class_name(int(text) if text.isdigit() else text, None)
+        return class_name(int(text) if re.fullmatch("-?[0-9]+", text) else text, None)
     try:
         content = json.loads(parts.get(".json", b"null"))
     except (ValueError, RecursionError):

@@ -191,6 +191,28 @@ def test_another_configuration_is_not_continued(
     assert (out / WEIGHTS).read_bytes() == weights
 
 
+def test_a_training_continues_on_the_same_images_alone(
+    capsys: pytest.CaptureFixture[str], world: World
+) -> None:
+    config, out = recipe_of(world, iterations=1, adversarial_weight=0.0), world.root / "ae"
+    first, moved = world.root / "first", world.root / "moved"
+    write_pictures(first, 10, seed=3)
+    words = ["autoencoder", "train", "--config", config, "--out", out, "--set"]
+    assert say(capsys, *words, f"data.path={first}")[0] == 0
+    weights = (out / WEIGHTS).read_bytes()
+    first.rename(moved)
+    assert say(capsys, *words, f"data.path={moved}", "--resume")[0] == 0
+    assert (out / WEIGHTS).read_bytes() == weights
+    assert f"path: {moved}" in (out / "config.yaml").read_text()
+    other = write_pictures(world.root / "other", 10, seed=4)
+    code, _, last = say(capsys, *words, f"data.path={other}", "--resume")
+    assert code == 2 and "are not those that the training at" in last
+    next(moved.rglob("*.png")).unlink()
+    code, _, last = say(capsys, *words, f"data.path={moved}", "--resume")
+    assert code == 2 and "are not those that the training was started with" in last
+    assert (out / WEIGHTS).read_bytes() == weights
+
+
 def test_killed_before_its_environment_was_written(world: World) -> None:
     config, out = recipe_of(world, iterations=1, adversarial_weight=0.0), world.root / "ae"
     arguments = ["autoencoder", "train", "--config", config, "--out", out]
@@ -251,7 +273,8 @@ def test_without_steps_only_the_mask_is_measured(
         part.data.mul_(0.1)  # with less detail than any picture
     for part in before.quant_conv.parameters():
         part.data[[0, before.config.embed_dim]] = 0.0  # a channel without information
-    atomic.write_tensors(dull, *to_tensors(before))
+    before.encoder.conv_in.weight.data.add_(1e-6)  # no half precision holds it
+    atomic.write_tensors(dull, *to_tensors(before, torch.float32))
     before = load_weights(dull)
     # a channel that a training would remove is kept, too
     recipe = recipe_of(world, iterations=0, start=str(dull), sharpen=True)

@@ -126,6 +126,11 @@ def test_a_folder_of_diffusers_needs_no_yaml(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(UserError, match="describes itself .* remove --yaml"):
         convert_checkpoint(tmp_path / "sd-vae", out, tmp_path / "sd-vae" / "config.json")
+    own = tmp_path / "sd-vae" / "diffusion_pytorch_model.safetensors"
+    before = own.read_bytes()
+    with pytest.raises(UserError, match="is the checkpoint; choose another name"):
+        convert_checkpoint(tmp_path / "sd-vae", own, None, (3, 64, 64))
+    assert own.read_bytes() == before
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from tests.pipeline.config.files import write
         ("=3", r"section\.key=value"),
         ("train.iterations=[1,a]", r"train\.iterations is \[1, 'a'\]; expected"),
         ("jko.h=[[0.5]]", r"jko\.h is \[\[0\.5\]\]; expected list of float or null"),
+        ("sampler.method=[]", r"sampler\.method is \[\]; expected at least one value"),
         ("data.also=mnist", r"data\.also is 'mnist'; expected list of text"),
         ("train.precision=fp8", r"train\.precision is 'fp8'; expected fp32 or bf16"),
         ("data.also=[mnist/test", r"its value is not readable YAML"),
@@ -39,6 +40,14 @@ def test_mistakes_of_overrides_are_named(override: str, named: str) -> None:
     with pytest.raises(UserError, match=named) as caught:
         load_config("smoke", [override])
     assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_of_an_architecture_is_named_with_its_neighbours() -> None:
+    wrong = ["architecture.widht=64"]
+    with pytest.raises(UserError, match=r"unknown key architecture\.widht; .*\bwidth\b"):
+        load(AutoencoderConfig, "mnist-kl", wrong, packaged.AUTOENCODERS)
+    with pytest.raises(UserError, match="it belongs to an autoencoder's file"):
+        load_config("mnist", wrong)
 
 
 @pytest.mark.parametrize(

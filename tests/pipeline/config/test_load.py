@@ -129,3 +129,12 @@ def test_a_refiner_has_no_classes() -> None:
     check(load_config("cifar10-refiner"))
     with pytest.raises(UserError, match="set train.objective=fm, .* and velocity.classes=0"):
         check(load_config("cifar10-refiner", ["velocity.classes=10"]))
+
+
+@pytest.mark.parametrize("section", ["architecture: {channels: 3}", "training: {iterations: 2}"])
+def test_an_autoencoders_file_is_known_by_its_sections(tmp_path: Path, section: str) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(f"data: {{name: mnist}}\n{section}\n")
+    assert packaged.kind_of(path) == packaged.AUTOENCODERS
+    path.write_text("data: {name: mnist}\n")
+    assert packaged.kind_of(path) == packaged.FLOWS

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.config.data import DataConfig
 from pipeline.data.datasets import load_images
-from pipeline.data.image_folder import prepare
+from pipeline.data.image_folder import prepare, read_pictures
 from pipeline.errors import UserError
 from pipeline.evaluation.real_images import at_least, held_out_images
 from pipeline.storage import atomic
@@ -151,6 +151,8 @@ def test_modes_are_converted():
     assert pixel(Image.new("I;16", (1, 1), 0xABCD), "L") == [0xAB]
     assert pixel(Image.new("I", (1, 1), 0xABCD), "L") == [0xAB]
     assert pixel(Image.new("CMYK", (1, 1), (0, 255, 255, 0))) == [255, 0, 0]
+    lab = Image.new("LAB", (1, 1), (200, 10, 20))
+    assert pixel(lab, "L") == pixel(lab.convert("RGB"), "L")
     palette = Image.new("P", (1, 1), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
     assert pixel(palette) == [10, 20, 30]
@@ -267,6 +269,11 @@ def test_links_are_followed_without_loops(tmp_path):
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "elsewhere")
     images = load_images(config(tmp_path / "data"))
     assert len(images) == 2 and images.labels.tolist() == [0, 0]
+    for name, other in (("a", "b"), ("b", "a")):
+        save(tmp_path / "pair" / name, [f"{name}.png"])
+        (tmp_path / "pair" / name / "link").symlink_to(tmp_path / "pair" / other)
+    names = load_images(config(tmp_path / "pair")).pixels.names
+    assert names == ("a/a.png", "a/link/b.png", "b/b.png", "b/link/a.png")
 
 
 def test_each_of_test_and_val_stands_for_the_other(tmp_path: Path) -> None:
@@ -288,3 +295,9 @@ def test_the_square_is_the_centre_also_of_an_odd_rest() -> None:
             prepare(Image.fromarray(x), 8, "L")[0] for x in (pixels, pixels[::-1, ::-1])
         )
         assert np.abs(square[::-1, ::-1].astype(int) - mirrored).max() <= 1
+
+
+def test_hidden_files_among_pictures_are_left_out(tmp_path: Path) -> None:
+    save(tmp_path, ["1.png", "2.png"])
+    (tmp_path / "._1.png").write_bytes(b"a fork that macOS writes")
+    assert read_pictures([tmp_path], (3, 8, 8)).shape == (2, 3, 8, 8)

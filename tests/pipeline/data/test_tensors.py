@@ -45,6 +45,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_text("no archive")
     np.savez(tmp_path / "b.npz", arr_0=np.zeros((2, 3, 3, 1)))
     pixels = np.zeros((2, 3, 3, 1), np.uint8)
+    np.savez(tmp_path / "f.npz", arr_0=np.zeros((0, 3, 3, 1), np.uint8))
     np.savez(tmp_path / "d.npz", arr_0=pixels, labels=[0.2, 1.7])
     np.savez(tmp_path / "e.npz", arr_0=pixels, labels=["cat", "dog"])
     for name, split, message in (
@@ -54,6 +55,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         ("c.npz", "train", "set it to an .npz of images"),
         ("d.npz", "train", "labels of .* are float64; expected whole numbers"),
         ("e.npz", "train", "labels of .* are <U3; expected whole numbers"),
+        ("f.npz", "train", r"arr_0 of .* has the shape \(0, 3, 3, 1\); expected some images"),
     ):
         with pytest.raises(UserError, match=message):
             load_images(DataConfig(name="npz", path=str(tmp_path / name), split=split))
@@ -61,5 +63,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         open_cache(load_config("mnist-fm", ["data.name=latents"]))
     with pytest.raises(UserError, match="of which there are no images"):
         load_images(DataConfig(name="latents", path="x"))
+    with pytest.raises(UserError, match="expected some images"):
+        write_images(torch.zeros(0, 3, 4, 4, dtype=torch.uint8), None)
     with pytest.raises(UserError, match="expected 3 whole numbers"):
         write_latents(torch.randn(3, 2), torch.tensor([0, -1, 1]))

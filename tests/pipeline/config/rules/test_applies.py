@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import packaged
 from pipeline.config.keys import keys
 from pipeline.config.load import load_config, overridden
 from pipeline.config.plain import to_dict
@@ -52,9 +53,24 @@ def test_settings_that_do_not_apply_are_refused(name: str, override: str, named:
         load_config(name, [override])
 
 
+@pytest.mark.parametrize("override", ["data.limit=5", "latents.mirror=true", "data.also=[mnist]"])
+def test_points_have_no_settings_of_images(override: str) -> None:
+    with pytest.raises(UserError, match="applies to data.name of images"):
+        load_config("rose", [override], packaged.TOY2D)
+    assert load_config("gas", ["data.limit=5"], packaged.TABULAR).data.limit == 5
+
+
 def test_a_section_is_left_out_by_null() -> None:
     config = load_config("cifar10", ["matching=null", "fm=null"])
     assert config.matching == MatchingConfig() and config.fm == FmConfig()
+
+
+def test_a_section_that_is_left_out_has_the_defaults_of_the_objective(tmp_path: Path) -> None:
+    file = write(tmp_path, "velocity: {autonomous: false, width: 64}")
+    assert not load_config(file).velocity.autonomous
+    config = load_config(file, ["velocity=null"])
+    assert config.velocity == load_config(write(tmp_path, "")).velocity
+    assert config.velocity.autonomous
 
 
 @pytest.mark.parametrize(
