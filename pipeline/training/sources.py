@@ -85,12 +85,17 @@ class LatentSource:
         config: sections data, autoencoder and latents.
 
     Raises:
-        UserError: the cache is absent or damaged.
+        UserError: the cache is absent or damaged, or its latents have both a posterior and noise.
     """
 
     def __init__(self, config: Config) -> None:
         self.config, self.cache = config, open_cache(config)
         self.shape = self.cache.shape
+        if self.cache.stochastic and config.latents.noise > 0:
+            raise UserError(
+                f"latents.noise is {config.latents.noise:g}; expected 0, because these latents "
+                "are drawn from the posteriors of their images; remove it"
+            )
 
     @property
     def class_counts(self) -> dict[int, int]:

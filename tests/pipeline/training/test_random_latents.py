@@ -14,6 +14,7 @@ from pipeline.config.load import load_config
 from pipeline.config.training import JkoConfig, TrainConfig
 from pipeline.data.encoding import encode
 from pipeline.data.latent_cache import open_cache
+from pipeline.errors import UserError
 from pipeline.runtime.rng import generator
 from pipeline.storage.shards.reader import StoreReader
 from pipeline.storage.shards.writer import StoreWriter
@@ -125,3 +126,12 @@ def test_a_known_noise_is_drawn_again_likewise(world: World, accelerator: Accele
     mean, std = cache.moments(0, 5, 0.25)
     plain = cache.sample(0, 5, 0.0, generator("none"))
     assert torch.equal(mean, plain) and torch.equal(std, torch.full_like(mean, 0.25))
+
+
+def test_noise_on_posterior_samples_is_refused(world: World, accelerator: Accelerator) -> None:
+    """It would change nothing."""
+    config = load_config(world.config(), ["latents.noise=0.25"])
+    encode(config, accelerator, quiet)
+    assert open_cache(config).stochastic
+    with pytest.raises(UserError, match="latents.noise is 0.25; expected 0"):
+        LatentSource(config)
