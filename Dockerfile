@@ -3,7 +3,7 @@
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 COPY . /source
-RUN pip install --no-cache-dir /source /source/pipeline/zoo_distribution && rm -r /source
+RUN pip install --no-cache-dir /source && rm -r /source
 ENV JKOFLOW_HOME=/data/.jkoflow
 WORKDIR /data
 ENTRYPOINT ["jkoflow"]

@@ -64,8 +64,8 @@ FM = {
     "velocity.width": 16,
 }
 SHIPPED = (
-    "mnist", "mnist-fm", "mnist-fine", "mnist-classes", "mnist-jko",
-    "cifar10", "cifar10-jko", "imagenet32-like-wide",
+    "mnist", "mnist-fine", "mnist-classes", "mnist-jko",
+    "cifar10", "cifar10-jko", "imagenet32-like-jko",
 )  # fmt: skip
 BLOCKS, CHECKPOINTS = "blocks/**/*.safetensors", "checkpoints/*.safetensors"  # in a run
 LIKELIHOOD = ("likelihood.json", "nll_per_dim", "ranking", "index", "log_prob")

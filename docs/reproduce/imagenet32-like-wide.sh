@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# zoo:imagenet32-like-wide, the stand-in at width 128 as two networks with a refiner.
+# imagenet32-like-wide, the stand-in at width 128 as two networks with a refiner.
 # Run imagenet32-like.sh DIR first: it makes the reference and keeps the guide. imagenet32-like-wide.sh DIR
 # The stages take 5 922, 5 285 and 928 s of one core, and 7 019 and 5 950 s of two.
 set -euo pipefail

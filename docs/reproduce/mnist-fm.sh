@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# zoo:mnist-fm, flow matching in 192 dimensions with a guide of half the width: about an hour of one core.
+# mnist-fm, flow matching in 192 dimensions with a guide of half the width: about an hour of one core.
 set -euo pipefail
 
 jkoflow encode --config mnist-fm

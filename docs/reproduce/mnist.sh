@@ -6,5 +6,5 @@ set -euo pipefail
 jkoflow encode   --config mnist
 jkoflow train    --config mnist --run runs/mnist
 jkoflow evaluate --run runs/mnist -n 10000 --kid 2000
-jkoflow export   --run runs/mnist --out exported/mnist
+jkoflow export   --run runs/mnist --dtype int10 --out exported/mnist
 jkoflow evaluate --run runs/mnist -n 2000 --nfe-study 16,32

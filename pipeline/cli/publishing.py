@@ -28,7 +28,7 @@ def export_command(
         str | None,
         typer.Option(
             help="Dtype of the stored weights: float16 (default), bfloat16, float32, int10, or "
-            "int2: similar blocks share a mean in ten bits and differ from it by two bits."
+            "shared: similar blocks share the mean of their large weights, in six bits."
         ),
     ] = None,
     guide: GuideOption = None,
@@ -93,7 +93,7 @@ def push_command(
     dtype: Annotated[
         str,
         typer.Option(
-            help="Dtype of the stored weights: float16, bfloat16, float32, int10 or int2."
+            help="Dtype of the stored weights: float16, bfloat16, float32, int10 or shared."
         ),
     ] = "float16",
     private: Annotated[

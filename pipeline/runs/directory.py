@@ -6,7 +6,7 @@
 * start.json: the manifest before the first block is finished.
 * flow.json: the manifest from then on (see `pipeline.runs.manifest`).
 * blocks/block-00.safetensors …: finished blocks; those of later passes are in blocks/pass-01/ ….
-* blocks/mean-00.safetensors …: means of the weights of similar blocks, in an export (int2).
+* blocks/mean-00.safetensors …: means of the weights of similar blocks, in an export (shared).
 * stages/: training samples pushed through the blocks.
 * checkpoints/: the state to resume from, with the manifest.
 * snapshots/: averaged weights at regular steps (fm.snapshot_every).

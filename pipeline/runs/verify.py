@@ -18,7 +18,7 @@ from pipeline.runs.directory import CONFIG, START, RunDirectory
 from pipeline.runs.manifest import FILE
 from pipeline.runs.networks import FOLDER, RECORD, WEIGHTS
 from pipeline.runs.verify_remote import find_broken
-from pipeline.runs.zoo import is_absent, is_shipped, locate, name_of, source_of
+from pipeline.runs.zoo import is_shipped, locate, name_of, source_of
 from pipeline.storage import atomic, seal
 from pipeline.storage.paths import data_root
 from pipeline.storage.records import read_recipe, well_formed
@@ -113,11 +113,11 @@ def verify(path: Path | str) -> list[Fault]:
 
 
 def verify_installation(below: Path = HOME) -> list[Fault]:
-    """Verify the shipped files below a folder, without runs that are not installed."""
+    """Verify the shipped files below a folder."""
     faults = []
     for name in shipped():
         path = HOME / name
-        if path.is_relative_to(below) and not is_absent(path):
+        if path.is_relative_to(below):
             try:
                 check_shipped(path)
             except (ValueError, OSError):

@@ -11,14 +11,11 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.integrity import hub
-from pipeline.integrity.digests import shipped
 from pipeline.storage import atomic, seal
 from pipeline.storage.paths import data_root
 from pipeline.storage.shards.manifest import content_key
 
 PREFIX = "zoo:"
-#: names of the runs in the distribution jkoflow-zoo end so; all others are in jkoflow itself
-_SEPARATE = ("-wide", "-jko")
 _MANIFEST = "flow.json"
 #: the files of a run in a repository of the hub
 _FILES = ("blocks/*.safetensors", "autoencoder.safetensors", "config.yaml", "metrics.json",
@@ -41,28 +38,14 @@ def is_shipped(run: Path | str) -> bool:
     return str(run).startswith(PREFIX)
 
 
-def is_absent(path: Path) -> bool:
-    """Return whether a shipped file is of a run whose distribution is not installed."""
-    root = Path(__file__).parents[1] / "zoo"
-    if not path.is_relative_to(root):
-        return False
-    run = root / path.relative_to(root).parts[0]
-    return run.name.endswith(_SEPARATE) and not run.exists()
-
-
 def source_of(run: str) -> Path:
     """Return the folder in the package of a run that is given as `zoo:NAME`.
 
     Raises:
-        UserError: no shipped run has this name, or its distribution is not installed.
+        UserError: no shipped run has this name.
     """
     name, known = run.removeprefix(PREFIX), zoo()
     if name not in known:
-        if name.endswith(_SEPARATE) and f"pipeline/zoo/{name}/{_MANIFEST}" in shipped():
-            raise UserError(
-                f"the shipped run {run} is not installed; expected the distribution jkoflow-zoo; "
-                "run: pip install 'jkoflow[zoo]'"
-            )
         raise UserError(
             f"unknown shipped run {run!r}; choose one of {', '.join(known) or '(none)'}, or give "
             "the path of a run directory"

@@ -43,10 +43,14 @@ def guiding_flow(run: Run, guide: Run) -> Flow:
     """Return the flow that guides the blocks of a run in use, one block for each."""
     if not _began_as_parts_of_one(run, guide):
         return guide.flow
+    return _frozen(run, guide)[: len(run.flow)]
+
+
+def _frozen(run: Run, guide: Run) -> Flow:
+    """Freeze the only block of a guide at the times of as many parts as the run has blocks."""
     plan = run.manifest.current
     linear = guide.config.regression.interpolant == "linear"
-    parts = freeze_flow(guide.flow, len(plan.steps) + plan.free, from_linear=linear)
-    return parts[: len(run.flow)]
+    return freeze_flow(guide.flow, len(plan.steps) + plan.free, from_linear=linear)
 
 
 def _open_run_or_snapshot(name: str) -> Run:
@@ -90,11 +94,27 @@ def _began_as_parts_of_one(run: Run, guide: Run) -> bool:
         run.config.train.objective == "jko"
         and begun is not None
         and run.manifest.current.kind == "ordinary"
-        and begun.shares_time(run.manifest.blocks[0].spec.velocity.autonomous)
         and len(rows) == 1
         and can_freeze(rows[0].spec.velocity)
         and guide.config.train.objective == "fm"
+        and (
+            begun.shares_time(run.manifest.blocks[0].spec.velocity.autonomous)
+            or _has_the_times_of(run, guide)
+        )
     )
+
+
+def _has_the_times_of(run: Run, guide: Run) -> bool:
+    """Whether the blocks of a run have the same constant skip connections as a frozen guide.
+
+    Parts of the linear interpolant have such a connection, which depends on their times alone. A
+    run that continues one which began as parts keeps it.
+    """
+    own = [row.spec.skip for row in run.manifest.blocks]
+    if not any(own):
+        return False
+    parts = [spec.skip for spec in _frozen(run, guide).specs]
+    return len(own) <= len(parts) and all(map(math.isclose, own, parts))
 
 
 def _same_steps(run: Run, guide: Run) -> bool:

@@ -38,7 +38,7 @@ def quantise(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         value = tensor.detach().cpu()
-        if kind is None and value.dim() > 1 and bool(value.isfinite().all()):
+        if kind is None and value.dim() > 1 and value.numel() and bool(value.isfinite().all()):
             stored |= _to_int10(name, value.float())
             continue
         rounded = value.to(kind or torch.float16)
@@ -61,12 +61,10 @@ def dequantise(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _to_int10(name: str, value: Tensor) -> dict[str, Tensor]:
     """Quantise a tensor (O, …) to its upper bits, lower bits and scales."""
-    grouped = _grouped(value)
-    scale = grouped.abs().amax(2) / _LARGEST
-    bits = scale.view(torch.int32) + _CLEARED_BITS  # rounded up, so that no q exceeds 511
-    scale = (bits - bits.remainder(_CLEARED_BITS + 1)).view(torch.float32)
+    groups = grouped(value)
+    scale = scales(groups, _LARGEST)
     steps = scale.unsqueeze(2)
-    q = torch.where(steps > 0, grouped / steps, 0).round()
+    q = torch.where(steps > 0, groups / steps, 0).round()
     q = q.flatten(1)[:, : value[0].numel()].to(torch.int16)
     rest = F.pad(q.flatten() & 3, (0, -q.numel() % 4)).view(-1, 4)
     packed = (rest << torch.tensor([0, 2, 4, 6])).sum(1).to(torch.uint8)
@@ -75,15 +73,36 @@ def _to_int10(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def _from_int10(upper: Tensor, scale: Tensor, packed: Tensor) -> Tensor:
-    """Return the float32 weights (O, …) of upper bits, scales and lower bits."""
+    """Return the float32 weights (O, …) of upper bits, scales and lower bits.
+
+    Raises:
+        RuntimeError: they do not fit.
+    """
+    if scale.shape != (len(upper), group_count(upper[0].numel())):
+        raise RuntimeError(f"scales do not fit a tensor of shape {tuple(upper.shape)}")
     rest = ((packed.to(torch.int16).unsqueeze(1) >> torch.tensor([0, 2, 4, 6])) & 3).flatten()
     q = (upper.to(torch.int16) << 2) + rest[: upper.numel()].view_as(upper)
-    weights = _grouped(q.float()) * scale.unsqueeze(2)
+    weights = grouped(q.float()) * scale.unsqueeze(2)
     return weights.flatten(1)[:, : upper[0].numel()].view_as(upper)
 
 
-def _grouped(value: Tensor) -> Tensor:
-    """Return the weights (O, …) in groups of 64 per output, (O, groups, 64), padded by zeros."""
+def group_count(size: int) -> int:
+    """Return how many groups of 64 a row of `size` weights has."""
+    return math.ceil(size / _GROUP)
+
+
+def scales(groups: Tensor, largest: int) -> Tensor:
+    """Return the scales (O, G) of groups (O, G, 64) whose integers reach `largest`, at most 511.
+
+    A scale s is max |w| / largest, rounded up such that `largest` · s is exact in float32.
+    """
+    scale = groups.abs().amax(2) / largest
+    bits = scale.view(torch.int32) + _CLEARED_BITS  # rounded up, so that no q exceeds the largest
+    return (bits - bits.remainder(_CLEARED_BITS + 1)).view(torch.float32)
+
+
+def grouped(value: Tensor) -> Tensor:
+    """Return the weights (O, …) in G groups of 64 per output, (O, G, 64), padded by zeros."""
     rows = value.flatten(1)
-    groups = math.ceil(rows.shape[1] / _GROUP)
+    groups = group_count(rows.shape[1])
     return F.pad(rows, (0, groups * _GROUP - rows.shape[1])).view(len(rows), groups, _GROUP)

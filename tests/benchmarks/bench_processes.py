@@ -54,7 +54,7 @@ VERBS = (
     Verb(
         "train, batches of 1 024", _TRAIN, 100, 2, "encode --config mnist --set data.limit=10000"
     ),
-    Verb("generate, zoo:mnist-fm", "generate -r zoo:mnist-fm -n {n}", 1_000, 20),
+    Verb("generate, zoo:mnist-fine", "generate -r zoo:mnist-fine -n {n}", 1_000, 20),
     Verb(
         "evaluate, zoo:mnist without floor and NLL",
         "evaluate -r zoo:mnist -n {n} --set evaluate.nll=0 --set evaluate.floor=false",

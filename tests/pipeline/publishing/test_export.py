@@ -252,7 +252,7 @@ def test_similar_blocks_share_their_mean(
 ) -> None:
     monkeypatch.setattr("pipeline.storage.shared_weights._LEAST", 32)
     monkeypatch.setattr("pipeline.storage.shared_weights._NEAR", 10)  # all blocks are similar
-    two = export(plan_of(open_run(run)), tmp_path / "two", "int2")
+    two = export(plan_of(open_run(run)), tmp_path / "two", "shared")
     ten = export(plan_of(open_run(run)), tmp_path / "ten", "int10")
     assert ten.change < two.change < 0.5
     mean = two.folder / "blocks" / "mean-00.safetensors"
@@ -271,16 +271,17 @@ def test_similar_blocks_share_their_mean(
     assert [fault.path for fault in verify(two.folder)] == [mean]
 
 
-def test_a_block_without_its_differences_is_refused(
+def test_a_mean_without_its_scales_is_refused(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.storage.shared_weights._LEAST", 32)
     monkeypatch.setattr("pipeline.storage.shared_weights._NEAR", 10)
-    out = export(plan_of(open_run(run)), tmp_path / "out", "int2").folder
-    path = out / "blocks" / "block-00.safetensors"
-    tensors = {n: v for n, v in load_file(path).items() if not n.endswith(".rms")}
+    out = export(plan_of(open_run(run)), tmp_path / "out", "shared").folder
+    path = out / "blocks" / "mean-00.safetensors"
+    tensors = {n: v for n, v in load_file(path).items() if not n.endswith(".scale")}
     row = json.loads((out / "flow.json").read_text())
-    row["passes"][0]["blocks"][0]["sha256"] = atomic.write_tensors(path, tensors)
+    for block in row["passes"][0]["blocks"]:
+        block["mean"]["sha256"] = atomic.write_tensors(path, tensors)
     rewrite(out / "flow.json", json.dumps(row))
     with pytest.raises(UserError, match="has no complete weights"):
         open_run(out)
@@ -290,7 +291,7 @@ def test_the_mean_of_a_killed_export_is_removed(run: Path, tmp_path: Path) -> No
     out = export(plan_of(open_run(run)), tmp_path / "out").folder
     before = files(out)
     (out / "flow.json").unlink()
-    (out / "blocks" / "mean-00.safetensors").write_bytes(b"of an export in int2")
+    (out / "blocks" / "mean-00.safetensors").write_bytes(b"of an export as shared")
     export(plan_of(open_run(run)), out)
     assert files(out) == before
 

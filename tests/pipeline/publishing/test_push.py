@@ -136,8 +136,8 @@ def test_a_pushed_run_of_similar_blocks_has_their_mean(
     monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("pipeline.storage.shared_weights._LEAST", 32)
     monkeypatch.setattr("pipeline.storage.shared_weights._NEAR", 10)
-    code, _, error = say(capsys, "push", run, "me/two", "--dtype", "int2")
+    code, _, error = say(capsys, "push", run, "me/two", "--dtype", "shared")
     assert code == 0, error
     assert "blocks/mean-00.safetensors" in server.repositories["me/two"]
-    local = export(plan_of(open_run(run)), tmp_path / "two", "int2").folder
+    local = export(plan_of(open_run(run)), tmp_path / "two", "shared").folder
     assert torch.equal(images(open_run(Path("hf://me/two"))), images(open_run(local)))

@@ -97,12 +97,12 @@ def test_the_guide_of_a_shipped_run_is_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("JKOFLOW_HOME", str(tmp_path))
-    assert say(capsys, "verify", "zoo:mnist-fm/guide")[0] == 0
-    flip(locate("zoo:mnist-fm/guide") / "blocks" / "block-00.safetensors")
-    code, out, _ = say(capsys, "verify", "zoo:mnist-fm/guide")
+    assert say(capsys, "verify", "zoo:mnist-fine/guide")[0] == 0
+    flip(locate("zoo:mnist-fine/guide") / "blocks" / "block-00.safetensors")
+    code, out, _ = say(capsys, "verify", "zoo:mnist-fine/guide")
     assert code == 1 and len(out.splitlines()) == 1
-    code, _, last = say(capsys, "verify", "zoo:mnist-fm/refiner")
-    assert code == 2 and "zoo:mnist-fm/refiner is no run" in last
+    code, _, last = say(capsys, "verify", "zoo:mnist-fine/refiner")
+    assert code == 2 and "zoo:mnist-fine/refiner is no run" in last
 
 
 def test_a_folder_that_cannot_be_sealed(

@@ -102,6 +102,32 @@ def test_one_block_guides_a_run_that_began_as_its_parts(
         drawn(trained("staged", train={"objective": "lfm"}))
 
 
+def test_one_block_guides_a_run_that_continues_one_which_began_as_its_parts(
+    trained_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Its times are those of the guide's parts; those of a run with fewer blocks are not."""
+    monkeypatch.setenv("JKOFLOW_HOME", str(trained_world.home))
+
+    def trained(name: str, *words: str | Path, **sections: Mapping[str, Any]) -> Path:
+        config = trained_world.config(name, **sections)
+        assert say(capsys, "train", "-c", config, "-r", tmp_path / name, *words)[0] == 0
+        return tmp_path / name
+
+    strong = trained("strong", train={"objective": "fm"}, matching={"interpolant": "linear"})
+    steps = {"jko": {"h": [0.2, 0.5]}, "schedule": {"free_block": True}}
+    parts = trained("parts", "--init-from", strong, **steps)
+    still = {"iterations": 1, "lr": 1e-12, "ema": 0.0}
+    more = trained("more", "--init-from", parts, train=still, **steps)
+    drawn, expected = (
+        images(open_run(run), guide=str(strong), guidance=3.0).int() for run in (more, parts)
+    )
+    assert (drawn - expected).abs().max() <= 1
+    fewer = trained("fewer", "--init-from", parts, jko={"h": [0.2]}, schedule={"free_block": True})
+    with pytest.raises(UserError, match="must have the objective, the interpolant and the steps"):
+        images(open_run(fewer), guide=str(strong), guidance=3.0)
+
+
 def test_identity_depends_on_the_weights_of_the_guide_alone(run: Path, guide: Path) -> None:
     opened = open_run(run)
     first = plan_of(opened, guidance=2.0, guide=str(guide)).identity()
