@@ -129,9 +129,9 @@ class JkoConfig:
     """JKO-iFlow: every block maximises likelihood under a penalty on its movement.
 
     Attributes:
-        h0: first JKO step size h_0; h_k = min(ρ^k h_0, h_max), where h_max is 5.
+        h0: first JKO step size h_1; h_k = min(ρ^(k−1) h_1, h_max), where h_max is 5.
         h_max: largest step size.
-        h: explicit step sizes h_0, h_1, …, instead of h0 and schedule.max_blocks.
+        h: explicit step sizes h_1, h_2, …, instead of h0 and schedule.max_blocks.
         solver: solver of a block's ODE while the block trains.
         divergence: estimator of ∇·v while a block trains: exact, or hutchinson or
             finite-difference with one random probe a sample.
