@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ def test_autoguided_images_equal_a_direct_computation(run: Path, guide: Path) ->
     assert torch.equal(images(opened, guide=str(guide), guidance=1.0), plain)
 
 
+def train(
+    world: World, folder: Path, capsys: pytest.CaptureFixture[str], name: str, *words: str | Path,
+    **sections: Mapping[str, Any],
+) -> Path:  # fmt: skip
+    """Train a run of a name with sections of the configuration, in a folder of this name."""
+    config = world.config(name, **sections)
+    assert say(capsys, "train", "-c", config, "-r", folder / name, *words)[0] == 0
+    return folder / name
+
+
 @pytest.mark.parametrize("interpolant", ["linear", "trigonometric"])
 def test_one_block_guides_a_run_that_began_as_its_parts(
     trained_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -75,11 +86,7 @@ def test_one_block_guides_a_run_that_began_as_its_parts(
     """Such a guide equals the guide whose blocks are its frozen parts."""
     monkeypatch.setenv("JKOFLOW_HOME", str(trained_world.home))
 
-    def trained(name: str, *words: str | Path, **sections: Mapping[str, Any]) -> Path:
-        config = trained_world.config(name, **sections)
-        assert say(capsys, "train", "-c", config, "-r", tmp_path / name, *words)[0] == 0
-        return tmp_path / name
-
+    trained = partial(train, trained_world, tmp_path, capsys)
     fm = {"train": {"objective": "fm"}, "matching": {"interpolant": interpolant}}
     strong = trained("strong", **fm)
     weak = trained("weak", velocity={"width": 8}, **fm)
@@ -109,11 +116,7 @@ def test_one_block_guides_a_run_that_continues_one_which_began_as_its_parts(
     """Its times are those of the guide's parts; those of a run with fewer blocks are not."""
     monkeypatch.setenv("JKOFLOW_HOME", str(trained_world.home))
 
-    def trained(name: str, *words: str | Path, **sections: Mapping[str, Any]) -> Path:
-        config = trained_world.config(name, **sections)
-        assert say(capsys, "train", "-c", config, "-r", tmp_path / name, *words)[0] == 0
-        return tmp_path / name
-
+    trained = partial(train, trained_world, tmp_path, capsys)
     strong = trained("strong", train={"objective": "fm"}, matching={"interpolant": "linear"})
     steps = {"jko": {"h": [0.2, 0.5]}, "schedule": {"free_block": True}}
     parts = trained("parts", "--init-from", strong, **steps)
